@@ -1,0 +1,124 @@
+r"""What happens to a model, and when: the events that modifiers act on.
+
+One run, every event in its place::
+
+    INITIALIZE                          # before optimizers exist: masks, scales, fake-quant go on
+    for batch in training:
+        BATCH_START
+        loss = training_step(batch)
+        LOSS_CALCULATED                 # a modifier may add to the loss in place
+        loss.backward()
+        OPTIM_PRE_STEP                  # only when the optimizer will step
+        optimizer.step()
+        OPTIM_POST_STEP                 # only when it did: not while gradients accumulate, not when AMP skipped
+        BATCH_END
+    CALIBRATION_START                   # hooks go on
+    for block in model's blocks:
+        every batch through the block
+            MODULE_READY                # one-pass walk only: these modules have seen all their inputs
+        BLOCK_END                       # the block has seen all its inputs
+    CALIBRATION_END                     # hooks come off; targets that never saw data are named
+    FINALIZE
+
+An :class:`Event` carries the clock. Three units measure it: optimizer steps, epochs (steps / steps_per_epoch)
+and the fraction of the whole run (steps / total_steps).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal
+
+__all__ = ["Event", "EventType", "Unit"]
+
+Unit = Literal["step", "epoch", "fraction"]
+
+
+class EventType(StrEnum):
+    """The events, in the order of the module docstring."""
+
+    INITIALIZE = "initialize"
+    BATCH_START = "batch_start"
+    LOSS_CALCULATED = "loss_calculated"
+    OPTIM_PRE_STEP = "optim_pre_step"
+    OPTIM_POST_STEP = "optim_post_step"
+    BATCH_END = "batch_end"
+    CALIBRATION_START = "calibration_start"
+    MODULE_READY = "module_ready"
+    BLOCK_END = "block_end"
+    CALIBRATION_END = "calibration_end"
+    FINALIZE = "finalize"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event and the clock at that moment.
+
+    Args:
+        type_: What happened.
+        global_step: Optimizer steps that were really made before this moment (skipped fp16 steps do not count).
+        global_batch: Training batches started before this one.
+        steps_per_epoch: Optimizer steps in an epoch; None where it is unknown (an endless loader).
+        total_steps: Optimizer steps in the whole run; None where it is unknown.
+        batches_per_step: Batches that make one optimizer step (gradient accumulation).
+        unit: What :attr:`current_index` counts: ``step``, ``epoch`` or ``fraction`` (of the run).
+    """
+
+    type_: EventType | None = None
+    global_step: int = 0
+    global_batch: int = 0
+    steps_per_epoch: int | None = None
+    total_steps: int | None = None
+    batches_per_step: int = 1
+    unit: Unit = "step"
+
+    def in_unit(self, unit: Unit) -> "Event":
+        """The same event with its index counted in another unit."""
+        return self if unit == self.unit else replace(self, unit=unit)
+
+    @property
+    def step_size(self) -> float:
+        """How far one optimizer step moves :attr:`current_index`."""
+        if self.unit == "step":
+            return 1.0
+        name = "steps_per_epoch" if self.unit == "epoch" else "total_steps"
+        length = getattr(self, name)
+        if not length:
+            raise ValueError(
+                f"unit={self.unit!r} needs a known {name}, which this run does not have "
+                f"(an endless loader?); use unit='step', or give the Trainer limit_train_batches / max_steps"
+            )
+        return 1.0 / length
+
+    @property
+    def current_index(self) -> float:
+        """The clock in this event's :attr:`unit`."""
+        return self.global_step if self.unit == "step" else self.global_step * self.step_size
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs that have passed. ValueError when ``steps_per_epoch`` is unknown."""
+        return math.floor(self.epoch_full)
+
+    @property
+    def epoch_full(self) -> float:
+        """Epochs that have passed, with the fraction. ValueError when ``steps_per_epoch`` is unknown."""
+        return self.in_unit("epoch").current_index
+
+    def due_count(self, start: float, update: float) -> int:
+        """How many update points ``start + k * update`` (k >= 0) lie at or before now.
+
+        Counting points, instead of testing ``index % update == 0``, never misses one that falls between two steps.
+        """
+        passed = (self.current_index - start) / update
+        return math.floor(passed + 1e-9) + 1 if passed > -1e-9 else 0
+
+    def should_update(self, start: float | None, end: float | None, update: float | None) -> bool:
+        """True when an update point lies in the step that led to now, inside ``[start, end]``."""
+        now, begin = self.current_index, 0.0 if start is None else start
+        if now < begin - 1e-9 or (end is not None and now > end + 1e-9):
+            return False
+        if not update or update <= 0:
+            return True
+        before = self.due_count(begin + self.step_size, update)      # the same count, one step ago
+        return self.due_count(begin, update) > before

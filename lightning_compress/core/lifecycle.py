@@ -1,0 +1,141 @@
+"""Ordered modifiers, and the events that reach them.
+
+The lifecycle checks that events come in an order that can be, hands each to the modifiers in recipe order, and keeps
+what a checkpoint needs. It knows neither Lightning nor calibration: whoever drives the run calls :meth:`Lifecycle.emit`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from lightning_compress.core.events import Event, EventType
+from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.state import State
+
+__all__ = ["Lifecycle"]
+
+E = EventType
+_TRAINING = {E.LOSS_CALCULATED, E.OPTIM_PRE_STEP, E.OPTIM_POST_STEP}
+# What may come directly before; None is the time outside of any batch. A batch may hold several optimizers (GANs), and
+# an optimizer that evaluates its closure several times (LBFGS).
+_BEFORE: dict[EventType, set[EventType | None]] = {
+    E.BATCH_START: {None, E.BATCH_END},
+    E.LOSS_CALCULATED: {E.BATCH_START, *_TRAINING},
+    E.OPTIM_PRE_STEP: {E.BATCH_START, *_TRAINING},
+    E.OPTIM_POST_STEP: {E.OPTIM_PRE_STEP},
+    E.BATCH_END: {E.BATCH_START, *_TRAINING},
+    E.CALIBRATION_START: {None, E.BATCH_END, E.CALIBRATION_END},
+    E.MODULE_READY: {E.CALIBRATION_START, E.MODULE_READY, E.BLOCK_END},
+    E.BLOCK_END: {E.CALIBRATION_START, E.MODULE_READY, E.BLOCK_END},
+    E.CALIBRATION_END: {E.CALIBRATION_START, E.BLOCK_END},
+}
+
+
+class Lifecycle:
+    """The modifiers of one run.
+
+    Args:
+        modifiers: In recipe order; two of one class are welcome.
+    """
+
+    def __init__(self, modifiers: Sequence[Modifier]):
+        if not modifiers:
+            raise ValueError("no modifiers: expected at least one, such as GPTQModifier(scheme='W4A16')")
+        for modifier in modifiers:
+            if not isinstance(modifier, Modifier):
+                raise ValueError(f"expected a Modifier, got {type(modifier).__name__}: {modifier!r}")
+        if len({id(m) for m in modifiers}) < len(modifiers):
+            raise ValueError("the same modifier object stands twice in the recipe; make two of them")
+        self.modifiers = list(modifiers)
+        self.last: EventType | None = None
+
+    @property
+    def initialized(self) -> bool:
+        return all(m.initialized for m in self.modifiers)
+
+    @property
+    def finalized(self) -> bool:
+        return all(m.finalized for m in self.modifiers)
+
+    def initialize(self, state: State, event: Event | None = None, **kwargs: Any) -> None:
+        """Initialize every modifier; when one fails, hooks of all come off and the error goes on."""
+        try:
+            for modifier in self.modifiers:
+                modifier.initialize(state, event, **kwargs)
+        except BaseException:
+            self.abort()
+            raise
+
+    def finalize(self, state: State, **kwargs: Any) -> None:
+        for modifier in self.modifiers:
+            modifier.finalize(state, **kwargs)
+        self.last = None
+
+    def emit(self, state: State, event: Event, only: Sequence[Modifier] | None = None, **kwargs: Any) -> None:
+        """Hand an event to the modifiers, in order.
+
+        Args:
+            state: What they may see.
+            event: What happened.
+            only: Calibration may address some of the modifiers.
+
+        Raises:
+            ValueError: The event cannot follow the one before it, or is INITIALIZE or FINALIZE (these are methods).
+        """
+        self.check_order(event.type_)
+        for modifier in self.modifiers if only is None else only:
+            modifier.update_event(state, event, **kwargs)
+
+    def check_order(self, type_: EventType | None) -> None:
+        """Note that an event happens now; ValueError names both when it cannot follow the last one."""
+        if type_ is None or type_ not in _BEFORE:
+            raise ValueError(f"{type_} is not emitted; call initialize() or finalize()")
+        if self.last not in _BEFORE[type_]:
+            before = " or ".join(sorted("nothing" if e is None else e.name for e in _BEFORE[type_]))
+            last = "nothing" if self.last is None else self.last.name
+            raise ValueError(f"event {type_.name} after {last}: expected it after {before}")
+        self.last = type_
+
+    def abort(self) -> None:
+        """An exception ended the run: take all hooks off, forget the open batch."""
+        for modifier in self.modifiers:
+            modifier.remove_hooks()
+        self.last = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No modifier's hook acts inside; nests, and gives back what was before."""
+        with ExitStack() as stack:
+            for modifier in self.modifiers:
+                stack.enter_context(modifier.paused())
+            yield
+
+    def set_token_mask(self, mask: Tensor | None) -> None:
+        """Tell the modifiers which tokens of the batch that runs now are no padding."""
+        for modifier in self.modifiers:
+            modifier._token_mask = mask
+
+    def keys(self) -> list[str]:
+        """One name per modifier, stable across runs: ``GPTQModifier``, or ``GPTQModifier#2`` for a second one."""
+        seen: Counter[str] = Counter()
+        names = []
+        for modifier in self.modifiers:
+            seen[modifier.name] += 1
+            names.append(modifier.name if seen[modifier.name] == 1 else f"{modifier.name}#{seen[modifier.name]}")
+        return names
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: modifier.state_dict() for key, modifier in zip(self.keys(), self.modifiers, strict=True)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the checkpoint holds other modifiers than this recipe."""
+        if list(state) != self.keys():
+            raise ValueError(
+                f"the checkpoint was written with the modifiers {list(state)}, this recipe has {self.keys()}; "
+                f"resume with the recipe of the first run"
+            )
+        for key, modifier in zip(self.keys(), self.modifiers, strict=True):
+            modifier.load_state_dict(state[key])

@@ -1,0 +1,46 @@
+"""What a modifier may see at an event. Plain frozen data, built by the caller; never global."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.core.ledger import Ledger
+
+__all__ = ["State"]
+
+
+@dataclass(frozen=True)
+class State:
+    """The world as one event sees it.
+
+    Args:
+        model: The model that is compressed (not the LightningModule around it).
+        teacher_model: A frozen model to learn from, if there is one.
+        optimizer: The optimizer, or the list of them, once they exist.
+        loss: At LOSS_CALCULATED the scalar loss, already divided by the accumulated batches. It cannot be replaced;
+            ``loss.add_(x)`` reaches backward.
+        batch_data: The batch of this step, as the loader gave it.
+        block: At BLOCK_END and MODULE_READY the block that is calibrated; None for modules outside of all blocks.
+        block_name: Its dotted name inside ``model``; empty outside of all blocks.
+        modules: At BLOCK_END every module of the block, at MODULE_READY those whose inputs are complete, by their
+            dotted name inside ``model``.
+        ledger: Where facts on modules go.
+        distributed: True when several ranks calibrate together.
+    """
+
+    model: nn.Module | None = None
+    teacher_model: nn.Module | None = None
+    optimizer: Any = None
+    loss: Tensor | None = None
+    batch_data: Any = None
+    block: nn.Module | None = None
+    block_name: str = ""
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    distributed: bool = False
+
+    def but(self, **changes: Any) -> "State":
+        """The same state with some fields changed."""
+        return replace(self, **changes)

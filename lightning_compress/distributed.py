@@ -1,0 +1,56 @@
+"""Several processes on one calibration: add up statistics, split work by cost, send results. No-ops without a group."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["all_reduce_", "broadcast_", "rank", "split_by_cost", "world_size"]
+
+_OPS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def all_reduce_(statistic: Any) -> None:
+    """Combine a statistic over ranks in place, as its ``reduce`` mapping (attribute -> sum, max or min) declares.
+
+    All ranks must call it for the same statistics in the same order. Numbers are combined as float64 tensors.
+    """
+    if world_size() == 1:
+        return
+    for attribute, operation in statistic.reduce.items():
+        value = getattr(statistic, attribute)
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, _OPS[operation]))
+        setattr(statistic, attribute, tensor if isinstance(value, Tensor) else type(value)(tensor.item()))
+
+
+def split_by_cost(costs: Mapping[str, float], ranks: int) -> list[list[str]]:
+    """Names for each rank, so that the dearest rank is as cheap as a greedy split makes it (largest first)."""
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    totals = [0.0] * ranks
+    for name in sorted(costs, key=lambda n: (-costs[n], n)):
+        least = min(range(ranks), key=totals.__getitem__)
+        shares[least].append(name)
+        totals[least] += costs[name]
+    return shares
+
+
+def broadcast_(tensors: Sequence[Tensor], source: int) -> None:
+    """Send tensors of rank ``source`` to all others, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=source)

@@ -1,0 +1,80 @@
+"""Select modules by class, by name, or by pattern.
+
+A target is a class name (anywhere in the class's ancestry: ``Linear``), a dotted module name, or ``re:`` and a regular
+expression that must match the dotted name from its beginning (as compressed-tensors and vLLM read it). Where several
+targets match a module, the exact name beats the pattern, and the pattern beats the class.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from torch import nn
+
+__all__ = ["clean_name", "match_rank", "select", "unmatched_message"]
+
+
+def clean_name(name: str) -> str:
+    """The name without what ``torch.compile`` puts into it."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
+
+
+def select(
+    model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str] = (), *, field: str = "targets"
+) -> dict[str, nn.Module]:
+    """Modules that match a target and no entry of ``ignore``, by dotted name, in the model's order.
+
+    Args:
+        model: Names are relative to it.
+        targets: Class names, dotted names, ``re:`` patterns.
+        ignore: The same, for what is left out.
+        field: Name of the argument, for messages.
+
+    Raises:
+        ValueError: A pattern is no regular expression, nothing matches, or everything that matches is ignored.
+    """
+    targets, ignore = _listed(targets), _listed(ignore)
+    check_patterns(targets, field)
+    check_patterns(ignore, "ignore")
+    named = {clean_name(n): m for n, m in model.named_modules() if n and not n.endswith("_orig_mod")}
+    matched = {n: m for n, m in named.items() if any(match_rank(n, m, t) for t in targets)}
+    if not matched:
+        raise ValueError(unmatched_message(targets, named, field))
+    chosen = {n: m for n, m in matched.items() if not any(match_rank(n, m, t) for t in ignore)}
+    if not chosen:
+        raise ValueError(
+            f"ignore={ignore} leaves nothing of the {len(matched)} modules that {field}={targets} matches, "
+            f"such as {next(iter(matched))!r}; narrow it"
+        )
+    return chosen
+
+
+def match_rank(name: str, module: nn.Module, target: str) -> int:
+    """3 for the exact name, 2 for a pattern, 1 for a class of its ancestry, 0 for no match."""
+    if target.startswith("re:"):
+        return 2 if re.match(target[3:], name) else 0
+    if target == name:
+        return 3
+    return 1 if any(c.__name__ == target for c in type(module).__mro__ if c is not object) else 0
+
+
+def check_patterns(entries: Iterable[str], field: str) -> None:
+    """ValueError names the field and the pattern that is no regular expression."""
+    for entry in entries:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise ValueError(f"{field}: {entry!r} is no regular expression: {error}") from error
+
+
+def unmatched_message(targets: Sequence[str], named: dict[str, nn.Module], field: str) -> str:
+    """What to say when nothing matches: near misses among names and classes."""
+    classes = sorted({type(m).__name__ for m in named.values()})
+    near = [hit for t in targets for hit in get_close_matches(t.removeprefix("re:"), [*classes, *named], n=3, cutoff=0.5)]
+    hint = f"did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else f"its classes are {classes}"
+    return f"{field}={list(targets)} matches none of the model's {len(named)} modules; {hint}"
+
+
+def _listed(entries: str | Sequence[str]) -> list[str]:
+    return [entries] if isinstance(entries, str) else list(entries)
