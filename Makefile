@@ -1,0 +1,69 @@
+# `make demo` and `make test` do all the set-up themselves; it needs Python 3.11+ and the package registries.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+RECIPE ?= gptq_w4
+ARGS ?=
+DEMO := logs/demo
+TRAINED := $(DEMO)/.trained
+DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
+	conf/trainer/default.yaml conf/callbacks/default.yaml)
+
+.PHONY: help demo demo-table test test-slow test-real test-slurm lint format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# -- set-up: once, and again when the pins or the dependencies change ---------------------------------------------------------
+# torch first and pinned: left free, pip may fetch another build, gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[dev,hf,plot]"
+	@touch $@
+
+# -- the demo: trains once, later runs compress the model that the first one trained ------------------------------------------
+demo: $(READY)  ## train a small Llama, compress it to 4 bits, measure it before and after (RECIPE=gptq_w4)
+	@if $(MAKE) --question --no-print-directory $(TRAINED) 2>/dev/null; then \
+		echo "The model is trained already ($(DEMO)/checkpoints/best.ckpt; 'make clean' forgets it): compressing it."; \
+		set -x; $(BIN)/python train.py +compress=$(RECIPE) train=false ckpt_path=$(DEMO)/checkpoints/best.ckpt $(ARGS); \
+	else $(MAKE) --no-print-directory $(TRAINED); fi
+
+$(TRAINED): $(DEMO_SOURCES)
+	@rm -rf $(DEMO)
+	$(BIN)/python train.py +compress=$(RECIPE) hydra.run.dir=$(DEMO) $(ARGS)
+	@touch $@
+
+# -- checks -----------------------------------------------------------------------------------------------------------------
+# One thread: the tests' models are tiny, and two cores shared by two runs are slower with more.
+TEST := OMP_NUM_THREADS=1 HYDRA_FULL_ERROR=1 $(BIN)/python -m pytest
+
+test: $(READY)  ## the tests that need no GPU, no cluster and no download
+	$(TEST) -m "not (slow or real or slurm or gpu)" $(ARGS)
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(TEST) -m "slow and not (real or slurm or gpu)" --timeout=1800 $(ARGS)
+
+test-real: $(READY)  ## the tests on real models and texts, made as benchmarks/ says
+	$(TEST) -m real --timeout=3600 $(ARGS)
+
+test-slurm: $(READY)  ## the tests that need a Slurm cluster
+	$(TEST) -m slurm --timeout=1800 $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+
+clean:  ## forget the demo's model, the runs and the caches (the environment stays)
+	rm -rf logs build dist site .pytest_cache .mypy_cache .ruff_cache

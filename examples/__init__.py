@@ -1,0 +1,1 @@
+"""The demo's models and data; no part of the package."""
