@@ -7,20 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_", "broadcast_", "rank", "split_by_cost", "world_size"]
+__all__ = ["active", "all_reduce_", "broadcast_", "rank", "split_by_cost", "world_size"]
 
 _OPS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
 
 
 def active() -> bool:
+    """True when a process group is up."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
+    """This process's number; 0 without a group."""
     return dist.get_rank() if active() else 0
 
 
 def world_size() -> int:
+    """How many processes work together; 1 without a group."""
     return dist.get_world_size() if active() else 1
 
 
@@ -33,9 +36,12 @@ def all_reduce_(statistic: Any) -> None:
         return
     for attribute, operation in statistic.reduce.items():
         value = getattr(statistic, attribute)
-        tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, _OPS[operation]))
-        setattr(statistic, attribute, tensor if isinstance(value, Tensor) else type(value)(tensor.item()))
+        sent = _on_the_wire(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64))
+        dist.all_reduce(sent, op=getattr(dist.ReduceOp, _OPS[operation]))
+        if isinstance(value, Tensor):
+            value.copy_(sent)
+        else:
+            setattr(statistic, attribute, type(value)(sent.item()))
 
 
 def split_by_cost(costs: Mapping[str, float], ranks: int) -> list[list[str]]:
@@ -53,4 +59,11 @@ def broadcast_(tensors: Sequence[Tensor], source: int) -> None:
     """Send tensors of rank ``source`` to all others, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=source)
+            sent = _on_the_wire(tensor)
+            dist.broadcast(sent, src=source)
+            tensor.copy_(sent)
+
+
+def _on_the_wire(tensor: Tensor) -> Tensor:
+    """Contiguous, and on the accelerator where the backend (NCCL) knows no other place."""
+    return (tensor.cuda() if dist.get_backend() == "nccl" else tensor).contiguous()

@@ -6,6 +6,7 @@ targets match a module, the exact name beats the pattern, and the pattern beats 
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -16,7 +17,7 @@ __all__ = ["clean_name", "match_rank", "select", "unmatched_message"]
 
 def clean_name(name: str) -> str:
     """The name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def select(
@@ -30,21 +31,30 @@ def select(
         ignore: The same, for what is left out.
         field: Name of the argument, for messages.
 
+    Warns of a target, and of a name or class in ``ignore``, that matches nothing while others do.
+
     Raises:
         ValueError: A pattern is no regular expression, nothing matches, or everything that matches is ignored.
     """
     targets, ignore = _listed(targets), _listed(ignore)
     check_patterns(targets, field)
     check_patterns(ignore, "ignore")
-    named = {clean_name(n): m for n, m in model.named_modules() if n and not n.endswith("_orig_mod")}
-    matched = {n: m for n, m in named.items() if any(match_rank(n, m, t) for t in targets)}
+    named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)}     # of a compiled module, the inner
+    hits = {t: {n for n, m in named.items() if match_rank(n, m, t)} for t in [*targets, *ignore]}
+    matched = [n for n in named if any(n in hits[t] for t in targets)]
     if not matched:
         raise ValueError(unmatched_message(targets, named, field))
-    chosen = {n: m for n, m in matched.items() if not any(match_rank(n, m, t) for t in ignore)}
+    for target in targets:
+        if not hits[target]:
+            warnings.warn(unmatched_message([target], named, field), stacklevel=2)
+    for entry in ignore:
+        if not hits[entry] and not entry.startswith("re:"):      # recipes for many models ignore patterns freely
+            warnings.warn(unmatched_message([entry], named, "ignore"), stacklevel=2)
+    chosen = {n: named[n] for n in matched if not any(n in hits[t] for t in ignore)}
     if not chosen:
         raise ValueError(
             f"ignore={ignore} leaves nothing of the {len(matched)} modules that {field}={targets} matches, "
-            f"such as {next(iter(matched))!r}; narrow it"
+            f"such as {matched[0]!r}; narrow it"
         )
     return chosen
 
@@ -71,7 +81,8 @@ def check_patterns(entries: Iterable[str], field: str) -> None:
 def unmatched_message(targets: Sequence[str], named: dict[str, nn.Module], field: str) -> str:
     """What to say when nothing matches: near misses among names and classes."""
     classes = sorted({type(m).__name__ for m in named.values()})
-    near = [hit for t in targets for hit in get_close_matches(t.removeprefix("re:"), [*classes, *named], n=3, cutoff=0.5)]
+    known = [*classes, *named]
+    near = [hit for t in targets for hit in get_close_matches(t.removeprefix("re:"), known, n=3, cutoff=0.5)]
     hint = f"did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else f"its classes are {classes}"
     return f"{field}={list(targets)} matches none of the model's {len(named)} modules; {hint}"
 

@@ -7,4 +7,6 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier, ModifierInterface
 from lightning_compress.core.state import State
 
-__all__ = ["Event", "EventType", "Ledger", "Lifecycle", "Modifier", "ModifierFactory", "ModifierInterface", "Row", "State"]
+__all__ = [
+    "Event", "EventType", "Ledger", "Lifecycle", "Modifier", "ModifierFactory", "ModifierInterface", "Row", "State",
+]  # fmt: skip

@@ -77,32 +77,31 @@ class Event:
         return self if unit == self.unit else replace(self, unit=unit)
 
     @property
-    def step_size(self) -> float:
-        """How far one optimizer step moves :attr:`current_index`."""
+    def steps_per_unit(self) -> int:
+        """Optimizer steps in one :attr:`unit`. ValueError where that is unknown."""
         if self.unit == "step":
-            return 1.0
+            return 1
         name = "steps_per_epoch" if self.unit == "epoch" else "total_steps"
-        length = getattr(self, name)
-        if not length:
+        if not (length := getattr(self, name)):
             raise ValueError(
                 f"unit={self.unit!r} needs a known {name}, which this run does not have "
                 f"(an endless loader?); use unit='step', or give the Trainer limit_train_batches / max_steps"
             )
-        return 1.0 / length
+        return length
 
     @property
     def current_index(self) -> float:
-        """The clock in this event's :attr:`unit`."""
-        return self.global_step if self.unit == "step" else self.global_step * self.step_size
+        """The clock in this event's :attr:`unit`; 0 before the first step, whatever the unit."""
+        return self.global_step / self.steps_per_unit if self.global_step else 0.0
 
     @property
     def epoch(self) -> int:
-        """Whole epochs that have passed. ValueError when ``steps_per_epoch`` is unknown."""
+        """Whole epochs that have passed. ValueError past step 0 when ``steps_per_epoch`` is unknown."""
         return math.floor(self.epoch_full)
 
     @property
     def epoch_full(self) -> float:
-        """Epochs that have passed, with the fraction. ValueError when ``steps_per_epoch`` is unknown."""
+        """Epochs that have passed, with the fraction. ValueError past step 0 when ``steps_per_epoch`` is unknown."""
         return self.in_unit("epoch").current_index
 
     def due_count(self, start: float, update: float) -> int:
@@ -120,5 +119,5 @@ class Event:
             return False
         if not update or update <= 0:
             return True
-        before = self.due_count(begin + self.step_size, update)      # the same count, one step ago
+        before = replace(self, global_step=self.global_step - 1).due_count(begin, update) if self.global_step else 0
         return self.due_count(begin, update) > before

@@ -2,10 +2,13 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+import re
 from difflib import get_close_matches
-from importlib.metadata import entry_points
-from typing import Any
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
 
 from lightning_compress.core.modifier import Modifier
 
@@ -20,14 +23,14 @@ class ModifierFactory:
 
     A name is looked up among the registered classes first, then among installed plug-ins (the entry-point group
     ``lightning_compress.modifiers``), then in this package. An import error of a module is kept and raised, with its
-    cause, when one of its names is asked for.
+    cause, when a name that it defines is asked for.
     """
 
-    _registered: dict[str, type[Modifier]] = {}
-    _main: dict[str, type[Modifier]] = {}
-    _plugins: dict[str, Any] = {}
-    _errors: dict[str, Exception] = {}
-    _loaded = False
+    _registered: ClassVar[dict[str, type[Modifier]]] = {}
+    _plugins: ClassVar[dict[str, EntryPoint]] = {}
+    _main: ClassVar[dict[str, type[Modifier]]] = {}
+    _errors: ClassVar[dict[str, Exception]] = {}
+    _loaded: ClassVar[bool] = False
 
     @classmethod
     def create(
@@ -51,25 +54,30 @@ class ModifierFactory:
     def find(cls, type_: str, allow_registered: bool = True, allow_experimental: bool = True) -> type[Modifier]:
         """The class called ``type_``; raises as :meth:`create`."""
         if not cls._loaded:
-            cls._load()
-        if allow_registered and type_ in cls._registered:
-            return cls._registered[type_]
-        if allow_experimental and type_ in cls._plugins:
-            return cls._check(type_, cls._plugins[type_].load())
+            cls.refresh()
+        registered, plugins = cls._registered if allow_registered else {}, cls._plugins if allow_experimental else {}
+        if type_ in registered:
+            return registered[type_]
+        if type_ in plugins:
+            try:
+                return _checked(type_, plugins[type_].load())
+            except (ImportError, AttributeError) as error:
+                source = plugins[type_].value
+                raise ImportError(f"the plug-in {type_!r} ({source}) failed to import: {error}") from error
         if type_ in cls._main:
             return cls._main[type_]
-        names = sorted({*cls._main, *(cls._registered if allow_registered else ()), *cls._plugins})
+        for module, fault in cls._errors.items():
+            if _defines(module, type_):
+                raise ImportError(f"{type_!r} is defined in {module}, which failed to import: {fault}") from fault
+        names = sorted({*registered, *plugins, *cls._main})
         near = get_close_matches(type_, names, n=3)
-        for module, error in cls._errors.items():
-            if _plain(module.rsplit(".", 1)[-1]) in _plain(type_):
-                raise ImportError(f"{type_!r} should come from {module}, which failed to import: {error}") from error
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
         broken = "".join(f"; {module} failed to import: {error}" for module, error in cls._errors.items())
         raise ValueError(f"no modifier of type {type_!r} found; {hint}{broken}")
 
     @classmethod
-    def register(cls, type_: str, modifier_class: type[Modifier] | None = None) -> Any:
-        """Register a class under a name, as a call or as a decorator.
+    def register(cls, type_: str | type[Modifier], modifier_class: type[Modifier] | None = None) -> Any:
+        """Register a class under a name, as a call or as a decorator (without a name: under its own).
 
         >>> @ModifierFactory.register("Mine")
         ... class MineModifier(Modifier):
@@ -79,49 +87,50 @@ class ModifierFactory:
         Raises:
             ValueError: It is no Modifier class.
         """
+        if not isinstance(type_, str):
+            return cls.register(getattr(type_, "__name__", repr(type_)), type_)
         if modifier_class is None:
-            decorator: Callable[[type[Modifier]], type[Modifier]] = lambda c: cls.register(type_, c)  # noqa: E731
-            return decorator
-        cls._registered[type_] = cls._check(type_, modifier_class)
+            return partial(cls.register, type_)
+        cls._registered[type_] = _checked(type_, modifier_class)
         return modifier_class
 
     @classmethod
     def refresh(cls) -> dict[str, type[Modifier]]:
         """Scan the package and the plug-ins again; keeps what users registered, and returns those."""
-        cls._main, cls._plugins, cls._errors, cls._loaded = {}, {}, {}, False
-        cls._load()
+        cls._errors = {}
+        cls._main = cls.load_from_package(PACKAGE)
+        cls._plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+        cls._loaded = True
         return dict(cls._registered)
 
     @classmethod
     def load_from_package(cls, package: str) -> dict[str, type[Modifier]]:
-        """Every concrete ``...Modifier`` class of a package and its modules; failed imports are kept for :meth:`find`."""
+        """Concrete ``...Modifier`` classes of a package and its modules; failed imports are kept for :meth:`find`."""
         found: dict[str, type[Modifier]] = {}
-        root = importlib.import_module(package)
-        names = [m.name for m in pkgutil.walk_packages(root.__path__, f"{package}.", onerror=lambda name: None)]
+        path = importlib.import_module(package).__path__
+        names = [m.name for m in pkgutil.walk_packages(path, f"{package}.", onerror=lambda name: None)]
         for name in [package, *names]:
             try:
                 module = importlib.import_module(name)
             except Exception as error:
                 cls._errors[name] = error
                 continue
-            for attribute, value in vars(module).items():
-                if isinstance(value, type) and issubclass(value, Modifier) and attribute.endswith("Modifier"):
-                    if not value.__abstractmethods__ and value.__module__.startswith(package):
-                        found.setdefault(attribute, value)
+            classes = {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Modifier)}
+            for attribute, value in classes.items():
+                own = f"{value.__module__}.".startswith(f"{package}.")
+                if own and attribute.endswith("Modifier") and not value.__abstractmethods__:
+                    found.setdefault(attribute, value)
         return found
 
-    @classmethod
-    def _load(cls) -> None:
-        cls._main = cls.load_from_package(PACKAGE)
-        cls._plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-        cls._loaded = True
 
-    @staticmethod
-    def _check(name: str, value: Any) -> type[Modifier]:
-        if not (isinstance(value, type) and issubclass(value, Modifier)):
-            raise ValueError(f"cannot register {name!r}: expected a subclass of Modifier, got {value!r}")
-        return value
+def _checked(name: str, value: Any) -> type[Modifier]:
+    if not (isinstance(value, type) and issubclass(value, Modifier)):
+        raise ValueError(f"cannot register {name!r}: expected a subclass of Modifier, got {value!r}")
+    return value
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", "").lower()
+def _defines(module: str, type_: str) -> bool:
+    """Whether the source of a module that cannot be imported holds ``class type_``."""
+    spec = find_spec(module)
+    source = Path(spec.origin).read_text(errors="ignore") if spec and spec.origin else ""
+    return re.search(rf"^class {re.escape(type_)}\b", source, re.MULTILINE) is not None

@@ -4,7 +4,7 @@ A row belongs to one module and one technique; facts that arrive later for the s
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 __all__ = ["Ledger", "Row"]
@@ -53,12 +53,8 @@ class Ledger:
 
     def add(self, module: str, technique: str, *, flag: str | None = None, **facts: Any) -> Row:
         """Record facts; ``flag`` adds one remark. TypeError on a fact that :class:`Row` does not know."""
-        known = {f.name for f in fields(Row)} - {"module", "technique", "flags"}
-        if unknown := sorted(facts.keys() - known):
-            raise TypeError(f"the ledger does not know {unknown}; a row has {sorted(known)}")
-        row = self._rows.setdefault((module, technique), Row(module, technique))
-        for name, value in facts.items():
-            setattr(row, name, value)
+        row = replace(self._rows.get((module, technique), Row(module, technique)), **facts)
+        self._rows[module, technique] = row
         if flag is not None and flag not in row.flags:
             row.flags.append(flag)
         return row

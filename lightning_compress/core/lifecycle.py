@@ -1,7 +1,8 @@
 """Ordered modifiers, and the events that reach them.
 
-The lifecycle checks that events come in an order that can be, hands each to the modifiers in recipe order, and keeps
-what a checkpoint needs. It knows neither Lightning nor calibration: whoever drives the run calls :meth:`Lifecycle.emit`.
+The lifecycle checks that events come in an order that can be, hands each to the modifiers in recipe order, and
+keeps what a checkpoint needs. It knows neither Lightning nor calibration: whoever drives the run calls
+:meth:`Lifecycle.emit`.
 """
 
 from collections import Counter
@@ -22,7 +23,7 @@ _TRAINING = {E.LOSS_CALCULATED, E.OPTIM_PRE_STEP, E.OPTIM_POST_STEP}
 # What may come directly before; None is the time outside of any batch. A batch may hold several optimizers (GANs), and
 # an optimizer that evaluates its closure several times (LBFGS).
 _BEFORE: dict[EventType, set[EventType | None]] = {
-    E.BATCH_START: {None, E.BATCH_END},
+    E.BATCH_START: {None, E.BATCH_END, E.CALIBRATION_END},
     E.LOSS_CALCULATED: {E.BATCH_START, *_TRAINING},
     E.OPTIM_PRE_STEP: {E.BATCH_START, *_TRAINING},
     E.OPTIM_POST_STEP: {E.OPTIM_PRE_STEP},
@@ -62,16 +63,15 @@ class Lifecycle:
 
     def initialize(self, state: State, event: Event | None = None, **kwargs: Any) -> None:
         """Initialize every modifier; when one fails, hooks of all come off and the error goes on."""
-        try:
+        with self._hooks_off_on_error():
             for modifier in self.modifiers:
                 modifier.initialize(state, event, **kwargs)
-        except BaseException:
-            self.abort()
-            raise
 
     def finalize(self, state: State, **kwargs: Any) -> None:
-        for modifier in self.modifiers:
-            modifier.finalize(state, **kwargs)
+        """Finalize every modifier; when one fails, hooks of all come off and the error goes on."""
+        with self._hooks_off_on_error():
+            for modifier in self.modifiers:
+                modifier.finalize(state, **kwargs)
         self.last = None
 
     def emit(self, state: State, event: Event, only: Sequence[Modifier] | None = None, **kwargs: Any) -> None:
@@ -81,6 +81,7 @@ class Lifecycle:
             state: What they may see.
             event: What happened.
             only: Calibration may address some of the modifiers.
+            **kwargs: Go to the handlers as they are.
 
         Raises:
             ValueError: The event cannot follow the one before it, or is INITIALIZE or FINALIZE (these are methods).
@@ -106,6 +107,14 @@ class Lifecycle:
         self.last = None
 
     @contextmanager
+    def _hooks_off_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """No modifier's hook acts inside; nests, and gives back what was before."""
         with ExitStack() as stack:
@@ -122,9 +131,9 @@ class Lifecycle:
         """One name per modifier, stable across runs: ``GPTQModifier``, or ``GPTQModifier#2`` for a second one."""
         seen: Counter[str] = Counter()
         names = []
-        for modifier in self.modifiers:
-            seen[modifier.name] += 1
-            names.append(modifier.name if seen[modifier.name] == 1 else f"{modifier.name}#{seen[modifier.name]}")
+        for name in (m.name for m in self.modifiers):
+            seen[name] += 1
+            names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
         return names
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,12 +5,15 @@ Arguments are the annotated fields of the class (pydantic validates them and ref
 private: names that begin with an underscore.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from difflib import get_close_matches
+from reprlib import repr as short
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +21,15 @@ from lightning_compress.core.events import Event, EventType, Unit
 from lightning_compress.core.state import State
 
 __all__ = ["Modifier", "ModifierInterface"]
+
+HookKind = Literal["forward_pre", "forward"]
+
+_CALIBRATION = {
+    EventType.CALIBRATION_START: "on_calibration_start",
+    EventType.MODULE_READY: "on_module_ready",
+    EventType.BLOCK_END: "on_block_end",
+    EventType.CALIBRATION_END: "on_calibration_end",
+}
 
 
 class ModifierInterface(ABC):
@@ -56,6 +68,9 @@ class Modifier(ModifierInterface, BaseModel):
         end: When it ends, in ``unit``; None: never.
         update: How often :meth:`on_update` runs, in ``unit``; None: at every event.
         unit: ``step`` (optimizer steps), ``epoch`` or ``fraction`` (of the whole run).
+
+    Raises:
+        ValueError: An argument is unknown (near misses are named) or has a value that it cannot have.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
@@ -76,24 +91,28 @@ class Modifier(ModifierInterface, BaseModel):
 
     _initialized: bool = PrivateAttr(default=False)
     _finalized: bool = PrivateAttr(default=False)
-    _started: bool = PrivateAttr(default=False)
+    _started: bool = PrivateAttr(default=False)                # on_start ran in this process
+    _resumed: bool = PrivateAttr(default=False)                # on_start ran in the run that this one continues
     _ended: bool = PrivateAttr(default=False)
     _updates: int = PrivateAttr(default=0)                     # update points already delivered
     _paused: int = PrivateAttr(default=0)
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _hooks: list[tuple[nn.Module, RemovableHandle]] = PrivateAttr(default_factory=list)
 
-    @field_validator("update")
-    @classmethod
-    def _update_is_positive(cls, update: float | None) -> float | None:
-        if update is not None and update <= 0:
-            raise ValueError(f"update={update} must be positive; leave it out to be called at every event")
-        return update
+    def __init__(self, **arguments: Any) -> None:
+        try:
+            super().__init__(**arguments)
+        except ValidationError as error:
+            raise ValueError(_readable(type(self), error)) from None
 
     @model_validator(mode="after")
-    def _window_is_ordered(self) -> "Modifier":
-        if self.start is not None and self.end is not None and self.end < self.start:
-            raise ValueError(f"end={self.end} lies before start={self.start} (unit: {self.unit})")
+    def _window_is_possible(self) -> "Modifier":
+        if self.update is not None and self.update <= 0:
+            raise ValueError(f"update={self.update} must be positive; leave it out to be called at every event")
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            raise ValueError(
+                f"end={self.end} must lie after start={self.start} (unit: {self.unit}); leave end out for no end"
+            )
         return self
 
     @property
@@ -114,10 +133,19 @@ class Modifier(ModifierInterface, BaseModel):
     def finalized(self) -> bool:
         return self._finalized
 
-    # -- the life of a modifier ---------------------------------------------------------------------------------------
+    @property
+    def resumed(self) -> bool:
+        """True when the run continues a checkpoint in which the window had opened already.
+
+        Hooks do not survive a process, so :meth:`on_start` runs again at the first batch. It puts them on, and asks
+        here before it overwrites what :meth:`load_state_dict` or the model's own state brought back.
+        """
+        return self._resumed
+
+    # -- the life of a modifier --------------------------------------------------------------------------------------
 
     def initialize(self, state: State, event: Event | None = None, **kwargs: Any) -> None:
-        """Run :meth:`on_initialize`, then start if the window begins at index 0.
+        """Run :meth:`on_initialize`, then start if the window begins at index 0. When either fails, hooks come off.
 
         Raises:
             RuntimeError: It is initialized or finalized already, or ``on_initialize`` returned False.
@@ -125,25 +153,24 @@ class Modifier(ModifierInterface, BaseModel):
         if self._finalized:
             raise RuntimeError(f"cannot initialize {self.name}: it is finalized; make a new one")
         if self._initialized:
-            raise RuntimeError(f"cannot initialize {self.name} twice")
+            raise RuntimeError(f"cannot initialize {self.name} twice; make a new one")
         try:
-            done = self.on_initialize(state, **kwargs)
+            if not (done := self.on_initialize(state, **kwargs)):
+                raise RuntimeError(
+                    f"{self.name}.on_initialize returned {done!r}, expected True: it could not prepare the model, "
+                    f"and nothing of it stays attached; check its arguments"
+                )
+            self._initialized = True
+            event = (event or Event(EventType.BATCH_START)).in_unit(self.unit)
+            if event.global_step == 0 and self.should_start(event):
+                self._start(state, event, **kwargs)
         except BaseException:
+            self._initialized = False
             self.remove_hooks()
             raise
-        if not done:
-            self.remove_hooks()
-            raise RuntimeError(
-                f"{self.name}.on_initialize returned {done!r}, expected True: it could not prepare the model, "
-                f"and nothing of it stays attached; check its arguments"
-            )
-        self._initialized = True
-        event = (event or Event(EventType.BATCH_START)).in_unit(self.unit)
-        if event.global_step == 0 and self.start is not None and self.start <= 0 and self.should_start(event):
-            self._start(state, event, **kwargs)
 
     def finalize(self, state: State, **kwargs: Any) -> None:
-        """Run :meth:`on_finalize` and take all hooks off.
+        """Run :meth:`on_finalize`; all hooks come off, also when it fails. Warns when the window never opened.
 
         Raises:
             RuntimeError: It was finalized before, never initialized, or ``on_finalize`` returned False.
@@ -152,11 +179,20 @@ class Modifier(ModifierInterface, BaseModel):
             raise RuntimeError(f"cannot finalize {self.name} twice")
         if not self._initialized:
             raise RuntimeError(f"cannot finalize {self.name}: it was never initialized")
-        done = self.on_finalize(state, **kwargs)
-        self.remove_hooks()
+        try:
+            done = self.on_finalize(state, **kwargs)
+        finally:
+            self.remove_hooks()
         if not done:
             raise RuntimeError(f"{self.name}.on_finalize returned {done!r}, expected True")
         self._finalized = True
+        if self.start is not None and not (self._started or self._resumed):
+            until = "" if self.end is None else f" and before {self.end}"
+            warnings.warn(
+                f"{self.name} never started: no training batch began at or after {self.start}{until} "
+                f"(unit: {self.unit}); check start, end and unit against the length of the run",
+                stacklevel=2,
+            )
 
     def update_event(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hand an event to the handlers, in the order of the table in docs/index.md.
@@ -170,41 +206,33 @@ class Modifier(ModifierInterface, BaseModel):
             raise RuntimeError(f"{self.name} got {event.type_} after it was finalized")
         event = event.in_unit(self.unit)
         self.on_event(state, event, **kwargs)
-        if (calibrate := self._calibration_handlers().get(event.type_)) is not None:
-            calibrate(state, event, **kwargs)
-        elif event.type_ == EventType.BATCH_START and not self._started and self.should_start(event):
+        if event.type_ in _CALIBRATION:
+            getattr(self, _CALIBRATION[event.type_])(state, event, **kwargs)
+            return
+        opened = self._started and not self._ended
+        if event.type_ == EventType.BATCH_START and not (self._started or self._ended) and self.should_start(event):
             self._start(state, event, **kwargs)
-            self.on_update(state, event, **kwargs)
-        elif event.type_ == EventType.BATCH_END and self._started and not self._ended and self.should_end(event):
+        elif event.type_ == EventType.BATCH_END and opened and self.should_end(event):
             self.on_end(state, event, **kwargs)
             self._ended = True
             self.on_update(state, event, **kwargs)
-        elif self._started and not self._ended and self._is_due(event):
+        elif event.type_ == EventType.BATCH_START and opened and self._resumed and self.should_end(event):
+            self.on_end(state, event, **kwargs)                # resumed past the end: what on_start put on comes off
+            self._ended = True
+        if self._started and not self._ended and self._is_due(event):
             self.on_update(state, event, **kwargs)
 
     def _start(self, state: State, event: Event, **kwargs: Any) -> None:
         self.on_start(state, event, **kwargs)
         self._started = True
-        if self.update and self.start is not None:
-            self._updates = event.due_count(self.start, self.update)
 
     def _is_due(self, event: Event) -> bool:
         """Without ``update``: always. With it: once at the first BATCH_START at or after each update point."""
-        if self.update is None:
-            return True
-        if event.type_ != EventType.BATCH_START or self.start is None:
-            return False
-        due = event.due_count(self.start, self.update)
-        missed, self._updates = due > self._updates, max(due, self._updates)
-        return missed
-
-    def _calibration_handlers(self) -> dict[EventType | None, Callable[..., None]]:
-        return {
-            EventType.CALIBRATION_START: self.on_calibration_start,
-            EventType.MODULE_READY: self.on_module_ready,
-            EventType.BLOCK_END: self.on_block_end,
-            EventType.CALIBRATION_END: self.on_calibration_end,
-        }
+        if self.update is None or event.type_ != EventType.BATCH_START:
+            return self.update is None
+        due, done = event.due_count(self.start or 0.0, self.update), self._updates
+        self._updates = max(due, done)
+        return due > done
 
     def should_start(self, event: Event) -> bool:
         """``start <= index`` and the window is not over; False when ``start`` is None."""
@@ -215,7 +243,7 @@ class Modifier(ModifierInterface, BaseModel):
         """``index >= end``; False when ``end`` is None."""
         return self.end is not None and event.in_unit(self.unit).current_index >= self.end
 
-    # -- handlers: override what you need -----------------------------------------------------------------------------
+    # -- handlers: override what you need ----------------------------------------------------------------------------
 
     @abstractmethod
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -249,22 +277,26 @@ class Modifier(ModifierInterface, BaseModel):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Name the targets that never saw data; drop statistics."""
 
-    # -- hooks ----------------------------------------------------------------------------------------------------------
+    # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def hook(self, module: nn.Module, function: Callable[..., Any], kind: str = "forward_pre") -> RemovableHandle:
+    def hook(
+        self, module: nn.Module, function: Callable[..., Any], kind: str = "forward_pre", with_kwargs: bool = False
+    ) -> RemovableHandle:
         """Call ``function`` at every forward of ``module`` until :meth:`remove_hooks`, except while paused.
 
         Args:
             module: Where the hook goes.
-            function: ``(module, args)`` for ``forward_pre``, ``(module, args, output)`` for ``forward``; what it returns
-                replaces the input or the output, as in torch.
+            function: ``(module, args)`` for ``forward_pre``, ``(module, args, output)`` for ``forward``; what it
+                returns replaces the input or the output, as in torch.
             kind: ``forward_pre`` or ``forward``.
+            with_kwargs: ``function`` gets the keyword arguments too, as its third argument.
+            with_kwargs: The function takes the call's keyword arguments too, after ``args``, as in torch.
         """
 
         def unless_paused(*args: Any) -> Any:
             return None if self._paused else function(*args)
 
-        handle: RemovableHandle = getattr(module, f"register_{kind}_hook")(unless_paused)
+        handle: RemovableHandle = getattr(module, f"register_{kind}_hook")(unless_paused, with_kwargs=with_kwargs)
         self._hooks.append((module, handle))
         return handle
 
@@ -288,21 +320,40 @@ class Modifier(ModifierInterface, BaseModel):
             self._paused -= 1
 
     def remove_hooks(self, *modules: nn.Module) -> None:
-        """Take off the hooks of some modules, or all of them."""
-        keep = []
+        """Take off the hooks of some modules; without an argument all of them."""
         for module, handle in self._hooks:
-            if modules and not any(module is m for m in modules):
-                keep.append((module, handle))
-            else:
+            if not modules or module in modules:
                 handle.remove()
-        self._hooks = keep
+        self._hooks = [pair for pair in self._hooks if modules and pair[0] not in modules]
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives and tensors only. Subclasses add to what ``super().state_dict()`` returns."""
-        return {"started": self._started, "ended": self._ended, "updates": self._updates}
+        return {"started": self._started or self._resumed, "ended": self._ended, "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
-        self._started, self._ended, self._updates = state["started"], state["ended"], state["updates"]
+        """Take back what :meth:`state_dict` gave.
+
+        ``on_start`` and ``on_end`` run in pairs inside one process: a window that is open starts again at the first
+        batch (see :attr:`resumed`), one that is over stays over.
+        """
+        self._resumed, self._updates = state["started"], state["updates"]
+        self._ended = state["ended"] and not self._started
+
+
+def _readable(modifier: type[Modifier], error: ValidationError) -> str:
+    """One line for each wrong argument."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        name, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+            near = get_close_matches(name, modifier.model_fields, cutoff=0.7)
+            known = f"known: {', '.join(modifier.model_fields)}"
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else known
+            lines.append(f"unknown argument {name!r}; {hint}")
+        elif fault["type"] == "missing":
+            lines.append(f"argument {name!r} is missing")
+        else:
+            lines.append(f"{name}={short(fault['input'])}: {message}" if name else message)
+    return f"{modifier.__name__}: " + "\n".join(lines)

@@ -1,0 +1,124 @@
+"""Selecting modules by class, name and pattern; what is said when nothing matches."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.matching import clean_name, match_rank, select
+
+
+class GatedLinear(nn.Linear):
+    pass
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    def block():
+        return nn.ModuleDict({"q_proj": nn.Linear(4, 4), "gate": GatedLinear(4, 4), "norm": nn.LayerNorm(4)})
+    return nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "lm_head": nn.Linear(4, 8)})
+
+
+def names(*args, **kwargs) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return list(select(*args, **kwargs))
+
+
+def test_by_class_and_its_ancestors_in_model_order(model):
+    assert names(model, "Linear") == [
+        "layers.0.q_proj", "layers.0.gate", "layers.1.q_proj", "layers.1.gate", "lm_head",
+    ]  # fmt: skip
+    assert names(model, ["GatedLinear"]) == ["layers.0.gate", "layers.1.gate"]
+    assert select(model, "Linear")["lm_head"] is model["lm_head"]
+
+
+def test_by_name_and_by_pattern(model):
+    assert names(model, ["lm_head", "layers.1.gate"]) == ["layers.1.gate", "lm_head"]
+    assert names(model, r"re:layers\.\d+\.q_") == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert names(model, r"re:.*\.1\..*proj$") == ["layers.1.q_proj"]
+
+
+def test_a_pattern_matches_from_the_beginning(model):
+    with pytest.raises(ValueError, match="matches none"):
+        select(model, "re:q_proj")
+
+
+def test_a_module_that_several_targets_match_comes_once(model):
+    assert names(model, ["Linear", "lm_head", "re:.*head"]).count("lm_head") == 1
+
+
+def test_ignore(model):
+    assert names(model, "Linear", ["GatedLinear", "lm_head", r"re:layers\.0"]) == ["layers.1.q_proj"]
+    assert names(model, "Linear", "re:.*lm_head")[-1] == "layers.1.gate"
+
+
+def test_ranks(model):
+    head = model["lm_head"]
+    ranks = [match_rank("lm_head", head, t) for t in ("lm_head", "re:lm", "Linear", "Module", "object", "head")]
+    assert ranks == [3, 2, 1, 1, 0, 0]
+
+
+# -- compiled modules ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [("_orig_mod.a", "a"), ("a._orig_mod.b", "a.b"), ("a._orig_mod", "a"), ("_orig_mod", ""), ("my_orig_mod.a",) * 2],
+)
+def test_clean_name(name, clean):
+    assert clean_name(name) == clean
+
+
+def test_names_in_a_compiled_model_are_those_of_the_plain_one(model):
+    plain = select(model, "Linear")
+    assert select(torch.compile(model), "Linear") == plain
+    head = model["lm_head"]
+    model["lm_head"] = torch.compile(head)
+    model["layers"][0] = torch.compile(model["layers"][0])
+    assert select(model, "Linear") == plain             # the Linear inside, not the wrapper around it
+    assert select(model, "lm_head") == {"lm_head": head}
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_matches_and_the_near_misses_are_named(model):
+    with pytest.raises(ValueError, match=r"targets=\['Linaer'\] matches none of .* 10 modules; did you mean 'Linear'"):
+        select(model, "Linaer")
+    with pytest.raises(ValueError, match=r"did you mean .*'lm_head'"):
+        select(model, ["lm_haed"])
+    with pytest.raises(ValueError, match=r"its classes are \['GatedLinear', 'LayerNorm', 'Linear', 'Module"):
+        select(model, "zzz")
+    with pytest.raises(ValueError, match=r"targets=\[\] matches none"):
+        select(model, [])
+
+
+def test_the_name_of_the_argument_is_in_the_message(model):
+    with pytest.raises(ValueError, match=r"config_groups.mlp.targets=\['zzz'\] matches none"):
+        select(model, "zzz", field="config_groups.mlp.targets")
+
+
+def test_everything_is_ignored(model):
+    with pytest.raises(ValueError, match=r"ignore=\['Linear'\] leaves nothing of the 2 modules that targets="):
+        select(model, "GatedLinear", "Linear")
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments"), [("targets", ("re:layers.(",)), ("ignore", ("Linear", ["re:layers.("]))]
+)
+def test_an_invalid_pattern_names_field_and_pattern(model, field, arguments):
+    with pytest.raises(ValueError, match=rf"{field}: 're:layers\.\(' is no regular expression: .*position"):
+        select(model, *arguments)
+
+
+def test_one_of_two_targets_matches_nothing(model):
+    with pytest.warns(UserWarning, match=r"targets=\['Linaer'\] matches none.*did you mean 'Linear'"):
+        assert list(select(model, ["lm_head", "Linaer"])) == ["lm_head"]
+
+
+def test_a_misspelt_name_in_ignore_is_told_a_pattern_is_not(model):
+    with pytest.warns(UserWarning, match=r"ignore=\['lm_haed'\] matches none.*'lm_head'"):
+        select(model, "Linear", "lm_haed")
+    assert names(model, "Linear", "re:.*router")        # recipes for many models
