@@ -1,0 +1,276 @@
+"""What flows through a model while it calibrates: how a batch enters, what is kept of it, whether it is finite.
+
+A block's call is kept as its arguments with the hidden state taken out (:data:`HIDDEN` marks the place) and the hidden
+state apart: that is replaced by the block's output as the walk goes on. The other arguments (masks, position
+embeddings) are kept by reference, each object once, however many blocks and batches share it.
+
+Shapes: B batch, T tokens, C channels.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = [
+    "HIDDEN",
+    "BatchRunner",
+    "Call",
+    "KeptCalls",
+    "argument",
+    "check_weights",
+    "device_of",
+    "find_nonfinite",
+    "first_bad_module",
+    "put",
+    "take",
+    "token_mask",
+]
+
+
+class Hidden:
+    """Stands where the hidden state was."""
+
+
+HIDDEN: Final = Hidden()
+
+
+@dataclass
+class Call:
+    """One call of a block: ``block(*args, **kwargs)``, :data:`HIDDEN` in the place of the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = tuple(hidden if a is HIDDEN else a for a in self.args)
+        return args, {k: hidden if v is HIDDEN else v for k, v in self.kwargs.items()}
+
+    @staticmethod
+    def without_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str | None) -> "Call":
+        """Take the argument ``at`` (a position or a name; None: there is none) out."""
+        return Call(
+            tuple(HIDDEN if i == at else a for i, a in enumerate(args)),
+            {k: HIDDEN if k == at else v for k, v in kwargs.items()},
+        )
+
+    @property
+    def is_bare(self) -> bool:
+        """True when the hidden state is all that the block gets."""
+        return len(self.args) + len(self.kwargs) == 1 and any(a is HIDDEN for a in [*self.args, *self.kwargs.values()])
+
+
+@dataclass
+class KeptCalls:
+    """Inputs of one segment of blocks, for every batch.
+
+    Args:
+        device: Where they are kept; None: where they are.
+        hidden: Per batch the input of the block that is next, such as [B, T, C].
+        calls: Per batch the other arguments, by block name.
+    """
+
+    device: torch.device | None
+    hidden: list[Tensor | None] = field(default_factory=list)
+    calls: list[dict[str, Call]] = field(default_factory=list)
+    _previous: list[Tensor] = field(default_factory=list)
+
+    def keep(self, hidden: Tensor | None, calls: Mapping[str, Call]) -> None:
+        """Keep a further batch; tensors that several calls share, or that equal those of the batch before, once."""
+        moved: dict[int, Tensor] = {}
+        equals, self._previous = self._previous, []
+
+        def keep_one(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                value = tensor.to(self.device) if self.device is not None else tensor
+                value = next((old for old in equals if _same(old, value)), value)
+                moved[id(tensor)] = value
+                self._previous.append(value)
+            return moved[id(tensor)]
+
+        self.calls.append({n: Call(*tree_map_only(Tensor, keep_one, (c.args, c.kwargs))) for n, c in calls.items()})
+        self.hidden.append(None)
+        if hidden is not None:
+            self.replace(len(self.hidden) - 1, hidden)
+
+    def replace(self, batch: int, hidden: Tensor) -> None:
+        """The block's output is the next block's input; the old one is let go."""
+        self.hidden[batch] = hidden.to(self.device, non_blocking=True) if self.device is not None else hidden
+
+    def take(
+        self, batch: int, name: str, device: torch.device | None, copy: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the block for one batch, on its device; ``copy`` for a block that writes into them."""
+        hidden = self.hidden[batch]
+        call = self.calls[batch].get(name, Call((HIDDEN,), {}))
+        arguments = call.with_hidden(hidden) if hidden is not None else (call.args, call.kwargs)
+
+        def place(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device, non_blocking=True) if device is not None else tensor
+            return moved.clone() if copy and moved is tensor else moved
+
+        args, kwargs = tree_map_only(Tensor, place, arguments)
+        return args, kwargs
+
+    def forget(self, name: str) -> None:
+        """The block is done; its arguments are let go."""
+        for calls in self.calls:
+            calls.pop(name, None)
+
+
+class BatchRunner:
+    """Runs a model on a calibration batch.
+
+    The default way in: a mapping gives the keyword arguments that the model's ``forward`` names (labels are left out);
+    of a tuple or list the first item goes in; anything else goes in as it is.
+
+    Args:
+        model: The model.
+        forward: ``forward(model, batch)`` instead of the default.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any] | None = None):
+        self.model, self.forward = model, forward
+
+    def __call__(self, batch: Any) -> Any:
+        batch = tree_move(batch, device_of(self.model))
+        return self.forward(self.model, batch) if self.forward is not None else self._default(batch)
+
+    def _default(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return self.model(**self._keywords(batch))
+        if isinstance(batch, (tuple, list)):
+            if not batch:
+                raise ValueError(f"a calibration batch is an empty {type(batch).__name__}; expected the input first")
+            return self._default(batch[0])
+        return self.model(batch)
+
+    def _keywords(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        parameters = inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters.values()
+        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        config = getattr(self.model, "config", None)
+        if named:
+            # an encoder-decoder makes its decoder's input out of labels
+            needs_labels = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
+            chosen = {k: v for k, v in batch.items() if k in named and (k != "labels" or needs_labels)}
+        else:
+            chosen = {k: v for k, v in batch.items() if k != "labels"}
+        if not chosen:
+            raise ValueError(
+                f"{type(self.model).__name__}.forward takes none of the batch's keys {sorted(map(str, batch))}, but "
+                f"{sorted(named)}; rename them, or pass forward=lambda model, batch: ..."
+            )
+        if hasattr(config, "use_cache") and "use_cache" in named:
+            chosen["use_cache"] = False
+        return chosen
+
+
+def tree_move(tree: Any, device: torch.device | None) -> Any:
+    """The same structure with its tensors on the device."""
+    if device is None:
+        return tree
+    if isinstance(tree, Mapping):                   # a BatchEncoding is no node of torch's trees
+        return {key: tree_move(value, device) for key, value in tree.items()}
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), tree)
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where the module's first parameter or buffer lies; None when it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return None
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """True for tokens that count, bool [B, T], from the batch's ``attention_mask``; None when all do."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
+        return None
+    return mask.bool()
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str | None) -> Any:
+    """The argument at a position or of a name; None when there is none."""
+    if isinstance(at, int):
+        return args[at] if at < len(args) else None
+    return kwargs.get(at) if at is not None else None
+
+
+def take(output: Any, at: int | str | None) -> Any:
+    """The hidden state in a block's output; ``at`` None: the output itself."""
+    return output if at is None else output[at]
+
+
+def put(template: Any, at: int | str | None, hidden: Tensor) -> Any:
+    """An output built like ``template`` with this hidden state in its place."""
+    if at is None:
+        return hidden
+    if isinstance(template, tuple):
+        items = [hidden if i == at else item for i, item in enumerate(template)]
+        return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
+    if isinstance(template, list):
+        return [hidden if i == at else item for i, item in enumerate(template)]
+    changed = type(template)(template)
+    changed[at] = hidden
+    return changed
+
+
+# -- is it finite -----------------------------------------------------------------------------------------------------
+
+
+def check_weights(model: nn.Module) -> None:
+    """ValueError names the parameters that hold NaN or Inf."""
+    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta and not is_finite(p)]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(
+            f"NaN or Inf in the weights {bad[:5]}{more}, expected finite numbers: training has diverged, or the "
+            f"checkpoint is damaged; load a sound one before compressing"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True when no element is NaN or Inf. One reduction; elements are looked at only when their sum is not finite."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def find_nonfinite(tree: Any, mask: Tensor | None) -> str | None:
+    """``NaN`` or ``Inf`` when a tensor of the structure holds one at a token that counts, else None."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and not is_finite(leaf):
+            counted = leaf[mask.to(leaf.device)] if mask is not None and leaf.shape[:2] == mask.shape else leaf
+            if not torch.isfinite(counted).all():
+                return "NaN" if torch.isnan(counted).any() else "Inf"
+    return None
+
+
+def first_bad_module(model: nn.Module, prefix: str, run: Callable[[], Any]) -> str | None:
+    """Run again and name the first innermost module whose output is not finite although its input is; None: none."""
+    found: list[str] = []
+
+    def look(name: str, args: Any, output: Any) -> None:
+        if not found and find_nonfinite(output, None) and not find_nonfinite(args, None):
+            found.append(name)
+
+    leaves = [(n, m) for n, m in model.named_modules(prefix=prefix) if not any(True for _ in m.children())]
+    handles = [m.register_forward_hook(lambda _m, args, out, n=n: look(n, args, out)) for n, m in leaves]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    if old is new:
+        return True
+    alike = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return alike and torch.equal(old, new)

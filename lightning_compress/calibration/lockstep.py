@@ -1,0 +1,187 @@
+"""All batches through a block in lockstep: each module is finished when every batch has arrived at it.
+
+A batch runs on a thread of its own and pauses before each hooked module; only one thread runs at a time, so nothing but
+the order of the work changes. When no batch can go on, the module that the block calls first among those waited for has
+seen all its inputs: it is finished (``ready``, on the caller's thread), and the batches go on through what it became.
+Each module runs once per batch, and every module sees inputs made by all the finished ones before it.
+
+A batch that passes a module by (an expert that got no token) is no obstacle as long as all batches keep one order.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["run_in_lockstep"]
+
+
+def run_in_lockstep(
+    works: Sequence[Callable[[], None]],
+    modules: Mapping[nn.Module, str],
+    ready: Callable[[nn.Module], None],
+    turn: Callable[[int], None],
+) -> None:
+    """Run ``works``, one per batch, finishing each module when all have arrived at it.
+
+    Args:
+        works: What to run for each batch.
+        modules: Where to pause, with names, in the order in which they are called.
+        ready: Called once per module that was arrived at, on this thread, after the last batch that comes to it.
+        turn: Called with the batch's number before it goes on.
+
+    Raises:
+        ValueError: A batch arrives at a module that is finished already: the block calls its modules more than once, or
+            in an order that depends on the data.
+    """
+    if len(works) == 1:
+        turn(0)
+        with _paused_before(modules, ready):
+            works[0]()
+        return
+    order = {module: i for i, module in enumerate(modules)}
+    batches = [_Batch(i, work) for i, work in enumerate(works)]
+    running: list[_Batch] = []                        # the one that has the turn
+    finished: set[nn.Module] = set()
+
+    def pause(module: nn.Module) -> None:
+        if module in finished:
+            raise ValueError(
+                f"batch {running[0].index} comes to {modules[module]!r} after it was finished: the block "
+                f"calls its modules in an order that depends on the data; use walk='two_pass'"
+            )
+        running[0].pause(module)
+
+    def let_run(batch: _Batch) -> None:
+        running[:] = [batch]
+        turn(batch.index)
+        batch.resume()
+
+    try:
+        with _paused_before(modules, pause):
+            for batch in batches:
+                let_run(batch)
+            while waiting := [b for b in batches if b.waits_at is not None]:
+                module = min((b.waits_at for b in waiting if b.waits_at is not None), key=order.__getitem__)
+                finished.add(module)
+                ready(module)
+                for batch in waiting:
+                    if batch.waits_at is module:
+                        let_run(batch)
+    finally:
+        for batch in batches:
+            batch.cancel()
+
+
+class _CancelledError(BaseException):
+    """Unwinds the thread of a batch that is not to go on."""
+
+
+class _Batch:
+    """A piece of work on a thread that runs only between :meth:`resume` and its next :meth:`pause`, or its end.
+
+    Attributes:
+        waits_at: The module it waits at; None before it began and after it ended.
+    """
+
+    def __init__(self, index: int, work: Callable[[], None]):
+        self.index, self.work = index, work
+        self.waits_at: nn.Module | None = None
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._context = _thread_state()
+        self._thread: threading.Thread | None = None
+
+    def resume(self) -> None:
+        """Let it run; returns when it pauses or ends. Raises what it raised, with its traceback."""
+        self.waits_at = None
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._main, name=f"batch {self.index}", daemon=True)
+            self._thread.start()
+        else:
+            self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            self._error.add_note(f"raised by calibration batch {self.index} (walk='one_pass')")
+            raise self._error
+
+    def pause(self, module: nn.Module) -> None:
+        """Called on its own thread."""
+        self.waits_at = module
+        self._stopped.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise _CancelledError
+
+    def cancel(self) -> None:
+        """End the thread where it pauses next, if it still runs."""
+        self._cancelled = True
+        if self._thread is not None:
+            self._go.release()
+            self._thread.join()
+        self._error = None                            # its traceback holds the batch's tensors
+
+    def _main(self) -> None:
+        try:
+            with self._context:
+                self.work()
+        except _CancelledError:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.waits_at = None
+            del self.work                             # and with it the inputs it holds
+            self._stopped.release()
+
+
+@contextmanager
+def _paused_before(modules: Mapping[nn.Module, str], pause: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call ``pause`` before each module runs, after the hooks that are on it now.
+
+    Hooks that come on while it pauses (the fake-quantization of a finished module's input) are run afterwards: torch
+    has read the list of hooks before, and would leave them out for the batches that wait here.
+    """
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        before = set(module._forward_pre_hooks)
+        pause(module)
+        for key, added in list(module._forward_pre_hooks.items()):
+            if key in before:
+                continue
+            if key in module._forward_pre_hooks_with_kwargs:
+                args, kwargs = added(module, args, kwargs) or (args, kwargs)
+            elif (result := added(module, args)) is not None:
+                args = result if isinstance(result, tuple) else (result,)
+        return args, kwargs
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _entered(contexts: Sequence[Callable[[], Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context())
+        yield
+
+
+def _thread_state() -> Any:
+    """A context that gives another thread what torch keeps per thread: grad mode, autocast, CUDA device and stream."""
+    grad = torch.is_grad_enabled()
+    contexts: list[Callable[[], Any]] = [lambda: torch.inference_mode(False), lambda: torch.set_grad_enabled(grad)]
+    for kind in ("cpu", *(["cuda"] if torch.cuda.is_initialized() else [])):
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        contexts.append(partial(torch.autocast, kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+    if torch.cuda.is_initialized():
+        device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+        contexts += [lambda: torch.cuda.device(device), lambda: torch.cuda.stream(stream)]
+    return _entered(contexts)

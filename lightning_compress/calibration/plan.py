@@ -1,0 +1,212 @@
+"""How a model will be walked: segments of blocks that hand a hidden state on, and what lies between them.
+
+Within a segment each block's input is the output of the one before, so inputs are made once and walk along. Where that
+chain breaks (an encoder's end, stages that change shape, arguments computed from what a block returns) a new segment
+begins: its inputs are made by running the model from the start through what is compressed already. That is correct and
+slower. Nothing is believed: each segment's stubbed run is compared with the dense one on the first batch.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_compress.calibration.activations import Call, put, take
+from lightning_compress.calibration.blocks import modules_outside
+from lightning_compress.calibration.capture import BrokenLinkError, capture, stubbed
+from lightning_compress.calibration.probe import Probe, ProbedBlock
+
+__all__ = ["Plan", "make_plan"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """The order of work.
+
+    Args:
+        blocks: Blocks that are walked, by name; empty: the model is walked as a whole.
+        segments: Blocks in the order of their calls; each starts a run from the model's beginning.
+        uncalled: Blocks that the forward pass does not reach.
+        outside: Modules in no block, ``outside[s]`` those that run before segment ``s``, the last ones after all.
+        stub_last: Modules after the last segment can be reached with that segment stubbed.
+    """
+
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    segments: list[list[ProbedBlock]] = field(default_factory=list)
+    uncalled: dict[str, nn.Module] = field(default_factory=dict)
+    outside: list[dict[str, nn.Module]] = field(default_factory=list)
+    stub_last: bool = False
+
+    def split(self, index: int) -> None:
+        """Run the blocks of a segment one by one after all."""
+        if index + 1 == len(self.segments):
+            self.stub_last = False
+        alone = [[block] for block in self.segments[index]]
+        self.segments[index : index + 1] = alone
+        self.outside[index : index + 1] = [{} for _ in alone]
+
+
+def make_plan(
+    model: nn.Module,
+    run: Callable[[], Any],
+    blocks: Mapping[str, nn.Module],
+    probe: Probe,
+    targets: Mapping[nn.Module, str],
+) -> Plan:
+    """Order the work.
+
+    Args:
+        model: The dense model, hooks of the modifiers paused.
+        run: Puts the first batch through it, as it did for the probe.
+        blocks: Blocks that were looked for, by name.
+        probe: What that run showed.
+        targets: Modules that modifiers have hooked, with their names.
+    """
+    calls = [block.name for block in probe.blocks]
+    if repeated := sorted({name for name in calls if calls.count(name) > 1}):
+        warnings.warn(
+            f"block {repeated[0]!r} runs {calls.count(repeated[0])} times per forward pass (shared weights?), so its "
+            f"inputs cannot be kept block by block: the model is walked as a whole, which needs the statistics of all "
+            f"targets at once; name other blocks with blocks=[...]",
+            stacklevel=2,
+        )
+        return whole(model)
+    if blocks and not calls:
+        warnings.warn(
+            f"the forward pass reaches none of the {len(blocks)} blocks ({next(iter(blocks))!r}, ...): the model is "
+            f"walked as a whole; name other blocks with blocks=[...]",
+            stacklevel=2,
+        )
+    if not calls:
+        return whole(model)
+    uncalled = {name: block for name, block in blocks.items() if name not in calls}
+    if uncalled:
+        warnings.warn(f"the forward pass does not reach the blocks {list(uncalled)}: they see no data", stacklevel=2)
+    segments = [s for linked in _linked_runs(probe.blocks) for s in _verified(run, linked, blocks)]
+    if len(segments) > 1:
+        firsts = ", ".join(repr(segment[0].name) for segment in segments[1:])
+        logger.info("inputs of %s are made by running the model from its start (correct, but slower)", firsts)
+    return Plan(
+        blocks=dict(blocks),
+        segments=segments,
+        uncalled=uncalled,
+        outside=_between(model, blocks, segments, probe),
+        stub_last=_tail_is_reached(run, segments[-1], blocks, probe, targets),
+    )
+
+
+def whole(model: nn.Module) -> Plan:
+    """A plan without blocks: everything at once."""
+    return Plan(outside=[modules_outside(model, {})])
+
+
+def _linked_runs(blocks: Sequence[ProbedBlock]) -> list[list[ProbedBlock]]:
+    """Cut where the chain breaks; and where the shape changes, unless the blocks take nothing but the hidden state."""
+    runs: list[list[ProbedBlock]] = []
+    for block in blocks:
+        if runs and block.linked:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    cut: list[list[ProbedBlock]] = []
+    for linked in runs:
+        bare = all(block.call.is_bare for block in linked[1:])
+        for i, block in enumerate(linked):
+            if i > 0 and (bare or linked[i - 1].keeps_shape):
+                cut[-1].append(block)
+            else:
+                cut.append([block])
+    return cut
+
+
+def _verified(
+    run: Callable[[], Any], segment: list[ProbedBlock], modules: Mapping[str, nn.Module]
+) -> list[list[ProbedBlock]]:
+    """The segment, or each of its blocks alone when a stubbed run does not give their arguments."""
+    if len(segment) == 1 or all(block.call.is_bare for block in segment[1:]):
+        return [segment]
+    try:
+        _, calls = capture(run, segment, modules)
+        wrong = next((b.name for b in segment if not _same_arguments(calls[b.name], b.call)), None)
+        reason = f"arguments of {wrong!r} are computed from what blocks return" if wrong is not None else None
+    except BrokenLinkError as error:
+        reason = str(error)
+    except Exception as error:                        # the model's own code, fed by stubs
+        reason = f"stubbed, the model raises {type(error).__name__}: {error}"
+    if reason is None:
+        return [segment]
+    logger.info("blocks %s to %s are run one by one: %s", segment[0].name, segment[-1].name, reason)
+    return [[block] for block in segment]
+
+
+def _between(
+    model: nn.Module, blocks: Mapping[str, nn.Module], segments: Sequence[Sequence[ProbedBlock]], probe: Probe
+) -> list[dict[str, nn.Module]]:
+    """Modules outside of all blocks by the segment before which their last call comes; never called: at the end."""
+    starts, calls = [], 0
+    for segment in segments:
+        starts.append(calls)
+        calls += len(segment)
+    groups: list[dict[str, nn.Module]] = [{} for _ in range(len(segments) + 1)]
+    for name, module in modules_outside(model, blocks).items():
+        made = probe.gap.get(module, calls)
+        groups[sum(start < made for start in starts)][name] = module
+    return groups
+
+
+def _tail_is_reached(
+    run: Callable[[], Any],
+    segment: Sequence[ProbedBlock],
+    blocks: Mapping[str, nn.Module],
+    probe: Probe,
+    targets: Mapping[nn.Module, str],
+) -> bool:
+    """True when, with the last segment stubbed, the targets outside of all blocks get the inputs they got before."""
+    wanted = {module: probe.inputs[module] for module in probe.inputs if module in targets}
+    if not wanted:
+        return True
+    last = segment[-1]
+    hidden = take(probe.last_output, last.out_at)
+    if not isinstance(hidden, Tensor):
+        return False
+    got: dict[nn.Module, Any] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs: got.__setitem__(m, (args, kwargs)), with_kwargs=True, prepend=True
+        )
+        for module in wanted
+    ]
+    try:
+        with stubbed(segment, blocks, last=lambda: put(last.template, last.out_at, hidden)):
+            run()
+    except Exception as error:                        # the model's own code, fed by stubs
+        logger.info("stubbed, the model raises %s: %s", type(error).__name__, error)
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    if all(m in got and _same_arguments(Call(*got[m]), Call(*wanted[m])) for m in wanted):
+        return True
+    logger.info("modules after the blocks use more than the last block's output: the whole model is run for them")
+    return False
+
+
+def _same_arguments(one: Call, other: Call) -> bool:
+    """Equal tensors, equal plain values; other objects are not compared."""
+    ours, theirs = tree_leaves((one.args, one.kwargs)), tree_leaves((other.args, other.kwargs))
+    return len(ours) == len(theirs) and all(_same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, (bool, int, float, str, type(None), Tensor)) or isinstance(b, Tensor):
+        return bool(type(a) is type(b) and a == b)
+    return type(a) is type(b)

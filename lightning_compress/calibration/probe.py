@@ -1,0 +1,249 @@
+"""One dense run of the first batch: in what order blocks and targets are called, with what, and what leads to what.
+
+Nothing is changed and nothing is counted as calibration. What it finds is what the walk is planned by (plan.py), and
+what can be told before hours of work: targets that never run, numbers that are not finite.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_compress.calibration.activations import HIDDEN, Call, argument, find_nonfinite, first_bad_module, take
+from lightning_compress.calibration.blocks import modules_outside
+
+__all__ = ["NonFiniteError", "Probe", "ProbedBlock", "nonfinite_error", "run_probe"]
+
+
+@dataclass
+class ProbedBlock:
+    """One call of one block, as the dense model makes it on the first batch.
+
+    Args:
+        name: Dotted name.
+        call: Its arguments; :data:`HIDDEN` in the place of the hidden state.
+        hidden_at: Position or name of the argument that is the hidden state; None: it gets no tensor.
+        linked: The hidden state is the very tensor that the block before returned, untouched in between.
+        out_at: Where its output holds the hidden state; None: the output is it.
+        template: Its output with blank tensors.
+        keeps_shape: Its hidden state leaves in the shape and dtype it came in.
+        writes: It writes into its arguments in place.
+    """
+
+    name: str
+    call: Call
+    hidden_at: int | str | None
+    linked: bool
+    out_at: int | str | None = None
+    template: Any = None
+    keeps_shape: bool = False
+    writes: bool = False
+
+
+@dataclass
+class Probe:
+    """What the run showed.
+
+    Args:
+        blocks: Calls of blocks in the order they were made.
+        counts: Calls per target; absent: never called.
+        order: Targets by their first call.
+        gap: Per module outside of all blocks the number of block calls made before its last call.
+        inputs: Inputs of the targets outside of all blocks, from their last call.
+        last_output: What the last block returned.
+    """
+
+    blocks: list[ProbedBlock] = field(default_factory=list)
+    counts: Counter[nn.Module] = field(default_factory=Counter)
+    order: dict[nn.Module, int] = field(default_factory=dict)
+    gap: dict[nn.Module, int] = field(default_factory=dict)
+    inputs: dict[nn.Module, Any] = field(default_factory=dict)
+    last_output: Any = None
+
+
+def run_probe(
+    model: nn.Module,
+    run: Callable[[], Any],
+    blocks: Mapping[str, nn.Module],
+    targets: Mapping[nn.Module, str],
+    mask: Tensor | None,
+) -> Probe:
+    """Run the first batch through the dense model and watch.
+
+    Args:
+        model: The model, in the modes of calibration, hooks of the modifiers paused.
+        run: Puts the first batch through it.
+        blocks: Blocks by name.
+        targets: Modules that modifiers have hooked, with their names.
+        mask: Tokens of the batch that count, [B, T]; None: all.
+
+    Raises:
+        ValueError: NaN or Inf comes up; names the module.
+    """
+    outside = modules_outside(model, blocks)
+    recorder = _Recorder(blocks, targets, list(outside.values()), mask)
+    try:
+        with recorder:
+            run()
+    except NonFiniteError as error:
+        raise nonfinite_error(error.kind, error.where, 0, first_bad_module(model, "", run)) from None
+    recorder.finish()
+    return recorder.probe
+
+
+def nonfinite_error(kind: str, where: str, batch: int, module: str | None) -> ValueError:
+    """The error for activations that are not finite."""
+    first = f" (first out of module {module!r})" if module is not None else ""
+    return ValueError(
+        f"{kind} in {where}{first} for calibration batch {batch}, expected finite numbers: look at that batch's input, "
+        f"and at the precision the model runs in (float16 overflows at 65504)"
+    )
+
+
+class NonFiniteError(Exception):
+    """NaN or Inf came up; who catches it may look for the module it came from."""
+
+    def __init__(self, kind: str, where: str, batch: int):
+        super().__init__(kind, where, batch)
+        self.kind, self.where, self.batch = kind, where, batch
+
+
+class _Recorder:
+    """Hooks on blocks and targets, on inside a ``with``."""
+
+    def __init__(
+        self,
+        blocks: Mapping[str, nn.Module],
+        targets: Mapping[nn.Module, str],
+        outside: Sequence[nn.Module],
+        mask: Tensor | None,
+    ):
+        self.blocks, self.targets, self.outside, self.mask = blocks, targets, outside, mask
+        self.probe = Probe()
+        self._handles: list[Any] = []
+        self._versions: list[int] = []                # of the arguments of the block that runs
+        self._input_kind: tuple[Any, ...] = ()        # shape and dtype of its hidden input, as it came in
+        self._output: Any = None                      # of the block before
+        self._output_versions: dict[int, int] = {}
+
+    def __enter__(self) -> None:
+        for module in self.outside:
+            self._handles.append(module.register_forward_pre_hook(
+                lambda m, _args: self.probe.gap.__setitem__(m, len(self.probe.blocks)), prepend=True
+            ))
+        for target, name in self.targets.items():
+            self._handles.append(target.register_forward_pre_hook(
+                lambda m, args, kwargs, n=name: self._on_target(m, n, args, kwargs), with_kwargs=True, prepend=True
+            ))
+        for name, block in self.blocks.items():
+            self._handles.append(block.register_forward_pre_hook(
+                lambda _m, args, kwargs, n=name: self._before_block(n, args, kwargs), with_kwargs=True, prepend=True
+            ))
+            self._handles.append(block.register_forward_hook(
+                lambda _m, args, kwargs, out, n=name: self._after_block(n, args, kwargs, out), with_kwargs=True
+            ))
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def finish(self) -> None:
+        """Describe the last block's output."""
+        if self.probe.blocks:
+            self.probe.last_output = self._output
+            self._describe_output(self.probe.blocks[-1], _first_tensor(self._output))
+        self._output = None
+
+    def _on_target(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> None:
+        probe = self.probe
+        probe.order.setdefault(module, len(probe.order))
+        probe.counts[module] += 1
+        if kind := find_nonfinite(args[:1], self.mask):
+            raise NonFiniteError(kind, f"the input of module {name!r}", 0)
+        if module in probe.gap:
+            probe.inputs[module] = (args, kwargs)
+
+    def _before_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_at, out_at = self._link(args, kwargs)
+        linked = hidden_at is not None
+        if self.probe.blocks:
+            self._describe_output(self.probe.blocks[-1], out_at if linked else _first_tensor(self._output))
+        self._output = None
+        if not linked:
+            hidden_at = _first_argument(args, kwargs)
+        self.probe.blocks.append(ProbedBlock(name, Call.without_hidden(args, kwargs, hidden_at), hidden_at, linked))
+        self._input_kind = _kind(argument(args, kwargs, hidden_at))
+        self._versions = [_version(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+
+    def _after_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kind := find_nonfinite(_hidden_part(output), self.mask):
+            raise NonFiniteError(kind, f"the output of block {name!r}", 0)
+        versions = [_version(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.probe.blocks[-1].writes = versions != self._versions
+        self._output = output
+        self._output_versions = {id(t): _version(t) for _, t in _items(output)}
+
+    def _link(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str | None, int | str | None]:
+        """(argument, place in the output before) that are one untouched tensor; (None, None) when there is none."""
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for at, value in named:
+            for place, tensor in _items(self._output):
+                if value is tensor and _version(tensor) == self._output_versions.get(id(tensor)):
+                    return at, place
+        return None, None
+
+    def _describe_output(self, block: ProbedBlock, out_at: Any) -> None:
+        block.out_at = out_at if out_at is not _NOWHERE else None
+        block.template = _blank(self._output)
+        block.keeps_shape = out_at is not _NOWHERE and _kind(take(self._output, out_at)) == self._input_kind
+
+
+_NOWHERE = HIDDEN             # no place in an output: it holds no tensor
+
+
+def _items(output: Any) -> Iterable[tuple[int | str | None, Tensor]]:
+    """Places of an output and the tensors there; None for the output itself."""
+    if isinstance(output, Tensor):
+        return [(None, output)]
+    if isinstance(output, (tuple, list)):
+        return [(i, item) for i, item in enumerate(output) if isinstance(item, Tensor)]
+    if isinstance(output, Mapping):
+        return [(key, item) for key, item in output.items() if isinstance(item, Tensor)]
+    return []
+
+
+def _first_tensor(output: Any) -> Any:
+    return next((place for place, _ in _items(output)), _NOWHERE)
+
+
+def _hidden_part(output: Any) -> Any:
+    return next((tensor for _, tensor in _items(output)), None)
+
+
+def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    named: list[tuple[int | str, Any]] = [*enumerate(args)]
+    named += sorted(kwargs.items(), key=lambda item: item[0] != "hidden_states")
+    return next((at for at, value in named if isinstance(value, Tensor)), None)
+
+
+def _blank(output: Any) -> Any:
+    """The same structure with every tensor replaced by one of NaN (zeros for integers): who reads it is found out."""
+    if isinstance(output, Mapping):
+        blank = copy.copy(output)
+        for key, item in _items(output):
+            blank[key] = _blank(item)                 # type: ignore[index]
+        return blank
+    return tree_map_only(Tensor, lambda t: torch.full_like(t, torch.nan if t.is_floating_point() else 0), output)
+
+
+def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
+    return () if tensor is None else (tuple(tensor.shape), tensor.dtype)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,201 @@
+"""A group of modules is finished: which modifiers look at it together, with whose hooks on, and who is told what when.
+
+The modifiers of a recipe fall into stages: one with ``own_pass`` is a stage for itself, neighbours without share one.
+Each stage sees all batches go through the group as the stages before have left it; the last one may go in lockstep.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from lightning_compress.calibration.activations import find_nonfinite
+from lightning_compress.calibration.lockstep import run_in_lockstep
+from lightning_compress.calibration.probe import nonfinite_error
+from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
+
+__all__ = ["Group", "Stages", "one_pass_obstacle"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that are finished together.
+
+    Args:
+        name: The block's dotted name; empty outside of all blocks.
+        block: The block; None outside of all blocks.
+        modules: Its modules by dotted name.
+        title: What to call it in messages and progress.
+    """
+
+    name: str
+    block: nn.Module | None
+    modules: Mapping[str, nn.Module]
+    title: str
+
+
+@dataclass
+class Stages:
+    """Leads modifiers through groups.
+
+    Args:
+        lifecycle: The modifiers.
+        state: What they see, but for the group.
+        clock: The clock that events carry.
+        masks: Per batch the tokens that count, [B, T]; None: all.
+        order: Targets in the order in which a forward pass calls them.
+        one_pass: The last stage goes in lockstep.
+        report: Called with a text when work goes on.
+    """
+
+    lifecycle: Lifecycle
+    state: State
+    clock: Event
+    masks: Sequence[Tensor | None]
+    order: Mapping[nn.Module, int]
+    one_pass: bool
+    report: Callable[[str], None]
+    batch: int = field(default=0, init=False)
+
+    def complete(self, group: Group, run: Callable[[int], object], propagate: Callable[[int], object] | None) -> None:
+        """Show a group to every stage and let it finish the group's modules.
+
+        Args:
+            group: The modules.
+            run: Puts a batch through them; what comes out is dropped.
+            propagate: Puts a batch through them for the last time and keeps what comes out; None: nobody needs it.
+        """
+        stages = stages_of(self.lifecycle.modifiers)
+        for stage in stages:
+            hooked = self._hooked(stage, group)
+            if stage is stages[-1] and self.one_pass and hooked:
+                self._lockstep(stage, group, hooked, propagate or run)
+                propagate = None
+            elif hooked:
+                self._look(stage, group, hooked, run)
+            self.tell(EventType.BLOCK_END, group, stage)
+            for modifier in stage:
+                if modifier.needs_calibration:        # what is finished may run again on the way to later groups
+                    modifier.remove_hooks(*group.modules.values())
+        if propagate is not None:
+            with self.lifecycle.paused():
+                for i in range(len(self.masks)):
+                    self.turn(i, f"{group.title}: outputs, batch {i + 1}/{len(self.masks)}")
+                    propagate(i)
+
+    def tell(
+        self,
+        type_: EventType,
+        group: Group,
+        only: Sequence[Modifier] | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        """Emit an event about a group, or about some of its modules."""
+        state = self.state.but(
+            block=group.block, block_name=group.name, modules=group.modules if modules is None else modules
+        )
+        self.lifecycle.emit(state, replace(self.clock, type_=type_), only=only)
+
+    def turn(self, batch: int, text: str) -> None:
+        """This batch runs now."""
+        self.batch = batch
+        self.lifecycle.set_token_mask(self.masks[batch])
+        self.report(text)
+
+    def _look(
+        self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]
+    ) -> None:
+        with self._only(stage), self._finite_inputs(hooked):
+            for i in range(len(self.masks)):
+                self.turn(i, f"{group.title}: statistics, batch {i + 1}/{len(self.masks)}")
+                run(i)
+
+    def _lockstep(
+        self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]
+    ) -> None:
+        at = ["start"]
+
+        def ready(module: nn.Module) -> None:
+            at[0] = hooked[module]
+            self.report(f"{group.title}: {at[0]}")
+            self.tell(EventType.MODULE_READY, group, stage, {hooked[module]: module})
+
+        def work(i: int) -> Callable[[], None]:
+            return lambda: _drop(run(i))
+
+        with self._only(stage), self._finite_inputs(hooked):
+            run_in_lockstep(
+                [work(i) for i in range(len(self.masks))],
+                hooked,
+                ready,
+                lambda i: self.turn(i, f"{group.title}: {at[0]}, batch {i + 1}/{len(self.masks)}"),
+            )
+
+    def _hooked(self, stage: Sequence[Modifier], group: Group) -> dict[nn.Module, str]:
+        """Modules of the group that the stage has hooked, in the order of their calls."""
+        names = {module: name for name, module in group.modules.items()}
+        found = dict.fromkeys(m for modifier in stage for m in modifier.hooked if m in names)
+        last = len(self.order)
+        return {m: names[m] for m in sorted(found, key=lambda m: self.order.get(m, last))}
+
+    @contextmanager
+    def _only(self, stage: Sequence[Modifier]) -> Iterator[None]:
+        """The hooks of the other modifiers are paused inside."""
+        with ExitStack() as stack:
+            for modifier in self.lifecycle.modifiers:
+                if not any(modifier is member for member in stage):
+                    stack.enter_context(modifier.paused())
+            yield
+
+    @contextmanager
+    def _finite_inputs(self, hooked: Mapping[nn.Module, str]) -> Iterator[None]:
+        """Before a statistic sees NaN or Inf, a ValueError names the module and the batch."""
+
+        def check(name: str, args: tuple[object, ...]) -> None:
+            if kind := find_nonfinite(args[:1], self.masks[self.batch]):
+                raise nonfinite_error(kind, f"the input of module {name!r}", self.batch, None)
+
+        with ExitStack() as stack:
+            for module, name in hooked.items():
+                handle = module.register_forward_pre_hook(lambda _m, args, n=name: check(n, args), prepend=True)
+                stack.callback(handle.remove)
+            yield
+
+
+def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:
+    """Modifiers in recipe order, those with ``own_pass`` apart."""
+    stages: list[list[Modifier]] = []
+    for modifier in modifiers:
+        if modifier.own_pass or not stages or stages[-1][-1].own_pass:
+            stages.append([modifier])
+        else:
+            stages[-1].append(modifier)
+    return stages
+
+
+def one_pass_obstacle(
+    modifiers: Sequence[Modifier], counts: Mapping[nn.Module, int], targets: Mapping[nn.Module, str]
+) -> str | None:
+    """Why the last stage cannot go in lockstep; None when it can.
+
+    Args:
+        modifiers: The recipe, its hooks on.
+        counts: Calls per target in one forward pass.
+        targets: What modifiers have hooked, with names.
+    """
+    last = [m for m in stages_of(modifiers)[-1] if m.needs_calibration]
+    for modifier in last:
+        if not modifier.one_pass:
+            return f"{modifier.name} finishes whole blocks, not single modules"
+        if not modifier.needs_data:
+            return f"{modifier.name} hooks nothing, so it would change weights after the batches have passed them"
+    hooked = {m for modifier in last for m in modifier.hooked}
+    for module, name in targets.items():
+        if module in hooked and counts.get(module, 0) != 1:
+            return f"{name!r} runs {counts.get(module, 0)} times per forward pass, expected once"
+    return None
+
+
+def _drop(_output: object) -> None:
+    """Let go of it."""

@@ -1,0 +1,236 @@
+"""One calibration under way: its batches, its plan, what is done, what comes next (in the order of sequential.py)."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.calibration.activations import (
+    BatchRunner,
+    KeptCalls,
+    device_of,
+    find_nonfinite,
+    first_bad_module,
+    put,
+    take,
+    token_mask,
+    tree_move,
+)
+from lightning_compress.calibration.blocks import modules_of_block, modules_outside
+from lightning_compress.calibration.capture import capture, run_to_stop, stopped_before, stubbed
+from lightning_compress.calibration.placement import on_device, streamed
+from lightning_compress.calibration.plan import Plan, make_plan, whole
+from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
+from lightning_compress.calibration.stages import Group, Stages, one_pass_obstacle
+from lightning_compress.core import Event, EventType, Lifecycle, State
+
+__all__ = ["WALKS", "Walk", "Walker"]
+
+logger = logging.getLogger(__name__)
+
+Walk = Literal["auto", "one_pass", "two_pass", "whole"]
+WALKS = ("auto", "one_pass", "two_pass", "whole")
+
+
+class Walker:
+    """Walks a model; the arguments are those of :func:`lightning_compress.calibration.calibrate`."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        state: State,
+        clock: Event,
+        batches: Sequence[Any],
+        runner: BatchRunner,
+        walk: Walk,
+        device: torch.device | None,
+        offload_device: torch.device | None,
+        progress: Callable[[str, int, int], None] | None,
+    ):
+        self.lifecycle, self.state, self.clock, self.batches, self.runner = lifecycle, state, clock, batches, runner
+        self.walk, self.device, self.offload_device, self.progress = walk, device, offload_device, progress
+        self.model = runner.model
+        self.plan = Plan()
+        self.done, self.total = 0, 1
+        self.stages = Stages(lifecycle, state, clock, [], {}, False, self._report)
+
+    def walk_without_data(self, blocks: Mapping[str, nn.Module]) -> None:
+        """BLOCK_END for every block and for what lies outside; no forward pass."""
+        self.total = len(blocks) + 1
+        for name, block in blocks.items():
+            self._report(name)
+            self.stages.tell(EventType.BLOCK_END, block_group(name, block))
+            self.done += 1
+        self._report("modules outside of blocks")
+        self.stages.tell(EventType.BLOCK_END, outside_group(modules_outside(self.model, blocks)))
+        self.done += 1
+        self._report("done")
+
+    def walk_with_data(self, blocks: Mapping[str, nn.Module]) -> None:
+        """Probe, plan, then segment after segment."""
+        self.total = len(blocks) + 1
+        with ExitStack() as stack:
+            if not blocks:
+                stack.enter_context(on_device(self.model, self.device))
+            self._prepare(blocks)
+            plan, index, kept = self.plan, 0, KeptCalls(self.offload_device)
+            while index < len(plan.segments):
+                segment = plan.segments[index]
+                with stopped_before(plan.blocks[segment[0].name]):
+                    self._complete_outside(index, lambda i: run_to_stop(partial(self._run, i)))
+                captured = self._capture(segment)
+                if captured is None:
+                    plan.split(index)
+                    continue
+                kept = captured
+                is_last = index + 1 == len(plan.segments)
+                self._walk_segment(segment, kept, keep_last=is_last and self._tail_needs_output())
+                index += 1
+            for name, block in plan.uncalled.items():
+                self.stages.tell(EventType.BLOCK_END, block_group(name, block))
+                self.done += 1
+            if plan.segments and plan.stub_last:
+                stack.enter_context(stubbed(plan.segments[-1], plan.blocks, last=lambda: self._last_output(kept)))
+            self._complete_outside(index, self._run)
+        self.done = self.total
+        self._report("done")
+
+    # -- before the walk ----------------------------------------------------------------------------------------------
+
+    def _prepare(self, blocks: Mapping[str, nn.Module]) -> None:
+        names = {m: n for n, m in modules_of_block("", self.model).items()}
+        calibrating = [m for m in self.lifecycle.modifiers if m.needs_calibration]
+        targets = {m: names[m] for modifier in calibrating for m in modifier.hooked if m in names}
+        self._report("probe: the first batch through the dense model")
+        masks = [tree_move(token_mask(batch), self.device or device_of(self.model)) for batch in self.batches]
+        run = partial(self.runner, self.batches[0])
+        with self.lifecycle.paused(), streamed(blocks, self.device):
+            probe = run_probe(self.model, run, blocks, targets, masks[0])
+            warn_of_targets(self.model, probe, targets)
+            self.plan = make_plan(self.model, run, blocks, probe, targets) if blocks else whole(self.model)
+        obstacle = one_pass_obstacle(self.lifecycle.modifiers, probe.counts, targets)
+        if self.walk == "one_pass" and obstacle is not None:
+            raise ValueError(f"walk='one_pass' is not possible: {obstacle}; use walk='two_pass' or walk='auto'")
+        one_pass = obstacle is None and self.walk in ("auto", "one_pass")
+        passes = "one pass" if one_pass else "two passes"
+        logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
+        self.stages = Stages(self.lifecycle, self.state, self.clock, masks, probe.order, one_pass, self._report)
+        self.total = len(self.plan.blocks) + 1
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def _capture(self, segment: Sequence[ProbedBlock]) -> KeptCalls | None:
+        """Inputs of a segment; None when a batch does not go the way the first one went."""
+        kept = KeptCalls(self.offload_device)
+        names = {block.name for block in segment}
+        before = {name: block for name, block in self.plan.blocks.items() if name not in names}
+        with self.lifecycle.paused(), streamed(before, self.device):
+            for i in range(len(self.batches)):
+                self.stages.turn(i, f"{segment[0].name}: inputs, batch {i + 1}/{len(self.batches)}")
+                try:
+                    hidden, calls = capture(partial(self._run, i), segment, self.plan.blocks)
+                except Exception as error:
+                    if len(segment) == 1:                 # no stub is to blame
+                        raise
+                    ends = segment[0].name, segment[-1].name
+                    logger.info("blocks %s to %s are run one by one: batch %d: %s", *ends, i, error)
+                    return None
+                if kind := find_nonfinite(hidden, self.stages.masks[i]):
+                    where = f"the input of block {segment[0].name!r}"
+                    raise nonfinite_error(kind, where, i, first_bad_module(self.model, "", partial(self._run, i)))
+                kept.keep(hidden, calls)
+        return kept
+
+    def _walk_segment(self, segment: Sequence[ProbedBlock], kept: KeptCalls, keep_last: bool) -> None:
+        """Block after block; the hidden states in ``kept`` move on with them."""
+        for block in segment:
+            module = self.plan.blocks[block.name]
+            with on_device(module, self.device):
+                run = partial(self._run_block, block, module, kept)
+                needed = keep_last or block is not segment[-1]
+                propagate = partial(self._propagate, block, run, kept) if needed else None
+                try:
+                    self.stages.complete(block_group(block.name, module), run, propagate)
+                except NonFiniteError as error:
+                    with self.lifecycle.paused():
+                        again = partial(self._call_block, block, module, kept, error.batch)
+                        source = first_bad_module(module, block.name, again)
+                    raise nonfinite_error(error.kind, error.where, error.batch, source) from None
+            kept.forget(block.name)
+            self.done += 1
+
+    def _call_block(self, block: ProbedBlock, module: nn.Module, kept: KeptCalls, i: int) -> Any:
+        args, kwargs = kept.take(i, block.name, device_of(module), copy=block.writes)
+        return module(*args, **kwargs)
+
+    def _run_block(self, block: ProbedBlock, module: nn.Module, kept: KeptCalls, i: int) -> Any:
+        output = self._call_block(block, module, kept, i)
+        if kind := find_nonfinite(take(output, block.out_at), self.stages.masks[i]):
+            raise NonFiniteError(kind, f"the output of block {block.name!r}", i)
+        return output
+
+    def _propagate(self, block: ProbedBlock, run: Callable[[int], Any], kept: KeptCalls, i: int) -> None:
+        kept.replace(i, take(run(i), block.out_at))
+
+    # -- outside of blocks --------------------------------------------------------------------------------------------
+
+    def _complete_outside(self, index: int, run: Callable[[int], Any]) -> None:
+        """Finish the modules that run before segment ``index``, or after all of them."""
+        modules = self.plan.outside[index]
+        if modules or not self.plan.segments:
+            with streamed(self.plan.blocks, self.device):
+                self.stages.complete(outside_group(modules), run, None)
+
+    def _tail_needs_output(self) -> bool:
+        hooked = {m for modifier in self.lifecycle.modifiers for m in modifier.hooked}
+        return self.plan.stub_last and not hooked.isdisjoint(self.plan.outside[-1].values())
+
+    def _run(self, i: int) -> Any:
+        return self.runner(self.batches[i])
+
+    def _last_output(self, kept: KeptCalls) -> Any:
+        """What the last block gave for the batch that runs now."""
+        last, hidden = self.plan.segments[-1][-1], kept.hidden[self.stages.batch]
+        assert isinstance(hidden, Tensor)
+        home = device_of(self.plan.blocks[last.name])
+        moved = hidden.to(home) if home is not None else hidden
+        # a copy, since the model may write into it
+        return put(last.template, last.out_at, hidden.clone() if moved is hidden else moved)
+
+    def _report(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress(text, self.done, self.total)
+
+
+def block_group(name: str, block: nn.Module) -> Group:
+    """The modules of a block."""
+    return Group(name, block, modules_of_block(name, block), name)
+
+
+def outside_group(modules: Mapping[str, nn.Module]) -> Group:
+    """Modules in no block."""
+    return Group("", None, modules, "modules outside of blocks")
+
+
+def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, str]) -> None:
+    """Name the targets that the first batch does not reach, and say why where it is known."""
+    unseen = {module: name for module, name in targets.items() if module not in probe.counts}
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    bypassed = [name for module, name in unseen.items() if any(module is a.out_proj for a in attentions)]
+    if bypassed:
+        warnings.warn(
+            f"{bypassed}: nn.MultiheadAttention uses the weight of its out_proj without calling it, so no data is seen "
+            f"there; add them to ignore, or replace the attention by one that calls its Linears",
+            stacklevel=2,
+        )
+    if other := [name for name in unseen.values() if name not in bypassed]:
+        warnings.warn(
+            f"the first batch does not reach the targets {other}: without data from other batches they stay without "
+            f"calibration; check that forward runs them, or add them to ignore",
+            stacklevel=2,
+        )
