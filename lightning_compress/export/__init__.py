@@ -1,1 +1,1 @@
-"""."""
+"""Writes a compressed model for transformers and vLLM, and reads it back."""

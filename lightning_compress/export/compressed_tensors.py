@@ -1,0 +1,310 @@
+"""Save a compressed model as transformers and vLLM load it (compressed-tensors), and load it back.
+
+A folder holds
+
+    model.safetensors          packed weights and their scales; all other tensors as they are (several files above 5 GB)
+    config.json                the model's own (Hugging Face) plus ``quantization_config``
+    generation_config.json     and the tokenizer's files, where there are such
+    recipe.yaml                the recipe, where one was given
+    lightning_compress.json    only where needed: what compressed-tensors has no place for
+
+Two kinds of quantized modules stay dense on disk, their weights on the grid: those whose packed form no loader reads
+(convolutions, the Conv1D of GPT-2) and those that share their weight with another module. ``lightning_compress.json``
+keeps their grids, so that :func:`load` restores them; it reads
+
+    {"format_version": 1,
+     "dense": {module: {"scheme": {...}, "scale": TENSOR, "zero_point": TENSOR or null, "input_scale": ..., ...}},
+     "names": {module: its name in model.safetensors, where transformers renames it}}
+    TENSOR = {"dtype": "float32", "shape": [...], "values": [flat list of numbers]}
+
+Files are written in a fixed order and hold no time: two saves of one model are equal byte for byte.
+"""
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lightning_compress.export import hugging_face
+from lightning_compress.export.atomic import whole_folder
+from lightning_compress.export.packing import check_fit, from_json, is_packable, pack, tensor_names, to_json, unpack
+from lightning_compress.export.quantization_config import matched, quantization_config
+from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
+from lightning_compress.matching import clean_name
+from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
+
+__all__ = ["load", "save"]
+
+OWN_FILE = "lightning_compress.json"
+FORMAT_VERSION = 1
+Records = Mapping[str, tuple[nn.Module, Quantized]]
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    recipe: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write a compressed model; the model stays as it is, and what is written appears whole or not at all.
+
+    Needs memory for the packed weights beside the model, never for a second dense copy.
+
+    Args:
+        model: Any module some of whose submodules were quantized. A Hugging Face model becomes a folder for
+            ``from_pretrained``; any other gets the same safetensors and a config.json without ``model_type``.
+        folder: Where to; made together with missing parents.
+        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to lie beside the model.
+        recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
+        overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk.
+        max_shard_bytes: Weights above this go into several files with an index.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ValueError: Nothing in the model is quantized, it holds NaN, the folder exists or cannot be written, the recipe
+            is no plain data.
+        RuntimeError: A weight was changed after compression.
+        OSError: Writing failed, such as for a full disk; nothing is left behind.
+    """
+    model = getattr(model, "_orig_mod", model)                    # torch.compile's wrapper
+    records: Records = {
+        clean_name(name): (module, record)
+        for name, module in quantized_modules(model).items()
+        if (record := quantized_of(module)) is not None
+    }
+    if not records:
+        raise ValueError(
+            f"nothing in this {type(model).__name__} is quantized, so there is nothing to export; "
+            f"compress it before save, or save the dense model by its own means"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "transformers quantized this model when it loaded it; load its folder with lightning_compress.load instead "
+            "and save what that returns"
+        )
+    recipe_yaml = None if recipe is None else _yaml(recipe)
+    reasons = _dense_on_disk(model, records)
+    try:
+        with whole_folder(folder, overwrite=overwrite) as partial:
+            _check_finite(model)
+            for name in reasons:
+                check_fit(name, *records[name])
+            _warn_dense(reasons, records)
+            _write(model, records, set(reasons), partial, max_shard_bytes)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            if recipe_yaml is not None:
+                (partial / "recipe.yaml").write_text(recipe_yaml)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"writing {folder} failed and nothing of it is left: {error}; is the disk full?") from error
+    return Path(folder).expanduser().resolve()
+
+
+def load(
+    folder: str | Path, model: nn.Module | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """Read what :func:`save` wrote: dequantized weights, and the records that make a model quantized.
+
+    Inputs of modules with quantized activations are fake-quantized again, and the model can be saved again.
+
+    Args:
+        folder: The folder.
+        model: A freshly built dense model to fill, of the dtype that was saved. Needed for all but Hugging Face's
+            models; those are built from config.json when it is left out.
+        device: Where the model goes; by default it stays on its device (the CPU when it is built here).
+
+    Returns:
+        ``model``, or the new one, in evaluation mode.
+
+    Raises:
+        ValueError: The folder holds no such export, or it does not fit ``model``.
+    """
+    folder = Path(folder).expanduser().resolve()
+    config = read_json(folder / "config.json")
+    own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else _own({}, {})
+    if own["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / OWN_FILE} has format_version {own['format_version']}, expected {FORMAT_VERSION}; "
+            f"load it with a newer version of this package"
+        )
+    if "quantization_config" not in config and not own["dense"]:
+        raise ValueError(f"{folder} holds no compressed model: its config.json has no quantization_config")
+    if model is None and "model_type" not in config:
+        raise ValueError(f"{folder} holds no Hugging Face model; build the dense model and call load(folder, model)")
+
+    layout = model if model is not None else hugging_face.skeleton(folder, config)
+    files = TensorFiles(folder)
+    weights, records = {}, {}
+    if "quantization_config" in config:
+        for name, scheme in matched(layout, QuantizationConfig.model_validate(config["quantization_config"])).items():
+            on_disk = own["names"].get(name, name)
+            module_type = type(layout.get_submodule(name))
+            tensors = files.take(on_disk, tensor_names(module_type, scheme))
+            weights[f"{on_disk}.weight"], records[name] = unpack(tensors, module_type, scheme)
+    records |= {name: from_json(data) for name, data in own["dense"].items()}
+    weights |= files.rest()
+
+    if not hugging_face.is_transformers(layout):
+        model = _fill(layout, weights)
+    elif model is None:
+        model = hugging_face.build(folder, layout, weights)
+    else:
+        model.load_state_dict(hugging_face.build(folder, layout, weights).state_dict())
+    model = (model if device is None else model.to(device)).eval()
+    for name, record in records.items():
+        module = model.get_submodule(name)
+        attach(module, _on(record, module.get_parameter("weight").device))
+    return model
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, max_shard_bytes: int) -> None:
+    """Weights and configs, in a folder that is there."""
+    packed = {name: pair for name, pair in records.items() if name not in dense}
+    state = _state_on_disk(model, packed)
+    if is_transformers := hugging_face.is_transformers(model):
+        hugging_face.write(model, state, folder, max_shard_bytes)
+        on_disk = hugging_face.names_on_disk(model, list(records))
+    else:
+        (folder / "config.json").write_text("{}\n")
+        write_tensors(state, folder, max_shard_bytes)
+        on_disk = {name: name for name in records}
+    written = TensorFiles(folder)
+    for name, (module, record) in packed.items():
+        written.check(on_disk[name], tensor_names(type(module), record.scheme))
+    if packed:
+        config = quantization_config(model, packed)
+        if is_transformers:
+            hugging_face.add_names_on_disk(model, config)
+        ModelCompressor(quantization_config=config).update_config(str(folder))
+        if is_transformers:
+            hugging_face.mend_layout(model, config, packed, folder)
+    own = _own({name: records[name][1] for name in records if name in dense}, on_disk)
+    if own["dense"] or own["names"]:
+        (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _own(dense: Mapping[str, Quantized], on_disk: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "dense": {name: to_json(record) for name, record in dense.items()},
+        "names": {name: other for name, other in on_disk.items() if name != other},
+    }
+
+
+def _state_on_disk(model: nn.Module, packed: Records) -> dict[str, Tensor]:
+    """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied."""
+    name_of = {id(module): name for name, (module, _) in packed.items()}
+    packed_at = {
+        f"{clean_name(path)}.weight": name_of[id(module)]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) in name_of
+    }
+    done: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        key = clean_name(key)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only")
+        if (name := packed_at.get(key)) is None:
+            state[key] = value
+            continue
+        if name not in done:
+            done[name] = pack(name, *packed[name])
+        state |= {key.removesuffix("weight") + local: tensor for local, tensor in done[name].items()}
+    return state
+
+
+def _dense_on_disk(model: nn.Module, records: Records) -> dict[str, str]:
+    """Quantized modules whose weight stays dense on disk, and why."""
+    owners = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(clean_name(name))
+    reasons = {}
+    for name, (module, _) in records.items():
+        if not is_packable(module):
+            reasons[name] = f"no loader reads a packed {type(module).__name__}"
+        elif others := [other for other in owners[id(module.weight)] if other != name]:
+            reasons[name] = f"it shares its weight with {others[0]!r}"
+    return reasons
+
+
+def _warn_dense(reasons: Mapping[str, str], records: Records) -> None:
+    if not reasons:
+        return
+    listed = "; ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:5])
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    warnings.warn(
+        f"{len(reasons)} of {len(records)} quantized modules are written with dense weights, on their grid, "
+        f"so their size on disk does not shrink: {listed}{more}",
+        stacklevel=3,
+    )
+    if active := [name for name in reasons if records[name][1].scheme.input_activations is not None]:
+        warnings.warn(
+            f"transformers and vLLM will not quantize the inputs of {', '.join(active[:5])}, so their outputs differ "
+            f"from this model's; lightning_compress.load restores it",
+            stacklevel=3,
+        )
+
+
+def _check_finite(model: nn.Module) -> None:
+    broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if broken:
+        listed = ", ".join(clean_name(name) for name in broken[:5])
+        raise ValueError(f"NaN or Inf in {len(broken)} parameters, such as {listed}; such a model is not exported")
+
+
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    try:
+        return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe must hold plain numbers, strings, lists and dicts: {error}") from error
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Copy ``weights`` into the parameters and buffers of ``model``; ValueError when they do not fit."""
+    own = {clean_name(key): value for key, value in model.state_dict().items()}
+    filled = {own[key].data_ptr() for key in weights if key in own}
+    missing = [key for key, value in own.items() if key not in weights and value.data_ptr() not in filled]   # not tied
+    if (unknown := sorted(weights.keys() - own.keys())) or missing:
+        raise ValueError(
+            f"the folder does not fit this {type(model).__name__}: the model lacks {unknown[:5]}, "
+            f"the folder lacks {missing[:5]}; build the model as it was when it was saved"
+        )
+    for key, value in weights.items():
+        there = own[key]
+        if (there.shape, there.dtype) != (value.shape, value.dtype) or there.is_meta:
+            raise ValueError(
+                f"{key!r} is {value.dtype} {tuple(value.shape)} in the folder, {there.dtype} {tuple(there.shape)} on "
+                f"{there.device} in the model; build it with the same sizes and dtype (model.to(...)), not on meta"
+            )
+    with torch.no_grad():
+        for key, value in weights.items():
+            own[key].copy_(value)
+    return model
+
+
+def _on(record: Quantized, device: torch.device) -> Quantized:
+    tensors = {key: value for key, value in vars(record).items() if isinstance(value, Tensor)}
+    return replace(record, **{key: value.to(device) for key, value in tensors.items()})

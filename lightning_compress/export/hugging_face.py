@@ -1,0 +1,151 @@
+"""What is particular to the models of transformers: how it saves, renames, ties, lays out and loads weights.
+
+transformers is imported inside functions only.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
+from torch import Tensor, nn
+
+from lightning_compress.export.packing import tensor_names
+from lightning_compress.export.tensors import read_json
+from lightning_compress.quant.record import Quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["add_names_on_disk", "build", "is_transformers", "mend_layout", "names_on_disk", "skeleton", "write"]
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """True for a model of transformers."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    """``save_pretrained`` with another state dict: weights under their names on disk, config, generation config."""
+    config = model.config
+    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}      # save_pretrained sets them
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(config, "tie_word_embeddings", False) and inputs is not None and outputs is not None:
+        if inputs.weight is not outputs.weight:                   # two tensors, whatever the config promises
+            _change(folder / "config.json", tie_word_embeddings=False)
+
+
+def names_on_disk(model: "PreTrainedModel", names: Sequence[str]) -> dict[str, str]:
+    """The names that ``save_pretrained`` gives to modules: transformers 5 renames some on their way to the disk."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {name: name for name in names}
+    marked = {f"{name}.weight": torch.tensor(place) for place, name in enumerate(names)}
+    renamed = revert_weight_conversion(model, marked)
+    return {names[int(mark)]: key.removesuffix(".weight") for key, mark in renamed.items()}
+
+
+def add_names_on_disk(model: "PreTrainedModel", config: QuantizationConfig) -> None:
+    """Ignored modules under both their names: transformers matches the model's own, vLLM those on disk."""
+    on_disk = names_on_disk(model, config.ignore)
+    config.ignore = list(dict.fromkeys([*config.ignore, *(on_disk[name] for name in config.ignore)]))
+
+
+def mend_layout(
+    model: "PreTrainedModel",
+    config: QuantizationConfig,
+    packed: Mapping[str, tuple[nn.Module, Quantized]],
+    folder: Path,
+) -> None:
+    """Make ``from_pretrained`` unpack the weights while it reads them, where it cannot lay the model out packed.
+
+    It first gives the model packed parameters, then reads the file into them. Where that fails (see
+    :func:`_layout_fault`) the key ``dequantize`` in quantization_config takes another way, that knows one scheme for
+    the whole model and no activations. vLLM does not read that key.
+    """
+    if (fault := _layout_fault(model, config, packed)) is None:
+        return
+    groups = list(config.config_groups.values())
+    if len(groups) > 1 or groups[0].input_activations is not None:
+        warnings.warn(
+            f"transformers cannot load this folder ({fault}), lightning_compress.load can; with one scheme for the "
+            f"whole model, and no activations, transformers can too",
+            stacklevel=4,
+        )
+        return
+    path = folder / "config.json"
+    _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
+
+
+def _layout_fault(
+    model: "PreTrainedModel", config: QuantizationConfig, packed: Mapping[str, tuple[nn.Module, Quantized]]
+) -> str | None:
+    """Why transformers 5.23 cannot lay this model out with packed weights; None when it can."""
+    for group in config.config_groups.values():
+        grouped = group.weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+        if grouped and not group.weights.symmetric and group.format == CompressionFormat.pack_quantized:
+            return "compressed-tensors 0.20 lays zero points out unpacked, packed ones are refused for their shape"
+    with torch.device("meta"):
+        layout = type(model)(copy.deepcopy(model.config))
+    for name, (module, record) in packed.items():
+        if "weight" not in tensor_names(type(module), record.scheme):
+            del layout.get_submodule(name).weight
+    try:
+        layout.initialize_weights()
+    except AttributeError as error:                       # T5: it reaches for the weights of its attention's Linears
+        return f"{type(model).__name__} cannot be initialized with packed weights: {error}"
+    return None
+
+
+def skeleton(folder: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
+    """The model that config.json describes, without weights."""
+    import transformers
+
+    architecture = (config.get("architectures") or [""])[0]
+    model_class = getattr(transformers, architecture, None) if architecture else None
+    if model_class is None:
+        raise ValueError(
+            f"transformers has no class {architecture!r}, which {folder / 'config.json'} names; "
+            f"build the dense model and call load(folder, model)"
+        )
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(_dense_config(transformers.AutoConfig.from_pretrained(folder)))
+    return model
+
+
+def build(folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> "PreTrainedModel":
+    """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``."""
+    from transformers import GenerationConfig
+
+    model, info = type(layout).from_pretrained(
+        None, config=_dense_config(layout.config), state_dict=dict(weights), output_loading_info=True
+    )
+    if bad := {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}:
+        raise ValueError(f"{folder} does not fit {type(layout).__name__}: {bad}")
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _dense_config(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(read_json(path) | values, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,178 @@
+"""One quantized module as tensors on disk and back, through compressed-tensors' own compressors.
+
+A quantized module holds its weight on the grid, W = (code - zero_point) * scale, and a
+:class:`~lightning_compress.quant.record.Quantized` that knows the grid. Packing finds the codes again; that this loses
+nothing is checked for every module, by unpacking and comparing bit for bit.
+"""
+
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from torch import Tensor, nn
+
+from lightning_compress.quant.matrix import as_matrix
+from lightning_compress.quant.record import Quantized
+
+__all__ = ["ACTIVATION_NAMES", "check_fit", "from_json", "is_packable", "pack", "tensor_names", "to_json", "unpack"]
+
+ACTIVATION_NAMES = ("input_scale", "input_zero_point")
+"""What a static activation scheme adds to the names of a module's tensors."""
+
+
+TENSOR_FIELDS = ("scale", "zero_point", *ACTIVATION_NAMES)
+
+
+def is_packable(module: nn.Module) -> bool:
+    """True for modules whose packed weight transformers and vLLM read: Linear and Embedding."""
+    return isinstance(module, COMPRESSIBLE_MODULE_TYPES)
+
+
+def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
+    """The tensors that replace ``weight`` on disk, on the CPU; the module is not changed.
+
+    Args:
+        name: For messages.
+        module: Linear or Embedding, weight [R, C] on the grid of ``record``.
+        record: Its grid.
+
+    Returns:
+        By local name: ``weight_packed`` int32 and ``weight_shape`` int64, or ``weight`` int8; ``weight_scale`` in the
+        weight's dtype, ``weight_zero_point``, ``input_scale``, ``input_zero_point`` where the scheme has them.
+
+    Raises:
+        RuntimeError: The weight is not on the grid: it was changed after compression.
+    """
+    weight: Tensor = module.get_parameter("weight").detach()
+    scheme = record.scheme
+    compressor = _compressor(type(module), scheme)
+    state = {"weight": _on_grid(name, weight, record), "weight_scale": _wide(record.scale)}
+    if record.zero_point is not None:
+        state["weight_zero_point"] = record.zero_point
+    packed = compressor.compress(state, scheme)
+    packed["weight_scale"] = record.scale
+    unpacked = compressor.decompress(packed, scheme)["weight"].to(weight.dtype)
+    assert torch.equal(unpacked, weight), f"{name!r}: {compressor.__name__} does not give back the weight it packed"
+    for local in ACTIVATION_NAMES:
+        value = getattr(record, local)
+        if value is not None and not (local.endswith("zero_point") and scheme.input_activations.symmetric):
+            packed[local] = value.reshape(-1).to(weight.dtype if local == "input_scale" else value.dtype)
+    return {local: value.detach().cpu().contiguous() for local, value in packed.items()}
+
+
+def unpack(tensors: dict[str, Tensor], module_type: type, scheme: QuantizationScheme) -> tuple[Tensor, Quantized]:
+    """The reverse of :func:`pack`: the dequantized weight [R, C] and the record.
+
+    Args:
+        tensors: As :func:`pack` returned them.
+        module_type: Class of the module that they belong to.
+        scheme: Its scheme.
+    """
+    state = _compressor(module_type, scheme).decompress(tensors, scheme)
+    record = Quantized(
+        scheme=scheme,
+        scale=state["weight_scale"],
+        zero_point=state.get("weight_zero_point"),
+        input_scale=state.get("input_scale"),
+        input_zero_point=state.get("input_zero_point"),
+    )
+    return state["weight"], record
+
+
+def tensor_names(module_type: type, scheme: QuantizationScheme) -> tuple[str, ...]:
+    """Local names that :func:`unpack` wants (activation names only where the file has them)."""
+    return (*_compressor(module_type, scheme).compression_param_names(scheme), *ACTIVATION_NAMES)
+
+
+def check_fit(name: str, module: nn.Module, record: Quantized) -> None:
+    """RuntimeError names the module when its weight is not on the grid of its record; for any kind of module."""
+    _on_grid(name, as_matrix(module).detach(), record)
+
+
+def to_json(record: Quantized) -> dict[str, Any]:
+    """The record in JSON types: the scheme, and each tensor as dtype, shape and flat values (decimal, exact)."""
+    tensors = {key: getattr(record, key) for key in TENSOR_FIELDS}
+    return {"scheme": record.scheme.model_dump(mode="json")} | {
+        key: None if value is None else {
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+            "values": value.detach().cpu().flatten().tolist(),
+        }
+        for key, value in tensors.items()
+    }
+
+
+def from_json(data: dict[str, Any]) -> Quantized:
+    """The reverse of :func:`to_json`."""
+    scheme = QuantizationScheme.model_validate(data["scheme"])
+    scale = _tensor(data["scale"])
+    if scale is None:
+        raise ValueError("a record needs a scale")
+    return Quantized(scheme, scale, *(_tensor(data[key]) for key in TENSOR_FIELDS[1:]))
+
+
+def _tensor(data: dict[str, Any] | None) -> Tensor | None:
+    if data is None:
+        return None
+    return torch.tensor(data["values"], dtype=getattr(torch, data["dtype"])).reshape(data["shape"])
+
+
+def _compressor(module_type: type, scheme: QuantizationScheme) -> type[BaseCompressor]:
+    chosen = scheme.format or infer_module_format(module_type, scheme).value
+    return BaseCompressor.get_value_from_registry(chosen)
+
+
+def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:
+    """A copy of the weight, float32 or wider, that compressed-tensors rounds to the right codes.
+
+    Codes are sought in float32 at least: in bfloat16 the quotient of an 8-bit code rounds to a neighbour (948 of all
+    32,768 pairs of code and scale mantissa). That is exact for codes up to +-128; the asymmetric 8-bit ones reach
+    +-255, where two codes may share one bfloat16 value and the nearest code (18 of 65,408 pairs) may give the value
+    next to it; those are moved by one code.
+    """
+    _check_record(name, weight_RC, record)
+    args: QuantizationArgs = record.scheme.weights
+    wide_RC, scale = _wide(weight_RC), _wide(record.scale)
+    for attempt in range(2):
+        codes_RC = quantize(wide_RC, scale, record.zero_point, args, dtype=args.pytorch_dtype())
+        again_RC = dequantize(codes_RC, record.scale, record.zero_point, args).to(weight_RC.dtype)
+        if torch.equal(again_RC, weight_RC):
+            return wide_RC
+        if attempt == 0:
+            step_RC = dequantize(torch.ones_like(wide_RC), scale, None, args)
+            wide_RC = wide_RC + _wide(weight_RC - again_RC).sign() * step_RC
+    off = again_RC != weight_RC
+    raise RuntimeError(
+        f"{name!r}: {int(off.sum())} of {off.numel()} weights do not lie on the grid of its record (largest gap "
+        f"{(again_RC - weight_RC).abs().max().item():.3g}): the weight was changed after compression; compress it again"
+    )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
+    """The scale has the shape that the strategy wants, and is finite and positive."""
+    args: QuantizationArgs = record.scheme.weights
+    R, C = weight_RC.shape
+    expected = {
+        QuantizationStrategy.TENSOR: (1,),
+        QuantizationStrategy.CHANNEL: (R, 1),
+        QuantizationStrategy.GROUP: (R, C // (args.group_size or C)),
+    }.get(args.strategy)
+    if expected is None:
+        raise ValueError(f"{name!r}: cannot export weights of strategy {args.strategy!r}; use tensor, channel or group")
+    for what, value in (("scale", record.scale), ("zero point", record.zero_point)):
+        if value is not None and tuple(value.shape) != expected:
+            raise RuntimeError(
+                f"{name!r}: its {what} has shape {tuple(value.shape)}, expected {expected} ({args.strategy})"
+            )
+    if not args.symmetric and record.zero_point is None:
+        raise RuntimeError(f"{name!r}: its scheme is asymmetric, but its record has no zero point")
+    if not (record.scale.isfinite() & (record.scale > 0)).all():
+        raise RuntimeError(f"{name!r}: some of its scales are not finite and positive")

@@ -1,0 +1,70 @@
+"""Tiny models on a grid: rounded to nearest, with records, as a modifier leaves them."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from torch import nn
+
+from lightning_compress.matching import select
+from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.matrix import as_matrix, write_matrix
+from lightning_compress.quant.record import Quantized, attach
+from lightning_compress.quant.scales import minmax
+
+
+def make_scheme(name: str, targets: Sequence[str] = ("Linear",), **weights) -> QuantizationScheme:
+    """A preset, or with ``weights`` a scheme of our own; ``static`` adds int8 activations with a calibrated scale."""
+    if name == "static":
+        int8 = QuantizationArgs(num_bits=8, symmetric=True)
+        return QuantizationScheme(
+            targets=list(targets), weights=QuantizationArgs(num_bits=8, strategy="channel"), input_activations=int8
+        )
+    if weights:
+        return QuantizationScheme(targets=list(targets), weights=QuantizationArgs(**weights))
+    return preset_name_to_scheme(name, list(targets))
+
+
+def to_grid(module: nn.Module, scheme: QuantizationScheme) -> None:
+    weight_RC = as_matrix(module).clone()
+    scale, zero_point = minmax(weight_RC, scheme.weights)
+    write_matrix(module, round_weight(weight_RC, scale, zero_point, scheme.weights))
+    inputs = scheme.input_activations
+    input_scale = torch.tensor([0.02], dtype=weight_RC.dtype) if inputs is not None and not inputs.dynamic else None
+    attach(module, Quantized(scheme, scale, zero_point, input_scale))
+
+
+@pytest.fixture(scope="session")
+def scheme_of() -> Callable[..., QuantizationScheme]:
+    return make_scheme
+
+
+@pytest.fixture(scope="session")
+def quantize() -> Callable[..., nn.Module]:
+    """Round the targets of a scheme to their grid and attach the records."""
+
+    def run(model: nn.Module, scheme: QuantizationScheme, ignore: Sequence[str] = ()) -> nn.Module:
+        for module in select(model, scheme.targets, ignore).values():
+            to_grid(module, scheme)
+        return model.eval()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., nn.Module]:
+    def build(**settings) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **settings)).eval()
+
+    return build
+
+
+@pytest.fixture
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 8)).eval()
