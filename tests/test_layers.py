@@ -1,0 +1,218 @@
+"""The house rules, read from the source: who may import whom, no cycles, no shared mutable state, no helper files."""
+
+import ast
+import importlib
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "lightning_compress"
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
+
+# Layer -> other layers of this package that it may import, and packages from outside. A layer is the first name below
+# the package: a folder or a file. torch and the standard library are free to all.
+LAYERS: dict[str, tuple[set[str], set[str]]] = {
+    "core": (set(), {"pydantic"}),
+    "ops": (set(), {"triton"}),
+    "matching": (set(), set()),
+    "distributed": (set(), set()),
+    "quant": ({"ops", "matching"}, {"compressed_tensors", "pydantic"}),
+    "maths": ({"ops", "quant.matrix"}, set()),
+    "calibration": ({"core", "matching", "distributed"}, set()),
+    "modifiers": (
+        {"core", "maths", "quant", "ops", "matching", "distributed"}, {"compressed_tensors", "pydantic", "safetensors"},
+    ),
+    "export": ({"quant", "matching"}, {"compressed_tensors", "safetensors", "transformers", "yaml"}),
+    "report": ({"core.ledger"}, {"rich", "matplotlib"}),
+    "oneshot": ({"core", "calibration"}, set()),
+    "slurm": (set(), set()),
+    "evaluation": (set(), {"torchmetrics"}),
+    "recipe": ({"core"}, {"yaml", "omegaconf"}),
+    "training": (
+        {"core", "distributed", "calibration", "quant", "export", "report", "evaluation"}, {"lightning", "rich"},
+    ),
+    "callback": (
+        {"core", "matching", "distributed", "calibration", "quant", "export", "report", "oneshot", "evaluation",
+         "recipe", "training"},
+        {"lightning", "torchmetrics", "yaml", "omegaconf"},
+    ),
+}  # fmt: skip
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+MODULES = {module_of(path): path for path in FILES}
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+
+
+def imports(module: str, *, whole: bool = True) -> Iterator[tuple[str, int]]:
+    """(absolute name, line) of what a module imports; with ``whole=False`` only what runs when it is imported."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(TREES[module]) if whole else _at_import(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield (inner if inner in MODULES else base), node.lineno
+
+
+def _at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Statements that run at import: no function bodies, no ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _at_import(child)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != PACKAGE])
+def test_imports_follow_the_layers(module):
+    layer = layer_of(module)
+    assert layer in LAYERS, f"{module}: a new layer {layer!r}; say here and in docs/index.md what it may import"
+    inside, outside = LAYERS[layer]
+    wrong = []
+    for name, line in imports(module):
+        top, *_rest = name.split(".")
+        if top != PACKAGE:
+            fine = top in {"torch", *outside} or _is_stdlib(top)
+        elif layer_of(name) == layer:
+            fine = layer != "modifiers" or name == module or name == f"{PACKAGE}.modifiers"
+        else:
+            fine = any(name == f"{PACKAGE}.{a}" or name.startswith(f"{PACKAGE}.{a}.") for a in inside)
+        if not fine:
+            wrong.append(f"{MODULES[module].relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _is_stdlib(top: str) -> bool:
+    import sys
+
+    return top in sys.stdlib_module_names
+
+
+def test_the_front_door_is_lazy():
+    """Importing the package imports none of its layers: names load when they are asked for (PEP 562)."""
+    outside = [(name, line) for name, line in imports(PACKAGE, whole=False) if not _is_stdlib(name.split(".")[0])]
+    assert not outside, outside
+
+
+def test_modifiers_never_import_each_other():
+    for module in MODULES:
+        if module.startswith(f"{PACKAGE}.modifiers."):
+            others = [n for n, _ in imports(module) if n.startswith(f"{PACKAGE}.modifiers.") and n != module]
+            assert not others, f"{module} imports {others}"
+
+
+def test_there_is_no_import_cycle():
+    """Over every import, also those inside functions: a cycle that is put off is a cycle."""
+    edges = {m: {n for n, _ in imports(m) if n in MODULES and n != m} for m in MODULES if m != PACKAGE}
+    edges = {m: {n for n in found if n != PACKAGE} for m, found in edges.items()}
+    order: list[str] = []
+    visiting: list[str] = []
+
+    def visit(module: str) -> None:
+        assert module not in visiting, "cycle: " + " -> ".join([*visiting[visiting.index(module) :], module])
+        if module not in order:
+            visiting.append(module)
+            for name in sorted(edges[module]):
+                visit(name)
+            visiting.pop()
+            order.append(module)
+
+    for module in edges:
+        visit(module)
+
+
+@pytest.mark.parametrize("layer", sorted(LAYERS))
+def test_the_table_of_layers_itself_has_no_cycle(layer):
+    seen, todo = set(), list(LAYERS[layer][0])
+    while todo:
+        name = todo.pop().split(".")[0]
+        assert name != layer, f"{layer} may reach itself"
+        if name not in seen:
+            seen.add(name)
+            todo += LAYERS[name][0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_says_what_it_is(path):
+    assert path.stem not in {"utils", "util", "helpers", "helper", "base", "common", "misc"}, "find it a true name"
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} does not open by saying what it is"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_at_module_level_changes(module):
+    """No ``global``, and no function writes into a name of its module."""
+    tree = TREES[module]
+    own = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    writers = {"append", "add", "update", "extend", "insert", "pop", "popitem", "clear", "setdefault", "remove"}
+    wrong = []
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
+        local = {a.arg for a in ast.walk(function) if isinstance(a, ast.arg)}
+        local |= {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        shared = own - local
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                wrong.append(f"line {node.lineno}: global {', '.join(node.names)}")
+            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                if isinstance(node.value, ast.Name) and node.value.id in shared:
+                    wrong.append(f"line {node.lineno}: writes into {node.value.id}")
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in writers:
+                if isinstance(node.func.value, ast.Name) and node.func.value.id in shared:
+                    wrong.append(f"line {node.lineno}: {node.func.value.id}.{node.func.attr}(...)")
+    assert not wrong, f"{module}: " + "; ".join(wrong)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_alone(module):
+    """Names in ``__all__`` exist, and each public module says which are public."""
+    loaded = importlib.import_module(module)
+    for name in getattr(loaded, "__all__", []):
+        assert hasattr(loaded, name), f"{module}.__all__ lists {name}"
+
+
+def test_no_file_of_the_package_writes_print_or_reads_the_environment_for_its_maths():
+    for module in MODULES:
+        if layer_of(module) in {"core", "ops", "maths", "quant", "modifiers", "matching"}:
+            for node in ast.walk(TREES[module]):
+                called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
+                assert called not in {"print", "eval", "exec"}, f"{module}:{node.lineno} calls {called}"
+
+
+def test_what_is_imported_is_declared():
+    """Every package that a layer may import is a dependency or an extra of pyproject.toml."""
+    project = ROOT / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("no pyproject.toml beside the package (an installed copy)")
+    table = tomllib.loads(project.read_text())["project"]
+    declared = " ".join([*table["dependencies"], *chain(*table.get("optional-dependencies", {}).values())]).lower()
+    installed = packages_distributions()
+    for module in MODULES:
+        for name, line in imports(module):
+            top = name.split(".")[0]
+            if top != PACKAGE and not _is_stdlib(top):
+                names = [d.lower() for d in installed.get(top, [top])]
+                assert any(n in declared for n in names), f"{module}:{line} imports {top}, which pyproject.toml lacks"
