@@ -1,0 +1,183 @@
+"""H = E[x x^T] of layers' inputs, one for all layers that receive the very same tensor.
+
+The mean is over tokens, so that batch boundaries, padding and ranks change nothing. Query, key and value projections,
+or gate and up, receive one tensor object: their H is accumulated once.
+
+Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all others).
+"""
+
+import weakref
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.hessian import hessian_accumulate_, mirror_
+
+__all__ = ["InputMoment", "MomentPool", "Shared"]
+
+
+class InputMoment:
+    """The statistic H = sum x x^T / N of one stream of inputs.
+
+    Args:
+        partitions: P.
+        columns: C.
+        device: Where the inputs are.
+    """
+
+    reduce = {"sum_PCC": "sum", "tokens": "sum"}
+
+    def __init__(self, partitions: int, columns: int, device: torch.device | str = "cpu"):
+        with torch.inference_mode(False):                      # it outlives the calibration pass
+            self.sum_PCC = torch.zeros(partitions, columns, columns, device=device)
+        self.tokens = 0
+
+    def update(self, X_PNC: Tensor) -> None:
+        """Take N more tokens; any floating dtype, added up in float32.
+
+        Raises:
+            ValueError: They hold NaN or Inf (or squares beyond float32).
+        """
+        P, N, _ = X_PNC.shape
+        if P == 1:
+            hessian_accumulate_(self.sum_PCC[0], X_PNC[0])
+        else:
+            self.sum_PCC.baddbmm_(X_PNC.mT.float(), X_PNC.float())
+        self.tokens += N
+        if not torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()):        # any NaN or Inf reaches the diagonal
+            raise ValueError("inputs hold NaN or Inf")
+
+    def take(self) -> Tensor:
+        """:meth:`value`, and the sum is let go: the statistic is of no use any more, but for ``tokens``."""
+        H_PCC = self.value()
+        self.sum_PCC = self.sum_PCC.new_empty(0)
+        return H_PCC
+
+    def value(self) -> Tensor:
+        """H [P, C, C] in float32, both triangles."""
+        H_PCC = self.sum_PCC / max(1, self.tokens)
+        for H_CC in H_PCC:
+            mirror_(H_CC)
+        return H_PCC
+
+
+class Shared:
+    """A statistic and the modules that it belongs to: each must have seen every one of its inputs."""
+
+    def __init__(self) -> None:
+        self.moment: InputMoment | None = None                 # made with the first rows, which tell its size
+        self.inputs = 0                                        # how many times the statistic was updated
+        self.seen: dict[str, set[int]] = {}                    # module -> which of these inputs it received
+        self.closed = False                                    # the statistic was used; it cannot grow any more
+
+    @property
+    def members(self) -> list[str]:
+        return list(self.seen)
+
+    def is_level(self, name: str) -> bool:
+        return len(self.seen[name]) == self.inputs
+
+
+class MomentPool:
+    """Statistics by module name; modules are joined by the identity of their input tensors.
+
+    A module joins the statistic of another one when its first input is a tensor object that the other one received, in
+    the same layout and not changed in between. From then on both must receive the same tensors.
+
+    Args:
+        share: False gives every module a statistic of its own.
+    """
+
+    def __init__(self, share: bool = True):
+        self.share = share
+        self._of: dict[str, Shared] = {}
+        self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], int, Shared, set[int]]] = {}
+
+    def update(self, name: str, x: Tensor, layout: Hashable, rows: Callable[[], Tensor]) -> None:
+        """Module ``name`` received ``x``.
+
+        Args:
+            name: The module.
+            x: The tensor object as the module got it.
+            layout: What, besides x, decides on its rows (the window of a convolution).
+            rows: Makes X [P, N, C] of x; called only when the statistic needs it.
+
+        Raises:
+            ValueError: x holds NaN or Inf (names module and batch), or modules that shared their inputs no longer do.
+        """
+        key = (id(x), layout)
+        shared, indices = self._find(key, x)
+        own = self._of.get(name)
+        if own is None:
+            own = self._of[name] = shared or Shared()
+            own.seen[name] = set()
+        seen = own.seen[name]
+        if shared is own and (new := sorted(indices - seen)):
+            seen.add(new[0])
+            return
+        if own.closed or not own.is_level(name):
+            raise ValueError(self._parted(name, own))
+        X_PNC = rows()
+        if own.moment is None:
+            own.moment = InputMoment(X_PNC.shape[0], X_PNC.shape[2], X_PNC.device)
+        try:
+            own.moment.update(X_PNC)
+        except ValueError as error:
+            raise ValueError(f"the input of {name!r} holds NaN or Inf in calibration batch {own.inputs + 1}") from error
+        seen.add(own.inputs)
+        self._remember(key, x, own, own.inputs)
+        own.inputs += 1
+
+    def get(self, name: str) -> Shared | None:
+        """The statistic of a module, to be used now (it is closed); None when the module never saw a token.
+
+        Raises:
+            ValueError: The module missed some of the inputs that the modules it shares with received.
+        """
+        shared = self._of.get(name)
+        if shared is None or shared.moment is None or not shared.moment.tokens:
+            return None
+        if not shared.is_level(name):
+            raise ValueError(self._parted(name, shared))
+        shared.closed = True
+        return shared
+
+    def drop(self, *names: str) -> None:
+        """Forget modules; a statistic goes with its last one."""
+        for name in names:
+            self._of.pop(name, None)
+        kept = {id(s) for s in self._of.values()}
+        self._inputs = {k: entry for k, entry in self._inputs.items() if id(entry[2]) in kept}
+
+    def drop_stale(self) -> None:
+        """Forget used statistics that no module can join any more, since none of their inputs is alive."""
+        alive = {id(entry[2]) for entry in self._inputs.values() if entry[0]() is not None}
+        self.drop(*[name for name, shared in self._of.items() if shared.closed and id(shared) not in alive])
+
+    def _find(self, key: tuple[int, Hashable], x: Tensor) -> tuple[Shared | None, set[int]]:
+        """Who received this very tensor before, unchanged, and as which of its inputs."""
+        entry = self._inputs.get(key) if self.share else None
+        if entry is None or entry[0]() is not x or entry[1] != _version(x):
+            return None, set()
+        return entry[2], entry[3]
+
+    def _remember(self, key: tuple[int, Hashable], x: Tensor, shared: Shared, index: int) -> None:
+        known, indices = self._find(key, x)
+        if known is not shared:
+            indices = set()
+            self._inputs[key] = (weakref.ref(x), _version(x), shared, indices)
+        indices.add(index)
+
+    @staticmethod
+    def _parted(name: str, shared: Shared) -> str:
+        others = [repr(m) for m in shared.members if m != name]
+        return (
+            f"{name!r} received the same input tensor as {', '.join(others) or 'itself'} in some calibration batches, "
+            f"but not in all: one statistic cannot serve both; set share_inputs=False"
+        )
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place. Tensors made under inference_mode keep no count: they are taken as unchanged."""
+    return 0 if x.is_inference() else x._version

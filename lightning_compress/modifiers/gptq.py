@@ -1,0 +1,422 @@
+"""GPTQ: round column after column, each time moving the error onto the columns still to come.
+
+Frantar et al., 2022, arXiv:2210.17323; in the LDL form of Chee et al., 2023 (QuIP, arXiv:2307.13304), which gives the
+same codes with one Cholesky factorization and no inverse:
+
+    H   = E[x x^T] + lambda I                          lambda = dampening_frac * mean(diag E[x x^T])
+    H   = U diag(p)^2 U^T                              U upper triangular with ones on its diagonal
+    a_j = w_j + sum_{k<j} (w_k - q_k) U_kj             column j, adjusted for all errors made so far
+    q_j = nearest point of the grid to a_j
+    (W - Q) H (W - Q)^T = sum_j p_j^2 (a_j - q_j)^2    the loss, per row, for free
+
+With ``actorder`` columns go in order of falling H_jj. Scales are fixed before, per group of neighbouring columns, so
+that the order leaves no trace in the result. A column whose input is always zero has H_jj = lambda and no ties to the
+others: it is rounded to nearest.
+
+The loop works on W^T, whose columns lie contiguous, and hands errors on in two levels: within 16 columns one by one,
+to the rest of the block of 128 by a GEMM every 16 columns, to all others by a GEMM every block.
+
+Shapes: R rows, C columns (inputs), G groups of g columns, P partitions of a grouped convolution.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor, nn
+
+from lightning_compress.core import Event, Modifier, State
+from lightning_compress.distributed import all_reduce_
+from lightning_compress.maths.hessian import MomentPool, Shared
+from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.facts import weight_facts
+from lightning_compress.quant.matrix import as_matrix, input_layout, inputs_as_rows, partitions, write_matrix
+from lightning_compress.quant.observers import Observer, ObserverName, make_observer
+from lightning_compress.quant.record import Quantized, attach
+from lightning_compress.quant.rounding import check_dense, find_scales, input_scales, round_module
+from lightning_compress.quant.scales import expand, group_columns, integer_range
+from lightning_compress.quant.schemes import no_group_order
+
+__all__ = ["Factor", "GPTQModifier", "energy", "factorize", "round_columns"]
+
+SUB_BLOCK = 16
+MAX_DAMPENING = 1.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = E[x x^T] + diag(added), factored in the order in which columns are rounded.
+
+    Args:
+        order_C: Column that is rounded at each place.
+        UT_CC: U^T: row j holds what column j takes over from the errors of the columns before it.
+        pivot_C: p_j.
+        diagonal_C: H_jj of each column (not in that order).
+        added_C: What was added to the diagonal of each column (not in that order).
+        dampening: The fraction of the mean diagonal that was needed.
+    """
+
+    order_C: Tensor
+    UT_CC: Tensor
+    pivot_C: Tensor
+    diagonal_C: Tensor
+    added_C: Tensor
+    dampening: float
+
+
+def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
+    """Factor H with ``dampening * mean(diag H)`` added to its diagonal; None when it is not positive definite.
+
+    Args:
+        H_CC: E[x x^T], float32 or float64, both triangles.
+        dampening: Fraction of the mean diagonal.
+        by_size: Round columns in order of falling H_jj, else from left to right.
+    """
+    diagonal_C = H_CC.diagonal()
+    order_C = torch.arange(len(H_CC), device=H_CC.device)
+    if by_size:
+        order_C = diagonal_C.argsort(descending=True, stable=True)
+    added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
+    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0          # no input, no damping: any positive number will do
+    damped_C = diagonal_C + added_C
+    backwards = order_C.flip(0)
+    flipped_CC = H_CC.index_select(0, backwards).t().contiguous().index_select(0, backwards)      # H is symmetric
+    flipped_CC.diagonal().copy_(damped_C[backwards])
+    # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards: one, and no inverse
+    root_CC, failed = torch.linalg.cholesky_ex(flipped_CC, upper=True)
+    RT_CC = root_CC.flip(0, 1)
+    pivot_C = RT_CC.diagonal().clone()
+    # Rounding leaves a pivot of about eps * H_jj where the true one is zero. Undamped, C such errors may add up.
+    eps = torch.finfo(H_CC.dtype).eps * (len(H_CC) if dampening == 0 else 1)
+    if failed or not bool((pivot_C.square() > eps * damped_C[order_C]).all()):
+        return None
+    return Factor(order_C, RT_CC.div_(pivot_C[:, None]).tril_(), pivot_C, damped_C, added_C, dampening)
+
+
+def round_columns(
+    W_RC: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    args: QuantizationArgs,
+    factor: Factor,
+    block: int = 128,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GPTQ with fixed scales.
+
+    Args:
+        W_RC: Weights, in the dtype of the factor.
+        scale: [R, G], [R, 1] or [1], already rounded to the dtype that stores it.
+        zero_point: As scale, or None.
+        args: The grid.
+        factor: Of the damped H.
+        block: Columns after which errors reach all columns still to come.
+        dtype: In which the result is stored: errors are measured against what will be stored.
+
+    Returns:
+        Q [R, C], dequantized, and for each row the loss (w - q) H (w - q)^T with the damped H, [R].
+    """
+    R, C = W_RC.shape
+    W_CR = W_RC.t().index_select(0, factor.order_C)
+    A_CR, Q_CR, UT_CC = W_CR.clone(), torch.empty_like(W_CR), factor.UT_CC
+    D_bR = W_CR.new_empty(min(block, C), R)
+    groups = (factor.order_C // group_columns(args, C)).tolist()
+    scales = [s.contiguous() for s in expand(scale, R).to(W_RC.dtype).unbind(1)]
+    zeros = None if zero_point is None else [z.contiguous() for z in expand(zero_point, R).to(W_RC.dtype).unbind(1)]
+    nearest_ = _Nearest(args, None if dtype == W_RC.dtype else dtype)
+    a_rows, q_rows, w_rows, d_rows = A_CR.unbind(0), Q_CR.unbind(0), W_CR.unbind(0), D_bR.unbind(0)
+    for i1 in range(0, C, block):
+        i2 = min(i1 + block, C)
+        for j1 in range(i1, i2, SUB_BLOCK):
+            j2 = min(j1 + SUB_BLOCK, i2)
+            # From column k to all of the sub-block, zero up to k itself: to add zeros there is quicker than to slice.
+            hand_on = UT_CC[j1:j2, j1:j2].tril(-1).t().contiguous().unbind(0)
+            A_sub = A_CR[j1:j2]
+            for j in range(j1, j2):
+                group, a, q, d = groups[j], a_rows[j], q_rows[j], d_rows[j - i1]
+                nearest_(a, scales[group], None if zeros is None else zeros[group], q)
+                torch.sub(w_rows[j], q, out=d)
+                A_sub.addr_(hand_on[j - j1], d)
+            if j2 < i2:
+                A_CR[j2:i2].addmm_(UT_CC[j2:i2, j1:j2], D_bR[j1 - i1 : j2 - i1])
+        if i2 < C:
+            A_CR[i2:].addmm_(UT_CC[i2:, i1:i2], D_bR[: i2 - i1])
+    loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()
+    A_CR.index_copy_(0, factor.order_C, Q_CR)                                  # back into the order of the columns
+    return A_CR.t(), loss_R
+
+
+def energy(W_RC: Tensor, factor: Factor, block: int = 256) -> Tensor:
+    """W H w^T of each row with the damped H, [R], by the triangle of the factor: half the work of W H."""
+    W_CR = W_RC.t().index_select(0, factor.order_C)
+    sum_R = W_RC.new_zeros(len(W_RC))
+    for i1 in range(0, len(W_CR), block):
+        i2 = min(i1 + block, len(W_CR))
+        sum_R += factor.pivot_C[i1:i2].square() @ (factor.UT_CC[i1:i2, :i2] @ W_CR[:i2]).square_()
+    return sum_R
+
+
+class _Nearest:
+    """Nearest grid point of a column, written into ``out``, in the order of operations of compressed-tensors."""
+
+    def __init__(self, args: QuantizationArgs, stored: torch.dtype | None):
+        self.low, self.high = integer_range(args)
+        self.float8, self.stored = args.type == "float", stored
+
+    def __call__(self, a_R: Tensor, s_R: Tensor, z_R: Tensor | None, out: Tensor) -> None:
+        torch.div(a_R, s_R, out=out)
+        if self.float8:
+            out.copy_(out.clamp_(self.low, self.high).to(torch.float8_e4m3fn))
+        elif z_R is None:
+            out.round_().clamp_(self.low, self.high)
+        else:
+            out.add_(z_R).round_().clamp_(self.low, self.high).sub_(z_R)
+        out.mul_(s_R)
+        if self.stored is not None:
+            out.copy_(out.to(self.stored))
+
+
+class GPTQModifier(QuantizationArguments, Modifier):
+    """Quantize weights with GPTQ on calibration data.
+
+    Args:
+        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
+        ignore: The same, for what is left out.
+        scheme: A preset (``W4A16``, ``W8A8`` ...), or a mapping of presets to their targets.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        config_groups: Schemes in full, in place of ``scheme``.
+        block_size: Columns after which errors reach all columns still to come; changes speed, not results.
+        dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
+        actorder: ``static`` (= ``weight``): columns with large inputs first; None: from left to right.
+        scale_search: ``hessian``: per row and group the scale with the least sum_j H_jj (w_j - q_j)^2. ``mse``: the
+            least sum |w_j - q_j|^2.4. ``minmax``: from the extremes, as llm-compressor does.
+        on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
+            raise; ``round`` to nearest. The ledger says what was done.
+        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
+        observer: How static activation scales are found: ``minmax``, ``moving_average`` or ``mse``.
+        averaging_constant: Of ``moving_average``: the weight of the newest batch.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    one_pass: ClassVar[bool] = True
+
+    block_size: int = Field(default=128, ge=1)
+    dampening_frac: float = Field(default=0.01, ge=0)
+    actorder: Literal["static", "weight"] | None = "static"
+    scale_search: Literal["minmax", "mse", "hessian"] = "hessian"
+    on_failure: Literal["raise", "retry", "round"] = "raise"
+    share_inputs: bool = True
+    observer: ObserverName = "minmax"
+    averaging_constant: float = Field(default=0.01, gt=0, le=1)
+
+    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
+    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
+    _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
+    _factors: WeakKeyDictionary[Shared, list[Factor] | None] = PrivateAttr(default_factory=WeakKeyDictionary)
+
+    @field_validator("actorder", mode="before")
+    @classmethod
+    def _order_is_static(cls, actorder: Any) -> Any:
+        if isinstance(actorder, str) and actorder.lower() in ("group", "dynamic"):
+            raise ValueError(no_group_order(actorder))
+        return actorder
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        assert state.model is not None
+        self.assign(state.model)
+        for scheme in self.schemes:
+            self._ordered(scheme)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert state.model is not None
+        assigned = self.assign(state.model)
+        ordered = {id(scheme): self._ordered(scheme) for scheme in assigned.values()}
+        self._schemes = {name: ordered[id(scheme)] for name, scheme in assigned.items()}
+        self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
+        self._pool = MomentPool(self.share_inputs)
+        for name, module in self._modules.items():
+            args = self._schemes[name].input_activations
+            if args is not None and not args.dynamic:
+                self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
+            self.hook(module, lambda module, inputs, name=name: self._observe(name, module, inputs))
+
+    def _ordered(self, scheme: QuantizationScheme) -> QuantizationScheme:
+        """The scheme with the column order written into it, as readers of the export expect."""
+        weights = scheme.weights
+        assert weights is not None
+        order = weights.actorder
+        if order is not None and "actorder" in self.model_fields_set and self.actorder not in ("static", "weight"):
+            raise ValueError(f"actorder={self.actorder} of the modifier contradicts actorder={order!r} of the scheme")
+        return scheme.model_copy(update={"weights": weights.model_copy(update={"actorder": order or self.actorder})})
+
+    def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        self._pool.update(name, x, input_layout(module), lambda: inputs_as_rows(module, x, self.token_mask))
+        if name in self._observers:
+            self._observers[name].update(inputs_as_rows(module, x, self.token_mask))
+
+    def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._pool.drop_stale()
+        self._solve(state, state.modules)
+
+    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._solve(state, state.modules)
+        self._pool.drop(*state.modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._solve(state, self._modules)
+        unseen = list(self._schemes)
+        for name in unseen:
+            if name in self._observers:                        # without a static input scale no reader could use it
+                state.ledger.add(name, "gptq", flag="never saw data; left as it was", tokens=0)
+            else:
+                self._round(state, name, "never saw data; rounded to nearest")
+        if unseen:
+            warnings.warn(
+                f"{self.name}: {', '.join(unseen)} never saw data and were rounded to nearest (with static "
+                f"activations: left as they were); were they called, in these batches, as modules of their own? "
+                f"(nn.MultiheadAttention uses the weight of its out_proj directly)",
+                stacklevel=2,
+            )
+        self._schemes, self._modules, self._observers, self._pool = {}, {}, {}, MomentPool()
+        self._factors.clear()
+        self.remove_hooks()
+
+    def _solve(self, state: State, modules: Mapping[str, nn.Module]) -> None:
+        """Quantize those of ``modules`` that are left and have seen data: one column loop per shared H and scheme."""
+        together: dict[tuple[Any, ...], list[str]] = {}
+        for name in [name for name in modules if name in self._schemes]:
+            if (shared := self._pool.get(name)) is not None:
+                alone = name if partitions(self._modules[name]) > 1 else ""        # its rows split by partition already
+                together.setdefault((shared, id(self._schemes[name].weights), alone), []).append(name)
+        for (shared, *_), names in together.items():
+            with torch.inference_mode(False), torch.no_grad():
+                self._solve_together(state, shared, names)
+
+    def _solve_together(self, state: State, shared: Shared, names: Sequence[str]) -> None:
+        start = time.perf_counter()
+        assert shared.moment is not None
+        for name in names:
+            check_dense(name, self._modules[name])
+        if shared not in self._factors:
+            if state.distributed:
+                all_reduce_(shared.moment)
+            self._factors[shared] = self._factorize(shared, names)
+        factors, tokens = self._factors[shared], shared.moment.tokens
+        if factors is None:
+            for name in names:
+                self._round(state, name, "H not positive definite; rounded to nearest", tokens)
+            return
+        args = self._schemes[names[0]].weights
+        assert args is not None
+        dense = [as_matrix(self._modules[name]) for name in names]
+        found = [self._scales(W_RC, args, factors) for W_RC in dense]
+        rows = [len(W_RC) for W_RC in dense]
+        scale_RG = torch.cat([expand(scale, R) for (scale, _), R in zip(found, rows, strict=True)])
+        zeros = [expand(zero, R) for (_, zero), R in zip(found, rows, strict=True) if zero is not None]
+        zero_RG = torch.cat(zeros) if zeros else None
+        W_RC = torch.cat(dense).float()
+        Q_RC, error_R, energy_R = self._columns(W_RC, scale_RG, zero_RG, args, factors, dense[0].dtype)
+        seconds = time.perf_counter() - start
+        pieces = zip(names, rows, found, Q_RC.split(rows), error_R.split(rows), energy_R.split(rows), strict=True)
+        for name, R, (scale, zero_point), Q, error, total in pieces:
+            self._write(state, name, Q, scale, zero_point, factors[0], {
+                "error": max(0.0, float(error.sum())) / max(float(total.sum()), torch.finfo().tiny),
+                "tokens": tokens,
+                "seconds": seconds * R / sum(rows),
+            })
+
+    def _factorize(self, shared: Shared, names: Sequence[str]) -> list[Factor] | None:
+        """One factor per partition; None where rounding to nearest is what the user wants then.
+
+        Raises:
+            ValueError: H is not positive definite, and ``on_failure`` does not help.
+        """
+        assert shared.moment is not None
+        weights = self._schemes[names[0]].weights
+        assert weights is not None
+        H_PCC, dampening = shared.moment.take(), self.dampening_frac
+        while True:
+            tried = [factorize(H_CC, dampening, weights.actorder is not None) for H_CC in H_PCC]
+            factors = [factor for factor in tried if factor is not None]
+            if len(factors) == len(tried):
+                return factors
+            if self.on_failure == "round":
+                return None
+            if self.on_failure == "raise" or dampening >= MAX_DAMPENING:
+                tokens, C = shared.moment.tokens, H_PCC.shape[1]
+                raise ValueError(
+                    f"H of {', '.join(map(repr, names))} is not positive definite with dampening_frac={dampening:g} "
+                    f"({tokens} tokens for {C} columns); raise dampening_frac (0.01 to 0.1 is usual), calibrate on "
+                    f"more tokens, or set on_failure='retry' or 'round'"
+                )
+            dampening = min(MAX_DAMPENING, max(10 * dampening, 0.01))
+
+    def _scales(self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor]) -> tuple[Tensor, Tensor | None]:
+        """Scales of one module; each partition of a grouped convolution weighs errors by its own inputs."""
+        if args.strategy == "tensor" or len(factors) == 1:
+            importance_C = torch.stack([factor.diagonal_C for factor in factors]).mean(0)
+            return find_scales(W_RC, args, self.scale_search, importance_C)
+        parts = [
+            find_scales(W, args, self.scale_search, factor.diagonal_C)
+            for W, factor in zip(W_RC.chunk(len(factors)), factors, strict=True)
+        ]
+        zeros = [zero_point for _, zero_point in parts if zero_point is not None]
+        return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
+
+    def _columns(
+        self,
+        W_RC: Tensor,
+        scale_RG: Tensor,
+        zero_RG: Tensor | None,
+        args: QuantizationArgs,
+        factors: Sequence[Factor],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Q [R, C], and with the undamped H each row's error (w - q) H (w - q)^T and energy w H w^T, [R]."""
+        P = len(factors)
+        zeros = [None] * P if zero_RG is None else zero_RG.chunk(P)
+        parts = []
+        for W, scale, zero_point, factor in zip(W_RC.chunk(P), scale_RG.chunk(P), zeros, factors, strict=True):
+            Q, loss = round_columns(W, scale, zero_point, args, factor, self.block_size, dtype)
+            undamped = loss - (W - Q).square() @ factor.added_C
+            parts.append((Q, undamped, energy(W, factor) - W.square() @ factor.added_C))
+        Q, error, total = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Q, error, total
+
+    def _write(
+        self,
+        state: State,
+        name: str,
+        Q_RC: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        factor: Factor,
+        facts: dict[str, Any],
+    ) -> None:
+        module, scheme = self._modules[name], self._schemes.pop(name)
+        W_RC = as_matrix(module).clone()
+        quantized = Quantized(scheme, scale, zero_point, *input_scales(self._observers.get(name), W_RC.dtype))
+        write_matrix(module, Q_RC)
+        attach(module, quantized)
+        self.remove_hooks(module)
+        raised = f"damping raised to {factor.dampening:g}" if factor.dampening != self.dampening_frac else None
+        state.ledger.add(name, "gptq", flag=raised, **weight_facts(W_RC, Q_RC, quantized), **facts)
+
+    def _round(self, state: State, name: str, flag: str, tokens: int = 0) -> None:
+        module = self._modules[name]
+        facts = round_module(name, module, self._schemes.pop(name), self.scale_search, self._observers.get(name))
+        self.remove_hooks(module)
+        state.ledger.add(name, "gptq", flag=flag, tokens=tokens, **facts)

@@ -1,0 +1,106 @@
+"""Round to nearest: every weight goes to the closest point of its grid (RTN); activations get dynamic or static scales.
+
+    Q = (clamp(round(W / s) + z, qmin, qmax) - z) * s
+
+Weights need no data. Static activation scales do: an observer watches each module's input while batches run.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from compressed_tensors.quantization import QuantizationScheme
+from pydantic import Field, PrivateAttr
+from torch import nn
+
+from lightning_compress.core import Event, Modifier, State
+from lightning_compress.distributed import all_reduce_
+from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.matrix import inputs_as_rows
+from lightning_compress.quant.observers import Observer, ObserverName, make_observer
+from lightning_compress.quant.rounding import round_module
+
+__all__ = ["QuantizationModifier"]
+
+
+class QuantizationModifier(QuantizationArguments, Modifier):
+    """Round weights to nearest, and quantize activations where the scheme says so.
+
+    Args:
+        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
+        ignore: The same, for what is left out.
+        scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        config_groups: Schemes in full, in place of ``scheme``.
+        scale_search: ``minmax``: scales from each group's extremes. ``mse``: clip where that lowers sum |w - q|^2.4.
+        observer: How static activation scales are found: ``minmax``, ``moving_average`` or ``mse``.
+        averaging_constant: Of ``moving_average``: the weight of the newest batch.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    one_pass: ClassVar[bool] = True
+
+    scale_search: Literal["minmax", "mse"] = "minmax"
+    observer: ObserverName = "minmax"
+    averaging_constant: float = Field(default=0.01, gt=0, le=1)
+
+    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
+    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
+
+    @property
+    def needs_data(self) -> bool:
+        return self.has_static_inputs
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        assert state.model is not None
+        self.assign(state.model)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert state.model is not None
+        self._schemes = self.assign(state.model)
+        self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
+        for name, scheme in self._schemes.items():
+            args = scheme.input_activations
+            if args is not None and not args.dynamic:
+                self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
+                self.hook(self._modules[name], lambda module, inputs, name=name: self._observe(name, module, inputs))
+
+    def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        try:
+            self._observers[name].update(inputs_as_rows(module, inputs[0], self.token_mask))
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+
+    def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._round(state, state.modules)
+
+    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._round(state, state.modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._round(state, self._modules)
+        for name in self._schemes:
+            state.ledger.add(name, "rtn", flag="never saw data; left as it was")
+        if self._schemes:
+            warnings.warn(
+                f"{self.name}: {', '.join(self._schemes)} never saw data, so that static activation scales are "
+                f"unknown; left as they were (ignore them, or use dynamic activations)",
+                stacklevel=2,
+            )
+        self._schemes, self._modules, self._observers = {}, {}, {}
+        self.remove_hooks()
+
+    def _round(self, state: State, modules: Mapping[str, nn.Module]) -> None:
+        """Round those of ``modules`` that are left to do and whose activation scales, if static, are known."""
+        for name in [name for name in modules if name in self._schemes]:
+            observer = self._observers.get(name)
+            if observer is not None:
+                if state.distributed:
+                    all_reduce_(observer)
+                if not observer.batches:
+                    continue
+                self.remove_hooks(self._modules[name])
+            facts = round_module(name, self._modules[name], self._schemes.pop(name), self.scale_search, observer)
+            state.ledger.add(name, "rtn", **facts)

@@ -1,0 +1,62 @@
+"""The arguments that every quantizing modifier shares: what is quantized, and how."""
+
+from functools import cached_property
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationScheme
+from pydantic import BaseModel, model_validator
+from torch import nn
+
+from lightning_compress.quant.schemes import assign, from_groups, from_presets
+
+__all__ = ["QuantizationArguments"]
+
+
+class QuantizationArguments(BaseModel):
+    """Mixin of modifiers.
+
+    Args:
+        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
+        ignore: The same, for what is left out.
+        scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        config_groups: Schemes in full, as in the ``quantization_config`` of compressed-tensors, in place of ``scheme``.
+    """
+
+    targets: str | list[str] = ["Linear"]
+    ignore: str | list[str] = []
+    scheme: str | dict[str, str | list[str]] | None = None
+    group_size: int | None = None
+    config_groups: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _scheme_is_known(self) -> "QuantizationArguments":
+        given = self.model_fields_set
+        if (self.scheme is None) == (self.config_groups is None):
+            came = "neither" if self.scheme is None else "both"
+            raise ValueError(f"expected either scheme (such as 'W4A16') or config_groups, got {came}")
+        if "targets" in given and not isinstance(self.scheme, str):
+            field = "config_groups" if self.scheme is None else "scheme as a mapping"
+            raise ValueError(f"targets and {field} exclude each other: the targets stand inside; leave targets out")
+        if self.group_size is not None and self.scheme is None:
+            raise ValueError("group_size and config_groups exclude each other: write group_size inside of the groups")
+        assert self.schemes
+        return self
+
+    @cached_property
+    def schemes(self) -> list[QuantizationScheme]:
+        """The schemes in the order of the recipe."""
+        if self.config_groups is not None:
+            return from_groups(self.config_groups)
+        assert self.scheme is not None
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        return from_presets(self.scheme, targets, self.group_size)
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """True when a scheme needs calibrated activation scales."""
+        return any(s.input_activations is not None and not s.input_activations.dynamic for s in self.schemes)
+
+    def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
+        """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.schemes.assign`."""
+        return assign(model, self.schemes, [self.ignore] if isinstance(self.ignore, str) else self.ignore)

@@ -1,0 +1,41 @@
+"""Quantize and dequantize in one go, through compressed-tensors, so that what runs here is what a reload computes.
+
+Without gradients: compressed-tensors works under ``no_grad``.
+"""
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import Tensor, nn
+
+__all__ = ["fake_quantize_input", "round_weight"]
+
+
+def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
+    """The nearest point of the grid for every weight, worked out in float32, in the dtype of W.
+
+    Args:
+        W_RC: [R, C].
+        scale: [R, G] per group, [R, 1] per channel, [1] per tensor.
+        zero_point: As scale; None for a symmetric grid.
+        args: Bits, type, symmetry, strategy.
+    """
+    zero = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
+    return fake_quantize(W_RC.float(), scale.float(), zero, args).to(W_RC.dtype)
+
+
+def fake_quantize_input(
+    module: nn.Module, x: Tensor, args: QuantizationArgs, scale: Tensor | None, zero_point: Tensor | None
+) -> Tensor:
+    """An activation on its grid: scales from x itself when ``args.dynamic``, else the calibrated ones."""
+    if x.numel() == 0:
+        return x
+    if args.dynamic:
+        scale, zero_point = compute_dynamic_scales_and_zp(value=x, args=args, module=module)
+    elif scale is None:
+        raise ValueError(f"static activations of a {type(module).__name__} need a calibrated scale; calibrate it first")
+    else:
+        scale = scale.to(x.device)
+        zero_point = None if zero_point is None else zero_point.to(x.device)
+    return fake_quantize(x, scale, zero_point, args).to(x.dtype)

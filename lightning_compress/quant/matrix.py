@@ -1,0 +1,120 @@
+"""The weight of a layer as a matrix, and its inputs as the rows that this matrix multiplies.
+
+The one file that knows how Linear, Conv1d, Conv2d and the Conv1D of Hugging Face's GPT-2 store their weight: all else
+sees W [R, C] and X [P, N, C] with y = x W^T.
+
+Shapes: R rows (output features), C columns (inputs of one output), N tokens (a convolution: places of the window),
+P partitions (groups of a grouped convolution, each with its own inputs; 1 for all others).
+"""
+
+from collections.abc import Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "as_matrix",
+    "input_layout",
+    "inputs_as_rows",
+    "is_supported",
+    "is_transposed",
+    "partitions",
+    "weight_of",
+    "write_matrix",
+]
+
+SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
+
+
+def is_supported(module: nn.Module) -> bool:
+    """True when its weight can be seen as a matrix."""
+    if not isinstance(getattr(module, "weight", None), nn.Parameter):      # a parametrized weight cannot be written
+        return False
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed(module)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as the layer stores it, without gradient."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def as_matrix(module: nn.Module) -> Tensor:
+    """The weight as [R, C] in its own dtype: a view where the layout allows it, without gradient."""
+    if not is_supported(module):
+        raise ValueError(f"cannot see the weight of a {type(module).__name__} as a matrix; expected {SUPPORTED}")
+    weight = weight_of(module)
+    return weight.t() if is_transposed(module) else weight.flatten(1)
+
+
+@torch.no_grad()
+def write_matrix(module: nn.Module, W_RC: Tensor) -> None:
+    """Put a matrix [R, C] back as the weight, in place, in the weight's own dtype and layout."""
+    weight = weight_of(module)
+    weight.copy_(W_RC.t() if is_transposed(module) else W_RC.reshape(weight.shape))
+
+
+def partitions(module: nn.Module) -> int:
+    """P: rows [p * R / P, (p + 1) * R / P) of W multiply partition p of the inputs."""
+    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+
+
+def input_layout(module: nn.Module) -> Hashable:
+    """Modules of equal layout turn one input tensor into the same rows."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        window = (module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode)
+        return (type(module).__name__, module.groups, *window)
+    return "features last"
+
+
+def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The input of one call as X [P, N, C].
+
+    Args:
+        module: The layer.
+        x: Its input: [..., C] for Linear and Conv1D, [batch, channels, length] or [batch, channels, height, width]
+            (the batch may be missing) for convolutions.
+        mask: True for tokens that count, bool [batch, tokens]. It applies where the leading shape of x is the mask's,
+            or where x holds the same tokens flattened into one dimension; other inputs are taken whole.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        if mask is not None and x.ndim > 1:
+            mask = mask.to(x.device)
+            if x.shape[:-1] == mask.shape:
+                x = x[mask]
+            elif x.ndim == 2 and len(x) == mask.numel():
+                x = x[mask.flatten()]
+        return x.detach().reshape(1, -1, x.shape[-1])
+    return _windows(module, x.detach())
+
+
+def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """[P, N, C] with N = batch x places of the window and C = channels of the partition x kernel."""
+    spatial = len(module.kernel_size)
+    x = x[None] if x.ndim == spatial + 1 else x
+    pads = _padding(module)
+    if any(pads):
+        x = F.pad(x, pads) if module.padding_mode == "zeros" else F.pad(x, pads, mode=module.padding_mode)
+    x = x[:, :, None] if spatial == 1 else x                                     # a Conv1d is a Conv2d of height 1
+    flat = [(1, *v) if spatial == 1 else v for v in (module.kernel_size, module.dilation, module.stride)]
+    columns = F.unfold(x, flat[0], dilation=flat[1], stride=flat[2])             # [batch, channels * kernel, places]
+    return columns.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """(left, right) of each dimension, the last one first, as ``F.pad`` wants it."""
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [0, 0] if module.padding == "valid" else [int(module.padding[axis])] * 2
+    return pads
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """The Conv1D of transformers (weight [in, out]), told by its name so that transformers need not be installed."""
+    return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)

@@ -1,0 +1,72 @@
+"""What a quantized module carries: its scheme, scales and zero points.
+
+The record is a plain Python attribute, neither parameter nor buffer: the keys of ``state_dict`` stay those of the dense
+model. The module's weight itself holds the dequantized value, (code - zero point) * scale, in its own dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationScheme
+from torch import Tensor, nn
+
+from lightning_compress.quant.fake_quant import fake_quantize_input
+
+__all__ = ["Quantized", "attach", "detach", "quantized_modules", "quantized_of"]
+
+_ATTRIBUTE = "_lightning_compress_quantized"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How the weight (and the input) of one module is quantized.
+
+    Args:
+        scheme: The scheme of compressed-tensors.
+        scale: In the dtype it is stored in: [R, G] per group, [R, 1] per channel, [1] per tensor.
+        zero_point: As scale, int8; None for a symmetric grid.
+        input_scale: [1], for static activations.
+        input_zero_point: [1], for static asymmetric activations.
+    """
+
+    scheme: QuantizationScheme
+    scale: Tensor
+    zero_point: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+
+
+def attach(module: nn.Module, quantized: Quantized) -> None:
+    """Put the record on a module, in place of an older one; with ``input_activations`` its input is quantized too."""
+    detach(module)
+    setattr(module, _ATTRIBUTE, quantized)
+    if quantized.scheme.input_activations is not None:
+        module.register_forward_pre_hook(_quantize_input)
+
+
+def quantized_of(module: nn.Module) -> Quantized | None:
+    """The record of a module, or None."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that carry a record, by dotted name."""
+    return {name: module for name, module in model.named_modules() if quantized_of(module) is not None}
+
+
+def detach(module: nn.Module) -> None:
+    """Take the record and the hook off; the weight keeps its dequantized values. Nothing happens without a record."""
+    if quantized_of(module) is not None:
+        delattr(module, _ATTRIBUTE)
+        # found by identity, not by a kept handle: a handle would not survive copy.deepcopy of the model
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _quantize_input]:
+            del module._forward_pre_hooks[key]
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    quantized = quantized_of(module)
+    if quantized is None or quantized.scheme.input_activations is None or not args:
+        return None
+    scale, zero_point = quantized.input_scale, quantized.input_zero_point
+    x = fake_quantize_input(module, args[0], quantized.scheme.input_activations, scale, zero_point)
+    return (x, *args[1:])

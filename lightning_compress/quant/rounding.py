@@ -1,0 +1,61 @@
+"""Round one module to nearest, write it back, attach the record: what RTN does, and what GPTQ falls back to."""
+
+import time
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor, nn
+
+from lightning_compress.quant.facts import weight_error, weight_facts
+from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.matrix import as_matrix, write_matrix
+from lightning_compress.quant.observers import Observer
+from lightning_compress.quant.record import Quantized, attach, quantized_of
+from lightning_compress.quant.scales import minmax, search
+from lightning_compress.quant.schemes import check_finite
+
+__all__ = ["check_dense", "find_scales", "input_scales", "round_module"]
+
+MSE_POWER = 2.4          # of the GPTQ code: punishes the few large errors more than p = 2
+
+
+def round_module(
+    name: str, module: nn.Module, scheme: QuantizationScheme, scale_search: str, observer: Observer | None = None
+) -> dict[str, Any]:
+    """Quantize a module's weight to nearest; returns facts for the ledger, ``error`` being that of the weight."""
+    start = time.perf_counter()
+    check_dense(name, module)
+    with torch.inference_mode(False), torch.no_grad():
+        assert scheme.weights is not None
+        W_RC = as_matrix(module).clone()
+        scale, zero_point = find_scales(W_RC, scheme.weights, "mse" if scale_search == "mse" else "minmax")
+        write_matrix(module, round_weight(W_RC, scale, zero_point, scheme.weights))
+        quantized = Quantized(scheme, scale, zero_point, *input_scales(observer, W_RC.dtype))
+        attach(module, quantized)
+        Q_RC = as_matrix(module)
+        facts = weight_facts(W_RC, Q_RC, quantized)
+        return {**facts, "error": weight_error(W_RC, Q_RC), "seconds": time.perf_counter() - start}
+
+
+def find_scales(
+    W_RC: Tensor, args: QuantizationArgs, how: Literal["minmax", "mse", "hessian"], importance_C: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of a weight; ``hessian`` weighs errors by ``importance_C``, the diagonal of H."""
+    if how == "minmax":
+        return minmax(W_RC, args)
+    return search(W_RC, args, None, MSE_POWER) if how == "mse" else search(W_RC, args, importance_C)
+
+
+def input_scales(observer: Observer | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and zero point of static activations; (None, None) without an observer."""
+    return (None, None) if observer is None else observer.value(dtype)
+
+
+def check_dense(name: str, module: nn.Module) -> None:
+    """ValueError when another modifier of the recipe was here before, or when the weight holds NaN or Inf."""
+    if quantized_of(module) is not None:
+        raise ValueError(
+            f"two modifiers of the recipe quantize {name!r}; give them different targets, or let one of them ignore it"
+        )
+    check_finite({name: module})

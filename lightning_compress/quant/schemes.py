@@ -1,0 +1,292 @@
+"""From what the user wrote (preset names, config_groups, targets, ignore) to one checked scheme per module.
+
+Schemes and presets are those of compressed-tensors. It accepts bits from 0 up, in silence; here what cannot work is
+refused, with what to do, before any data is read.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from pydantic import BaseModel, ValidationError
+from torch import nn
+
+from lightning_compress.matching import match_rank, select
+from lightning_compress.quant.matrix import SUPPORTED, as_matrix, is_supported, weight_of
+from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.scales import group_columns
+
+__all__ = ["assign", "describe", "from_groups", "from_presets", "group_fits", "presets"]
+
+BITS = range(2, 9)
+
+
+def from_presets(
+    scheme: str | Mapping[str, str | Sequence[str]], targets: Sequence[str], group_size: int | None = None
+) -> list[QuantizationScheme]:
+    """Schemes from a preset name (for ``targets``), or from a mapping of preset names to targets.
+
+    Args:
+        scheme: ``"W4A16"``, or ``{"W4A16": ["Linear"], "W8A16": ["re:.*down_proj"]}``.
+        targets: Targets of a plain preset name.
+        group_size: Takes the place of the preset's; -1 for one scale per row.
+
+    Raises:
+        ValueError: A preset is unknown (near misses are listed), or not supported.
+    """
+    named = {scheme: targets} if isinstance(scheme, str) else scheme
+    if not named:
+        raise ValueError("scheme={} holds no preset; write {'W4A16': ['Linear']}")
+    return [_preset(name, _listed(t), group_size) for name, t in named.items()]
+
+
+def from_groups(groups: Mapping[str, Any]) -> list[QuantizationScheme]:
+    """Schemes from ``config_groups``: name -> scheme, or preset name -> targets.
+
+    Raises:
+        ValueError: An unknown key (near misses are listed), a value that is wrong, or a scheme that is not supported.
+    """
+    if not groups:
+        raise ValueError("config_groups is empty; write {'g': {'targets': ['Linear'], 'weights': {'num_bits': 4}}}")
+    return [_group(name, group) for name, group in groups.items()]
+
+
+def presets() -> list[str]:
+    """Names of the presets that work here, in the order of compressed-tensors."""
+    return [name for name in PRESET_SCHEMES if not _fault(preset_name_to_scheme(name, ["Linear"]))]
+
+
+def assign(
+    model: nn.Module, schemes: Sequence[QuantizationScheme], ignore: Sequence[str]
+) -> dict[str, QuantizationScheme]:
+    """Each module's scheme, by dotted name: an exact name beats a pattern, a pattern a class; then the first one wins.
+
+    Raises:
+        ValueError: Targets match nothing, everything is ignored, a pattern is no regular expression, a layer cannot be
+            quantized, its weight is shared, holds NaN or Inf, is quantized already, or its columns do not divide into
+            groups. The message names the modules.
+    """
+    _check_dense(model)
+    chosen: dict[str, tuple[int, QuantizationScheme]] = {}
+    modules: dict[str, nn.Module] = {}
+    for scheme in schemes:
+        for name, module in select(model, scheme.targets, ignore).items():
+            modules[name] = module
+            rank = max(match_rank(name, module, target) for target in scheme.targets)
+            if name not in chosen or rank > chosen[name][0]:
+                chosen[name] = (rank, scheme)
+    assigned = {name: chosen[name][1] for name in modules}
+    _check_modules(model, modules)
+    for scheme in schemes:
+        group_fits({n: as_matrix(modules[n]).shape[1] for n, s in assigned.items() if s is scheme}, scheme)
+    return assigned
+
+
+def group_fits(columns: Mapping[str, int], scheme: QuantizationScheme) -> None:
+    """ValueError names the modules whose columns do not divide into groups, and a size that fits all of them.
+
+    Args:
+        columns: Input columns by module.
+        scheme: Theirs.
+    """
+    assert scheme.weights is not None
+    misfits = {n: c for n, c in columns.items() if c % group_columns(scheme.weights, c)}
+    if misfits:
+        size = scheme.weights.group_size or 0
+        common = math.gcd(*columns.values())
+        fitting = max(d for d in range(1, min(size, common) + 1) if common % d == 0)
+        advice = f"use group_size={fitting}" if fitting > 1 else "use one scale per row (group_size=-1)"
+        what = "is larger than" if all(c < size for c in misfits.values()) else "does not divide"
+        raise ValueError(
+            f"group_size={size} {what} the input columns of {_named([f'{n!r} ({c})' for n, c in misfits.items()])}; "
+            f"{advice}, or add them to ignore"
+        )
+
+
+def describe(scheme: QuantizationScheme) -> str:
+    """One line for reports: ``W4A16 g64 sym``, ``W8A8 channel sym``, ``FP8 channel``."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    assert weights is not None
+    wide = "16" if inputs is None else str(inputs.num_bits) if inputs.type == "int" else f"fp{inputs.num_bits}"
+    grain = f"g{weights.group_size}" if weights.strategy == "group" else str(weights.strategy)
+    static = " static" if inputs is not None and not inputs.dynamic else ""
+    if weights.type == "float":
+        return f"FP8 {grain}{static}"
+    return f"W{weights.num_bits}A{wide} {grain} {'sym' if weights.symmetric else 'asym'}{static}"
+
+
+def _preset(name: str, targets: list[str], group_size: int | None) -> QuantizationScheme:
+    if name.upper() not in PRESET_SCHEMES:
+        near = get_close_matches(name.upper(), PRESET_SCHEMES, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(presets())}"
+        if name.upper().startswith("W16"):
+            hint = "16 bits is no quantization: leave these modules out of targets, or add them to ignore"
+        raise ValueError(f"unknown scheme {name!r}; {hint}")
+    scheme = preset_name_to_scheme(name, targets)
+    if fault := _fault(scheme):
+        raise ValueError(f"scheme {name!r}: {fault}; presets that work here: {', '.join(presets())}")
+    return scheme if group_size is None else _regrouped(scheme, name, group_size)
+
+
+def _regrouped(scheme: QuantizationScheme, name: str, group_size: int) -> QuantizationScheme:
+    assert scheme.weights is not None
+    if scheme.weights.type != "int":
+        raise ValueError(f"group_size={group_size} does not apply to {name!r}, no integer scheme; leave it out")
+    if group_size != -1 and group_size < 1:
+        raise ValueError(f"group_size={group_size} must be positive, or -1 for one scale per row")
+    rows = group_size == -1
+    grain = {"strategy": "channel" if rows else "group", "group_size": None if rows else group_size}
+    given = scheme.weights.model_dump(exclude_unset=True)
+    return scheme.model_copy(update={"weights": QuantizationArgs(**{**given, **grain})})
+
+
+def _group(name: str, group: Any) -> QuantizationScheme:
+    where = f"config_groups[{name!r}]"
+    if isinstance(group, QuantizationScheme):
+        scheme = group.model_copy(deep=True)
+    elif isinstance(group, str) or (isinstance(group, Sequence) and all(isinstance(t, str) for t in group)):
+        return _preset(name, _listed(group), None)
+    elif isinstance(group, Mapping):
+        scheme = _parse(where, group)
+    else:
+        raise ValueError(f"{where} must be a mapping with targets and weights, or a list of targets, got {group!r}")
+    if not scheme.targets:
+        raise ValueError(f"{where}: targets is empty; name what it shall apply to, such as ['Linear']")
+    if fault := _fault(scheme):
+        raise ValueError(f"{where}: {fault}")
+    return scheme
+
+
+def _parse(where: str, group: Mapping[str, Any]) -> QuantizationScheme:
+    _known_keys(where, group, QuantizationScheme)
+    if "targets" not in group:
+        raise ValueError(f"{where}: targets is missing; name what it shall apply to, such as ['Linear']")
+    fields: dict[str, Any] = {**group, "targets": _listed(group["targets"])}
+    for part in ("weights", "input_activations", "output_activations"):
+        given = fields.get(part)
+        if given is None or isinstance(given, QuantizationArgs):
+            continue
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where}.{part} must be a mapping such as {{num_bits: 4, group_size: 64}}, got {given!r}")
+        _known_keys(f"{where}.{part}", given, QuantizationArgs)
+        order = given.get("actorder")
+        if isinstance(order, str) and order.lower() in ("group", "dynamic"):
+            raise ValueError(f"{where}.{part}: {no_group_order(order)}")
+        try:
+            fields[part] = QuantizationArgs(**given)
+        except (ValidationError, NotImplementedError) as error:
+            raise ValueError(f"{where}.{part}: {_plain(error)}") from error
+    try:
+        return QuantizationScheme(**fields)
+    except (ValidationError, NotImplementedError) as error:
+        raise ValueError(f"{where}: {_plain(error)}") from error
+
+
+def no_group_order(order: str) -> str:
+    """Why ``actorder=group`` is refused."""
+    return (
+        f"actorder={order!r} is not available: compressed-tensors 0.20 dropped it with its weight_g_idx tensor (August "
+        f"2026), so that no reader could load the result; use 'static', which loads everywhere and comes close"
+    )
+
+
+def _known_keys(where: str, given: Mapping[str, Any], model: type[BaseModel]) -> None:
+    for key in given:
+        if key not in model.model_fields:
+            near = get_close_matches(str(key), model.model_fields, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(model.model_fields)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _fault(scheme: QuantizationScheme) -> str | None:
+    """Why a scheme is not supported, or None."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if weights is None:
+        return "it quantizes no weights; give weights such as {num_bits: 4, group_size: 64}"
+    for part, args in (("weights", weights), ("input_activations", inputs)):
+        if args is not None and (fault := _bits_fault(args)):
+            return f"{part}: {fault}"
+    if scheme.output_activations is not None:
+        return "output_activations are not supported; leave them out, or quantize the input of the next layer"
+    if weights.dynamic:
+        return "weights: dynamic applies to activations only"
+    strategies = ("tensor", "channel", "group") if weights.type == "int" else ("tensor", "channel")
+    if weights.strategy not in strategies:
+        known = ", ".join(strategies)
+        return f"weights: strategy {weights.strategy!r} is not supported for {weights.type}; use one of {known}"
+    if inputs is not None and not inputs.dynamic and inputs.strategy != "tensor":
+        return f"input_activations: static ones are per tensor, got strategy {inputs.strategy!r}; or set dynamic: true"
+    if inputs is not None and (inputs.dynamic == "local" or inputs.scale_dtype is not None):
+        return "input_activations: scales of their own format (NVFP4, MXFP4) are not supported"
+    return None
+
+
+def _bits_fault(args: QuantizationArgs) -> str | None:
+    if args.type == "float":
+        if args.num_bits != 8 or args.scale_dtype is not None or not args.symmetric:
+            return f"a {args.num_bits}-bit float format is not supported; FP8 (symmetric, plain scales) is"
+        return None
+    if args.num_bits == 16:
+        return "num_bits=16 is no quantization; leave this part out, or add the modules to ignore"
+    if args.num_bits not in BITS:
+        return f"num_bits={args.num_bits} is outside of {BITS.start}..{BITS.stop - 1}"
+    return None
+
+
+def _check_dense(model: nn.Module) -> None:
+    """ValueError when a model, or part of it, is quantized already."""
+    again = "; quantizing twice adds up the errors of both: start from the dense model"
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None:
+        method = getattr(config, "quant_method", None) or "see model.config.quantization_config"
+        raise ValueError(f"the model is quantized already ({getattr(method, 'value', method)}){again}")
+    schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
+    done = [repr(n) for n, m in model.named_modules() if quantized_of(m) is not None or schemes[n] is not None]
+    if done:
+        raise ValueError(f"the model is quantized already, in {_named(done)}{again}")
+
+
+def _check_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    odd = [f"{n!r} ({type(m).__name__})" for n, m in modules.items() if not is_supported(m)]
+    if odd:
+        raise ValueError(f"cannot quantize {_named(odd)}: expected {SUPPORTED}; narrow targets, or add them to ignore")
+    owners: dict[int, dict[str, nn.Module]] = {}                # parameter -> the modules that hold it, by its names
+    for owner_name, owner in model.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[f"{owner_name}.{name}".removeprefix(".")] = owner
+    for name, module in modules.items():
+        others = [repr(n) for n, owner in owners.get(id(module.weight), {}).items() if owner is not module]
+        if others:
+            raise ValueError(
+                f"the weight of {name!r} is shared with {_named(others)}, which would change with it; add {name!r} to "
+                f"ignore, or untie the two"
+            )
+    check_finite(modules)
+
+
+def check_finite(modules: Mapping[str, nn.Module]) -> None:
+    """ValueError names the modules whose weight holds NaN or Inf."""
+    weights = {name: weight_of(module) for name, module in modules.items()}
+    suspects = [n for n, w in weights.items() if not w.is_meta and not torch.isfinite(w.sum(dtype=torch.float64))]
+    broken = [n for n in suspects if not weights[n].isfinite().all()]
+    if broken:
+        raise ValueError(f"the weight of {_named([repr(n) for n in broken])} holds NaN or Inf; did training diverge?")
+
+
+def _named(items: Sequence[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def _listed(entries: str | Sequence[str]) -> list[str]:
+    return [entries] if isinstance(entries, str) else list(entries)
+
+
+def _plain(error: Exception) -> str:
+    """A pydantic error without its frame: ``num_bits: Input should be a valid integer``."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
