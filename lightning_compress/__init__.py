@@ -1,0 +1,58 @@
+"""Compression for any model that a PyTorch Lightning Trainer trains.
+
+    Trainer(callbacks=[CompressionCallback(GPTQModifier(scheme="W4A16"))])
+
+Public names, imported when they are first used: ``import lightning_compress`` itself imports nothing.
+"""
+
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_compress.callback import CompressionCallback
+    from lightning_compress.core.events import EventType
+    from lightning_compress.core.factory import ModifierFactory
+    from lightning_compress.core.modifier import Modifier
+    from lightning_compress.export.compressed_tensors import load, save
+    from lightning_compress.modifiers.gptq import GPTQModifier
+    from lightning_compress.modifiers.quantization import QuantizationModifier
+    from lightning_compress.oneshot import compress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionCallback",
+    "EventType",
+    "GPTQModifier",
+    "Modifier",
+    "ModifierFactory",
+    "QuantizationModifier",
+    "compress",
+    "load",
+    "save",
+]
+
+_HOME = MappingProxyType(
+    {
+        "CompressionCallback": "callback",
+        "EventType": "core.events",
+        "GPTQModifier": "modifiers.gptq",
+        "Modifier": "core.modifier",
+        "ModifierFactory": "core.factory",
+        "QuantizationModifier": "modifiers.quantization",
+        "compress": "oneshot",
+        "load": "export.compressed_tensors",
+        "save": "export.compressed_tensors",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,418 @@
+"""Compression as a Lightning callback: the Trainer's hooks become events of the lifecycle.
+
+    event              emitted from
+    INITIALIZE         setup (stage fit); where the model is not built yet, right after configure_model
+    BATCH_START        on_train_batch_start
+    LOSS_CALCULATED    on_before_backward
+    OPTIM_PRE_STEP     on_before_optimizer_step, before gradients are clipped
+    OPTIM_POST_STEP    torch's step-post-hook of each optimizer: only steps that were made
+    BATCH_END          on_train_batch_end
+    CALIBRATION_...    on_train_end; on_fit_end where training was skipped and on_train_end never came
+    FINALIZE           the same, after calibration
+
+What happens at the end (best weights, metric, calibration, metric again, export, report) is in training/finish.py.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.core.events import EventType
+from lightning_compress.core.ledger import Ledger
+from lightning_compress.core.lifecycle import Lifecycle
+from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.state import State
+from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
+from lightning_compress.training.clock import StepClock
+from lightning_compress.training.finish import Finish, Plan, check_export
+from lightning_compress.training.submodule import choose
+
+__all__ = ["CompressionCallback"]
+
+E = EventType
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+class CompressionCallback(Callback):
+    r"""Compress the model that a Trainer trains.
+
+    Args:
+        modifiers: One modifier, several in order, or a dict of them (its order counts).
+        recipe: Instead of modifiers the name of a recipe (``gptq_w4``) or the path of a recipe file. What the recipe
+            sets beside its modifiers counts where the argument below has its default.
+        module: Dotted name of the module to compress inside the LightningModule, ``"."`` for all of it. By default the
+            one transformers.PreTrainedModel, else ``model``, ``net`` or ``backbone``, else the only child with weights.
+        export_dir: Where the compressed model goes; by default ``compressed`` in the Trainer's ``default_root_dir``.
+            The report lies beside it, in ``report``, and so does ``compressed.ckpt``.
+        calibration_batches: How many batches calibrate, at most: those of ``datamodule.calibration_dataloader()``, else
+            samples of the training set, chosen with ``seed``.
+        blocks: Names, classes or ``re:`` patterns of the model's repeated blocks; by default they are found.
+        walk: How calibration goes through the blocks: ``auto``, ``one_pass``, ``two_pass`` or ``whole``.
+        load_best: Compress the best weights that a ModelCheckpoint with a monitor has kept, not the last ones.
+        evaluate: Measure the model before and after, on the validation set.
+        eval_batches: Batches of each validation loader to measure on; by default as many as the Trainer validates on.
+        offload_device: Where calibration keeps activations.
+        allow_recipe_change: Resume from a checkpoint that was written with another recipe.
+        seed: Of the calibration samples, and of whatever is random while calibrating.
+
+    Raises:
+        ValueError: Neither or both of ``modifiers`` and ``recipe`` are given, or one of them is wrong.
+
+    Example::
+
+        trainer = Trainer(callbacks=[CompressionCallback(GPTQModifier(scheme="W4A16"))])
+        trainer.fit(model, datamodule)
+        trainer.test(ckpt_path="best", datamodule=datamodule)      # the compressed model
+    """
+
+    def __init__(
+        self,
+        modifiers: Modifier | list[Modifier] | dict[str, Modifier] | None = None,
+        *,
+        recipe: str | None = None,
+        module: str | None = None,
+        export_dir: str | None = None,
+        calibration_batches: int = 16,
+        blocks: str | list[str] | None = None,
+        walk: str = "auto",
+        load_best: bool = True,
+        evaluate: bool = True,
+        eval_batches: int | None = None,
+        offload_device: str = "cpu",
+        allow_recipe_change: bool = False,
+        seed: int = 0,
+    ):
+        arguments: dict[str, Any] = {
+            "module": module,
+            "export_dir": export_dir,
+            "calibration_batches": calibration_batches,
+            "blocks": blocks,
+            "walk": walk,
+            "load_best": load_best,
+            "evaluate": evaluate,
+            "eval_batches": eval_batches,
+            "offload_device": offload_device,
+            "allow_recipe_change": allow_recipe_change,
+            "seed": seed,
+        }
+        if (modifiers is None) == (recipe is None):
+            both = "both" if modifiers is not None else "neither"
+            raise ValueError(f"expected either modifiers or recipe, got {both}: CompressionCallback(recipe='gptq_w4')")
+        if recipe is not None:
+            read = read_recipe(recipe)
+            modifiers, arguments = read.modifiers, _filled(arguments, read.arguments)
+        self.lifecycle = Lifecycle(_listed(modifiers))
+        self.ledger = Ledger()
+        self.recipe = dump_recipe(self.lifecycle.modifiers)
+        self.module = arguments.pop("module")
+        self.allow_recipe_change = arguments.pop("allow_recipe_change")
+        self.plan = Plan(**arguments, recipe_name=recipe)
+        self.done = False
+        self.clock = StepClock()
+        self._root: LightningModule | None = None
+        self._state = State(ledger=self.ledger)
+        self._batch_state = self._state
+        self._in_batch = False
+        self._stage: str | None = None
+        self._began = 0.0
+        self._warned_stray_step = False
+        self._undo: Callable[[], None] | None = None
+
+    # -- INITIALIZE ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
+        if stage != "fit":
+            return
+        _check_strategy(trainer)
+        _check_order(trainer, self)
+        if self._root is not None and self._root is not pl_module:
+            raise ValueError(
+                "this CompressionCallback has compressed, or begun to compress, another LightningModule; "
+                "make a new one for each model"
+            )
+        if self.done:
+            return
+        if not trainer.fast_dev_run:
+            check_export(trainer, self.plan)
+        self._root, self._began = pl_module, time.time()
+        if not self.lifecycle.initialized and not self._initialize_now(trainer, pl_module):
+            self._initialize_after_configure_model(trainer, pl_module)
+
+    def _initialize_now(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """False when the model may not be built yet."""
+        built_later = is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
+        try:
+            name, module = choose(pl_module, self.module)
+        except ValueError:
+            if built_later:
+                return False
+            raise
+        certain = self.module is not None or name in ("model", "net", "backbone")
+        if built_later and (not certain or next(module.parameters(), None) is None):
+            return False
+        self._initialize(trainer, pl_module)
+        return True
+
+    def _initialize_after_configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning calls ``configure_model`` between all setup hooks and the making of optimizers."""
+        own = vars(pl_module).get("configure_model")
+        original = pl_module.configure_model
+
+        def configure_model() -> None:
+            original()
+            if not self.lifecycle.initialized:
+                self._initialize(trainer, pl_module)
+
+        def undo() -> None:
+            vars(pl_module).pop("configure_model", None)
+            if own is not None:
+                vars(pl_module)["configure_model"] = own
+
+        vars(pl_module)["configure_model"] = configure_model      # on this object only
+        self._undo = undo
+
+    def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name, module = choose(pl_module, self.module)
+        self._state = self._batch_state = State(model=module, ledger=self.ledger)
+        before = _tensor_names(pl_module)
+        self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
+        averaging = [type(c).__name__ for c in trainer.callbacks if _averages(c)]
+        if averaging and _tensor_names(pl_module) != before:
+            raise ValueError(
+                f"{averaging[0]} pairs tensors by position, and a modifier has added some to {name or 'the model'!r} "
+                f"after it had copied them: leave out either of the two"
+            )
+
+    # -- the training loop --------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.done:
+            rank_zero_warn(
+                "this model is compressed already: CompressionCallback does nothing more, and training on takes the "
+                "weights off their grid; to compress again, train from a dense checkpoint with a new callback"
+            )
+            return
+        self._check_module(pl_module)
+        self.clock.measure(
+            trainer.num_training_batches,
+            trainer.accumulate_grad_batches,
+            trainer.max_epochs,
+            trainer.max_steps,
+            len(trainer.optimizers),
+        )
+        self._check_units(trainer)
+        self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.done:
+            self._in_batch = True
+            self._batch_state = self._state.but(batch_data=batch)
+            self.lifecycle.emit(self._batch_state, self.clock.event(E.BATCH_START))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._in_batch:
+            self.lifecycle.emit(self._batch_state.but(loss=loss), self.clock.event(E.LOSS_CALCULATED))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._in_batch:
+            self.lifecycle.emit(self._batch_state.but(optimizer=optimizer), self.clock.event(E.OPTIM_PRE_STEP))
+
+    def _before_count(self, optimizer: Optimizer) -> None:
+        """A torch optimizer that is stepped past Lightning, in manual optimization, gets its PRE_STEP late."""
+        if self._in_batch and self.lifecycle.last != E.OPTIM_PRE_STEP:
+            self.lifecycle.emit(self._batch_state.but(optimizer=optimizer), self.clock.event(E.OPTIM_PRE_STEP))
+
+    def _after_count(self, optimizer: Optimizer) -> None:
+        if self._in_batch:
+            self.lifecycle.emit(self._batch_state.but(optimizer=optimizer), self.clock.event(E.OPTIM_POST_STEP))
+        elif not self._warned_stray_step:
+            self._warned_stray_step = True
+            rank_zero_warn(
+                f"a {type(optimizer).__name__} stepped outside of a training batch; the step counts, but modifiers are "
+                f"not told: step it in training_step, so that they can act on it"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._close_batch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close_batch()                    # still open when on_train_batch_start of the LightningModule returned -1
+
+    def _close_batch(self) -> None:
+        if self._in_batch:
+            self.lifecycle.emit(self._batch_state, self.clock.event(E.BATCH_END))
+            self.clock.batches += 1
+            self._in_batch, self._batch_state = False, self._state      # lets the batch go
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.done:
+            self._finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.done:
+            rank_zero_info("no training took place; compressing the model as it is")
+            pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
+            self._finish(trainer, pl_module)
+            pl_module.cpu()
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.detach()
+        self._check_module(pl_module)
+        event = self.clock.event()
+        end = Finish(trainer, pl_module, self.lifecycle, self._state, self.plan, self.recipe, event, self._began)
+        end.compress()
+        end.write()
+        self.done = True                       # before compressed.ckpt is saved: who resumes from it is done
+        end.promote()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._in_batch, self._batch_state = False, self._state
+        self.lifecycle.abort()
+        self._take_off()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._take_off()
+
+    def _take_off(self) -> None:
+        self.clock.detach()
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives and tensors, so that ``weights_only`` loading works; TypeError names what is neither."""
+        state = {
+            "recipe": self.recipe,
+            "modifiers": self.lifecycle.state_dict(),
+            "clock": self.clock.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "done": self.done,
+        }
+        _check_plain(state, "CompressionCallback.state_dict()")
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave; only fit resumes, validate and test load weights alone.
+
+        Raises:
+            ValueError: The checkpoint was written with another recipe, and ``allow_recipe_change`` is not set.
+        """
+        if self._stage not in (None, "fit"):
+            return
+        changes = recipe_difference(state_dict["recipe"], self.recipe)
+        if changes and not self.allow_recipe_change:
+            raise ValueError(
+                "the recipe differs from that of the checkpoint:\n  " + "\n  ".join(changes) + "\n"
+                "resume with the recipe of the first run, or set allow_recipe_change=True"
+            )
+        for key, modifier in zip(self.lifecycle.keys(), self.lifecycle.modifiers, strict=True):
+            if key in state_dict["modifiers"]:
+                modifier.load_state_dict(state_dict["modifiers"][key])
+        self.clock.load_state_dict(state_dict["clock"])
+        self.ledger.load_state_dict(state_dict["ledger"])
+        self.done = state_dict["done"]
+        if self.done:
+            self.lifecycle.abort()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Weight averaging puts the average of dense weights into every checkpoint, compressed.ckpt too: undo that."""
+        if self.done and checkpoint.pop("averaging_state", None) is not None:
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_module(self, pl_module: LightningModule) -> None:
+        name, module = choose(pl_module, self.module)
+        if module is not self._state.model:
+            raise ValueError(
+                f"the module {name!r} is another object than the one that the modifiers were initialized on: it was "
+                f"replaced after configure_model; build it in __init__, setup or configure_model"
+            )
+
+    def _check_units(self, trainer: Trainer) -> None:
+        """A window in epochs or fractions needs a length that is known and constant."""
+        units = {m.unit for m in self.lifecycle.modifiers if m.start is not None} - {"step"}
+        for unit in sorted(units):
+            _ = self.clock.event().in_unit(unit).steps_per_unit
+        scheduled = [c for c in trainer.callbacks if type(c).__name__ == "GradientAccumulationScheduler"]
+        if units and scheduled:
+            raise ValueError(
+                f"unit={min(units)!r} needs epochs of one length, but GradientAccumulationScheduler changes their "
+                f"length; use unit='step'"
+            )
+
+
+def _listed(modifiers: Any) -> list[Modifier]:
+    if isinstance(modifiers, Mapping):
+        return list(modifiers.values())
+    if isinstance(modifiers, Sequence) and not isinstance(modifiers, str):
+        return list(modifiers)
+    return [modifiers]
+
+
+def _filled(arguments: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The callback's arguments; those at their default give way to what the recipe sets."""
+    defaults: dict[str, Any] = CompressionCallback.__init__.__kwdefaults__ or {}
+    if unknown := sorted(recipe.keys() - arguments.keys()):
+        raise ValueError(
+            f"the recipe sets {unknown}, which CompressionCallback does not take; it takes {sorted(arguments)}"
+        )
+    return {n: recipe.get(n, v) if v == defaults[n] else v for n, v in arguments.items()}
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} shards the weights, and compression needs them whole: use "
+            f"strategy='ddp' or one device, or compress the consolidated checkpoint afterwards, with compress()"
+        )
+
+
+def _check_order(trainer: Trainer, callback: Callback) -> None:
+    """At the end of training, averaging overwrites the weights: what it must not overwrite has to come after it."""
+    after = trainer.callbacks[trainer.callbacks.index(callback) + 1 :]
+    for other in after:
+        if _averages(other):
+            name = type(other).__name__
+            raise ValueError(
+                f"{name} is listed after CompressionCallback and would overwrite the compressed weights with its "
+                f"average: list it first, Trainer(callbacks=[{name}(...), CompressionCallback(...)])"
+            )
+
+
+def _averages(callback: Callback) -> bool:
+    return any(c.__name__ in AVERAGING for c in type(callback).__mro__)
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+
+
+def _check_plain(value: Any, place: str) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_plain(key, f"a key of {place}")
+            _check_plain(inner, f"{place}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, inner in enumerate(value):
+            _check_plain(inner, f"{place}[{i}]")
+    elif type(value) not in (bool, int, float, str, type(None)) and not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{place} is a {type(value).__name__}, expected numbers, strings, None, lists, dicts or tensors: "
+            f"anything else breaks resuming with weights_only"
+        )

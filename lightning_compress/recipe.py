@@ -1,0 +1,202 @@
+"""Recipes: modifiers from YAML, built by name.
+
+A recipe is a file of ``conf/compress`` (named ``gptq_w4``), a file of the user's, or a dict::
+
+    compress:
+      calibration_batches: 32                          # optional arguments of the callback
+      modifiers:
+        gptq: {type: GPTQModifier, targets: [Linear], scheme: W4A16}
+
+``_target_: lightning_compress.GPTQModifier``, as Hydra wants it, means the same as ``type: GPTQModifier``. Nothing
+else may stand in a ``_target_``: a file that someone sent names modifiers, it does not call functions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_compress.core.factory import ModifierFactory
+from lightning_compress.core.lifecycle import Lifecycle
+from lightning_compress.core.modifier import Modifier
+
+__all__ = ["Recipe", "dump_recipe", "load_recipe", "read_recipe", "recipe_difference"]
+
+OWN = "lightning_compress."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it was read.
+
+    Args:
+        modifiers: In the recipe's order.
+        arguments: Other arguments of the callback that it sets.
+    """
+
+    modifiers: list[Modifier]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def load_recipe(source: str | Path | Mapping[str, Any]) -> list[Modifier]:
+    """The modifiers of a recipe; see :func:`read_recipe`."""
+    return read_recipe(source).modifiers
+
+
+def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+    """Build a recipe.
+
+    Args:
+        source: The name of a recipe of this package, the path of a YAML file, or what such a file holds.
+
+    Raises:
+        ValueError: There is no such recipe (near misses are listed), it is no recipe, a ``_target_`` is no modifier
+            of this package, or an argument is wrong.
+    """
+    if isinstance(source, Mapping):
+        return _build(source, "the recipe")
+    path = _locate(source)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    return _build(content, str(path))
+
+
+def dump_recipe(modifiers: Sequence[Modifier]) -> dict[str, Any]:
+    """The recipe as primitives, every argument spelled out; :func:`load_recipe` takes it back."""
+    names = {c: name for name, c in ModifierFactory._registered.items()}
+    keys = Lifecycle(modifiers).keys()
+    return {
+        "modifiers": {
+            key: {"type": names.get(type(m), type(m).__name__), **m.model_dump(mode="json")}
+            for key, m in zip(keys, modifiers, strict=True)
+        }
+    }
+
+
+def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line per entry that differs between two dumped recipes, such as ``modifiers.gptq.bits: 4 -> 3``."""
+    old, new = _flat(before), _flat(now)
+    entries = [name for name in {**old, **new} if old.get(name, "absent") != new.get(name, "absent")]
+    return [f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}" for name in entries]
+
+
+# -- where a recipe is ------------------------------------------------------------------------------------------------
+
+
+def _locate(source: str | Path) -> Path:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if not path.is_file():
+            raise ValueError(f"recipe {str(source)!r}: there is no such file")
+        return path
+    known = {p.stem: p for p in sorted(_folder().glob("*.yaml"))}
+    if path.name not in known:
+        near = get_close_matches(path.name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        raise ValueError(f"no recipe is called {path.name!r}; {hint} (a file of yours is given by its path, x.yaml)")
+    return known[path.name]
+
+
+def _folder() -> Path:
+    """``conf/compress``: in the package (wheel), or beside it (checkout)."""
+    package = Path(__file__).parent
+    installed = package / "conf" / "compress"
+    return installed if installed.is_dir() else package.parent / "conf" / "compress"
+
+
+# -- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def _build(content: Any, origin: str) -> Recipe:
+    arguments = _descend(content, origin)
+    if "defaults" in arguments:
+        raise ValueError(f"{origin} has a defaults list, which only Hydra resolves: use +compress=... there")
+    _refuse_interpolation(arguments, origin)
+    target = arguments.pop("_target_", f"{OWN}CompressionCallback")
+    if target not in (f"{OWN}CompressionCallback", f"{OWN}callback.CompressionCallback"):
+        raise ValueError(f"{origin}: _target_: {target} is not allowed here, expected {OWN}CompressionCallback")
+    arguments.pop("_convert_", None)
+    entries = arguments.pop("modifiers", None)
+    if not entries or not isinstance(entries, Mapping | Sequence) or isinstance(entries, str):
+        raise ValueError(f"{origin}: modifiers is {entries!r}, expected at least one, by name: {{gptq: ...}}")
+    named = entries.items() if isinstance(entries, Mapping) else enumerate(entries)
+    for name, value in arguments.items():
+        _refuse_targets(value, f"{origin}: {name}")
+    return Recipe([_modifier(entry, f"{origin}: modifiers.{name}") for name, entry in named], arguments)
+
+
+def _descend(content: Any, origin: str) -> dict[str, Any]:
+    """What stands under ``compress`` (or under ``callbacks.compress``, or at the top)."""
+    for key in ("callbacks", "compress"):
+        if isinstance(content, Mapping) and "modifiers" not in content and key in content:
+            content = content[key]
+    if not isinstance(content, Mapping) or "modifiers" not in content:
+        keys = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{origin} is no recipe: expected modifiers under compress, found {keys}")
+    return dict(content)
+
+
+def _modifier(entry: Any, place: str) -> Modifier:
+    if isinstance(entry, Modifier):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{place} is {entry!r}, expected a mapping such as {{type: GPTQModifier, scheme: W4A16}}")
+    arguments = dict(entry)
+    arguments.pop("_convert_", None)
+    target = arguments.pop("_target_", None)
+    type_ = arguments.pop("type", None)
+    if (target is None) == (type_ is None):
+        raise ValueError(f"{place} needs either type or _target_, such as type: GPTQModifier")
+    if target is not None:
+        type_ = _named_by(target, place)
+    for name, value in arguments.items():
+        _refuse_targets(value, f"{place}.{name}")
+    try:
+        return ModifierFactory.create(str(type_), **arguments)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _named_by(target: Any, place: str) -> str:
+    if not isinstance(target, str) or not target.startswith(OWN):
+        raise ValueError(
+            f"{place}: _target_: {target} is refused: a recipe file may only name modifiers of this package; "
+            f"for a modifier of your own use ModifierFactory.register and type: its name"
+        )
+    return target.rsplit(".", 1)[-1]
+
+
+def _refuse_targets(value: Any, place: str) -> None:
+    """``_target_`` and its like inside arguments would mean calling what the file says."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            raise ValueError(f"{place}: _target_: {value['_target_']} is refused: a recipe file calls nothing")
+        for name, inner in value.items():
+            _refuse_targets(inner, f"{place}.{name}")
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for i, inner in enumerate(value):
+            _refuse_targets(inner, f"{place}[{i}]")
+
+
+def _refuse_interpolation(value: Any, place: str) -> None:
+    for name, leaf in _flat(value).items():
+        if isinstance(leaf, str) and "${" in leaf:
+            raise ValueError(f"{place}: {name}: {leaf!r} is an interpolation, which only Hydra resolves; write a value")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted name; a list is walked as a mapping of its indices, an empty container is a leaf."""
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        items = enumerate(value)
+    leaves: dict[str, Any] = {}
+    for name, inner in items:
+        leaves |= _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    return leaves if leaves else {prefix: value}

@@ -1,0 +1,409 @@
+"""The end of a run: best weights, metric, calibration, metric again, export, report, and a checkpoint that tests use.
+
+Every rank runs this. Both measurements are shared by all ranks; calibration and everything that is written is the work
+of rank 0, and the others wait and then receive the weights.
+"""
+
+import pickle
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_compress.calibration.activations import BatchRunner
+from lightning_compress.calibration.sequential import calibrate
+from lightning_compress.calibration.walker import WALKS, Walk
+from lightning_compress.core.events import Event
+from lightning_compress.core.lifecycle import Lifecycle
+from lightning_compress.core.state import State
+from lightning_compress.distributed import world_size
+from lightning_compress.evaluation import Measurement, compare, evaluate
+from lightning_compress.export.atomic import check_target
+from lightning_compress.export.compressed_tensors import save
+from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
+from lightning_compress.report import plots, summary, table
+from lightning_compress.training.first_rank import alone, send_tensors
+from lightning_compress.training.progress import ProgressReport
+from lightning_compress.training.samples import first_batches, seeded_view
+
+__all__ = ["Finish", "Plan", "check_export"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asked for at the end; the arguments of the callback of the same names."""
+
+    export_dir: str | None = None
+    calibration_batches: int = 16
+    blocks: str | Sequence[str] | None = None
+    walk: Walk = "auto"
+    load_best: bool = True
+    evaluate: bool = True
+    eval_batches: int | None = None
+    offload_device: str = "cpu"
+    seed: int = 0
+    recipe_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibration_batches < 1:
+            raise ValueError(f"calibration_batches={self.calibration_batches}: expected at least 1")
+        if self.eval_batches is not None and self.eval_batches < 1:
+            raise ValueError(f"eval_batches={self.eval_batches}: expected at least 1; evaluate=False measures nothing")
+        if self.walk not in WALKS:
+            raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
+
+    def export_folder(self, trainer: Trainer) -> Path:
+        return Path(self.export_dir) if self.export_dir else Path(trainer.default_root_dir) / "compressed"
+
+
+def check_export(trainer: Trainer, plan: Plan) -> None:
+    """ValueError now, not after hours of training, when the export could not be written.
+
+    A run that is resumed may replace what an earlier end of the same run exported.
+    """
+    if trainer.is_global_zero:
+        check_target(plan.export_folder(trainer), overwrite=trainer.ckpt_path is not None)
+
+
+@dataclass
+class Finish:
+    """One end of one run.
+
+    Args:
+        trainer: After training, before its teardown (or after it, when no training took place).
+        pl_module: The LightningModule.
+        lifecycle: Its modifiers, initialized.
+        state: With the model that is compressed.
+        plan: What to do.
+        recipe: As primitives, for the export.
+        clock: An event dated now.
+        began: When the run began, in seconds since the epoch.
+    """
+
+    trainer: Trainer
+    pl_module: LightningModule
+    lifecycle: Lifecycle
+    state: State
+    plan: Plan
+    recipe: dict[str, Any]
+    clock: Event
+    began: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def module(self) -> nn.Module:
+        assert self.state.model is not None
+        return self.state.model
+
+    def compress(self) -> None:
+        """Load the best weights, measure, calibrate, finalize, measure."""
+        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        with self._undisturbed(), ProgressReport(shown) as progress:
+            with self._timed("load best"):
+                self.facts["best_checkpoint"] = alone(self._load_best, "loading the best checkpoint")
+                if self.facts["best_checkpoint"]:
+                    send_tensors(self.pl_module)
+            before = self._measure("metric before", progress)
+            with self._timed("calibration"):
+                alone(lambda: self._calibrate(progress), "calibration")
+                self._share()
+            self.lifecycle.finalize(self.state)
+            after = self._measure("metric after", progress)
+            self.facts |= compare(before, after, self._total)
+        if any("_orig_mod" in name for name, _ in self.pl_module.named_modules()):
+            torch.compiler.reset()             # compiled code does not see hooks that came later: compile it anew
+
+    def write(self) -> None:
+        """Export and report, from rank 0; a fast_dev_run writes into a folder that is then deleted."""
+        with ExitStack() as stack:
+            if self.trainer.fast_dev_run:
+                root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                folder, reported = root / "compressed", root / "report"
+            else:
+                folder = self.plan.export_folder(self.trainer)
+                reported = Path(self.trainer.default_root_dir) / "report"
+            alone(lambda: self._write(folder, reported), "the export")
+
+    def promote(self) -> None:
+        """Save ``compressed.ckpt``, and make it what ``ckpt_path="best"`` means; every rank calls this."""
+        if self.trainer.fast_dev_run:
+            return
+        path = Path(self.trainer.default_root_dir) / "compressed.ckpt"
+        self.trainer.save_checkpoint(path, weights_only=False)
+        pointed = self.trainer.checkpoint_callback
+        if isinstance(pointed, ModelCheckpoint):
+            before, pointed.best_model_path = pointed.best_model_path, str(path)
+            replaced = f' (it was {before})' if before else ""
+            rank_zero_info(f'ckpt_path="best" now means the compressed model, {path}{replaced}, weights stored dense')
+        else:
+            rank_zero_info(f"the compressed model, weights stored dense, is in {path}")
+
+    # -- around it ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Afterwards the random state and the Trainer's stage are what they were; no autocast, no gradients inside."""
+        stage = self.trainer.state.stage
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(self.trainer.strategy.root_device.type, enabled=False))
+            stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            torch.manual_seed(self.plan.seed)
+            self.trainer.state.stage = RunningStage.VALIDATING            # augmentation asks for trainer.training
+            try:
+                yield
+            finally:
+                self.trainer.state.stage = stage
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
+
+    # -- best weights -------------------------------------------------------------------------------------------------
+
+    def _load_best(self) -> str | None:
+        """The path that was loaded; None when no ModelCheckpoint follows a metric."""
+        monitored = [c for c in self._model_checkpoints() if c.monitor and c.best_model_path]
+        if not self.plan.load_best or not monitored:
+            return None
+        best = monitored[0]
+        weights = self._read_checkpoint(best.best_model_path)["state_dict"]
+        self.pl_module.load_state_dict(weights, strict=self.pl_module.strict_loading)
+        score = "" if best.best_model_score is None else f", {float(best.best_model_score):.6g}"
+        rank_zero_info(f"compressing the best weights by {best.monitor!r}{score}, from {best.best_model_path}")
+        return best.best_model_path
+
+    def _model_checkpoints(self) -> list[ModelCheckpoint]:
+        return [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+
+    def _read_checkpoint(self, path: str) -> dict[str, Any]:
+        try:
+            return self.trainer.strategy.load_checkpoint(path)
+        except pickle.UnpicklingError as error:
+            # save_hyperparameters may have put objects into it; what this run wrote itself may be unpickled
+            if Path(path).stat().st_mtime >= self.began:
+                loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+                return loaded
+            raise ValueError(
+                f"{path} is from an earlier run and holds more than tensors and plain values, so it is not opened: "
+                f"{error}; set load_best=False, or leave objects out of it: save_hyperparameters(ignore=[...])"
+            ) from error
+
+    # -- metric -------------------------------------------------------------------------------------------------------
+
+    def _measure(self, phase: str, progress: ProgressReport) -> Measurement:
+        if not self.plan.evaluate:
+            return Measurement()
+        loaders, limits = self._validation_loaders()
+        with self._timed(phase):
+            return evaluate(
+                self.pl_module,
+                self.module,
+                loaders,
+                forward=lambda module, batch: BatchRunner(module)(batch),
+                limits=limits,
+                transfer=self._to_device,
+                context=self.trainer.precision_plugin.val_step_context,
+                monitor=next((c.monitor for c in self._model_checkpoints() if c.monitor), None),
+                total=self._total,
+                progress=lambda done: progress(phase, done, sum(n or 0 for n in limits)),
+            )
+
+    def _validation_loaders(self) -> tuple[list[Any], list[int | None]]:
+        """Loaders, and how many batches of each count."""
+        trainer = self.trainer
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if trainer.val_dataloaders is None:
+            loop.setup_data()                        # no validation has run; the loop knows all the ways to a loader
+        loaders = trainer.val_dataloaders
+        source = trainer.datamodule if trainer.datamodule is not None else self.pl_module
+        if loaders is None and trainer.limit_val_batches != 0 and is_overridden("val_dataloader", source):
+            loaders = source.val_dataloader()        # a language model needs no validation_step
+        listed = list(loaders.values()) if isinstance(loaders, dict) else loaders
+        listed = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+        if not listed:
+            rank_zero_info("no validation loader: the report will have no metric before and after")
+        known = [int(n) if n != float("inf") else None for n in loop.max_batches] if trainer.val_dataloaders else []
+        limits = known if len(known) == len(listed) else [None] * len(listed)
+        cap = 1 if trainer.fast_dev_run else self.plan.eval_batches
+        sizes = [len(loader) if hasattr(loader, "__len__") else None for loader in listed]
+        limits = [size if limit is None else limit for limit, size in zip(limits, sizes, strict=True)]
+        return list(listed), [cap if n is None else n if cap is None else min(n, cap) for n in limits]
+
+    def _to_device(self, batch: Any, loader: int = 0) -> Any:
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        batch = self.pl_module._on_before_batch_transfer(batch, dataloader_idx=loader)
+        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
+
+    def _total(self, values: Tensor) -> Tensor:
+        if world_size() == 1:
+            return values
+        summed = self.trainer.strategy.reduce(values.to(self.trainer.strategy.root_device), reduce_op="sum")
+        return summed.to(values.device)
+
+    # -- calibration --------------------------------------------------------------------------------------------------
+
+    def _calibrate(self, progress: ProgressReport) -> None:
+        modifiers = self.lifecycle.modifiers
+        if not any(m.needs_calibration for m in modifiers):
+            return
+        batches = self._calibration_batches() if any(m.needs_data for m in modifiers) else None
+        with self._precision():
+            calibrate(
+                self.lifecycle,
+                self.state,
+                batches,
+                clock=self.clock,
+                forward=self._forward(batches or []),
+                blocks=self.plan.blocks,
+                walk=self.plan.walk,
+                offload_device=self.plan.offload_device,
+                progress=progress,
+            )
+
+    def _calibration_batches(self) -> list[Any]:
+        """Batches as the model gets them, kept on the offload device."""
+        trainer, wanted = self.trainer, 1 if self.trainer.fast_dev_run else self.plan.calibration_batches
+        own = getattr(trainer.datamodule, "calibration_dataloader", None) or getattr(
+            self.pl_module, "calibration_dataloader", None
+        )
+        if own is not None:
+            loader, which = own(), f"the first {wanted} batches of calibration_dataloader()"
+        else:
+            loader, which = seeded_view(self._train_loader(), wanted, self.plan.seed)
+        batches = [self._offloaded(self._to_device(batch)) for batch in first_batches(loader, wanted)]
+        if not batches:
+            raise ValueError("the calibration loader is empty, expected at least one batch")
+        if len(batches) < wanted:
+            rank_zero_warn(f"calibration_batches={wanted}, but the loader gave {len(batches)}; calibrating on those")
+        rank_zero_info(f"calibrating on {len(batches)} batches: {which}")
+        self.facts |= {"calibration_batches": len(batches), "calibration_samples": which}
+        return batches
+
+    def _offloaded(self, batch: Any) -> Any:
+        """Batches for a ``calibration_step`` stay on the device: their tensors tell it which batch they are."""
+        if hasattr(self.pl_module, "calibration_step"):
+            return batch
+        return tree_map_only(Tensor, lambda t: t.to(self.plan.offload_device), batch)
+
+    def _train_loader(self) -> Any:
+        trainer = self.trainer
+        if trainer.train_dataloader is not None:
+            return trainer.train_dataloader
+        source = trainer.fit_loop._data_source            # limit_train_batches=0: Lightning asks nobody for a loader
+        if not source.is_defined():
+            raise ValueError(
+                "this recipe calibrates on data, and there is neither a calibration_dataloader() on the datamodule "
+                "nor a training loader; give one of them to the Trainer"
+            )
+        return source.dataloader()
+
+    def _forward(self, batches: Sequence[Any]) -> Callable[[nn.Module, Any], Any] | None:
+        """The user's ``calibration_step(batch, batch_idx)``, or None for the default way into the model."""
+        step = getattr(self.pl_module, "calibration_step", None)
+        if step is None:
+            return None
+        index = {_first_tensor(batch): i for i, batch in enumerate(batches)}
+        return lambda module, batch: step(batch, index.get(_first_tensor(batch), 0))
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Half precision runs as in training; mixed precision has float32 weights and calibrates in float32."""
+        plugin = self.trainer.precision_plugin
+        return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+    def _share(self) -> None:
+        """What rank 0 has made of the model goes to all ranks: weights, buffers, and the records of quantization."""
+        if world_size() == 1:
+            return
+        send_tensors(self.module)
+        made = alone(self._records, "sending scales")
+        if not self.trainer.is_global_zero:
+            for name, record in made.items():
+                attach(self.module.get_submodule(name), _moved(record, self.pl_module.device))
+
+    def _records(self) -> dict[str, Quantized]:
+        records = {name: quantized_of(module) for name, module in quantized_modules(self.module).items()}
+        return {name: _moved(record, torch.device("cpu")) for name, record in records.items() if record is not None}
+
+    # -- what is left behind ------------------------------------------------------------------------------------------
+
+    def _write(self, folder: Path, reported: Path) -> None:
+        with self._timed("export"):
+            if quantized_modules(self.module):
+                resumed = self.trainer.ckpt_path is not None
+                save(self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=resumed)
+                self.facts["export_dir"] = str(folder)
+            else:
+                rank_zero_warn("no module is quantized, so nothing is exported; compressed.ckpt holds the model")
+        self.facts |= self._summary()
+        ledger = self.state.ledger
+        summary.write(reported, ledger, self.facts)
+        plots.error_per_module(ledger, reported / "error_per_module.png")
+        table.show(ledger, self.facts)
+        self._log()
+
+    def _tokenizer(self) -> Any:
+        """The one of the datamodule or of the LightningModule, where it can be saved."""
+        owners = (self.trainer.datamodule, self.pl_module)
+        found = [getattr(owner, "tokenizer", None) for owner in owners]
+        return next((t for t in found if hasattr(t, "save_pretrained")), None)
+
+    def _summary(self) -> dict[str, Any]:
+        sums = summary.totals(self.state.ledger)
+        whole = sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
+        saved = (sums["bytes_before"] or 0) - (sums["bytes_after"] or 0) if sums["bytes_after"] is not None else 0
+        device = self.trainer.strategy.root_device
+        return {
+            "model": type(self.module).__name__,
+            "model_bytes_before": whole,
+            "model_bytes_after": whole - saved,
+            "recipe": self.plan.recipe_name or self.recipe,
+            "modifiers": self.recipe["modifiers"],
+            "seconds": self.seconds,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}),
+            "seed": self.plan.seed,
+            "global_step": self.clock.global_step,
+        }
+
+    def _log(self) -> None:
+        """``pl_module.log`` is not allowed here; loggers are."""
+        sums = summary.totals(self.state.ledger) | {n: v for n, v in self.facts.items() if n.startswith("model_bytes")}
+        scalars = {name: value for name, value in sums.items() if isinstance(value, int | float)}
+        scalars |= {f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in self.seconds.items()}
+        for name, entry in self.facts["metric"].items():
+            scalars |= {f"{name}_before": entry["before"], f"{name}_after": entry["after"]}
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"compress/{n}": v for n, v in scalars.items()}, step=self.trainer.global_step)
+            logger.save()
+
+
+def _first_tensor(batch: Any) -> int | None:
+    """The identity of a batch: that of its first tensor, which moving to the device where it lies does not change."""
+    return next((id(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+
+
+def _moved(record: Quantized, device: torch.device) -> Quantized:
+    """The same record, its tensors on another device."""
+    tensors = {f.name: getattr(record, f.name) for f in fields(record) if isinstance(getattr(record, f.name), Tensor)}
+    return replace(record, **{name: tensor.to(device) for name, tensor in tensors.items()})

@@ -1,0 +1,93 @@
+"""Calibration samples out of a training loader: chosen with a seed, in the dataset's order, never shuffled.
+
+A training loader shuffles, so its first batches differ from run to run; the first samples of a dataset may all be of
+one class. So: a seeded choice among all samples, in ascending order, through the loader's own collate function. Random
+augmentation inside the dataset stays on; give the datamodule a ``calibration_dataloader`` to be rid of it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+__all__ = ["first_batches", "seeded_view"]
+
+
+def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], str]:
+    """A loader of ``batches`` batches for calibration, and a sentence on which samples they hold.
+
+    Args:
+        loader: A training loader, or a dict, list or tuple of such (then batches are structured in the same way).
+        batches: How many are wanted.
+        seed: Of the choice.
+    """
+    if isinstance(loader, Mapping):
+        parts = {key: seeded_view(part, batches, seed) for key, part in loader.items()}
+        views = {key: part for key, (part, _) in parts.items()}
+        return _Together(views), "; ".join(f"{key}: {said}" for key, (_, said) in parts.items())
+    if isinstance(loader, list | tuple):
+        together, said = seeded_view(dict(enumerate(loader)), batches, seed)
+        return _Listed(together, type(loader)), said
+    reason = _unindexable(loader)
+    if reason is not None:
+        return loader, f"its first {batches} batches as they come ({reason}, so the choice is the loader's)"
+    population = _population(loader, seed)
+    size = len(population)
+    wanted = min(batches * loader.batch_size, size)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = sorted(population[i] for i in torch.randperm(size, generator=generator)[:wanted].tolist())
+    view = DataLoader(
+        Subset(loader.dataset, chosen),
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last and wanted >= loader.batch_size,
+        generator=generator,                           # the global random state stays untouched
+    )
+    shown = ", ".join(map(str, chosen[:8])) + (", ..." if wanted > 8 else "")
+    return view, f"{wanted} of {size} samples, chosen with seed {seed}, in order: {shown}"
+
+
+def first_batches(loader: Iterable[Any], batches: int) -> list[Any]:
+    """At most ``batches`` batches of a loader."""
+    return list(islice(iter(loader), batches))
+
+
+def _population(loader: DataLoader[Any], seed: int) -> Sequence[int]:
+    """Indices that the loader may yield: a sampler that keeps to a part of the dataset is asked for its part."""
+    if isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler):
+        return range(len(loader.dataset))              # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return sorted(set(loader.sampler))
+
+
+def _unindexable(loader: Any) -> str | None:
+    """Why samples cannot be chosen by index; None when they can."""
+    if not isinstance(loader, DataLoader):
+        return f"a {type(loader).__name__} is no DataLoader"
+    if isinstance(loader.dataset, IterableDataset):
+        return "an iterable dataset"
+    return "a batch sampler of its own" if loader.batch_size is None else None
+
+
+class _Together:
+    """Batches of several loaders side by side, ``{key: batch}``, until the first is exhausted."""
+
+    def __init__(self, loaders: Mapping[Any, Iterable[Any]]):
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[dict[Any, Any]]:
+        for batches in zip(*self.loaders.values(), strict=False):
+            yield dict(zip(self.loaders, batches, strict=True))
+
+
+class _Listed:
+    """The same, as a list or tuple."""
+
+    def __init__(self, loader: Iterable[dict[Any, Any]], kind: type):
+        self.loader, self.kind = loader, kind
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.kind(batch.values()) for batch in self.loader)

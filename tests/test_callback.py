@@ -1,0 +1,358 @@
+"""The events of real runs: which, in which order, and what the clock says."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_compress import CompressionCallback
+from lightning_compress.core import State
+from tests.training_runs import RecordingModifier, Regression, Sums, quiet
+
+STEP, ACCUMULATE = "SLpPE", "SLE"
+
+
+def recorded(folder, module=None, datamodule=None, modifier=None, **options):
+    """Fit, and return the modifier and the callback."""
+    modifier = modifier or RecordingModifier(start=0)
+    callback = CompressionCallback(modifier, evaluate=False)
+    quiet(folder, callback, **options).fit(module or Regression(), datamodule or Sums())
+    return modifier, callback
+
+
+def test_every_batch_has_its_events_in_order(tmp_path):
+    modifier, callback = recorded(tmp_path, max_epochs=2)
+    assert modifier.batches == [STEP] * 8
+    assert [s for n, s, _ in modifier._events if n == "OPTIM_PRE_STEP"] == list(range(8))
+    assert [s for n, s, _ in modifier._events if n == "OPTIM_POST_STEP"] == list(range(1, 9))
+    assert [b for n, _, b in modifier._events if n == "BATCH_START"] == list(range(8))
+    assert modifier._calls == ["initialize", "start at 0", "finalize"]
+    assert callback.done
+
+
+def test_accumulation_steps_in_the_last_partial_window(tmp_path):
+    modifier, callback = recorded(tmp_path, datamodule=Sums(batches=5), accumulate_grad_batches=2, max_epochs=2)
+    assert modifier.batches == [ACCUMULATE, STEP, ACCUMULATE, STEP, STEP] * 2
+    assert callback.clock.steps_per_epoch == 3
+    assert callback.clock.total_steps == 6 == callback.clock.global_step
+    assert callback.clock.batches == 10
+
+
+def test_validation_inside_the_epoch_sends_nothing(tmp_path):
+    modifier, _ = recorded(tmp_path, val_check_interval=1)
+    assert modifier.batches == [STEP] * 4
+
+
+def test_bf16_autocast(tmp_path):
+    modifier, _ = recorded(tmp_path, precision="bf16-mixed", limit_train_batches=2)
+    assert modifier.batches == [STEP] * 2
+
+
+class Gan(Regression):
+    """Two optimizers, stepped by hand; the second one ``second`` times a batch."""
+
+    second = 1
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=0.01), torch.optim.Adam(self.parameters(), lr=0.01)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, times in zip(self.optimizers(), (1, self.second), strict=True):
+            for _ in range(times):
+                optimizer.zero_grad()
+                self.manual_backward(self.error(batch))
+                optimizer.step()
+
+
+def test_two_optimizers_by_hand_count_one_step_each(tmp_path):
+    modifier, callback = recorded(tmp_path, Gan())
+    assert modifier.batches == ["SLpPLpPE"] * 4
+    assert callback.clock.steps == [4, 4]
+    assert callback.clock.global_step == 4                 # Lightning's own global_step says 8
+
+
+def test_the_clock_is_the_optimizer_that_stepped_most(tmp_path):
+    class Twice(Gan):
+        second = 2
+
+    modifier, callback = recorded(tmp_path, Twice())
+    assert modifier.batches == ["SLpPLpPLpPE"] * 4
+    assert callback.clock.steps == [4, 8]
+    assert callback.clock.global_step == 8
+
+
+def test_max_steps_of_two_optimizers(tmp_path):
+    _, callback = recorded(tmp_path, Gan(), max_epochs=-1, max_steps=6)
+    assert callback.clock.total_steps == 3 == callback.clock.global_step
+
+
+def test_a_raw_optimizer_gets_its_pre_step(tmp_path):
+    class Raw(Gan):
+        def training_step(self, batch, batch_idx):
+            self.error(batch).backward()
+            for optimizer in self.optimizers(use_pl_optimizer=False):
+                optimizer.step()
+
+    modifier, _ = recorded(tmp_path, Raw())
+    assert modifier.batches == ["SpPpPE"] * 4              # a plain loss.backward() is unseen
+    assert [s for n, s, _ in modifier._events if n == "OPTIM_PRE_STEP"] == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_lbfgs_calculates_the_loss_several_times_a_step(tmp_path):
+    modifier, callback = recorded(tmp_path, Regression(torch.optim.LBFGS), limit_train_batches=2)
+    for word in modifier.batches:
+        assert word.startswith("SLpLp")
+        assert word.endswith("LpPE")
+    assert callback.clock.global_step == 2
+
+
+def test_a_step_that_amp_skips_is_not_counted(tmp_path):
+    class Skips(Regression):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            if batch_idx == 1:
+                optimizer_closure()                        # what a GradScaler does when gradients overflow
+                self.trainer.callbacks[0].on_before_optimizer_step(self.trainer, self, optimizer)
+            else:
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    modifier, callback = recorded(tmp_path, Skips())
+    assert modifier.batches == [STEP, "SLpE", STEP, STEP]
+    assert callback.clock.global_step == 3
+
+
+def test_a_batch_that_the_module_skips_is_closed(tmp_path):
+    class SkipsRest(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None
+
+    modifier, _ = recorded(tmp_path, SkipsRest(), max_epochs=2)
+    assert modifier.batches == [STEP, STEP, "SE"] * 2
+
+
+def test_a_step_outside_of_a_batch_is_named(tmp_path):
+    class Late(Gan):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.error(batch))
+
+        def on_train_batch_end(self, *args):
+            for optimizer in self.optimizers(use_pl_optimizer=False):
+                optimizer.step()
+
+    with pytest.warns(UserWarning, match="SGD stepped outside of a training batch"):
+        modifier, callback = recorded(tmp_path, Late())
+    assert modifier.batches == ["SLE"] * 4
+    assert callback.clock.global_step == 4
+
+
+def test_the_loss_can_be_added_to(tmp_path):
+    class Adds(RecordingModifier):
+        def on_event(self, state: State, event, **kwargs):
+            super().on_event(state, event)
+            if event.type_ == "loss_calculated":
+                state.loss.add_(1e3 * state.model[2].weight.square().sum())
+
+    module = Regression()
+    modifier, _ = recorded(tmp_path, module, modifier=Adds(), limit_train_batches=1)
+    assert modifier.batches == [STEP]
+    before = Regression()
+    torch.manual_seed(0)
+    assert module.model[2].weight.abs().max() > 10 * before.model[2].weight.abs().max()      # lr 0.05 * 2e3 overshoots
+
+
+def test_windows_open_and_close_where_they_say(tmp_path):
+    modifier, _ = recorded(tmp_path, modifier=RecordingModifier(start=0.25, end=0.75, unit="fraction"), max_epochs=2)
+    assert modifier._calls == ["initialize", "start at 2", "end at 6", "finalize"]
+
+
+def test_an_endless_loader_refuses_epochs_at_once(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.randn(8), torch.randn(1)
+
+    loader = torch.utils.data.DataLoader(Endless(), 4)
+    callback = CompressionCallback(RecordingModifier(start=0.5, unit="epoch"), evaluate=False)
+    with pytest.raises(ValueError, match="needs a known steps_per_epoch"):
+        quiet(tmp_path, callback, max_steps=3).fit(Regression(), loader)
+    callback = CompressionCallback(RecordingModifier(start=0.5, unit="fraction"), evaluate=False)
+    quiet(tmp_path, callback, max_epochs=-1, max_steps=3).fit(Regression(), loader)
+    assert callback.clock.total_steps == 3
+
+
+# -- INITIALIZE -------------------------------------------------------------------------------------------------------
+
+
+def test_initialize_comes_before_optimizers(tmp_path):
+    class Looks(RecordingModifier):
+        def on_initialize(self, state, **kwargs):
+            state.model.extra = torch.nn.Parameter(torch.ones(1))
+            return True
+
+    module = Regression()
+    callback = CompressionCallback(Looks(), evaluate=False)
+    trainer = quiet(tmp_path, callback, limit_train_batches=1)
+    trainer.fit(module, Sums())
+    assert any(module.model.extra is p for group in trainer.optimizers[0].param_groups for p in group["params"])
+
+
+class BuiltLate(Regression):
+    """The model is made in ``configure_model``."""
+
+    def __init__(self):
+        LightningModule.__init__(self)
+        self.optimizer = torch.optim.SGD
+        self.loss_net = torch.nn.Linear(3, 3)              # weights of something that is not the model
+
+    def configure_model(self):
+        if not hasattr(self, "model"):
+            self.model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
+
+
+def test_initialize_waits_for_configure_model(tmp_path):
+    module = BuiltLate()
+    modifier, callback = recorded(tmp_path, module)
+    assert modifier.batches == [STEP] * 4
+    assert callback._state.model is module.model
+    assert "configure_model" not in vars(module)           # undone
+
+
+def test_initialize_waits_for_setup_of_the_module(tmp_path):
+    class BuiltInSetup(BuiltLate):
+        configure_model = LightningModule.configure_model
+
+        def setup(self, stage):
+            BuiltLate.configure_model(self)
+
+    modifier, _ = recorded(tmp_path, BuiltInSetup(), max_epochs=1)
+    assert modifier.batches == [STEP] * 4
+
+
+def test_setup_is_idempotent(tmp_path):
+    modifier = RecordingModifier()
+    callback = CompressionCallback(modifier, evaluate=False)
+    trainer, module = quiet(tmp_path, callback), Regression()
+    trainer.validate(module, Sums(), verbose=False)
+    assert modifier._calls == []
+    trainer.fit(module, Sums())
+    trainer.test(module, Sums(), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match="compressed already"):
+        trainer.fit(module, Sums())
+    assert modifier._calls == ["initialize", "finalize"]
+    assert modifier.batches == [STEP] * 4
+
+
+def test_a_callback_belongs_to_one_module(tmp_path):
+    callback = CompressionCallback(RecordingModifier(), evaluate=False)
+    quiet(tmp_path / "a", callback).fit(Regression(), Sums())
+    with pytest.raises(ValueError, match="make a new one for each model"):
+        quiet(tmp_path / "b", callback).fit(Regression(), Sums())
+
+
+def test_a_module_that_is_replaced_later_is_named(tmp_path):
+    class Swaps(Regression):
+        def on_fit_start(self):
+            self.model = torch.nn.Sequential(torch.nn.Linear(8, 1))
+
+    with pytest.raises(ValueError, match="another object than the one that the modifiers were initialized on"):
+        recorded(tmp_path, Swaps())
+
+
+# -- exceptions -------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_takes_everything_off_and_a_second_fit_goes_on(tmp_path):
+    class Breaks(Regression):
+        broken = True
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2 and self.broken:
+                raise RuntimeError("boom")
+            return super().training_step(batch, batch_idx)
+
+    class Hooks(RecordingModifier):
+        def on_start(self, state, event, **kwargs):
+            self.hook(state.model[0], lambda module, args: None)
+
+    module, modifier = Breaks(), Hooks(start=0)
+    callback = CompressionCallback(modifier, evaluate=False)
+    trainer = quiet(tmp_path, callback)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(module, Sums())
+    assert modifier.batches == [STEP, STEP, "S"]
+    assert not module.model[0]._forward_pre_hooks
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    assert not callback.done
+    module.broken = False
+    quiet(tmp_path, callback).fit(module, Sums())
+    assert modifier.batches[3:] == [STEP] * 4
+    assert callback.done
+
+
+def test_hooks_of_optimizers_come_off_at_the_end(tmp_path):
+    callback = CompressionCallback(RecordingModifier(), evaluate=False)
+    trainer = quiet(tmp_path, callback)
+    trainer.fit(Regression(), Sums())
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_one_modifier_a_list_or_a_dict():
+    one, two = RecordingModifier(), RecordingModifier(group="second")
+    assert CompressionCallback(one).lifecycle.modifiers == [one]
+    assert CompressionCallback([one, two]).lifecycle.modifiers == [one, two]
+    assert CompressionCallback({"b": two, "a": one}).lifecycle.modifiers == [two, one]
+
+
+@pytest.mark.parametrize("given", ["neither", "both"])
+def test_modifiers_or_recipe(given):
+    arguments = {"modifiers": RecordingModifier(), "recipe": "gptq_w4"} if given == "both" else {}
+    with pytest.raises(ValueError, match=f"expected either modifiers or recipe, got {given}"):
+        CompressionCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration_batches": 0}, "calibration_batches=0: expected at least 1"),
+        ({"eval_batches": 0}, "evaluate=False"),
+        ({"walk": "backwards"}, "walk='backwards': expected 'auto'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CompressionCallback(RecordingModifier(), **arguments)
+
+
+def test_lightning_cli_builds_it(tmp_path):
+    spec = {
+        "class_path": "lightning_compress.CompressionCallback",
+        "init_args": {
+            "modifiers": {"a": {"class_path": "tests.training_runs.RecordingModifier", "init_args": {"start": 2}}},
+            "module": "model",
+            "blocks": ["Linear"],
+            "calibration_batches": 3,
+            "export_dir": str(tmp_path / "out"),
+        },
+    }
+    cli = LightningCLI(
+        Regression, Sums, run=False, save_config_callback=None,
+        args={"trainer": {"callbacks": [spec], "logger": False, "accelerator": "cpu"}},
+    )  # fmt: skip
+    callback = next(c for c in cli.trainer.callbacks if isinstance(c, CompressionCallback))
+    assert callback.lifecycle.modifiers[0].start == 2
+    assert callback.plan.blocks == ["Linear"]
+    assert callback.plan.calibration_batches == 3
+
+
+def test_lightning_cli_names_an_unknown_argument(capsys):
+    spec = {"class_path": "lightning_compress.CompressionCallback", "init_args": {"recipe": "rtn_w4", "bitz": 4}}
+    with pytest.raises(SystemExit):
+        LightningCLI(Regression, Sums, run=False, args={"trainer": {"callbacks": [spec]}})
+    assert "bitz" in capsys.readouterr().err

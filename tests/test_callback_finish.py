@@ -1,0 +1,290 @@
+"""What happens at the end of training, and that it happens exactly once, however training ends."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import RunningStage
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_compress import CompressionCallback
+from tests.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
+
+pytestmark = pytest.mark.filterwarnings("ignore:no module is quantized")
+
+
+def rounding(**options):
+    return CompressionCallback(RoundingModifier(data=options.pop("data", True)), **options)
+
+
+def best(folder):
+    return ModelCheckpoint(folder / "checkpoints", monitor="val/mse")
+
+
+# -- trap 1: the best checkpoint undoes compression -------------------------------------------------------------------
+
+
+def test_best_means_the_compressed_model(tmp_path):
+    trainer, module, data = quiet(tmp_path, rounding(), best(tmp_path)), Regression(), Sums()
+    trainer.fit(module, data)
+    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "compressed.ckpt")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(7)
+    trainer.test(module, data, ckpt_path="best", verbose=False)
+    assert module.is_rounded()
+
+
+def test_the_best_weights_are_compressed_not_the_last(tmp_path):
+    class Worsens(Regression):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/mse", float(self.current_epoch))
+
+    module = Worsens()
+    checkpoints = best(tmp_path)
+    seen = {}
+
+    class Looks(RoundingModifier):
+        def on_calibration_start(self, state, event, **kwargs):
+            seen.update({n: t.clone() for n, t in state.model.state_dict().items()})
+            super().on_calibration_start(state, event, **kwargs)
+
+    trainer = quiet(tmp_path, CompressionCallback(Looks()), checkpoints, max_epochs=3)
+    trainer.fit(module, Sums())
+    kept = torch.load(next(tmp_path.glob("checkpoints/epoch=0*")), weights_only=True)["state_dict"]
+    assert all(torch.equal(seen[n], kept[f"model.{n}"]) for n in seen)
+
+
+def test_load_best_can_be_left_out(tmp_path):
+    trainer, module = quiet(tmp_path, rounding(load_best=False), best(tmp_path)), Regression()
+    trainer.fit(module, Sums())
+    assert trainer.callbacks[0].done
+    assert module.is_rounded()
+
+
+def test_a_checkpoint_of_this_run_may_hold_objects(tmp_path):
+    class Hyper(Regression):
+        def __init__(self, net):
+            super().__init__()
+            self.save_hyperparameters(logger=False)
+
+    module = Hyper(nn.Linear(1, 1))
+    quiet(tmp_path, rounding(), best(tmp_path)).fit(module, Sums())
+    assert module.is_rounded()
+
+
+# -- exactly once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"max_steps": 0}], ids=lambda o: next(iter(o))
+)
+def test_a_fit_without_training_compresses(tmp_path, options):
+    callback, module = rounding(), Regression()
+    quiet(tmp_path, callback, **options).fit(module, Sums())
+    assert callback.done
+    assert module.is_rounded()
+    assert (tmp_path / "compressed.ckpt").exists()
+
+
+def test_loaders_given_to_fit_serve_without_training(tmp_path):
+    module, rows = Regression(), Sums().rows
+    quiet(tmp_path, rounding(), limit_train_batches=0).fit(module, DataLoader(rows, 4), DataLoader(rows, 4))
+    assert module.is_rounded()
+
+
+def test_fast_dev_run_touches_everything_and_leaves_nothing(tmp_path):
+    callback, module = rounding(), Regression()
+    quiet(tmp_path, callback, best(tmp_path), fast_dev_run=True).fit(module, Sums())
+    assert module.is_rounded()
+    assert len(callback.lifecycle.modifiers[0]._seen) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finalize_comes_once(tmp_path):
+    modifier = RecordingModifier()
+    trainer, module = quiet(tmp_path, CompressionCallback(modifier)), Regression()
+    trainer.fit(module, Sums())
+    trainer.validate(module, Sums(), verbose=False)
+    assert modifier._calls.count("finalize") == 1
+
+
+# -- trap 3: averaging ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(0.1)], ids=["EMA", "SWA"])
+def test_averaging_after_us_is_refused(tmp_path, averaging):
+    with pytest.raises(ValueError, match="WeightAveraging is listed after CompressionCallback"):
+        quiet(tmp_path, rounding(), averaging()).fit(Regression(), Sums())
+
+
+def test_averaging_before_us_is_compressed(tmp_path):
+    trainer, module = quiet(tmp_path, EMAWeightAveraging(), rounding(), best(tmp_path)), Regression()
+    trainer.fit(module, Sums())
+    assert module.is_rounded()
+    saved = torch.load(tmp_path / "compressed.ckpt", weights_only=True)
+    assert all(torch.equal(saved["state_dict"][n], t) for n, t in module.state_dict().items())
+
+
+def test_averaging_and_added_tensors_do_not_go_together(tmp_path):
+    class Masks(RecordingModifier):
+        def on_initialize(self, state, **kwargs):
+            state.model[0].register_buffer("mask", torch.ones(8, 8))
+            return True
+
+    with pytest.raises(ValueError, match="pairs tensors by position"):
+        quiet(tmp_path, EMAWeightAveraging(), CompressionCallback(Masks())).fit(Regression(), Sums())
+
+
+# -- trap 4: compiled modules -----------------------------------------------------------------------------------------
+
+
+def test_a_compiled_module_is_seen_through(tmp_path):
+    class Compiled(Regression):
+        def setup(self, stage):
+            if stage == "fit":
+                self.model = torch.compile(self.model, backend="eager")
+
+    module = Compiled()
+    callback = rounding()
+    quiet(tmp_path, callback, limit_train_batches=2).fit(module, Sums())
+    assert callback._state.model is module.model._orig_mod
+    assert len(callback.lifecycle.modifiers[0]._seen) > 0            # hooks that were added after compilation fire
+    assert module.is_rounded()
+
+
+# -- trap 5: modes ----------------------------------------------------------------------------------------------------
+
+
+def test_modes_and_random_state_are_given_back(tmp_path):
+    stages, states = [], []
+
+    class Looks(Regression):
+        def on_train_end(self):
+            stages.append(self.trainer.state.stage)
+            states.append((self.training, self.model[1].training, torch.get_rng_state()))
+
+    def run(folder, *callbacks):
+        torch.manual_seed(1)
+        module = Looks()
+        module.model[1].eval()
+        quiet(folder, *callbacks).fit(module, Sums())
+        return module
+
+    run(tmp_path / "without")
+    module = run(tmp_path / "with", rounding())
+    assert stages == [RunningStage.TRAINING] * 2
+    assert states[0][:2] == states[1][:2]
+    assert torch.equal(states[0][2], states[1][2])
+    assert not any(t.is_inference() for t in (*module.parameters(), *module.buffers()))
+
+
+def test_the_compressed_model_can_be_trained_on(tmp_path):
+    module = Regression()
+    quiet(tmp_path / "a", rounding()).fit(module, Sums())
+    quiet(tmp_path / "b").fit(module, Sums())
+    assert not module.is_rounded()
+
+
+# -- trap 8: samples --------------------------------------------------------------------------------------------------
+
+
+def indices(callback):
+    """The first column of a row is its index."""
+    return [sorted(round(v) for v in batch[:, 0].tolist()) for batch in callback.lifecycle.modifiers[0]._seen]
+
+
+def test_samples_are_chosen_with_the_seed(tmp_path, caplog):
+    chosen = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)                          # the training loader shuffles differently each time
+        callback = rounding(calibration_batches=2, seed=seed)
+        with caplog.at_level("INFO"):
+            quiet(tmp_path / str(number), callback).fit(Regression(), Sums(batches=8))
+        chosen.append(indices(callback))
+    assert chosen[0] == chosen[1] != chosen[2]
+    flat = [i for batch in chosen[0] for i in batch]
+    assert flat == sorted(flat)
+    assert len(set(flat)) == 8
+    assert f"8 of 32 samples, chosen with seed 0, in order: {flat[0]}, {flat[1]}" in caplog.text
+
+
+def test_the_datamodule_may_bring_its_calibration_loader(tmp_path):
+    class Own(Sums):
+        def calibration_dataloader(self):
+            return DataLoader(self.rows, 2)
+
+    callback = rounding(calibration_batches=3)
+    quiet(tmp_path, callback).fit(Regression(), Own())
+    assert indices(callback) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_the_module_may_bring_its_calibration_step(tmp_path):
+    steps = []
+
+    class Own(Regression):
+        def calibration_step(self, batch, batch_idx):
+            steps.append((batch_idx, batch[0].shape))
+            return self.model(batch[0])
+
+    quiet(tmp_path, rounding(calibration_batches=3)).fit(Own(), Sums())
+    assert {i for i, _ in steps} == {0, 1, 2}
+    assert all(shape == (4, 8) for _, shape in steps)
+
+
+def test_fewer_batches_than_asked_is_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="calibration_batches=16, but the loader gave 4"):
+        quiet(tmp_path, rounding()).fit(Regression(), Sums())
+
+
+def test_an_empty_loader_is_an_error(tmp_path):
+    class Empty(Sums):
+        def calibration_dataloader(self):
+            return DataLoader([], 2)
+
+    with pytest.raises(ValueError, match="the calibration loader is empty"):
+        quiet(tmp_path, rounding()).fit(Regression(), Empty())
+
+
+def test_augmentation_on_the_device_is_off_while_calibrating(tmp_path):
+    class Augments(Sums):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] + 1000, batch[1]] if self.trainer.training else batch
+
+    callback = rounding()
+    quiet(tmp_path, callback).fit(Regression(), Augments())
+    assert max(max(batch) for batch in indices(callback)) < 1000
+
+
+# -- trap 10: loggers, and the report ---------------------------------------------------------------------------------
+
+
+def test_scalars_reach_every_logger(tmp_path):
+    loggers = [CSVLogger(tmp_path, name=name) for name in ("one", "two")]
+    quiet(tmp_path, rounding(), logger=loggers).fit(Regression(), Sums())
+    for logger in loggers:
+        header = (next((tmp_path / logger.name).glob("*/metrics.csv"))).read_text().splitlines()[0]
+        assert "compress/val/mse_before" in header
+        assert "compress/val/mse_after" in header
+
+
+# -- strategies, and where it goes ------------------------------------------------------------------------------------
+
+
+def test_sharded_strategies_are_refused(tmp_path):
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    trainer = quiet(tmp_path, rounding())
+    trainer.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})
+    with pytest.raises(ValueError, match="shards the weights"):
+        trainer.callbacks[0].setup(trainer, Regression(), "fit")
+
+
+def test_an_export_folder_that_exists_is_an_error_before_training(tmp_path):
+    (tmp_path / "compressed").mkdir()
+    (tmp_path / "compressed" / "mine.txt").touch()
+    modifier = RecordingModifier()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        quiet(tmp_path, CompressionCallback(modifier)).fit(Regression(), Sums())
+    assert modifier._events == []
