@@ -69,7 +69,7 @@ def whole_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         try:
             yield partial
             _sync(partial)
-            _swap_in(partial, target)
+            _swap_in(partial, target, overwrite)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -116,10 +116,13 @@ def _sync(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _swap_in(partial: Path, target: Path) -> None:
-    """Give ``partial`` the name ``target``; an older folder of that name steps aside first, and back on an error."""
+def _swap_in(partial: Path, target: Path, overwrite: bool) -> None:
+    """Give ``partial`` the name ``target``; an older folder of that name steps aside first, and back on an error.
+
+    Without ``overwrite`` the rename itself refuses a folder that was filled meanwhile.
+    """
     old = None
-    if target.is_dir() and any(target.iterdir()):
+    if overwrite and target.is_dir() and any(target.iterdir()):
         old = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
         os.rename(target, old)
     try:

@@ -170,7 +170,8 @@ def _check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
     for what, value in (("scale", record.scale), ("zero point", record.zero_point)):
         if value is not None and tuple(value.shape) != expected:
             raise RuntimeError(
-                f"{name!r}: its {what} has shape {tuple(value.shape)}, expected {expected} ({args.strategy})"
+                f"{name!r}: its {what} has shape {tuple(value.shape)}, expected {expected} "
+                f"({QuantizationStrategy(args.strategy).value})"
             )
     if not args.symmetric and record.zero_point is None:
         raise RuntimeError(f"{name!r}: its scheme is asymmetric, but its record has no zero point")
