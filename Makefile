@@ -16,10 +16,10 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo demo-table test test-slow test-real test-slurm lint format bench clean
+.PHONY: help demo test test-slow test-real test-slurm lint format clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 # -- set-up: once, and again when the pins or the dependencies change ---------------------------------------------------------
 # torch first and pinned: left free, pip may fetch another build, gigabytes of CUDA libraries.
@@ -41,6 +41,9 @@ $(TRAINED): $(DEMO_SOURCES)
 	@rm -rf $(DEMO)
 	$(BIN)/python train.py +compress=$(RECIPE) hydra.run.dir=$(DEMO) $(ARGS)
 	@touch $@
+
+include benchmarks/bench.mk
+include scripts/slurm/slurm.mk
 
 # -- checks -----------------------------------------------------------------------------------------------------------------
 # One thread: the tests' models are tiny, and two cores shared by two runs are slower with more.

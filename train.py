@@ -1,6 +1,6 @@
 """Trains, compresses and tests what a Hydra config describes:  python train.py +compress=gptq_w4
 
-Compression is a callback like any other: ``+compress=NAME`` puts it among ``callbacks``, and it acts when training ends.
+Compression is a callback like any other: ``+compress=NAME`` puts it among ``callbacks``; it acts when training ends.
 """
 
 import logging
@@ -42,7 +42,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from lightning_compress.slurm import check_tasks
 
     check_compress(cfg)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the demo's tokens are in memory: workers cost time
+    logging.getLogger("lightning").handlers.clear()  # Hydra's logging shows its messages: else each comes twice
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens in memory: workers would cost time
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning 2.6 under torch 2.13
     if cfg.seed is not None:
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -92,9 +94,9 @@ def check_compress(cfg: DictConfig) -> None:
     """
     if isinstance(name := cfg.get("compress"), str):
         raise ValueError(
-            f"+compress={name} set a plain string, because Hydra does not see the recipes of lightning_compress: expected a "
-            f"callback at callbacks.compress. Install the package into this environment (pip install lightning-compress), "
-            f"and look whether 'python train.py --info searchpath' lists lightning-compress"
+            f"+compress={name} set a plain string, because Hydra does not see the recipes of lightning_compress: "
+            f"expected a callback at callbacks.compress. Install the package into this environment "
+            f"(pip install lightning-compress); 'python train.py --info searchpath' then lists lightning-compress"
         )
 
 
@@ -108,9 +110,10 @@ def instantiate_each(configs: DictConfig | None, kind: type) -> list[Any]:
     for name, config in (configs or {}).items():
         if isinstance(config, DictConfig) and "_target_" in config:
             log.info("%s: %s", name, config._target_)
-            built.append(hydra.utils.instantiate(config))
-            if not isinstance(built[-1], kind):
-                raise ValueError(f"{name}: expected a {kind.__name__}, {config._target_} is a {type(built[-1]).__name__}")
+            entry = hydra.utils.instantiate(config)
+            if not isinstance(entry, kind):
+                raise ValueError(f"{name}: expected a {kind.__name__}, {config._target_} is a {type(entry).__name__}")
+            built.append(entry)
     return built
 
 

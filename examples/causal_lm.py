@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 class CausalLM(lightning.LightningModule):
     """Trains and measures a Hugging Face style causal language model.
 
-    Logs ``train/loss``, ``val/loss``, ``val/perplexity``, ``test/loss`` and ``test/perplexity`` (losses in nats per token).
+    Logs ``train/loss``, ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``; losses in nats per token.
 
     Args:
         model: Takes ``input_ids`` and returns an object with ``logits`` [B, T, V].
@@ -54,8 +54,8 @@ class CausalLM(lightning.LightningModule):
         loss, logits = self._loss(batch)
         ids = batch["input_ids"]
         perplexity.update(logits[:, :-1].float(), ids[:, 1:])
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(ids), sync_dist=True)
-        self.log(f"{stage}/perplexity", perplexity, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(ids))
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(ids), sync_dist=True)
+        self.log(f"{stage}/perplexity", perplexity, prog_bar=True, batch_size=len(ids))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         ids = batch["input_ids"]

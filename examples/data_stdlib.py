@@ -32,7 +32,7 @@ class StdlibBytes(TokenBlocks):
         self,
         block_length: int = 128,
         batch_size: int = 16,
-        train_blocks: int = 2000,
+        train_blocks: int = 4000,
         val_blocks: int = 1024,
         test_blocks: int = 1024,
         calibration_blocks: int = 256,

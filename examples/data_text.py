@@ -79,7 +79,9 @@ def text_files(path: str | Sequence[str]) -> list[Path]:
         place = Path(entry).expanduser()
         found = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES)
         if not found:
-            raise ValueError(f"{entry!r} is no text file and no folder with {' or '.join(SUFFIXES)} files; check data.path")
+            raise ValueError(
+                f"{entry!r} is no text file, and no folder with {' or '.join(SUFFIXES)} files; check data.path"
+            )
         files += found
     return files
 

@@ -11,7 +11,7 @@ class PretrainedLM(CausalLM):
 
     Args:
         path: Folder or hub name.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: as it is stored. On a CPU float32 is by far the fastest.
+        dtype: ``float32`` (on a CPU by far the fastest), ``bfloat16``, ``float16``, or ``auto``: as it is stored.
         lr: Peak learning rate.
         weight_decay: On matrices.
         warmup_share: Share of the steps in which the learning rate rises.

@@ -1,11 +1,11 @@
 """Makes ``+compress=...`` resolve in any Hydra app of the environment: hands Hydra the folder of recipes.
 
-Every Hydra app of the environment imports this file, so it imports the standard library and Hydra only. The folder goes
-over as a ``file://`` path: for ``pkg://lightning_compress.conf`` Hydra would import the package, and torch with it (12.5 s
-against 1.0 s to compose a config). It is appended last, so the app's own files win.
+Every Hydra app of the environment imports this file, so it imports the standard library and Hydra only. The folder
+goes over as a ``file://`` path: for ``pkg://lightning_compress.conf`` Hydra would import the package, and torch with it
+(12.5 s against 1.0 s to compose a config). It is appended last, so the app's own files win.
 
-An installed wheel holds ``lightning_compress/conf/compress``; in a checkout, or an editable install, ``conf/`` lies beside
-the package.
+An installed wheel holds ``lightning_compress/conf/compress``; in a checkout, or an editable install, ``conf/`` lies
+beside the package.
 """
 
 from importlib.util import find_spec

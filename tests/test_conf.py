@@ -1,0 +1,258 @@
+"""Every config composes, and recipes stack, change, sweep and complete as the README says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+from lightning_compress import CompressionCallback
+from lightning_compress.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+RECIPES = sorted(p.stem for p in (CONF / "compress").glob("*.yaml"))
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in ("model", "data", "trainer", "callbacks", "logger", "experiment")
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+def modifiers(cfg: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg.callbacks.compress.modifiers, resolve=True)  # type: ignore[return-value]
+
+
+def app(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    """``python train.py ...`` as a user runs it."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path} | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipes_of_the_readme_are_there() -> None:
+    assert {"gptq_w4", "gptq_w8", "rtn_w4", "rtn_w8", "w8a8", "gptq_w3", "gptq_w2", "rtn_w3", "rtn_w2"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "compress").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_a_file_of_compress_begins_with_its_package_and_says_what_it_does(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines if line.startswith("# ") and "@package" not in line]
+    assert comments
+    if "scheme" not in path.parts:                              # a scheme goes where the recipe that lists it says
+        assert lines[0].startswith("# @package callbacks")      # a comment above it would void it
+    if path.parent == CONF / "compress":
+        assert any(f"+compress={path.stem}" in line for line in comments)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_puts_one_callback_among_the_callbacks(app_config: Any, name: str) -> None:
+    cfg = app_config(f"+compress={name}")
+    assert "compress" not in cfg
+    assert list(cfg.callbacks)[-1] == "compress"
+    callback = instantiate(cfg.callbacks.compress)
+    assert isinstance(callback, CompressionCallback)
+    assert [type(m).__name__ for m in callback.lifecycle.modifiers] == [
+        m["_target_"].rsplit(".", 1)[1] for m in modifiers(cfg).values()
+    ]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_hydra_and_recipe_by_name_build_the_same_modifiers(app_config: Any, name: str) -> None:
+    by_hydra = instantiate(app_config(f"+compress={name}").callbacks.compress).lifecycle.modifiers
+    assert [m.model_dump() for m in by_hydra] == [m.model_dump() for m in load_recipe(name)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete_in_its_own_file(name: str) -> None:
+    assert "defaults" not in yaml.safe_load((CONF / "compress" / f"{name}.yaml").read_text())
+
+
+def test_arguments_arrive_as_plain_lists(app_config: Any) -> None:
+    callback = instantiate(app_config("+compress=gptq_w4").callbacks.compress)
+    assert type(callback.lifecycle.modifiers[0].targets) is list
+
+
+@pytest.mark.parametrize("order", [["rtn_w4", "gptq_w4"], ["gptq_w4", "rtn_w4"]], ids="-".join)
+def test_stacked_recipes_merge_into_one_callback_in_the_order_of_the_command_line(
+    app_config: Any, order: list[str]
+) -> None:
+    cfg = app_config(f"+compress=[{','.join(order)}]")
+    assert list(modifiers(cfg)) == [name.split("_")[0] for name in order]
+
+
+def test_an_argument_is_overridden(app_config: Any) -> None:
+    cfg = app_config("+compress=gptq_w4", "callbacks.compress.modifiers.gptq.scheme=W8A16")
+    assert modifiers(cfg)["gptq"]["scheme"] == "W8A16"
+
+
+def test_an_argument_is_added(app_config: Any) -> None:
+    cfg = app_config("+compress=gptq_w4", "+callbacks.compress.calibration_batches=3")
+    assert instantiate(cfg.callbacks.compress).plan.calibration_batches == 3
+
+
+def test_a_key_that_the_recipe_lacks_is_refused_without_a_plus(app_config: Any) -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        app_config("+compress=gptq_w4", "callbacks.compress.modifiers.gptq.schema=W8A16")
+    assert isinstance(caught.value.__cause__, ConfigAttributeError)
+    assert "Key 'schema' is not in struct" in str(caught.value.__cause__)
+
+
+def test_a_key_that_the_modifier_lacks_is_named(app_config: Any) -> None:
+    cfg = app_config("+compress=gptq_w4", "+callbacks.compress.modifiers.gptq.schema=W8A16")
+    with pytest.raises(Exception, match="schema") as caught:
+        instantiate(cfg.callbacks.compress)
+    assert "callbacks.compress.modifiers.gptq" in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_known_ones(app_config: Any) -> None:
+    with pytest.raises(MissingConfigException, match=r"compress/gptq_w5(?s:.*)gptq_w4"):
+        app_config("+compress=gptq_w5")
+
+
+def test_compress_without_a_plus_says_so(app_config: Any) -> None:
+    with pytest.raises(ConfigCompositionException, match="append to your default list use \\+compress=gptq_w4"):
+        app_config("compress=gptq_w4")
+
+
+def test_a_debug_config_without_callbacks_still_compresses(app_config: Any) -> None:
+    """As the template's debug=default does: callbacks is null, the recipe is merged afterwards."""
+    cfg = app_config("+compress=gptq_w4", "~callbacks")
+    assert list(cfg.callbacks) == ["compress"]
+
+
+# -- recipes of the user's own --------------------------------------------------------------------------------------
+
+PARTS = """\
+# @package callbacks
+defaults:
+  - base/callback
+  - modifier/gptq
+  - scheme/int4_g64@compress.modifiers.gptq.config_groups.most
+  - scheme/int8_channel@compress.modifiers.gptq.config_groups.down
+  - _self_
+
+compress:
+  calibration_batches: 5
+  modifiers:
+    gptq:
+      config_groups:
+        down:
+          targets: ["re:.*down_proj"]
+"""
+
+CHANGED = """\
+# @package callbacks
+defaults:
+  - gptq_w4
+  - _self_
+
+compress:
+  modifiers:
+    gptq:
+      dampening_frac: 0.05
+"""
+
+
+@pytest.fixture
+def own_recipes(tmp_path: Path) -> Path:
+    folder = tmp_path / "mine" / "compress"
+    folder.mkdir(parents=True)
+    (folder / "parts.yaml").write_text(PARTS)
+    (folder / "changed.yaml").write_text(CHANGED)
+    return folder.parent
+
+
+def own(own_recipes: Path, name: str) -> Any:
+    run = app("--config-dir", str(own_recipes), f"+compress={name}", "--cfg", "job", "--package", "callbacks.compress")
+    assert run.returncode == 0, run.stderr
+    return yaml.safe_load(run.stdout)
+
+
+def test_a_users_recipe_is_put_together_from_parts(own_recipes: Path) -> None:
+    recipe = own(own_recipes, "parts")
+    groups = recipe["modifiers"]["gptq"]["config_groups"]
+    assert recipe["_target_"] == "lightning_compress.CompressionCallback"
+    assert recipe["calibration_batches"] == 5
+    assert groups["most"]["weights"]["group_size"] == 64
+    assert groups["down"]["targets"] == ["re:.*down_proj"]
+    assert groups["down"]["weights"]["num_bits"] == 8
+    assert isinstance(instantiate(OmegaConf.create(recipe)), CompressionCallback)
+
+
+def test_a_users_recipe_changes_one_of_ours(own_recipes: Path) -> None:
+    recipe = own(own_recipes, "changed")
+    assert recipe["modifiers"]["gptq"]["scheme"] == "W4A16"
+    assert instantiate(OmegaConf.create(recipe)).lifecycle.modifiers[0].dampening_frac == 0.05
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "compress" / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_scheme_builds_a_modifier(app_config: Any, path: Path) -> None:
+    at = "callbacks.compress.modifiers.gptq.config_groups.all"
+    cfg = app_config("+compress=[base/callback,modifier/gptq]", f"+compress/scheme@{at}={path.stem}")
+    instantiate(cfg.callbacks.compress)
+
+
+# -- the demo app's other configs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(app_config: Any, option: str) -> None:
+    name = option.split("=")[1]
+    overrides = [option, *{"hf": ["model.path=m"], "text": ["data.path=t", "data.tokenizer=m"]}.get(name, [])]
+    cfg = app_config(*overrides)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def test_every_option_says_what_it_does() -> None:
+    for path in [CONF / "train.yaml", *(p for g in CONF.iterdir() if g.is_dir() for p in g.glob("*.yaml"))]:
+        lines = path.read_text().splitlines()
+        assert lines[1 if "@package" in lines[0] else 0].startswith("# "), path
+
+
+def test_an_experiment_brings_its_recipe_and_gives_way_to_another(app_config: Any) -> None:
+    cfg = app_config("experiment=gptq_w3")
+    assert list(modifiers(cfg)) == ["gptq"]
+    assert cfg.callbacks.compress.calibration_batches == 32
+    assert list(modifiers(app_config("experiment=gptq_w3", "compress=rtn_w3"))) == ["rtn"]
+
+
+def test_demo_widths_divide_by_128(app_config: Any) -> None:
+    model = app_config().model
+    assert all(width % 128 == 0 for width in (model.vocab_size, model.hidden_size, model.intermediate_size))
+
+
+# -- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_cfg_job_prints_the_recipe() -> None:
+    run = app("+compress=gptq_w4", "--cfg", "job")
+    assert run.returncode == 0, run.stderr
+    assert yaml.safe_load(run.stdout)["callbacks"]["compress"]["modifiers"]["gptq"]["scheme"] == "W4A16"
+
+
+def test_tab_completion_offers_recipes() -> None:
+    line = "python train.py +compress=gptq"
+    run = app("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert "+compress=gptq_w4" in run.stdout.split()
+
+
+def test_help_and_searchpath_name_the_recipes() -> None:
+    assert "lightning-compress" in app("--info", "searchpath").stdout
+    assert "gptq_w4" in app("--help").stdout

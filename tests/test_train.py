@@ -1,0 +1,179 @@
+"""``train.py`` end to end on a tiny model: train, compress, test the compressed one, sweep, and no training at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf, open_dict
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import train as app
+from examples.model_llama import LlamaDemo
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "trainer=cpu",
+    "trainer.max_epochs=1",
+    "logger=none",
+    "~callbacks.progress_bar",
+    "+trainer.enable_progress_bar=false",
+    "+trainer.enable_model_summary=false",
+    "model.hidden_size=128",
+    "model.intermediate_size=128",
+    "model.num_layers=1",
+    "data.block_length=32",
+    "data.batch_size=4",
+    "data.train_blocks=16",
+    "data.val_blocks=16",
+    "data.test_blocks=16",
+    "data.calibration_blocks=16",
+]
+
+
+def values_per_row(weight: torch.Tensor) -> int:
+    """The largest number of different values in a row: 4 bits in one group of 128 leave at most 16."""
+    return max(len(row.unique()) for row in weight)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> str:
+    """A folder of Python files, to be quick; every part of the split gets some."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"module_{i}.py").write_text(f"def f_{i}(x):\n    return [x * {i}, {i * i}]\n" * 20)
+    return f"+data.folder={folder}"
+
+
+@pytest.fixture
+def trained(app_config: Any, library: str) -> Any:
+    """The config, the metrics and the folder of a run with compression."""
+    cfg = app_config("+compress=gptq_w4", *TINY, library)
+    return cfg, app.train(cfg), Path(cfg.paths.output_dir)
+
+
+def test_train_compress_and_test(trained: Any) -> None:
+    cfg, metrics, folder = trained
+    assert {"train/loss", "val/loss", "test/loss", "test/perplexity"} <= set(metrics)
+    assert metrics["test/perplexity"] == pytest.approx(torch.tensor(metrics["test/loss"]).exp().item(), rel=1e-3)
+    assert {p.name for p in (folder / "compressed").iterdir()} >= {"model.safetensors", "config.json", "recipe.yaml"}
+    assert "quantization_config" in json.loads((folder / "compressed" / "config.json").read_text())
+    assert (folder / "checkpoints" / "best.ckpt").exists()
+
+
+def test_the_test_measures_the_compressed_model(trained: Any) -> None:
+    """By the weights of compressed.ckpt, in a module made anew, and not those of best.ckpt."""
+    cfg, metrics, folder = trained
+    losses = {}
+    for name in ("compressed.ckpt", "checkpoints/best.ckpt"):
+        module = LlamaDemo.load_from_checkpoint(folder / name, weights_only=True)
+        data = app.hydra.utils.instantiate(cfg.data)
+        data.setup("test")
+        with torch.no_grad():
+            losses[name] = torch.stack([module.eval()._loss(b)[0] for b in data.test_dataloader()]).mean().item()
+        weight = module.model.model.layers[0].mlp.down_proj.weight
+        assert (values_per_row(weight) <= 16) == (name == "compressed.ckpt")
+    assert metrics["test/loss"] == pytest.approx(losses["compressed.ckpt"], abs=1e-5)
+    assert losses["compressed.ckpt"] != pytest.approx(losses["checkpoints/best.ckpt"], abs=1e-6)
+
+
+def test_a_trained_model_is_compressed_without_training(trained: Any, app_config: Any, library: str) -> None:
+    cfg, _, folder = trained
+    again = app_config(
+        "+compress=gptq_w4", *TINY, library, "train=false", f"ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"
+    )
+    with open_dict(again):
+        again.paths.output_dir = str(folder.parent / "again")
+    metrics = app.train(again)
+    assert (folder.parent / "again" / "compressed" / "model.safetensors").read_bytes() == (
+        folder / "compressed" / "model.safetensors"
+    ).read_bytes()
+    assert metrics["test/loss"] > 0
+
+
+def test_without_compress_the_dense_model_is_tested(app_config: Any, library: str) -> None:
+    cfg = app_config(*TINY, library)
+    assert "test/loss" in app.train(cfg)
+    assert not (Path(cfg.paths.output_dir) / "compressed").exists()
+
+
+def test_a_pretrained_model_any_text_and_its_tokenizer(app_config: Any, tmp_path: Path) -> None:
+    words = ["[UNK]", "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "pretrained"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes))
+    dense.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog . " * 200)
+    kept = [o for o in TINY if not o.startswith("model.")]
+
+    cfg = app_config(
+        "+compress=rtn_w4", *kept, "model=hf", "data=text", f"model.path={folder}", f"data.path={text}", "train=false"
+    )
+    assert "test/perplexity" in app.train(cfg)
+
+    exported = Path(cfg.paths.output_dir) / "compressed"
+    again = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    ids = again("the quick brown", return_tensors="pt").input_ids
+    assert again.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    assert values_per_row(dense.model.layers[0].mlp.up_proj.weight) > 16
+
+
+def test_a_sweep_runs_each_recipe(tmp_path: Path, library: str) -> None:
+    overrides = ["-m", *TINY, library, "+compress=gptq_w4,rtn_w4", "optimized_metric=test/loss"]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for job, name in enumerate(("GPTQModifier", "QuantizationModifier")):
+        recipe = yaml.safe_load((tmp_path / "sweep" / str(job) / "compressed" / "recipe.yaml").read_text())
+        assert [modifier["type"] for modifier in recipe["modifiers"].values()] == [name]
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_string_for_compress_is_refused(app_config: Any) -> None:
+    """What Hydra makes of +compress=gptq_w4 where the package is not installed."""
+    cfg = app_config(*TINY)
+    with open_dict(cfg):
+        cfg.compress = "gptq_w4"
+    with pytest.raises(ValueError, match=r"compress=gptq_w4 set a plain string.*pip install lightning-compress"):
+        app.train(cfg)
+
+
+def test_nothing_to_do_is_refused(app_config: Any, library: str) -> None:
+    with pytest.raises(ValueError, match=r"nothing to do: train=false, test=false, and no \+compress=NAME"):
+        app.train(app_config(*TINY, library, "train=false", "test=false"))
+
+
+def test_a_logger_among_the_callbacks_is_refused() -> None:
+    from lightning.pytorch.callbacks import Callback
+
+    configs = OmegaConf.create({"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}})
+    with pytest.raises(ValueError, match=r"csv: expected a Callback, lightning\..*CSVLogger is a CSVLogger"):
+        app.instantiate_each(configs, Callback)
+
+
+def test_an_unknown_metric_is_named() -> None:
+    assert app.optimized({"test/loss": 1.5}, "test/loss") == 1.5
+    assert app.optimized({"test/loss": 1.5}, None) is None
+    with pytest.raises(ValueError, match="optimized_metric=test/acc is none of this run's metrics: test/loss"):
+        app.optimized({"test/loss": 1.5}, "test/acc")
