@@ -5,6 +5,7 @@
     model               name of the model
     recipe              name of the recipe, or the recipe itself
     metric              {name: {"before", "after", "difference", "standard_error"}}, the difference paired over tokens
+    model_bytes_before  of the whole model, what was not compressed included, and model_bytes_after
     seconds             {phase: seconds}
     peak_memory_bytes   highest memory use of the process, in bytes
     seed, versions      versions is {package: version}; left out, it is looked up

@@ -72,7 +72,7 @@ def _metrics(facts: Mapping[str, Any]) -> Section:
         if change is None and before is not None and after is not None:
             change = after - before
         error = entry.get("standard_error")
-        paired = _number(change, "+") + ("" if error is None else f" ± {_number(error)}")
+        paired = _number(change, "+") + ("" if error is None else f" ± {_number(error, digits=2)}")
         rows.append([name, _number(before, digits=6), _number(after, digits=6), paired])
     what = " of ".join(str(facts[key]) for key in ("recipe", "model") if isinstance(facts.get(key), str))
     return Section(what or "metric", ["metric", "before", "after", "difference ± standard error"], rows)
@@ -123,6 +123,8 @@ def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
     for flag, modules in totals(ledger)["flags"].items():
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
         notes.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
+    if facts.get("model_bytes_before") and facts.get("model_bytes_after"):
+        notes.append(f"whole model: {_size(facts['model_bytes_before'])} -> {_size(facts['model_bytes_after'])}")
     if seconds := facts.get("seconds"):
         notes.append("seconds: " + ", ".join(f"{phase} {_number(spent)}" for phase, spent in seconds.items()))
     if (peak := facts.get("peak_memory_bytes")) is not None:

@@ -48,7 +48,8 @@ def test_every_flag_is_told(ledger, facts):
 
 def test_the_notes(ledger, facts):
     assert table.render(ledger, facts).endswith(
-        "\nseconds: calibration 12.5, export 0.25\npeak memory: 3 GiB\ncompressed model: compressed\n"
+        "\nwhole model: 8 MiB -> 3 MiB\nseconds: calibration 12.5, export 0.25\npeak memory: 3 GiB\n"
+        "compressed model: compressed\n"
     )
 
 
