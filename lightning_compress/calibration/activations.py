@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, C channels.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -180,9 +181,7 @@ def tree_move(tree: Any, device: torch.device | None) -> Any:
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Where the module's first parameter or buffer lies; None when it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return None
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
 
 
 def token_mask(batch: Any) -> Tensor | None:

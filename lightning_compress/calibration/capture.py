@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration.activations import Call, argument, put
 from lightning_compress.calibration.probe import ProbedBlock
 
-__all__ = ["BrokenLinkError", "capture", "run_to_stop", "stopped_before", "stubbed"]
+__all__ = ["BrokenLinkError", "capture", "run_to_stop", "stop", "stopped_before", "stubbed"]
 
 
 class BrokenLinkError(Exception):
@@ -66,7 +66,7 @@ def capture(
                 lambda _m, args, kwargs, b=block: note(b, args, kwargs), with_kwargs=True, prepend=True
             )
             stack.callback(handle.remove)
-        stack.enter_context(stubbed(segment, modules, last=_stop))
+        stack.enter_context(stubbed(segment, modules, last=stop))
         run_to_stop(run)
     if missing := [block.name for block in segment if block.name not in calls]:
         raise BrokenLinkError(f"block {missing[0]!r} was not called")
@@ -91,7 +91,7 @@ def stubbed(
 @contextmanager
 def stopped_before(block: nn.Module) -> Iterator[None]:
     """Inside, :func:`run_to_stop` ends where the block is called."""
-    handle = block.register_forward_pre_hook(lambda _m, _args: _stop(), prepend=True)
+    handle = block.register_forward_pre_hook(lambda _m, _args: stop(), prepend=True)
     try:
         yield
     finally:
@@ -104,7 +104,8 @@ def run_to_stop(run: Callable[[], Any]) -> None:
         run()
 
 
-def _stop() -> NoReturn:
+def stop() -> NoReturn:
+    """End the run that :func:`run_to_stop` began."""
     raise _Stop
 
 

@@ -10,7 +10,7 @@ A batch that passes a module by (an expert that got no token) is no obstacle as 
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,11 @@ __all__ = ["run_in_lockstep"]
 
 
 def run_in_lockstep(
-    works: Sequence[Callable[[], None]],
+    works: Sequence[Callable[[], object]],
     modules: Mapping[nn.Module, str],
     ready: Callable[[nn.Module], None],
     turn: Callable[[int], None],
+    to_end: bool = True,
 ) -> None:
     """Run ``works``, one per batch, finishing each module when all have arrived at it.
 
@@ -33,28 +34,39 @@ def run_in_lockstep(
         modules: Where to pause, with names, in the order in which they are called.
         ready: Called once per module that was arrived at, on this thread, after the last batch that comes to it.
         turn: Called with the batch's number before it goes on.
+        to_end: False: once all modules are finished, what is left of the works is not run.
 
     Raises:
         ValueError: A batch arrives at a module that is finished already: the block calls its modules more than once, or
             in an order that depends on the data.
     """
-    if len(works) == 1:
-        turn(0)
-        with _paused_before(modules, ready):
-            works[0]()
-        return
     order = {module: i for i, module in enumerate(modules)}
     batches = [_Batch(i, work) for i, work in enumerate(works)]
     running: list[_Batch] = []                        # the one that has the turn
     finished: set[nn.Module] = set()
 
+    def finish(module: nn.Module) -> bool:
+        """True when there is no more to do."""
+        finished.add(module)
+        ready(module)
+        return not to_end and len(finished) == len(modules)
+
     def pause(module: nn.Module) -> None:
         if module in finished:
             raise ValueError(
-                f"batch {running[0].index} comes to {modules[module]!r} after it was finished: the block "
-                f"calls its modules in an order that depends on the data; use walk='two_pass'"
+                f"batch {running[0].index if running else 0} comes to {modules[module]!r} after it was finished: the "
+                f"block calls it several times, or in an order that depends on the data; use walk='two_pass'"
             )
-        running[0].pause(module)
+        if running:
+            running[0].pause(module)
+        elif finish(module):
+            raise _CancelledError
+
+    if len(works) == 1:                               # nothing to wait for: no thread is needed
+        turn(0)
+        with _paused_before(modules, pause), suppress(_CancelledError):
+            works[0]()
+        return
 
     def let_run(batch: _Batch) -> None:
         running[:] = [batch]
@@ -67,8 +79,8 @@ def run_in_lockstep(
                 let_run(batch)
             while waiting := [b for b in batches if b.waits_at is not None]:
                 module = min((b.waits_at for b in waiting if b.waits_at is not None), key=order.__getitem__)
-                finished.add(module)
-                ready(module)
+                if finish(module):
+                    break
                 for batch in waiting:
                     if batch.waits_at is module:
                         let_run(batch)
@@ -88,10 +100,12 @@ class _Batch:
         waits_at: The module it waits at; None before it began and after it ended.
     """
 
-    def __init__(self, index: int, work: Callable[[], None]):
+    def __init__(self, index: int, work: Callable[[], object]):
         self.index, self.work = index, work
         self.waits_at: nn.Module | None = None
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._stopped = threading.Lock(), threading.Lock()     # both held: released once for each wait
+        self._go.acquire()
+        self._stopped.acquire()
         self._error: BaseException | None = None
         self._cancelled = False
         self._context = _thread_state()
@@ -113,7 +127,7 @@ class _Batch:
     def pause(self, module: nn.Module) -> None:
         """Called on its own thread."""
         self.waits_at = module
-        self._stopped.release()
+        self._hand_back()
         self._go.acquire()
         if self._cancelled:
             raise _CancelledError
@@ -122,8 +136,10 @@ class _Batch:
         """End the thread where it pauses next, if it still runs."""
         self._cancelled = True
         if self._thread is not None:
-            self._go.release()
+            if self._go.locked():
+                self._go.release()
             self._thread.join()
+        self.waits_at = None
         self._error = None                            # its traceback holds the batch's tensors
 
     def _main(self) -> None:
@@ -137,6 +153,10 @@ class _Batch:
         finally:
             self.waits_at = None
             del self.work                             # and with it the inputs it holds
+            self._hand_back()
+
+    def _hand_back(self) -> None:
+        if self._stopped.locked():                    # not when the caller has been interrupted and waits no more
             self._stopped.release()
 
 

@@ -6,7 +6,7 @@ what can be told before hours of work: targets that never run, numbers that are 
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ def run_probe(
         ValueError: NaN or Inf comes up; names the module.
     """
     outside = modules_outside(model, blocks)
-    recorder = _Recorder(blocks, targets, list(outside.values()), mask)
+    recorder = _Recorder(blocks, targets, set(outside.values()), mask)
     try:
         with recorder:
             run()
@@ -120,7 +120,7 @@ class _Recorder:
         self,
         blocks: Mapping[str, nn.Module],
         targets: Mapping[nn.Module, str],
-        outside: Sequence[nn.Module],
+        outside: set[nn.Module],
         mask: Tensor | None,
     ):
         self.blocks, self.targets, self.outside, self.mask = blocks, targets, outside, mask
@@ -165,7 +165,7 @@ class _Recorder:
         probe.counts[module] += 1
         if kind := find_nonfinite(args[:1], self.mask):
             raise NonFiniteError(kind, f"the input of module {name!r}", 0)
-        if module in probe.gap:
+        if module in self.outside:
             probe.inputs[module] = (args, kwargs)
 
     def _before_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,12 +7,14 @@ Each stage sees all batches go through the group as the stages before have left 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from lightning_compress.calibration.activations import find_nonfinite
+from lightning_compress.calibration.capture import run_to_stop, stop
 from lightning_compress.calibration.lockstep import run_in_lockstep
-from lightning_compress.calibration.probe import nonfinite_error
+from lightning_compress.calibration.probe import Probe, nonfinite_error
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 
 __all__ = ["Group", "Stages", "one_pass_obstacle"]
@@ -44,7 +46,7 @@ class Stages:
         state: What they see, but for the group.
         clock: The clock that events carry.
         masks: Per batch the tokens that count, [B, T]; None: all.
-        order: Targets in the order in which a forward pass calls them.
+        probe: In what order a forward pass calls the targets, and how often.
         one_pass: The last stage goes in lockstep.
         report: Called with a text when work goes on.
     """
@@ -53,7 +55,7 @@ class Stages:
     state: State
     clock: Event
     masks: Sequence[Tensor | None]
-    order: Mapping[nn.Module, int]
+    probe: Probe
     one_pass: bool
     report: Callable[[str], None]
     batch: int = field(default=0, init=False)
@@ -70,7 +72,7 @@ class Stages:
         for stage in stages:
             hooked = self._hooked(stage, group)
             if stage is stages[-1] and self.one_pass and hooked:
-                self._lockstep(stage, group, hooked, propagate or run)
+                self._lockstep(stage, group, hooked, propagate or run, to_end=propagate is not None)
                 propagate = None
             elif hooked:
                 self._look(stage, group, hooked, run)
@@ -106,13 +108,18 @@ class Stages:
     def _look(
         self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]
     ) -> None:
-        with self._only(stage), self._finite_inputs(hooked):
+        with self._only(stage), self._finite_inputs(hooked), self._stopped_when_seen(group, hooked):
             for i in range(len(self.masks)):
                 self.turn(i, f"{group.title}: statistics, batch {i + 1}/{len(self.masks)}")
-                run(i)
+                run_to_stop(partial(run, i))
 
     def _lockstep(
-        self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]
+        self,
+        stage: Sequence[Modifier],
+        group: Group,
+        hooked: Mapping[nn.Module, str],
+        run: Callable[[int], object],
+        to_end: bool,
     ) -> None:
         at = ["start"]
 
@@ -121,23 +128,39 @@ class Stages:
             self.report(f"{group.title}: {at[0]}")
             self.tell(EventType.MODULE_READY, group, stage, {hooked[module]: module})
 
-        def work(i: int) -> Callable[[], None]:
-            return lambda: _drop(run(i))
-
         with self._only(stage), self._finite_inputs(hooked):
             run_in_lockstep(
-                [work(i) for i in range(len(self.masks))],
+                [partial(run, i) for i in range(len(self.masks))],
                 hooked,
                 ready,
                 lambda i: self.turn(i, f"{group.title}: {at[0]}, batch {i + 1}/{len(self.masks)}"),
+                to_end,
             )
+
+    @contextmanager
+    def _stopped_when_seen(self, group: Group, hooked: Mapping[nn.Module, str]) -> Iterator[None]:
+        """Runs end where the last input is seen: a Llama block's down_proj, a quarter of its work, is not computed."""
+        seen: dict[int, set[nn.Module]] = {}
+
+        def arrive(module: nn.Module, _args: object) -> None:
+            here = seen.setdefault(self.batch, set())
+            here.add(module)
+            if len(here) == len(hooked):
+                stop()
+
+        once = all(self.probe.counts[module] == 1 for module in hooked)
+        with ExitStack() as stack:
+            if once and not any(module._forward_hooks for module in group.modules.values()):
+                for module in hooked:
+                    stack.callback(module.register_forward_pre_hook(arrive).remove)
+            yield
 
     def _hooked(self, stage: Sequence[Modifier], group: Group) -> dict[nn.Module, str]:
         """Modules of the group that the stage has hooked, in the order of their calls."""
         names = {module: name for name, module in group.modules.items()}
         found = dict.fromkeys(m for modifier in stage for m in modifier.hooked if m in names)
-        last = len(self.order)
-        return {m: names[m] for m in sorted(found, key=lambda m: self.order.get(m, last))}
+        order = self.probe.order
+        return {m: names[m] for m in sorted(found, key=lambda m: order.get(m, len(order)))}
 
     @contextmanager
     def _only(self, stage: Sequence[Modifier]) -> Iterator[None]:
@@ -175,7 +198,7 @@ def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:
 
 
 def one_pass_obstacle(
-    modifiers: Sequence[Modifier], counts: Mapping[nn.Module, int], targets: Mapping[nn.Module, str]
+    modifiers: Sequence[Modifier], counts: Mapping[nn.Module, int], targets: Mapping[nn.Module, str], uncalled: bool
 ) -> str | None:
     """Why the last stage cannot go in lockstep; None when it can.
 
@@ -183,6 +206,7 @@ def one_pass_obstacle(
         modifiers: The recipe, its hooks on.
         counts: Calls per target in one forward pass.
         targets: What modifiers have hooked, with names.
+        uncalled: Targets that the first batch does not reach (an expert without tokens?) are no obstacle.
     """
     last = [m for m in stages_of(modifiers)[-1] if m.needs_calibration]
     for modifier in last:
@@ -192,10 +216,6 @@ def one_pass_obstacle(
             return f"{modifier.name} hooks nothing, so it would change weights after the batches have passed them"
     hooked = {m for modifier in last for m in modifier.hooked}
     for module, name in targets.items():
-        if module in hooked and counts.get(module, 0) != 1:
-            return f"{name!r} runs {counts.get(module, 0)} times per forward pass, expected once"
+        if module in hooked and (counts.get(module, 0) > 1 or (not uncalled and module not in counts)):
+            return f"{name!r} runs {counts.get(module, 0)} times in the forward pass of the first batch, expected once"
     return None
-
-
-def _drop(_output: object) -> None:
-    """Let go of it."""

@@ -57,7 +57,7 @@ class Walker:
         self.model = runner.model
         self.plan = Plan()
         self.done, self.total = 0, 1
-        self.stages = Stages(lifecycle, state, clock, [], {}, False, self._report)
+        self.stages = Stages(lifecycle, state, clock, [], Probe(), False, self._report)
 
     def walk_without_data(self, blocks: Mapping[str, nn.Module]) -> None:
         """BLOCK_END for every block and for what lies outside; no forward pass."""
@@ -73,6 +73,12 @@ class Walker:
 
     def walk_with_data(self, blocks: Mapping[str, nn.Module]) -> None:
         """Probe, plan, then segment after segment."""
+        if not blocks and self.walk != "whole":
+            warnings.warn(
+                f"found no repeated blocks in {type(self.model).__name__}: it is walked as a whole, which keeps the "
+                f"activations or statistics of all of it at once; name its blocks with blocks=[...] if it has any",
+                stacklevel=2,
+            )
         self.total = len(blocks) + 1
         with ExitStack() as stack:
             if not blocks:
@@ -111,15 +117,17 @@ class Walker:
         run = partial(self.runner, self.batches[0])
         with self.lifecycle.paused(), streamed(blocks, self.device):
             probe = run_probe(self.model, run, blocks, targets, masks[0])
-            warn_of_targets(self.model, probe, targets)
+            for module in warn_of_targets(self.model, probe, targets):
+                del targets[module]                       # nothing will ever reach them
             self.plan = make_plan(self.model, run, blocks, probe, targets) if blocks else whole(self.model)
-        obstacle = one_pass_obstacle(self.lifecycle.modifiers, probe.counts, targets)
-        if self.walk == "one_pass" and obstacle is not None:
+        explicit = self.walk == "one_pass"
+        obstacle = one_pass_obstacle(self.lifecycle.modifiers, probe.counts, targets, uncalled=explicit)
+        if explicit and obstacle is not None:
             raise ValueError(f"walk='one_pass' is not possible: {obstacle}; use walk='two_pass' or walk='auto'")
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
-        self.stages = Stages(self.lifecycle, self.state, self.clock, masks, probe.order, one_pass, self._report)
+        self.stages = Stages(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self._report)
         self.total = len(self.plan.blocks) + 1
 
     # -- the walk -----------------------------------------------------------------------------------------------------
@@ -217,12 +225,12 @@ def outside_group(modules: Mapping[str, nn.Module]) -> Group:
     return Group("", None, modules, "modules outside of blocks")
 
 
-def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, str]) -> None:
-    """Name the targets that the first batch does not reach, and say why where it is known."""
+def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, str]) -> list[nn.Module]:
+    """Name the targets that the first batch does not reach; those that no batch can reach are returned."""
     unseen = {module: name for module, name in targets.items() if module not in probe.counts}
     attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    bypassed = [name for module, name in unseen.items() if any(module is a.out_proj for a in attentions)]
-    if bypassed:
+    unreachable = [module for module in unseen if any(module is a.out_proj for a in attentions)]
+    if bypassed := [unseen[module] for module in unreachable]:
         warnings.warn(
             f"{bypassed}: nn.MultiheadAttention uses the weight of its out_proj without calling it, so no data is seen "
             f"there; add them to ignore, or replace the attention by one that calls its Linears",
@@ -234,3 +242,4 @@ def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, 
             f"calibration; check that forward runs them, or add them to ignore",
             stacklevel=2,
         )
+    return unreachable

@@ -1,0 +1,156 @@
+from collections import UserDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.calibration.activations import (
+    HIDDEN,
+    BatchRunner,
+    Call,
+    KeptCalls,
+    find_nonfinite,
+    is_finite,
+    put,
+    take,
+    token_mask,
+)
+
+
+class Echo(nn.Module):
+    """Returns what it was called with."""
+
+    def forward(self, *args, **kwargs):
+        return args, kwargs
+
+
+class Named(Echo):
+    def forward(self, input_ids, attention_mask=None, labels=None, use_cache=None, **kwargs):
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "use_cache": use_cache}
+        return named | kwargs
+
+
+class Config:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+# -- how a batch enters -----------------------------------------------------------------------------------------------
+
+
+def test_mappings_give_the_arguments_that_forward_names():
+    given = UserDict({"input_ids": 1, "labels": 2, "special_tokens_mask": 3})
+    assert BatchRunner(Named())(given) == {"input_ids": 1, "attention_mask": None, "labels": None, "use_cache": None}
+
+
+def test_a_cache_is_turned_off_where_there_is_one():
+    model = Named()
+    model.config = Config(use_cache=True)
+    assert BatchRunner(model)({"input_ids": 1})["use_cache"] is False
+
+
+def test_labels_make_the_input_of_an_encoder_decoder():
+    model = Named()
+    model.config = Config(is_encoder_decoder=True)
+    assert BatchRunner(model)({"input_ids": 1, "labels": 2})["labels"] == 2
+    assert BatchRunner(model)({"input_ids": 1, "labels": 2, "decoder_input_ids": 3})["labels"] is None
+
+
+def test_other_batches():
+    run = BatchRunner(Echo())
+    assert run((5, 6)) == ((5,), {})
+    assert run([{"x": 5, "labels": 1}, 6]) == ((), {"x": 5})
+    assert run(5) == ((5,), {})
+    with pytest.raises(ValueError, match="a calibration batch is an empty tuple"):
+        run(())
+
+
+def test_tensors_go_where_the_model_is():
+    model = nn.Linear(2, 2, device="meta")
+    assert BatchRunner(model, lambda m, b: b["x"][0].device.type)({"x": [torch.ones(2)]}) == "meta"
+
+
+def test_masks():
+    keep = torch.tensor([[1, 0], [1, 1]])
+    assert token_mask({"attention_mask": keep}).tolist() == [[True, False], [True, True]]
+    assert token_mask({"attention_mask": torch.ones(2, 2)}) is None
+    assert token_mask({"attention_mask": torch.ones(2, 1, 2, 2)}) is None
+    assert token_mask({}) is None
+    assert token_mask(torch.ones(2, 2)) is None
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_what_blocks_and_batches_share_is_kept_once():
+    kept = KeptCalls(torch.device("cpu"))
+    for i in range(3):
+        mask, table = torch.full((2, 2), i), torch.arange(4)               # a mask per batch, always the same table
+        call = Call((HIDDEN, None), {"mask": mask, "table": (table, [table])})
+        kept.keep(torch.full((2,), float(i)), {"a": call, "b": Call((HIDDEN,), {"mask": mask})})
+    tables = [calls["a"].kwargs["table"] for calls in kept.calls]
+    assert len({id(t) for outer, (inner,) in tables for t in (outer, inner)}) == 1
+    for i, calls in enumerate(kept.calls):
+        assert calls["a"].kwargs["mask"] is calls["b"].kwargs["mask"]
+        assert calls["a"].kwargs["mask"][0, 0] == i
+
+
+def test_arguments_come_back_with_the_hidden_state_in_its_place():
+    kept = KeptCalls(None)
+    hidden, mask = torch.ones(2), torch.zeros(2)
+    kept.keep(hidden, {"a": Call((1, HIDDEN), {"mask": mask}), "b": Call((), {"x": HIDDEN})})
+    args, kwargs = kept.take(0, "a", None, copy=False)
+    assert args[0] == 1
+    assert args[1] is hidden
+    assert kwargs["mask"] is mask
+    kept.replace(0, torch.full((2,), 2.0))
+    assert kept.take(0, "b", None, copy=False)[1]["x"].tolist() == [2, 2]
+    kept.take(0, "a", None, copy=True)[0][1].zero_()                       # a block that writes into its input
+    assert kept.hidden[0].tolist() == [2, 2]
+    assert kept.take(0, "never captured", None, copy=False)[0][0] is kept.hidden[0]
+
+
+Pair = namedtuple("Pair", "hidden weights")
+
+
+@pytest.mark.parametrize(
+    ("output", "at"),
+    [
+        (torch.ones(1), None),
+        ((torch.ones(1), 5), 0),
+        ([4, torch.ones(1)], 1),
+        ({"h": torch.ones(1)}, "h"),
+        (Pair(torch.ones(1), 3), 0),
+    ],
+)
+def test_outputs_are_built_as_they_were(output, at):
+    hidden = torch.full((1,), 7.0)
+    built = put(output, at, hidden)
+    assert type(built) is type(output)
+    assert take(built, at) is hidden
+    assert take(output, at) is not hidden
+
+
+# -- is it finite -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_numbers_are_not_taken_for_infinite_ones(dtype):
+    largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)        # their sum is not finite
+    assert is_finite(largest)
+    assert is_finite(torch.tensor([1, 2]))
+    assert is_finite(torch.empty(0))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not is_finite(torch.cat([largest, torch.tensor([bad], dtype=dtype)]))
+    assert not is_finite(torch.tensor([torch.inf, -torch.inf]))
+
+
+def test_padding_is_not_looked_at():
+    x, mask = torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    x[1, 2, 0] = torch.nan
+    assert find_nonfinite([x], mask) == "NaN"
+    mask[1, 2] = False
+    assert find_nonfinite([x], mask) is None
+    assert find_nonfinite([x[0]], mask) is None
+    assert find_nonfinite([x.flatten()], mask) == "NaN"                    # no tokens to tell apart
+    assert find_nonfinite({"a": (torch.tensor(torch.inf),)}, None) == "Inf"

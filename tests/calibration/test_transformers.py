@@ -1,0 +1,100 @@
+"""The walk on models of transformers: language models, an encoder, a vision model, an encoder-decoder."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.calibration import calibrate
+from tests.calibration_models import LockstepWatcher, Watcher, inputs_of, started
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+TOKENS = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+
+
+def tokens(masked):
+    """Three batches, the second one padded at the left or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 32, (2, 6), generator=generator)} for _ in range(3)]
+    for i, batch in enumerate(batches):
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[0, : 2 * (i == 1)] = 0
+        batch |= {"attention_mask": mask, "labels": batch["input_ids"]} if masked else {}
+    return batches
+
+
+def make(name):
+    torch.manual_seed(0)
+    if name == "llama":
+        config = transformers.LlamaConfig(**COMMON, **TOKENS, num_key_value_heads=1)
+        return transformers.LlamaForCausalLM(config), tokens(masked=True)
+    if name == "gemma":                                     # local and global layers with masks of their own
+        config = transformers.Gemma3TextConfig(
+            **COMMON, **TOKENS, num_key_value_heads=1, head_dim=8, sliding_window=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+        return transformers.Gemma3ForCausalLM(config), tokens(masked=True)
+    if name == "gpt2":
+        config = transformers.GPT2Config(**TOKENS, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+        return transformers.GPT2LMHeadModel(config), tokens(masked=False)
+    if name == "bert":
+        return transformers.BertModel(transformers.BertConfig(**COMMON, **TOKENS)), tokens(masked=True)
+    if name == "vit":
+        model = transformers.ViTModel(transformers.ViTConfig(**COMMON, image_size=8, patch_size=4))
+        return model, [(torch.randn(2, 3, 8, 8), torch.zeros(2)) for _ in range(3)]
+    config = transformers.T5Config(
+        **TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())           # T5 ties whatever it is told
+    return model, tokens(masked=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "bert", "vit", "t5"])
+def test_every_target_sees_what_the_finished_model_shows_it(name):
+    model, batches = make(name)
+    dense = copy.deepcopy(model)
+    watcher = LockstepWatcher(targets=["Linear", "Conv1D", "Conv2d"])
+    calibrate(*started(watcher, model=model), batches, walk="auto")
+    assert [event for event, _ in watcher.events].count("MODULE_READY") == len(watcher.inputs)
+    targets = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D", "Conv2d")]
+    assert sorted(watcher.finished) == sorted(targets)
+
+    def run(batch):
+        if isinstance(batch, tuple):
+            return lambda m: m(batch[0])
+        batch = {k: v for k, v in batch.items() if k != "labels" or name == "t5"}
+        return lambda m: m(**batch, **({"use_cache": False} if name != "bert" else {}))
+
+    wanted = inputs_of(model.eval(), list(watcher.inputs), [run(batch) for batch in batches])
+    for target in wanted:
+        for got, expected in zip(watcher.inputs[target], wanted[target], strict=True):
+            assert torch.equal(got, expected), target
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_walks_agree(name):
+    seen = []
+    for watcher, walk in [(LockstepWatcher(change=False), "auto"), (Watcher(change=False), "two_pass")]:
+        model, batches = make(name)
+        calibrate(*started(watcher, model=model), batches, walk=walk)
+        seen.append(watcher.inputs)
+    assert all(torch.equal(a, b) for n in seen[0] for a, b in zip(seen[0][n], seen[1][n], strict=True))
+
+
+def test_blocks_run_once_per_batch_and_the_first_batch_once_more():
+    model, batches = make("llama")
+    counts = {m: [0] for m in model.modules() if isinstance(m, nn.Linear)}
+    for module, count in counts.items():
+        forward = module.forward
+        module.forward = lambda x, f=forward, c=count: (c.__setitem__(0, c[0] + 1), f(x))[1]
+    calibrate(*started(LockstepWatcher(targets=["re:.*_proj"]), model=model), batches)
+    last = "model.layers.2.mlp.down_proj"                   # nobody needs what comes out of it
+    for name, module in model.named_modules():
+        if module in counts:
+            wanted = 1 if name in (last, "lm_head") else 1 + len(batches)
+            assert counts[module] == [wanted], name
