@@ -92,6 +92,8 @@ def save(
             f"nothing in this {type(model).__name__} is quantized, so there is nothing to export; "
             f"compress it before save, or save the dense model by its own means"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model carries PEFT adapters; merge them into its weights, compress that, then save")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "transformers quantized this model when it loaded it; load its folder with lightning_compress.load instead "
@@ -101,7 +103,7 @@ def save(
     reasons = _dense_on_disk(model, records)
     try:
         with whole_folder(folder, overwrite=overwrite) as partial:
-            _check_finite(model)
+            _check_weights(model)
             for name in reasons:
                 check_fit(name, *records[name])
             _warn_dense(reasons, records)
@@ -109,7 +111,7 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if recipe_yaml is not None:
-                (partial / "recipe.yaml").write_text(recipe_yaml)
+                (partial / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise OSError(f"writing {folder} failed and nothing of it is left: {error}; is the disk full?") from error
     return Path(folder).expanduser().resolve()
@@ -183,7 +185,7 @@ def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, ma
         hugging_face.write(model, state, folder, max_shard_bytes)
         on_disk = hugging_face.names_on_disk(model, list(records))
     else:
-        (folder / "config.json").write_text("{}\n")
+        (folder / "config.json").write_text("{}\n", encoding="utf-8")
         write_tensors(state, folder, max_shard_bytes)
         on_disk = {name: name for name in records}
     written = TensorFiles(folder)
@@ -198,7 +200,7 @@ def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, ma
             hugging_face.mend_layout(model, config, packed, folder)
     own = _own({name: records[name][1] for name in records if name in dense}, on_disk)
     if own["dense"] or own["names"]:
-        (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n")
+        (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _own(dense: Mapping[str, Quantized], on_disk: Mapping[str, str]) -> dict[str, Any]:
@@ -265,7 +267,9 @@ def _warn_dense(reasons: Mapping[str, str], records: Records) -> None:
         )
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_weights(model: nn.Module) -> None:
+    if away := [clean_name(name) for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"{len(away)} weights are not in memory, such as {away[0]}; load the model without offloading")
     broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
     if broken:
         listed = ", ".join(clean_name(name) for name in broken[:5])

@@ -41,10 +41,17 @@ def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_
     finally:
         for key, value in before.items():
             setattr(config, key, value)
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if getattr(config, "tie_word_embeddings", False) and inputs is not None and outputs is not None:
-        if inputs.weight is not outputs.weight:                   # two tensors, whatever the config promises
-            _change(folder / "config.json", tie_word_embeddings=False)
+    if getattr(config, "tie_word_embeddings", False) and not _is_tied(model):
+        _change(folder / "config.json", tie_word_embeddings=False)
+
+
+def _is_tied(model: "PreTrainedModel") -> bool:
+    """False when the model's embeddings are two tensors, whatever its config promises."""
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:                           # models of several parts, such as CLIP
+        return True
+    return inputs is None or outputs is None or inputs.weight is outputs.weight
 
 
 def names_on_disk(model: "PreTrainedModel", names: Sequence[str]) -> dict[str, str]:
@@ -74,20 +81,30 @@ def mend_layout(
 
     It first gives the model packed parameters, then reads the file into them. Where that fails (see
     :func:`_layout_fault`) the key ``dequantize`` in quantization_config takes another way, that knows one scheme for
-    the whole model and no activations. vLLM does not read that key.
+    the whole model and no activations. vLLM does not read that key. What neither way loads gets a warning.
     """
-    if (fault := _layout_fault(model, config, packed)) is None:
-        return
     groups = list(config.config_groups.values())
-    if len(groups) > 1 or groups[0].input_activations is not None:
-        warnings.warn(
-            f"transformers cannot load this folder ({fault}), lightning_compress.load can; with one scheme for the "
-            f"whole model, and no activations, transformers can too",
-            stacklevel=4,
-        )
+    advice = "the folder is as it should be, and lightning_compress.load reads it"
+    if _merges_weights(model):
+        fault = f"it takes the weights that it merges in a {type(model).__name__}, such as experts, for quantized ones"
+    elif (fault := _layout_fault(model, config, packed) or "") and (len(groups) > 1 or groups[0].input_activations):
+        advice += "; with one scheme for the whole model, and no activations, transformers does too"
+    elif fault:
+        path = folder / "config.json"
+        _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
         return
-    path = folder / "config.json"
-    _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
+    if fault:
+        warnings.warn(f"transformers 5.23 will fail to load this folder: {fault}; {advice}", stacklevel=4)
+
+
+def _merges_weights(model: "PreTrainedModel") -> bool:
+    """True when transformers, on loading, builds some weights out of several on disk: experts of a mixture."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return False
+    return any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _layout_fault(
@@ -97,7 +114,7 @@ def _layout_fault(
     for group in config.config_groups.values():
         grouped = group.weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
         if grouped and not group.weights.symmetric and group.format == CompressionFormat.pack_quantized:
-            return "compressed-tensors 0.20 lays zero points out unpacked, packed ones are refused for their shape"
+            return "compressed-tensors 0.20 lays zero points out unpacked, and packed ones are refused for their shape"
     with torch.device("meta"):
         layout = type(model)(copy.deepcopy(model.config))
     for name, (module, record) in packed.items():
@@ -148,4 +165,5 @@ def _dense_config(config: Any) -> Any:
 
 
 def _change(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(read_json(path) | values, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(read_json(path) | values, indent=2, sort_keys=True)
+    path.write_text(f"{text}\n", encoding="utf-8")

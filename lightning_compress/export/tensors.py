@@ -40,7 +40,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
         "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
         "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,5 +100,5 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError when the file is not there."""
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}; is it a folder that save wrote?")
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content

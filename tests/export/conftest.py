@@ -15,24 +15,29 @@ from lightning_compress.quant.scales import minmax
 
 
 def make_scheme(name: str, targets: Sequence[str] = ("Linear",), **weights) -> QuantizationScheme:
-    """A preset, or with ``weights`` a scheme of our own; ``static`` adds int8 activations with a calibrated scale."""
-    if name == "static":
-        int8 = QuantizationArgs(num_bits=8, symmetric=True)
-        return QuantizationScheme(
-            targets=list(targets), weights=QuantizationArgs(num_bits=8, strategy="channel"), input_activations=int8
-        )
+    """A preset, a scheme with these ``weights``, or int8 weights and inputs: token, static, static asymmetric."""
+    inputs = {
+        "token": {"strategy": "token", "dynamic": True, "symmetric": False},
+        "static": {"symmetric": True},
+        "static asymmetric": {"symmetric": False},
+    }.get(name)
     if weights:
         return QuantizationScheme(targets=list(targets), weights=QuantizationArgs(**weights))
-    return preset_name_to_scheme(name, list(targets))
+    if inputs is None:
+        return preset_name_to_scheme(name, list(targets))
+    int8 = QuantizationArgs(num_bits=8, strategy="channel")
+    return QuantizationScheme(targets=list(targets), weights=int8, input_activations=QuantizationArgs(**inputs))
 
 
 def to_grid(module: nn.Module, scheme: QuantizationScheme) -> None:
     weight_RC = as_matrix(module).clone()
     scale, zero_point = minmax(weight_RC, scheme.weights)
     write_matrix(module, round_weight(weight_RC, scale, zero_point, scheme.weights))
-    inputs = scheme.input_activations
-    input_scale = torch.tensor([0.02], dtype=weight_RC.dtype) if inputs is not None and not inputs.dynamic else None
-    attach(module, Quantized(scheme, scale, zero_point, input_scale))
+    inputs, input_scale, input_zero_point = scheme.input_activations, None, None
+    if inputs is not None and not inputs.dynamic:
+        input_scale = torch.tensor([0.02], dtype=weight_RC.dtype)
+        input_zero_point = None if inputs.symmetric else torch.tensor([5], dtype=torch.int8)
+    attach(module, Quantized(scheme, scale, zero_point, input_scale, input_zero_point))
 
 
 @pytest.fixture(scope="session")
@@ -54,12 +59,13 @@ def quantize() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., nn.Module]:
-    def build(**settings) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
+    def build(dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
         sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+        config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **settings)
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **settings)).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()        # rotary tables stay float32
 
     return build
 

@@ -359,7 +359,7 @@ def test_load_into_a_hugging_face_model_that_is_there(tmp_path, tiny_llama, quan
 
 
 def test_load_in_bfloat16(tmp_path, tiny_llama, quantize, scheme_of):
-    model = quantize(tiny_llama().to(torch.bfloat16), scheme_of("", num_bits=8, group_size=64, symmetric=False))
+    model = quantize(tiny_llama(torch.bfloat16), scheme_of("", num_bits=8, group_size=64, symmetric=False))
     save(model, tmp_path / "out")
     again = load(tmp_path / "out")
     assert again.dtype == torch.bfloat16

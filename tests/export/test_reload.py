@@ -33,6 +33,13 @@ LLAMA = {
     "w8a16_asymmetric_channel": {"name": "", "num_bits": 8, "strategy": "channel", "symmetric": False},
     "w8a8": {"name": "W8A8"},
     "w8a8_static": {"name": "static"},
+    "w8a8_asymmetric_inputs": {"name": "token"},
+    "w8a8_static_asymmetric": {"name": "static asymmetric"},
+    "w4a8": {"name": "W4A8"},
+    "fp8_dynamic": {"name": "FP8_DYNAMIC"},
+    "fp8_static": {"name": "FP8"},
+    "bfloat16": {"name": "W8A16"},
+    "bfloat16_asymmetric": {"name": "", "num_bits": 8, "group_size": 64, "symmetric": False},
     "w3a16": {"name": "", "num_bits": 3, "group_size": 64},
     "w2a16": {"name": "", "num_bits": 2, "group_size": 64},
     "w5a16": {"name": "", "num_bits": 5, "group_size": 32},
@@ -40,11 +47,13 @@ LLAMA = {
 
 
 def llama(case):
-    return lambda tiny_llama, quantize, scheme_of: (
-        quantize(tiny_llama(tie_word_embeddings="asymmetric" in case), scheme_of(**LLAMA[case]), ["re:.*lm_head"]),
-        "AutoModelForCausalLM",
-        {"input_ids": torch.arange(24).reshape(2, 12)},
-    )
+    def make(tiny_llama, quantize, scheme_of):
+        dtype = torch.bfloat16 if "bfloat16" in case else torch.float32
+        model = tiny_llama(dtype, tie_word_embeddings="asymmetric" in case)
+        quantize(model, scheme_of(**LLAMA[case]), ["re:.*lm_head"])
+        return model, "AutoModelForCausalLM", {"input_ids": torch.arange(24).reshape(2, 12)}
+
+    return make
 
 
 def two_schemes(tiny_llama, quantize, scheme_of):
@@ -166,3 +175,25 @@ def test_config_names_modules_where_targets_cannot_tell_schemes_apart(reloaded):
     assert all("self_attn" in target for target in by_format["pack-quantized"])
     assert all("mlp" in target for target in by_format["int-quantized"])
     assert config["ignore"] == ["lm_head"]
+
+
+def test_what_transformers_cannot_load_is_said(tmp_path, tiny_llama, quantize, scheme_of):
+    """Zero points beside another scheme, and experts: our own load reads both."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    llama = tiny_llama()
+    quantize(llama, scheme_of("", ["re:.*mlp.*proj"], num_bits=4, group_size=64, symmetric=False))
+    quantize(llama, scheme_of("W8A8", ["re:.*self_attn.*proj"]))
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    mixtral = quantize(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), scheme_of("W4A16"), ["lm_head"])
+    messages = {"zero": "zero points.*lightning_compress.load reads it; with one scheme", "experts": "experts"}
+    for (name, message), model in zip(messages.items(), (llama, mixtral), strict=True):
+        with pytest.warns(UserWarning, match=f"transformers 5.23 will fail to load this folder: .*{message}"):
+            save(model, tmp_path / name)
+        again = load(tmp_path / name)
+        ids = torch.arange(24).reshape(2, 12)
+        with torch.no_grad():
+            assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+        with pytest.raises(RuntimeError):
+            type(model).from_pretrained(tmp_path / name)
