@@ -133,13 +133,14 @@ def skeleton(folder: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
 
     architecture = (config.get("architectures") or [""])[0]
     model_class = getattr(transformers, architecture, None) if architecture else None
-    if model_class is None:
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
-            f"transformers has no class {architecture!r}, which {folder / 'config.json'} names; "
+            f"transformers has no model {architecture!r}, which {folder / 'config.json'} names; "
             f"build the dense model and call load(folder, model)"
         )
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(_dense_config(transformers.AutoConfig.from_pretrained(folder)))
+        settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model: PreTrainedModel = model_class(_dense_config(settings))
     return model
 
 

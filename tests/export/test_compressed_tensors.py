@@ -244,6 +244,27 @@ def test_a_model_that_transformers_quantized(tmp_path, tiny_llama, quantize, sch
         save(loaded, tmp_path / "again")
 
 
+def test_adapters_and_weights_that_are_elsewhere(tmp_path, tiny_llama, small_net, quantize, scheme_of):
+    quantize(small_net, scheme_of("W8A8"))[3].to("meta")
+    with pytest.raises(ValueError, match=r"2 weights are not in memory, such as 3.weight; load the model without"):
+        save(small_net, tmp_path / "out")
+    llama = quantize(tiny_llama(), scheme_of("W4A16"))
+    llama._hf_peft_config_loaded = True
+    with pytest.raises(ValueError, match="carries PEFT adapters; merge them"):
+        save(llama, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_of_several_parts(tmp_path, quantize, scheme_of):
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision, text = {"image_size": 32, "patch_size": 16}, {"vocab_size": 64, "eos_token_id": 2, "bos_token_id": 1}
+    model = quantize(CLIPModel(CLIPConfig(text_config=sizes | text, vision_config=sizes | vision)), scheme_of("W4A16"))
+    save(model, tmp_path / "out")
+    assert_same_records(model, load(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("where", ["model", "own", "config"])
 def test_a_disk_that_runs_full_leaves_nothing(tmp_path, quantize, scheme_of, monkeypatch, where):
     model = quantize(conv_net(), scheme_of("", ["Conv2d"], num_bits=4, strategy="channel"))
@@ -356,6 +377,17 @@ def test_load_into_a_hugging_face_model_that_is_there(tmp_path, tiny_llama, quan
     assert load(tmp_path / "out", fresh) is fresh
     assert_close(fresh.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert_same_records(model, fresh)
+    on_cpu = load(tmp_path / "out", device="cpu")
+    assert all(quantized_of(m).scale.device.type == "cpu" for m in quantized_modules(on_cpu).values())
+
+
+@pytest.mark.parametrize("name", ["pipeline", "Trainer", "LlamaConfig", "MyOwnModel"])
+def test_only_a_model_of_transformers_is_built(tmp_path, tiny_llama, quantize, scheme_of, name):
+    save(quantize(tiny_llama(), scheme_of("W4A16")), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+    with pytest.raises(ValueError, match=rf"transformers has no model '{name}'.*build the dense model and call load"):
+        load(tmp_path / "out")
 
 
 def test_load_in_bfloat16(tmp_path, tiny_llama, quantize, scheme_of):
