@@ -128,6 +128,10 @@ class Stages:
             self.report(f"{group.title}: {at[0]}")
             self.tell(EventType.MODULE_READY, group, stage, {hooked[module]: module})
 
+        # a modifier of weights alone (rounding) has nothing to wait for, and the batches shall meet what it leaves
+        unhooked = {n: m for n, m in group.modules.items() if m not in hooked and any(True for _ in m.parameters(False))}
+        if unhooked:
+            self.tell(EventType.MODULE_READY, group, stage, unhooked)
         with self._only(stage), self._finite_inputs(hooked):
             run_in_lockstep(
                 [partial(run, i) for i in range(len(self.masks))],
@@ -210,10 +214,8 @@ def one_pass_obstacle(
     """
     last = [m for m in stages_of(modifiers)[-1] if m.needs_calibration]
     for modifier in last:
-        if not modifier.one_pass:
+        if not modifier.one_pass or type(modifier).on_module_ready is Modifier.on_module_ready:
             return f"{modifier.name} finishes whole blocks, not single modules"
-        if not modifier.needs_data:
-            return f"{modifier.name} hooks nothing, so it would change weights after the batches have passed them"
     hooked = {m for modifier in last for m in modifier.hooked}
     for module, name in targets.items():
         if module in hooked and (counts.get(module, 0) > 1 or (not uncalled and module not in counts)):

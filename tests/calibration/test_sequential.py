@@ -91,16 +91,17 @@ def test_walks_agree_where_nothing_is_changed(case):
 
 
 def test_order_of_events():
-    watcher = LockstepWatcher()
+    watcher = LockstepWatcher(targets=["embed", "head", "re:.*[.](q|out)$", "re:layers.1[.]"])
     calibrate(*started(watcher, model=seeded(Layered, 2)), make_batches(2, 2, 5, C))
     assert watcher.events == [
         ("CALIBRATION_START", ""),
         ("MODULE_READY", "embed"),
         ("BLOCK_END", ""),
-        *[("MODULE_READY", f"layers.0.{n}") for n in ("q", "k", "v", "out")],
+        *[("MODULE_READY", f"layers.0.{n}") for n in ("k,layers.0.v", "q", "out")],      # nobody waits for k and v
         ("BLOCK_END", "layers.0"),
         *[("MODULE_READY", f"layers.1.{n}") for n in ("q", "k", "v", "out")],
         ("BLOCK_END", "layers.1"),
+        ("MODULE_READY", "norm"),
         ("MODULE_READY", "head"),
         ("BLOCK_END", ""),
         ("CALIBRATION_END", ""),
@@ -135,11 +136,32 @@ def test_auto_takes_one_pass_where_it_can_and_two_where_a_modifier_needs_the_blo
     assert "MODULE_READY" not in events(LockstepWatcher(targets=["layers.0.q"]), Watcher())
 
 
+@pytest.mark.parametrize("walk", ["one_pass", "two_pass"])
+def test_weights_that_need_no_data_are_rounded_before_the_batches_meet_them(walk):
+    """Two modifiers: one looks at the outputs, the other rounds q, k and v without looking."""
+
+    class WithoutData(LockstepWatcher):
+        @property
+        def needs_data(self):
+            return False
+
+        def on_calibration_start(self, state, event, **kwargs):
+            self._names.update({m: n for n, m in state.model.named_modules() if n.endswith((".q", ".k", ".v"))})
+
+    model, rounding, watcher = seeded(Layered), WithoutData(), LockstepWatcher(targets=["re:layers.*out$"])
+    calibrate(*started(watcher, rounding, model=model), (batches := make_batches(2, 2, 5, C)), walk=walk)
+    assert len(rounding.finished) == 9
+    wanted = inputs_of(model.eval(), list(watcher.inputs), plain(None, batches))
+    same = [torch.equal(a, b) for n in wanted for a, b in zip(watcher.inputs[n], wanted[n], strict=True)]
+    assert all(same) == (walk == "one_pass")                   # else a block is finished after all have looked
+
+
 def test_own_pass_shows_later_modifiers_the_block_as_it_leaves_it():
     model = seeded(Layered)
     first, second = OwnPassWatcher(targets=["layers.0.v"]), LockstepWatcher(targets=["layers.0.out"])
     calibrate(*started(first, second, model=model), (batches := make_batches(3, 2, 5, C)))
-    assert [e for e, _ in second.events].count("MODULE_READY") == 1            # the last stage may go in lockstep
+    assert ("MODULE_READY", "layers.0.out") in second.events                   # the last stage may go in lockstep
+    assert "MODULE_READY" not in [e for e, _ in first.events]
     wanted = inputs_of(model.eval(), ["layers.0.out"], plain(None, batches))["layers.0.out"]
     assert all(torch.equal(a, b) for a, b in zip(second.inputs["layers.0.out"], wanted, strict=True))
     assert len(first.inputs["layers.0.v"]) == 3                                # and no hook twice
