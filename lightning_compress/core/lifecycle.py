@@ -90,6 +90,15 @@ class Lifecycle:
         for modifier in self.modifiers if only is None else only:
             modifier.update_event(state, event, **kwargs)
 
+    @property
+    def acting(self) -> bool:
+        """Whether the events of the batch that has begun can reach a handler of any modifier."""
+        return any(m.acting for m in self.modifiers)
+
+    def skip_batch(self) -> None:
+        """No modifier is acting, so whoever drives the run leaves out the other events of this batch."""
+        self.last = None
+
     def check_order(self, type_: EventType | None) -> None:
         """Note that an event happens now; ValueError names both when it cannot follow the last one."""
         if type_ is None or type_ not in _BEFORE:

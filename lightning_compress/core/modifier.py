@@ -234,6 +234,13 @@ class Modifier(ModifierInterface, BaseModel):
         self._updates = max(due, done)
         return due > done
 
+    @property
+    def acting(self) -> bool:
+        """Whether events of a batch can reach a handler: the window is open, or the class decides that for itself."""
+        deciding = ("on_event", "update_event", "should_start")
+        own = any(getattr(type(self), name) is not getattr(Modifier, name) for name in deciding)
+        return own or (self._started and not self._ended)
+
     def should_start(self, event: Event) -> bool:
         """``start <= index`` and the window is not over; False when ``start`` is None."""
         index = event.in_unit(self.unit).current_index if self.start is not None else 0

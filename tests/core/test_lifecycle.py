@@ -135,6 +135,32 @@ def test_an_event_before_initialize(recording):
         Lifecycle([recording()]).emit(State(), Event(E.BATCH_START))
 
 
+def test_a_batch_may_be_skipped_when_no_modifier_acts(recording, train):
+    """Closed windows cost nothing; whoever overrides what decides about events is always asked."""
+
+    class Listening(recording):
+        def on_event(self, state, event, **kwargs):
+            pass
+
+    class Deciding(recording):
+        def should_start(self, event):
+            return event.global_step >= 3
+
+    assert not Lifecycle([recording(), recording(start=2)]).acting
+    for cls in (Listening, Deciding):
+        assert Lifecycle([recording(), cls()]).acting
+    window = Lifecycle([recording(start=1, end=3)])
+    window.initialize(State())
+    seen = []
+    for step in range(4):
+        train(window, step, step + 1)
+        seen.append(window.acting)
+    assert seen == [False, True, False, False]
+    send(window, E.BATCH_START)
+    window.skip_batch()
+    send(window, E.BATCH_START, E.BATCH_END)
+
+
 # -- failures --------------------------------------------------------------------------------------------------------
 
 
