@@ -92,7 +92,8 @@ def check_compress(cfg: DictConfig) -> None:
     Raises:
         ValueError: The config holds ``compress`` itself, and not the callback that a recipe puts into ``callbacks``.
     """
-    if isinstance(name := cfg.get("compress"), str):
+    name = cfg.get("compress")
+    if isinstance(name, str):
         raise ValueError(
             f"+compress={name} set a plain string, because Hydra does not see the recipes of lightning_compress: "
             f"expected a callback at callbacks.compress. Install the package into this environment "
@@ -112,7 +113,7 @@ def instantiate_each(configs: DictConfig | None, kind: type) -> list[Any]:
             log.info("%s: %s", name, config._target_)
             entry = hydra.utils.instantiate(config)
             if not isinstance(entry, kind):
-                raise ValueError(f"{name}: expected a {kind.__name__}, {config._target_} is a {type(entry).__name__}")
+                raise ValueError(f"{name!s}: expected a {kind.__name__}, {config._target_} is a {type(entry).__name__}")
             built.append(entry)
     return built
 
