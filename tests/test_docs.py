@@ -1,0 +1,52 @@
+"""The Python in the documentation runs, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_compress.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["docs/modifiers.md", "docs/export.md"])
+def test_the_examples_run_from_top_to_bottom(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_compress.core.factory.ModifierFactory._registered", {})
+    code = "\n".join(blocks(ROOT / name, "python"))
+    assert code
+    exec(compile(code, name, "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_parses_and_recipes_build(page):
+    for code in blocks(page, "python"):
+        compile(code, page.name, "exec")
+    for text in blocks(page, "yaml"):
+        content = yaml.safe_load(text)
+        if "compress" in content:
+            assert load_recipe(content)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    folders = ("lightning_compress", "hydra_plugins", "examples", "benchmarks", "tests")
+    files = ["/train.py", *(path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    for path in re.findall(r"[\w/]+\.py\b", text):
+        assert any(file.endswith(f"/{path}") for file in files), f"{page.name} names {path}"
+
+
+def test_every_recipe_is_in_the_documentation():
+    text = (ROOT / "docs" / "modifiers.md").read_text()
+    missing = [p.stem for p in (ROOT / "conf" / "compress").glob("*.yaml") if f"`{p.stem}`" not in text]
+    assert not missing
