@@ -121,6 +121,8 @@ class CompressionCallback(Callback):
         self._state = State(ledger=self.ledger)
         self._batch_state = self._state
         self._in_batch = False
+        self._acting = False                   # in this batch some modifier may act
+        self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
         self._began = 0.0
         self._warned_stray_step = False
@@ -213,28 +215,31 @@ class CompressionCallback(Callback):
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self.done:
-            self._in_batch = True
+        if self.done:
+            return
+        self._in_batch = True
+        if self._windowed or self.lifecycle.acting:
             self._batch_state = self._state.but(batch_data=batch)
             self.lifecycle.emit(self._batch_state, self.clock.event(E.BATCH_START))
+            self._acting = self.lifecycle.acting             # else the rest of the batch costs nothing
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._in_batch:
+        if self._acting:
             self.lifecycle.emit(self._batch_state.but(loss=loss), self.clock.event(E.LOSS_CALCULATED))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._in_batch:
+        if self._acting:
             self.lifecycle.emit(self._batch_state.but(optimizer=optimizer), self.clock.event(E.OPTIM_PRE_STEP))
 
     def _before_count(self, optimizer: Optimizer) -> None:
         """A torch optimizer that is stepped past Lightning, in manual optimization, gets its PRE_STEP late."""
-        if self._in_batch and self.lifecycle.last != E.OPTIM_PRE_STEP:
+        if self._acting and self.lifecycle.last != E.OPTIM_PRE_STEP:
             self.lifecycle.emit(self._batch_state.but(optimizer=optimizer), self.clock.event(E.OPTIM_PRE_STEP))
 
     def _after_count(self, optimizer: Optimizer) -> None:
-        if self._in_batch:
+        if self._acting:
             self.lifecycle.emit(self._batch_state.but(optimizer=optimizer), self.clock.event(E.OPTIM_POST_STEP))
-        elif not self._warned_stray_step:
+        elif not self._in_batch and not self._warned_stray_step:
             self._warned_stray_step = True
             rank_zero_warn(
                 f"a {type(optimizer).__name__} stepped outside of a training batch; the step counts, but modifiers are "
@@ -250,10 +255,18 @@ class CompressionCallback(Callback):
         self._close_batch()                    # still open when on_train_batch_start of the LightningModule returned -1
 
     def _close_batch(self) -> None:
-        if self._in_batch:
+        if not self._in_batch:
+            return
+        if self._acting:
             self.lifecycle.emit(self._batch_state, self.clock.event(E.BATCH_END))
-            self.clock.batches += 1
-            self._in_batch, self._batch_state = False, self._state      # lets the batch go
+        else:
+            self.lifecycle.skip_batch()
+        self.clock.batches += 1
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        self._in_batch = self._acting = False
+        self._batch_state = self._state
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -279,7 +292,7 @@ class CompressionCallback(Callback):
         end.promote()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._in_batch, self._batch_state = False, self._state
+        self._forget_batch()
         self.lifecycle.abort()
         self._take_off()
 

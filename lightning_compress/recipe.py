@@ -67,15 +67,17 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
 
 
 def dump_recipe(modifiers: Sequence[Modifier]) -> dict[str, Any]:
-    """The recipe as primitives, every argument spelled out; :func:`load_recipe` takes it back."""
-    names = {c: name for name, c in ModifierFactory._registered.items()}
+    """The recipe as primitives, defaults spelled out (but for None); :func:`load_recipe` takes it back."""
     keys = Lifecycle(modifiers).keys()
-    return {
-        "modifiers": {
-            key: {"type": names.get(type(m), type(m).__name__), **m.model_dump(mode="json")}
-            for key, m in zip(keys, modifiers, strict=True)
-        }
-    }
+    return {"modifiers": {key: _entry(m) for key, m in zip(keys, modifiers, strict=True)}}
+
+
+def _entry(modifier: Modifier) -> dict[str, Any]:
+    names = {c: name for name, c in ModifierFactory._registered.items()}
+    fields = type(modifier).model_fields
+    arguments = modifier.model_dump(mode="json")
+    told = {n: v for n, v in arguments.items() if v is not None or n not in fields or fields[n].default is not None}
+    return {"type": names.get(type(modifier), type(modifier).__name__), **told}
 
 
 def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

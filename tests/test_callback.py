@@ -4,8 +4,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
+from pydantic import PrivateAttr
 
-from lightning_compress import CompressionCallback
+from lightning_compress import CompressionCallback, Modifier
 from lightning_compress.core import State
 from tests.training_runs import RecordingModifier, Regression, Sums, quiet
 
@@ -161,6 +162,35 @@ def test_the_loss_can_be_added_to(tmp_path):
     before = Regression()
     torch.manual_seed(0)
     assert module.model[2].weight.abs().max() > 10 * before.model[2].weight.abs().max()      # lr 0.05 * 2e3 overshoots
+
+
+@pytest.mark.parametrize("window", [{}, {"start": 2}, {"start": 1, "end": 2}, {"start": 0, "update": 3}], ids=str)
+def test_leaving_out_events_that_nobody_hears_changes_nothing(tmp_path, window):
+    """Batches in which no window is open cost nothing; what handlers see is the same as if every event were sent."""
+
+    def seen(base, folder):
+        class Notes(base):
+            _notes: list = PrivateAttr(default_factory=list)
+
+            def on_initialize(self, state, **kwargs):
+                return True
+
+            def on_start(self, state, event, **kwargs):
+                self._notes.append(("start", event.type_.name, event.global_step, event.global_batch))
+
+            def on_update(self, state, event, **kwargs):
+                self._notes.append(("update", event.type_.name, event.global_step, event.global_batch))
+
+            def on_end(self, state, event, **kwargs):
+                self._notes.append(("end", event.type_.name, event.global_step, event.global_batch))
+
+        modifier, callback = recorded(folder, modifier=Notes(**window))
+        assert callback.clock.batches == 4 == callback.clock.global_step
+        return modifier._notes
+
+    notes = seen(Modifier, tmp_path / "a")
+    assert notes == seen(RecordingModifier, tmp_path / "b")
+    assert bool(notes) == bool(window)
 
 
 def test_windows_open_and_close_where_they_say(tmp_path):

@@ -288,7 +288,7 @@ class Finish:
             self.pl_module, "calibration_dataloader", None
         )
         if own is not None:
-            loader, which = own(), f"the first {wanted} batches of calibration_dataloader()"
+            loader, which = own(), "the first of calibration_dataloader()"
         else:
             loader, which = seeded_view(self._train_loader(), wanted, self.plan.seed)
         batches = [self._offloaded(self._to_device(batch)) for batch in first_batches(loader, wanted)]
@@ -370,7 +370,7 @@ class Finish:
 
     def _summary(self) -> dict[str, Any]:
         sums = summary.totals(self.state.ledger)
-        whole = sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
+        whole = sum(t.numel() * t.element_size() for t in (*self.module.parameters(), *self.module.buffers()))
         saved = (sums["bytes_before"] or 0) - (sums["bytes_after"] or 0) if sums["bytes_after"] is not None else 0
         device = self.trainer.strategy.root_device
         return {

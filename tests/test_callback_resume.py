@@ -1,0 +1,204 @@
+"""Stopping and going on: what a checkpoint holds, and that a resumed run is the same run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from pydantic import PrivateAttr
+from torch import nn
+
+from lightning_compress import CompressionCallback
+from tests.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
+
+STEP = "SLpPE"
+
+
+class StopAfter(Callback):
+    """What a power cut does."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.batches:
+            raise KeyError("power cut")
+
+
+def interrupted(folder, modifier, after=3, **options):
+    """Fit until the cut; the path of the last checkpoint, which was saved after every step."""
+    keeping = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
+    with pytest.raises(KeyError, match="power cut"):
+        quiet(folder, CompressionCallback(modifier), keeping, StopAfter(after + 1), max_epochs=2, **options).fit(
+            Regression(), Sums(shuffle=False)
+        )
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize("after", [3, 4, 6], ids=["in the epoch", "between epochs", "in the last epoch"])
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path, after):
+    path = interrupted(tmp_path, RecordingModifier(start=0), after)
+    modifier = RecordingModifier(start=0)
+    callback = CompressionCallback(modifier)
+    quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums(shuffle=False), ckpt_path=path, weights_only=True)
+    assert modifier._events[0] == ("BATCH_START", after, after)
+    assert modifier.batches == [STEP] * (8 - after)
+    assert callback.clock.global_step == callback.clock.batches == 8
+    assert callback.clock.total_steps == 8
+    assert callback.done
+
+
+def test_who_enters_past_the_start_starts_at_the_first_batch(tmp_path):
+    path = interrupted(tmp_path, RecordingModifier())
+    modifier = RecordingModifier(start=2)
+    callback = CompressionCallback(modifier, allow_recipe_change=True)
+    quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums(), ckpt_path=path)
+    assert modifier._calls == ["initialize", "start at 3", "finalize"]
+
+
+def test_a_window_that_is_over_stays_over(tmp_path):
+    path = interrupted(tmp_path, RecordingModifier(start=1, end=2))
+    modifier = RecordingModifier(start=1, end=2)
+    quiet(tmp_path, CompressionCallback(modifier), max_epochs=2).fit(Regression(), Sums(), ckpt_path=path)
+    assert not [call for call in modifier._calls if "at" in call.split()]
+
+
+def test_modifiers_take_back_their_state(tmp_path):
+    class Remembers(RecordingModifier):
+        _seen: torch.Tensor = PrivateAttr(default_factory=lambda: torch.zeros(1))
+
+        def on_event(self, state, event, **kwargs):
+            self._seen += event.type_ == "batch_end"
+
+        def state_dict(self):
+            return super().state_dict() | {"seen": self._seen}
+
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            self._seen = state["seen"]
+
+    path = interrupted(tmp_path, Remembers())
+    modifier = Remembers()
+    callback = CompressionCallback(modifier)
+    quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums(), ckpt_path=path, weights_only=True)
+    assert modifier._seen == 8
+
+
+# -- finished runs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_that_was_not_compressed_is(tmp_path):
+    """A crash in calibration leaves a finished training behind; on_train_end will not come again."""
+
+    class Fails(RoundingModifier):
+        def on_calibration_end(self, state, event, **kwargs):
+            raise RuntimeError("out of memory")
+
+    keeping = ModelCheckpoint(tmp_path, save_last=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quiet(tmp_path, CompressionCallback(Fails()), keeping).fit(Regression(), Sums())
+    module = Regression()
+    callback = CompressionCallback(RoundingModifier(), allow_recipe_change=True)
+    quiet(tmp_path, callback).fit(module, Sums(), ckpt_path=tmp_path / "last.ckpt")
+    assert callback.done
+    assert callback.clock.global_step == 4
+    assert module.is_rounded()
+
+
+def test_a_compressed_run_is_not_compressed_again(tmp_path):
+    quiet(tmp_path, CompressionCallback(RoundingModifier())).fit(Regression(), Sums())
+    module, modifier = Regression(), RoundingModifier()
+    callback = CompressionCallback(modifier)
+    quiet(tmp_path, callback).fit(module, Sums(), ckpt_path=tmp_path / "compressed.ckpt")
+    assert callback.done
+    assert modifier._seen == []
+    assert module.is_rounded()
+    assert callback.ledger.rows[0].technique == "rounding"
+
+
+def test_testing_a_dense_checkpoint_leaves_the_callback_alone(tmp_path):
+    keeping = ModelCheckpoint(tmp_path / "dense", save_last=True)
+    callback, module = CompressionCallback(RoundingModifier()), Regression()
+    trainer = quiet(tmp_path, callback, keeping)
+    trainer.fit(module, Sums())
+    trainer.test(module, Sums(), ckpt_path=tmp_path / "dense" / "last.ckpt", verbose=False)
+    assert callback.done
+    assert not module.is_rounded()
+
+
+# -- what a checkpoint holds ------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_has_dense_keys_and_plain_state(tmp_path):
+    module = Regression()
+    dense = list(module.state_dict())
+    quiet(tmp_path, CompressionCallback(RoundingModifier())).fit(module, Sums())
+    saved = torch.load(tmp_path / "compressed.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == dense
+    kept = saved["callbacks"]["CompressionCallback"]
+    assert kept["done"] is True
+    assert kept["clock"] == {"steps": [4], "batches": 4}
+    assert list(kept["modifiers"]) == ["RoundingModifier"]
+    assert Regression.load_from_checkpoint(tmp_path / "compressed.ckpt").is_rounded()
+
+
+def test_state_that_weights_only_could_not_read_is_named():
+    class Careless(RecordingModifier):
+        def state_dict(self):
+            return super().state_dict() | {"where": [Path("x")]}
+
+    with pytest.raises(TypeError, match=r"\['modifiers'\]\['Careless'\]\['where'\]\[0\] is a PosixPath"):
+        CompressionCallback(Careless()).state_dict()
+
+
+def test_two_callbacks_do_not_go_together(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type .CompressionCallback"):
+        quiet(tmp_path, CompressionCallback(RecordingModifier()), CompressionCallback(RecordingModifier()))
+
+
+# -- a changed recipe -------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_recipe_is_shown(tmp_path):
+    path = interrupted(tmp_path, RecordingModifier(start=1, end=5))
+    callback = CompressionCallback([RecordingModifier(start=2, end=5), RoundingModifier()])
+    trainer = quiet(tmp_path, callback, max_epochs=2)
+    with pytest.raises(ValueError, match="the recipe differs") as caught:
+        trainer.fit(Regression(), Sums(), ckpt_path=path)
+    assert "modifiers.RecordingModifier.start: 1.0 -> 2.0" in str(caught.value)
+    assert "modifiers.RoundingModifier.type: 'absent' -> 'RoundingModifier'" in str(caught.value)
+    assert "end" not in str(caught.value).split("resume")[0]
+    assert "allow_recipe_change=True" in str(caught.value)
+
+
+def test_a_changed_recipe_can_be_allowed(tmp_path):
+    path = interrupted(tmp_path, RecordingModifier(start=1))
+    one, two = RecordingModifier(start=1), RoundingModifier()
+    callback, module = CompressionCallback([one, two], allow_recipe_change=True), Regression()
+    quiet(tmp_path, callback, max_epochs=2).fit(module, Sums(), ckpt_path=path)
+    assert callback.clock.global_step == 8
+    assert module.is_rounded()
+
+
+def test_what_the_same_run_exported_before_may_be_replaced(tmp_path):
+    """A requeued job whose run had reached its end writes into the same folder."""
+    path = interrupted(tmp_path, RecordingModifier())
+    folder = tmp_path / "compressed"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    callback = CompressionCallback(RecordingModifier())
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums())
+    quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums(), ckpt_path=path)
+    assert callback.done
+
+
+def test_training_a_plain_module_is_untouched_by_a_sleeping_modifier(tmp_path):
+    def weights(*callbacks):
+        torch.manual_seed(0)
+        module = Regression()
+        quiet(tmp_path, *callbacks, max_epochs=2, enable_checkpointing=False).fit(module, Sums(shuffle=False))
+        return nn.utils.parameters_to_vector(module.parameters())
+
+    assert torch.equal(weights(), weights(CompressionCallback(RecordingModifier(start=100))))
