@@ -10,7 +10,12 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import BaseModel, ValidationError
 from torch import nn
@@ -112,7 +117,7 @@ def describe(scheme: QuantizationScheme) -> str:
     weights, inputs = scheme.weights, scheme.input_activations
     assert weights is not None
     wide = "16" if inputs is None else str(inputs.num_bits) if inputs.type == "int" else f"fp{inputs.num_bits}"
-    grain = f"g{weights.group_size}" if weights.strategy == "group" else str(weights.strategy)
+    grain = f"g{weights.group_size}" if weights.strategy == "group" else _strategy(weights)
     static = " static" if inputs is not None and not inputs.dynamic else ""
     if weights.type == "float":
         return f"FP8 {grain}{static}"
@@ -217,12 +222,17 @@ def _fault(scheme: QuantizationScheme) -> str | None:
     strategies = ("tensor", "channel", "group") if weights.type == "int" else ("tensor", "channel")
     if weights.strategy not in strategies:
         known = ", ".join(strategies)
-        return f"weights: strategy {weights.strategy!r} is not supported for {weights.type}; use one of {known}"
+        return f"weights: strategy {_strategy(weights)!r} is not supported for {weights.type}; use one of {known}"
     if inputs is not None and not inputs.dynamic and inputs.strategy != "tensor":
-        return f"input_activations: static ones are per tensor, got strategy {inputs.strategy!r}; or set dynamic: true"
+        return f"input_activations: static ones are per tensor, got strategy {_strategy(inputs)!r}; or dynamic: true"
     if inputs is not None and (inputs.dynamic == "local" or inputs.scale_dtype is not None):
         return "input_activations: scales of their own format (NVFP4, MXFP4) are not supported"
     return None
+
+
+def _strategy(args: QuantizationArgs) -> str:
+    """Its name: the field holds the enum or its value, depending on who set it."""
+    return QuantizationStrategy(args.strategy).value
 
 
 def _bits_fault(args: QuantizationArgs) -> str | None:
@@ -242,7 +252,8 @@ def _check_dense(model: nn.Module) -> None:
     again = "; quantizing twice adds up the errors of both: start from the dense model"
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is not None:
-        method = getattr(config, "quant_method", None) or "see model.config.quantization_config"
+        method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+        method = method or "see model.config.quantization_config"
         raise ValueError(f"the model is quantized already ({getattr(method, 'value', method)}){again}")
     schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
     done = [repr(n) for n, m in model.named_modules() if quantized_of(m) is not None or schemes[n] is not None]

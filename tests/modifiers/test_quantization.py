@@ -1,0 +1,225 @@
+import warnings
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_compress.core import Lifecycle, State
+from lightning_compress.modifiers.quantization import QuantizationModifier
+from lightning_compress.quant.matrix import as_matrix
+from lightning_compress.quant.record import quantized_of
+from tests.quantization_runs import attention, batches, calibrate, weights
+
+GRAINS = [{"group_size": 16}, {"strategy": "channel"}, {"strategy": "tensor"}]
+
+
+def groups(**args):
+    return {"g": {"targets": ["Linear"], "weights": args}}
+
+
+def rounded(W, bits=4, group=16):
+    """Round to nearest by its definition: symmetric, min-max."""
+    blocks = W.view(len(W), -1, group)
+    scale = blocks.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
+    return ((blocks / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale).view(W.shape)
+
+
+def test_round_to_nearest_by_its_definition_without_any_data():
+    model = attention()
+    before = weights(model)
+    ledger = calibrate(model, QuantizationModifier(scheme="W4A16", group_size=16), [])
+    for name, W in before.items():
+        assert_close(model.get_parameter(name), rounded(W), rtol=0, atol=1e-7)
+    assert [row.module for row in ledger] == ["q", "k", "v", "o", "spare"]
+    row = ledger.rows[0]
+    W, Q = before["q.weight"], model.q.weight.detach()
+    assert row.error == pytest.approx(float((W - Q).square().sum() / W.square().sum()), rel=1e-4)
+    assert row.scheme == "W4A16 g16 sym"
+    assert row.bits == 4 + 32 / 16 + 16 * 8 / W.numel()
+    assert (row.technique, row.bytes_before, row.flags, row.tokens) == ("rtn", W.numel() * 4, [], None)
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("grain", GRAINS, ids=str)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_weight_is_on_the_grid_that_is_exported(bits, grain, symmetric, search):
+    model = attention()
+    calibrate(
+        model,
+        QuantizationModifier(config_groups=groups(num_bits=bits, symmetric=symmetric, **grain), scale_search=search),
+        [],
+    )
+    record = quantized_of(model.q)
+    args = record.scheme.weights
+    zero = torch.zeros_like(record.scale, dtype=torch.int8) if record.zero_point is None else record.zero_point
+    codes = quantize(model.q.weight, record.scale, zero, args, dtype=torch.int8)
+    assert codes.min() >= -(2 ** (bits - 1))
+    assert codes.max() <= 2 ** (bits - 1) - 1
+    assert torch.equal(dequantize(codes, record.scale, zero, args), model.q.weight)
+    assert record.scale.shape == {"group": (64, 4), "channel": (64, 1), "tensor": (1,)}[args.strategy]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_weights_reload_to_the_bit(dtype):
+    model = attention().to(dtype)
+    calibrate(model, QuantizationModifier(scheme="W8A16", group_size=32), [])
+    record = quantized_of(model.q)
+    assert record.scale.dtype == model.q.weight.dtype == dtype
+    zero = torch.zeros_like(record.scale, dtype=torch.int8)
+    wide = model.q.weight.float(), record.scale.float()  # in bf16 the quotient itself misses 8-bit codes
+    codes = quantize(*wide, zero, record.scheme.weights, dtype=torch.int8)
+    assert torch.equal(dequantize(codes, record.scale, zero, record.scheme.weights), model.q.weight)
+
+
+def test_mse_scales_lower_the_error_they_minimize():
+    errors = {}
+    for search in ("minmax", "mse"):
+        model = attention()
+        before = weights(model)
+        calibrate(model, QuantizationModifier(scheme="W3A16", group_size=32, scale_search=search), [])
+        errors[search] = {n: (model.get_parameter(n) - W).abs().pow(2.4).sum().item() for n, W in before.items()}
+    assert all(errors["mse"][n] < 0.95 * errors["minmax"][n] for n in errors["mse"])
+
+
+def test_weights_on_their_grid_stay_as_they_are():
+    model = attention()
+    codes = torch.randint(-8, 8, (64, 64))
+    codes[:, 0::16], codes[:, 1::16] = -8, 7
+    model.q.weight.data = codes * 0.25
+    before = model.q.weight.clone()
+    calibrate(model, QuantizationModifier(scheme="W4A16_ASYM", group_size=16), [])
+    assert torch.equal(model.q.weight, before)
+
+
+def test_dynamic_activations_are_quantized_and_need_no_data():
+    model, x = attention(), batches(1)[0]
+    modifier = QuantizationModifier(scheme="W8A8")
+    assert not modifier.needs_data
+    calibrate(model, modifier, [])
+    token = x.abs().amax(-1, keepdim=True) / 127.5
+    expected = nn.functional.linear((x / token).round().clamp(-128, 127) * token, model.q.weight, model.q.bias)
+    assert_close(model.q(x), expected)
+
+
+def test_static_activations_by_their_extremes():
+    model, data = attention(), batches(3)
+    modifier = QuantizationModifier(scheme="FP8", ignore="spare")
+    assert modifier.needs_data
+    calibrate(model, modifier, data)
+    record = quantized_of(model.q)
+    assert_close(record.input_scale, torch.stack(data).abs().max()[None] / 448)
+    assert record.input_zero_point is None
+    assert_close(record.scale, model.q.weight.abs().max()[None] / 448)
+    assert (model.q.weight / record.scale).to(torch.float8_e4m3fn).float().mul(record.scale).equal(model.q.weight)
+
+
+def test_padding_does_not_stretch_static_activations():
+    model, (x,) = attention(), batches(1)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    mask[0, 30:] = False
+    padded = x.clone()
+    padded[0, 30:] = 1e4
+    modifier = QuantizationModifier(scheme="FP8", targets=["q"])
+    calibrate(model, modifier, [padded], [mask])
+    assert_close(quantized_of(model.q).input_scale, x[mask].abs().max()[None] / 448)
+
+
+def test_static_asymmetric_activations():
+    config = groups(num_bits=8, strategy="channel")
+    config["g"] |= {"input_activations": {"num_bits": 8, "symmetric": False}, "targets": ["q", "k", "v", "o"]}
+    model = attention()
+    calibrate(model, QuantizationModifier(config_groups=config, observer="mse"), batches(2))
+    record = quantized_of(model.o)
+    assert record.input_zero_point.shape == record.input_scale.shape == (1,)
+    model(batches(1)[0])
+
+
+def test_static_targets_that_never_saw_data_are_named_and_left():
+    model = attention()
+    before = weights(model)
+    with pytest.warns(UserWarning, match="spare never saw data, so that static activation scales are unknown"):
+        ledger = calibrate(model, QuantizationModifier(scheme="FP8"), batches(1))
+    assert ledger.rows[-1].flags == ["never saw data; left as it was"]
+    assert torch.equal(model.spare.weight, before["spare.weight"])
+    assert quantized_of(model.spare) is None
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "mse"])
+def test_nan_in_activations_names_module_and_batch(observer):
+    data = batches(2)
+    data[1][0, 3, 5] = torch.nan
+    with pytest.raises(ValueError, match="'q': its input holds NaN or Inf in calibration batch 2"):
+        calibrate(attention(), QuantizationModifier(scheme="FP8", observer=observer), data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "W4A16", "scale_search": "hessian"}, "scale_search"),
+        ({"scheme": "W4A16", "observer": "percentile"}, "observer"),
+        ({"scheme": "W4A16", "averaging_constant": 0}, "averaging_constant"),
+        ({"scheme": "W4A16", "schem": 1}, "schem"),
+        ({"scheme": "W4A17"}, "did you mean"),
+    ],
+)
+def test_arguments_that_do_not_work(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizationModifier(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "W4A16", "targets": ["Lin"]}, "matches none of the model's 5 modules; did you mean 'Linear'"),
+        ({"scheme": "W4A16", "ignore": ["Linear"]}, "leaves nothing"),
+        ({"scheme": "W4A16"}, "group_size=128 is larger than the input columns of 'q'"),
+        ({"scheme": "W4A16", "ignore": "re:)"}, r"ignore: 're:\)' is no regular expression"),
+    ],
+)
+def test_faults_come_at_initialize(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Lifecycle([QuantizationModifier(**arguments)]).initialize(State(model=attention()))
+
+
+def test_two_modifiers_on_one_module():
+    modifiers = [
+        QuantizationModifier(scheme="W4A16", group_size=16),
+        QuantizationModifier(scheme="W8A8", targets=["o"]),
+    ]
+    with pytest.raises(ValueError, match="two modifiers of the recipe quantize 'o'"):
+        calibrate(attention(), modifiers, [])
+
+
+def test_quantizing_twice():
+    model = attention()
+    calibrate(model, QuantizationModifier(scheme="W8A8"), [])
+    with pytest.raises(ValueError, match="the model is quantized already, in 'q', 'k', 'v', 'o', 'spare'"):
+        calibrate(model, QuantizationModifier(scheme="W8A8"), [])
+
+
+def test_training_that_diverged_after_initialize_is_seen():
+    model = attention()
+    lifecycle = Lifecycle([QuantizationModifier(scheme="W8A8")])
+    lifecycle.initialize(State(model=model))
+    model.o.weight.data[0, 0] = torch.nan
+    from lightning_compress.core import Event, EventType
+
+    with pytest.raises(ValueError, match="the weight of 'o' holds NaN or Inf; did training diverge"):
+        lifecycle.emit(State(model=model), Event(EventType.CALIBRATION_START))
+
+
+def test_nothing_is_warned_of_when_all_is_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(attention(), QuantizationModifier(scheme="W8A8"), batches(1))
+
+
+def test_args_are_those_of_compressed_tensors():
+    model = attention()
+    calibrate(model, QuantizationModifier(config_groups=groups(num_bits=3, group_size=16)), [])
+    assert quantized_of(model.q).scheme.weights == QuantizationArgs(num_bits=3, group_size=16)
+    assert as_matrix(model.q).dtype == torch.float32

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_compress.ops.hessian import block_columns, hessian_accumulate_, mirror_, reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("N", "C"), [(1, 1), (17, 96), (63, 97), (5, 200), (130, 801)], ids=str
+)  # one block, ragged, nine
+def test_triangles_equal_the_reference(N, C, dtype):
+    X_NC = torch.randn(N, C).to(dtype)
+    H_CC = torch.randn(C, C)
+    H_CC = H_CC + H_CC.t()
+    expected = reference.hessian_accumulate_(H_CC.clone(), X_NC)
+    assert_close(mirror_(hessian_accumulate_(H_CC, X_NC)), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_above_the_diagonal_nothing_is_read():
+    X_NC = torch.randn(50, 300)
+    H_CC = torch.zeros(300, 300)
+    H_CC[torch.ones(300, 300).triu(block_columns(300)).bool()] = torch.nan
+    assert_close(mirror_(hessian_accumulate_(H_CC, X_NC)), X_NC.t() @ X_NC, rtol=1e-5, atol=1e-4)
+
+
+def test_bf16_adds_up_in_float32():
+    X_NC = torch.full((4096, 4), 1.0).bfloat16()  # in bf16 the sum would stop at 256
+    assert hessian_accumulate_(torch.zeros(4, 4), X_NC)[0, 0] == 4096
+
+
+@pytest.mark.parametrize(
+    ("H", "X", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(2, 4), r"expected H \[C, C\] and X \[N, C\], got \(3, 4\)"),
+        (torch.zeros(4, 4), torch.zeros(2, 3), r"got \(4, 4\) and \(2, 3\)"),
+        (torch.zeros(4, 4).bfloat16(), torch.zeros(2, 4), "H must be float32 or float64, got torch.bfloat16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(H, X, message):
+    with pytest.raises(ValueError, match=message):
+        hessian_accumulate_(H, X)

@@ -1,0 +1,81 @@
+import copy
+
+import torch
+from compressed_tensors.quantization import preset_name_to_scheme
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_compress.quant.facts import stored_bytes, weight_facts
+from lightning_compress.quant.record import Quantized, attach, detach, quantized_modules, quantized_of
+
+W4A16, W8A8, FP8 = (preset_name_to_scheme(name, ["Linear"]) for name in ("W4A16", "W8A8", "FP8"))
+
+
+def token_scaled(x: torch.Tensor) -> torch.Tensor:
+    """int8 with a scale per token, by its definition."""
+    scale = x.abs().amax(-1, keepdim=True) / 127.5
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def test_state_dict_stays_dense():
+    layer = nn.Linear(8, 4)
+    keys = list(layer.state_dict())
+    attach(layer, Quantized(W4A16, torch.ones(4, 1)))
+    assert list(layer.state_dict()) == keys
+    assert not [n for n, _ in layer.named_buffers()]
+
+
+def test_activations_are_quantized_from_then_on_and_no_more_after_detach():
+    layer, x = nn.Linear(8, 4), torch.randn(2, 3, 8)
+    attach(layer, Quantized(W8A8, torch.ones(4, 1)))
+    attach(layer, Quantized(W8A8, torch.ones(4, 1)))  # replaced, not stacked
+    assert len(layer._forward_pre_hooks) == 1
+    assert_close(layer(x), nn.functional.linear(token_scaled(x), layer.weight, layer.bias))
+    detach(layer)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert quantized_of(layer) is None
+    detach(layer)
+
+
+def test_static_activations_use_the_calibrated_scale():
+    layer, x = nn.Linear(8, 4), torch.randn(2, 8) * 3
+    attach(layer, Quantized(FP8, torch.ones(1), input_scale=torch.tensor([0.01])))
+    expected = (x / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01
+    assert_close(layer(x), nn.functional.linear(expected, layer.weight, layer.bias))
+
+
+def test_a_copy_of_the_model_stands_for_itself():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    attach(model[2], Quantized(W8A8, torch.ones(4, 1)))
+    twin = copy.deepcopy(model)
+    detach(model[2])
+    assert list(quantized_modules(twin)) == ["2"]
+    assert not quantized_modules(model)
+    x = torch.randn(3, 4, 8)
+    assert not torch.equal(twin(x), model(x))
+    detach(twin[2])
+    assert torch.equal(twin(x), model(x))
+
+
+def test_bytes_are_those_that_compressed_tensors_writes():
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    for bits in (2, 3, 4, 8):
+        scheme = preset_name_to_scheme(f"W{bits}A16", ["Linear"])
+        codes = torch.zeros(6, 52, dtype=torch.int8)
+        packed = pack_to_int32(codes, bits)
+        record = Quantized(scheme, torch.ones(6, 1))
+        assert stored_bytes(record, 6, 52) == packed.numel() * 4 + 6 * 4 + 16
+    zero = torch.zeros(6, 2, dtype=torch.int8)
+    asym = Quantized(preset_name_to_scheme("W4A16_ASYM", ["Linear"]), torch.ones(6, 2).bfloat16(), zero)
+    assert stored_bytes(asym, 6, 256) == 6 * 128 + 16 + 24 + pack_to_int32(zero, 4, 0).numel() * 4
+    assert stored_bytes(Quantized(W8A8, torch.ones(6, 1)), 6, 50) == 300 + 24
+    assert stored_bytes(Quantized(FP8, torch.ones(1), input_scale=torch.ones(1)), 6, 50) == 308
+
+
+def test_facts_by_hand():
+    W, Q = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.5]])
+    facts = weight_facts(W, Q, Quantized(W8A8, torch.ones(1, 1)))
+    assert_close(torch.tensor(facts["sqnr_db"]), 10 * torch.log10(torch.tensor(25 / 0.25)))
+    assert (facts["params"], facts["bytes_before"], facts["bytes_after"], facts["bits"]) == (2, 8, 6, 24)
+    assert weight_facts(W, W, Quantized(W8A8, torch.ones(1, 1)))["sqnr_db"] is None
