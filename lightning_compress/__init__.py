@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from lightning_compress.core.factory import ModifierFactory
     from lightning_compress.core.modifier import Modifier
     from lightning_compress.export.compressed_tensors import load, save
+    from lightning_compress.modifiers.constant import ConstantPruningModifier
+    from lightning_compress.modifiers.distillation import DistillationModifier
+    from lightning_compress.modifiers.freeze import FreezeModifier
     from lightning_compress.modifiers.gptq import GPTQModifier
+    from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
     from lightning_compress.modifiers.quantization import QuantizationModifier
     from lightning_compress.oneshot import compress
 
@@ -23,8 +27,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressionCallback",
+    "ConstantPruningModifier",
+    "DistillationModifier",
     "EventType",
+    "FreezeModifier",
     "GPTQModifier",
+    "MagnitudePruningModifier",
     "Modifier",
     "ModifierFactory",
     "QuantizationModifier",
@@ -36,8 +44,12 @@ __all__ = [
 _HOME = MappingProxyType(
     {
         "CompressionCallback": "callback",
+        "ConstantPruningModifier": "modifiers.constant",
+        "DistillationModifier": "modifiers.distillation",
         "EventType": "core.events",
+        "FreezeModifier": "modifiers.freeze",
         "GPTQModifier": "modifiers.gptq",
+        "MagnitudePruningModifier": "modifiers.magnitude",
         "Modifier": "core.modifier",
         "ModifierFactory": "core.factory",
         "QuantizationModifier": "modifiers.quantization",

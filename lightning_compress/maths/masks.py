@@ -1,0 +1,117 @@
+"""Which weights stay: masks from scores, in the structures that pruning knows.
+
+    unstructured    the highest scores stay, wherever they are
+    N:M             of every M consecutive columns N stay ("2:4": two of four, "1:4": one of four)
+    block RxC       tiles of R rows and C columns stay or go as one, by the mean of their scores
+    channel         whole rows (output channels) stay or go, by the mean of their scores
+
+Letters: R rows (output features), C columns (input features); a mask is True where the weight survives.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_structure", "global_masks", "keep_mask", "n_of_m"]
+
+
+def keep_mask(score_RC: Tensor, sparsity: float, structure: str = "unstructured") -> Tensor:
+    """The mask that removes the share ``sparsity`` with the lowest scores.
+
+    Exactly ``floor(sparsity * units)`` units go (weights, tiles or rows), ties by position, so that equal inputs give
+    equal masks; N:M keeps N of M whatever ``sparsity`` says (:func:`check_structure` has compared the two).
+
+    Args:
+        score_RC: Scores, [R, C], float; higher is more important.
+        sparsity: Share to remove, in [0, 1).
+        structure: ``unstructured``, ``N:M``, ``block RxC`` or ``channel``.
+
+    Returns:
+        Bool [R, C].
+
+    Raises:
+        ValueError: The structure does not divide the matrix.
+    """
+    if (pattern := n_of_m(structure)) is not None:
+        return _keep_n_of_m(score_RC, *pattern)
+    rows, columns = tile(structure, score_RC.shape)
+    R, C = score_RC.shape
+    if R % rows or C % columns:
+        raise ValueError(f"structure {structure!r} does not divide a matrix of {R} x {C}; expected multiples")
+    unit_scores = score_RC.reshape(R // rows, rows, C // columns, columns).float().mean((1, 3))
+    keep = _keep_highest(unit_scores.flatten(), sparsity).reshape(unit_scores.shape)
+    return keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """One ranking over all matrices: together they lose the share ``sparsity``; each may lose more or less."""
+    flat = torch.cat([score.flatten().float() for score in scores.values()])
+    keep = _keep_highest(flat, sparsity).split([score.numel() for score in scores.values()])
+    return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), keep, strict=True)}
+
+
+def n_of_m(structure: str) -> tuple[int, int] | None:
+    """(N, M) of a pattern such as ``2:4``, or None for another structure."""
+    found = re.fullmatch(r"(\d+):(\d+)", structure)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def tile(structure: str, shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns of the unit that stays or goes as one, in a matrix of that shape."""
+    if structure == "unstructured":
+        return 1, 1
+    if structure == "channel":
+        return 1, shape[1]
+    found = re.fullmatch(r"block (\d+)x(\d+)", structure)
+    assert found, structure
+    return int(found[1]), int(found[2])
+
+
+def check_structure(structure: str, sparsity: float | None = None) -> str:
+    """Refuse what is no structure, and a sparsity that N:M cannot have.
+
+    Args:
+        structure: As in :func:`keep_mask`.
+        sparsity: The final sparsity that the user asked for, if any.
+
+    Returns:
+        The structure.
+
+    Raises:
+        ValueError: With the structures that there are, or the sparsity that the pattern has.
+    """
+    pattern = n_of_m(structure)
+    if pattern is not None:
+        n, m = pattern
+        if not 0 < n < m:
+            raise ValueError(f"mask_structure={structure!r} keeps {n} of every {m} weights; expected 0 < N < M")
+        if sparsity is not None and abs(sparsity - (m - n) / m) > 1e-9:
+            raise ValueError(
+                f"mask_structure={structure!r} has sparsity {(m - n) / m:g}, but {sparsity:g} was asked for; "
+                f"give {(m - n) / m:g}, or another structure"
+            )
+    elif structure not in ("unstructured", "channel") and not re.fullmatch(r"block [1-9]\d*x[1-9]\d*", structure):
+        raise ValueError(
+            f"mask_structure={structure!r} is unknown; expected 'unstructured', 'N:M' such as '2:4', "
+            f"'block RxC' such as 'block 4x1', or 'channel'"
+        )
+    return structure
+
+
+def _keep_highest(scores: Tensor, sparsity: float) -> Tensor:
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    count = int(sparsity * scores.numel() + 1e-9)
+    if count:
+        keep[scores.argsort(stable=True)[:count]] = False
+    return keep
+
+
+def _keep_n_of_m(score_RC: Tensor, n: int, m: int) -> Tensor:
+    R, C = score_RC.shape
+    if C % m:
+        raise ValueError(f"{n}:{m} does not divide {C} columns; ignore the module, or choose another pattern")
+    lowest = score_RC.reshape(R, C // m, m).argsort(dim=-1, stable=True)[..., : m - n]
+    keep = torch.ones(R, C // m, m, dtype=torch.bool, device=score_RC.device)
+    return keep.scatter_(-1, lowest, False).reshape(R, C)

@@ -1,0 +1,165 @@
+"""Magnitude and constant pruning: zeros come as scheduled and stay, whatever the optimizer does."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_compress.core import Event, EventType, Lifecycle, State
+from lightning_compress.modifiers.constant import ConstantPruningModifier
+from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
+from tests.modifiers.training_loop import network, train
+
+OPTIMIZERS = {
+    "sgd momentum decay": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+}
+
+
+def sparsity(module: nn.Module) -> float:
+    return (module.weight == 0).float().mean().item()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sparsity_follows_the_cubic_schedule_and_zeros_survive_every_step(optimizer):
+    model, seen, masks = network(), {}, []
+    modifier = MagnitudePruningModifier(start=2, end=12, init_sparsity=0.1, final_sparsity=0.8, update=2)
+
+    def look(step: int) -> None:
+        seen[step] = sparsity(model[0])
+        masks.append(model[0].weight == 0)
+
+    train(model, [modifier], 20, optimizer=OPTIMIZERS[optimizer](model.parameters()), after_step=look)
+    weights = model[0].weight.numel()
+    for step, value in seen.items():
+        last_update = min(12, (step - 1) // 2 * 2)                    # the step ran after the update at or before it
+        if step <= 2:
+            expected = 0.0
+        else:
+            p = (last_update - 2) / 10
+            expected = int((0.1 + 0.7 * (1 - (1 - p) ** 3)) * weights + 1e-9) / weights
+        assert value == pytest.approx(expected), step
+    assert seen[20] == pytest.approx(int(0.8 * weights) / weights)
+    assert all((later | ~earlier).all() for earlier, later in pairwise(masks)), "masks only grow"
+
+
+def test_masks_hold_under_gradient_accumulation():
+    model = network()
+    train(model, [MagnitudePruningModifier(start=0, end=3, final_sparsity=0.5)], 6, accumulate=3)
+    assert sparsity(model[2]) == 0.5
+
+
+def test_two_of_four_is_there_from_the_first_step():
+    model = network()
+    train(model, [MagnitudePruningModifier(start=0, mask_structure="2:4")], 4)
+    assert ((model[0].weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+def test_a_global_ranking_prunes_where_weights_are_small():
+    model = network()
+    with torch.no_grad():
+        model[2].weight.mul_(100)
+    train(model, [MagnitudePruningModifier(start=0, end=1, final_sparsity=0.5, scope="global")], 2)
+    total = model[0].weight.numel() + model[2].weight.numel()
+    zeros = (model[0].weight == 0).sum() + (model[2].weight == 0).sum()
+    assert zeros.item() == total // 2
+    assert sparsity(model[2]) < 0.05 < sparsity(model[0])
+
+
+def test_single_layers_may_have_their_own_sparsity():
+    model = network()
+    train(model, [MagnitudePruningModifier(start=0, end=1, final_sparsity=0.5, layer_sparsity={"re:2": 0.75})], 2)
+    assert (sparsity(model[0]), sparsity(model[2])) == (0.5, 0.75)
+
+
+def test_without_a_window_it_prunes_once_after_training():
+    model = network()
+    before = model[0].weight.detach().clone()
+    modifier = MagnitudePruningModifier(final_sparsity=0.5)
+    lifecycle, state = Lifecycle([modifier]), State(model=model)
+    lifecycle.initialize(state)
+    lifecycle.emit(state, Event(EventType.CALIBRATION_START))
+    lifecycle.emit(state, Event(EventType.CALIBRATION_END))
+    lifecycle.finalize(state)
+    kept = model[0].weight != 0
+    assert kept.float().mean() == 0.5
+    assert before.abs()[kept].min() >= before.abs()[~kept].max()
+    assert_close(model[0].weight[kept], before[kept], rtol=0, atol=0)
+    assert [row.sparsity for row in state.ledger] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_a_resumed_run_ends_with_the_same_bits(stop):
+    def build():
+        return [
+            MagnitudePruningModifier(start=1, end=8, update=3, final_sparsity=0.7, targets=["0"]),
+            ConstantPruningModifier(targets=["2"]),
+        ]
+
+    def prepare(model):
+        with torch.no_grad():
+            model[2].weight[:, ::2] = 0
+        return model
+
+    whole = prepare(network())
+    train(whole, build(), 12)
+
+    half = prepare(network())
+    optimizer = torch.optim.SGD(half.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
+    lifecycle = train(half, build(), stop, optimizer=optimizer)
+    saved = (half.state_dict(), optimizer.state_dict(), lifecycle.state_dict())
+
+    resumed = network(seed=5)
+    again = torch.optim.SGD(resumed.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05)
+    lifecycle = Lifecycle(build())
+    lifecycle.initialize(State(model=resumed))
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    lifecycle.load_state_dict(saved[2])
+    train(resumed, [], 12, first=stop, optimizer=again, lifecycle=lifecycle)
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_constant_pruning_holds_zeros_and_lets_them_go_at_its_end():
+    model = network()
+    with torch.no_grad():
+        model[0].weight[::2] = 0
+    zeros = model[0].weight == 0
+    held: list[bool] = []
+    train(
+        model,
+        [ConstantPruningModifier(end=5)],
+        8,
+        after_step=lambda step: held.append(bool((model[0].weight[zeros] == 0).all())),
+    )
+    assert held == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"final_sparsity": 1.5}, r"final_sparsity=1.5 must lie in \[0, 1\)"),
+        ({"init_sparsity": -0.5}, r"init_sparsity=-0.5 must lie in \[0, 1\)"),
+        ({"layer_sparsity": {"0": 1.0}}, r"layer_sparsity\['0'\]=1.0 must lie in"),
+        ({"init_sparsity": 0.6, "final_sparsity": 0.5}, "less than init_sparsity=0.6; masks only grow"),
+        ({"mask_structure": "2:4", "final_sparsity": 0.7}, "has sparsity 0.5, but 0.7 was asked for"),
+        ({"mask_structure": "3:2"}, "expected 0 < N < M"),
+        ({"start": 0, "end": 4, "update": 9}, "update=9.0 is larger than the window from 0.0 to 4.0"),
+        ({"start": 4, "end": 2}, "end=2.0 must lie after start=4.0"),
+        ({"scope": "global", "mask_structure": "channel"}, "ranks single weights over all targets"),
+        ({"schedule": "cubik"}, "schedule"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MagnitudePruningModifier(**arguments)
+
+
+def test_a_width_that_the_pattern_does_not_divide_is_refused_before_training():
+    modifier = MagnitudePruningModifier(mask_structure="2:4", targets=["0"])
+    with pytest.raises(ValueError, match=r"does not fit: 0 \(2:4 does not divide 10 columns"):
+        Lifecycle([modifier]).initialize(State(model=nn.Sequential(nn.Linear(10, 4))))
