@@ -143,8 +143,6 @@ class CompressionCallback(Callback):
             )
         if self.done:
             return
-        if not trainer.fast_dev_run:
-            check_export(trainer, self.plan)
         self._root, self._began = pl_module, time.time()
         if not self.lifecycle.initialized and not self._initialize_now(trainer, pl_module):
             self._initialize_after_configure_model(trainer, pl_module)
@@ -193,6 +191,10 @@ class CompressionCallback(Callback):
                 f"{averaging[0]} pairs tensors by position, and a modifier has added some to {name or 'the model'!r} "
                 f"after it had copied them: leave out either of the two"
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.done and not trainer.fast_dev_run:
+            check_export(trainer, self.plan)             # not in setup: only now it is known whether a run is resumed
 
     # -- the training loop --------------------------------------------------------------------------------------------
 

@@ -1,12 +1,15 @@
 """Two processes on the CPU: rank 0 calibrates and writes, the others wait and receive."""
 
 import time
+import warnings
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_compress import CompressionCallback, QuantizationModifier
+from lightning_compress import CompressionCallback, QuantizationModifier, compress
+from lightning_compress.core import Event, State
+from lightning_compress.training.finish import Finish, Plan
 from tests.training_runs import Regression, RoundingModifier, Sums, quiet
 
 DDP = {"strategy": "ddp_fork", "devices": 2}
@@ -60,6 +63,17 @@ def test_quantized_activations_reach_every_rank(tmp_path):
     plain.load_state_dict(one["state"])
     assert not torch.equal(plain(torch.linspace(-1, 1, 8)[None]), one["output"])
     assert (tmp_path / "compressed" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("scheme", "group_size", "told"), [("W8A8", None, True), ("W4A16", 8, False)])
+def test_what_workers_cannot_send_back_is_named(tmp_path, scheme, group_size, told):
+    module = Regression()
+    compress(module.model, QuantizationModifier(scheme=scheme, group_size=group_size, targets=["Linear"]))
+    end = Finish(quiet(tmp_path, **DDP), module, None, State(model=module.model), Plan(), {}, Event(), 0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        end._warn_of_what_stays_behind()
+    assert any("not the quantization of activations" in str(w.message) for w in caught) == told
 
 
 def test_a_failure_on_rank_0_ends_the_others(tmp_path):

@@ -109,11 +109,13 @@ def test_a_compressed_run_is_not_compressed_again(tmp_path):
     quiet(tmp_path, CompressionCallback(RoundingModifier())).fit(Regression(), Sums())
     module, modifier = Regression(), RoundingModifier()
     callback = CompressionCallback(modifier)
-    quiet(tmp_path, callback).fit(module, Sums(), ckpt_path=tmp_path / "compressed.ckpt")
+    trainer = quiet(tmp_path, callback)
+    trainer.fit(module, Sums(), ckpt_path=tmp_path / "compressed.ckpt")
     assert callback.done
     assert modifier._seen == []
     assert module.is_rounded()
     assert callback.ledger.rows[0].technique == "rounding"
+    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "compressed.ckpt")      # not the dense one
 
 
 def test_testing_a_dense_checkpoint_leaves_the_callback_alone(tmp_path):
@@ -187,9 +189,9 @@ def test_what_the_same_run_exported_before_may_be_replaced(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="exists and is not empty: give another export_dir"):
+        quiet(tmp_path, CompressionCallback(RecordingModifier()), max_epochs=2).fit(Regression(), Sums())
     callback = CompressionCallback(RecordingModifier())
-    with pytest.raises(ValueError, match="exists and is not empty"):
-        quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums())
     quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums(), ckpt_path=path)
     assert callback.done
 

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_compress.calibration.activations import BatchRunner
 from lightning_compress.calibration.sequential import calibrate
@@ -39,7 +39,7 @@ from lightning_compress.quant.record import Quantized, attach, quantized_modules
 from lightning_compress.report import plots, summary, table
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.progress import ProgressReport
-from lightning_compress.training.samples import first_batches, seeded_view
+from lightning_compress.training.samples import first_batches, seeded_view, share_of
 
 __all__ = ["Finish", "Plan", "check_export"]
 
@@ -76,8 +76,16 @@ def check_export(trainer: Trainer, plan: Plan) -> None:
 
     A run that is resumed may replace what an earlier end of the same run exported.
     """
-    if trainer.is_global_zero:
-        check_target(plan.export_folder(trainer), overwrite=trainer.ckpt_path is not None)
+    alone(lambda: _check_folder(plan.export_folder(trainer), trainer.ckpt_path is not None), "looking at export_dir")
+
+
+def _check_folder(folder: Path, resumed: bool) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not resumed:
+        raise ValueError(
+            f"{folder} exists and is not empty: give another export_dir (or another default_root_dir), or remove it; "
+            f"only a run that is resumed replaces what it exported"
+        )
+    check_target(folder, overwrite=resumed)
 
 
 @dataclass
@@ -126,6 +134,7 @@ class Finish:
             self.lifecycle.finalize(self.state)
             after = self._measure("metric after", progress)
             self.facts |= compare(before, after, self._total)
+        self._warn_of_what_stays_behind()
         if any("_orig_mod" in name for name, _ in self.pl_module.named_modules()):
             torch.compiler.reset()             # compiled code does not see hooks that came later: compile it anew
 
@@ -145,14 +154,13 @@ class Finish:
         if self.trainer.fast_dev_run:
             return
         path = Path(self.trainer.default_root_dir) / "compressed.ckpt"
-        self.trainer.save_checkpoint(path, weights_only=False)
         pointed = self.trainer.checkpoint_callback
+        said = f"the compressed model, weights stored dense, is in {path}"
         if isinstance(pointed, ModelCheckpoint):
-            before, pointed.best_model_path = pointed.best_model_path, str(path)
-            replaced = f' (it was {before})' if before else ""
-            rank_zero_info(f'ckpt_path="best" now means the compressed model, {path}{replaced}, weights stored dense')
-        else:
-            rank_zero_info(f"the compressed model, weights stored dense, is in {path}")
+            before, pointed.best_model_path = pointed.best_model_path, str(path)     # also for who resumes from it
+            said += f', which ckpt_path="best" now means{f" (it was {before})" if before else ""}'
+        self.trainer.save_checkpoint(path, weights_only=False)
+        rank_zero_info(said)
 
     # -- around it ----------------------------------------------------------------------------------------------------
 
@@ -238,7 +246,7 @@ class Finish:
         loaders = trainer.val_dataloaders
         source = trainer.datamodule if trainer.datamodule is not None else self.pl_module
         if loaders is None and trainer.limit_val_batches != 0 and is_overridden("val_dataloader", source):
-            loaders = source.val_dataloader()        # a language model needs no validation_step
+            loaders = tree_map(self._share_of, source.val_dataloader())     # a language model needs no validation_step
         listed = list(loaders.values()) if isinstance(loaders, dict) else loaders
         listed = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
         if not listed:
@@ -249,6 +257,9 @@ class Finish:
         sizes = [len(loader) if hasattr(loader, "__len__") else None for loader in listed]
         limits = [size if limit is None else limit for limit, size in zip(limits, sizes, strict=True)]
         return list(listed), [cap if n is None else n if cap is None else min(n, cap) for n in limits]
+
+    def _share_of(self, loader: Any) -> Any:
+        return share_of(loader, self.trainer.global_rank, self.trainer.world_size)
 
     def _to_device(self, batch: Any, loader: int = 0) -> Any:
         batch = self.trainer.precision_plugin.convert_input(batch)
@@ -340,6 +351,17 @@ class Finish:
         if not self.trainer.is_global_zero:
             for name, record in made.items():
                 attach(self.module.get_submodule(name), _moved(record, self.pl_module.device))
+
+    def _warn_of_what_stays_behind(self) -> None:
+        """Spawned workers send back weights and nothing else."""
+        launcher = type(self.trainer.strategy.launcher)
+        spawned = any(c.__name__ == "_MultiProcessingLauncher" for c in launcher.__mro__)
+        records = [quantized_of(m) for m in quantized_modules(self.module).values()]
+        if spawned and any(r is not None and r.scheme.input_activations is not None for r in records):
+            rank_zero_warn(
+                "the main process gets the compressed weights back from its workers, but not the quantization of "
+                "activations; what is exported has both: load(folder, model) before testing"
+            )
 
     def _records(self) -> dict[str, Quantized]:
         records = {name: quantized_of(module) for name, module in quantized_modules(self.module).items()}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-__all__ = ["first_batches", "seeded_view"]
+__all__ = ["first_batches", "seeded_view", "share_of"]
 
 
 def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], str]:
@@ -47,6 +47,17 @@ def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], st
     )
     shown = ", ".join(map(str, chosen[:8])) + (", ..." if wanted > 8 else "")
     return view, f"{wanted} of {size} samples, chosen with seed {seed}, in order: {shown}"
+
+
+def share_of(loader: Any, rank: int, ranks: int) -> Any:
+    """What one of several ranks measures of a loader that Lightning has not split: every ``ranks``-th sample, in order.
+
+    Every rank gets as many (a sample may come twice), as from Lightning. What cannot be indexed goes to all of them.
+    """
+    if ranks == 1 or _unindexable(loader) is not None:
+        return loader
+    sampler: DistributedSampler[Any] = DistributedSampler(loader.dataset, ranks, rank, shuffle=False)
+    return DataLoader(loader.dataset, loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
 
 
 def first_batches(loader: Iterable[Any], batches: int) -> list[Any]:

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
 
-from lightning_compress.training.samples import first_batches, seeded_view
+from lightning_compress.training.samples import first_batches, seeded_view, share_of
 
 ROWS = torch.arange(40)
 
@@ -60,6 +60,13 @@ def test_what_cannot_be_indexed_comes_as_it_comes():
         batches, said = drawn(loader, 3)
         assert len(batches) == 3
         assert reason in said
+
+
+def test_ranks_share_a_loader():
+    loader = DataLoader(ROWS[:10], 2)
+    assert share_of(loader, 0, 1) is loader
+    shares = [[i for batch in share_of(loader, rank, 3) for i in batch.tolist()] for rank in range(3)]
+    assert shares == [[0, 3, 6, 9], [1, 4, 7, 0], [2, 5, 8, 1]]
 
 
 def test_several_loaders_go_side_by_side():
