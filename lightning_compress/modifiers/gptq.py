@@ -22,7 +22,6 @@ Shapes: R rows, C columns (inputs), G groups of g columns, P partitions of a gro
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
+from lightning_compress.maths.factor import Factor, energy, factorize
 from lightning_compress.maths.hessian import MomentPool, Shared
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
@@ -43,60 +43,10 @@ from lightning_compress.quant.rounding import check_dense, find_scales, input_sc
 from lightning_compress.quant.scales import expand, group_columns, integer_range
 from lightning_compress.quant.schemes import no_group_order
 
-__all__ = ["Factor", "GPTQModifier", "energy", "factorize", "round_columns"]
+__all__ = ["GPTQModifier", "round_columns"]
 
 SUB_BLOCK = 16
 MAX_DAMPENING = 1.0
-
-
-@dataclass(frozen=True)
-class Factor:
-    """H = E[x x^T] + diag(added), factored in the order in which columns are rounded.
-
-    Args:
-        order_C: Column that is rounded at each place.
-        UT_CC: U^T: row j holds what column j takes over from the errors of the columns before it.
-        pivot_C: p_j.
-        diagonal_C: H_jj of each column (not in that order).
-        added_C: What was added to the diagonal of each column (not in that order).
-        dampening: The fraction of the mean diagonal that was needed.
-    """
-
-    order_C: Tensor
-    UT_CC: Tensor
-    pivot_C: Tensor
-    diagonal_C: Tensor
-    added_C: Tensor
-    dampening: float
-
-
-def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
-    """Factor H with ``dampening * mean(diag H)`` added to its diagonal; None when it is not positive definite.
-
-    Args:
-        H_CC: E[x x^T], float32 or float64, both triangles.
-        dampening: Fraction of the mean diagonal.
-        by_size: Round columns in order of falling H_jj, else from left to right.
-    """
-    diagonal_C = H_CC.diagonal()
-    order_C = torch.arange(len(H_CC), device=H_CC.device)
-    if by_size:
-        order_C = diagonal_C.argsort(descending=True, stable=True)
-    added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
-    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0          # no input, no damping: any positive number will do
-    damped_C = diagonal_C + added_C
-    backwards = order_C.flip(0)
-    flipped_CC = H_CC.index_select(0, backwards).t().contiguous().index_select(0, backwards)      # H is symmetric
-    flipped_CC.diagonal().copy_(damped_C[backwards])
-    # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards: one, and no inverse
-    root_CC, failed = torch.linalg.cholesky_ex(flipped_CC, upper=True)
-    RT_CC = root_CC.flip(0, 1)
-    pivot_C = RT_CC.diagonal().clone()
-    # Rounding leaves a pivot of about eps * H_jj where the true one is zero. Undamped, C such errors may add up.
-    eps = torch.finfo(H_CC.dtype).eps * (len(H_CC) if dampening == 0 else 1)
-    if failed or not bool((pivot_C.square() > eps * damped_C[order_C]).all()):
-        return None
-    return Factor(order_C, RT_CC.div_(pivot_C[:, None]).tril_(), pivot_C, damped_C, added_C, dampening)
 
 
 def round_columns(
@@ -150,16 +100,6 @@ def round_columns(
     loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()
     A_CR.index_copy_(0, factor.order_C, Q_CR)                                  # back into the order of the columns
     return A_CR.t(), loss_R
-
-
-def energy(W_RC: Tensor, factor: Factor, block: int = 256) -> Tensor:
-    """W H w^T of each row with the damped H, [R], by the triangle of the factor: half the work of W H."""
-    W_CR = W_RC.t().index_select(0, factor.order_C)
-    sum_R = W_RC.new_zeros(len(W_RC))
-    for i1 in range(0, len(W_CR), block):
-        i2 = min(i1 + block, len(W_CR))
-        sum_R += factor.pivot_C[i1:i2].square() @ (factor.UT_CC[i1:i2, :i2] @ W_CR[:i2]).square_()
-    return sum_R
 
 
 class _Nearest:

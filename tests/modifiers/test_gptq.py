@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
+from lightning_compress.maths.factor import energy, factorize
 from lightning_compress.modifiers import gptq
-from lightning_compress.modifiers.gptq import GPTQModifier, energy, factorize, round_columns
+from lightning_compress.modifiers.gptq import GPTQModifier, round_columns
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.quant.matrix import as_matrix, inputs_as_rows
 from lightning_compress.quant.record import quantized_of

@@ -1,0 +1,79 @@
+"""H = E[x x^T], damped and factored in the order in which columns are worked on: what GPTQ and SparseGPT sweep along.
+
+    H   = E[x x^T] + lambda I                          lambda = dampening_frac * mean(diag E[x x^T])
+    H   = U diag(p)^2 U^T                              U upper triangular with ones on its diagonal
+    a_j = w_j + sum_{k<j} (w_k - q_k) U_kj             the best value of column j, after the choice of q_k for all k < j
+    (W - Q) H (W - Q)^T = sum_j p_j^2 (a_j - q_j)^2
+
+The LDL form of Chee et al., 2023 (QuIP, arXiv:2307.13304): one Cholesky factorization and no inverse. In the letters of
+GPTQ and SparseGPT, whose U' is the Cholesky factor of the inverse, 1 / U'_jj = p_j.
+
+Shapes: R rows, C columns (inputs).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factor", "energy", "factorize"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = E[x x^T] + diag(added), factored in the order in which columns are rounded.
+
+    Args:
+        order_C: Column that is rounded at each place.
+        UT_CC: U^T: row j holds what column j takes over from the errors of the columns before it.
+        pivot_C: p_j.
+        diagonal_C: H_jj of each column (not in that order).
+        added_C: What was added to the diagonal of each column (not in that order).
+        dampening: The fraction of the mean diagonal that was needed.
+    """
+
+    order_C: Tensor
+    UT_CC: Tensor
+    pivot_C: Tensor
+    diagonal_C: Tensor
+    added_C: Tensor
+    dampening: float
+
+
+def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
+    """Factor H with ``dampening * mean(diag H)`` added to its diagonal; None when it is not positive definite.
+
+    Args:
+        H_CC: E[x x^T], float32 or float64, both triangles.
+        dampening: Fraction of the mean diagonal.
+        by_size: Round columns in order of falling H_jj, else from left to right.
+    """
+    diagonal_C = H_CC.diagonal()
+    order_C = torch.arange(len(H_CC), device=H_CC.device)
+    if by_size:
+        order_C = diagonal_C.argsort(descending=True, stable=True)
+    added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
+    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0          # no input, no damping: any positive number will do
+    damped_C = diagonal_C + added_C
+    backwards = order_C.flip(0)
+    flipped_CC = H_CC.index_select(0, backwards).t().contiguous().index_select(0, backwards)      # H is symmetric
+    flipped_CC.diagonal().copy_(damped_C[backwards])
+    # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards: one, and no inverse
+    root_CC, failed = torch.linalg.cholesky_ex(flipped_CC, upper=True)
+    RT_CC = root_CC.flip(0, 1)
+    pivot_C = RT_CC.diagonal().clone()
+    # Rounding leaves a pivot of about eps * H_jj where the true one is zero. Undamped, C such errors may add up.
+    eps = torch.finfo(H_CC.dtype).eps * (len(H_CC) if dampening == 0 else 1)
+    if failed or not bool((pivot_C.square() > eps * damped_C[order_C]).all()):
+        return None
+    return Factor(order_C, RT_CC.div_(pivot_C[:, None]).tril_(), pivot_C, damped_C, added_C, dampening)
+
+
+def energy(W_RC: Tensor, factor: Factor, block: int = 256) -> Tensor:
+    """W H w^T of each row with the damped H, [R], by the triangle of the factor: half the work of W H."""
+    W_CR = W_RC.t().index_select(0, factor.order_C)
+    sum_R = W_RC.new_zeros(len(W_RC))
+    for i1 in range(0, len(W_CR), block):
+        i2 = min(i1 + block, len(W_CR))
+        sum_R += factor.pivot_C[i1:i2].square() @ (factor.UT_CC[i1:i2, :i2] @ W_CR[:i2]).square_()
+    return sum_R
