@@ -226,8 +226,15 @@ class CompressionCallback(Callback):
             self._acting = self.lifecycle.acting             # else the rest of the batch costs nothing
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._acting:
-            self.lifecycle.emit(self._batch_state.but(loss=loss), self.clock.event(E.LOSS_CALCULATED))
+        if not self._acting:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        if scale != 1.0:
+            loss.div_(scale)                   # fp16: modifiers see the loss itself, and what they add is scaled too
+        self.lifecycle.emit(self._batch_state.but(loss=loss), self.clock.event(E.LOSS_CALCULATED))
+        if scale != 1.0:
+            loss.mul_(scale)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._acting:

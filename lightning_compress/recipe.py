@@ -75,9 +75,17 @@ def dump_recipe(modifiers: Sequence[Modifier]) -> dict[str, Any]:
 def _entry(modifier: Modifier) -> dict[str, Any]:
     names = {c: name for name, c in ModifierFactory._registered.items()}
     fields = type(modifier).model_fields
-    arguments = modifier.model_dump(mode="json")
-    told = {n: v for n, v in arguments.items() if v is not None or n not in fields or fields[n].default is not None}
+    arguments = {name: _plain(modifier, name) for name in fields}
+    told = {n: v for n, v in arguments.items() if v is not None or fields[n].default is not None}
     return {"type": names.get(type(modifier), type(modifier).__name__), **told}
+
+
+def _plain(modifier: Modifier, name: str) -> Any:
+    """An argument as primitives; of one that no file can hold (a teacher that is a module) its class stays."""
+    try:
+        return modifier.model_dump(mode="json", include={name})[name]
+    except ValueError:
+        return f"<{type(getattr(modifier, name)).__name__}>"
 
 
 def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins.precision import MixedPrecision
 from pydantic import PrivateAttr
 
 from lightning_compress import CompressionCallback, Modifier
@@ -111,18 +112,39 @@ def test_lbfgs_calculates_the_loss_several_times_a_step(tmp_path):
     assert callback.clock.global_step == 2
 
 
-def test_a_step_that_amp_skips_is_not_counted(tmp_path):
-    class Skips(Regression):
-        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
-            if batch_idx == 1:
-                optimizer_closure()                        # what a GradScaler does when gradients overflow
-                self.trainer.callbacks[0].on_before_optimizer_step(self.trainer, self, optimizer)
-            else:
-                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+def fp16():
+    """What Lightning does on a GPU for 16-mixed."""
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
 
-    modifier, callback = recorded(tmp_path, Skips())
+
+def test_a_step_that_amp_skips_is_not_counted(tmp_path):
+    class Overflows(Regression):
+        def training_step(self, batch, batch_idx):
+            return self.error(batch) * (float("inf") if batch_idx == 1 else 1.0)
+
+    modifier, callback = recorded(tmp_path, Overflows(), plugins=[fp16()])
     assert modifier.batches == [STEP, "SLpE", STEP, STEP]
     assert callback.clock.global_step == 3
+
+
+def test_the_loss_is_not_scaled_and_what_is_added_is(tmp_path):
+    losses = []
+
+    class Adds(RecordingModifier):
+        def on_event(self, state, event, **kwargs):
+            if event.type_ == "loss_calculated":
+                losses.append(state.loss.item())
+                state.loss.add_(state.model[2].weight.square().sum())
+
+    def weights(folder, **options):
+        torch.manual_seed(0)
+        module = Regression()
+        recorded(folder, module, Sums(shuffle=False), Adds(), limit_train_batches=2, **options)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    plain, scaled = weights(tmp_path / "a"), weights(tmp_path / "b", plugins=[fp16()])
+    assert losses[:2] == pytest.approx(losses[2:], rel=0.01)
+    torch.testing.assert_close(plain, scaled, rtol=0.02, atol=0.02)
 
 
 def test_a_batch_that_the_module_skips_is_closed(tmp_path):

@@ -225,12 +225,11 @@ def test_the_module_may_bring_its_calibration_step(tmp_path):
 
     class Own(Regression):
         def calibration_step(self, batch, batch_idx):
-            steps.append((batch_idx, batch[0].shape))
+            steps.append((batch_idx, len(batch[0])))
             return self.model(batch[0])
 
     quiet(tmp_path, rounding(calibration_batches=3)).fit(Own(), Sums())
-    assert {i for i, _ in steps} == {0, 1, 2}
-    assert all(shape == (4, 8) for _, shape in steps)
+    assert {(i, 4) for i in (0, 1, 2)} <= set(steps) <= {(i, 4) for i in (0, 1, 2)} | {(0, 1)}      # (0, 1): the probe
 
 
 def test_fewer_batches_than_asked_is_a_warning(tmp_path):

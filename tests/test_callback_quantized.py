@@ -10,6 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionCallback, GPTQModifier, QuantizationModifier, load
+from lightning_compress.modifiers.distillation import DistillationModifier
+from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
+from lightning_compress.recipe import load_recipe
 from tests.training_runs import Regression, Sums, quiet
 
 transformers = pytest.importorskip("transformers")
@@ -106,8 +109,6 @@ def test_the_test_measures_what_the_report_says(compressed):
 
 
 def test_the_export_holds_the_recipe(compressed):
-    from lightning_compress.recipe import load_recipe
-
     folder, trainer, _, _ = compressed
     (again,) = load_recipe(folder / "compressed" / "recipe.yaml")
     assert again.model_dump() == trainer.callbacks[0].lifecycle.modifiers[0].model_dump()
@@ -145,3 +146,25 @@ def test_a_wrong_recipe_fails_before_training(tmp_path):
     with pytest.raises(ValueError, match="matches none"):
         quiet(tmp_path, CompressionCallback(gptq(targets=["Conv7d"]))).fit(Trains(), Sums())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_distil_and_quantize_in_one_run(tmp_path):
+    """And trap 7: a teacher is in no state_dict and no optimizer."""
+    recipe = {
+        "prune": MagnitudePruningModifier(targets=["Linear"], final_sparsity=0.5, start=0, end=4, update=1),
+        "distil": DistillationModifier(teacher=Regression().model, weight=0.5),
+        "round": QuantizationModifier(scheme="W8A16", group_size=8, targets=["Linear"]),
+    }
+    module = Regression()
+    keys, callback = list(module.state_dict()), CompressionCallback(recipe)
+    trainer = quiet(tmp_path, callback, max_epochs=2)
+    trainer.fit(module, Sums())
+    weights = module.model[0].weight
+    assert (weights == 0).float().mean() >= 0.5
+    assert {row.technique for row in callback.ledger.rows} >= {"rtn"}
+    saved = torch.load(tmp_path / "compressed.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == keys
+    assert sum(len(group["params"]) for group in trainer.optimizers[0].param_groups) == len(keys)
+    kept = saved["callbacks"]["CompressionCallback"]["recipe"]["modifiers"]
+    assert kept["DistillationModifier"]["teacher"] == "<Sequential>"
+    assert torch.equal(load(tmp_path / "compressed", Regression().model)[0].weight, weights)
