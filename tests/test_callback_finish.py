@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
@@ -287,3 +292,21 @@ def test_an_export_folder_that_exists_is_an_error_before_training(tmp_path):
     with pytest.raises(ValueError, match="exists and is not empty"):
         quiet(tmp_path, CompressionCallback(modifier)).fit(Regression(), Sums())
     assert modifier._events == []
+
+
+def test_the_learning_rate_finder_is_no_resumed_run(tmp_path):
+    class Tunable(Regression):
+        lr = 0.01
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    (tmp_path / "compressed").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "compressed" / name).touch()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        quiet(tmp_path, LearningRateFinder(num_training_steps=3), rounding()).fit(Tunable(), Sums())
+    callback, module = rounding(export_dir=str(tmp_path / "other")), Tunable()
+    quiet(tmp_path, LearningRateFinder(num_training_steps=3), callback).fit(module, Sums())
+    assert callback.clock.global_step == 4
+    assert module.is_rounded()

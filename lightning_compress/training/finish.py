@@ -76,7 +76,13 @@ def check_export(trainer: Trainer, plan: Plan) -> None:
 
     A run that is resumed may replace what an earlier end of the same run exported.
     """
-    alone(lambda: _check_folder(plan.export_folder(trainer), trainer.ckpt_path is not None), "looking at export_dir")
+    alone(lambda: _check_folder(plan.export_folder(trainer), is_resumed(trainer)), "looking at export_dir")
+
+
+def is_resumed(trainer: Trainer) -> bool:
+    """Whether the user resumed this run; Lightning's tuner resumes too, from a checkpoint that it has just written."""
+    path = trainer.ckpt_path
+    return path is not None and not Path(path).name.startswith((".lr_find", ".scale_batch_size"))
 
 
 def _check_folder(folder: Path, resumed: bool) -> None:
@@ -372,8 +378,8 @@ class Finish:
     def _write(self, folder: Path, reported: Path) -> None:
         with self._timed("export"):
             if quantized_modules(self.module):
-                resumed = self.trainer.ckpt_path is not None
-                save(self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=resumed)
+                again = is_resumed(self.trainer)
+                save(self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=again)
                 self.facts["export_dir"] = str(folder)
             else:
                 rank_zero_warn("no module is quantized, so nothing is exported; compressed.ckpt holds the model")
