@@ -33,6 +33,7 @@ from lightning_compress.core.state import State
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training.clock import StepClock
 from lightning_compress.training.finish import Finish, Plan, check_export
+from lightning_compress.training.requeue import requeue_only, supersede
 from lightning_compress.training.submodule import choose
 
 __all__ = ["CompressionCallback"]
@@ -281,24 +282,26 @@ class CompressionCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done:
-            self._finish(trainer, pl_module)
+            self._finish(trainer, pl_module, trained=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done:
             rank_zero_info("no training took place; compressing the model as it is")
             pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
-            self._finish(trainer, pl_module)
+            self._finish(trainer, pl_module, trained=False)
             pl_module.cpu()
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, *, trained: bool) -> None:
         self.clock.detach()
         self._check_module(pl_module)
         event = self.clock.event()
         end = Finish(trainer, pl_module, self.lifecycle, self._state, self.plan, self.recipe, event, self._began)
-        end.compress()
-        end.write()
-        self.done = True                       # before compressed.ckpt is saved: who resumes from it is done
-        end.promote()
+        with requeue_only(trainer, save_first=trained and not trainer.fast_dev_run):
+            end.compress()
+            end.write()
+            self.done = True                   # before compressed.ckpt is saved: who resumes from it is done
+            end.promote()
+            supersede(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget_batch()

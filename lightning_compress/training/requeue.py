@@ -1,0 +1,110 @@
+"""SLURM's requeue while a model is compressed: the job begins again where training had ended.
+
+Before the time limit Slurm signals every task. Lightning's answer is that all ranks together save ``hpc_ckpt_N.ckpt``,
+and rank 0 requeues the job; its next attempt goes on from there. At the end of training this does harm: while rank 0
+compresses, the others wait for it and cannot join in saving, so the job hangs until the limit kills it; and what was
+saved would be a model half compressed. So the trained model is saved first, as Lightning would, and then the signal
+only requeues.
+
+Once the model is compressed, its checkpoint takes the place of the last ``hpc_ckpt_N.ckpt``: under Slurm, Lightning
+loads that one wherever no ``ckpt_path`` is given, in ``trainer.test`` too, and a job that is requeued during the test
+finds its work done.
+"""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+__all__ = ["requeue_only", "supersede"]
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def requeue_only(trainer: Trainer, *, save_first: bool) -> Iterator[None]:
+    """While this is open, the signal requeues the job and saves nothing; a handler of the user's own stays.
+
+    Args:
+        trainer: In its fit; every rank opens this.
+        save_first: Save a checkpoint now, from which the next attempt goes on. Without it that begins as this one did.
+    """
+    signum = _requeue_signal(trainer)
+    if signum is None:
+        yield
+        return
+    if save_first:
+        trainer.save_checkpoint(_folder(trainer) / f"hpc_ckpt_{_last(_folder(trainer)) + 1}.ckpt", weights_only=False)
+
+    def requeue(number: int, frame: FrameType | None) -> None:
+        if trainer.is_global_zero:
+            _requeue(_job(os.environ))
+
+    former = signal.signal(signum, requeue)
+    try:
+        yield
+    finally:
+        signal.signal(signum, former)
+
+
+def supersede(trainer: Trainer) -> None:
+    """The last ``hpc_ckpt_N.ckpt``, if any, becomes the same file as ``compressed.ckpt``; every rank calls this."""
+    if trainer.fast_dev_run:
+        return
+    folder = _folder(trainer)
+    if trainer.is_global_zero and (number := _last(folder)):
+        compressed, beside = folder / "compressed.ckpt", folder / "superseding.ckpt"      # no N in this name
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(compressed, beside)
+        except OSError:                            # not on this file system
+            shutil.copyfile(compressed, beside)
+        os.replace(beside, folder / f"hpc_ckpt_{number}.ckpt")
+    trainer.strategy.barrier("the compressed checkpoint")
+
+
+def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
+    """The signal to answer; None when this is no Slurm job that requeues itself, or the user answers the signal."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    signum = environment.requeue_signal
+    if signum is None:
+        return None
+    handler = signal.getsignal(signum)             # the default in on_fit_end: there Lightning has taken its own off
+    ours = handler == signal.SIG_DFL or type(handler).__module__.startswith(("lightning.", "pytorch_lightning."))
+    return signum if ours else None
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir)
+
+
+def _last(folder: Path) -> int:
+    """The highest N of ``hpc_ckpt_N.ckpt``; 0 when there is none."""
+    found = [re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name) for path in folder.glob("hpc_ckpt_*.ckpt")]
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def _job(environ: os._Environ[str]) -> str:
+    """The job as scontrol wants it."""
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ["SLURM_JOB_ID"]
+
+
+def _requeue(job: str) -> None:
+    log.info("signal to requeue: job %s begins again where training ended", job)
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("job %s could not be requeued, and goes on until its time limit: %s", job, error)
