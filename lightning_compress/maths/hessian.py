@@ -49,17 +49,18 @@ class InputMoment:
             raise ValueError("inputs hold NaN or Inf")
 
     def take(self) -> Tensor:
-        """:meth:`value`, and the sum is let go: the statistic is of no use any more, but for ``tokens``."""
-        H_PCC = self.value()
-        self.sum_PCC = self.sum_PCC.new_empty(0)
-        return H_PCC
+        """:meth:`value` in the memory of the sum: the statistic is of no use any more, but for ``tokens``."""
+        H_PCC, self.sum_PCC = self.sum_PCC, self.sum_PCC.new_empty(0)
+        return self._whole(H_PCC)
 
     def value(self) -> Tensor:
         """H [P, C, C] in float32, both triangles."""
-        H_PCC = self.sum_PCC / max(1, self.tokens)
+        return self._whole(self.sum_PCC.clone())
+
+    def _whole(self, H_PCC: Tensor) -> Tensor:
         for H_CC in H_PCC:
             mirror_(H_CC)
-        return H_PCC
+        return H_PCC.div_(max(1, self.tokens))
 
 
 class Shared:

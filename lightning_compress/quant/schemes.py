@@ -282,7 +282,7 @@ def _check_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 def check_finite(modules: Mapping[str, nn.Module]) -> None:
     """ValueError names the modules whose weight holds NaN or Inf."""
     weights = {name: weight_of(module) for name, module in modules.items()}
-    suspects = [n for n, w in weights.items() if not w.is_meta and not torch.isfinite(w.sum(dtype=torch.float64))]
+    suspects = [n for n, w in weights.items() if not w.is_meta and not torch.isfinite(w.sum(dtype=torch.float32))]
     broken = [n for n in suspects if not weights[n].isfinite().all()]
     if broken:
         raise ValueError(f"the weight of {_named([repr(n) for n in broken])} holds NaN or Inf; did training diverge?")

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.maths.factor import energy, factorize
 from lightning_compress.modifiers import gptq
-from lightning_compress.modifiers.gptq import GPTQModifier, round_columns
+from lightning_compress.modifiers.gptq import GPTQModifier, output_error, round_columns
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.quant.matrix import as_matrix, inputs_as_rows
 from lightning_compress.quant.record import quantized_of
@@ -112,6 +112,15 @@ def test_the_loss_comes_for_free(by_size):
     Q, free = round_columns(W, *minmax(W, args), args, factor)
     assert_close(free, loss(W, Q, damped(H)), rtol=1e-9, atol=0)
     assert_close(energy(W, factor, block=20), loss(W, 0 * W, damped(H)), rtol=1e-9, atol=0)
+
+
+def test_the_error_is_that_of_the_undamped_matrix():
+    (W, H), args = problem(), grid(3)
+    factor = factorize(H, 0.05, True)
+    Q, damped_loss = round_columns(W, *minmax(W, args), args, factor)
+    error, total = output_error(W, Q, damped_loss, factor)
+    assert error == pytest.approx(float(loss(W, Q, H).sum()))
+    assert total == pytest.approx(float(loss(W, 0 * W, H).sum()))
 
 
 def test_the_factor_is_the_matrix():
@@ -373,6 +382,8 @@ def test_weights_on_their_grid_stay_as_they_are():
 )
 def test_convolutions(conv):
     """The output error, measured by the convolution itself, is what the ledger says, and below that of rounding."""
+    torch.manual_seed(0)
+    conv.reset_parameters()
     model = nn.Sequential(conv)
     dense = conv.weight.detach().clone()
     data = [torch.randn(3, 4, 9, 9) * torch.tensor([5.0, 1, 1, 0.1])[:, None, None] for _ in range(4)]

@@ -135,7 +135,7 @@ def test_group_sizes_that_do_not_work(preset, size, message):
         ({"targets": ["Linear"], "weights": {**W, "actorder": "group"}}, "0.20 dropped it with its weight_g_idx"),
         ({"targets": ["Linear"], "weights": {**W, "dynamic": True}}, "dynamic applies to activations"),
         ({"targets": ["Linear"], "weights": W, "output_activations": {"num_bits": 8}}, "not supported"),
-        ({"targets": ["Linear"], "weights": W, "input_activations": {"num_bits": 1}}, "input_activations: num_bits=1 is"),
+        ({"targets": ["Linear"], "weights": W, "input_activations": {"num_bits": 1}}, "num_bits=1 is"),
         (
             {"targets": ["Linear"], "weights": W, "input_activations": {"num_bits": 8, "group_size": 8}},
             "static ones are per tensor, got strategy 'group'",

@@ -12,7 +12,7 @@ __all__ = ["block_columns", "hessian_accumulate_", "mirror_"]
 
 
 def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
-    """Add X^T X to the lower triangle of H, in place; what is above the diagonal means nothing until :func:`mirror_`.
+    """Add X^T X to the lower triangle of H, in place; what is above it means nothing until :func:`mirror_`.
 
     Args:
         H_CC: float32 or float64, [C, C], contiguous.
@@ -40,7 +40,12 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
 
 def mirror_(H_CC: Tensor) -> Tensor:
     """Copy the lower triangle of H onto the upper one, in place."""
-    return H_CC.copy_(H_CC.tril() + H_CC.tril(-1).t())
+    C = len(H_CC)
+    step = block_columns(C)
+    for low in range(0, C, step):                  # the blocks on the diagonal are whole already
+        high = min(low + step, C)
+        H_CC[:low, low:high].copy_(H_CC[low:high, :low].t())
+    return H_CC
 
 
 def block_columns(C: int) -> int:
