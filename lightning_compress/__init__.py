@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.gptq import GPTQModifier
     from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
     from lightning_compress.modifiers.quantization import QuantizationModifier
+    from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
+    from lightning_compress.modifiers.wanda import WandaPruningModifier
     from lightning_compress.oneshot import compress
 
 __version__ = "0.1.0"
@@ -36,6 +38,8 @@ __all__ = [
     "Modifier",
     "ModifierFactory",
     "QuantizationModifier",
+    "SparseGPTModifier",
+    "WandaPruningModifier",
     "compress",
     "load",
     "save",
@@ -53,6 +57,8 @@ _HOME = MappingProxyType(
         "Modifier": "core.modifier",
         "ModifierFactory": "core.factory",
         "QuantizationModifier": "modifiers.quantization",
+        "SparseGPTModifier": "modifiers.sparsegpt",
+        "WandaPruningModifier": "modifiers.wanda",
         "compress": "oneshot",
         "load": "export.compressed_tensors",
         "save": "export.compressed_tensors",

@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "matching": (set(), set()),
     "distributed": (set(), set()),
     "quant": ({"ops", "matching"}, {"compressed_tensors", "pydantic"}),
-    "maths": ({"ops", "quant.matrix"}, set()),
+    "maths": ({"ops", "matching", "quant.matrix"}, {"pydantic"}),
     "calibration": ({"core", "matching", "distributed"}, set()),
     "modifiers": (
         {"core", "maths", "quant", "ops", "matching", "distributed"}, {"compressed_tensors", "pydantic", "safetensors"},

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factor", "energy", "factorize"]
+__all__ = ["Factor", "added_diagonal", "energy", "factorize", "factorize_each"]
+
+MAX_DAMPENING = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
     order_C = torch.arange(len(H_CC), device=H_CC.device)
     if by_size:
         order_C = diagonal_C.argsort(descending=True, stable=True)
-    added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
-    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0          # no input, no damping: any positive number will do
+    added_C = added_diagonal(H_CC, dampening)
     damped_C = diagonal_C + added_C
     backwards = order_C.flip(0)
     flipped_CC = H_CC.index_select(0, backwards).t().contiguous().index_select(0, backwards)      # H is symmetric
@@ -69,9 +70,41 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
     return Factor(order_C, RT_CC.div_(pivot_C[:, None]).tril_(), pivot_C, damped_C, added_C, dampening)
 
 
+def added_diagonal(H_CC: Tensor, dampening: float) -> Tensor:
+    """What damping adds to the diagonal of H, [C]: ``dampening * mean(diag H)``."""
+    diagonal_C = H_CC.diagonal()
+    added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
+    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0          # no input, no damping: any positive number will do
+    return added_C
+
+
+def factorize_each(
+    H_PCC: Tensor, dampening: float, by_size: bool, retry: bool
+) -> tuple[list[Factor] | None, float]:
+    """Factor the H of every partition with one damping.
+
+    Args:
+        H_PCC: One H per partition.
+        dampening: As in :func:`factorize`.
+        by_size: As in :func:`factorize`.
+        retry: Where one is not positive definite, try all again with ten times the damping, up to 1.0.
+
+    Returns:
+        The factors, or None when there is no way, and the last damping that was tried.
+    """
+    while True:
+        tried = [factorize(H_CC, dampening, by_size) for H_CC in H_PCC]
+        factors = [factor for factor in tried if factor is not None]
+        if len(factors) == len(tried):
+            return factors, dampening
+        if not retry or dampening >= MAX_DAMPENING:
+            return None, dampening
+        dampening = min(MAX_DAMPENING, max(10 * dampening, 0.01))
+
+
 def energy(W_RC: Tensor, factor: Factor, block: int = 256) -> Tensor:
     """W H w^T of each row with the damped H, [R], by the triangle of the factor: half the work of W H."""
-    W_CR = W_RC.t().index_select(0, factor.order_C)
+    W_CR = W_RC.t().contiguous().index_select(0, factor.order_C)
     sum_R = W_RC.new_zeros(len(W_RC))
     for i1 in range(0, len(W_CR), block):
         i2 = min(i1 + block, len(W_CR))

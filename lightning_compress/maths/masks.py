@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["check_structure", "global_masks", "keep_mask", "n_of_m"]
+__all__ = ["check_structure", "global_masks", "keep_highest", "keep_mask", "keep_rows", "n_of_m"]
 
 
 def keep_mask(score_RC: Tensor, sparsity: float, structure: str = "unstructured") -> Tensor:
@@ -41,14 +41,28 @@ def keep_mask(score_RC: Tensor, sparsity: float, structure: str = "unstructured"
     if R % rows or C % columns:
         raise ValueError(f"structure {structure!r} does not divide a matrix of {R} x {C}; expected multiples")
     unit_scores = score_RC.reshape(R // rows, rows, C // columns, columns).float().mean((1, 3))
-    keep = _keep_highest(unit_scores.flatten(), sparsity).reshape(unit_scores.shape)
+    keep = keep_highest(unit_scores.flatten(), int(sparsity * unit_scores.numel() + 1e-9)).reshape(unit_scores.shape)
     return keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def keep_rows(score_RC: Tensor, sparsity: float, structure: str = "unstructured") -> Tensor:
+    """As :func:`keep_mask`, but each row is ranked by itself and loses exactly ``floor(sparsity * C)`` weights.
+
+    Args:
+        score_RC: Scores, [R, C], float.
+        sparsity: Share to remove, in [0, 1).
+        structure: ``unstructured`` or ``N:M``.
+    """
+    if (pattern := n_of_m(structure)) is not None:
+        return _keep_n_of_m(score_RC, *pattern)
+    lowest = score_RC.argsort(dim=1, stable=True)[:, : int(sparsity * score_RC.shape[1] + 1e-9)]
+    return torch.ones_like(score_RC, dtype=torch.bool).scatter_(1, lowest, False)
 
 
 def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """One ranking over all matrices: together they lose the share ``sparsity``; each may lose more or less."""
     flat = torch.cat([score.flatten().float() for score in scores.values()])
-    keep = _keep_highest(flat, sparsity).split([score.numel() for score in scores.values()])
+    keep = keep_highest(flat, int(sparsity * flat.numel() + 1e-9)).split([score.numel() for score in scores.values()])
     return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), keep, strict=True)}
 
 
@@ -100,12 +114,15 @@ def check_structure(structure: str, sparsity: float | None = None) -> str:
     return structure
 
 
-def _keep_highest(scores: Tensor, sparsity: float) -> Tensor:
-    keep = torch.ones_like(scores, dtype=torch.bool)
-    count = int(sparsity * scores.numel() + 1e-9)
-    if count:
-        keep[scores.argsort(stable=True)[:count]] = False
-    return keep
+def keep_highest(scores: Tensor, removed: int) -> Tensor:
+    """The mask that removes the ``removed`` lowest of all scores, ties by position."""
+    if not removed:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.flatten()
+    limit = flat.kthvalue(removed).values                      # a third of the time of sorting them all
+    keep, tied = flat > limit, (flat == limit).nonzero()[:, 0]
+    keep[tied[removed - int((flat < limit).sum()) :]] = True
+    return keep.reshape(scores.shape)
 
 
 def _keep_n_of_m(score_RC: Tensor, n: int, m: int) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_compress.maths.masks import check_structure, global_masks, keep_mask
+from lightning_compress.maths.masks import check_structure, global_masks, keep_mask, keep_rows
 
 
 @pytest.fixture
@@ -62,3 +62,12 @@ def test_what_is_no_structure_is_refused(structure, sparsity, message):
 def test_a_width_that_the_pattern_does_not_divide_is_named():
     with pytest.raises(ValueError, match="2:4 does not divide 10 columns"):
         keep_mask(torch.ones(3, 10), 0.5, "2:4")
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.99])
+def test_rows_may_be_ranked_by_themselves(score_RC, sparsity):
+    keep = keep_rows(score_RC, sparsity)
+    assert ((~keep).sum(1) == int(sparsity * 24 + 1e-9)).all()
+    for row, kept in zip(score_RC, keep, strict=True):
+        assert torch.equal(kept, keep_mask(row[None], sparsity)[0])
+    assert torch.equal(keep_rows(score_RC, 0.5, "2:4"), keep_mask(score_RC, 0.5, "2:4"))

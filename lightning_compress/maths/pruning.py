@@ -1,0 +1,101 @@
+"""The arguments that modifiers share which prune on calibration data: what is pruned, how much, in which structure."""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from lightning_compress.matching import match_rank, select
+from lightning_compress.maths.masks import check_structure, n_of_m
+from lightning_compress.quant.matrix import as_matrix, is_supported
+
+__all__ = ["PruningArguments", "never_saw_data", "share_of_zeros"]
+
+
+class PruningArguments(BaseModel):
+    """Mixin of modifiers.
+
+    Args:
+        targets: Class names, dotted names or ``re:`` patterns of what is pruned; with ``sparsity`` as a mapping the
+            targets stand there.
+        ignore: The same, for what is left out.
+        sparsity: Share of weights that become zero, in [0, 1), or a mapping of targets to shares, the best match
+            counting. None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
+        mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
+        refit_iterations: Of conjugate gradients for the weights that are kept; 0: none.
+        dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
+        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
+    """
+
+    targets: str | list[str] = ["Linear"]
+    ignore: str | list[str] = []
+    sparsity: float | dict[str, float] | None = None
+    mask_structure: str = "unstructured"
+    refit_iterations: int = Field(default=10, ge=0)
+    dampening_frac: float = Field(default=0.01, ge=0)
+    share_inputs: bool = True
+
+    @model_validator(mode="after")
+    def _sparsity_is_possible(self) -> "PruningArguments":
+        if self.mask_structure != "unstructured" and self.pattern is None:
+            raise ValueError(f"mask_structure={self.mask_structure!r}, expected 'unstructured', or 'N:M' such as '2:4'")
+        check_structure(self.mask_structure)
+        if isinstance(self.sparsity, dict):
+            if "targets" in self.model_fields_set:
+                raise ValueError("targets and sparsity as a mapping exclude each other: the targets stand in it")
+            if not self.sparsity:
+                raise ValueError("sparsity={} names no targets; expected such as {'Linear': 0.5}")
+        for value in self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]:
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"sparsity={value} must lie in [0, 1): the share of weights that become zero")
+            check_structure(self.mask_structure, value)
+        return self
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(N, M), or None when unstructured."""
+        return n_of_m(self.mask_structure)
+
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to prune, by dotted name.
+
+        Raises:
+            ValueError: Nothing matches, a weight is no matrix, or M does not divide its columns (they are named).
+        """
+        named = list(self.sparsity) if isinstance(self.sparsity, dict) else self.targets
+        modules = select(model, named, self.ignore, field="sparsity" if isinstance(self.sparsity, dict) else "targets")
+        if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_supported(m)]:
+            raise ValueError(
+                f"cannot prune {', '.join(other[:5])}: expected Linear, Conv1d, Conv2d or the Conv1D of transformers, "
+                f"with a plain weight; add them to ignore"
+            )
+        if self.pattern is not None:
+            widths = {name: as_matrix(module).shape[1] for name, module in modules.items()}
+            if unfit := [f"{name} ({C})" for name, C in widths.items() if C % self.pattern[1]]:
+                raise ValueError(
+                    f"mask_structure={self.mask_structure!r} does not divide the columns of {', '.join(unfit[:5])}; "
+                    f"add them to ignore, or choose another pattern"
+                )
+        return modules
+
+    def sparsity_of(self, name: str, module: nn.Module) -> float:
+        """The share that one module shall lose."""
+        if self.pattern is not None:
+            n, m = self.pattern
+            return (m - n) / m
+        if isinstance(self.sparsity, dict):
+            return max((match_rank(name, module, target), share) for target, share in self.sparsity.items())[1]
+        return 0.5 if self.sparsity is None else self.sparsity
+
+
+def share_of_zeros(W_RC: Tensor) -> float:
+    """Share of entries that are exactly zero."""
+    return float((W_RC == 0).sum()) / max(1, W_RC.numel())
+
+
+def never_saw_data(modifier: str, names: Sequence[str]) -> str:
+    """The warning about targets that calibration did not reach."""
+    return (
+        f"{modifier}: {', '.join(names)} never saw data and were left as they were, not pruned; were they called, in "
+        f"these batches, as modules of their own? (nn.MultiheadAttention uses the weight of its out_proj directly)"
+    )

@@ -1,0 +1,245 @@
+"""SparseGPT: prune column after column, each time moving the error onto the columns still to come.
+
+Frantar & Alistarh, 2023, arXiv:2301.00774; here with the factor of H that GPTQ uses (maths/factor.py), no inverse:
+
+    v_F     = w_F + (W_<t - Q_<t) H_<t,F (H_FF)^-1      weights from column t on, made up for all that was pruned so far
+            = w_F + (a_F - w_F) (U_FF)^-1               a_F: the same but for the errors of F itself
+    score_j = v_j^2 / [(H_FF)^-1]_jj = v_j^2 p_j^2      what the loss rises by when column j goes (F = j, j+1 ...)
+    q_j     = v_j where the weight stays, else 0
+
+The mask of a block of 128 columns is chosen when the sweep reaches it, over all rows of the block (``scope="block"``,
+as in the paper) or row by row; that of N:M every M columns. What the sweep leaves is refitted on its support
+(maths/support.py): earlier columns make up for later ones as well.
+
+Shapes: R rows, C columns (inputs), b columns of a block, P partitions of a grouped convolution.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+
+from lightning_compress.core import Event, Modifier, State
+from lightning_compress.distributed import all_reduce_
+from lightning_compress.maths.factor import Factor, energy, factorize_each
+from lightning_compress.maths.gathering import Gathering
+from lightning_compress.maths.hessian import Shared
+from lightning_compress.maths.masks import keep_highest, keep_rows
+from lightning_compress.maths.pruning import PruningArguments, never_saw_data, share_of_zeros
+from lightning_compress.maths.support import refit
+from lightning_compress.quant.facts import sqnr_db, weight_error
+from lightning_compress.quant.matrix import as_matrix, write_matrix
+from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.schemes import check_finite
+
+__all__ = ["SparseGPTModifier", "prune_columns"]
+
+SUB_BLOCK = 16
+
+
+def prune_columns(
+    W_RC: Tensor,
+    factor: Factor,
+    sparsity: float,
+    pattern: tuple[int, int] | None = None,
+    block: int = 128,
+    scope: Literal["block", "row"] = "block",
+) -> tuple[Tensor, Tensor]:
+    """The sweep of the paper.
+
+    Args:
+        W_RC: Weights, in the dtype of the factor; entries that are zero stay zero, and count.
+        factor: Of the damped H, columns from left to right.
+        sparsity: Share to remove, in [0, 1): ``floor(sparsity * R * C)`` weights in all, spread evenly over blocks
+            (with ``scope="row"`` over rows too: ``floor(sparsity * C)`` each).
+        pattern: (N, M): of every M consecutive columns N stay, whatever ``sparsity`` says. M divides ``block`` and C.
+        block: Columns of which the mask is chosen at once, and after which errors reach all columns still to come.
+        scope: What is ranked together: all rows of a block, or each row.
+
+    Returns:
+        Q [R, C], and the mask of what stays, bool [R, C].
+    """
+    R, C = W_RC.shape
+    W_CR, UT_CC, importance_C = W_RC.t().contiguous(), factor.UT_CC, factor.pivot_C.square()
+    A_CR, Q_CR, keep_CR = W_CR.clone(), torch.empty_like(W_CR), W_CR != 0
+    D_bR = W_CR.new_empty(min(block, C), R)
+    M = 1 if pattern is None else pattern[1]
+    sub_block = M * max(1, SUB_BLOCK // M)
+
+    def choose(low: int, high: int) -> None:
+        """The mask of some columns, from what the columns before have left for them."""
+        W, keep = W_CR[low:high], keep_CR[low:high]
+        UT_bb = UT_CC[low:high, low:high]
+        shift = torch.linalg.solve_triangular(UT_bb, A_CR[low:high] - W, upper=False, unitriangular=True)
+        score = shift.add_(W).square_().mul_(importance_C[low:high, None]).masked_fill_(~keep, -1.0)
+        if pattern is not None:
+            keep &= keep_rows(score.t(), 0.0, f"{pattern[0]}:{pattern[1]}").t()
+        elif scope == "row":
+            lowest = score.argsort(dim=0, stable=True)[: _count(sparsity, high) - _count(sparsity, low)]
+            keep.scatter_(0, lowest, False)
+        else:
+            keep &= keep_highest(score, _count(sparsity, R * high) - _count(sparsity, R * low))
+
+    for i1 in range(0, C, block):
+        i2 = min(i1 + block, C)
+        if pattern is None:
+            choose(i1, i2)
+        for j1 in range(i1, i2, sub_block):
+            j2 = min(j1 + sub_block, i2)
+            hand_on = UT_CC[j1:j2, j1:j2].tril(-1).t().contiguous()
+            for j in range(j1, j2):
+                if pattern is not None and j % M == 0:
+                    choose(j, j + M)
+                torch.mul(A_CR[j], keep_CR[j], out=Q_CR[j])
+                torch.sub(W_CR[j], Q_CR[j], out=D_bR[j - i1])
+                A_CR[j1:j2].addr_(hand_on[j - j1], D_bR[j - i1])
+            if j2 < i2:
+                A_CR[j2:i2].addmm_(UT_CC[j2:i2, j1:j2], D_bR[j1 - i1 : j2 - i1])
+        if i2 < C:
+            A_CR[i2:].addmm_(UT_CC[i2:, i1:i2], D_bR[: i2 - i1])
+    return Q_CR.t(), keep_CR.t()
+
+
+def _count(sparsity: float, units: int) -> int:
+    return int(sparsity * units + 1e-9)
+
+
+class SparseGPTModifier(PruningArguments, Modifier):
+    """Prune with SparseGPT on calibration data, and refit what is kept.
+
+    Args:
+        targets: Class names, dotted names or ``re:`` patterns of what is pruned; with ``sparsity`` as a mapping the
+            targets stand there.
+        ignore: The same, for what is left out.
+        sparsity: Share of weights that become zero, in [0, 1), or a mapping of targets to shares, the best match
+            counting. None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
+        mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
+        block_size: Columns of which the mask is chosen at once. A multiple of M.
+        scope: Unstructured masks rank all rows of a block together (``block``, as in the paper) or each ``row``.
+        refit_iterations: Of conjugate gradients for the weights that are kept; 0: none, as in the paper.
+        dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
+        on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
+            raise. The ledger says what was done.
+        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
+
+    Raises:
+        ValueError: A sparsity outside of [0, 1), a pattern whose sparsity is another, a width that it does not divide.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    one_pass: ClassVar[bool] = True
+    own_pass: ClassVar[bool] = True
+
+    block_size: int = Field(default=128, ge=1)
+    scope: Literal["block", "row"] = "block"
+    on_failure: Literal["raise", "retry"] = "raise"
+
+    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
+    _solved: WeakKeyDictionary[Shared, tuple[Tensor, list[Factor]]] = PrivateAttr(default_factory=WeakKeyDictionary)
+
+    @model_validator(mode="after")
+    def _block_holds_patterns(self) -> "SparseGPTModifier":
+        if self.pattern is not None and self.block_size % self.pattern[1]:
+            raise ValueError(
+                f"block_size={self.block_size} is no multiple of {self.pattern[1]}, the width of the pattern "
+                f"{self.mask_structure}; give such as {self.pattern[1] * max(1, 128 // self.pattern[1])}"
+            )
+        return self
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        assert state.model is not None
+        self.find(state.model)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert state.model is not None
+        self._modules = self.find(state.model)
+        self._gathering = Gathering(self._modules, self.share_inputs)
+        for name, module in self._modules.items():
+            self.hook(module, lambda _, inputs, name=name: self._gathering.observe(name, inputs, self.token_mask))
+
+    def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._prune(state, state.modules)
+
+    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._prune(state, state.modules)
+        self._gathering.drop(state.modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._prune(state, self._modules)
+        for name, module in self._gathering.left.items():
+            W_RC = as_matrix(module)
+            facts = {"sparsity": share_of_zeros(W_RC), "params": W_RC.numel(), "tokens": 0}
+            state.ledger.add(name, "sparsegpt", flag="never saw data; left as it was", **facts)
+        if unseen := list(self._gathering.left):
+            warnings.warn(never_saw_data(self.name, unseen), stacklevel=2)
+        self._modules, self._gathering = {}, Gathering({})
+        self._solved.clear()
+        self.remove_hooks()
+
+    def _prune(self, state: State, modules: Mapping[str, nn.Module]) -> None:
+        for name, module, shared in self._gathering.complete(modules):
+            with torch.inference_mode(False), torch.no_grad():
+                self._prune_one(state, name, module, shared)
+            self.remove_hooks(module)
+
+    def _prune_one(self, state: State, name: str, module: nn.Module, shared: Shared) -> None:
+        start = time.perf_counter()
+        assert shared.moment is not None
+        if quantized_of(module) is not None:
+            raise ValueError(f"{name!r} is quantized already: put {self.name} before what quantizes it")
+        check_finite({name: module})
+        if shared not in self._solved:
+            if state.distributed:
+                all_reduce_(shared.moment)
+            self._solved[shared] = self._factorize(name, shared)
+        H_PCC, factors = self._solved[shared]
+        W_RC, sparsity = as_matrix(module).clone(), self.sparsity_of(name, module)
+        parts, error, total = [], 0.0, 0.0
+        for W, H_CC, factor in zip(W_RC.float().chunk(len(factors)), H_PCC, factors, strict=True):
+            Q, keep = prune_columns(W, factor, sparsity, self.pattern, self.block_size, self.scope)
+            Q = refit(W, Q, keep, H_CC, self.refit_iterations).to(W_RC.dtype)
+            D = W - Q.float()
+            error += float((energy(D, factor) - D.square() @ factor.added_C).sum())
+            total += float((energy(W, factor) - W.square() @ factor.added_C).sum())
+            parts.append(Q)
+        Q_RC = torch.cat(parts)
+        write_matrix(module, Q_RC)
+        dampening = factors[0].dampening
+        state.ledger.add(
+            name,
+            "sparsegpt",
+            flag=f"damping raised to {dampening:g}" if dampening != self.dampening_frac else None,
+            scheme=self.mask_structure,
+            sparsity=share_of_zeros(Q_RC),
+            error=max(0.0, error) / max(total, torch.finfo().tiny),
+            sqnr_db=sqnr_db(weight_error(W_RC, Q_RC)),
+            params=W_RC.numel(),
+            tokens=shared.moment.tokens,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _factorize(self, name: str, shared: Shared) -> tuple[Tensor, list[Factor]]:
+        """The damped H of each partition, and their factors."""
+        assert shared.moment is not None
+        H_PCC = shared.moment.take()
+        factors, dampening = factorize_each(H_PCC, self.dampening_frac, by_size=False, retry=self.on_failure == "retry")
+        if factors is None:
+            raise ValueError(
+                f"H of {', '.join(map(repr, shared.members))} is not positive definite with dampening_frac="
+                f"{dampening:g} ({shared.moment.tokens} tokens for {H_PCC.shape[1]} columns); raise dampening_frac "
+                f"(0.01 to 0.1 is usual), calibrate on more tokens, or set on_failure='retry'"
+            )
+        for H_CC, factor in zip(H_PCC, factors, strict=True):
+            H_CC.diagonal().add_(factor.added_C)
+        return H_PCC, factors
