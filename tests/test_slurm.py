@@ -5,7 +5,11 @@ The jobs need a cluster that answers `sinfo`; scripts/local_slurm/up.sh starts o
 
 import os
 import re
+import shutil
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -186,3 +190,176 @@ def test_array_sbatch_names_a_task_without_argument(tmp_path: Path):
     assert done.returncode == 2
     assert "array task 2 has no argument" in done.stderr
     assert "--array=0-1" in done.stderr
+
+
+# -- jobs on a cluster -------------------------------------------------------------------------------------------------
+
+DEMO = [
+    "+compress=gptq_w4", "model.hidden_size=128", "model.intermediate_size=128", "model.num_heads=2",
+    "data.block_length=32", "data.batch_size=4", "data.val_blocks=16", "data.test_blocks=16",
+    "data.calibration_blocks=8", "+trainer.limit_train_batches=8", "trainer.max_epochs=2",
+    "+callbacks.compress.calibration_batches=2", "callbacks.progress_bar.refresh_rate=1000",
+]  # fmt: skip
+
+SLOW = '''
+"""Take their time, so that a signal finds every rank in the same place."""
+
+import time
+
+from lightning import Callback
+
+from lightning_compress import Modifier
+
+
+class SlowStep(Callback):
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 5:
+            print("a slow step", flush=True)
+            for _ in range(50):
+                time.sleep(0.1)
+
+
+class SlowModifier(Modifier):
+    needs_calibration = True
+
+    def on_initialize(self, state, **kwargs):
+        return True
+
+    def on_block_end(self, state, event, **kwargs):
+        print(f"slow over {state.block_name!r}", flush=True)
+        for _ in range(30):
+            time.sleep(0.1)
+'''
+
+
+class Cluster:
+    """Submits from a folder that holds the app, so that runs leave nothing in the repository."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("train.py", "conf", "scripts"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / "slow.py").write_text(SLOW)
+        (folder / "logs" / "slurm").mkdir(parents=True)
+
+    def submit(self, *arguments: str, script: str = "train.sbatch", options: tuple[str, ...] = ("--nodes=2",)) -> str:
+        resources = ["--ntasks-per-node=1", "--cpus-per-task=1", "--time=00:10:00", "--signal=SIGUSR1@60"]
+        command = ["sbatch", "--parsable", *resources, *options, f"scripts/slurm/{script}", *arguments]
+        environ = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": f"{self.folder}:{ROOT}"}
+        done = subprocess.run(command, cwd=self.folder, env=environ, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def log(self, job: str) -> str:
+        path = self.folder / "logs" / "slurm" / f"compress-{job}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def states(self, job: str) -> set[str]:
+        return set(re.findall(r"JobState=(\w+)", self.scontrol("show", "job", job)))
+
+    def scontrol(self, *arguments: str) -> str:
+        return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
+
+    def until(self, met: Callable[[], object], what: str, job: str, seconds: float = 240) -> None:
+        for _ in range(int(seconds * 4)):
+            if met():
+                return
+            assert not self.states(job) & {"FAILED", "TIMEOUT"} or what == "the end", self.log(job)[-4000:]
+            time.sleep(0.25)
+        subprocess.run(["scancel", job], check=False)
+        raise AssertionError(f"waited {seconds} s for {what} of job {job}:\n{self.log(job)[-4000:]}")
+
+    def finish(self, job: str) -> None:
+        over = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
+        self.until(lambda: self.states(job) <= over, "the end", job)
+        assert self.states(job) == {"COMPLETED"}, self.log(job)[-4000:]
+
+    def requeue(self, job: str, when: str) -> None:
+        """Send the signal of the time limit as soon as ``when`` stands in the log, and do without the 120 s pause."""
+        self.until(lambda: when in self.log(job), repr(when), job)
+        subprocess.run(["scancel", "--signal=USR1", job], check=True)
+        self.until(lambda: self.states(job) == {"PENDING"}, "the requeue", job, seconds=60)
+        time.sleep(2)        # a credential issued in the second of the requeue is taken for a revoked one
+        self.scontrol("update", f"jobid={job}", "StartTime=now")
+        self.finish(job)
+        assert "Restarts=1" in self.scontrol("show", "job", job)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    if shutil.which("sinfo") is None or subprocess.run(["sinfo"], capture_output=True, check=False).returncode:
+        pytest.skip("no Slurm answers sinfo; make test-slurm-local starts one on this machine")
+    if not (Path(sys.prefix) / "bin" / "activate").exists():
+        pytest.skip("the batch script activates a virtual environment, and this Python runs in none")
+    return Cluster(tmp_path)
+
+
+def run_of(cluster: Cluster, job: str) -> Path:
+    return cluster.folder / "logs" / "train" / "slurm" / job
+
+
+def assert_exported_once(cluster: Cluster, job: str) -> None:
+    run, log = run_of(cluster, job), cluster.log(job)
+    assert {"config.json", "model.safetensors", "recipe.yaml"} <= {path.name for path in (run / "compressed").iterdir()}
+    assert (run / "report" / "summary.json").exists()
+    assert log.count(f"compressed model: {run}/compressed") == 1
+    assert f"Loaded model weights from the checkpoint at {run}/compressed.ckpt" in log
+    assert [path.name for path in (cluster.folder / "logs" / "train").rglob("compressed")] == ["compressed"]
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_two_nodes_train_and_rank_0_compresses(cluster: Cluster):
+    job = cluster.submit(*DEMO)
+    cluster.finish(job)
+    assert "Starting with 2 processes" in cluster.log(job)
+    assert_exported_once(cluster, job)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_job_requeued_in_training_goes_on_in_its_folder_and_exports_once(cluster: Cluster):
+    job = cluster.submit(*DEMO, "+callbacks.slow._target_=slow.SlowStep")
+    cluster.requeue(job, "a slow step")
+    log, run = cluster.log(job), run_of(cluster, job)
+    assert "a slow step" in log.partition("restart 1")[2], "it went on at the step where it was signalled"
+    assert f"Restored all states from the checkpoint at {run}/hpc_ckpt_1.ckpt" in log
+    assert_exported_once(cluster, job)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_job_requeued_while_it_compresses_compresses_again(cluster: Cluster):
+    job = cluster.submit(*DEMO, "+callbacks.compress.modifiers.slow._target_=slow.SlowModifier")
+    cluster.requeue(job, "slow over")
+    log, run = cluster.log(job), run_of(cluster, job)
+    assert f"Restored all states from the checkpoint at {run}/hpc_ckpt_1.ckpt" in log
+    assert "`Trainer.fit` stopped" in log.partition("restart 1")[2], "it trained no further"
+    assert_exported_once(cluster, job)
+    assert (run / "hpc_ckpt_1.ckpt").samefile(run / "compressed.ckpt")
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_signal_before_training_requeues_the_job(cluster: Cluster):
+    job = cluster.submit(*DEMO)
+    cluster.requeue(job, "] data: ")
+    assert_exported_once(cluster, job)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_the_tasks_of_an_array_have_folders_of_their_own(cluster: Cluster):
+    demo = [setting for setting in DEMO if not setting.startswith("+compress")]
+    options = ("--nodes=1", "--array=0-1")
+    job = cluster.submit("+compress=gptq_w4", "+compress=gptq_w8", "--", *demo, script="array.sbatch", options=options)
+    cluster.finish(job)
+    for task in ("0", "1"):
+        assert (run_of(cluster, job) / task / "compressed" / "config.json").exists()
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_two_tasks_of_one_device_each_are_refused(cluster: Cluster):
+    job = cluster.submit(*DEMO, "trainer.devices=1", options=("--nodes=1", "--ntasks-per-node=2"))
+    cluster.until(lambda: cluster.states(job) == {"FAILED"}, "the end", job)
+    assert "ValueError: SLURM started 2 tasks (SLURM_NTASKS), but the Trainer has world_size=1" in cluster.log(job)

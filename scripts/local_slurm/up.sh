@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # A SLURM of two "nodes" on this one machine, for tests: two slurmd, one slurmctld, one munged, all on 127.0.0.1.
 #
-#   apt-get install -y --no-install-recommends slurm-wlm munge     # Debian and Ubuntu; their slurmd has -N (several per host)
-#   scripts/local_slurm/up.sh DIR                                  # about a second; DIR gets configuration, logs, pid files
-#   export SLURM_CONF=DIR/slurm.conf && sinfo                      # n[0-1] idle
+#   apt-get install -y --no-install-recommends slurm-wlm munge    # Debian, Ubuntu; their slurmd has -N (several per host)
+#   eval "$(scripts/local_slurm/up.sh DIR)"     # about a second; DIR gets configuration, logs, pid files
+#   sinfo                                       # n[0-1] idle
 #   scripts/local_slurm/down.sh DIR
 #
-# No systemd, no cgroups, no accounting (so no sacct), nothing outside DIR. Ports: LOCAL_SLURM_PORT (16817) and the two above.
-# Jobs of more than one task need MASTER_ADDR=127.0.0.1 and GLOO_SOCKET_IFNAME=lo: the node names resolve for SLURM only.
+# No systemd, no cgroups, no accounting (so no sacct), nothing outside DIR. Ports: LOCAL_SLURM_PORT (16817) and two more.
+# It prints what to export: SLURM_CONF, and for the ranks of a job, as the node names resolve for Slurm only, MASTER_ADDR
+# and GLOO_SOCKET_IFNAME.
 set -euo pipefail
 
 dir=${1:?expected: up.sh DIR (an empty or new folder)}
@@ -79,7 +80,7 @@ slurmd -f "$dir/slurm.conf" -N n1
 export SLURM_CONF=$dir/slurm.conf
 for _ in $(seq 50); do
     if [[ $(sinfo --noheader --Node --format=%t 2> /dev/null | grep -c idle) == 2 ]]; then
-        echo "export SLURM_CONF=$SLURM_CONF"
+        echo "export SLURM_CONF=$SLURM_CONF MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo"
         exit 0
     fi
     sleep 0.2

@@ -5,6 +5,6 @@ LOCAL_SLURM ?= /tmp/local_slurm_$(shell id -u)
 
 .PHONY: test-slurm-local
 test-slurm-local: $(READY)  ## test-slurm on a two-node cluster started on this machine
-	scripts/local_slurm/up.sh $(LOCAL_SLURM)
 	trap 'scripts/local_slurm/down.sh $(LOCAL_SLURM)' EXIT; \
-	SLURM_CONF=$(LOCAL_SLURM)/slurm.conf $(MAKE) --no-print-directory test-slurm
+	settings=$$(scripts/local_slurm/up.sh $(LOCAL_SLURM)); eval "$$settings"; \
+	$(MAKE) --no-print-directory test-slurm
