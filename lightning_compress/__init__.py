@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.freeze import FreezeModifier
     from lightning_compress.modifiers.gptq import GPTQModifier
     from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
+    from lightning_compress.modifiers.qat import QATModifier
     from lightning_compress.modifiers.quantization import QuantizationModifier
     from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
     from lightning_compress.modifiers.wanda import WandaPruningModifier
@@ -37,6 +38,7 @@ __all__ = [
     "MagnitudePruningModifier",
     "Modifier",
     "ModifierFactory",
+    "QATModifier",
     "QuantizationModifier",
     "SparseGPTModifier",
     "WandaPruningModifier",
@@ -56,6 +58,7 @@ _HOME = MappingProxyType(
         "MagnitudePruningModifier": "modifiers.magnitude",
         "Modifier": "core.modifier",
         "ModifierFactory": "core.factory",
+        "QATModifier": "modifiers.qat",
         "QuantizationModifier": "modifiers.quantization",
         "SparseGPTModifier": "modifiers.sparsegpt",
         "WandaPruningModifier": "modifiers.wanda",

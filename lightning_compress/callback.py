@@ -338,6 +338,8 @@ class CompressionCallback(Callback):
             ValueError: The checkpoint was written with another recipe, and ``allow_recipe_change`` is not set.
         """
         if self._stage not in (None, "fit"):
+            if self.lifecycle.initialized and not self.lifecycle.finalized:    # cut short, now tested
+                self.lifecycle.weights_loaded(state_dict["modifiers"])
             return
         changes = recipe_difference(state_dict["recipe"], self.recipe)
         if changes and not self.allow_recipe_change:

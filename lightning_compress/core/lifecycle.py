@@ -62,10 +62,25 @@ class Lifecycle:
         return all(m.finalized for m in self.modifiers)
 
     def initialize(self, state: State, event: Event | None = None, **kwargs: Any) -> None:
-        """Initialize every modifier; when one fails, hooks of all come off and the error goes on."""
+        """Initialize every modifier; when one fails, hooks of all come off and the error goes on.
+
+        Raises:
+            ValueError: Two modifiers claim the same of one module; it names all three.
+        """
         with self._hooks_off_on_error():
+            self._check_claims(state)
             for modifier in self.modifiers:
                 modifier.initialize(state, event, **kwargs)
+
+    def _check_claims(self, state: State) -> None:
+        owners: dict[tuple[str, str], str] = {}
+        for key, modifier in zip(self.keys(), self.modifiers, strict=True) if len(self.modifiers) > 1 else ():
+            for module, what in modifier.claims(state).items():
+                if (other := owners.setdefault((module, what), key)) != key:
+                    raise ValueError(
+                        f"two modifiers of the recipe {what} {module!r}, {other} and {key}; give them different "
+                        f"targets, or let one of them ignore it"
+                    )
 
     def finalize(self, state: State, **kwargs: Any) -> None:
         """Finalize every modifier; when one fails, hooks of all come off and the error goes on."""
@@ -147,6 +162,12 @@ class Lifecycle:
 
     def state_dict(self) -> dict[str, Any]:
         return {key: modifier.state_dict() for key, modifier in zip(self.keys(), self.modifiers, strict=True)}
+
+    def weights_loaded(self, state: dict[str, Any]) -> None:
+        """The weights of a checkpoint are back in the model; ``state`` is what :meth:`state_dict` gave then."""
+        for key, modifier in zip(self.keys(), self.modifiers, strict=True):
+            if key in state:
+                modifier.on_weights_loaded(state[key])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint holds other modifiers than this recipe."""

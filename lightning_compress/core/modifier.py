@@ -284,6 +284,21 @@ class Modifier(ModifierInterface, BaseModel):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Name the targets that never saw data; drop statistics."""
 
+    def on_weights_loaded(self, state: dict[str, Any]) -> None:
+        """The weights of an earlier checkpoint (the best one) are back in the model.
+
+        Args:
+            state: What :meth:`state_dict` gave when that checkpoint was saved. Take from it what belongs to the
+                weights, such as scales; the clock has moved on.
+        """
+
+    def claims(self, state: State) -> dict[str, str]:
+        """What no other modifier of the recipe may do as well: by module name, such as ``"quantize"``.
+
+        Asked before :meth:`on_initialize`; nothing is changed here.
+        """
+        return {}
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def hook(

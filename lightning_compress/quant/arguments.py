@@ -1,5 +1,6 @@
 """The arguments that every quantizing modifier shares: what is quantized, and how."""
 
+import warnings
 from functools import cached_property
 from typing import Any
 
@@ -7,6 +8,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from pydantic import BaseModel, model_validator
 from torch import nn
 
+from lightning_compress.matching import select
 from lightning_compress.quant.schemes import assign, from_groups, from_presets
 
 __all__ = ["QuantizationArguments"]
@@ -56,6 +58,14 @@ class QuantizationArguments(BaseModel):
     def has_static_inputs(self) -> bool:
         """True when a scheme needs calibrated activation scales."""
         return any(s.input_activations is not None and not s.input_activations.dynamic for s in self.schemes)
+
+    def claims(self, state: Any) -> dict[str, str]:
+        """One quantizer for each module: :meth:`lightning_compress.core.Modifier.claims`."""
+        ignore = [self.ignore] if isinstance(self.ignore, str) else self.ignore
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                       # assign will say it again
+            names = {name for scheme in self.schemes for name in select(state.model, scheme.targets, ignore)}
+        return dict.fromkeys(sorted(names), "quantize")
 
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.schemes.assign`."""

@@ -130,9 +130,11 @@ class Finish:
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         with self._undisturbed(), ProgressReport(shown) as progress:
             with self._timed("load best"):
-                self.facts["best_checkpoint"] = alone(self._load_best, "loading the best checkpoint")
-                if self.facts["best_checkpoint"]:
+                path, saved = alone(self._load_best, "loading the best checkpoint")
+                self.facts["best_checkpoint"] = path
+                if path:
                     send_tensors(self.pl_module)
+                self.lifecycle.weights_loaded(saved)
             before = self._measure("metric before", progress)
             with self._timed("calibration"):
                 alone(lambda: self._calibrate(progress), "calibration")
@@ -195,17 +197,19 @@ class Finish:
 
     # -- best weights -------------------------------------------------------------------------------------------------
 
-    def _load_best(self) -> str | None:
-        """The path that was loaded; None when no ModelCheckpoint follows a metric."""
+    def _load_best(self) -> tuple[str | None, dict[str, Any]]:
+        """The path that was loaded and the modifiers' state of then; None when no ModelCheckpoint follows a metric."""
         monitored = [c for c in self._model_checkpoints() if c.monitor and c.best_model_path]
         if not self.plan.load_best or not monitored:
-            return None
+            return None, {}
         best = monitored[0]
-        weights = self._read_checkpoint(best.best_model_path)["state_dict"]
-        self.pl_module.load_state_dict(weights, strict=self.pl_module.strict_loading)
+        read = self._read_checkpoint(best.best_model_path)
+        self.pl_module.load_state_dict(read["state_dict"], strict=self.pl_module.strict_loading)
         score = "" if best.best_model_score is None else f", {float(best.best_model_score):.6g}"
         rank_zero_info(f"compressing the best weights by {best.monitor!r}{score}, from {best.best_model_path}")
-        return best.best_model_path
+        keys = {c.state_key for c in self.trainer.callbacks if getattr(c, "lifecycle", None) is self.lifecycle}
+        saved = [state["modifiers"] for key, state in read.get("callbacks", {}).items() if key in keys]
+        return best.best_model_path, saved[0] if saved else {}
 
     def _model_checkpoints(self) -> list[ModelCheckpoint]:
         return [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]

@@ -1,0 +1,273 @@
+r"""Quantization-aware training: the model learns with its weights (and activations) on the grid they are exported on.
+
+    forward     y = Q(x) Q(W)^T                 what the exported model computes, bit for bit
+    backward    straight through, clipped       "ste": Bengio et al. 2013, arXiv:1308.3432; scales follow the weights
+                with a gradient for the scale   "lsq": Esser et al. 2020, arXiv:1902.08153
+
+The optimizer moves the dense weights, and with "lsq" the scales; checkpoints hold the dense weights under their own
+names. The equations are in ops/fake_quant/reference.py.
+"""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_compress.core.events import Event, EventType
+from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.state import State
+from lightning_compress.distributed import all_reduce_
+from lightning_compress.matching import clean_name
+from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.facts import weight_error, weight_facts
+from lightning_compress.quant.matrix import as_matrix
+from lightning_compress.quant.parametrization import (
+    FakeQuantize,
+    fake_quantize_of,
+    finish,
+    parametrize_weight,
+    restore_dense,
+)
+from lightning_compress.quant.record import Quantized, attach, detach, quantized_modules, quantized_of
+from lightning_compress.quant.schemes import describe
+
+__all__ = ["QATModifier"]
+
+
+class QATModifier(QuantizationArguments, Modifier):
+    """Train through fake-quantization, and leave a quantized model behind.
+
+    On a model that was quantized before (by ``compress`` or ``load``) the scales of that are where it starts; targets
+    and scheme must be those of then.
+
+    Args:
+        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
+        ignore: The same, for what is left out.
+        scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        config_groups: Schemes in full, in place of ``scheme``.
+        gradient: ``lsq``: the optimizer trains the scales too. ``ste``: it does not, scales follow the weights.
+        scale_search: Scales at ``start``: from each group's extremes (``minmax``), or those with the least
+            sum |w - q|^2.4 (``mse``).
+        observe_until: When static activation scales, and scales that follow the weights, stop moving, in ``unit``; by
+            default at the end.
+        averaging_constant: Of static activation scales: the weight of the newest batch's extremes.
+        freeze_bn_at: When BatchNorm layers go over to their running statistics, in ``unit``; by default never.
+        start: When fake-quantization begins, in ``unit``; until then the model trains as it is.
+        end: From then on no scale moves, learned ones neither; fake-quantization stays on.
+
+    Raises:
+        ValueError: An argument has a value that it cannot have; targets cannot be quantized; the model is quantized in
+            another way already. The message names the modules.
+    """
+
+    start: float | None = 0.0
+    gradient: Literal["lsq", "ste"] = "lsq"
+    scale_search: Literal["minmax", "mse"] = "minmax"
+    observe_until: float | None = None
+    averaging_constant: float = Field(default=0.01, gt=0, le=1)
+    freeze_bn_at: float | None = None
+
+    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _norms: list[nn.Module] = PrivateAttr(default_factory=list)
+    _observing: bool = PrivateAttr(default=True)
+
+    @model_validator(mode="after")
+    def _moments_fit(self) -> "QATModifier":
+        if self.start is None:
+            raise ValueError("start=None: quantization-aware training needs a window; leave start out, or give start=0")
+        for name, value in (("observe_until", self.observe_until), ("freeze_bn_at", self.freeze_bn_at)):
+            if value is not None and value < self.start:
+                raise ValueError(f"{name}={value} lies before start={self.start} (unit: {self.unit})")
+        return self
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Parametrize the targets, before there are optimizers."""
+        assert state.model is not None
+        model = state.model
+        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        if self.freeze_bn_at is not None and not self._norms:
+            warnings.warn(f"freeze_bn_at={self.freeze_bn_at}, but the model has no BatchNorm layers", stacklevel=2)
+        records = _taken_off(model)
+        try:
+            schemes = self.assign(model)
+            _check_records(records, schemes)
+        except BaseException:
+            for module, taken in records.values():
+                attach(module, taken)
+            raise
+        named = {clean_name(name): module for name, module in model.named_modules()}
+        self._modules = {name: named[name] for name in schemes}
+        for name, scheme in schemes.items():
+            module = self._modules[name]
+            record = records[name][1] if name in records else None
+            parametrize_weight(module, scheme, self.gradient, self.scale_search, record, self.averaging_constant)
+        return True
+
+    # -- while training -----------------------------------------------------------------------------------------------
+
+    def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        for module in self._modules.values():
+            fake = _fake(module)
+            if not self.resumed:
+                fake.derive(_dense(module))
+            fake.active = True
+
+    def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        if event.type_ == EventType.BATCH_START:
+            if self.freeze_bn_at is not None and event.current_index >= self.freeze_bn_at:
+                for norm in self._norms:
+                    norm.eval()                                     # each batch: the Trainer calls model.train()
+            if self._observing and self.observe_until is not None and event.current_index >= self.observe_until:
+                self._stop_observing()
+        elif event.type_ == EventType.BATCH_END and self._observing:
+            self._take_batch()
+
+    def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._observing = False
+        for module in self._modules.values():
+            _fake(module).freeze(_dense(module))
+
+    def _take_batch(self) -> None:
+        """Fold the extremes of this batch, over all ranks, into the averages of static activations."""
+        inputs = [fake.input for module in self._modules.values() if (fake := _fake(module)).input is not None]
+        watching = [i for i in inputs if i is not None and i.observing]
+        if not watching:
+            return
+        extremes = _Extremes(torch.cat([i.batch_low for i in watching]), torch.cat([i.batch_high for i in watching]))
+        all_reduce_(extremes)
+        for i, low, high in zip(watching, extremes.low.split(1), extremes.high.split(1), strict=True):
+            i.take_batch(low, high)
+
+    def _stop_observing(self) -> None:
+        self._observing = False
+        for module in self._modules.values():
+            _fake(module).stop_observing(_dense(module))
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Weights onto their grids, for good, on every rank alike."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, module in self._modules.items():
+                fake = _fake(module)
+                if not fake.active:
+                    restore_dense(module)
+                    state.ledger.add(name, "qat", flag="never started; left as it was")
+                elif fake.input is not None and not fake.input.args.dynamic and not fake.input.batches:
+                    restore_dense(module)
+                    state.ledger.add(name, "qat", flag="never saw data; left as it was")
+                    warnings.warn(
+                        f"{self.name}: {name} never saw a training batch, so that its static activation scale is "
+                        f"unknown; left as it was (ignore it, or use dynamic activations)",
+                        stacklevel=2,
+                    )
+                else:
+                    W_RC = _dense_matrix(module).clone()
+                    quantized = finish(module)
+                    Q_RC = as_matrix(module)
+                    facts = weight_facts(W_RC, Q_RC, quantized)
+                    state.ledger.add(name, "qat", error=weight_error(W_RC, Q_RC), **facts)
+        self._modules, self._norms = {}, []
+        return True
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        scales = {name: _fake(module).state() for name, module in self._modules.items()}
+        own = {"observing": self._observing, "finished": self.finalized, "scales": scales}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._take(state)
+
+    def on_weights_loaded(self, state: dict[str, Any]) -> None:
+        """The best weights are back, and so are the scales that they were saved with."""
+        active = any(_fake(module).active for module in self._modules.values())
+        self._take(state)
+        if not active or state["started"]:
+            return
+        warnings.warn(
+            f"{self.name}: the best checkpoint was saved before start={self.start} (unit: {self.unit}), so that its "
+            f"weights were not trained for their grids and are rounded to nearest now; set load_best=False, or start "
+            f"earlier",
+            stacklevel=2,
+        )
+        for module in self._modules.values():
+            _fake(module).derive(_dense(module))
+            _fake(module).active = True
+
+    def _take(self, state: dict[str, Any]) -> None:
+        self._observing = state["observing"]
+        for name in self._modules.keys() & state["scales"].keys():
+            _fake(self._modules[name]).load_state(state["scales"][name])
+        for module in self._modules.values() if state["finished"] else ():
+            _fake(module).active = False                            # the weights lie on their grids, for good
+
+
+class _Extremes:
+    """Of one batch: lowest and highest input of each layer, [layers]."""
+
+    reduce = {"low": "min", "high": "max"}
+
+    def __init__(self, low: Tensor, high: Tensor):
+        self.low, self.high = low, high
+
+
+def _fake(module: nn.Module) -> FakeQuantize:
+    fake = fake_quantize_of(module)
+    assert fake is not None
+    return fake
+
+
+def _dense(module: nn.Module) -> Tensor:
+    """The weight that the optimizer moves, without gradient."""
+    dense: Tensor = module.get_parameter("parametrizations.weight.original")
+    return dense.detach()
+
+
+def _dense_matrix(module: nn.Module) -> Tensor:
+    dense = _dense(module)
+    return dense.t() if _fake(module).transposed else dense.flatten(1)
+
+
+def _taken_off(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
+    """The records of an earlier quantization, taken off their modules."""
+    taken = {}
+    for name, module in quantized_modules(model).items():
+        record = quantized_of(module)
+        assert record is not None
+        detach(module)
+        taken[clean_name(name)] = (module, record)
+    return taken
+
+
+def _check_records(
+    records: dict[str, tuple[nn.Module, Quantized]], schemes: dict[str, QuantizationScheme]
+) -> None:
+    """ValueError when the model was quantized in another way than it is to be trained."""
+    for name, (_, record) in records.items():
+        if name not in schemes:
+            raise ValueError(
+                f"{name!r} is quantized already ({describe(record.scheme)}), and training would take it off its grid; "
+                f"add it to targets, or start from the dense model"
+            )
+        before, now = record.scheme, schemes[name]
+        if _grids(before) != _grids(now):
+            raise ValueError(
+                f"{name!r} is quantized already as {describe(before)}, and this recipe wants {describe(now)}; give the "
+                f"scheme of then, or start from the dense model"
+            )
+
+
+def _grids(scheme: QuantizationScheme) -> list[tuple[Any, ...] | None]:
+    """What of a scheme says where values may lie, and not how that was found."""
+    return [
+        p and (p.num_bits, p.type, p.symmetric, p.dynamic, QuantizationStrategy(p.strategy), p.group_size)
+        for p in (scheme.weights, scheme.input_activations)
+    ]

@@ -1,0 +1,187 @@
+"""Quantize and dequantize in one go, with gradients: straight through, or with a learned scale (LSQ).
+
+The value is bit for bit what compressed-tensors computes from the stored scale (worked out in float32, in the dtype of
+W at the end); equations and gradients are in reference.py. Memory: W, its scale and zero point are kept for backward,
+nothing else.
+
+Shapes: R rows, C columns, G groups of C / G columns; scale and zero point [1], [R, 1] or [R, G].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_compress.ops.fake_quant.reference import HALF_STEP
+
+__all__ = ["HALF_STEP", "learned_step", "relative_step", "replace_value", "straight_through"]
+
+
+def straight_through(
+    W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool = False
+) -> Tensor:
+    """The quantized weight, [R, C]; its gradient goes to W unchanged, except where W is clamped: there it is 0.
+
+    Numbers that round to the last value of the grid are not clamped: half a step beyond it belongs to the range. So the
+    largest weight of a group whose scale is its extreme / 7.5 keeps its gradient.
+
+    Args:
+        W_RC: Any floating dtype.
+        scale: Positive; gets no gradient.
+        zero: Integers of any dtype, or None for 0.
+        low: Lowest code.
+        high: Highest code.
+        float8: Round to FP8 (e4m3) in place of integers.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    _check(W_RC, scale, zero)
+    return _StraightThrough.apply(W_RC, scale, zero, low, high, float8)
+
+
+def learned_step(
+    W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool = False
+) -> Tensor:
+    """The quantized weight, [R, C], with the gradients of LSQ for W and for the scale.
+
+    The scale's gradient is multiplied by 1 / sqrt(N high), N being the weights of one scale. Arguments and errors are
+    those of :func:`straight_through`.
+    """
+    _check(W_RC, scale, zero)
+    return _LearnedStep.apply(W_RC, scale, zero, low, high, float8)
+
+
+def relative_step(start: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale s = start * (1 + change), positive, in ``dtype``; ``change`` gets the gradient ds / start.
+
+    A scale is a hundred times smaller than 1, and Adam moves every parameter by the learning rate, whatever its size:
+    that is a share of the scale here. Under SGD, s moves exactly as if it were the parameter itself: the gradient is
+    divided by ``start``, not multiplied, and ds = start * dchange. Weight decay pulls s back to ``start``.
+
+    Args:
+        start: Positive, gets no gradient.
+        change: The parameter, in the shape of ``start``; 0 at first.
+        dtype: That of the weight, in which scales are stored.
+    """
+    return _RelativeStep.apply(start, change, dtype)
+
+
+def replace_value(x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
+    """``value``, whose gradient goes to x, where ``inside`` (None: everywhere) is True."""
+    return _ReplaceValue.apply(x, value, inside)
+
+
+class _StraightThrough(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool
+    ) -> Tensor:
+        ctx.save_for_backward(W_RC, scale, zero)
+        ctx.grid = (low, high, float8)
+        return _value(W_RC, scale, zero, low, high, float8)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_RC: Tensor) -> tuple[Tensor | None, ...]:
+        W_RC, scale, zero = ctx.saved_tensors
+        low, high, float8 = ctx.grid
+        v_RGg, _, _ = _scaled(W_RC, scale, zero)
+        half = HALF_STEP[float8]
+        inside = (v_RGg >= low - half) & (v_RGg <= high + half)
+        return gradient_RC * inside.view(W_RC.shape), None, None, None, None, None
+
+
+class _LearnedStep(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool
+    ) -> Tensor:
+        ctx.save_for_backward(W_RC, scale, zero)
+        ctx.grid = (low, high, float8)
+        return _value(W_RC, scale, zero, low, high, float8)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_RC: Tensor) -> tuple[Tensor | None, ...]:
+        W_RC, scale, zero = ctx.saved_tensors
+        low, high, float8 = ctx.grid
+        v_RGg, _, z_RG1 = _scaled(W_RC, scale, zero)
+        inside_RGg = (v_RGg > low) & (v_RGg < high)
+        gradient_RGg = gradient_RC.reshape(v_RGg.shape)
+        gradient_W = (gradient_RGg * inside_RGg).view(W_RC.shape) if ctx.needs_input_grad[0] else None
+        gradient_s = None
+        if ctx.needs_input_grad[1]:
+            c_RGg = v_RGg.clamp(low, high)
+            outside_RGg = c_RGg if z_RG1 is None else c_RGg - z_RG1
+            slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8) - v_RGg, outside_RGg)   # z falls out inside
+            summed_RG = (gradient_RGg * slope_RGg).sum(-1)
+            summed = summed_RG.sum().view(1) if scale.ndim == 1 else summed_RG
+            gradient_s = (summed / (W_RC.numel() // scale.numel() * high) ** 0.5).to(scale.dtype)
+        return gradient_W, gradient_s, None, None, None, None
+
+
+class _RelativeStep(Function):
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(start, change)
+        wide = torch.promote_types(start.dtype, torch.float32)
+        scale = start.to(wide) * (1 + change.to(wide))
+        return scale.abs().to(dtype).clamp_min(torch.finfo(dtype).tiny)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        start, change = ctx.saved_tensors
+        wide = gradient.to(torch.promote_types(start.dtype, torch.float32)) / start
+        return None, torch.where(change < -1, -wide, wide).to(change.dtype), None
+
+
+class _ReplaceValue(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inside)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return gradient if inside is None else gradient * inside, None, None
+
+
+def _value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool) -> Tensor:
+    v_RGg, s_RG1, z_RG1 = _scaled(W_RC, scale, zero)
+    q_RGg = _round(v_RGg.clamp_(low, high), float8)
+    q_RGg = q_RGg if z_RG1 is None else q_RGg - z_RG1
+    return (q_RGg * s_RG1).view(W_RC.shape).to(W_RC.dtype)
+
+
+def _scaled(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A new tensor v = W / s + z [R, G, g] (per tensor: G = 1), s and z [R or 1, G, 1], in float32 at least."""
+    wide = torch.promote_types(W_RC.dtype, torch.float32)
+    G = scale.shape[-1]
+    s_RG1 = scale.to(wide).view(-1, G, 1)
+    v_RGg = W_RC.to(wide).reshape(len(W_RC), G, -1) / s_RG1
+    if zero is None:
+        return v_RGg, s_RG1, None
+    z_RG1 = zero.to(wide).view(-1, G, 1)
+    return v_RGg.add_(z_RG1), s_RG1, z_RG1
+
+
+def _round(v: Tensor, float8: bool) -> Tensor:
+    return v.to(torch.float8_e4m3fn).to(v.dtype) if float8 else v.round()
+
+
+def _check(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    fits = W_RC.ndim == 2 and (
+        scale.shape == (1,) or (scale.ndim == 2 and len(scale) == len(W_RC) and W_RC.shape[1] % scale.shape[1] == 0)
+    )
+    if not fits or (zero is not None and zero.shape != scale.shape):
+        came = "" if zero is None else f" and zero point {tuple(zero.shape)}"
+        raise ValueError(
+            f"expected W [R, C] and a scale [1], [R, 1] or [R, G] with G a divisor of C, and a zero point of its "
+            f"shape; got W {tuple(W_RC.shape)}, scale {tuple(scale.shape)}{came}"
+        )

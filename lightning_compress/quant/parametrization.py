@@ -1,0 +1,365 @@
+"""Training through fake-quantization: the weight of a module, and its input, on their grids in every forward pass.
+
+The weight becomes a parametrization (torch.nn.utils.parametrize): the optimizer moves the dense weight, the layer sees
+its value on the grid. In a state dict the module looks as it did before: the dense weight under its own name, nothing
+else. Scales are therefore kept by whoever put this on (:meth:`FakeQuantize.state`, :meth:`FakeQuantize.load_state`).
+
+What the layer computes with is what :func:`finish` leaves behind, bit for bit: a weight on the grid and a
+:class:`~lightning_compress.quant.record.Quantized`.
+
+Shapes: R rows, C columns, G groups, as in quant/matrix.py.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_compress.ops.fake_quant import HALF_STEP, learned_step, relative_step, replace_value, straight_through
+from lightning_compress.quant.fake_quant import fake_quantize_input
+from lightning_compress.quant.matrix import as_matrix, is_transposed
+from lightning_compress.quant.record import Quantized, attach
+from lightning_compress.quant.rounding import find_scales
+from lightning_compress.quant.scales import integer_range
+
+__all__ = ["FakeQuantize", "FakeQuantizeInput", "fake_quantize_of", "finish", "parametrize_weight", "restore_dense"]
+
+Gradient = Literal["ste", "lsq"]
+INPUT_TENSORS = ("low", "high", "scale", "zero_point")
+
+
+class FakeQuantizeInput(nn.Module):
+    """The input of a layer: dynamic scales (one per token or tensor), or one static scale from a moving average.
+
+    A static scale follows the extremes of each training batch: forward passes note them, :meth:`take_batch` folds them
+    in once the batch is over. So a forward pass may be repeated (activation checkpointing) and changes nothing. Until
+    the first batch is folded in, inputs pass as they are.
+
+    Args:
+        args: The grid.
+        constant: Weight of the newest batch in the average.
+        like: A tensor whose device and dtype the scale gets.
+    """
+
+    low: Tensor
+    high: Tensor
+    batch_low: Tensor
+    batch_high: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, args: QuantizationArgs, constant: float, like: Tensor):
+        super().__init__()
+        self.args, self.constant = args, constant
+        self.observing = not args.dynamic
+        self.batches = 0
+        for name in ("low", "high", "batch_low", "batch_high"):
+            self.register_buffer(name, torch.zeros(1, device=like.device), persistent=False)
+        self.register_buffer("scale", torch.ones(1, device=like.device, dtype=like.dtype), persistent=False)
+        self.register_buffer("zero_point", torch.zeros(1, device=like.device, dtype=torch.int8), persistent=False)
+        self._forget_batch()
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.observing and module.training:
+            low, high = x.detach().float().aminmax()
+            self.batch_low.copy_(torch.minimum(self.batch_low, low))
+            self.batch_high.copy_(torch.maximum(self.batch_high, high))
+        if self.args.dynamic:                       # the range follows the input, nothing lies outside
+            return replace_value(x, fake_quantize_input(module, x.detach(), self.args, None, None), None)
+        if not self.batches:
+            return x
+        scale, zero = self.grid()
+        value = fake_quantize_input(module, x.detach(), self.args, scale, zero)
+        lowest, highest = integer_range(self.args)
+        half = HALF_STEP[self.args.type == "float"]
+        v = x.detach() / scale if zero is None else x.detach() / scale + zero
+        return replace_value(x, value, (v >= lowest - half) & (v <= highest + half))
+
+    def take_batch(self, low: Tensor, high: Tensor) -> None:
+        """Fold the extremes of a batch, [1] each, into the average; a batch without data counts for nothing."""
+        if self.observing and bool(low.isfinite() & high.isfinite()):
+            share = self.constant if self.batches else 1.0
+            self.low.lerp_(low, share)
+            self.high.lerp_(high, share)
+            self.batches += 1
+            dtype = self.scale.dtype
+            scale, zero = calculate_qparams(self.low.to(dtype), self.high.to(dtype), self.args)
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero)
+        self._forget_batch()
+
+    def take_record(self, record: Quantized) -> None:
+        """A static scale that is there already; it observes no more."""
+        assert record.input_scale is not None
+        self.scale.copy_(record.input_scale)
+        if record.input_zero_point is not None:
+            self.zero_point.copy_(record.input_zero_point)
+        self.batches, self.observing = 1, False
+
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """Scale [1] and zero point [1] (None: symmetric) of static activations, in the dtype that stores them."""
+        return self.scale.clone(), None if self.args.symmetric else self.zero_point.clone()
+
+    def _forget_batch(self) -> None:
+        self.batch_low.fill_(math.inf)
+        self.batch_high.fill_(-math.inf)
+
+
+class FakeQuantize(nn.Module):
+    """The parametrization of a weight.
+
+    Args:
+        module: The layer, its weight still dense.
+        scheme: Its grids.
+        gradient: ``ste``: scales get no gradient; ``lsq``: they are trained.
+        search: Where scales come from: ``minmax`` or ``mse``.
+        record: Take the scales from there instead.
+        constant: Of the moving average of static activations.
+
+    Attributes:
+        active: False: the weight and the input pass as they are.
+        observing: With ``ste`` and ``minmax``: scales are those of the weight as it is now, at every forward pass.
+        frozen: The scale does not move any more.
+        change: With ``lsq`` the parameter behind the scale, in its shape: scale = start (1 + change).
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        scheme: QuantizationScheme,
+        gradient: Gradient,
+        search: Literal["minmax", "mse"],
+        record: Quantized | None = None,
+        constant: float = 0.01,
+    ):
+        super().__init__()
+        assert scheme.weights is not None
+        W_RC = as_matrix(module)
+        self.scheme, self.args, self.search = scheme, scheme.weights, search
+        self.low, self.high = integer_range(scheme.weights)
+        self.transposed = is_transposed(module)
+        self.active, self.frozen = False, False
+        self.given = record is not None
+        self.observing = gradient == "ste" and not self.given
+        scale, zero = (record.scale, record.zero_point) if record is not None else find_scales(W_RC, self.args, search)
+        self.register_buffer("scale", scale.detach().clone(), persistent=False)
+        self.register_buffer("zero_point", None if zero is None else zero.detach().clone(), persistent=False)
+        self.change = nn.Parameter(torch.zeros_like(self.scale)) if gradient == "lsq" else None
+        inputs = scheme.input_activations
+        self.input = None if inputs is None else FakeQuantizeInput(inputs, constant, W_RC)
+        if record is not None and self.input is not None and record.input_scale is not None:
+            self.input.take_record(record)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.active:
+            # DDP waits for the gradient of every parameter, and gets zeros
+            unused = self.change if torch.is_grad_enabled() else None
+            return weight if unused is None else weight + 0 * unused.sum()
+        W_RC = weight.t() if self.transposed else weight.flatten(1)
+        float8 = self.args.type == "float"
+        if self.change is not None and not self.frozen:
+            scale = relative_step(self.scale.clone(), self.change, weight.dtype)     # DDP writes buffers in place
+            zero = None if self.zero_point is None else self.zero_point.clone()
+            Q_RC = learned_step(W_RC, scale, zero, self.low, self.high, float8)
+        else:
+            scale, zero = self.grid(W_RC)
+            Q_RC = straight_through(W_RC, scale, zero, self.low, self.high, float8)
+            if self.change is not None and torch.is_grad_enabled():
+                Q_RC = Q_RC + 0 * self.change.sum()
+        return Q_RC.t().contiguous() if self.transposed else Q_RC.view(weight.shape)
+
+    @torch.no_grad()
+    def grid(self, W_RC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point that the weight is on now, in the dtype that stores them."""
+        if self.change is not None and not self.frozen:
+            return relative_step(self.scale, self.change, W_RC.dtype), self.zero_point
+        if self.observing and self.search == "minmax" and not self.frozen:
+            return find_scales(W_RC.detach(), self.args, "minmax")
+        zero = None if self.zero_point is None else self.zero_point.clone()
+        return self.scale.to(W_RC.dtype, copy=True), zero
+
+    @torch.no_grad()
+    def derive(self, weight: Tensor) -> None:
+        """Scales anew from the weight; learned changes are forgotten. Scales of a record stay."""
+        if self.given or self.frozen:
+            return
+        scale, zero = find_scales(self._matrix(weight), self.args, self.search)
+        self._put(scale, zero)
+        if self.change is not None:
+            self.change.zero_()
+
+    @torch.no_grad()
+    def stop_observing(self, weight: Tensor) -> None:
+        """From now on scales of activations stay as they are, and so do those of the weight unless they are learned."""
+        if self.input is not None:
+            self.input.observing = False
+        if self.observing and not self.frozen:
+            self._put(*find_scales(self._matrix(weight), self.args, self.search))
+            self.observing = False
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> None:
+        """No scale moves any more, learned ones neither."""
+        self.stop_observing(weight)
+        self._put(*self.grid(self._matrix(weight)))
+        self.frozen = True
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values: all that the dense weight does not say."""
+        tensors = {"scale": self.scale, "zero_point": self.zero_point, "change": self.change}
+        flags = {"active": self.active, "observing": self.observing, "frozen": self.frozen, "given": self.given}
+        state: dict[str, Any] = {**flags, **_copies(tensors)}
+        if (inputs := self.input) is not None:
+            seen = {"batches": inputs.batches, "observing": inputs.observing}
+            tensors = {name: getattr(inputs, name) for name in INPUT_TENSORS}
+            state["input"] = {**seen, **_copies(tensors)}
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        self.active, self.observing = state["active"], state["observing"]
+        self.frozen, self.given = state["frozen"], state["given"]
+        self._put(state["scale"], state["zero_point"])
+        if self.change is not None and state["change"] is not None:
+            self.change.copy_(state["change"])
+        if self.input is not None and state.get("input") is not None:
+            self.input.batches, self.input.observing = state["input"]["batches"], state["input"]["observing"]
+            for name in INPUT_TENSORS:
+                getattr(self.input, name).copy_(state["input"][name])
+
+    def record(self, W_RC: Tensor) -> Quantized:
+        """What :func:`~lightning_compress.quant.record.attach` wants, for the weight as it is now."""
+        scale, zero = self.grid(W_RC)
+        static = self.input is not None and not self.input.args.dynamic
+        given = self.input.grid() if self.input is not None and static else (None, None)
+        return Quantized(self.scheme, scale.clone(), None if zero is None else zero.clone(), *given)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        return weight.t() if self.transposed else weight.flatten(1)
+
+    def _put(self, scale: Tensor, zero: Tensor | None) -> None:
+        self.scale.copy_(scale)
+        if self.zero_point is not None and zero is not None:
+            self.zero_point.copy_(zero)
+
+
+def parametrize_weight(
+    module: nn.Module,
+    scheme: QuantizationScheme,
+    gradient: Gradient,
+    search: Literal["minmax", "mse"],
+    record: Quantized | None = None,
+    constant: float = 0.01,
+) -> FakeQuantize:
+    """Put fake-quantization on a module, not active yet; the arguments are those of :class:`FakeQuantize`."""
+    fake = FakeQuantize(module, scheme, gradient, search, record, constant)
+    parametrize.register_parametrization(module, "weight", fake)
+    module.register_state_dict_post_hook(_dense_keys_out)
+    module.register_load_state_dict_pre_hook(_dense_keys_in)
+    module.register_load_state_dict_post_hook(_derive_scales)
+    if fake.input is not None:
+        module.register_forward_pre_hook(_quantize_input)
+    return fake
+
+
+def fake_quantize_of(module: nn.Module) -> FakeQuantize | None:
+    """The parametrization of a module's weight, or None."""
+    lists = getattr(module, "parametrizations", None)
+    if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
+        return None
+    first = next(lists["weight"].children(), None)
+    return first if isinstance(first, FakeQuantize) else None
+
+
+@torch.no_grad()
+def finish(module: nn.Module) -> Quantized:
+    """Take fake-quantization off: the weight stays on its grid, and the record says which."""
+    fake = fake_quantize_of(module)
+    assert fake is not None
+    quantized = fake.record(_original(module).t() if fake.transposed else _original(module).flatten(1))
+    _take_off(module, leave_parametrized=True)
+    attach(module, quantized)
+    return quantized
+
+
+@torch.no_grad()
+def restore_dense(module: nn.Module) -> None:
+    """Take fake-quantization off; the weight is the dense one again."""
+    _take_off(module, leave_parametrized=False)
+
+
+def _take_off(module: nn.Module, leave_parametrized: bool) -> None:
+    fake = fake_quantize_of(module)
+    assert fake is not None
+    if not leave_parametrized:
+        fake.active = False
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized)
+    for name in [name for name in module._parameters if name != "weight"]:
+        module._parameters[name] = module._parameters.pop(name)                 # the weight comes first, as before
+    # by identity, not by kept handles: those would not survive copy.deepcopy of the model
+    for hooks, function in (
+        (module._state_dict_hooks, _dense_keys_out),
+        (module._load_state_dict_pre_hooks, _dense_keys_in),
+        (module._load_state_dict_post_hooks, _derive_scales),
+        (module._forward_pre_hooks, _quantize_input),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
+            del hooks[key]
+
+
+def _original(module: nn.Module) -> Tensor:
+    original: Tensor = module.get_parameter(ORIGINAL)
+    return original.detach()
+
+
+ORIGINAL, PARTS = "parametrizations.weight.original", "parametrizations.weight.0."
+
+
+def _dense_keys_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Save the dense weight under its own name, and nothing else."""
+    if prefix + ORIGINAL in state_dict:
+        later = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
+        state_dict[prefix + "weight"] = state_dict.pop(prefix + ORIGINAL)
+        for key in later:                                                        # in the order of the dense module
+            state_dict[key] = state_dict.pop(key)
+    for key in [key for key in state_dict if key.startswith(prefix + PARTS)]:
+        del state_dict[key]
+    metadata = getattr(state_dict, "_metadata", {})
+    for key in [key for key in metadata if key.startswith(prefix + "parametrizations")]:
+        del metadata[key]
+
+
+def _dense_keys_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load a dense weight; the scales stay as they are."""
+    if prefix + "weight" in state_dict:
+        state_dict[prefix + ORIGINAL] = state_dict.pop(prefix + "weight")
+    fake = fake_quantize_of(module)
+    if fake is not None and fake.change is not None:
+        state_dict.setdefault(prefix + PARTS + "change", fake.change.detach())
+
+
+def _derive_scales(module: nn.Module, incompatible_keys: Any) -> None:
+    """Other weights, other scales; whoever has kept theirs puts them back afterwards."""
+    fake = fake_quantize_of(module)
+    if fake is not None:
+        fake.derive(_original(module))
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    fake = fake_quantize_of(module)
+    if fake is None or fake.input is None or not fake.active or not args or not args[0].numel():
+        return None
+    return (fake.input(module, args[0]), *args[1:])
+
+
+def _copies(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
