@@ -34,6 +34,7 @@ from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.maths.factor import Factor, energy, factorize
 from lightning_compress.maths.hessian import MomentPool, Shared
+from lightning_compress.maths.pruning import share_of_zeros
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
 from lightning_compress.quant.matrix import as_matrix, input_layout, inputs_as_rows, partitions, write_matrix
@@ -47,6 +48,7 @@ __all__ = ["GPTQModifier", "output_error", "round_columns"]
 
 SUB_BLOCK = 16
 MAX_DAMPENING = 1.0
+PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
 
 
 def round_columns(
@@ -57,6 +59,7 @@ def round_columns(
     factor: Factor,
     block: int = 128,
     dtype: torch.dtype | None = None,
+    keep_RC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GPTQ with fixed scales.
 
@@ -68,6 +71,7 @@ def round_columns(
         factor: Of the damped H.
         block: Columns after which errors reach all columns still to come.
         dtype: In which the result is stored: errors are measured against what will be stored.
+        keep_RC: False where the result is zero, and the columns still to come make up for it; bool, or None.
 
     Returns:
         Q [R, C], dequantized, and for each row the loss (w - q) H (w - q)^T with the damped H, [R].
@@ -79,6 +83,7 @@ def round_columns(
     groups = (factor.order_C // group_columns(args, C)).tolist()
     scales = [s.contiguous() for s in expand(scale, R).to(W_RC.dtype).unbind(1)]
     zeros = None if zero_point is None else [z.contiguous() for z in expand(zero_point, R).to(W_RC.dtype).unbind(1)]
+    gone = None if keep_RC is None else (~keep_RC).t().index_select(0, factor.order_C).unbind(0)
     nearest_ = _Nearest(args, None if dtype == W_RC.dtype else dtype)
     a_rows, q_rows, w_rows, d_rows = A_CR.unbind(0), Q_CR.unbind(0), W_CR.unbind(0), D_bR.unbind(0)
     for i1 in range(0, C, block):
@@ -91,6 +96,8 @@ def round_columns(
             for j in range(j1, j2):
                 group, a, q, d = groups[j], a_rows[j], q_rows[j], d_rows[j - i1]
                 nearest_(a, scales[group], None if zeros is None else zeros[group], q)
+                if gone is not None:
+                    q.masked_fill_(gone[j], 0)
                 torch.sub(w_rows[j], q, out=d)
                 A_sub.addr_(hand_on[j - j1], d)
             if j2 < i2:
@@ -158,6 +165,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
         share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
         observer: How static activation scales are found: ``minmax``, ``moving_average`` or ``mse``.
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
+        preserve_zeros: Weights that are zero stay zero, so that a pruned model stays pruned. None: in the modules of
+            which at least a third of the weights are.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -171,6 +180,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
     share_inputs: bool = True
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
+    preserve_zeros: bool | None = None
 
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
@@ -285,10 +295,12 @@ class GPTQModifier(QuantizationArguments, Modifier):
         zeros = [expand(zero, R) for (_, zero), R in zip(found, rows, strict=True) if zero is not None]
         zero_RG = torch.cat(zeros) if zeros else None
         W_RC = (torch.cat(dense) if len(dense) > 1 else dense[0]).float()
-        Q_RC, loss_R = self._columns(W_RC, scale_RG, zero_RG, args, factors, dense[0].dtype)
+        keeps = [self._keep(W) for W in dense]
+        keep_RC = torch.cat(keeps) if any(not keep.all() for keep in keeps) else None
+        Q_RC, loss_R = self._columns(W_RC, scale_RG, zero_RG, args, factors, dense[0].dtype, keep_RC)
         seconds, P = time.perf_counter() - start, len(factors)
-        pieces = zip(names, found, W_RC.split(rows), Q_RC.split(rows), loss_R.split(rows), strict=True)
-        for name, (scale, zero_point), W, Q, loss in pieces:
+        pieces = zip(names, found, keeps, W_RC.split(rows), Q_RC.split(rows), loss_R.split(rows), strict=True)
+        for name, (scale, zero_point), keep, W, Q, loss in pieces:
             parts = zip(W.chunk(P), Q.chunk(P), loss.chunk(P), factors, strict=True)
             sums = [output_error(*part) for part in parts]
             error, total = sum(e for e, _ in sums), sum(t for _, t in sums)
@@ -296,6 +308,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
                 "error": error / total if total > 0 else 0.0,
                 "tokens": tokens,
                 "seconds": seconds * len(W) / sum(rows),
+                "sparsity": None if keep.all() else share_of_zeros(Q),
             })
 
     def _factorize(self, shared: Shared, names: Sequence[str]) -> list[Factor] | None:
@@ -336,6 +349,11 @@ class GPTQModifier(QuantizationArguments, Modifier):
         zeros = [zero_point for _, zero_point in parts if zero_point is not None]
         return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
 
+    def _keep(self, W_RC: Tensor) -> Tensor:
+        """False where a weight is zero and shall stay zero."""
+        preserve = share_of_zeros(W_RC) >= PRUNED if self.preserve_zeros is None else self.preserve_zeros
+        return W_RC != 0 if preserve else torch.ones_like(W_RC, dtype=torch.bool)
+
     def _columns(
         self,
         W_RC: Tensor,
@@ -344,15 +362,18 @@ class GPTQModifier(QuantizationArguments, Modifier):
         args: QuantizationArgs,
         factors: Sequence[Factor],
         dtype: torch.dtype,
+        keep_RC: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """:func:`round_columns`, for each partition with its own factor."""
         if len(factors) == 1:
-            return round_columns(W_RC, scale_RG, zero_RG, args, factors[0], self.block_size, dtype)
+            return round_columns(W_RC, scale_RG, zero_RG, args, factors[0], self.block_size, dtype, keep_RC)
         P = len(factors)
-        zeros = [None] * P if zero_RG is None else zero_RG.chunk(P)
+        zeros, keeps = ([None] * P if whole is None else whole.chunk(P) for whole in (zero_RG, keep_RC))
         parts = [
-            round_columns(W, scale, zero_point, args, factor, self.block_size, dtype)
-            for W, scale, zero_point, factor in zip(W_RC.chunk(P), scale_RG.chunk(P), zeros, factors, strict=True)
+            round_columns(W, scale, zero_point, args, factor, self.block_size, dtype, keep)
+            for W, scale, zero_point, factor, keep in zip(
+                W_RC.chunk(P), scale_RG.chunk(P), zeros, factors, keeps, strict=True
+            )
         ]
         return torch.cat([Q for Q, _ in parts]), torch.cat([loss for _, loss in parts])
 
