@@ -343,7 +343,7 @@ def _logits(output: Any) -> Tensor:
 def _attentions(output: Any) -> tuple[Tensor, ...]:
     maps = getattr(output, "attentions", None)
     if not maps or maps[0] is None:
-        raise ValueError("attention_weight > 0, but the model returns no attention maps; use attn_implementation='eager'")
+        raise ValueError("attention_weight > 0, but the model gives no attention maps; use attn_implementation='eager'")
     return tuple(maps)
 
 
