@@ -1,12 +1,13 @@
 """Streams of tokens, cut into blocks of one length and handed out as batches: the part that the demo's data share."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Literal
 
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 Part = Literal["train", "val", "test", "calibration"]
 PARTS: tuple[Part, ...] = ("train", "val", "test", "calibration")
@@ -28,6 +29,23 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.blocks[index].long()}
+
+
+class Draws(Sampler[int]):
+    """``count`` of ``size`` indices, drawn anew each epoch, the same on every rank.
+
+    Under DDP Lightning replaces a RandomSampler by one over the whole data set, and wraps any other sampler.
+    """
+
+    def __init__(self, size: int, count: int, seed: int = 0) -> None:
+        self.size, self.count = size, count
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self.size, generator=self.generator)[: self.count].tolist()
 
 
 class TokenBlocks(lightning.LightningDataModule):
@@ -83,7 +101,7 @@ class TokenBlocks(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         blocks = self.parts["train"]
-        sampler = RandomSampler(blocks, num_samples=min(len(blocks), self.wanted["train"]))
+        sampler = Draws(len(blocks), min(len(blocks), self.wanted["train"]))
         return DataLoader(blocks, self.batch_size, sampler=sampler, drop_last=len(blocks) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -286,7 +286,7 @@ class CompressionCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done:
-            rank_zero_info("no training took place; compressing the model as it is")
+            rank_zero_info("nothing was left to train; compressing the model as it is")
             pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
             self._finish(trainer, pl_module, trained=False)
             pl_module.cpu()

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import SequentialSampler
 
 from examples.causal_lm import lr_share
 from examples.data_stdlib import StdlibBytes, part_of
 from examples.data_text import cut, text_files
-from examples.token_blocks import Blocks, spread
+from examples.token_blocks import Blocks, Draws, spread
 
 SIZES = {"block_length": 16, "batch_size": 4, "train_blocks": 8, "val_blocks": 8, "test_blocks": 8}
 
@@ -44,7 +44,7 @@ def test_only_training_shuffles_and_each_part_has_its_size(library: Path) -> Non
     data = StdlibBytes(**SIZES, calibration_blocks=4, folder=str(library))
     data.setup("fit")
     loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.calibration_dataloader()]
-    assert [type(loader.sampler) for loader in loaders] == [RandomSampler, *[SequentialSampler] * 3]
+    assert [type(loader.sampler) for loader in loaders] == [Draws, *[SequentialSampler] * 3]
     assert [sum(len(b["input_ids"]) for b in loader) for loader in loaders] == [8, 8, 8, 4]
     first = next(iter(data.val_dataloader()))["input_ids"]
     assert first.dtype == torch.int64
@@ -104,3 +104,11 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
     assert shares[4] == shares[5] == 1.0
     assert all(a >= b for a, b in pairwise(shares[5:]))
     assert shares[100] == pytest.approx(0.1)
+
+
+def test_draws_differ_between_epochs_and_not_between_ranks() -> None:
+    """Each rank makes its own sampler, and Lightning hands every rank its share of what the sampler draws."""
+    ranks = [Draws(100, 40), Draws(100, 40)]
+    first, second = ([list(draws) for draws in ranks] for _ in range(2))
+    assert first[0] == first[1] != second[0] == second[1]
+    assert len(set(first[0])) == 40 == len(ranks[0])
