@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from lightning_compress.calibration.activations import HIDDEN, Call, argument, find_nonfinite, first_bad_module, take
+from lightning_compress.calibration.activations import (
+    HIDDEN,
+    Call,
+    argument,
+    find_nonfinite,
+    first_bad_module,
+    take,
+    tensors_of,
+)
 from lightning_compress.calibration.blocks import modules_outside
 
 __all__ = ["NonFiniteError", "Probe", "ProbedBlock", "nonfinite_error", "run_probe"]
@@ -178,12 +186,12 @@ class _Recorder:
             hidden_at = _first_argument(args, kwargs)
         self.probe.blocks.append(ProbedBlock(name, Call.without_hidden(args, kwargs, hidden_at), hidden_at, linked))
         self._input_kind = _kind(argument(args, kwargs, hidden_at))
-        self._versions = [_version(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._versions = [_version(t) for t in tensors_of((args, kwargs))]
 
     def _after_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if kind := find_nonfinite(_hidden_part(output), self.mask):
             raise NonFiniteError(kind, f"the output of block {name!r}", 0)
-        versions = [_version(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        versions = [_version(t) for t in tensors_of((args, kwargs))]
         self.probe.blocks[-1].writes = versions != self._versions
         self._output = output
         self._output_versions = {id(t): _version(t) for _, t in _items(output)}

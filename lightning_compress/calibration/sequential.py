@@ -1,6 +1,7 @@
 """The walk: calibration data through a model, block by block, each compressed before the next sees its outputs.
 
     CALIBRATION_START                      hooks go on
+    survey                                 for modifiers that ask for it: all batches through the dense model
     probe                                  the first batch once through the dense model: the order of things
     for each segment of linked blocks:
         modules before it                  BLOCK_END, with no block
@@ -26,6 +27,7 @@ from torch import nn
 from lightning_compress.calibration.activations import BatchRunner, check_weights
 from lightning_compress.calibration.blocks import find_blocks
 from lightning_compress.calibration.modes import calibration_mode
+from lightning_compress.calibration.survey import survey
 from lightning_compress.calibration.walker import WALKS, Walk, Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 
@@ -80,6 +82,8 @@ def calibrate(
         with calibration_mode(model):
             check_weights(model)
             lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_START))
+            if taken:
+                survey(lifecycle, state, clock, taken, runner, found, walker.device, progress)
             if walker.batches and any(m.hooked for m in _calibrating(lifecycle.modifiers)):
                 walker.walk_with_data(found)
             else:

@@ -128,8 +128,9 @@ class Stages:
             self.report(f"{group.title}: {at[0]}")
             self.tell(EventType.MODULE_READY, group, stage, {hooked[module]: module})
 
-        # a modifier of weights alone (rounding) has nothing to wait for, and the batches shall meet what it leaves
-        unhooked = {n: m for n, m in group.modules.items() if m not in hooked and any(True for _ in m.parameters(False))}
+        # a modifier of weights alone (rounding) has nothing to wait for, and the batches shall meet what it left
+        weighty = {n: m for n, m in group.modules.items() if any(True for _ in m.parameters(recurse=False))}
+        unhooked = {n: m for n, m in weighty.items() if m not in hooked}
         if unhooked:
             self.tell(EventType.MODULE_READY, group, stage, unhooked)
         with self._only(stage), self._finite_inputs(hooked):

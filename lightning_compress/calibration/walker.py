@@ -17,12 +17,13 @@ from lightning_compress.calibration.activations import (
     find_nonfinite,
     first_bad_module,
     put,
+    small_sample,
     take,
     token_mask,
     tree_move,
 )
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
-from lightning_compress.calibration.capture import capture, run_to_stop, stopped_before, stubbed
+from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
 from lightning_compress.calibration.placement import on_device, streamed
 from lightning_compress.calibration.plan import Plan, make_plan, whole
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
@@ -114,9 +115,8 @@ class Walker:
         targets = {m: names[m] for modifier in calibrating for m in modifier.hooked if m in names}
         self._report("probe: the first batch through the dense model")
         masks = [tree_move(token_mask(batch), self.device or device_of(self.model)) for batch in self.batches]
-        run = partial(self.runner, self.batches[0])
         with self.lifecycle.paused(), streamed(blocks, self.device):
-            probe = run_probe(self.model, run, blocks, targets, masks[0])
+            probe, run = self._probe(blocks, targets, masks[0])
             for module in warn_of_targets(self.model, probe, targets):
                 del targets[module]                       # nothing will ever reach them
             self.plan = make_plan(self.model, run, blocks, probe, targets) if blocks else whole(self.model)
@@ -129,6 +129,22 @@ class Walker:
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
         self.stages = Stages(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self._report)
         self.total = len(self.plan.blocks) + 1
+
+    def _probe(
+        self, blocks: Mapping[str, nn.Module], targets: Mapping[nn.Module, str], mask: Tensor | None
+    ) -> tuple[Probe, Callable[[], Any]]:
+        """Probe with a small sample if that reaches every target, else with the whole first batch."""
+        batch, never = self.batches[0], unreachable(self.model)
+        if (sample := small_sample(batch)) is not None:
+            run = partial(self.runner, sample)
+            try:
+                probe = run_probe(self.model, run, blocks, targets, token_mask(sample))
+                if all(module in probe.counts or module in never for module in targets):
+                    return probe, run
+            except Exception as error:                    # made for whole batches, or at fault: then those will tell
+                logger.info("a small sample alone cannot be run: %s: %s", type(error).__name__, error)
+        run = partial(self.runner, batch)
+        return run_probe(self.model, run, blocks, targets, mask), run
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -143,6 +159,11 @@ class Walker:
                 try:
                     hidden, calls = capture(partial(self._run, i), segment, self.plan.blocks)
                 except Exception as error:
+                    if len(segment) == 1 and isinstance(error, BrokenLinkError):
+                        raise ValueError(
+                            f"calibration batch {i} does not go through the model as the first one did: {error}; "
+                            f"use walk='whole'"
+                        ) from error
                     if len(segment) == 1:                 # no stub is to blame
                         raise
                     ends = segment[0].name, segment[-1].name
@@ -228,9 +249,8 @@ def outside_group(modules: Mapping[str, nn.Module]) -> Group:
 def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, str]) -> list[nn.Module]:
     """Name the targets that the first batch does not reach; those that no batch can reach are returned."""
     unseen = {module: name for module, name in targets.items() if module not in probe.counts}
-    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    unreachable = [module for module in unseen if any(module is a.out_proj for a in attentions)]
-    if bypassed := [unseen[module] for module in unreachable]:
+    never = unreachable(model) & unseen.keys()
+    if bypassed := [name for module, name in unseen.items() if module in never]:
         warnings.warn(
             f"{bypassed}: nn.MultiheadAttention uses the weight of its out_proj without calling it, so no data is seen "
             f"there; add them to ignore, or replace the attention by one that calls its Linears",
@@ -242,4 +262,9 @@ def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, 
             f"calibration; check that forward runs them, or add them to ignore",
             stacklevel=2,
         )
-    return unreachable
+    return list(never)
+
+
+def unreachable(model: nn.Module) -> set[nn.Module]:
+    """Modules whose weight is used by another one that never calls them."""
+    return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}

@@ -12,7 +12,9 @@ from lightning_compress.calibration.activations import (
     find_nonfinite,
     is_finite,
     put,
+    small_sample,
     take,
+    tensors_of,
     token_mask,
 )
 
@@ -154,3 +156,34 @@ def test_padding_is_not_looked_at():
     assert find_nonfinite([x[0]], mask) is None
     assert find_nonfinite([x.flatten()], mask) == "NaN"                    # no tokens to tell apart
     assert find_nonfinite({"a": (torch.tensor(torch.inf),)}, None) == "Inf"
+
+
+# -- a small sample ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "shapes"),
+    [
+        (torch.ones(4, 3, 8, 8), [(1, 3, 8, 8)]),
+        ((torch.ones(4, 100), torch.ones(4)), [(1, 100), (1,)]),
+        ({"input_ids": torch.ones(4, 100).long(), "attention_mask": torch.ones(4, 100).bool()}, [(1, 32), (1, 32)]),
+        (UserDict({"input_ids": torch.ones(1, 100).long()}), [(1, 32)]),
+        ({"input_ids": torch.ones(4, 100).long(), "target": torch.ones(4, 100)}, [(1, 100), (1, 100)]),
+    ],
+)
+def test_a_small_sample_is_one_row_and_of_ids_a_few(batch, shapes):
+    assert [tuple(t.shape) for t in tensors_of(small_sample(batch))] == shapes
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.ones(4, 3), torch.ones(2, 7)),               # nodes and edges of a graph, say
+        (torch.ones(4, 3), torch.tensor(2)),
+        torch.ones(1, 3),                                   # small enough
+        {"input_ids": torch.ones(1, 8).long()},
+        "text",
+    ],
+)
+def test_no_sample_is_cut_where_it_is_not_clear_how(batch):
+    assert small_sample(batch) is None

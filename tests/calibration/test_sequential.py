@@ -463,3 +463,48 @@ def explode_after(calls):
         return x @ weight
 
     return explode
+
+
+# -- the probe takes a small sample -----------------------------------------------------------------------------------
+
+
+def test_what_a_small_sample_does_not_reach_is_looked_for_in_the_whole_batch():
+    class Routed(Layered):
+        def forward(self, x):
+            x = self.embed(x)
+            for layer in self.layers[: 1 + len(x)]:            # the third one runs for two rows only
+                x = layer(x, torch.ones_like(x))
+            return self.head(x)
+
+    watcher = LockstepWatcher()
+    calibrate(*started(watcher, model=seeded(Routed)), make_batches(2, 2, 5, C))
+    assert len(watcher.inputs["layers.2.q"]) == 2
+
+
+def test_a_model_that_wants_whole_batches_gets_them():
+    class Pairs(Layered):
+        def forward(self, x):
+            left, right = x.chunk(2)
+            return super().forward(left) * super().forward(right)
+
+    watcher = Watcher()
+    with pytest.warns(UserWarning, match=r"'layers.0' runs 2 times"):
+        calibrate(*started(watcher, model=seeded(Pairs)), make_batches(2, 2, 5, C))
+    assert len(watcher.inputs["layers.2.q"]) == 4
+
+
+def test_batches_that_call_blocks_differently_are_told():
+    class Shallow(Layered):
+        def forward(self, x):
+            x = self.embed(x)
+            for layer in self.layers[: 4 - len(x)]:            # the last one does not run for two rows
+                x = layer(x, torch.ones_like(x))
+            return self.head(x)
+
+    batches = [*make_batches(1, 1, 5, C), *make_batches(1, 2, 5, C)]
+    told = r"calibration batch 1 does not go .* as the first one did: block 'layers.2' was not called; use walk='whole'"
+    with pytest.raises(ValueError, match=told):
+        calibrate(*started(Watcher(), model=seeded(Shallow)), batches)
+    watcher = Watcher()
+    calibrate(*started(watcher, model=seeded(Shallow)), batches, walk="whole")
+    assert len(watcher.inputs["layers.2.q"]) == 1
