@@ -1,0 +1,250 @@
+"""QAT in a real Trainer.fit: the export, the checkpoints, stopping and going on, and the strategies."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_compress import CompressionCallback, MagnitudePruningModifier, QATModifier, load
+from lightning_compress.quant.record import quantized_modules
+from tests.training_runs import Regression, Sums, quiet
+
+STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 4}
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+
+
+def qat(inputs=None, **options):
+    group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": inputs}
+    return QATModifier(config_groups={"g": group}, **options)
+
+
+def module(optimizer=torch.optim.Adam):
+    torch.manual_seed(0)
+    return Regression(optimizer)
+
+
+class ByStep(Regression):
+    """Its batches depend on the step alone: where a loader goes on is not this package's business."""
+
+    def training_step(self, batch, batch_idx):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(self.global_step))
+        return self.error((x, x.sum(1, keepdim=True)))
+
+
+class Cut(Callback):
+    """What a power cut does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise KeyError("power cut")
+
+
+class LastOutputs(Callback):
+    """What the model says in evaluation mode after the last step, before anything is taken off."""
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.eval()
+        with torch.no_grad():
+            self.outputs = pl_module(X)
+        pl_module.train()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "ste"}, {"inputs": STATIC, "averaging_constant": 0.5}], ids=str)
+def test_the_export_computes_what_was_trained(tmp_path, options):
+    last, model = LastOutputs(), module()
+    quiet(tmp_path, last, CompressionCallback(qat(**options))).fit(model, Sums())
+    loaded = load(tmp_path / "compressed", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)))
+    with torch.no_grad():
+        assert torch.equal(loaded(X), last.outputs)
+        assert torch.equal(model(X), last.outputs)
+    assert list(quantized_modules(loaded)) == ["0", "2"]
+
+
+def test_checkpoints_load_without_this_package(tmp_path):
+    keeping = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    quiet(tmp_path, CompressionCallback(qat()), keeping).fit(module(), Sums())
+    for name in ("last", "compressed"):
+        state = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"]
+        assert list(state) == list(module().state_dict())
+    plain = Regression.load_from_checkpoint(tmp_path / "compressed.ckpt")
+    run = f"""
+import sys, torch
+sys.modules["lightning_compress"] = None
+from torch import nn
+model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+state = torch.load({str(tmp_path / "compressed.ckpt")!r}, weights_only=True)["state_dict"]
+model.load_state_dict({{k.removeprefix("model."): v for k, v in state.items()}})
+print(model(torch.ones(1, 8)).item())
+"""
+    printed = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True).stdout
+    with torch.no_grad():
+        assert float(printed) == pytest.approx(plain.cpu()(torch.ones(1, 8)).item(), rel=1e-6)
+
+
+def test_the_best_checkpoint_is_the_compressed_one(tmp_path):
+    keeping = ModelCheckpoint(tmp_path / "kept", monitor="val/mse")
+    model = module()
+    trainer = quiet(tmp_path, CompressionCallback(qat()), keeping, max_epochs=2)
+    trainer.fit(model, Sums())
+    compressed = model(X)
+    trainer.test(model, Sums(), ckpt_path="best", verbose=False)
+    assert torch.equal(model(X), compressed)
+
+
+def test_the_best_weights_come_with_their_scales(tmp_path):
+    """The first epoch is the best: what is exported is the model of then, scales included."""
+
+    class Worse(Regression):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/mse", float(self.trainer.current_epoch))
+
+    class After(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0 and not trainer.sanity_checking:
+                with torch.no_grad():
+                    self.outputs = pl_module(X)
+
+    torch.manual_seed(0)
+    model, after = Worse(torch.optim.Adam), After()
+    keeping = ModelCheckpoint(tmp_path / "kept", monitor="val/mse")
+    quiet(tmp_path, CompressionCallback(qat()), keeping, after, max_epochs=3).fit(model, Sums())
+    with torch.no_grad():
+        assert torch.equal(model(X), after.outputs)
+
+
+def test_best_weights_from_before_the_start_are_rounded_with_a_warning(tmp_path):
+    class Worse(Regression):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/mse", float(self.trainer.current_epoch))
+
+    keeping = ModelCheckpoint(tmp_path / "kept", monitor="val/mse")
+    model = Worse(torch.optim.Adam)
+    with pytest.warns(UserWarning, match="the best checkpoint was saved before start=6.0.*set load_best=False"):
+        quiet(tmp_path, CompressionCallback(qat(start=6)), keeping, max_epochs=3).fit(model, Sums())
+    assert list(quantized_modules(model)) == ["model.0", "model.2"]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6])
+@pytest.mark.parametrize(
+    "options", [{"inputs": STATIC, "observe_until": 5}, {"start": 5, "end": 7}, {"gradient": "ste"}], ids=str
+)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop, options):
+    def recipe():
+        return [MagnitudePruningModifier(start=1, end=6, final_sparsity=0.5), qat(**options)]
+
+    def model(seed=0):
+        torch.manual_seed(seed)
+        return ByStep(torch.optim.Adam)
+
+    data = Sums()
+    quiet(tmp_path / "whole", CompressionCallback(recipe()), max_epochs=2).fit(model(), data)
+    keeping = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    with pytest.raises(KeyError, match="power cut"):
+        quiet(tmp_path, CompressionCallback(recipe()), keeping, Cut(stop + 1), max_epochs=2).fit(model(), data)
+    again = CompressionCallback(recipe())
+    trainer = quiet(tmp_path / "resumed", again, max_epochs=2)
+    trainer.fit(model(seed=99), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.clock.global_step == 8
+    whole, resumed = (load_file(tmp_path / n / "compressed" / "model.safetensors") for n in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+    first = module()
+    quiet(tmp_path, CompressionCallback(qat())).fit(first, Sums())
+    before = (tmp_path / "compressed" / "model.safetensors").stat().st_mtime_ns
+    again = Regression(torch.optim.Adam)
+    quiet(tmp_path, CompressionCallback(qat())).fit(again, Sums(), ckpt_path=tmp_path / "compressed.ckpt")
+    assert (tmp_path / "compressed" / "model.safetensors").stat().st_mtime_ns == before
+    assert torch.equal(again(X), first(X))
+    assert list(again.state_dict()) == list(first.state_dict())
+
+
+def test_a_run_that_was_cut_short_is_tested_with_its_own_scales(tmp_path):
+    class Third(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 3:
+                with torch.no_grad():
+                    self.outputs = pl_module(X)
+
+    third, model = Third(), module()
+    keeping = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    trainer = quiet(tmp_path, CompressionCallback(qat()), third, keeping, Cut(4), max_epochs=2)
+    with pytest.raises(KeyError, match="power cut"):
+        trainer.fit(model, Sums())
+    trainer.test(model, Sums(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert torch.equal(model(X), third.outputs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"}], ids=str
+)
+def test_other_ways_to_train(tmp_path, options):
+    last, model = LastOutputs(), module()
+    callback = CompressionCallback(qat(), evaluate=False)
+    kept = [] if options.get("precision") == "bf16-true" else [last]
+    quiet(tmp_path, *kept, callback, **options).fit(model, Sums())
+    assert list(quantized_modules(model)) == ["model.0", "model.2"]
+    if kept and "precision" not in options:
+        assert torch.equal(model(X), last.outputs)
+
+
+def test_a_compiled_model(tmp_path):
+    model = module()
+    model.model = torch.compile(model.model, backend="eager")
+    last = LastOutputs()
+    quiet(tmp_path, last, CompressionCallback(qat(), evaluate=False)).fit(model, Sums())
+    loaded = load(tmp_path / "compressed", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(X), last.outputs, rtol=1e-6, atol=1e-6)
+
+
+def test_weight_averaging_is_refused(tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    with pytest.raises(ValueError, match="pairs tensors by position"):
+        quiet(tmp_path, EMAWeightAveraging(), CompressionCallback(qat())).fit(module(), Sums())
+
+
+RANKS = """
+import sys, torch
+from pathlib import Path
+from lightning_compress import CompressionCallback
+from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning.pytorch.strategies import DDPStrategy
+from tests.test_qat_training import STATIC, X, module, qat
+from tests.training_runs import Sums, quiet
+
+folder = Path(sys.argv[1])
+model, data = module(), Sums(batches=8)
+callback = CompressionCallback(qat(inputs=STATIC, start=2, averaging_constant=0.5))
+trainer = quiet(folder, callback, strategy=DDPStrategy(process_group_backend="gloo"), devices=2, max_epochs=2)
+trainer.fit(model, data)
+made = quantized_modules(model).items()
+said = {n: (quantized_of(m).scale, quantized_of(m).input_scale, m.weight.data) for n, m in made}
+torch.save(said, folder / f"rank{trainer.global_rank}.pt")
+"""
+
+
+def test_two_ranks_end_with_equal_scales(tmp_path):
+    (tmp_path / "run.py").write_text(RANKS)
+    root = Path(__file__).parents[1]
+    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    run = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    done = subprocess.run(run, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2))
+    assert list(first) == ["model.0", "model.2"]
+    for name in first:
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
