@@ -13,6 +13,7 @@ One run, every event in its place::
         OPTIM_POST_STEP                 # only when it did: not while gradients accumulate, not when AMP skipped
         BATCH_END
     CALIBRATION_START                   # hooks go on
+    BLOCK_SURVEYED                      # per block, for modifiers that survey: all batches went through the dense model
     for block in model's blocks:
         every batch through the block
             MODULE_READY                # one-pass walk only: these modules have seen all their inputs
@@ -44,6 +45,7 @@ class EventType(StrEnum):
     OPTIM_POST_STEP = "optim_post_step"
     BATCH_END = "batch_end"
     CALIBRATION_START = "calibration_start"
+    BLOCK_SURVEYED = "block_surveyed"
     MODULE_READY = "module_ready"
     BLOCK_END = "block_end"
     CALIBRATION_END = "calibration_end"

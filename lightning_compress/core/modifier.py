@@ -26,6 +26,7 @@ HookKind = Literal["forward_pre", "forward"]
 
 _CALIBRATION = {
     EventType.CALIBRATION_START: "on_calibration_start",
+    EventType.BLOCK_SURVEYED: "on_block_surveyed",
     EventType.MODULE_READY: "on_module_ready",
     EventType.BLOCK_END: "on_block_end",
     EventType.CALIBRATION_END: "on_calibration_end",
@@ -123,6 +124,11 @@ class Modifier(ModifierInterface, BaseModel):
     @property
     def needs_data(self) -> bool:
         """True when it cannot work without calibration batches (a question of its arguments)."""
+        return False
+
+    @property
+    def surveys(self) -> bool:
+        """True when it must see all inputs of the dense model before anything is compressed (one more forward pass)."""
         return False
 
     @property
@@ -274,6 +280,9 @@ class Modifier(ModifierInterface, BaseModel):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the targets (:meth:`hook`)."""
+
+    def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
+        """With :attr:`surveys`: the dense ``state.modules`` have seen all inputs; put on the hooks for the walk."""
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
         """One-pass walk: ``state.modules`` have seen all their inputs; finish them now."""

@@ -22,10 +22,11 @@ class State:
         loss: At LOSS_CALCULATED the scalar loss, already divided by the accumulated batches. It cannot be replaced;
             ``loss.add_(x)`` reaches backward.
         batch_data: The batch of this step, as the loader gave it.
-        block: At BLOCK_END and MODULE_READY the block that is calibrated; None for modules outside of all blocks.
+        block: At BLOCK_SURVEYED, BLOCK_END and MODULE_READY the block that is calibrated; None for modules outside of
+            all blocks.
         block_name: Its dotted name inside ``model``; empty outside of all blocks.
-        modules: At BLOCK_END every module of the block, at MODULE_READY those whose inputs are complete, by their
-            dotted name inside ``model``.
+        modules: At BLOCK_SURVEYED and BLOCK_END every module of the block, at MODULE_READY those whose inputs are
+            complete, by their dotted name inside ``model``.
         ledger: Where facts on modules go.
         distributed: True when several ranks calibrate together.
     """

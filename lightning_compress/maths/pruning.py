@@ -1,6 +1,7 @@
 """The arguments that modifiers share which prune on calibration data: what is pruned, how much, in which structure."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ class PruningArguments(BaseModel):
         sparsity: Share of weights that become zero, in [0, 1), or a mapping of targets to shares, the best match
             counting. None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
         mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
+        sparsity_profile: ``owl``: blocks with many outliers keep more weights; the share of all targets together stays
+            ``sparsity``. It takes one more pass over the data. None: all alike.
+        owl_m: Of ``owl``: an outlier is so many times the mean of its block.
+        owl_lmbda: Of ``owl``: blocks differ by at most twice this share.
         refit_iterations: Of conjugate gradients for the weights that are kept; 0: none.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
         share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
@@ -31,6 +36,9 @@ class PruningArguments(BaseModel):
     ignore: str | list[str] = []
     sparsity: float | dict[str, float] | None = None
     mask_structure: str = "unstructured"
+    sparsity_profile: Literal["owl"] | None = None
+    owl_m: float = Field(default=5.0, gt=0)
+    owl_lmbda: float = Field(default=0.08, ge=0)
     refit_iterations: int = Field(default=10, ge=0)
     dampening_frac: float = Field(default=0.01, ge=0)
     share_inputs: bool = True
@@ -49,6 +57,24 @@ class PruningArguments(BaseModel):
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"sparsity={value} must lie in [0, 1): the share of weights that become zero")
             check_structure(self.mask_structure, value)
+        return self
+
+    @model_validator(mode="after")
+    def _profile_is_possible(self) -> "PruningArguments":
+        if self.sparsity_profile is None:
+            if given := self.model_fields_set & {"owl_m", "owl_lmbda"}:
+                raise ValueError(f"{', '.join(sorted(given))} without sparsity_profile='owl' would do nothing")
+            return self
+        if self.pattern is not None or isinstance(self.sparsity, dict):
+            came = f"mask_structure={self.mask_structure!r}" if self.pattern is not None else "sparsity as a mapping"
+            raise ValueError(f"sparsity_profile='owl' finds a sparsity for each block; {came} gives it already")
+        mean = self.mean_sparsity
+        if not 0 <= mean - 2 * self.owl_lmbda <= mean + 2 * self.owl_lmbda < 1:
+            raise ValueError(
+                f"with owl_lmbda={self.owl_lmbda:g} blocks may have sparsities from {mean - 2 * self.owl_lmbda:g} to "
+                f"{mean + 2 * self.owl_lmbda:g}, outside of [0, 1); give at most "
+                f"{max(0.0, min(mean, 0.99 - mean)) / 2:.3g}"
+            )
         return self
 
     @property
@@ -85,6 +111,12 @@ class PruningArguments(BaseModel):
             return (m - n) / m
         if isinstance(self.sparsity, dict):
             return max((match_rank(name, module, target), share) for target, share in self.sparsity.items())[1]
+        return self.mean_sparsity
+
+    @property
+    def mean_sparsity(self) -> float:
+        """What unstructured targets without an entry of their own lose."""
+        assert not isinstance(self.sparsity, dict)
         return 0.5 if self.sparsity is None else self.sparsity
 
 

@@ -30,6 +30,7 @@ from lightning_compress.maths.factor import Factor, energy, factorize_each
 from lightning_compress.maths.gathering import Gathering
 from lightning_compress.maths.hessian import Shared
 from lightning_compress.maths.masks import keep_highest, keep_rows
+from lightning_compress.maths.owl import OutlierSurvey
 from lightning_compress.maths.pruning import PruningArguments, never_saw_data, share_of_zeros
 from lightning_compress.maths.support import refit
 from lightning_compress.quant.facts import sqnr_db, weight_error
@@ -121,6 +122,10 @@ class SparseGPTModifier(PruningArguments, Modifier):
         mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
         block_size: Columns of which the mask is chosen at once. A multiple of M.
         scope: Unstructured masks rank all rows of a block together (``block``, as in the paper) or each ``row``.
+        sparsity_profile: ``owl``: blocks with many outliers keep more weights; the share of all targets together stays
+            ``sparsity``. It takes one more pass over the data. None: all alike.
+        owl_m: Of ``owl``: an outlier is so many times the mean of its block.
+        owl_lmbda: Of ``owl``: blocks differ by at most twice this share.
         refit_iterations: Of conjugate gradients for the weights that are kept; 0: none, as in the paper.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
@@ -141,6 +146,8 @@ class SparseGPTModifier(PruningArguments, Modifier):
 
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
+    _survey: OutlierSurvey | None = PrivateAttr(default=None)
+    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)         # of single modules, where they differ
     _solved: WeakKeyDictionary[Shared, tuple[Tensor, list[Factor]]] = PrivateAttr(default_factory=WeakKeyDictionary)
 
     @model_validator(mode="after")
@@ -156,6 +163,10 @@ class SparseGPTModifier(PruningArguments, Modifier):
     def needs_data(self) -> bool:
         return True
 
+    @property
+    def surveys(self) -> bool:
+        return self.sparsity_profile == "owl"
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
         self.find(state.model)
@@ -165,7 +176,18 @@ class SparseGPTModifier(PruningArguments, Modifier):
         assert state.model is not None
         self._modules = self.find(state.model)
         self._gathering = Gathering(self._modules, self.share_inputs)
+        self._survey = OutlierSurvey(self._modules, self.owl_m) if self.surveys else None
         for name, module in self._modules.items():
+            statistic = self._survey or self._gathering
+            self.hook(module, lambda _, inputs, name=name, s=statistic: s.observe(name, inputs, self.token_mask))
+
+    def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert self._survey is not None
+        targets = {name: module for name, module in state.modules.items() if name in self._modules}
+        self._survey.close(state.block_name, targets)
+        self._sparsities = self._survey.sparsities(self.mean_sparsity, self.owl_lmbda)
+        for name, module in targets.items():
+            self.remove_hooks(module)
             self.hook(module, lambda _, inputs, name=name: self._gathering.observe(name, inputs, self.token_mask))
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -183,7 +205,7 @@ class SparseGPTModifier(PruningArguments, Modifier):
             state.ledger.add(name, "sparsegpt", flag="never saw data; left as it was", **facts)
         if unseen := list(self._gathering.left):
             warnings.warn(never_saw_data(self.name, unseen), stacklevel=2)
-        self._modules, self._gathering = {}, Gathering({})
+        self._modules, self._gathering, self._survey, self._sparsities = {}, Gathering({}), None, {}
         self._solved.clear()
         self.remove_hooks()
 
@@ -204,7 +226,8 @@ class SparseGPTModifier(PruningArguments, Modifier):
                 all_reduce_(shared.moment)
             self._solved[shared] = self._factorize(name, shared)
         H_PCC, factors = self._solved[shared]
-        W_RC, sparsity = as_matrix(module).clone(), self.sparsity_of(name, module)
+        W_RC = as_matrix(module).clone()
+        sparsity = self._sparsities.get(name, self.sparsity_of(name, module))
         parts, error, total = [], 0.0, 0.0
         for W, H_CC, factor in zip(W_RC.float().chunk(len(factors)), H_PCC, factors, strict=True):
             Q, keep = prune_columns(W, factor, sparsity, self.pattern, self.block_size, self.scope)

@@ -24,6 +24,7 @@ from lightning_compress.maths.factor import added_diagonal
 from lightning_compress.maths.gathering import Gathering
 from lightning_compress.maths.hessian import Shared
 from lightning_compress.maths.masks import keep_rows
+from lightning_compress.maths.owl import OutlierSurvey
 from lightning_compress.maths.pruning import PruningArguments, never_saw_data, share_of_zeros
 from lightning_compress.maths.support import refit
 from lightning_compress.quant.facts import sqnr_db, weight_error
@@ -58,6 +59,10 @@ class WandaPruningModifier(PruningArguments, Modifier):
         sparsity: Share of zeros in every row, in [0, 1), or a mapping of targets to shares, the best match counting.
             None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
         mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
+        sparsity_profile: ``owl``: blocks with many outliers keep more weights; the share of all targets together stays
+            ``sparsity``. It takes one more pass over the data. None: all alike.
+        owl_m: Of ``owl``: an outlier is so many times the mean of its block.
+        owl_lmbda: Of ``owl``: blocks differ by at most twice this share.
         refit_iterations: Of conjugate gradients for the weights that are kept; 0: none, as in the paper.
         dampening_frac: Of the refit: share of the mean diagonal of H that is added to its diagonal.
         share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
@@ -74,11 +79,17 @@ class WandaPruningModifier(PruningArguments, Modifier):
 
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
+    _survey: OutlierSurvey | None = PrivateAttr(default=None)
+    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)         # of single modules, where they differ
     _moments: WeakKeyDictionary[Shared, Tensor] = PrivateAttr(default_factory=WeakKeyDictionary)
 
     @property
     def needs_data(self) -> bool:
         return True
+
+    @property
+    def surveys(self) -> bool:
+        return self.sparsity_profile == "owl"
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -89,7 +100,18 @@ class WandaPruningModifier(PruningArguments, Modifier):
         assert state.model is not None
         self._modules = self.find(state.model)
         self._gathering = Gathering(self._modules, self.share_inputs)
+        self._survey = OutlierSurvey(self._modules, self.owl_m) if self.surveys else None
         for name, module in self._modules.items():
+            statistic = self._survey or self._gathering
+            self.hook(module, lambda _, inputs, name=name, s=statistic: s.observe(name, inputs, self.token_mask))
+
+    def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert self._survey is not None
+        targets = {name: module for name, module in state.modules.items() if name in self._modules}
+        self._survey.close(state.block_name, targets)
+        self._sparsities = self._survey.sparsities(self.mean_sparsity, self.owl_lmbda)
+        for name, module in targets.items():
+            self.remove_hooks(module)
             self.hook(module, lambda _, inputs, name=name: self._gathering.observe(name, inputs, self.token_mask))
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -107,7 +129,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
             state.ledger.add(name, "wanda", flag="never saw data; left as it was", **facts)
         if unseen := list(self._gathering.left):
             warnings.warn(never_saw_data(self.name, unseen), stacklevel=2)
-        self._modules, self._gathering = {}, Gathering({})
+        self._modules, self._gathering, self._survey, self._sparsities = {}, Gathering({}), None, {}
         self._moments.clear()
         self.remove_hooks()
 
@@ -127,7 +149,8 @@ class WandaPruningModifier(PruningArguments, Modifier):
             if state.distributed:
                 all_reduce_(shared.moment)
             self._moments[shared] = shared.moment.take()
-        H_PCC, sparsity, W_RC = self._moments[shared], self.sparsity_of(name, module), as_matrix(module).clone()
+        H_PCC, W_RC = self._moments[shared], as_matrix(module).clone()
+        sparsity = self._sparsities.get(name, self.sparsity_of(name, module))
         parts, error, total = [], 0.0, 0.0
         for W, H_CC in zip(W_RC.float().chunk(len(H_PCC)), H_PCC, strict=True):
             keep = wanda_mask(W, H_CC.diagonal().sqrt(), sparsity, self.mask_structure)

@@ -15,6 +15,10 @@ REFUSED = [
     ({"mask_structure": "2:4", "sparsity": 0.7}, "has sparsity 0.5, but 0.7 was asked for"),
     ({"mask_structure": "channel"}, "expected 'unstructured', or 'N:M'"),
     ({"mask_structur": "2:4"}, "did you mean 'mask_structure'"),
+    ({"sparsity_profile": "owl", "mask_structure": "2:4"}, "mask_structure='2:4' gives it already"),
+    ({"sparsity_profile": "owl", "sparsity": {"Linear": 0.5}}, "sparsity as a mapping gives it already"),
+    ({"sparsity_profile": "owl", "sparsity": 0.9}, r"from 0.74 to 1.06, outside of \[0, 1\); give at most 0.045"),
+    ({"owl_m": 7}, "owl_m without sparsity_profile='owl' would do nothing"),
     ({"dampening_frac": -1}, "dampening_frac=-1"),
 ]
 
