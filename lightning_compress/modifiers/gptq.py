@@ -37,7 +37,14 @@ from lightning_compress.maths.hessian import MomentPool, Shared
 from lightning_compress.maths.pruning import share_of_zeros
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
-from lightning_compress.quant.matrix import as_matrix, input_layout, inputs_as_rows, partitions, write_matrix
+from lightning_compress.quant.matrix import (
+    as_matrix,
+    input_layout,
+    inputs_as_rows,
+    only_input,
+    partitions,
+    write_matrix,
+)
 from lightning_compress.quant.observers import Observer, ObserverName, make_observer
 from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.rounding import check_dense, find_scales, input_scales, round_module
@@ -106,7 +113,7 @@ def round_columns(
             A_CR[i2:].addmm_(UT_CC[i2:, i1:i2], D_bR[: i2 - i1])
     loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()
     A_CR.index_copy_(0, factor.order_C, Q_CR)                                  # back into the order of the columns
-    return A_CR.t(), loss_R
+    return A_CR.t().contiguous(), loss_R
 
 
 def output_error(W_RC: Tensor, Q_RC: Tensor, loss_R: Tensor, factor: Factor) -> tuple[float, float]:
@@ -229,7 +236,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         return scheme.model_copy(update={"weights": weights.model_copy(update={"actorder": order or self.actorder})})
 
     def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0]
+        x = only_input(name, inputs)
         self._pool.update(name, x, input_layout(module), lambda: inputs_as_rows(module, x, self.token_mask))
         if name in self._observers:
             self._observers[name].update(inputs_as_rows(module, x, self.token_mask))

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.quant.arguments import QuantizationArguments
-from lightning_compress.quant.matrix import inputs_as_rows
+from lightning_compress.quant.matrix import inputs_as_rows, only_input
 from lightning_compress.quant.observers import Observer, ObserverName, make_observer
 from lightning_compress.quant.rounding import round_module
 
@@ -69,7 +69,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
 
     def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         try:
-            self._observers[name].update(inputs_as_rows(module, inputs[0], self.token_mask))
+            self._observers[name].update(inputs_as_rows(module, only_input(name, inputs), self.token_mask))
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
 

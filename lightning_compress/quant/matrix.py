@@ -8,6 +8,7 @@ P partitions (groups of a grouped convolution, each with its own inputs; 1 for a
 """
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ __all__ = [
     "inputs_as_rows",
     "is_supported",
     "is_transposed",
+    "only_input",
     "partitions",
     "weight_of",
     "write_matrix",
@@ -88,6 +90,17 @@ def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> 
                 x = x[mask.flatten()]
         return x.detach().reshape(1, -1, x.shape[-1])
     return _windows(module, x.detach())
+
+
+def only_input(name: str, inputs: tuple[Any, ...]) -> Tensor:
+    """The tensor among the positional arguments of a call, which is what hooks see.
+
+    Raises:
+        ValueError: It came as a keyword argument; the message names the module.
+    """
+    if not inputs:
+        raise ValueError(f"{name!r} was called with keywords alone, which hooks cannot see; call it as layer(x)")
+    return inputs[0]
 
 
 def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
