@@ -9,15 +9,15 @@ from transformers import AutoTokenizer
 
 from examples.token_blocks import PARTS, Part, TokenBlocks
 
-SHARES: dict[Part, float] = {"train": 0.80, "val": 0.08, "test": 0.08, "calibration": 0.04}
+SHARES: dict[Part, float] = {"train": 0.70, "val": 0.10, "test": 0.10, "calibration": 0.10}
 SUFFIXES = (".txt", ".md")
 
 
 class TextBlocks(TokenBlocks):
     """Text files as tokens.
 
-    A part without a path of its own takes its share of ``path``: the first 80 % of the tokens to train on, then 8 to
-    validate, 8 to test, 4 to calibrate; the shares of parts that have their own are left out.
+    A part without a path of its own takes its share of ``path``: the first 70 % of the tokens to train on, then 10 each to
+    validate, to test and to calibrate; the shares of parts that have their own are left out.
 
     Args:
         tokenizer: Folder or hub name.
