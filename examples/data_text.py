@@ -16,8 +16,8 @@ SUFFIXES = (".txt", ".md")
 class TextBlocks(TokenBlocks):
     """Text files as tokens.
 
-    A part without a path of its own takes its share of ``path``: the first 70 % of the tokens to train on, then 10 each to
-    validate, to test and to calibrate; the shares of parts that have their own are left out.
+    A part without a path of its own takes its share of ``path``: the first 70 % of the tokens to train on, then 10 each
+    to validate, to test and to calibrate; the shares of parts that have their own are left out.
 
     Args:
         tokenizer: Folder or hub name.
