@@ -5,7 +5,8 @@
 Trains the model of `make demo` once, by train.py with conf/train.yaml as it stands (or takes --checkpoint), then
 compresses copies of it and measures each on the same held-out text, many more tokens than the demo itself looks at:
 at 4 bits the differences are far smaller than the spread between blocks of text, so they are taken block by block
-(paired), and come with their standard error over blocks.
+(paired), and come with their standard error over blocks. Beside the loss stands KL(dense || compressed), which sees
+every change of the prediction and not only that of the byte that came.
 """
 
 import argparse
@@ -32,11 +33,19 @@ METHODS = ("RTN", "GPTQ, minmax", "GPTQ")
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on the held-out text: loss of each block in nats per token, float64, [blocks]."""
+    """One model on the held-out text, in nats per token of each block: loss, and KL to the dense model.
+
+    Args:
+        bits: Of a weight.
+        method: How it was compressed.
+        losses: float64, [blocks].
+        kl: float64, [blocks].
+    """
 
     bits: int
     method: str
     losses: Tensor
+    kl: Tensor
 
 
 def main() -> None:
@@ -50,27 +59,26 @@ def main() -> None:
     data.setup("test")
     held_out = [batch["input_ids"] for batch in data.test_dataloader()]
     calibration = list(data.calibration_dataloader())[: arguments.calibration_batches]
-    dense = Measured(16, "dense", block_losses(model.model, held_out))
-    results = [dense]
+    results = [Measured(16, "dense", *measure(model.model, model.model, held_out))]
     for bits in arguments.bits:
         for method in METHODS:
             copied = copy.deepcopy(model.model)
             compress(copied, modifier(method, bits, arguments.group), calibration)
-            results.append(Measured(bits, method, block_losses(copied, held_out)))
+            results.append(Measured(bits, method, *measure(copied, model.model, held_out)))
             print(row(results[-1], results), flush=True)
     lines = report(results, config, len(calibration), arguments)
     print("\n".join(lines))
     if not arguments.dry:
-        facts = {f"W{r.bits} {r.method}": r.losses.tolist() for r in results}
+        facts = {f"W{r.bits} {r.method}": {"nll": r.losses.tolist(), "kl": r.kl.tolist()} for r in results}
         title = "The demo's model at 4, 3 and 2 bits"
-        print("written:", machine.write("demo", title, lines, {"block_nll": facts}, arguments.machine))
+        print("written:", machine.write("demo", title, lines, {"blocks": facts}, arguments.machine))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, help="a trained demo model, such as logs/demo/checkpoints/best.ckpt")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/work/demo"), help="where training writes")
-    parser.add_argument("--blocks", type=int, default=4096, help="held-out blocks, spread over the test text")
+    parser.add_argument("--blocks", type=int, default=2048, help="held-out blocks, spread over the test text")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--group", type=int, default=128, help="columns that share a scale")
     parser.add_argument("--calibration-batches", type=int, default=16)
@@ -114,43 +122,42 @@ def modifier(method: str, bits: int, group: int) -> Modifier:
 
 
 @torch.no_grad()
-def block_losses(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    """Mean next-token loss of each block (nats per token): float64, [blocks]."""
-    model.eval()
-    losses = []
+def measure(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean next-token loss, and mean KL(dense || model), of each block (nats per token): float64, [blocks] each."""
+    losses, kls = [], []
     for ids in batches:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        each = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        log_q, log_p = (predictions(m.eval(), ids) for m in (model, dense))
+        each = nn.functional.nll_loss(log_q.transpose(1, 2), ids[:, 1:], reduction="none")
         losses.append(each.double().mean(1))
-    return torch.cat(losses)
+        kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().mean(1))
+    return torch.cat(losses), torch.cat(kls)
+
+
+def predictions(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities of tokens 1..T-1: float32, [B, T-1, V]."""
+    return model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
 
 
 def row(measured: Measured, results: list[Measured]) -> list[str]:
-    """Perplexity, paired difference to the dense model with its standard error, and the share of RTN's damage left."""
+    """Perplexity; the paired difference to the dense model, and KL, with standard errors; what is left of RTN's KL."""
     dense = next(r for r in results if r.method == "dense")
-    rounded = next((r for r in results if r.method == "RTN" and r.bits == measured.bits), None)
-    gap = measured.losses - dense.losses
-    error = gap.std() / math.sqrt(len(gap))
-    left = ""
-    if rounded is not None and rounded is not measured:
-        # delta method for a ratio of paired means
-        damage = rounded.losses - dense.losses
-        ratio = gap.mean() / damage.mean()
-        ratio_error = (gap - ratio * damage).std() / math.sqrt(len(gap)) / damage.mean().abs()
-        left = f"{ratio:.2f} ± {ratio_error:.2f}"
-    return [
-        str(measured.bits),
-        measured.method,
-        f"{measured.losses.mean().exp():.4f}",
-        "" if measured is dense else f"{gap.mean():+.5f} ± {error:.5f}",
-        left,
-    ]
+    cells = [str(measured.bits), measured.method, f"{measured.losses.mean().exp():.4f}"]
+    if measured is dense:
+        return [*cells, "", "", ""]
+    rounded = next((r for r in results if r.method == "RTN" and r.bits == measured.bits), measured)
+    left = "" if rounded is measured else f"{measured.kl.mean() / rounded.kl.mean():.2f}"
+    return [*cells, mean_and_error(measured.losses - dense.losses, "+.5f"), mean_and_error(measured.kl, ".6f"), left]
+
+
+def mean_and_error(values: Tensor, form: str) -> str:
+    error = values.std() / math.sqrt(len(values))
+    return f"{values.mean():{form}} ± {error:{form.lstrip('+')}}"
 
 
 def report(results: list[Measured], config: DictConfig, calibration: int, arguments: argparse.Namespace) -> list[str]:
     """The table, as Markdown."""
     blocks, length = len(results[0].losses), config.data.block_length
-    head = ["bits", "method", "perplexity", "loss - dense, nats per token", "share of RTN's damage"]
+    head = ["bits", "method", "perplexity", "loss - dense, nats per token", "KL to dense", "KL / RTN's"]
     return [
         *machine.table(head, [row(r, results) for r in results]),
         "",
