@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_compress.ops.hessian import block_columns, hessian_accumulate_, mirror_, reference
+from lightning_compress.ops.hessian import LEAF, hessian_accumulate_, mirror_, reference, tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -20,7 +20,7 @@ def test_triangles_equal_the_reference(N, C, dtype):
 def test_above_the_diagonal_nothing_is_read():
     X_NC = torch.randn(50, 300)
     H_CC = torch.zeros(300, 300)
-    H_CC[torch.ones(300, 300).triu(block_columns(300)).bool()] = torch.nan
+    H_CC[torch.ones(300, 300).triu(LEAF).bool()] = torch.nan
     assert_close(mirror_(hessian_accumulate_(H_CC, X_NC)), X_NC.t() @ X_NC, rtol=1e-5, atol=1e-4)
 
 
@@ -40,3 +40,14 @@ def test_bf16_adds_up_in_float32():
 def test_what_does_not_fit_is_refused(H, X, message):
     with pytest.raises(ValueError, match=message):
         hessian_accumulate_(H, X)
+
+
+@pytest.mark.parametrize("C", [1, 31, 95, 96, 97, 128, 200, 777, 1536])
+def test_tiles_cover_the_lower_triangle_once(C):
+    seen = torch.zeros(C, C, dtype=torch.int)
+    for rows, columns in tiles(0, C):
+        seen[rows, columns] += 1
+    assert torch.equal(seen.tril(), torch.ones_like(seen).tril())
+    assert seen.max() == 1
+    if C > 8 * LEAF:
+        assert seen.sum() < 0.56 * C * C                         # that is what it saves
