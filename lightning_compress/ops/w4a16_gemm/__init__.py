@@ -1,0 +1,144 @@
+"""y = x W^T with int4 weights: bf16, fp16 or float32 tokens times codes that are scaled group by group.
+
+On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, the weight is dequantized for the call.
+Layout, roofline and measured numbers are in the README beside this file.
+
+Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
+"""
+
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE, from_planes, grid_rows, to_planes
+from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequantize, unpack
+
+__all__ = ["dequantize", "from_planes", "grid_rows", "to_planes", "w4a16_gemm"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DENSE_ABOVE = 1024      # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
+
+
+def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None) -> Tensor:
+    """The product x W^T, [..., N], in the dtype of x; the gradient goes to x, so that adapters train on packed weights.
+
+    Args:
+        x: [..., K], float16, bfloat16 or float32.
+        planes_NP: int16, from :func:`to_planes`.
+        scale_GN: Floating; from :func:`grid_rows`.
+        zero_GN: int8, 0 to 15, from :func:`grid_rows`; None for a symmetric grid.
+
+    Raises:
+        ValueError: Dtypes, devices or shapes do not fit.
+    """
+    check(x, planes_NP, scale_GN, zero_GN)
+    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and not torch.compiler.is_compiling():
+        return _forward(x, planes_NP, scale_GN, zero_GN)     # the dispatcher costs 30 us, longer than a decode kernel
+    result: Tensor = _gemm_op(x, planes_NP, scale_GN, zero_GN)
+    return result
+
+
+def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> None:
+    """ValueError when the arguments of :func:`w4a16_gemm` do not fit."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    if planes_NP.dtype != torch.int16 or not scale_GN.is_floating_point():
+        raise ValueError(
+            f"expected int16 planes and a floating scale, got {planes_NP.dtype} and {scale_GN.dtype}; make them with "
+            f"to_planes and grid_rows"
+        )
+    if zero_GN is not None and (zero_GN.dtype != torch.int8 or zero_GN.shape != scale_GN.shape):
+        raise ValueError(
+            f"expected int8 zero points of the scale's shape {tuple(scale_GN.shape)}, got {zero_GN.dtype} "
+            f"{tuple(zero_GN.shape)}; make them with grid_rows"
+        )
+    weights = [planes_NP, scale_GN, *([] if zero_GN is None else [zero_GN])]
+    if any(t.device != x.device for t in weights):
+        raise ValueError(
+            f"x is on {x.device}, the weight on {', '.join(str(t.device) for t in weights)}; put them on one device"
+        )
+    if planes_NP.ndim != 2 or scale_GN.ndim != 2 or not x.ndim or scale_GN.shape[1] != planes_NP.shape[0]:
+        raise ValueError(
+            f"expected x [..., K], planes [N, P] and scale [G, N], got {tuple(x.shape)}, {tuple(planes_NP.shape)} and "
+            f"{tuple(scale_GN.shape)}"
+        )
+    K, G, P = x.shape[-1], scale_GN.shape[0], planes_NP.shape[1]
+    if -(-K // BLOCK) * PLANE != P:
+        raise ValueError(
+            f"x has K={K} columns, the weight {P} words of a row, which hold {P * 4 - BLOCK + 1} to {P * 4} columns; "
+            f"pass the x of this layer"
+        )
+    if K % G:
+        raise ValueError(f"{G} groups do not divide K={K} columns; pass a scale [G, N] with G a divisor of K")
+    if not all(t.is_contiguous() for t in weights):
+        raise ValueError("planes, scale and zero points must be contiguous; call .contiguous() once, when loading")
+
+
+def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> Tensor:
+    K, N = x.shape[-1], planes_NP.shape[0]
+    x_MK = x.reshape(-1, K)
+    if x.is_cuda and len(x_MK) < DENSE_ABOVE and _kernel_runs(x, K // scale_GN.shape[0], scale_GN.shape[0]):
+        from lightning_compress.ops.w4a16_gemm.kernel import gemm
+
+        return gemm(x_MK, planes_NP, scale_GN, zero_GN).view(*x.shape[:-1], N)
+    return x @ _dense(planes_NP, scale_GN, zero_GN, K, x.dtype).t()
+
+
+def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
+    """Whether the kernel takes this case; when it does not, a warning says why (once, by Python's default filter)."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed (pip install triton)"
+    elif torch.cuda.get_device_capability(x.device) < (8, 0):
+        reason = f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    elif groups > 1 and group % PLANE:
+        reason = f"groups of {group} columns are no multiple of {PLANE}"
+    else:
+        return True
+    warnings.warn(f"int4 weights are dequantized for every call, without a fused kernel: {reason}", stacklevel=4)
+    return False
+
+
+def _dense(planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in ``dtype``."""
+    G, N = scale_GN.shape
+    codes_NGg = unpack(from_planes(planes_NP, K), K).view(N, G, K // G)
+    zero_NG1 = SYMMETRIC_ZERO if zero_GN is None else zero_GN.t().unsqueeze(-1)
+    return (codes_NGg - zero_NG1).float().mul_(scale_GN.t().unsqueeze(-1).float()).view(N, K).to(dtype)
+
+
+@torch.library.custom_op("lightning_compress::w4a16_gemm", mutates_args=())
+def _gemm_op(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return _forward(x, planes, scale, zero)
+
+
+@_gemm_op.register_fake
+def _(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], planes.shape[0])
+
+
+@torch.library.custom_op("lightning_compress::w4a16_gemm_backward", mutates_args=())
+def _backward_op(gradient: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, K: int) -> Tensor:
+    return gradient @ _dense(planes, scale, zero, K, gradient.dtype)
+
+
+@_backward_op.register_fake
+def _(gradient: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, K: int) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], K)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, planes, scale, zero = inputs
+    ctx.save_for_backward(planes, scale, zero)
+    ctx.K = x.shape[-1]
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    planes, scale, zero = ctx.saved_tensors
+    return _backward_op(gradient, planes, scale, zero, ctx.K), None, None, None
+
+
+_gemm_op.register_autograd(_gradient, setup_context=_keep)
