@@ -16,7 +16,7 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-slow test-real test-slurm lint format clean
+.PHONY: help demo test test-kernels test-slow test-real test-slurm lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ TEST := OMP_NUM_THREADS=1 HYDRA_FULL_ERROR=1 $(BIN)/python -m pytest
 
 test: $(READY)  ## the tests that need no GPU, no cluster and no download
 	$(TEST) -m "not (slow or real or slurm or gpu)" $(ARGS)
+
+# Triton weighs 200 MB, so `make` installs it for these alone: interpreted against float64, then compiled for sm_80 to 90.
+test-kernels: $(READY)  ## the GPU kernels, interpreted and compiled; needs no GPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[kernels]"
+	TRITON_INTERPRET=1 $(TEST) tests/ops -k interpreted $(ARGS)
+	$(TEST) tests/ops -k compiled $(ARGS)
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(TEST) -m "slow and not (real or slurm or gpu)" --timeout=1800 $(ARGS)

@@ -189,6 +189,8 @@ def test_nothing_at_module_level_changes(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_alone(module):
     """Names in ``__all__`` exist, and each public module says which are public."""
+    if module.endswith(".kernel"):
+        pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
     loaded = importlib.import_module(module)
     for name in getattr(loaded, "__all__", []):
         assert hasattr(loaded, name), f"{module}.__all__ lists {name}"

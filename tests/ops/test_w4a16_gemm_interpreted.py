@@ -1,0 +1,68 @@
+"""The kernel against float64 in Triton's interpreter, on the CPU: shapes that fit no tile, memory full of NaN.
+
+bf16 is interpreted through float32, and its rounding is not that of a GPU. Needs the extra ``kernels`` and
+TRITON_INTERPRET=1 before Triton is imported (make test-kernels does both).
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
+
+from lightning_compress.ops.w4a16_gemm import grid_rows, kernel, to_planes
+from lightning_compress.ops.w4a16_gemm.launch import Launch, rule
+from tests.ops.test_w4a16_gemm import weight
+
+TOLERANCE = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPES = [(1, 17, 192, 6), (17, 65, 256, 2), (3, 33, 200, 1), (5, 1, 96, 1), (2, 40, 256, 4), (33, 7, 128, 1)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that a kernel forgets to write shows."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(*size, torch.nan, **options))
+
+
+def check(x, N, G, symmetric, launch):
+    K = x.shape[1]
+    packed, scale, zero, W = weight(N, K, G, symmetric)
+    y = kernel.gemm(x, to_planes(packed), *grid_rows(scale, zero), launch=launch)
+    expected = x.double() @ W.t()
+    assert y.dtype == x.dtype
+    assert ((y.double() - expected).norm() / expected.norm()) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("M", "N", "K", "G"), SHAPES)
+def test_equals_float64(M, N, K, G, dtype, symmetric):
+    x = torch.randn(M, K).to(dtype)
+    for scale_sums in (True, False):
+        check(x, N, G, symmetric, Launch(16, 64, 1, 4, 3, scale_sums))
+
+
+@pytest.mark.parametrize("split", [2, 3])
+def test_parts_of_k_add_up(split):
+    check(torch.randn(5, 256), 17, 8, False, Launch(16, 64, split, 4, 3, True))    # 3 parts of 2 blocks: one is empty
+
+
+def test_rows_of_x_may_lie_apart():
+    check(torch.randn(6, 300)[::2, :192], 17, 6, True, Launch(16, 64, 1, 4, 3, True))
+    check(torch.randn(192, 5).t(), 17, 6, True, Launch(16, 64, 1, 4, 3, True))
+
+
+def test_no_tokens():
+    packed, scale, zero, _ = weight(17, 192, 6, False)
+    assert kernel.gemm(torch.randn(0, 192), to_planes(packed), *grid_rows(scale, zero)).shape == (0, 17)
+
+
+def test_the_rule_gives_every_processor_a_tile():
+    for M in (1, 16, 33, 64, 65, 1000):
+        launch = rule(M, 4096, 4096, torch.bfloat16, processors=132)
+        assert launch.split * -(-4096 // launch.block_n) * -(-M // launch.block_m) >= 128
+        assert launch.block_m >= min(M, 128)
