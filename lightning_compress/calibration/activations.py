@@ -206,9 +206,9 @@ def device_of(module: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
 
 
-def token_mask(batch: Any) -> Tensor | None:
+def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
     """True for tokens that count, bool [B, T], from the batch's ``attention_mask``; None when all do."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get(key) if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
         return None
     return mask.bool()

@@ -161,18 +161,19 @@ class Stages:
             yield
 
     def _hooked(self, stage: Sequence[Modifier], group: Group) -> dict[nn.Module, str]:
-        """Modules of the group that the stage has hooked, in the order of their calls."""
+        """Modules of the group that the stage has hooked to calibrate, in the order of their calls."""
         names = {module: name for name, module in group.modules.items()}
-        found = dict.fromkeys(m for modifier in stage for m in modifier.hooked if m in names)
+        calibrating = [modifier for modifier in stage if modifier.needs_calibration]
+        found = dict.fromkeys(m for modifier in calibrating for m in modifier.hooked if m in names)
         order = self.probe.order
         return {m: names[m] for m in sorted(found, key=lambda m: order.get(m, len(order)))}
 
     @contextmanager
     def _only(self, stage: Sequence[Modifier]) -> Iterator[None]:
-        """The hooks of the other modifiers are paused inside."""
+        """The hooks of the other modifiers, and of those that only train, are paused inside."""
         with ExitStack() as stack:
             for modifier in self.lifecycle.modifiers:
-                if not any(modifier is member for member in stage):
+                if not modifier.needs_calibration or not any(modifier is member for member in stage):
                     stack.enter_context(modifier.paused())
             yield
 

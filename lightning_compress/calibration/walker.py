@@ -90,6 +90,9 @@ class Walker:
                 segment = plan.segments[index]
                 with stopped_before(plan.blocks[segment[0].name]):
                     self._complete_outside(index, lambda i: run_to_stop(partial(self._run, i)))
+                if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+                    decoding = "decoder" in segment[0].name.split(".")
+                    self.stages.masks = self._masks("decoder_attention_mask" if decoding else "attention_mask")
                 captured = self._capture(segment)
                 if captured is None:
                     plan.split(index)
@@ -114,7 +117,7 @@ class Walker:
         calibrating = [m for m in self.lifecycle.modifiers if m.needs_calibration]
         targets = {m: names[m] for modifier in calibrating for m in modifier.hooked if m in names}
         self._report("probe: the first batch through the dense model")
-        masks = [tree_move(token_mask(batch), self.device or device_of(self.model)) for batch in self.batches]
+        masks = self._masks("attention_mask")
         with self.lifecycle.paused(), streamed(blocks, self.device):
             probe, run = self._probe(blocks, targets, masks[0])
             for module in warn_of_targets(self.model, probe, targets):
@@ -129,6 +132,9 @@ class Walker:
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
         self.stages = Stages(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self._report)
         self.total = len(self.plan.blocks) + 1
+
+    def _masks(self, key: str) -> list[Tensor | None]:
+        return [tree_move(token_mask(batch, key), self.device or device_of(self.model)) for batch in self.batches]
 
     def _probe(
         self, blocks: Mapping[str, nn.Module], targets: Mapping[nn.Module, str], mask: Tensor | None
@@ -216,7 +222,7 @@ class Walker:
                 self.stages.complete(outside_group(modules), run, None)
 
     def _tail_needs_output(self) -> bool:
-        hooked = {m for modifier in self.lifecycle.modifiers for m in modifier.hooked}
+        hooked = {m for modifier in self.lifecycle.modifiers if modifier.needs_calibration for m in modifier.hooked}
         return self.plan.stub_last and not hooked.isdisjoint(self.plan.outside[-1].values())
 
     def _run(self, i: int) -> Any:

@@ -5,10 +5,11 @@ import weakref
 
 import pytest
 import torch
+from pydantic import PrivateAttr
 from torch import nn
 
 from lightning_compress.calibration import calibrate
-from lightning_compress.core import Event
+from lightning_compress.core import Event, Modifier
 from tests.calibration_models import (
     Biased,
     C,
@@ -154,6 +155,23 @@ def test_weights_that_need_no_data_are_rounded_before_the_batches_meet_them(walk
     wanted = inputs_of(model.eval(), list(watcher.inputs), plain(None, batches))
     same = [torch.equal(a, b) for n in wanted for a, b in zip(watcher.inputs[n], wanted[n], strict=True)]
     assert all(same) == (walk == "one_pass")                   # else a block is finished after all have looked
+
+
+def test_hooks_that_are_there_for_training_stay_quiet():
+    class Trainer(Modifier):
+        _called: bool = PrivateAttr(default=False)
+
+        def on_initialize(self, state, **kwargs):
+            for module in (state.model, state.model.layers[1], state.model.head):
+                self.hook(module, lambda module, args, output: setattr(self, "_called", True), "forward")
+            return True
+
+    trainer, watcher = Trainer(), LockstepWatcher(targets=["Mixer", "Linear"], change=False)
+    calibrate(*started(trainer, watcher, model=seeded(Layered)), make_batches(2, 2, 5, C))
+    assert not trainer._called
+    assert trainer._paused == 0
+    assert len(trainer.hooked) == 3
+    assert len(watcher.inputs["layers.1"]) == 2                # blocks may be targets, too
 
 
 def test_own_pass_shows_later_modifiers_the_block_as_it_leaves_it():

@@ -98,3 +98,14 @@ def test_blocks_run_once_per_batch_and_the_first_batch_once_more():
         if module in counts:
             wanted = 1 if name in (last, "lm_head") else 1 + len(batches)
             assert counts[module] == [wanted], name
+
+
+def test_the_decoder_has_a_mask_of_its_own():
+    model, batches = make("t5")
+    keep = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    batches = [{**b, "decoder_input_ids": b["input_ids"], "decoder_attention_mask": keep} for b in batches]
+    for where, masks in [("encoder", [b["attention_mask"] for b in batches]), ("decoder", [keep] * 3)]:
+        watcher = Watcher(targets=[f"{where}.block.1.layer.0.SelfAttention.q"])
+        calibrate(*started(watcher, model=copy.deepcopy(model)), batches)
+        wanted = [None if bool(mask.all()) else mask.bool().tolist() for mask in masks]
+        assert [None if mask is None else mask.tolist() for mask in watcher.masks] == wanted
