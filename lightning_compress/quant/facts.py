@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_compress.quant.record import Quantized
@@ -32,8 +33,8 @@ def weight_facts(W_RC: Tensor, Q_RC: Tensor, quantized: Quantized) -> dict[str, 
 
 def weight_error(W_RC: Tensor, Q_RC: Tensor) -> float:
     """||W - Q||^2 / ||W||^2; 0 for a weight of zeros."""
-    energy = float(W_RC.float().square().sum())
-    return float((W_RC.float() - Q_RC.float()).square().sum()) / energy if energy else 0.0
+    norm = float(torch.linalg.vector_norm(W_RC.float()))
+    return (float(torch.linalg.vector_norm(W_RC.float() - Q_RC.float())) / norm) ** 2 if norm else 0.0
 
 
 def sqnr_db(error: float) -> float | None:

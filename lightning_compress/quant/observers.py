@@ -88,11 +88,12 @@ class MovingAverage(Observer):
 
     def __init__(self, args: QuantizationArgs, averaging_constant: float = 0.01):
         super().__init__(args)
-        self.constant, self.ranks = averaging_constant, 1
+        self.constant, self.ranks = averaging_constant, 0          # ranks that saw data
         self.low = self.high = 0.0
 
     def _take(self, x: Tensor, low: float, high: float) -> None:
         c = self.constant if self.batches else 1.0
+        self.ranks = 1
         self.low, self.high = self.low + c * (low - self.low), self.high + c * (high - self.high)
 
     def bounds(self) -> tuple[float, float]:

@@ -28,14 +28,14 @@ def round_module(
     check_dense(name, module)
     with torch.inference_mode(False), torch.no_grad():
         assert scheme.weights is not None
-        W_RC = as_matrix(module).clone()
+        W_RC = as_matrix(module)
         scale, zero_point = find_scales(W_RC, scheme.weights, "mse" if scale_search == "mse" else "minmax")
-        write_matrix(module, round_weight(W_RC, scale, zero_point, scheme.weights))
+        Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
         quantized = Quantized(scheme, scale, zero_point, *input_scales(observer, W_RC.dtype))
+        facts = {**weight_facts(W_RC, Q_RC, quantized), "error": weight_error(W_RC, Q_RC)}
+        write_matrix(module, Q_RC)
         attach(module, quantized)
-        Q_RC = as_matrix(module)
-        facts = weight_facts(W_RC, Q_RC, quantized)
-        return {**facts, "error": weight_error(W_RC, Q_RC), "seconds": time.perf_counter() - start}
+        return {**facts, "seconds": time.perf_counter() - start}
 
 
 def find_scales(

@@ -38,11 +38,11 @@ def test_moving_average_by_hand():
 
 
 def test_ranks_of_a_moving_average_are_averaged():
-    one, two = MovingAverage(INT8), MovingAverage(INT8)
+    one, two, idle = MovingAverage(INT8), MovingAverage(INT8), MovingAverage(INT8)
     one.update(torch.tensor([-1.0, 2.0]))
     two.update(torch.tensor([-3.0, 4.0]))
     for name in MovingAverage.reduce:  # what all_reduce_ does
-        setattr(one, name, getattr(one, name) + getattr(two, name))
+        setattr(one, name, getattr(one, name) + getattr(two, name) + getattr(idle, name))
     assert one.bounds() == (-2.0, 3.0)
 
 

@@ -48,7 +48,7 @@ def mirror_(H_CC: Tensor) -> Tensor:
 
 
 def tiles(low: int, high: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of tiles that cover the lower triangle of [low:high, low:high]: its halves, and the square between.
+    """Rows and columns of tiles that cover the lower triangle of [low:high, low:high]: its halves, the square between.
 
     The squares are as large as can be, so that nearly all of the work runs at the speed of a large GEMM.
     """
