@@ -8,6 +8,7 @@ Each module runs once per batch, and every module sees inputs made by all the fi
 A batch that passes a module by (an expert that got no token) is no obstacle as long as all batches keep one order.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -115,7 +116,8 @@ class _Batch:
         """Let it run; returns when it pauses or ends. Raises what it raised, with its traceback."""
         self.waits_at = None
         if self._thread is None:
-            self._thread = threading.Thread(target=self._main, name=f"batch {self.index}", daemon=True)
+            run = partial(contextvars.copy_context().run, self._main)
+            self._thread = threading.Thread(target=run, name=f"batch {self.index}", daemon=True)
             self._thread.start()
         else:
             self._go.release()

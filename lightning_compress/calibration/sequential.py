@@ -73,6 +73,8 @@ def calibrate(
         raise ValueError("state.model is None; expected the model to compress, as State(model=model)")
     if walk not in WALKS:
         raise ValueError(f"walk={walk!r} is unknown; expected one of {', '.join(map(repr, WALKS))}")
+    if walk == "whole" and blocks is not None:
+        raise ValueError(f"walk='whole' takes the model as one block, so blocks={blocks!r} has no use; leave one out")
     _check_batches(lifecycle.modifiers, batches)
     found = {} if walk == "whole" else find_blocks(model, blocks)
     taken = [] if batches is None else list(batches)

@@ -1,3 +1,5 @@
+import _thread
+import contextvars
 import threading
 
 import pytest
@@ -116,3 +118,21 @@ def test_threads_have_the_modes_of_the_caller():
         with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             run_in_lockstep([look, look], {}, lambda m: None, lambda i: None)
         assert seen == [(grad, False, torch.get_num_threads(), dtype)] * 2
+
+
+def test_an_interrupt_while_a_batch_runs_ends_all_threads():
+    model, names = Routed(), {}
+    model.experts[1].register_forward_pre_hook(lambda _m, _a: _thread.interrupt_main())
+    names.update({m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    works = [lambda: model(torch.ones(1, 2), [0, 1, 2]) for _ in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        run_in_lockstep(works, names, lambda m: None, lambda i: None)
+    assert not [t for t in threading.enumerate() if t.name.startswith("batch ")]
+    assert all(len(m._forward_pre_hooks) == (m is model.experts[1]) for m in names)
+
+
+def test_threads_see_the_callers_context():
+    variable, seen = contextvars.ContextVar("variable"), []
+    variable.set("here")
+    run_in_lockstep([lambda: seen.append(variable.get("gone"))] * 2, {}, lambda m: None, lambda i: None)
+    assert seen == ["here", "here"]

@@ -359,6 +359,11 @@ def test_walk_is_checked():
         calibrate(*started(Watcher(), model=seeded(Layered)), make_batches(1, 2, 5, C), walk="one_pass")
 
 
+def test_blocks_of_a_whole():
+    with pytest.raises(ValueError, match=r"walk='whole' takes the model as one block, so blocks='Mixer' has no use"):
+        calibrate(*started(Watcher(), model=seeded(Layered)), make_batches(1, 2, 5, C), blocks="Mixer", walk="whole")
+
+
 def test_no_batches():
     lifecycle, state = started(Watcher(), model=seeded(Layered))
     with pytest.raises(ValueError, match=r"Watcher needs calibration data and there are no batches; pass batches="):
@@ -469,6 +474,16 @@ def test_nothing_is_left_behind(walk, fails):
     assert watcher.hooked == []
     assert watcher._paused == 0
     assert not [t for t in threading.enumerate() if t.name.startswith("batch ")]
+
+
+def test_weights_written_under_inference_mode_can_be_trained():
+    model, watcher = seeded(Layered), LockstepWatcher()
+    with torch.inference_mode():
+        calibrate(*started(watcher, model=model), make_batches(2, 2, 5, C))
+    assert len(watcher.inputs["head"]) == 2
+    assert not any(p.is_inference() for p in model.parameters())
+    model(make_batches(1, 2, 5, C)[0]).sum().backward()
+    assert model.head.weight.grad is not None
 
 
 def explode_after(calls):
