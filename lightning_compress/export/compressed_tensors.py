@@ -41,6 +41,7 @@ from lightning_compress.export.packing import check_fit, from_json, is_packable,
 from lightning_compress.export.quantization_config import matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
 from lightning_compress.matching import clean_name
+from lightning_compress.quant.packed import PackedLinear, pack_linears
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 
 __all__ = ["load", "save"]
@@ -82,6 +83,8 @@ def save(
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
     model = getattr(model, "_orig_mod", model)                    # torch.compile's wrapper
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("a model that was loaded with packed=True cannot be saved; load it without, and save that")
     records: Records = {
         clean_name(name): (module, record)
         for name, module in quantized_modules(model).items()
@@ -118,7 +121,11 @@ def save(
 
 
 def load(
-    folder: str | Path, model: nn.Module | None = None, device: torch.device | str | None = None
+    folder: str | Path,
+    model: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    *,
+    packed: bool = False,
 ) -> nn.Module:
     """Read what :func:`save` wrote: dequantized weights, and the records that make a model quantized.
 
@@ -129,12 +136,15 @@ def load(
         model: A freshly built dense model to fill, of the dtype that was saved. Needed for all but Hugging Face's
             models; those are built from config.json when it is left out.
         device: Where the model goes; by default it stays on its device (the CPU when it is built here).
+        packed: Let Linears with 4-bit weights and dense inputs compute on packed weights (``quant.packed``), a quarter
+            of the memory on a GPU; all others stay dequantized. Such a model is for inference and adapters: it cannot
+            be saved again.
 
     Returns:
         ``model``, or the new one, in evaluation mode.
 
     Raises:
-        ValueError: The folder holds no such export, or it does not fit ``model``.
+        ValueError: The folder holds no such export, it does not fit ``model``, or nothing in it can be ``packed``.
     """
     folder = Path(folder).expanduser().resolve()
     config = read_json(folder / "config.json")
@@ -171,6 +181,8 @@ def load(
     for name, record in records.items():
         module = model.get_submodule(name)
         attach(module, _on(record, module.get_parameter("weight").device))
+    if packed and not pack_linears(model):
+        raise ValueError(f"{folder} holds no Linear with 4-bit integer weights and dense inputs; leave packed out")
     return model
 
 

@@ -7,6 +7,7 @@ weight, or for bf16 tokens without gradient torch's own 4-bit layout.
 Shapes: N output features, K input features, G groups of K / G columns.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -26,8 +27,16 @@ TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 def pack_linears(model: nn.Module) -> list[str]:
-    """Replace, in place, every Linear that carries a record of 4-bit weights by its packed form; their names."""
-    names = [name for name, module in model.named_modules() if name and is_packable(module)]
+    """Replace, in place, every Linear that carries a record of 4-bit weights by its packed form; their names.
+
+    Those that share their weight with another module stay dense.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and is_packable(module) and owners[id(module.get_parameter("weight"))] == 1
+    ]
     for name in names:
         model.set_submodule(name, PackedLinear.from_quantized(model.get_submodule(name)))
     return names

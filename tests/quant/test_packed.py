@@ -114,6 +114,12 @@ def test_linears_of_a_model_are_replaced():
     assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_shared_weight_stays_dense():
+    model = nn.ModuleList([quantized_linear(GRIDS["g32"], 64, 64), nn.Embedding(64, 64)])
+    model[1].weight = model[0].weight
+    assert pack_linears(model) == []
+
+
 def test_compiles_whole():
     packed = PackedLinear.from_quantized(quantized_linear(GRIDS["g32"], 16, 64))
     x = torch.randn(3, 64)
