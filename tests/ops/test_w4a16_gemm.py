@@ -1,10 +1,13 @@
 """The op and its layout against compressed-tensors' own packing and a float64 product."""
 
+import importlib.util
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch.testing import assert_close
 
+from lightning_compress.ops import w4a16_gemm as w4a16_gemm_module
 from lightning_compress.ops.w4a16_gemm import dequantize, from_planes, grid_rows, reference, to_planes, w4a16_gemm
 
 SHAPES = [(1, 64, 1), (3, 40, 1), (17, 192, 6), (24, 200, 1), (33, 256, 2), (5, 96, 3), (7, 48, 3)]   # N, K, G
@@ -110,3 +113,19 @@ def test_what_does_not_fit_is_refused(change, message):
     arguments = {"x": torch.zeros(2, 96), "planes_NP": torch.zeros(5, 32).short(), "scale_GN": torch.ones(3, 5)}
     with pytest.raises(ValueError, match=message):
         w4a16_gemm(**(arguments | change))
+
+
+def test_what_the_kernel_cannot_run_is_said(monkeypatch):
+    x = torch.zeros(2, 96)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="dequantized for every call, without a fused kernel: Triton is not installed"):
+        assert not w4a16_gemm_module._kernel_runs(x, 32, 3)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    with pytest.warns(UserWarning, match="T4 is older than compute capability 8.0"):
+        assert not w4a16_gemm_module._kernel_runs(x, 32, 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.warns(UserWarning, match="groups of 48 columns are no multiple of 32"):
+        assert not w4a16_gemm_module._kernel_runs(x, 48, 2)
+    assert w4a16_gemm_module._kernel_runs(x, 48, 1)
