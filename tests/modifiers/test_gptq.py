@@ -18,7 +18,7 @@ from lightning_compress.modifiers.gptq import GPTQModifier, output_error, round_
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.matrix import as_matrix, inputs_as_rows
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import detach, quantized_of
 from lightning_compress.quant.scales import minmax
 from tests.quantization_runs import attention, batches, calibrate, correlated, weights
 
@@ -757,3 +757,35 @@ def test_gptq_is_closer_to_the_dense_model_than_rounding(walk):
             got = model(data[0]).logits.log_softmax(-1)
             far[name] = nn.functional.kl_div(got, logits, log_target=True, reduction="sum").item()
     assert far["hessian"] < far["minmax"] < far["rtn"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("groups", [1, 2], ids=["linear", "grouped conv"])
+def test_no_row_loses_more_than_with_min_max_scales(symmetric, groups):
+    """At 2 bits and with strongly correlated inputs the diagonal of H alone shrinks ranges too far."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(64, 24, 1, groups=groups)).eval()
+    mix = torch.randn(4, 64)
+    data = [torch.randn(4, 32, 4) @ mix + 0.05 * torch.randn(4, 32, 64) for _ in range(3)]
+    data = [x.mT.contiguous() for x in data]
+    W = as_matrix(model[0]).clone()
+    # [P, N, C] of all batches: the H of each partition, with the damping that the modifier adds
+    X = torch.cat([inputs_as_rows(model[0], x) for x in data], 1)
+    H = X.mT @ X / X.shape[1]
+    H += 0.01 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(H.shape[1])
+    losses = {}
+    for search in ("hessian", "minmax"):
+        with torch.no_grad():
+            model[0].weight.copy_(W.view_as(model[0].weight))
+        groups_of = {"targets": ["Conv1d"], "weights": {"num_bits": 2, "group_size": 16, "symmetric": symmetric}}
+        quantize_it = GPTQModifier(config_groups={"g": groups_of}, scale_search=search)
+        compress(nn.Sequential(model), quantize_it, data, walk="whole")
+        E = (as_matrix(model[0]) - W).view(groups, -1, H.shape[1])
+        losses[search] = ((E @ H) * E).sum(-1).flatten()
+        quantized = quantized_of(model[0])
+        grid_of = (quantized.scale, quantized.zero_point, quantized.scheme.weights)
+        codes = quantize(as_matrix(model[0]), *grid_of, dtype=torch.int8)
+        assert_close(dequantize(codes, *grid_of), as_matrix(model[0]), rtol=1e-6, atol=1e-6)
+        detach(model[0])
+    assert (losses["hessian"] <= losses["minmax"] * 1.0001).all()
+    assert losses["hessian"].sum() < 0.95 * losses["minmax"].sum()
