@@ -166,8 +166,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
         actorder: ``static`` (= ``weight``): columns with large inputs first; None: from left to right.
         scale_search: ``hessian``: per row and group the scale with the least sum_j H_jj (w_j - q_j)^2, the min-max
-            scale, or the mean of the two: what loses least when the row is rounded. ``mse``: the least sum |w_j - q_j|^2.4.
-            ``minmax``: from the extremes, as llm-compressor does.
+            scale, or the mean of the two: what loses least when the row is rounded. ``mse``: the least
+            sum |w_j - q_j|^2.4. ``minmax``: from the extremes, as llm-compressor does.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
             raise; ``round`` to nearest. The ledger says what was done.
         share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
