@@ -136,9 +136,9 @@ def load(
         model: A freshly built dense model to fill, of the dtype that was saved. Needed for all but Hugging Face's
             models; those are built from config.json when it is left out.
         device: Where the model goes; by default it stays on its device (the CPU when it is built here).
-        packed: Let Linears with 4-bit weights and dense inputs compute on packed weights (``quant.packed``), a quarter
-            of the memory on a GPU; all others stay dequantized. Such a model is for inference and adapters: it cannot
-            be saved again.
+        packed: Let Linears with 4-bit weights and dense inputs compute on packed weights (``quant.packed``), on a GPU
+            about half the memory of bf16 (the packed weight, and its copy in the kernel's layout); all others stay
+            dequantized. Such a model is for inference and adapters: it cannot be saved again.
 
     Returns:
         ``model``, or the new one, in evaluation mode.
