@@ -36,6 +36,7 @@ demo: $(READY)  ## train a small Llama, compress it to 4 bits, measure it before
 $(TRAINED): $(DEMO_SOURCES)
 	@rm -rf $(DEMO)
 	$(BIN)/python train.py +compress=$(RECIPE) hydra.run.dir=$(DEMO) $(ARGS)
+	@test -e $(DEMO)/compressed.ckpt
 	@touch $@
 
 include benchmarks/bench.mk

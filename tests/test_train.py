@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ def test_a_sweep_runs_each_recipe(tmp_path: Path, library: str) -> None:
     for job, name in enumerate(("GPTQModifier", "QuantizationModifier")):
         recipe = yaml.safe_load((tmp_path / "sweep" / str(job) / "compressed" / "recipe.yaml").read_text())
         assert [modifier["type"] for modifier in recipe["modifiers"].values()] == [name]
+
+
+def test_a_run_that_a_signal_ends_does_not_look_done(app_config: Any, library: str, tmp_path: Path) -> None:
+    """Lightning turns SIGTERM into a SystemExit without a code."""
+    slow = [*TINY, library, "trainer.max_epochs=100000", f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *slow],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(120) == 143
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
