@@ -55,6 +55,7 @@ __all__ = ["GPTQModifier", "output_error", "round_columns"]
 
 SUB_BLOCK = 16
 MAX_DAMPENING = 1.0
+STACKED = 4096           # rows of one column loop: as fast as 9216 at 576 columns (0.13 s), at half the memory
 PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
 
 
@@ -396,12 +397,21 @@ class GPTQModifier(QuantizationArguments, Modifier):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Q [R, C] and losses [R] with the scales that lose least in each row, and which these were, int64 [R].
 
-        Rows do not know of each other, so all proposals go through one column loop, stacked.
+        Rows do not know of each other, so all proposals go through one column loop, stacked; many rows in pieces.
         """
         if len(tried) == 1:
             Q_RC, loss_R = self._columns(W_RC, *tried[0], args, factors, dtype, keep_RC)
             return Q_RC, loss_R, None
         K, R, P = len(tried), len(W_RC), len(factors)
+        if P == 1 and (piece := STACKED // K) < R:
+            found = []
+            for i in range(0, R, piece):
+                rows = slice(i, i + piece)
+                some = [(scale[rows], None if zero is None else zero[rows]) for scale, zero in tried]
+                keep = None if keep_RC is None else keep_RC[rows]
+                found.append(self._best_rows(W_RC[rows], some, args, factors, dtype, keep))
+            best = [b for _, _, b in found if b is not None]
+            return torch.cat([q for q, _, _ in found]), torch.cat([x for _, x, _ in found]), torch.cat(best)
 
         def stacked(matrices: Sequence[Tensor]) -> Tensor:
             """[K * R, ...], partition by partition, as the factors want their rows."""
