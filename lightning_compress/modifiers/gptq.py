@@ -309,9 +309,9 @@ class GPTQModifier(QuantizationArguments, Modifier):
             zeros = [expand(zero, R) for (_, zero), R in zip(found, rows, strict=True) if zero is not None]
             tried.append((scale_RG, torch.cat(zeros) if zeros else None))
         Q_RC, loss_R, best_R = self._best_rows(W_RC, tried, args, factors, dense[0].dtype, keep_RC)
-        found = proposed[0] if best_R is None else _chosen(tried, best_R, rows)
+        scales = proposed[0] if best_R is None else _chosen(tried, best_R, rows)
         seconds, P = time.perf_counter() - start, len(factors)
-        pieces = zip(names, found, keeps, W_RC.split(rows), Q_RC.split(rows), loss_R.split(rows), strict=True)
+        pieces = zip(names, scales, keeps, W_RC.split(rows), Q_RC.split(rows), loss_R.split(rows), strict=True)
         for name, (scale, zero_point), keep, W, Q, loss in pieces:
             parts = zip(W.chunk(P), Q.chunk(P), loss.chunk(P), factors, strict=True)
             sums = [output_error(*part) for part in parts]
