@@ -36,8 +36,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: ``compress`` is a bare string, or there is nothing to do.
     """
-    # On a busy machine threads that spin for each other starve: with 2 threads on 2 cores under load 6 the demo made 0.27
-    # steps a second, and 3.1 with threads that sleep. OpenMP reads this when torch is imported.
+    # On a busy machine threads that spin for each other starve: with 2 threads on 2 cores under load 6 the demo made
+    # 0.27 steps a second, and 3.1 with threads that sleep. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import lightning  # here, and not above: --help, --cfg job and tab completion answer in 1 s instead of 6
