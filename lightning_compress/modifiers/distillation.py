@@ -117,6 +117,12 @@ class DistillationModifier(Modifier):
                 raise ValueError(f"teacher={self.teacher!r} is neither a module nor callable, 'self' or a path")
             return self.teacher
         if self.teacher == "self":
+            changed = [name for name, module in model.named_modules() if hasattr(module, "parametrizations")]
+            if changed:
+                raise ValueError(
+                    f"teacher='self' would copy a model that another modifier has changed already, in {changed[:3]}: "
+                    f"let DistillationModifier stand before it in the recipe"
+                )
             return copy.deepcopy(model)
         path = Path(self.teacher)
         if not path.exists():

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.maths.divergence import hidden_distance, logit_divergence
 from lightning_compress.modifiers.distillation import DistillationModifier
+from lightning_compress.modifiers.qat import QATModifier
 from tests.modifiers.training_loop import network, train
 
 E = EventType
@@ -197,3 +198,12 @@ def test_another_teacher_on_resume_is_refused():
         lifecycle.initialize(State(model=network()))
     with pytest.raises(ValueError, match="resume with the same teacher"):
         second.load_state_dict(first.state_dict())
+
+
+def test_a_model_that_is_fake_quantized_already_does_not_teach_itself():
+    quantize, distil = QATModifier(scheme="W4A16", group_size=16), DistillationModifier()
+    with pytest.raises(ValueError, match=r"in \['0', '2'\]: let DistillationModifier stand before it"):
+        Lifecycle([quantize, distil]).initialize(State(model=network()))
+    lifecycle = Lifecycle([DistillationModifier(), QATModifier(scheme="W4A16", group_size=16)])
+    lifecycle.initialize(State(model=network()))
+    assert not any(hasattr(m, "parametrizations") for m in lifecycle.modifiers[0]._teacher.modules())
