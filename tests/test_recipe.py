@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_compress import CompressionCallback, GPTQModifier, ModifierFactory, QuantizationModifier
+from lightning_compress import (
+    CompressionCallback,
+    DistillationModifier,
+    GPTQModifier,
+    ModifierFactory,
+    QuantizationModifier,
+)
 from lightning_compress.recipe import dump_recipe, load_recipe, read_recipe, recipe_difference
 from tests.training_runs import RecordingModifier
 
@@ -32,7 +38,7 @@ def written(folder, text):
 def test_every_recipe_of_the_package_builds(name):
     modifiers = load_recipe(name)
     assert modifiers
-    assert all(m.targets for m in modifiers)
+    assert all(m.targets for m in modifiers if not isinstance(m, DistillationModifier)), "which acts on the whole model"
 
 
 def test_a_recipe_by_name():
