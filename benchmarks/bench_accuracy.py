@@ -13,6 +13,7 @@ within each text, and subsets, the same draw for both sides of a ratio.
 import argparse
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def main() -> None:
                 if old and name in arguments.reuse and len(old["kl"]) == len(windows):
                     scores[subset] = old
                     continue
-                out = arguments.material / "out/accuracy"
+                out = arguments.material / f"out-{os.getpid()}"
                 job = Job("ours", "smollm2", str(model), str(texts), str(out), bits=bits, subset=int(subset))
                 in_own_process(replace(job, **CONTESTANTS[name]), arguments.peer_python)
                 kl, nll = smollm2.divergence(smollm2.load(out), windows, dense)

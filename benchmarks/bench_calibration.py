@@ -15,6 +15,8 @@ in this process, which never imports the package, by plain transformers.
 
 import argparse
 import hashlib
+import os
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +58,7 @@ def main() -> None:
         lines += [*report(task, jobs[task], runs, quality), ""]
         facts[task] = {"runs": runs, "quality": quality}
         print("\n".join(lines), flush=True)
+    shutil.rmtree(arguments.material / f"out-{os.getpid()}", ignore_errors=True)
     if not arguments.dry:
         title = "Calibration: this package and llm-compressor 0.14.0.1, alternately, one thread, fp32"
         print("written:", machine.write("calibration", title, lines, facts, arguments.machine))
@@ -78,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(job: Job, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Name -> one row of facts per round. The last round's exports stay under material/out."""
+    """Name -> one row of facts per round. The last round's exports stay until they are evaluated."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.contestants}
     for number in range(arguments.rounds):
         for name in arguments.contestants[:: -1 if number % 2 else 1]:
@@ -93,7 +96,8 @@ def measure(job: Job, arguments: argparse.Namespace) -> dict[str, list[dict[str,
 
 
 def folder(task: str, name: str, arguments: argparse.Namespace) -> Path:
-    return Path(arguments.material) / "out" / f"{task}-{name.replace(', ', '-').replace(' ', '-')}"
+    """Where a contestant exports; two benches may run beside each other on the same material."""
+    return Path(arguments.material) / f"out-{os.getpid()}" / f"{task}-{name.replace(', ', '-').replace(' ', '-')}"
 
 
 def evaluate(task: str, runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
