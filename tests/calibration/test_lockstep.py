@@ -1,5 +1,6 @@
 import _thread
 import contextvars
+import signal
 import threading
 
 import pytest
@@ -120,6 +121,15 @@ def test_threads_have_the_modes_of_the_caller():
         assert seen == [(grad, False, torch.get_num_threads(), dtype)] * 2
 
 
+@pytest.fixture
+def interrupts():
+    """Python's own handler of SIGINT, which is not there in a job that a shell put into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_while_a_batch_runs_ends_all_threads():
     model, names = Routed(), {}
     model.experts[1].register_forward_pre_hook(lambda _m, _a: _thread.interrupt_main())
