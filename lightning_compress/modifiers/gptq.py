@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.maths.factor import Factor, energy, factorize
+from lightning_compress.maths.factor import Factor, energy, factorize_each
 from lightning_compress.maths.hessian import MomentPool, Shared
 from lightning_compress.maths.pruning import share_of_zeros
 from lightning_compress.quant.arguments import QuantizationArguments
@@ -55,7 +55,6 @@ __all__ = ["GPTQModifier", "output_error", "round_columns"]
 
 SUB_BLOCK = 16
 PROPOSALS_UP_TO = 3                       # bits; see GPTQModifier._proposals
-MAX_DAMPENING = 1.0
 STACKED = 4096           # rows of one column loop: as fast as 9216 at 576 columns (0.13 s), at half the memory
 PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
 
@@ -333,22 +332,16 @@ class GPTQModifier(QuantizationArguments, Modifier):
         assert shared.moment is not None
         weights = self._schemes[names[0]].weights
         assert weights is not None
-        H_PCC, dampening = shared.moment.take(), self.dampening_frac
-        while True:
-            tried = [factorize(H_CC, dampening, weights.actorder is not None) for H_CC in H_PCC]
-            factors = [factor for factor in tried if factor is not None]
-            if len(factors) == len(tried):
-                return factors
-            if self.on_failure == "round":
-                return None
-            if self.on_failure == "raise" or dampening >= MAX_DAMPENING:
-                tokens, C = shared.moment.tokens, H_PCC.shape[1]
-                raise ValueError(
-                    f"H of {', '.join(map(repr, names))} is not positive definite with dampening_frac={dampening:g} "
-                    f"({tokens} tokens for {C} columns); raise dampening_frac (0.01 to 0.1 is usual), calibrate on "
-                    f"more tokens, or set on_failure='retry' or 'round'"
-                )
-            dampening = min(MAX_DAMPENING, max(10 * dampening, 0.01))
+        H_PCC, by_size = shared.moment.take(), weights.actorder is not None
+        factors, dampening = factorize_each(H_PCC, self.dampening_frac, by_size, retry=self.on_failure == "retry")
+        if factors is None and self.on_failure != "round":
+            tokens, C = shared.moment.tokens, H_PCC.shape[1]
+            raise ValueError(
+                f"H of {', '.join(map(repr, names))} is not positive definite with dampening_frac={dampening:g} "
+                f"({tokens} tokens for {C} columns); raise dampening_frac (0.01 to 0.1 is usual), calibrate on "
+                f"more tokens, or set on_failure='retry' or 'round'"
+            )
+        return factors
 
     def _proposals(
         self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor]

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.maths.factor import energy, factorize
-from lightning_compress.modifiers import gptq
 from lightning_compress.modifiers.gptq import GPTQModifier, output_error, round_columns
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
@@ -286,7 +285,7 @@ def test_the_ledger_tells_the_truth():
 
 def test_modules_that_share_their_input_share_the_work(monkeypatch):
     calls = []
-    monkeypatch.setattr(gptq, "factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
+    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
     shared, alone = attention(), attention()
     calibrate(shared, made(), batches())
     assert calls == [64, 32]
@@ -299,7 +298,7 @@ def test_modules_that_share_their_input_share_the_work(monkeypatch):
 
 def test_two_schemes_on_one_input_share_the_factor_only(monkeypatch):
     calls = []
-    monkeypatch.setattr(gptq, "factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
+    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
     model, plain = attention(), attention()
     calibrate(model, made(scheme={"W4A16": ["q", "v"], "W8A16": "k"}, ignore=[]), batches())
     assert calls == [64]
@@ -514,7 +513,7 @@ def test_retry_raises_the_damping_and_says_so():
 
 def test_retry_gives_up_beyond_one(monkeypatch):
     tried = []
-    monkeypatch.setattr(gptq, "factorize", lambda H, dampening, _: tried.append(dampening))
+    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, dampening, _: tried.append(dampening))
     with pytest.raises(ValueError, match="dampening_frac=1 "):
         calibrate(attention(), made(dampening_frac=0.03, on_failure="retry"), few())
     assert tried == pytest.approx([0.03, 0.3, 1.0])
@@ -640,7 +639,7 @@ def one_pass(model: nn.Module, modifier: GPTQModifier, data: list[Tensor]) -> St
 
 def test_in_one_pass_modules_reuse_the_statistic_and_the_factor(monkeypatch):
     calls = []
-    monkeypatch.setattr(gptq, "factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
+    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
     model, plain, data = attention(), attention(), batches()
     state = one_pass(model, made(), data)
     assert calls == [64, 32]
