@@ -21,6 +21,7 @@ from lightning_compress.quant.record import detach, quantized_of
 from lightning_compress.quant.scales import minmax
 from tests.quantization_runs import attention, batches, calibrate, correlated, weights
 
+FACTORIZE = "lightning_compress.maths.factor.factorize"
 F64 = torch.float64
 
 
@@ -285,7 +286,7 @@ def test_the_ledger_tells_the_truth():
 
 def test_modules_that_share_their_input_share_the_work(monkeypatch):
     calls = []
-    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
+    monkeypatch.setattr(FACTORIZE, lambda H, *a: calls.append(len(H)) or factorize(H, *a))
     shared, alone = attention(), attention()
     calibrate(shared, made(), batches())
     assert calls == [64, 32]
@@ -298,7 +299,7 @@ def test_modules_that_share_their_input_share_the_work(monkeypatch):
 
 def test_two_schemes_on_one_input_share_the_factor_only(monkeypatch):
     calls = []
-    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
+    monkeypatch.setattr(FACTORIZE, lambda H, *a: calls.append(len(H)) or factorize(H, *a))
     model, plain = attention(), attention()
     calibrate(model, made(scheme={"W4A16": ["q", "v"], "W8A16": "k"}, ignore=[]), batches())
     assert calls == [64]
@@ -513,7 +514,7 @@ def test_retry_raises_the_damping_and_says_so():
 
 def test_retry_gives_up_beyond_one(monkeypatch):
     tried = []
-    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, dampening, _: tried.append(dampening))
+    monkeypatch.setattr(FACTORIZE, lambda H, dampening, _: tried.append(dampening))
     with pytest.raises(ValueError, match="dampening_frac=1 "):
         calibrate(attention(), made(dampening_frac=0.03, on_failure="retry"), few())
     assert tried == pytest.approx([0.03, 0.3, 1.0])
@@ -639,7 +640,7 @@ def one_pass(model: nn.Module, modifier: GPTQModifier, data: list[Tensor]) -> St
 
 def test_in_one_pass_modules_reuse_the_statistic_and_the_factor(monkeypatch):
     calls = []
-    monkeypatch.setattr("lightning_compress.maths.factor.factorize", lambda H, *a: calls.append(len(H)) or factorize(H, *a))
+    monkeypatch.setattr(FACTORIZE, lambda H, *a: calls.append(len(H)) or factorize(H, *a))
     model, plain, data = attention(), attention(), batches()
     state = one_pass(model, made(), data)
     assert calls == [64, 32]
