@@ -57,6 +57,19 @@ def test_a_model_that_teaches_itself_adds_nothing_at_first():
     assert after == pytest.approx(0.5 * before, rel=1e-5)
 
 
+def test_a_model_in_eval_mode_learns_too():
+    """Lightning leaves modes alone, and from_pretrained returns a model in eval mode; validation does not count."""
+    model, teacher, x = network(0).eval(), network(1), torch.randn(8, 16)
+    lifecycle, state = Lifecycle([DistillationModifier(teacher=teacher, weight=1.0)]), State(model=model)
+    lifecycle.initialize(state)
+    lifecycle.emit(state, Event(E.BATCH_START))
+    loss = model(x).sum()
+    with torch.no_grad():
+        model(x + 1)
+    lifecycle.emit(state.but(loss=loss), Event(E.LOSS_CALCULATED))
+    assert loss.item() == pytest.approx(logit_divergence(model(x), teacher(x), 1.0, "forward").mean().item(), rel=1e-5)
+
+
 def test_the_teacher_neither_moves_nor_enters_the_model():
     model = network()
     keys, modifier = list(model.state_dict()), DistillationModifier(teacher="self", weight=0.9)
