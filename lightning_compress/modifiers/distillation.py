@@ -246,7 +246,7 @@ class DistillationModifier(Modifier):
         return self._projections[name](ours.float())
 
     def _remember_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.is_grad_enabled():          # not module.training: what from_pretrained returns is in eval mode, and trains
+        if torch.is_grad_enabled():              # not module.training: from_pretrained gives a model in eval mode
             self._call = (args, kwargs, output)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
