@@ -37,6 +37,7 @@ from lightning_compress.maths.hessian import MomentPool, Shared
 from lightning_compress.maths.pruning import share_of_zeros
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
+from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.matrix import (
     as_matrix,
     input_layout,
@@ -51,7 +52,7 @@ from lightning_compress.quant.rounding import check_dense, find_scales, input_sc
 from lightning_compress.quant.scales import expand, group_columns, integer_range
 from lightning_compress.quant.schemes import no_group_order
 
-__all__ = ["GPTQModifier", "output_error", "round_columns"]
+__all__ = ["GPTQModifier", "adjusted", "output_error", "round_columns"]
 
 SUB_BLOCK = 16
 PROPOSALS_UP_TO = 3                       # bits; see GPTQModifier._proposals
@@ -134,6 +135,19 @@ def output_error(W_RC: Tensor, Q_RC: Tensor, loss_R: Tensor, factor: Factor) -> 
     return max(0.0, float(error.sum())), float(total.sum())
 
 
+def adjusted(W_RC: Tensor, Q_RC: Tensor, factor: Factor) -> Tensor:
+    """a_j = w_j + sum_{k<j} (w_k - q_k) U_kj, [R, C]: what was rounded to Q, column after column.
+
+    Args:
+        W_RC: The weight.
+        Q_RC: What GPTQ made of it.
+        factor: Of the damped H.
+    """
+    W_RC, D_RC = (t.index_select(1, factor.order_C) for t in (W_RC, W_RC - Q_RC))
+    A_RC = torch.addmm(W_RC, D_RC, factor.UT_CC.tril(-1).t())
+    return torch.empty_like(A_RC).index_copy_(1, factor.order_C, A_RC)
+
+
 class _Nearest:
     """Nearest grid point of a column, written into ``out``, in the order of operations of compressed-tensors."""
 
@@ -176,6 +190,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
         preserve_zeros: Weights that are zero stay zero, so that a pruned model stays pruned. None: in the modules of
             which at least a third of the weights are.
+        keep_latents: Keep beside each weight the values that were rounded to it, for a QATModifier that goes on from
+            there. They take the memory of the weights once more, and are never saved.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -190,6 +206,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
     preserve_zeros: bool | None = None
+    keep_latents: bool = False
 
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
@@ -316,7 +333,11 @@ class GPTQModifier(QuantizationArguments, Modifier):
             parts = zip(W.chunk(P), Q.chunk(P), loss.chunk(P), factors, strict=True)
             sums = [output_error(*part) for part in parts]
             error, total = sum(e for e, _ in sums), sum(t for _, t in sums)
-            self._write(state, name, Q, scale, zero_point, factors[0], {
+            latent = None
+            if self.keep_latents:
+                matrices = zip(W.chunk(P), Q.chunk(P), factors, strict=True)
+                latent = torch.cat([adjusted(*part) for part in matrices]).mul_(keep)
+            self._write(state, name, Q, scale, zero_point, latent, factors[0], {
                 "error": error / total if total > 0 else 0.0,
                 "tokens": tokens,
                 "seconds": seconds * len(W) / sum(rows),
@@ -458,12 +479,15 @@ class GPTQModifier(QuantizationArguments, Modifier):
         Q_RC: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
+        A_RC: Tensor | None,
         factor: Factor,
         facts: dict[str, Any],
     ) -> None:
         module, scheme = self._modules[name], self._schemes.pop(name)
         W_RC = as_matrix(module)
-        quantized = Quantized(scheme, scale, zero_point, *input_scales(self._observers.get(name), W_RC.dtype))
+        assert scheme.weights is not None
+        latent = None if A_RC is None else latent_of(A_RC, Q_RC.to(W_RC.dtype), scale, zero_point, scheme.weights)
+        quantized = Quantized(scheme, scale, zero_point, *input_scales(self._observers.get(name), W_RC.dtype), latent)
         facts = {**weight_facts(W_RC, Q_RC, quantized), **facts}
         write_matrix(module, Q_RC)
         attach(module, quantized)

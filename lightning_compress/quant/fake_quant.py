@@ -9,7 +9,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
-__all__ = ["fake_quantize_input", "round_weight"]
+__all__ = ["fake_quantize_input", "latent_of", "round_weight"]
 
 
 def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
@@ -23,6 +23,22 @@ def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: Q
     """
     zero = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
     return fake_quantize(W_RC.float(), scale.float(), zero, args).to(W_RC.dtype)
+
+
+def latent_of(
+    A_RC: Tensor, Q_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs
+) -> Tensor:
+    """``A_RC`` in the dtype of ``Q_RC``, but Q itself wherever A does not round to it: rounded, all of it is Q.
+
+    Args:
+        A_RC: Values before rounding, [R, C].
+        Q_RC: The weight that was made of them, on the grid, in its own dtype.
+        scale: As for :func:`round_weight`.
+        zero_point: As for :func:`round_weight`.
+        args: As for :func:`round_weight`.
+    """
+    latent_RC = A_RC.to(Q_RC.dtype)
+    return torch.where(round_weight(latent_RC, scale, zero_point, args) == Q_RC, latent_RC, Q_RC)
 
 
 def fake_quantize_input(

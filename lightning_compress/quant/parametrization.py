@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_compress.ops.fake_quant import HALF_STEP, learned_step, relative_step, replace_value, straight_through
-from lightning_compress.quant.fake_quant import fake_quantize_input
-from lightning_compress.quant.matrix import as_matrix, is_transposed
+from lightning_compress.quant.fake_quant import fake_quantize_input, latent_of
+from lightning_compress.quant.matrix import as_matrix, is_transposed, write_matrix
 from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import integer_range
@@ -149,8 +149,9 @@ class FakeQuantize(nn.Module):
         self.given = record is not None
         self.observing = gradient == "ste" and not self.given
         scale, zero = (record.scale, record.zero_point) if record is not None else find_scales(W_RC, self.args, search)
-        self.register_buffer("scale", scale.detach().clone(), persistent=False)
-        self.register_buffer("zero_point", None if zero is None else zero.detach().clone(), persistent=False)
+        held = [None if t is None else t.detach().to(W_RC.device, copy=True) for t in (scale, zero)]
+        self.register_buffer("scale", held[0], persistent=False)
+        self.register_buffer("zero_point", held[1], persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.scale)) if gradient == "lsq" else None
         inputs = scheme.input_activations
         self.input = None if inputs is None else FakeQuantizeInput(inputs, constant, W_RC)
@@ -260,7 +261,12 @@ def parametrize_weight(
     record: Quantized | None = None,
     constant: float = 0.01,
 ) -> FakeQuantize:
-    """Put fake-quantization on a module, not active yet; the arguments are those of :class:`FakeQuantize`."""
+    """Put fake-quantization on a module, not active yet; the arguments are those of :class:`FakeQuantize`.
+
+    Where the record holds latent values, the optimizer moves those: fake-quantized they are the weight that was there.
+    """
+    if record is not None and record.latent is not None:
+        _take_latent(module, record)
     fake = FakeQuantize(module, scheme, gradient, search, record, constant)
     parametrize.register_parametrization(module, "weight", fake)
     module.register_state_dict_post_hook(_dense_keys_out)
@@ -269,6 +275,16 @@ def parametrize_weight(
     if fake.input is not None:
         module.register_forward_pre_hook(_quantize_input)
     return fake
+
+
+def _take_latent(module: nn.Module, record: Quantized) -> None:
+    """The values before rounding, in place of the weight; not where the weight is no more what was made of them."""
+    assert record.latent is not None
+    assert record.scheme.weights is not None
+    Q_RC = as_matrix(module)
+    latent, scale = (t.to(Q_RC.device, copy=True) for t in (record.latent, record.scale))
+    zero = None if record.zero_point is None else record.zero_point.to(Q_RC.device)
+    write_matrix(module, latent_of(latent, Q_RC, scale, zero, record.scheme.weights))
 
 
 def fake_quantize_of(module: nn.Module) -> FakeQuantize | None:

@@ -27,6 +27,8 @@ class Quantized:
         zero_point: As scale, int8; None for a symmetric grid.
         input_scale: [1], for static activations.
         input_zero_point: [1], for static asymmetric activations.
+        latent: [R, C] in the dtype of the weight: what was rounded to the weight, and rounds to it again. Training
+            goes on from there; neither ``state_dict`` nor an export holds it.
     """
 
     scheme: QuantizationScheme
@@ -34,6 +36,7 @@ class Quantized:
     zero_point: Tensor | None = None
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
+    latent: Tensor | None = None
 
 
 def attach(module: nn.Module, quantized: Quantized) -> None:

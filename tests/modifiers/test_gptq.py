@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.maths.factor import energy, factorize
-from lightning_compress.modifiers.gptq import GPTQModifier, output_error, round_columns
+from lightning_compress.modifiers.gptq import GPTQModifier, adjusted, output_error, round_columns
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.matrix import as_matrix, inputs_as_rows
@@ -122,6 +122,22 @@ def test_the_error_is_that_of_the_undamped_matrix():
     error, total = output_error(W, Q, damped_loss, factor)
     assert error == pytest.approx(float(loss(W, Q, H).sum()))
     assert total == pytest.approx(float(loss(W, 0 * W, H).sum()))
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_the_values_before_rounding_come_back_from_the_result(by_size):
+    """Those of OBQ with an explicit inverse, noted column by column."""
+    (W, H), args = problem(), grid(3)
+    factor = factorize(H, 0.01, by_size)
+    scale, _ = minmax(W, args)
+    Q, _ = round_columns(W, scale, None, args, factor)
+    left, A, now, inverse = factor.order_C.tolist(), torch.zeros_like(W), W.clone(), torch.linalg.inv(damped(H))
+    while left:
+        j = left.pop(0)
+        A[:, j] = now[:, j]
+        now[:, left] -= ((now[:, j] - Q[:, j]) / inverse[j, j])[:, None] * inverse[j, left]
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j, :]) / inverse[j, j]
+    assert_close(adjusted(W, Q, factor), A)
 
 
 def test_the_factor_is_the_matrix():

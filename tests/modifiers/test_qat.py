@@ -7,12 +7,23 @@ from itertools import pairwise
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
-from lightning_compress import GPTQModifier, MagnitudePruningModifier, QATModifier, QuantizationModifier, compress
+from lightning_compress import (
+    GPTQModifier,
+    MagnitudePruningModifier,
+    QATModifier,
+    QuantizationModifier,
+    compress,
+    load,
+    save,
+)
 from lightning_compress.core import Lifecycle, State
 from lightning_compress.modifiers.constant import ConstantPruningModifier
+from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.parametrization import fake_quantize_of
 from lightning_compress.quant.record import quantized_modules, quantized_of
 from tests.modifiers.training_loop import network, train
@@ -77,8 +88,6 @@ def test_what_was_trained_is_what_is_left(name, gradient):
 @pytest.mark.parametrize("layer", ["conv1d", "conv2d", "grouped", "transposed"])
 def test_other_layers(layer):
     torch.manual_seed(0)
-    from transformers.pytorch_utils import Conv1D
-
     module, x = {
         "conv1d": (nn.Conv1d(4, 8, 2), torch.randn(2, 4, 6)),
         "conv2d": (nn.Conv2d(4, 8, 2), torch.randn(2, 4, 5, 5)),
@@ -200,6 +209,64 @@ def test_static_activations_that_never_see_data_are_named():
         ledger = compress(model, QATModifier(**weights(8, grain="channel", inputs=STATIC)))
     assert ledger.rows[0].flags == ["never saw data; left as it was"]
     assert torch.equal(model(X), network()(X))
+
+
+@pytest.mark.parametrize("layer", ["linear", "grouped conv", "transposed", "bf16", "pruned"])
+@pytest.mark.parametrize("grid", ["2 bit group", "3 bit channel asym", "fp8", "5 bit tensor"])
+def test_training_starts_from_what_gptq_rounded(layer, grid):
+    """The first forward pass is GPTQ's model bit for bit, but the optimizer moves the values before rounding."""
+    torch.manual_seed(0)
+    module, shape = {
+        "linear": (nn.Linear(16, 8), (64, 16)),
+        "grouped conv": (nn.Conv1d(16, 8, 2, groups=2), (16, 16, 6)),
+        "transposed": (Conv1D(8, 16), (64, 16)),
+        "bf16": (nn.Linear(16, 8).bfloat16(), (64, 16)),
+        "pruned": (nn.Linear(16, 8), (64, 16)),
+    }[layer]
+    x = torch.randn(shape).to(module.weight.dtype)
+    if layer == "pruned":
+        module.weight.data[:, ::2] = 0
+    dense = as_matrix(module).clone()
+    groups = {"g": GRIDS[grid]["config_groups"]["g"] | {"targets": [type(module).__name__]}}
+    model = nn.Sequential(module)
+    compress(model, GPTQModifier(config_groups=groups, keep_latents=True, dampening_frac=0.1), [x])
+    expected, weight, keys = model(x), module.weight.clone(), list(model.state_dict())
+    assert keys == ["0.weight", "0.bias"]
+    lifecycle = Lifecycle([QATModifier(config_groups=groups)])
+    lifecycle.initialize(State(model=model))
+    assert torch.equal(model(x), expected)
+    latent = module.parametrizations.weight.original.detach()
+    assert (latent != weight).float().mean() > 0.3
+    if layer == "pruned":
+        assert (model(x) == expected).all()
+        latent = latent if latent.shape == dense.shape else latent.t()
+        assert (latent[:, ::2] == 0).all()
+    lifecycle.finalize(State(model=model))
+    assert torch.equal(module.weight, weight)
+    assert quantized_of(module).latent is None
+
+
+def test_latents_stay_behind_when_the_weight_has_changed():
+    model, data = network(), [torch.randn(64, 16)]
+    compress(model, GPTQModifier(scheme="W3A16", group_size=8, keep_latents=True), data)
+    kept = quantized_of(model[0]).latent.clone()
+    scale = quantized_of(model[0]).scale
+    with torch.no_grad():
+        model[0].weight[0] -= scale[0].repeat_interleave(8)
+    changed = model[0].weight.detach().clone()
+    QATModifier(scheme="W3A16", group_size=8).initialize(State(model=model))
+    latent = model[0].parametrizations.weight.original
+    assert torch.equal(latent[1:], kept[1:])
+    assert torch.equal(latent[0], changed[0])
+
+
+def test_latents_are_not_exported(tmp_path):
+    model, data = network(), [torch.randn(64, 16)]
+    compress(model, GPTQModifier(scheme="W4A16", group_size=8, keep_latents=True), data)
+    save(model, tmp_path / "out")
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in names} == {"weight_packed", "weight_scale", "weight_shape", "bias"}
+    assert quantized_of(load(tmp_path / "out", network())[0]).latent is None
 
 
 def test_training_goes_on_from_gptq():
