@@ -71,12 +71,13 @@ class Stages:
         stages = stages_of(self.lifecycle.modifiers)
         for stage in stages:
             hooked = self._hooked(stage, group)
+            replay: Callable[[int], object] | None = partial(self._replay, group, run)
             if stage is stages[-1] and self.one_pass and hooked:
                 self._lockstep(stage, group, hooked, propagate or run, to_end=propagate is not None)
-                propagate = None
+                propagate = replay = None             # the inputs have moved on
             elif hooked:
                 self._look(stage, group, hooked, run)
-            self.tell(EventType.BLOCK_END, group, stage)
+            self.tell(EventType.BLOCK_END, group, stage, replay=replay)
             for modifier in stage:
                 if modifier.needs_calibration:        # what is finished may run again on the way to later groups
                     modifier.remove_hooks(*group.modules.values())
@@ -92,10 +93,15 @@ class Stages:
         group: Group,
         only: Sequence[Modifier] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
+        replay: Callable[[int], object] | None = None,
     ) -> None:
         """Emit an event about a group, or about some of its modules."""
         state = self.state.but(
-            block=group.block, block_name=group.name, modules=group.modules if modules is None else modules
+            block=group.block,
+            block_name=group.name,
+            modules=group.modules if modules is None else modules,
+            replay=replay,
+            batches=0 if replay is None else len(self.masks),
         )
         self.lifecycle.emit(state, replace(self.clock, type_=type_), only=only)
 
@@ -104,6 +110,11 @@ class Stages:
         self.batch = batch
         self.lifecycle.set_token_mask(self.masks[batch])
         self.report(text)
+
+    def _replay(self, group: Group, run: Callable[[int], object], batch: int) -> object:
+        with self.lifecycle.paused():
+            self.turn(batch, f"{group.title}: once more, batch {batch + 1}/{len(self.masks)}")
+            return run(batch)
 
     def _look(
         self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]

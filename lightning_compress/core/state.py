@@ -1,6 +1,6 @@
 """What a modifier may see at an event. Plain frozen data, built by the caller; never global."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,10 @@ class State:
         block_name: Its dotted name inside ``model``; empty outside of all blocks.
         modules: At BLOCK_SURVEYED and BLOCK_END every module of the block, at MODULE_READY those whose inputs are
             complete, by their dotted name inside ``model``.
+        replay: At BLOCK_END, for a modifier that must see the block at work again: ``replay(i)`` puts calibration batch
+            ``i`` through it as it is now, no modifier's hook acting, ``token_mask`` being that batch's, and returns what
+            comes out (None where the run ends before that). None: there is no data, or the block's inputs are gone.
+        batches: How many batches ``replay`` knows.
         ledger: Where facts on modules go.
         distributed: True when several ranks calibrate together.
     """
@@ -39,6 +43,8 @@ class State:
     block: nn.Module | None = None
     block_name: str = ""
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    replay: Callable[[int], Any] | None = None
+    batches: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     distributed: bool = False
 
