@@ -16,8 +16,6 @@ from torch.utils.data import DataLoader
 from lightning_compress import CompressionCallback
 from tests.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
 
-pytestmark = pytest.mark.filterwarnings("ignore:no module is quantized")
-
 
 def rounding(**options):
     return CompressionCallback(RoundingModifier(data=options.pop("data", True)), **options)

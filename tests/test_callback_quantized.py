@@ -168,3 +168,33 @@ def test_prune_distil_and_quantize_in_one_run(tmp_path):
     kept = saved["callbacks"]["CompressionCallback"]["recipe"]["modifiers"]
     assert kept["DistillationModifier"]["teacher"] == "<Sequential>"
     assert torch.equal(load(tmp_path / "compressed", Regression().model)[0].weight, weights)
+
+
+def test_a_recipe_that_only_prunes_leaves_a_folder_too(tmp_path):
+    modifier = MagnitudePruningModifier(targets=["Linear"], ignore=["lm_head"], final_sparsity=0.5)
+    _, module, data = run(tmp_path, modifier, max_epochs=1)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "compressed", dtype=torch.float32).eval()
+    batch = {"input_ids": torch.stack([row["input_ids"] for row in data.rows[:4]])}
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, module.net(**batch).logits, atol=1e-5, rtol=0)
+    assert (again.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert summary["sparsity"] == pytest.approx(0.5)
+    assert summary["export_dir"] == str(tmp_path / "compressed")
+
+
+def test_a_model_that_cannot_be_written_is_said_and_stays_in_the_checkpoint(tmp_path):
+    class Odd(torch.nn.Sequential):
+        def get_extra_state(self):
+            return {"calls": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    modifier = MagnitudePruningModifier(targets=["Linear"], final_sparsity=0.5)
+    module = Regression()
+    module.model = Odd(*module.model)
+    with pytest.warns(UserWarning, match="nothing is exported, and compressed.ckpt alone holds the model: "):
+        quiet(tmp_path, CompressionCallback(modifier)).fit(module, Sums())
+    assert (tmp_path / "compressed.ckpt").exists()

@@ -65,8 +65,10 @@ def save(
     Needs memory for the packed weights beside the model, never for a second dense copy.
 
     Args:
-        model: Any module some of whose submodules were quantized. A Hugging Face model becomes a folder for
-            ``from_pretrained``; any other gets the same safetensors and a config.json without ``model_type``.
+        model: Any module. A Hugging Face model becomes a folder for ``from_pretrained``; any other gets the same
+            safetensors and a config.json without ``model_type``. Where nothing is quantized (a model that was only
+            pruned or distilled) the weights are written as they are, zeros included, and there is no
+            ``quantization_config``: the sparse formats of compressed-tensors are gone from its version 0.20.
         folder: Where to; made together with missing parents.
         tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to lie beside the model.
         recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
@@ -77,8 +79,7 @@ def save(
         The folder's absolute path.
 
     Raises:
-        ValueError: Nothing in the model is quantized, it holds NaN, the folder exists or cannot be written, the recipe
-            is no plain data.
+        ValueError: The model holds NaN, the folder exists or cannot be written, the recipe is no plain data.
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
@@ -90,11 +91,6 @@ def save(
         for name, module in quantized_modules(model).items()
         if (record := quantized_of(module)) is not None
     }
-    if not records:
-        raise ValueError(
-            f"nothing in this {type(model).__name__} is quantized, so there is nothing to export; "
-            f"compress it before save, or save the dense model by its own means"
-        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries PEFT adapters; merge them into its weights, compress that, then save")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -144,7 +140,8 @@ def load(
         ``model``, or the new one, in evaluation mode.
 
     Raises:
-        ValueError: The folder holds no such export, it does not fit ``model``, or nothing in it can be ``packed``.
+        ValueError: The folder holds no such export, it does not fit ``model``, transformers quantized it in another
+            way, or nothing in it can be ``packed``.
     """
     folder = Path(folder).expanduser().resolve()
     config = read_json(folder / "config.json")
@@ -154,8 +151,9 @@ def load(
             f"{folder / OWN_FILE} has format_version {own['format_version']}, expected {FORMAT_VERSION}; "
             f"load it with a newer version of this package"
         )
-    if "quantization_config" not in config and not own["dense"]:
-        raise ValueError(f"{folder} holds no compressed model: its config.json has no quantization_config")
+    method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        raise ValueError(f"{folder} was quantized by {method}, expected compressed-tensors; load it with transformers")
     if model is None and "model_type" not in config:
         raise ValueError(f"{folder} holds no Hugging Face model; build the dense model and call load(folder, model)")
 
@@ -210,6 +208,8 @@ def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, ma
         ModelCompressor(quantization_config=config).update_config(str(folder))
         if is_transformers:
             hugging_face.mend_layout(model, config, packed, folder)
+    if is_transformers:
+        hugging_face.warn_of_sizes(model)
     own = _own({name: records[name][1] for name in records if name in dense}, on_disk)
     if own["dense"] or own["names"]:
         (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

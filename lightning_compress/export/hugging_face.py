@@ -17,12 +17,22 @@ from torch import Tensor, nn
 
 from lightning_compress.export.packing import tensor_names
 from lightning_compress.export.tensors import read_json
+from lightning_compress.matching import clean_name
 from lightning_compress.quant.record import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["add_names_on_disk", "build", "is_transformers", "mend_layout", "names_on_disk", "skeleton", "write"]
+__all__ = [
+    "add_names_on_disk",
+    "build",
+    "is_transformers",
+    "mend_layout",
+    "names_on_disk",
+    "skeleton",
+    "warn_of_sizes",
+    "write",
+]
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -125,6 +135,25 @@ def _layout_fault(
     except AttributeError as error:                       # T5: it reaches for the weights of its attention's Linears
         return f"{type(model).__name__} cannot be initialized with packed weights: {error}"
     return None
+
+
+def warn_of_sizes(model: "PreTrainedModel") -> None:
+    """Warn of weights whose sizes are not those that config.json promises, such as after pruning whole channels."""
+    with torch.device("meta"):
+        promised = type(model)(_dense_config(model.config)).state_dict()
+    own = {clean_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [
+        f"{name} {tuple(own[name])}, by the config {tuple(tensor.shape)}"
+        for name, tensor in promised.items()
+        if name in own and own[name] != tensor.shape
+    ]
+    if wrong:
+        warnings.warn(
+            f"transformers will fail to load this folder: {len(wrong)} weights do not have the sizes that the model's "
+            f"config promises ({'; '.join(wrong[:3])}); set the config's sizes to those of the model before save, or "
+            f"build the model as it is and call lightning_compress.load(folder, model)",
+            stacklevel=4,
+        )
 
 
 def skeleton(folder: Path, config: Mapping[str, Any]) -> "PreTrainedModel":

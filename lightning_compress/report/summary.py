@@ -54,8 +54,8 @@ def totals(ledger: Ledger) -> dict[str, Any]:
 
     Returns:
         ``modules`` (how many), ``params``, ``bytes_before``, ``bytes_after`` (of the modules that have them; of two
-        techniques on one module the later one counts), ``bits_per_weight`` (weighted by params) and ``flags``
-        ({flag: modules}). What no row knows is None.
+        techniques on one module the later one counts), ``bits_per_weight`` and ``sparsity`` (weighted by params; the
+        latter of the modules that report one) and ``flags`` ({flag: modules}). What no row knows is None.
     """
     last: dict[str, Row] = {}
     for row in ledger:
@@ -66,6 +66,7 @@ def totals(ledger: Ledger) -> dict[str, Any]:
         for flag in row.flags:
             flags.setdefault(flag, []).append(row.module)
     sized = [row for row in last.values() if row.bytes_before is not None and row.bytes_after is not None]
+    pruned = {r.module: (r.sparsity * r.params, r.params) for r in ledger if r.sparsity is not None and r.params}
     weighed = [(row.bits * row.params, row.params) for row in last.values() if row.bits is not None and row.params]
     return {
         "modules": len(last),
@@ -73,6 +74,7 @@ def totals(ledger: Ledger) -> dict[str, Any]:
         "bytes_before": sum(row.bytes_before or 0 for row in sized) or None,
         "bytes_after": sum(row.bytes_after or 0 for row in sized) if sized else None,
         "bits_per_weight": sum(b for b, _ in weighed) / sum(p for _, p in weighed) if weighed else None,
+        "sparsity": sum(z for z, _ in pruned.values()) / sum(p for _, p in pruned.values()) if pruned else None,
         "flags": flags,
     }
 

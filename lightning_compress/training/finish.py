@@ -137,12 +137,31 @@ class Finish:
                 self.lifecycle.weights_loaded(saved)
             before = self._measure("metric before", progress)
             with self._timed("calibration"):
-                alone(lambda: self._calibrate(progress), "calibration")
+                alone(lambda: self._calibrate(self.lifecycle.after_training, progress), "calibration")
                 self._share()
             self.lifecycle.finalize(self.state)
             after = self._measure("metric after", progress)
             self.facts |= compare(before, after, self._total)
         self._warn_of_what_stays_behind()
+        self._forget_compiled()
+
+    def hand_over(self) -> None:
+        """In the midst of training: calibrate those of ``lifecycle`` that others go on from; every rank calls this."""
+        with self._undisturbed():
+            with self._timed("calibration"):
+                state = alone(lambda: self._calibrated(self.lifecycle), "calibration")
+                send_tensors(self.module)
+            if not self.trainer.is_global_zero:
+                self.lifecycle.weights_loaded(state)
+        for modifier in self.lifecycle.modifiers:
+            modifier.note_handed_over()
+        self._forget_compiled()
+
+    def _calibrated(self, lifecycle: Lifecycle) -> dict[str, Any]:
+        self._calibrate(lifecycle, ProgressReport(shown=False))
+        return lifecycle.state_dict()
+
+    def _forget_compiled(self) -> None:
         if any("_orig_mod" in name for name, _ in self.pl_module.named_modules()):
             torch.compiler.reset()             # compiled code does not see hooks that came later: compile it anew
 
@@ -284,14 +303,14 @@ class Finish:
 
     # -- calibration --------------------------------------------------------------------------------------------------
 
-    def _calibrate(self, progress: ProgressReport) -> None:
-        modifiers = self.lifecycle.modifiers
+    def _calibrate(self, lifecycle: Lifecycle, progress: ProgressReport) -> None:
+        modifiers = lifecycle.modifiers
         if not any(m.needs_calibration for m in modifiers):
             return
         batches = self._calibration_batches() if any(m.needs_data for m in modifiers) else None
         with self._precision():
             calibrate(
-                self.lifecycle,
+                lifecycle,
                 self.state,
                 batches,
                 clock=self.clock,
@@ -381,12 +400,14 @@ class Finish:
 
     def _write(self, folder: Path, reported: Path) -> None:
         with self._timed("export"):
-            if quantized_modules(self.module):
-                again = is_resumed(self.trainer)
+            again = is_resumed(self.trainer)
+            try:
                 save(self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=again)
                 self.facts["export_dir"] = str(folder)
-            else:
-                rank_zero_warn("no module is quantized, so nothing is exported; compressed.ckpt holds the model")
+            except ValueError as error:
+                if quantized_modules(self.module):
+                    raise
+                rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
         self.facts |= self._summary()
         ledger = self.state.ledger
         summary.write(reported, ledger, self.facts)

@@ -196,12 +196,6 @@ def test_tokenizer_and_recipe_lie_beside_the_model(tmp_path, small_net, quantize
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_quantized(tmp_path, small_net):
-    with pytest.raises(ValueError, match=r"nothing in this Sequential is quantized.*compress it before save"):
-        save(small_net, tmp_path / "out")
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_is_named(tmp_path, small_net, quantize, scheme_of, value):
     quantize(small_net, scheme_of("W8A8"))
@@ -339,9 +333,11 @@ def test_load_of_a_folder_that_is_none(tmp_path):
         load(tmp_path)
 
 
-def test_load_of_a_dense_model(tmp_path, tiny_llama):
+def test_load_of_a_model_that_another_method_quantized(tmp_path, tiny_llama):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no compressed model: its config.json has no quantization_config"):
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match=r"was quantized by gptq, expected compressed-tensors; load it with transform"):
         load(tmp_path)
 
 
@@ -402,5 +398,27 @@ def test_load_in_bfloat16(tmp_path, tiny_llama, quantize, scheme_of):
 def test_a_detached_model_is_dense_again(saved, small_net):
     for module in quantized_modules(small_net).values():
         detach(module)
-    with pytest.raises(ValueError, match=r"nothing in this Sequential is quantized"):
-        save(small_net, saved.parent / "dense")
+    folder = save(small_net, saved.parent / "dense")
+    assert (folder / "config.json").read_text() == "{}\n"
+    assert_close(load_file(folder / "model.safetensors"), dict(small_net.state_dict()), rtol=0, atol=0)
+
+
+# -- nothing quantized ------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_only_pruned_keeps_its_zeros(tmp_path, small_net):
+    dense = copy.deepcopy(small_net)
+    small_net[0].weight.data[:, ::2] = 0
+    save(small_net, tmp_path / "out", recipe={"prune": {"sparsity": 0.5}})
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "recipe.yaml"]
+    assert_close(load(tmp_path / "out", dense).state_dict(), small_net.state_dict(), rtol=0, atol=0)
+
+
+def test_sizes_that_the_config_does_not_promise_are_named(tmp_path, tiny_llama):
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :96])
+    mlp.gate_proj.weight = nn.Parameter(mlp.gate_proj.weight[:96])
+    mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight[:96])
+    with pytest.warns(UserWarning, match=r"3 weights do not have the sizes.*gate_proj.weight \(96, 128\), by th"):
+        save(model, tmp_path / "out")

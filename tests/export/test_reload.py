@@ -113,8 +113,15 @@ def vit(tiny_llama, quantize, scheme_of):
     return model, "ViTForImageClassification", {"pixel_values": torch.randn(1, 3, 32, 32)}
 
 
+def only_pruned(tiny_llama, quantize, scheme_of):
+    model = tiny_llama(tie_word_embeddings=True)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[:, ::2] = 0
+    return model, "AutoModelForCausalLM", {"input_ids": torch.arange(24).reshape(2, 12)}
+
+
 CASES = {case: llama(case) for case in LLAMA} | {
-    f.__name__: f for f in (two_schemes, tied_head, untied_head, gpt2, bert, t5, vit)
+    f.__name__: f for f in (only_pruned, two_schemes, tied_head, untied_head, gpt2, bert, t5, vit)
 }
 
 

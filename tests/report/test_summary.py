@@ -38,7 +38,8 @@ def test_a_module_with_two_techniques_counts_once():
     ledger.add("a", "constant pruning", sparsity=0.5)
     found = summary.totals(ledger)
     assert found == {
-        "modules": 1, "params": 100, "bytes_before": 200, "bytes_after": 50, "bits_per_weight": 4.0, "flags": {},
+        "modules": 1, "params": 100, "bytes_before": 200, "bytes_after": 50, "bits_per_weight": 4.0, "sparsity": 0.5,
+        "flags": {},
     }  # fmt: skip
 
 
@@ -80,3 +81,11 @@ def test_a_second_run_replaces_the_files(tmp_path, ledger, facts):
     summary.write(tmp_path, ledger, facts)
     assert json.loads((tmp_path / "summary.json").read_text())["modules"] == 9
     assert sorted(p.name for p in tmp_path.iterdir()) == ["modules.csv", "summary.json"]
+
+
+def test_sparsity_is_that_of_the_modules_that_report_one():
+    ledger = Ledger()
+    ledger.add("a", "magnitude", sparsity=0.5, params=300)
+    ledger.add("b", "magnitude", sparsity=0.1, params=100)
+    ledger.add("a", "rtn", bits=4.0, params=300)
+    assert summary.totals(ledger)["sparsity"] == pytest.approx(0.4)

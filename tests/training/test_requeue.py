@@ -12,10 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_compress import CompressionCallback
 from tests.training_runs import Regression, RoundingModifier, Sums, quiet
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:no module is quantized"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 
 STEP = {
     "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "compress", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_NNODES": "1",
