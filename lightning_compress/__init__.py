@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.freeze import FreezeModifier
     from lightning_compress.modifiers.gptq import GPTQModifier
     from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
+    from lightning_compress.modifiers.movement import MovementPruningModifier
     from lightning_compress.modifiers.qat import QATModifier
     from lightning_compress.modifiers.quantization import QuantizationModifier
     from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
@@ -38,6 +39,7 @@ __all__ = [
     "MagnitudePruningModifier",
     "Modifier",
     "ModifierFactory",
+    "MovementPruningModifier",
     "QATModifier",
     "QuantizationModifier",
     "SparseGPTModifier",
@@ -58,6 +60,7 @@ _HOME = MappingProxyType(
         "MagnitudePruningModifier": "modifiers.magnitude",
         "Modifier": "core.modifier",
         "ModifierFactory": "core.factory",
+        "MovementPruningModifier": "modifiers.movement",
         "QATModifier": "modifiers.qat",
         "QuantizationModifier": "modifiers.quantization",
         "SparseGPTModifier": "modifiers.sparsegpt",

@@ -97,6 +97,7 @@ class Modifier(ModifierInterface, BaseModel):
     _ended: bool = PrivateAttr(default=False)
     _updates: int = PrivateAttr(default=0)                     # update points already delivered
     _paused: int = PrivateAttr(default=0)
+    _handed_over: bool = PrivateAttr(default=False)
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _hooks: list[tuple[nn.Module, RemovableHandle]] = PrivateAttr(default_factory=list)
 
@@ -114,6 +115,11 @@ class Modifier(ModifierInterface, BaseModel):
             raise ValueError(
                 f"end={self.end} must lie after start={self.start} (unit: {self.unit}); leave end out for no end"
             )
+        if self.update and self.start is not None and self.end is not None and self.update > self.end - self.start:
+            raise ValueError(
+                f"update={self.update} is larger than the window from {self.start} to {self.end} (unit: {self.unit}), "
+                f"so that nothing would change inside of it; give at most {self.end - self.start:g}"
+            )
         return self
 
     @property
@@ -130,6 +136,23 @@ class Modifier(ModifierInterface, BaseModel):
     def surveys(self) -> bool:
         """True when it must see all inputs of the dense model before anything is compressed (one more forward pass)."""
         return False
+
+    @property
+    def hands_over(self) -> bool:
+        """True when it calibrates at ``start``, before the batch, and a later modifier goes on from its result.
+
+        All that it claims must then be claimed again by a modifier after it that :meth:`takes_over`.
+        """
+        return False
+
+    @property
+    def handed_over(self) -> bool:
+        """With :attr:`hands_over`: True once that is done."""
+        return self._handed_over
+
+    def note_handed_over(self) -> None:
+        """Whoever drives the run says so: the calibration at ``start`` is over."""
+        self._handed_over = self.hands_over
 
     @property
     def initialized(self) -> bool:
@@ -308,6 +331,17 @@ class Modifier(ModifierInterface, BaseModel):
         """
         return {}
 
+    def takes_over(self, earlier: "Modifier", modules: set[str], state: State) -> bool:
+        """Asked before :meth:`on_initialize`: can it go on from what ``earlier`` makes of ``modules``?
+
+        If so, it makes room (:meth:`make_room`) for that, and goes on at CALIBRATION_END, which it gets after
+        ``earlier``.
+        """
+        return False
+
+    def make_room(self) -> None:
+        """Before CALIBRATION_START reaches anyone: take off what keeps others from the modules that are taken over."""
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def hook(
@@ -361,7 +395,8 @@ class Modifier(ModifierInterface, BaseModel):
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives and tensors only. Subclasses add to what ``super().state_dict()`` returns."""
-        return {"started": self._started or self._resumed, "ended": self._ended, "updates": self._updates}
+        clock = {"started": self._started or self._resumed, "ended": self._ended, "updates": self._updates}
+        return clock | ({"handed_over": self._handed_over} if self.hands_over else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave.
@@ -371,6 +406,7 @@ class Modifier(ModifierInterface, BaseModel):
         """
         self._resumed, self._updates = state["started"], state["updates"]
         self._ended = state["ended"] and not self._started
+        self._handed_over = state.get("handed_over", False)
 
 
 def _readable(modifier: type[Modifier], error: ValidationError) -> str:

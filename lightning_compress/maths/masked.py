@@ -5,14 +5,14 @@ applied to gradients before a step (they do not enter momentum) and to weights a
 weight decay, cannot bring them back).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.quant.matrix import is_transposed
 
-__all__ = ["MaskedWeights", "trained_weight"]
+__all__ = ["MaskedWeights", "has_matrix", "trained_weight"]
 
 
 def trained_weight(module: nn.Module) -> nn.Parameter:
@@ -21,6 +21,11 @@ def trained_weight(module: nn.Module) -> nn.Parameter:
     if parametrized is not None and "weight" in parametrized:
         return parametrized.weight.original
     return module.get_parameter("weight")
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether it has a weight that can be seen as [R, C]."""
+    return isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() > 1
 
 
 class MaskedWeights:
@@ -36,7 +41,7 @@ class MaskedWeights:
 
     def matrices(self) -> dict[str, Tensor]:
         """Every trained weight as W [R, C], detached."""
-        return {name: self._matrix(module) for name, module in self.modules.items()}
+        return {name: _matrix(trained_weight(module), module) for name, module in self.modules.items()}
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Take new masks (bool [R, C], True survives) and apply them to the weights."""
@@ -45,27 +50,55 @@ class MaskedWeights:
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
-        for name, mask in self.masks.items():
-            weight = trained_weight(self.modules[name])
-            weight.mul_(self._like(mask, self.modules[name], weight))
+        for name in self.masks:
+            trained_weight(self.modules[name]).mul_(self._like(name))
 
     @torch.no_grad()
-    def apply_to_gradients(self) -> None:
-        for name, mask in self.masks.items():
+    def apply_to_gradients(self, among: Collection[int] | None = None) -> None:
+        """Masked weights get no gradient.
+
+        Args:
+            among: Identities of the parameters that the optimizer steps; None: all.
+        """
+        for name in self.masks:
             weight = trained_weight(self.modules[name])
-            if weight.grad is not None:
-                weight.grad.mul_(self._like(mask, self.modules[name], weight))
+            if weight.grad is not None and (among is None or id(weight) in among):
+                weight.grad.mul_(self._like(name))
+
+    def gradients(self, among: Collection[int] | None = None) -> dict[str, Tensor]:
+        """The gradients that there are, as [R, C]; ``among`` as above."""
+        found = {}
+        for name, module in self.modules.items():
+            weight = trained_weight(module)
+            if weight.grad is not None and (among is None or id(weight) in among):
+                found[name] = _matrix(weight.grad, module)
+        return found
+
+    @torch.no_grad()
+    def write(self, name: str, W_RC: Tensor) -> None:
+        """Another value for one weight, in place."""
+        weight = trained_weight(self.modules[name])
+        weight.copy_(_shaped(W_RC, self.modules[name], weight))
 
     def sparsity(self) -> dict[str, float]:
         """Share of zeros in each weight, counted in the weight itself."""
         return {name: (W_RC == 0).float().mean().item() for name, W_RC in self.matrices().items()}
 
-    @staticmethod
-    def _matrix(module: nn.Module) -> Tensor:
-        weight = trained_weight(module).detach()
-        return weight.t() if is_transposed(module) else weight.flatten(1)
+    def mean_sparsity(self) -> float:
+        """Share of zeros among all weights together."""
+        matrices = self.matrices().values()
+        return sum(int((W_RC == 0).sum()) for W_RC in matrices) / max(1, sum(W_RC.numel() for W_RC in matrices))
 
-    @staticmethod
-    def _like(mask_RC: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
-        mask_RC = mask_RC.to(weight.device)
-        return mask_RC.t() if is_transposed(module) else mask_RC.reshape(weight.shape)
+    def _like(self, name: str) -> Tensor:
+        """The mask in the shape and on the device of the weight; a model may have moved since it was chosen."""
+        weight = trained_weight(self.modules[name])
+        self.masks[name] = self.masks[name].to(weight.device)
+        return _shaped(self.masks[name], self.modules[name], weight)
+
+
+def _matrix(weight: Tensor, module: nn.Module) -> Tensor:
+    return weight.detach().t() if is_transposed(module) else weight.detach().flatten(1)
+
+
+def _shaped(W_RC: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
+    return W_RC.t() if is_transposed(module) else W_RC.reshape(weight.shape)

@@ -144,7 +144,7 @@ def test_constant_pruning_holds_zeros_and_lets_them_go_at_its_end():
         ({"final_sparsity": 1.5}, r"final_sparsity=1.5 must lie in \[0, 1\)"),
         ({"init_sparsity": -0.5}, r"init_sparsity=-0.5 must lie in \[0, 1\)"),
         ({"layer_sparsity": {"0": 1.0}}, r"layer_sparsity\['0'\]=1.0 must lie in"),
-        ({"init_sparsity": 0.6, "final_sparsity": 0.5}, "less than init_sparsity=0.6; masks only grow"),
+        ({"init_sparsity": 0.6, "final_sparsity": 0.5}, "less than init_sparsity=0.6; sparsity only grows"),
         ({"mask_structure": "2:4", "final_sparsity": 0.7}, "has sparsity 0.5, but 0.7 was asked for"),
         ({"mask_structure": "3:2"}, "expected 0 < N < M"),
         ({"start": 0, "end": 4, "update": 9}, "update=9.0 is larger than the window from 0.0 to 4.0"),
@@ -157,6 +157,13 @@ def test_constant_pruning_holds_zeros_and_lets_them_go_at_its_end():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MagnitudePruningModifier(**arguments)
+
+
+def test_a_weight_that_is_no_matrix_is_refused_before_training():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU())
+    for targets, name in ((["Linear", "1"], r"1 \(LayerNorm\)"), (["2"], r"2 \(ReLU\)")):
+        with pytest.raises(ValueError, match=f"cannot prune {name}: expected modules with a weight"):
+            Lifecycle([MagnitudePruningModifier(targets=targets)]).initialize(State(model=model))
 
 
 def test_a_width_that_the_pattern_does_not_divide_is_refused_before_training():
