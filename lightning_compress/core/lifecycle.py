@@ -66,7 +66,8 @@ class Lifecycle:
         """Initialize every modifier; when one fails, hooks of all come off and the error goes on.
 
         Raises:
-            ValueError: Two modifiers claim the same of one module; it names all three.
+            ValueError: Two modifiers claim the same of one module, and the later does not go on from the earlier; it
+                names all three. Or nobody goes on from one that hands over.
         """
         with self._hooks_off_on_error():
             self._check_claims(state)
@@ -74,14 +75,23 @@ class Lifecycle:
                 modifier.initialize(state, event, **kwargs)
 
     def _check_claims(self, state: State) -> None:
-        owners: dict[tuple[str, str], str] = {}
-        for key, modifier in zip(self.keys(), self.modifiers, strict=True) if len(self.modifiers) > 1 else ():
-            for module, what in modifier.claims(state).items():
-                if (other := owners.setdefault((module, what), key)) != key:
-                    raise ValueError(
-                        f"two modifiers of the recipe {what} {module!r}, {other} and {key}; give them different "
-                        f"targets, or let one of them ignore it"
-                    )
+        owners: dict[tuple[str, str], tuple[str, Modifier]] = {}
+        several = len(self.modifiers) > 1 or any(m.hands_over for m in self.modifiers)
+        for key, modifier in zip(self.keys(), self.modifiers, strict=True) if several else ():
+            claimed = {(module, what): (key, modifier) for module, what in modifier.claims(state).items()}
+            for other, earlier in dict(owners[claim] for claim in claimed if claim in owners).items():
+                shared = [claim for claim in claimed if owners.get(claim, (None,))[0] == other]
+                modules = {module for module, _ in shared}
+                if not (earlier.hands_over and modifier.takes_over(earlier, modules, state)):
+                    raise ValueError(_clash(*shared[0], other, earlier, key, modifier))
+            owners |= claimed
+        for (module, what), (key, modifier) in owners.items():
+            if modifier.hands_over:
+                raise ValueError(
+                    f"{key} has start={modifier.start}, so it will {what} {module!r} while training goes on, and no "
+                    f"modifier after it in the recipe holds that while training goes on; add one, such as a "
+                    f"QATModifier of the same targets, scheme and start, or leave start out: then it acts after training"
+                )
 
     def finalize(self, state: State, **kwargs: Any) -> None:
         """Finalize every modifier; when one fails, hooks of all come off and the error goes on."""
@@ -103,8 +113,22 @@ class Lifecycle:
             ValueError: The event cannot follow the one before it, or is INITIALIZE or FINALIZE (these are methods).
         """
         self.check_order(event.type_)
+        for modifier in self.modifiers if event.type_ == EventType.CALIBRATION_START else ():
+            modifier.make_room()
         for modifier in self.modifiers if only is None else only:
             modifier.update_event(state, event, **kwargs)
+
+    def handing_over(self, event: Event) -> "Lifecycle | None":
+        """Who calibrates before the batch that begins with ``event``, with all that only watch; None: nobody does."""
+        due = [m.hands_over and not m.handed_over and m.should_start(event) for m in self.modifiers]
+        if not any(due):
+            return None
+        return Lifecycle([m for m, now in zip(self.modifiers, due, strict=True) if now or not m.needs_calibration])
+
+    @property
+    def after_training(self) -> "Lifecycle":
+        """Who calibrates when training is over: all but those that hand over before."""
+        return Lifecycle([m for m in self.modifiers if not m.hands_over])
 
     @property
     def acting(self) -> bool:
@@ -179,3 +203,13 @@ class Lifecycle:
             )
         for key, modifier in zip(self.keys(), self.modifiers, strict=True):
             modifier.load_state_dict(state[key])
+
+
+def _clash(module: str, what: str, first: str, earlier: Modifier, second: str, later: Modifier) -> str:
+    hint = ""
+    if type(earlier).hands_over is not Modifier.hands_over and type(later).takes_over is not Modifier.takes_over:
+        hint = f"; give {first} the start of {second} if that shall go on from its result"
+    return (
+        f"two modifiers of the recipe {what} {module!r}, {first} and {second}; give them different targets, or let one "
+        f"of them ignore it{hint}"
+    )

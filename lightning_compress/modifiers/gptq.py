@@ -38,6 +38,7 @@ from lightning_compress.maths.pruning import share_of_zeros
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
 from lightning_compress.quant.fake_quant import latent_of
+from lightning_compress.quant.formats import is_microscaled, round_float_, stored_as
 from lightning_compress.quant.matrix import (
     as_matrix,
     input_layout,
@@ -46,11 +47,12 @@ from lightning_compress.quant.matrix import (
     partitions,
     write_matrix,
 )
-from lightning_compress.quant.observers import Observer, ObserverName, make_observer
+from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
 from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.rounding import check_dense, find_scales, input_scales, round_module
 from lightning_compress.quant.scales import expand, group_columns, integer_range
 from lightning_compress.quant.schemes import no_group_order
+from lightning_compress.quant.shared_scales import GlobalScales
 
 __all__ = ["GPTQModifier", "adjusted", "output_error", "round_columns"]
 
@@ -90,10 +92,12 @@ def round_columns(
     A_CR, Q_CR, UT_CC = W_CR.clone(), torch.empty_like(W_CR), factor.UT_CC
     D_bR = W_CR.new_empty(min(block, C), R)
     groups = (factor.order_C // group_columns(args, C)).tolist()
-    scales = [s.contiguous() for s in expand(scale, R).to(W_RC.dtype).unbind(1)]
-    zeros = None if zero_point is None else [z.contiguous() for z in expand(zero_point, R).to(W_RC.dtype).unbind(1)]
+    scales = [s.contiguous() for s in expand(scale, R, args).to(W_RC.dtype).unbind(1)]
+    zeros = None
+    if zero_point is not None:
+        zeros = [z.contiguous() for z in expand(zero_point, R, args).to(W_RC.dtype).unbind(1)]
     gone = None if keep_RC is None else (~keep_RC).t().index_select(0, factor.order_C).unbind(0)
-    nearest_ = _Nearest(args, None if dtype == W_RC.dtype else dtype)
+    nearest_ = _Nearest(args, W_RC.dtype if dtype is None else dtype)
     a_rows, q_rows, w_rows, d_rows = A_CR.unbind(0), Q_CR.unbind(0), W_CR.unbind(0), D_bR.unbind(0)
     for i1 in range(0, C, block):
         i2 = min(i1 + block, C)
@@ -151,21 +155,21 @@ def adjusted(W_RC: Tensor, Q_RC: Tensor, factor: Factor) -> Tensor:
 class _Nearest:
     """Nearest grid point of a column, written into ``out``, in the order of operations of compressed-tensors."""
 
-    def __init__(self, args: QuantizationArgs, stored: torch.dtype | None):
+    def __init__(self, args: QuantizationArgs, stored: torch.dtype):
         self.low, self.high = integer_range(args)
-        self.float8, self.stored = args.type == "float", stored
+        self.args, self.stored = args, stored
 
     def __call__(self, a_R: Tensor, s_R: Tensor, z_R: Tensor | None, out: Tensor) -> None:
         torch.div(a_R, s_R, out=out)
-        if self.float8:
-            out.copy_(out.clamp_(self.low, self.high).to(torch.float8_e4m3fn))
+        if self.args.type == "float":
+            round_float_(out, self.args.num_bits)
         elif z_R is None:
             out.round_().clamp_(self.low, self.high)
         else:
             out.add_(z_R).round_().clamp_(self.low, self.high).sub_(z_R)
         out.mul_(s_R)
-        if self.stored is not None:
-            out.copy_(out.to(self.stored))
+        if self.stored != out.dtype or is_microscaled(self.args):
+            out.copy_(stored_as(out, self.args, self.stored))
 
 
 class GPTQModifier(QuantizationArguments, Modifier):
@@ -192,9 +196,12 @@ class GPTQModifier(QuantizationArguments, Modifier):
             which at least a third of the weights are.
         keep_latents: Keep beside each weight the values that were rounded to it, for a QATModifier that goes on from
             there. They take the memory of the weights once more, and are never saved.
+        start: Not after training but before the batch at ``start``, in ``unit``: for a QATModifier that stands after
+            it in the recipe, with the same scheme, start and unit, and goes on from its result.
     """
 
     needs_calibration: ClassVar[bool] = True
+    every_format: ClassVar[bool] = True
     one_pass: ClassVar[bool] = True
 
     block_size: int = Field(default=128, ge=1)
@@ -211,6 +218,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
+    _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
     _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
     _factors: WeakKeyDictionary[Shared, list[Factor] | None] = PrivateAttr(default_factory=WeakKeyDictionary)
 
@@ -224,6 +232,10 @@ class GPTQModifier(QuantizationArguments, Modifier):
     @property
     def needs_data(self) -> bool:
         return True
+
+    @property
+    def hands_over(self) -> bool:
+        return self.start is not None
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -239,9 +251,10 @@ class GPTQModifier(QuantizationArguments, Modifier):
         self._schemes = {name: ordered[id(scheme)] for name, scheme in assigned.items()}
         self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
         self._pool = MomentPool(self.share_inputs)
+        self._globals = GlobalScales(self._modules, self._schemes)
         for name, module in self._modules.items():
             args = self._schemes[name].input_activations
-            if args is not None and not args.dynamic:
+            if is_observed(args):
                 self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
             self.hook(module, lambda module, inputs, name=name: self._observe(name, module, inputs))
 
@@ -284,6 +297,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
                 stacklevel=2,
             )
         self._schemes, self._modules, self._observers, self._pool = {}, {}, {}, MomentPool()
+        self._globals = GlobalScales({}, {})
         self._factors.clear()
         self.remove_hooks()
 
@@ -316,14 +330,16 @@ class GPTQModifier(QuantizationArguments, Modifier):
         assert args is not None
         dense = [as_matrix(self._modules[name]) for name in names]
         rows = [len(W_RC) for W_RC in dense]
-        proposed = list(zip(*[self._proposals(W_RC, args, factors) for W_RC in dense], strict=True))
+        shared_scales = [self._globals.of(name) for name in names]
+        pairs = zip(dense, shared_scales, strict=True)
+        proposed = list(zip(*[self._proposals(W_RC, args, factors, g) for W_RC, g in pairs], strict=True))
         W_RC = (torch.cat(dense) if len(dense) > 1 else dense[0]).float()
         keeps = [self._keep(W) for W in dense]
         keep_RC = torch.cat(keeps) if any(not keep.all() for keep in keeps) else None
         tried = []
         for found in proposed:                                 # the scales of all these modules, found in one way
-            scale_RG = torch.cat([expand(scale, R) for (scale, _), R in zip(found, rows, strict=True)])
-            zeros = [expand(zero, R) for (_, zero), R in zip(found, rows, strict=True) if zero is not None]
+            scale_RG = torch.cat([expand(scale, R, args) for (scale, _), R in zip(found, rows, strict=True)])
+            zeros = [expand(zero, R, args) for (_, zero), R in zip(found, rows, strict=True) if zero is not None]
             tried.append((scale_RG, torch.cat(zeros) if zeros else None))
         Q_RC, loss_R, best_R = self._best_rows(W_RC, tried, args, factors, dense[0].dtype, keep_RC)
         scales = proposed[0] if best_R is None else _chosen(tried, best_R, rows)
@@ -334,7 +350,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
             sums = [output_error(*part) for part in parts]
             error, total = sum(e for e, _ in sums), sum(t for _, t in sums)
             latent = None
-            if self.keep_latents:
+            if self.keep_latents or self.hands_over:
                 matrices = zip(W.chunk(P), Q.chunk(P), factors, strict=True)
                 latent = torch.cat([adjusted(*part) for part in matrices]).mul_(keep)
             self._write(state, name, Q, scale, zero_point, latent, factors[0], {
@@ -365,7 +381,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         return factors
 
     def _proposals(
-        self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor]
+        self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor], global_scale: Tensor | None
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Scales and zero points of one module, each found in another way, the first by ``scale_search``.
 
@@ -376,7 +392,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         what loses least. At 4 bits that fits the calibration data and nothing else: SmolLM2 with 4096 tokens .246 /
         .122 / .137 (worse on each of three subsets), for a column loop that takes more than twice as long.
         """
-        scale, zero_point = self._scales(W_RC, args, factors)
+        scale, zero_point = self._scales(W_RC, args, factors, global_scale)
         if self.scale_search != "hessian" or args.strategy == "tensor" or args.num_bits > PROPOSALS_UP_TO:
             return [(scale, zero_point)]
         widest, widest_zero = find_scales(W_RC, args, "minmax")
@@ -385,13 +401,15 @@ class GPTQModifier(QuantizationArguments, Modifier):
         mean = (scale.float() * widest.float()).sqrt().to(scale.dtype)
         return [(scale, None), (mean, None), (widest, None)]
 
-    def _scales(self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor]) -> tuple[Tensor, Tensor | None]:
+    def _scales(
+        self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor], global_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Scales of one module; each partition of a grouped convolution weighs errors by its own inputs."""
-        if args.strategy == "tensor" or len(factors) == 1:
+        if args.strategy in ("tensor", "block") or len(factors) == 1:
             importance_C = torch.stack([factor.diagonal_C for factor in factors]).mean(0)
-            return find_scales(W_RC, args, self.scale_search, importance_C)
+            return find_scales(W_RC, args, self.scale_search, importance_C, global_scale)
         parts = [
-            find_scales(W, args, self.scale_search, factor.diagonal_C)
+            find_scales(W, args, self.scale_search, factor.diagonal_C, global_scale)
             for W, factor in zip(W_RC.chunk(len(factors)), factors, strict=True)
         ]
         zeros = [zero_point for _, zero_point in parts if zero_point is not None]

@@ -29,6 +29,8 @@ from lightning_compress.quant.parametrization import (
     FakeQuantize,
     fake_quantize_of,
     finish,
+    lift,
+    lower,
     parametrize_weight,
     restore_dense,
 )
@@ -75,6 +77,8 @@ class QATModifier(QuantizationArguments, Modifier):
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _norms: list[nn.Module] = PrivateAttr(default_factory=list)
     _observing: bool = PrivateAttr(default=True)
+    _awaited: set[str] = PrivateAttr(default_factory=set)        # modules that another quantizer will hand over
+    _lifted: dict[str, FakeQuantize] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _moments_fit(self) -> "QATModifier":
@@ -84,6 +88,32 @@ class QATModifier(QuantizationArguments, Modifier):
             if value is not None and value < self.start:
                 raise ValueError(f"{name}={value} lies before start={self.start} (unit: {self.unit})")
         return self
+
+    def takes_over(self, earlier: Modifier, modules: set[str], state: State) -> bool:
+        """From a quantizer with the same window and the same grids: its result is where training starts.
+
+        Raises:
+            ValueError: It has other ones.
+        """
+        assert state.model is not None
+        if not isinstance(earlier, QuantizationArguments):
+            return False
+        if (earlier.start, earlier.unit) != (self.start, self.unit):
+            raise ValueError(
+                f"{self.name} goes on from {earlier.name}, but start={self.start} (unit: {self.unit}) here and "
+                f"start={earlier.start} (unit: {earlier.unit}) there; give both the same"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                       # on_initialize will say it again
+            before, now = earlier.assign(state.model), self.assign(state.model)
+        for name in sorted(modules & before.keys() & now.keys()):
+            if _grids(before[name]) != _grids(now[name]):
+                raise ValueError(
+                    f"{self.name} goes on from {earlier.name}, which quantizes {name!r} as {describe(before[name])}, "
+                    f"while training wants {describe(now[name])}; give both the same scheme"
+                )
+        self._awaited |= modules
+        return True
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Parametrize the targets, before there are optimizers."""
@@ -111,11 +141,24 @@ class QATModifier(QuantizationArguments, Modifier):
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        for module in self._modules.values():
-            fake = _fake(module)
+        for name in self._modules.keys() - self._awaited:
+            fake = _fake(self._modules[name])
             if not self.resumed:
-                fake.derive(_dense(module))
+                fake.derive(_dense(self._modules[name]))
             fake.active = True
+
+    def make_room(self) -> None:
+        """The quantizer from which training goes on gets the modules as they were."""
+        self._lifted = {name: lift(self._modules[name]) for name in sorted(self._awaited & self._modules.keys())}
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        for name, fake in self._lifted.items():
+            module = self._modules[name]
+            record = quantized_of(module)
+            detach(module)
+            lower(module, fake, record)
+            fake.active = self._started
+        self._lifted, self._awaited = {}, set()
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:
@@ -179,7 +222,12 @@ class QATModifier(QuantizationArguments, Modifier):
 
     def state_dict(self) -> dict[str, Any]:
         scales = {name: _fake(module).state() for name, module in self._modules.items()}
-        own = {"observing": self._observing, "finished": self.finalized, "scales": scales}
+        own = {
+            "observing": self._observing,
+            "awaited": sorted(self._awaited),
+            "finished": self.finalized,
+            "scales": scales,
+        }
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,7 +251,7 @@ class QATModifier(QuantizationArguments, Modifier):
             _fake(module).active = True
 
     def _take(self, state: dict[str, Any]) -> None:
-        self._observing = state["observing"]
+        self._observing, self._awaited = state["observing"], set(state["awaited"])
         for name in self._modules.keys() & state["scales"].keys():
             _fake(self._modules[name]).load_state(state["scales"][name])
         for module in self._modules.values() if state["finished"] else ():

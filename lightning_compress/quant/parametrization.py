@@ -26,7 +26,16 @@ from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import integer_range
 
-__all__ = ["FakeQuantize", "FakeQuantizeInput", "fake_quantize_of", "finish", "parametrize_weight", "restore_dense"]
+__all__ = [
+    "FakeQuantize",
+    "FakeQuantizeInput",
+    "fake_quantize_of",
+    "finish",
+    "lift",
+    "lower",
+    "parametrize_weight",
+    "restore_dense",
+]
 
 Gradient = Literal["ste", "lsq"]
 INPUT_TENSORS = ("low", "high", "scale", "zero_point")
@@ -197,6 +206,16 @@ class FakeQuantize(nn.Module):
             self.change.zero_()
 
     @torch.no_grad()
+    def take_record(self, record: Quantized) -> None:
+        """The scales of an earlier quantization; they stay when other weights are loaded."""
+        self._put(record.scale, record.zero_point)
+        if self.change is not None:
+            self.change.zero_()
+        self.given, self.observing = True, False
+        if self.input is not None and record.input_scale is not None:
+            self.input.take_record(record)
+
+    @torch.no_grad()
     def stop_observing(self, weight: Tensor) -> None:
         """From now on scales of activations stay as they are, and so do those of the weight unless they are learned."""
         if self.input is not None:
@@ -268,13 +287,35 @@ def parametrize_weight(
     if record is not None and record.latent is not None:
         _take_latent(module, record)
     fake = FakeQuantize(module, scheme, gradient, search, record, constant)
+    _put_on(module, fake)
+    return fake
+
+
+def lift(module: nn.Module) -> FakeQuantize:
+    """Take fake-quantization off for a while: the dense weight is an ordinary parameter again, the same object."""
+    fake = fake_quantize_of(module)
+    assert fake is not None
+    restore_dense(module)
+    return fake
+
+
+@torch.no_grad()
+def lower(module: nn.Module, fake: FakeQuantize, record: Quantized | None) -> None:
+    """Put fake-quantization on again after :func:`lift`, not active; with a record, on its grids."""
+    if record is not None:
+        if record.latent is not None:
+            _take_latent(module, record)
+        fake.take_record(record)
+    _put_on(module, fake)
+
+
+def _put_on(module: nn.Module, fake: FakeQuantize) -> None:
     parametrize.register_parametrization(module, "weight", fake)
     module.register_state_dict_post_hook(_dense_keys_out)
     module.register_load_state_dict_pre_hook(_dense_keys_in)
     module.register_load_state_dict_post_hook(_derive_scales)
     if fake.input is not None:
         module.register_forward_pre_hook(_quantize_input)
-    return fake
 
 
 def _take_latent(module: nn.Module, record: Quantized) -> None:

@@ -21,7 +21,8 @@ from lightning_compress import (
     load,
     save,
 )
-from lightning_compress.core import Lifecycle, State
+from lightning_compress.calibration import calibrate
+from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.modifiers.constant import ConstantPruningModifier
 from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.parametrization import fake_quantize_of
@@ -282,6 +283,74 @@ def test_training_goes_on_from_gptq():
     before, after = finished(model, lifecycle)
     assert torch.equal(before, after)
     assert not torch.equal(after, gptq(X))
+
+
+def from_gptq(start=0, bits=3, **options):
+    scheme = {"scheme": f"W{bits}A16", "group_size": 8, "start": start}
+    return [GPTQModifier(**scheme), QATModifier(**scheme, **options)]
+
+
+def test_one_recipe_quantizes_first_and_trains_then():
+    """What GPTQ alone makes of the model is where training starts; the optimizer's parameters stay the same objects."""
+    data = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected, model = network(), network()
+    compress(expected, GPTQModifier(scheme="W3A16", group_size=8, keep_latents=True), data)
+    lifecycle = Lifecycle(from_gptq())
+    lifecycle.initialize(State(model=model))
+    before = [id(p) for p in model.parameters()]
+    assert torch.equal(model(X), network()(X))                      # the dense one until then
+    first = Event(EventType.BATCH_START)
+    calibrate(lifecycle.handing_over(first), State(model=model), data)
+    lifecycle.modifiers[0].note_handed_over()
+    assert lifecycle.handing_over(first) is None
+    assert [m.name for m in lifecycle.after_training.modifiers] == ["QATModifier"]
+    assert [id(p) for p in model.parameters()] == before
+    assert torch.equal(model(X), expected(X))
+    for layer in (0, 2):
+        assert torch.equal(model[layer].parametrizations.weight.original, quantized_of(expected[layer]).latent)
+    train(model, [], 3, lifecycle=lifecycle)
+    assert not torch.equal(model(X), expected(X))
+    before, after = finished(model, lifecycle)
+    assert torch.equal(before, after)
+    assert list(quantized_modules(model)) == ["0", "2"]
+
+
+def test_without_training_the_recipe_is_gptq():
+    data = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected, model = network(), network()
+    compress(expected, GPTQModifier(scheme="W3A16", group_size=8), data)
+    ledger = compress(model, from_gptq(), data)
+    assert torch.equal(model(X), expected(X))
+    assert [row.technique for row in ledger] == ["gptq", "gptq", "qat", "qat"]
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "message"),
+    [
+        (
+            [GPTQModifier(scheme="W4A16", group_size=8), QATModifier(scheme="W4A16", group_size=8)],
+            "two modifiers.*quantize '0'.*give GPTQModifier the start of QATModifier if that shall go on from its",
+        ),
+        (from_gptq()[::-1], "two modifiers of the recipe quantize '0', QATModifier and GPTQModifier"),
+        (from_gptq()[:1], "GPTQModifier has start=0.0, so it will quantize '0' while training.*add one, such as a QAT"),
+        (
+            [from_gptq()[0], QATModifier(scheme="W3A16", group_size=8, targets=["0"])],
+            "GPTQModifier has start=0.0, so it will quantize '2' while training goes on",
+        ),
+        (
+            [from_gptq(2)[0], from_gptq(5)[1]],
+            r"QATModifier goes on from GPTQModifier, but start=5.0 \(unit: step\) here and start=2.0.*give both the",
+        ),
+        (
+            [from_gptq(bits=4)[0], from_gptq(bits=3)[1]],
+            "which quantizes '0' as W4A16 g8 sym, while training wants W3A16 g8 sym; give both the same scheme",
+        ),
+    ],
+    ids=["no start", "wrong order", "nobody goes on", "not all", "other start", "other scheme"],
+)
+def test_recipes_that_cannot_hand_over(modifiers, message):
+    with pytest.raises(ValueError, match=message):
+        Lifecycle(modifiers).initialize(State(model=network()))
 
 
 def test_static_activation_scales_of_a_record_stay():
