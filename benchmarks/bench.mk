@@ -9,9 +9,9 @@ PEER_PYTHON ?= $(PEER_VENV)/bin/python
 BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONPATH=.
 BENCH_ARGS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-callback bench-calibration bench-accuracy bench-demo
+.PHONY: bench bench-peer-env bench-data bench-callback bench-calibration bench-accuracy bench-demo bench-training
 
-bench: bench-callback bench-demo bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
+bench: bench-callback bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
 bench-peer-env: $(PEER_VENV)/.ready  ## .venv-peer with llm-compressor 0.14.0.1
 # torch first: left free, pip fetches gigabytes of CUDA libraries
@@ -52,3 +52,6 @@ bench-accuracy: $(READY) bench-peer-env bench-data  ## KL to the dense model and
 
 bench-demo: $(READY)  ## The table of the README: dense, RTN and GPTQ at 4, 3 and 2 bits on the demo's model
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_demo.py $(BENCH_ARGS)
+
+bench-training: $(READY)  ## QAT, distillation and pruning schedules beside one-shot, three seeds (an hour)
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_training.py $(BENCH_ARGS)

@@ -11,8 +11,6 @@ every change of the prediction and not only that of the byte that came.
 
 import argparse
 import copy
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,56 +18,52 @@ from typing import Any
 import lightning
 import machine
 import torch
-from hydra import compose, initialize_config_dir
+from demo_model import Scores, demo_config, load, mean_and_error, measure, train_once
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import Tensor, nn
+from omegaconf import DictConfig
 
 from lightning_compress import GPTQModifier, Modifier, QuantizationModifier, compress
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("RTN", "GPTQ, minmax", "GPTQ")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on the held-out text, in nats per token of each block: loss, and KL to the dense model.
+    """One row of the table.
 
     Args:
         bits: Of a weight.
         method: How it was compressed.
-        losses: float64, [blocks].
-        kl: float64, [blocks].
+        scores: On the held-out text.
     """
 
     bits: int
     method: str
-    losses: Tensor
-    kl: Tensor
+    scores: Scores
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    config = demo_config(arguments.out, arguments.blocks)
-    checkpoint = arguments.checkpoint or train_once(config, arguments.out)
-    model = instantiate(config.model)
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    config = demo_config(arguments.out, f"data.test_blocks={arguments.blocks}")
+    model = load(config, arguments.checkpoint or train_once(config))
     data = instantiate(config.data)
     data.setup("test")
     held_out = [batch["input_ids"] for batch in data.test_dataloader()]
     calibration = list(data.calibration_dataloader())[: arguments.calibration_batches]
-    results = [Measured(16, "dense", *measure(model.model, model.model, held_out))]
+    results = [Measured(16, "dense", measure(model.model, model.model, held_out))]
     for bits in arguments.bits:
         for method in METHODS:
             copied = copy.deepcopy(model.model)
             compress(copied, modifier(method, bits, arguments.group), calibration)
-            results.append(Measured(bits, method, *measure(copied, model.model, held_out)))
+            results.append(Measured(bits, method, measure(copied, model.model, held_out)))
             print(row(results[-1], results), flush=True)
     lines = report(results, config, len(calibration), arguments)
     print("\n".join(lines))
     if not arguments.dry:
-        facts = {f"W{r.bits} {r.method}": {"nll": r.losses.tolist(), "kl": r.kl.tolist()} for r in results}
+        facts = {
+            f"W{r.bits} {r.method}": {"nll": r.scores.losses.tolist(), "kl": r.scores.kl.tolist()} for r in results
+        }
         title = "The demo's model at 4, 3 and 2 bits"
         print("written:", machine.write("demo", title, lines, {"blocks": facts}, arguments.machine))
 
@@ -87,28 +81,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def demo_config(out: Path, blocks: int) -> DictConfig:
-    """conf/train.yaml without a logger and without the test at its end; more held-out blocks."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        overrides = ["test=false", "logger=none", f"data.test_blocks={blocks}"]
-        config = compose("train", overrides)
-    with open_dict(config):
-        config.paths = {"work_dir": str(ROOT), "output_dir": str(out.resolve())}
-    OmegaConf.resolve(config)
-    return config
-
-
-def train_once(config: DictConfig, out: Path) -> Path:
-    """Train as the demo does, unless an earlier call has; the best checkpoint."""
-    best = out / "checkpoints/best.ckpt"
-    if not best.exists():
-        sys.path.insert(0, str(ROOT))
-        from train import train
-
-        train(config)
-    return best
-
-
 def modifier(method: str, bits: int, group: int) -> Modifier:
     """The modifier of a method, for symmetric integers in groups; the output layer stays dense, as in the recipes."""
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
@@ -121,42 +93,21 @@ def modifier(method: str, bits: int, group: int) -> Modifier:
     return GPTQModifier(**scheme, scale_search="minmax") if method == "GPTQ, minmax" else GPTQModifier(**scheme)
 
 
-@torch.no_grad()
-def measure(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean next-token loss, and mean KL(dense || model), of each block (nats per token): float64, [blocks] each."""
-    losses, kls = [], []
-    for ids in batches:
-        log_q, log_p = (predictions(m.eval(), ids) for m in (model, dense))
-        each = nn.functional.nll_loss(log_q.transpose(1, 2), ids[:, 1:], reduction="none")
-        losses.append(each.double().mean(1))
-        kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().mean(1))
-    return torch.cat(losses), torch.cat(kls)
-
-
-def predictions(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probabilities of tokens 1..T-1: float32, [B, T-1, V]."""
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-
-
 def row(measured: Measured, results: list[Measured]) -> list[str]:
     """Perplexity; the paired difference to the dense model, and KL, with standard errors; what is left of RTN's KL."""
-    dense = next(r for r in results if r.method == "dense")
-    cells = [str(measured.bits), measured.method, f"{measured.losses.mean().exp():.4f}"]
-    if measured is dense:
+    dense = next(r for r in results if r.method == "dense").scores
+    scores = measured.scores
+    cells = [str(measured.bits), measured.method, f"{scores.losses.mean().exp():.4f}"]
+    if scores is dense:
         return [*cells, "", "", ""]
-    rounded = next((r for r in results if r.method == "RTN" and r.bits == measured.bits), measured)
-    left = "" if rounded is measured else f"{measured.kl.mean() / rounded.kl.mean():.2f}"
-    return [*cells, mean_and_error(measured.losses - dense.losses, "+.5f"), mean_and_error(measured.kl, ".6f"), left]
-
-
-def mean_and_error(values: Tensor, form: str) -> str:
-    error = values.std() / math.sqrt(len(values))
-    return f"{values.mean():{form}} ± {error:{form.lstrip('+')}}"
+    rounded = next((r for r in results if r.method == "RTN" and r.bits == measured.bits), measured).scores
+    left = "" if rounded is scores else f"{scores.kl.mean() / rounded.kl.mean():.2f}"
+    return [*cells, mean_and_error(scores.losses - dense.losses, "+.5f"), mean_and_error(scores.kl, ".6f"), left]
 
 
 def report(results: list[Measured], config: DictConfig, calibration: int, arguments: argparse.Namespace) -> list[str]:
     """The table, as Markdown."""
-    blocks, length = len(results[0].losses), config.data.block_length
+    blocks, length = len(results[0].scores.losses), config.data.block_length
     head = ["bits", "method", "perplexity", "loss - dense, nats per token", "KL to dense", "KL / RTN's"]
     return [
         *machine.table(head, [row(r, results) for r in results]),
