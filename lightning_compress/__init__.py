@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_compress.core.factory import ModifierFactory
     from lightning_compress.core.modifier import Modifier
     from lightning_compress.export.compressed_tensors import load, save
+    from lightning_compress.modifiers.batch_norm import FoldBatchNormModifier
     from lightning_compress.modifiers.constant import ConstantPruningModifier
     from lightning_compress.modifiers.distillation import DistillationModifier
     from lightning_compress.modifiers.freeze import FreezeModifier
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.movement import MovementPruningModifier
     from lightning_compress.modifiers.qat import QATModifier
     from lightning_compress.modifiers.quantization import QuantizationModifier
+    from lightning_compress.modifiers.rotation import QuIPModifier, RotationModifier, SpinQuantModifier
     from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
+    from lightning_compress.modifiers.structured import StructuredPruningModifier
     from lightning_compress.modifiers.wanda import WandaPruningModifier
     from lightning_compress.oneshot import compress
 
@@ -34,6 +37,7 @@ __all__ = [
     "ConstantPruningModifier",
     "DistillationModifier",
     "EventType",
+    "FoldBatchNormModifier",
     "FreezeModifier",
     "GPTQModifier",
     "MagnitudePruningModifier",
@@ -41,8 +45,12 @@ __all__ = [
     "ModifierFactory",
     "MovementPruningModifier",
     "QATModifier",
+    "QuIPModifier",
     "QuantizationModifier",
+    "RotationModifier",
     "SparseGPTModifier",
+    "SpinQuantModifier",
+    "StructuredPruningModifier",
     "WandaPruningModifier",
     "compress",
     "load",
@@ -55,6 +63,7 @@ _HOME = MappingProxyType(
         "ConstantPruningModifier": "modifiers.constant",
         "DistillationModifier": "modifiers.distillation",
         "EventType": "core.events",
+        "FoldBatchNormModifier": "modifiers.batch_norm",
         "FreezeModifier": "modifiers.freeze",
         "GPTQModifier": "modifiers.gptq",
         "MagnitudePruningModifier": "modifiers.magnitude",
@@ -62,8 +71,12 @@ _HOME = MappingProxyType(
         "ModifierFactory": "core.factory",
         "MovementPruningModifier": "modifiers.movement",
         "QATModifier": "modifiers.qat",
+        "QuIPModifier": "modifiers.rotation",
         "QuantizationModifier": "modifiers.quantization",
+        "RotationModifier": "modifiers.rotation",
         "SparseGPTModifier": "modifiers.sparsegpt",
+        "SpinQuantModifier": "modifiers.rotation",
+        "StructuredPruningModifier": "modifiers.structured",
         "WandaPruningModifier": "modifiers.wanda",
         "compress": "oneshot",
         "load": "export.compressed_tensors",
