@@ -27,8 +27,9 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "calibration": ({"core", "matching", "distributed"}, set()),
     "teacher": ({"distributed", "report.files"}, {"safetensors", "transformers"}),
     "smoothing": ({"core", "matching", "distributed", "quant.matrix", "quant.record"}, {"pydantic"}),
+    "structure": (set(), {"torch_pruning"}),
     "modifiers": (
-        {"core", "maths", "quant", "ops", "matching", "distributed", "rotation", "smoothing", "teacher"},
+        {"core", "maths", "quant", "ops", "matching", "distributed", "rotation", "smoothing", "structure", "teacher"},
         {"compressed_tensors", "pydantic", "safetensors"},
     ),
     "export": ({"quant", "matching"}, {"compressed_tensors", "safetensors", "transformers", "yaml"}),

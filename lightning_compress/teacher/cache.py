@@ -1,0 +1,195 @@
+"""A teacher's answers on disk: computed once for each sample, read again in later epochs.
+
+    folder/<identity>/<host>-<process>-<random>.safetensors      shards of many samples, each written once
+
+A sample's answer is a few tensors with one row per token. A shard holds the keys of its samples, where each ends, and
+the rows of all of them one after another. Shards are there whole or not at all, and no two writers share one, so ranks
+and runs may share a folder; what others have written is seen at :meth:`AnswerCache.refresh`. What identifies the
+answers (the teacher, how many logits are kept) names the sub-folder, so answers of another teacher are never taken for
+these.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_compress.report.files import whole_file
+
+__all__ = ["AnswerCache"]
+
+OPEN_SHARDS = 128                      # mapped at a time; a process may open 1024 files on most machines
+DAY = 86400.0
+
+
+class AnswerCache:
+    """Tensors by key, in memory until a shard is full, then on disk.
+
+    Args:
+        folder: Where all caches lie; each identity has a folder of its own in it.
+        identity: What the answers depend on, beside the sample.
+        limit: Bytes that this identity may take on disk, by all ranks together; from there on nothing is added.
+        shard: Bytes of a shard.
+
+    Raises:
+        ValueError: ``folder`` is a file, or cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], limit: float, shard: int = 2**26) -> None:
+        self.identity = json.dumps(dict(identity), sort_keys=True)
+        self.folder = Path(folder).expanduser() / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
+        self.limit, self.shard = limit, shard
+        self.full = False
+        self.bytes = 0                                          # on disk, of all ranks
+        self._places: dict[bytes, tuple[str, int, int]] = {}    # shard, first row, row after the last
+        self._shards: set[str] = set()
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._pending: dict[bytes, dict[str, Tensor]] = {}
+        self._pending_bytes = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cache_dir={str(folder)!r} cannot be made: {error}; choose another") from error
+        self._remove_partial()
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Samples that are known."""
+        return len(self._places) + len(self._pending)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._pending or key in self._places
+
+    def get(self, key: bytes) -> dict[str, Tensor]:
+        """The answer to a sample; KeyError when it is not there."""
+        if key in self._pending:
+            return self._pending[key]
+        name, first, last = self._places[key]
+        shard = self._mapped(name)
+        return {part: shard.get_slice(part)[first:last] for part in shard.keys() if part not in ("keys", "ends")}  # noqa: SIM118
+
+    def put(self, key: bytes, answer: Mapping[str, Tensor]) -> None:
+        """Keep an answer, its tensors with one row per token; does nothing when it is known, or the cache is full."""
+        if key in self or self.full:
+            return
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in answer.items()}
+        size = sum(tensor.nbytes for tensor in kept.values()) + len(key) + 8
+        if self.bytes + self._pending_bytes + size > self.limit:
+            self.full = True
+            self.flush()
+            warnings.warn(
+                f"the teacher cache in {self.folder} is full: {len(self):,} samples take {self.bytes / 2**30:.2f} of "
+                f"cache_limit_gib={self.limit / 2**30:g}; the teacher goes on answering for all others. Raise the "
+                f"limit, or keep fewer logits (top_k)",
+                stacklevel=2,
+            )
+            return
+        self._pending[key] = kept
+        self._pending_bytes += size
+        if self._pending_bytes >= self.shard:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is in memory as a shard. A disk that is full is a warning: training goes on with the teacher."""
+        if not self._pending:
+            return
+        answers = list(self._pending.values())
+        rows = [next(iter(answer.values())).shape[0] for answer in answers]
+        tensors = {part: torch.cat([answer[part] for answer in answers]) for part in answers[0]}
+        tensors["keys"] = torch.frombuffer(bytearray(b"".join(self._pending)), dtype=torch.uint8).view(len(answers), -1)
+        tensors["ends"] = torch.tensor(rows).cumsum(0)
+        name = f"{_host()}-{os.getpid()}-{secrets.token_hex(8)}.safetensors"
+        try:
+            with whole_file(self.folder / name) as partial:
+                save_file(tensors, partial, metadata={"identity": self.identity})
+        except (OSError, SafetensorError) as error:
+            self.full = True
+            warnings.warn(
+                f"the teacher cache cannot be written: {error}; nothing more is added, the teacher goes on answering",
+                stacklevel=2,
+            )
+        else:
+            self._learn(name)
+        self._pending, self._pending_bytes = {}, 0
+
+    def refresh(self) -> None:
+        """See what other ranks and runs have written."""
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
+            if path.name not in self._shards:
+                self._learn(path.name)
+
+    def free(self) -> int:
+        """Bytes that are free on the disk."""
+        return shutil.disk_usage(self.folder).free
+
+    def close(self) -> None:
+        """Write the rest, and let go of the files."""
+        self.flush()
+        self._open.clear()
+
+    def _learn(self, name: str) -> None:
+        """Note which samples a shard holds; one that is damaged or holds other answers is named and passed over."""
+        self._shards.add(name)
+        path = self.folder / name
+        try:
+            with safe_open(path, "pt") as shard:
+                said = (shard.metadata() or {}).get("identity")
+                keys, ends = shard.get_tensor("keys"), shard.get_tensor("ends")
+            size = path.stat().st_size
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{path} is no whole file of a teacher cache ({error}): passed over; remove it", stacklevel=3)
+            return
+        if said != self.identity:
+            warnings.warn(f"{path} holds the answers of another teacher ({said}): passed over", stacklevel=3)
+            return
+        self.bytes += size
+        first = 0
+        for key, last in zip(keys, ends.tolist(), strict=True):
+            self._places.setdefault(key.numpy().tobytes(), (name, first, last))
+            first = last
+
+    def _mapped(self, name: str) -> Any:
+        if name not in self._open:
+            while len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)
+            self._open[name] = safe_open(self.folder / name, "pt").__enter__()
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def _remove_partial(self) -> None:
+        """Remove what a process that was killed has left half-written; a living one's file is let be."""
+        for path in self.folder.glob(".*.partial-*"):
+            host, process, *_ = [*path.name.removeprefix(".").split("-"), ""]
+            try:
+                old = time.time() - path.stat().st_mtime > DAY
+                if old or (host == _host() and process.isdigit() and not _lives(int(process))):
+                    path.unlink(missing_ok=True)
+            except OSError:                                      # its writer has just finished it
+                continue
+
+
+def _host() -> str:
+    return "".join(c for c in socket.gethostname() if c.isalnum()) or "host"
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

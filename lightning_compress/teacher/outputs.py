@@ -1,0 +1,122 @@
+"""What a model was called with and what it gave: its inputs by name, logits, attention maps, the tokens that count."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["attention_maps", "features_last", "inputs_of", "is_causal", "logits_of", "token_mask"]
+
+
+def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names in the signature of ``forward``."""
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return named
+
+
+def logits_of(output: Any, class_dim: int = -1) -> Tensor:
+    """Logits with their classes last: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple.
+
+    Raises:
+        ValueError: There are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"found no logits in an output of type {type(output).__name__}; expected a tensor, .logits, ['logits'], or "
+            f"a tuple that begins with them"
+        )
+    return logits.movedim(class_dim, -1)
+
+
+def attention_maps(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of attention maps, [batch, heads, queries, keys] each.
+
+    A student of L layers learns from every (M / L)-th of the teacher's M (Jiao et al. 2020, arXiv:1909.10351).
+
+    Raises:
+        ValueError: One gives no maps, or L does not divide M.
+    """
+    ours, theirs = _maps_of(student, "model"), _maps_of(teacher, "teacher")
+    if len(theirs) % len(ours):
+        raise ValueError(
+            f"attention_weight > 0: the teacher has {len(theirs)} layers and the model {len(ours)}; expected a "
+            f"multiple, so that each layer has one to learn from"
+        )
+    every = len(theirs) // len(ours)
+    return list(zip(ours, theirs[every - 1 :: every], strict=True))
+
+
+def _maps_of(output: Any, whose: str) -> tuple[Tensor, ...]:
+    maps = getattr(output, "attentions", None)
+    if not maps or maps[0] is None:
+        raise ValueError(
+            f"attention_weight > 0, but the {whose} gives no attention maps; use attn_implementation='eager'"
+        )
+    return tuple(maps)
+
+
+def features_last(hidden: Tensor, feature_dim: int | None) -> Tensor:
+    """A hidden state with its features last; None: they are dimension 1 of maps [batch, channels, height, width]."""
+    if feature_dim is None:
+        feature_dim = 1 if hidden.dim() in (4, 5) else -1
+    return hidden.movedim(feature_dim, -1)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a Hugging Face model predicts the next token, from labels that stand where the tokens do."""
+    return any(c.__name__.endswith(("ForCausalLM", "LMHeadModel")) for c in type(model).__mro__)
+
+
+def token_mask(
+    inputs: Mapping[str, Any], batch: Any, shape: tuple[int, ...], *, ignore_index: int, shift: bool, key: str | None
+) -> Tensor | None:
+    """True for tokens that count; None when all do.
+
+    Args:
+        inputs: What the model was called with, by name.
+        batch: The batch as the loader gave it: labels and masks are looked for here too.
+        shape: Of what is averaged, one entry per token; masks of another shape do not belong to it.
+        ignore_index: Tokens with this label do not count.
+        shift: The label of a token is that of the token before: a model that predicts the next token.
+        key: Name of one more mask; True or 1 for tokens that count.
+
+    Raises:
+        ValueError: There is no tensor called ``key``, or it has another shape.
+    """
+    known = {**(batch if isinstance(batch, Mapping) else {}), **{k: v for k, v in inputs.items() if v is not None}}
+
+    def fitting(name: str) -> Tensor | None:
+        value = known.get(name)
+        return value if isinstance(value, Tensor) and tuple(value.shape) == shape else None
+
+    masks = []
+    if (attention := fitting("attention_mask")) is not None:
+        masks.append(attention.bool())
+    if (labels := fitting("labels")) is not None:
+        counts = labels != ignore_index
+        if shift and counts.dim() > 1:
+            counts = counts.roll(-1, 1)
+            counts[:, -1] = False                                  # nothing comes after the last token
+        masks.append(counts)
+    if key is not None:
+        if (own := fitting(key)) is None:
+            given = known.get(key)
+            what = f"has shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"is not among {sorted(known)}"
+            raise ValueError(f"mask_key={key!r} {what}; expected a mask of shape {shape} in the batch or the call")
+        masks.append(own.bool())
+    if not masks:
+        return None
+    whole = masks[0]
+    for mask in masks[1:]:
+        whole = whole & mask.to(whole.device)
+    return whole

@@ -1,0 +1,128 @@
+"""Where a teacher comes from: the model itself, a module, a callable, a checkpoint, a Hugging Face folder.
+
+Nothing is unpickled: checkpoints are read with ``weights_only``, or are safetensors.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["build_teacher"]
+
+
+def build_teacher(source: Any, model: nn.Module) -> Callable[..., Any]:
+    """The teacher of a model; a module comes frozen and in eval mode.
+
+    Args:
+        source: ``"self"``, a module, a callable with the model's arguments, the path of a checkpoint (``.ckpt``,
+            ``.pt``, ``.safetensors``: weights for a copy of the model) or of a Hugging Face folder.
+        model: The student, as it is before anything is changed.
+
+    Raises:
+        ValueError: It is none of these, there is no such file, only unpickling could read it, its tensors do not fit,
+            or it shares parameters with the model.
+    """
+    if not isinstance(source, str | Path):
+        if not callable(source):
+            raise ValueError(f"teacher={source!r} is neither a module nor callable, 'self' or a path")
+        teacher = source
+    elif source == "self":
+        teacher = _copy(model, source)
+    else:
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise ValueError(f"teacher={str(source)!r}: no such file or folder; 'self' distils from the model itself")
+        if path.is_dir():
+            teacher = _from_folder(path, model)
+        else:
+            teacher = _copy(model, source)
+            _load_weights(teacher, path)
+    if isinstance(teacher, nn.Module):
+        ours = {id(p) for p in model.parameters()}
+        if shared := [name for name, p in teacher.named_parameters() if id(p) in ours]:
+            raise ValueError(
+                f"the teacher shares {len(shared)} parameters with the model ({shared[:3]}), so it would move with it; "
+                f"give teacher='self' for a copy of the model"
+            )
+        teacher.eval().requires_grad_(False)
+    return teacher
+
+
+def _copy(model: nn.Module, source: str | Path) -> nn.Module:
+    if changed := [name for name, module in model.named_modules() if hasattr(module, "parametrizations")]:
+        raise ValueError(
+            f"teacher={str(source)!r} would copy a model that another modifier has changed already, in {changed[:3]}: "
+            f"let DistillationModifier stand before it in the recipe"
+        )
+    return copy.deepcopy(model)
+
+
+def _from_folder(path: Path, model: nn.Module) -> nn.Module:
+    """A model of the class that the folder's config names, else of the student's class."""
+    config = path / "config.json"
+    named = (json.loads(config.read_text()).get("architectures") or [""])[0] if config.is_file() else ""
+    build = getattr(type(model), "from_pretrained", None)
+    if named and named != type(model).__name__:
+        try:
+            import transformers
+        except ImportError as error:
+            raise ValueError(f"teacher={str(path)!r} is a {named}, which needs transformers: {error}") from error
+        build = getattr(getattr(transformers, named, None), "from_pretrained", None)
+    if build is None:
+        kind = named or type(model).__name__
+        raise ValueError(
+            f"teacher={str(path)!r} is a folder, and {kind} has no from_pretrained: expected a Hugging Face folder "
+            f"with a config.json; give a checkpoint of the model, or a module"
+        )
+    loaded: nn.Module = build(path, local_files_only=True)
+    return loaded
+
+
+def _load_weights(teacher: nn.Module, path: Path) -> None:
+    """Tensors of a file into the teacher; keys of a LightningModule lose their prefix."""
+    weights = _read(path)
+    own = teacher.state_dict()
+    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}          # saved while compiled
+    prefixes = {key.removesuffix(next(iter(own), "")) for key in weights if key.endswith(next(iter(own), ""))}
+    prefix = max(sorted(prefixes), key=lambda p: sum(f"{p}{key}" in weights for key in own), default="")
+    found = {key: weights[f"{prefix}{key}"] for key in own if f"{prefix}{key}" in weights}
+    tied = {tensor.data_ptr() for key, tensor in own.items() if key in found}
+    unfit = [
+        key for key, tensor in own.items()
+        if (key not in found and tensor.data_ptr() not in tied) or (key in found and found[key].shape != tensor.shape)
+    ]  # fmt: skip
+    if unfit:
+        raise ValueError(
+            f"teacher={str(path)!r} lacks {len(unfit)} tensors of the model or has other shapes: {unfit[:3]}; a file "
+            f"holds weights for a copy of the model, a teacher of another size is given as a folder or as a module"
+        )
+    teacher.load_state_dict(found, strict=False)
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"teacher={str(path)!r} is no whole safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"teacher={str(path)!r} cannot be read without unpickling code, which is refused ({error}); "
+            f"save its state_dict, or safetensors"
+        ) from error
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise ValueError(
+            f"teacher={str(path)!r} holds a {type(content).__name__}, expected a state_dict or a Lightning checkpoint"
+        )
+    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
