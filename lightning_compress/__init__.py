@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.distillation import DistillationModifier
     from lightning_compress.modifiers.freeze import FreezeModifier
     from lightning_compress.modifiers.gptq import GPTQModifier
+    from lightning_compress.modifiers.learned_mask import LearnedMaskModifier
+    from lightning_compress.modifiers.logarithmic_equalization import LogarithmicEqualizationModifier
     from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
     from lightning_compress.modifiers.movement import MovementPruningModifier
     from lightning_compress.modifiers.qat import QATModifier
     from lightning_compress.modifiers.quantization import QuantizationModifier
     from lightning_compress.modifiers.rotation import QuIPModifier, RotationModifier, SpinQuantModifier
+    from lightning_compress.modifiers.smoothquant import SmoothQuantModifier
     from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
     from lightning_compress.modifiers.structured import StructuredPruningModifier
     from lightning_compress.modifiers.wanda import WandaPruningModifier
@@ -40,6 +43,8 @@ __all__ = [
     "FoldBatchNormModifier",
     "FreezeModifier",
     "GPTQModifier",
+    "LearnedMaskModifier",
+    "LogarithmicEqualizationModifier",
     "MagnitudePruningModifier",
     "Modifier",
     "ModifierFactory",
@@ -48,6 +53,7 @@ __all__ = [
     "QuIPModifier",
     "QuantizationModifier",
     "RotationModifier",
+    "SmoothQuantModifier",
     "SparseGPTModifier",
     "SpinQuantModifier",
     "StructuredPruningModifier",
@@ -66,6 +72,8 @@ _HOME = MappingProxyType(
         "FoldBatchNormModifier": "modifiers.batch_norm",
         "FreezeModifier": "modifiers.freeze",
         "GPTQModifier": "modifiers.gptq",
+        "LearnedMaskModifier": "modifiers.learned_mask",
+        "LogarithmicEqualizationModifier": "modifiers.logarithmic_equalization",
         "MagnitudePruningModifier": "modifiers.magnitude",
         "Modifier": "core.modifier",
         "ModifierFactory": "core.factory",
@@ -74,6 +82,7 @@ _HOME = MappingProxyType(
         "QuIPModifier": "modifiers.rotation",
         "QuantizationModifier": "modifiers.quantization",
         "RotationModifier": "modifiers.rotation",
+        "SmoothQuantModifier": "modifiers.smoothquant",
         "SparseGPTModifier": "modifiers.sparsegpt",
         "SpinQuantModifier": "modifiers.rotation",
         "StructuredPruningModifier": "modifiers.structured",

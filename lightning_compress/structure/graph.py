@@ -1,0 +1,168 @@
+"""What hangs together in any network: torch-pruning follows channels through residuals, norms, concatenations.
+
+Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900. The library says which places of which
+layers belong to a channel; what is cut, and how, stays with this package. torch-pruning is an optional package.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_compress.structure.groups import Group, Slice
+
+__all__ = ["check_installed", "find_channels", "output_size"]
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def check_installed() -> Any:
+    """The library; ImportError says how to get it."""
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError(
+            "pruning channels follows them through the network with torch-pruning, which is not installed: "
+            "pip install 'lightning-compress[structured]'"
+        ) from error
+    return torch_pruning
+
+
+def output_size(module: nn.Module) -> int:
+    """Output channels of a Linear or a convolution."""
+    size: int = module.out_features if isinstance(module, nn.Linear) else module.out_channels  # type: ignore[assignment]
+    return size
+
+
+def find_channels(
+    model: nn.Module, targets: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Group], list[str]]:
+    """The group of every target's output channels; layers joined by a residual share one.
+
+    The model runs once, in evaluation mode, on ``args`` and ``kwargs``; its modes are as before afterwards.
+
+    Returns:
+        Groups in the order of targets, and the targets that make the model's output, which have none.
+
+    Raises:
+        ValueError: Channels pass through a layer that cannot be cut, or a target takes no part in the forward pass.
+        ImportError: torch-pruning is not installed.
+    """
+    library = check_installed()
+    modes = {module: module.training for module in model.modules()}
+    trained = {p: p.requires_grad for p in model.parameters()}
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for p in model.parameters():
+                p.requires_grad_(p.is_floating_point())                  # the graph is read off autograd
+            graph = library.DependencyGraph().build_dependency(
+                model,
+                example_inputs=(args, dict(kwargs)),
+                forward_fn=lambda module, inputs: module(*inputs[0], **inputs[1]),
+                output_transform=_tensors,
+                verbose=False,
+            )
+            return _groups(library, graph, model, targets)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p, flag in trained.items():
+            p.requires_grad_(flag)
+
+
+def _groups(
+    library: Any, graph: Any, model: nn.Module, targets: Mapping[str, nn.Module]
+) -> tuple[list[Group], list[str]]:
+    names = {module: name for name, module in model.named_modules()}
+    groups: list[Group] = []
+    covered: set[str] = set()
+    outputs = []
+    for name, module in targets.items():
+        if module not in graph.module2node:
+            raise ValueError(f"target {name!r} took no part in the forward pass; add it to ignore")
+        if name in covered:
+            continue
+        cut = library.prune_linear_out_channels if isinstance(module, nn.Linear) else library.prune_conv_out_channels
+        size = output_size(module)
+        found = graph.get_pruning_group(module, cut, idxs=list(range(size)))
+        if not _is_whole(found, graph):
+            outputs.append(name)
+            continue
+        slices: list[Slice] = []
+        for item in found:
+            dep, places = item.dep, torch.tensor(item.idxs)
+            layer = dep.target.module
+            if isinstance(layer, nn.Parameter):
+                path = next(n for n, p in model.named_parameters() if p is layer)
+            elif layer in names:
+                path = names[layer]
+            else:
+                continue                                                 # an operation, such as an addition
+            out = bool(graph.is_out_channel_pruning_fn(dep.handler))
+            if out and isinstance(layer, (nn.Linear, *CONVS)):
+                covered.add(path)
+            index = _by_unit(places, torch.tensor(item.root_idxs), size, path)
+            slices += _slices(path, layer, index, out)
+        groups.append(Group(name, size, tuple(slices)))
+    return groups, outputs
+
+
+def _is_whole(found: Any, graph: Any) -> bool:
+    """False when some of the channels leave the model."""
+    return all(item.dep.target.outputs or not graph.is_out_channel_pruning_fn(item.dep.handler) for item in found)
+
+
+def _by_unit(places: Tensor, roots: Tensor, size: int, path: str) -> Tensor:
+    """The places of each channel, [U, K]."""
+    order = torch.argsort(roots, stable=True)
+    if len(roots) % size or not torch.equal(roots[order], torch.arange(size).repeat_interleave(len(roots) // size)):
+        raise ValueError(f"cannot prune through {path!r}: channels enter it unequally often; ignore its maker")
+    return places[order].view(size, -1)
+
+
+def _slices(path: str, layer: Any, index: Tensor, out: bool) -> list[Slice]:
+    """The tensors of one layer that shrink."""
+    if isinstance(layer, nn.Parameter):
+        sides = [i for i, side in enumerate(layer.shape) if side > 1]
+        return [Slice(path, sides[-1], index)] if sides else []
+    tensors: list[tuple[str, int]]
+    if isinstance(layer, CONVS) and layer.groups > 1:
+        if not layer.groups == layer.in_channels == layer.out_channels:
+            raise ValueError(
+                f"cannot prune through {path!r}: a convolution with groups={layer.groups} that is not depthwise; add "
+                f"the layer before it, and it, to ignore"
+            )
+        tensors = [("weight", 0), ("bias", 0)]
+    elif isinstance(layer, (nn.Linear, *CONVS)):
+        tensors = [("weight", 0), ("bias", 0)] if out else [("weight", 1)]
+    elif isinstance(layer, _NormBase):
+        tensors = [(key, 0) for key in ("weight", "bias", "running_mean", "running_var")]
+    elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and layer.weight is not None:
+        tensors = [("weight", 0), ("bias", 0)]
+    elif isinstance(layer, nn.Embedding):
+        tensors = [("weight", 1)]
+    elif isinstance(layer, nn.PReLU):
+        tensors = [("weight", 0)] if layer.num_parameters > 1 else []
+    elif next(layer.parameters(), None) is None and next(layer.buffers(), None) is None:
+        return []
+    else:
+        raise ValueError(
+            f"cannot prune through {path!r}, a {type(layer).__name__}: add the layers whose channels it reads to ignore"
+        )
+    consumer = not out and isinstance(layer, (nn.Linear, *CONVS))
+    return [
+        Slice(f"{path}.{key}", dim, index, consumer)
+        for key, dim in tensors
+        if getattr(layer, key, None) is not None
+    ]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [tensor for value in values for tensor in _tensors(value) if tensor.grad_fn is not None]

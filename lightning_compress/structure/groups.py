@@ -1,0 +1,105 @@
+"""A group: places in several tensors that can only be removed together, unit by unit.
+
+A unit is a neuron of an MLP, a channel of a convolution, or a key/value head with its queries. Removing unit u removes
+``index[u]`` along ``dim`` of every slice of the group.
+
+Shapes: U units, K places of one unit in one tensor (head_dim for heads, height x width behind a flatten).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Cut", "Group", "Slice", "cut_of", "group_from_state", "group_state", "renumbered", "units_to_keep"]
+
+Cut = dict[str, dict[int, Tensor]]
+"""For each tensor, by dotted name, and each of its dimensions that shrinks: the places that stay, int64, ascending."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the units of a group lie in one tensor.
+
+    Args:
+        tensor: Dotted name of the parameter or buffer.
+        dim: The dimension that shrinks.
+        index: Places of each unit, int64 [U, K].
+        consumer: The module of this tensor reads the units as its input.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    consumer: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed one by one.
+
+    Args:
+        name: Of the module that makes them, for messages and the ledger.
+        dense: How many units there were before anything was removed.
+        slices: Every tensor that holds a part of them.
+    """
+
+    name: str
+    dense: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def units(self) -> int:
+        return len(self.slices[0].index)
+
+
+def units_to_keep(dense: int, ratio: float, round_to: int) -> int:
+    """How many of ``dense`` units stay when ``ratio`` goes, rounded up to a multiple of ``round_to``."""
+    kept = dense - int(ratio * dense + 1e-9)
+    return min(dense, -(-kept // round_to) * round_to)
+
+
+def cut_of(kept: Sequence[tuple[Group, Tensor]], sizes: Mapping[str, Sequence[int]]) -> Cut:
+    """What keeping units (int64, ascending) of each group leaves of every tensor; ``sizes`` gives their shapes."""
+    stays: dict[str, dict[int, Tensor]] = {}
+    for group, units in kept:
+        goes = torch.ones(group.units, dtype=torch.bool)
+        goes[units] = False
+        for piece in group.slices:
+            along = stays.setdefault(piece.tensor, {})
+            mask = along.setdefault(piece.dim, torch.ones(sizes[piece.tensor][piece.dim], dtype=torch.bool))
+            mask[piece.index[goes].flatten()] = False
+    return {
+        name: {dim: mask.nonzero().flatten() for dim, mask in along.items() if not mask.all()}
+        for name, along in stays.items()
+        if any(not mask.all() for mask in along.values())
+    }
+
+
+def renumbered(group: Group, units: Tensor | None, cut: Cut) -> Group:
+    """The group as it is after ``cut``; ``units`` of it stay (None: all)."""
+    slices = []
+    for piece in group.slices:
+        index = piece.index if units is None else piece.index[units]
+        stays = cut.get(piece.tensor, {}).get(piece.dim)
+        slices.append(replace(piece, index=index if stays is None else torch.searchsorted(stays, index)))
+    return replace(group, slices=tuple(slices))
+
+
+def group_state(groups: Iterable[Group]) -> list[dict[str, Any]]:
+    """Primitives and tensors, for checkpoints."""
+    return [
+        {
+            "name": group.name,
+            "dense": group.dense,
+            "slices": [{**vars(piece)} for piece in group.slices],
+        }
+        for group in groups
+    ]
+
+
+def group_from_state(state: list[dict[str, Any]]) -> list[Group]:
+    """What :func:`group_state` gave."""
+    return [Group(g["name"], g["dense"], tuple(Slice(**piece) for piece in g["slices"])) for g in state]
