@@ -1,7 +1,7 @@
 """The arguments that modifiers share which prune on a schedule: what, how much, along which curve."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class ScheduledSparsity(BaseModel):
         scope: ``layer``: each target loses the same share; ``global``: one ranking over all (``unstructured`` only).
     """
 
+    start: float | None = None                                      # that of the modifier
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)
     init_sparsity: float = 0.0
@@ -54,6 +55,12 @@ class ScheduledSparsity(BaseModel):
         if self.scope == "global" and (self.mask_structure != "unstructured" or self.layer_sparsity):
             raise ValueError("scope='global' ranks single weights over all targets: unstructured, no layer_sparsity")
         return self
+
+    def claims(self, state: Any) -> dict[str, str]:
+        """While training, one modifier chooses the masks of a module: :meth:`lightning_compress.core.Modifier.claims`."""
+        if self.start is None:
+            return {}
+        return dict.fromkeys(select(state.model, self.targets, self.ignore), "choose masks while training for")
 
     def find(self, model: nn.Module) -> MaskedWeights:
         """The targets, with no masks yet.

@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import select
 from lightning_compress.maths.masked import MaskedWeights
 from lightning_compress.maths.masks import n_of_m
 from lightning_compress.maths.scheduled import ScheduledSparsity
@@ -40,11 +39,6 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
     _curve: float | None = PrivateAttr(default=None)               # where on the schedule the masks are
     _reached: float | None = PrivateAttr(default=None)             # where the run was before the best weights came back
-
-    def claims(self, state: State) -> dict[str, str]:
-        assert state.model is not None
-        targets = {} if self.start is None else select(state.model, self.targets, self.ignore)
-        return dict.fromkeys(targets, "choose masks while training for")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None

@@ -29,7 +29,6 @@ from torch import Tensor
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import select
 from lightning_compress.maths.masked import MaskedWeights
 from lightning_compress.maths.scheduled import ScheduledSparsity
 
@@ -96,10 +95,6 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
             decides = "threshold and regularization decide what goes" if self.mode == "soft" else "the schedule decides"
             raise ValueError(f"{', '.join(given)} would do nothing with mode={self.mode!r}: {decides}; leave it out")
         return self
-
-    def claims(self, state: State) -> dict[str, str]:
-        assert state.model is not None
-        return dict.fromkeys(select(state.model, self.targets, self.ignore), "choose masks while training for")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None

@@ -31,16 +31,25 @@ SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
 
 def is_supported(module: nn.Module) -> bool:
     """True when its weight can be seen as a matrix."""
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):      # a parametrized weight cannot be written
+    if not isinstance(_stored(module), nn.Parameter):                      # a computed weight cannot be written
         return False
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed(module)
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight as the layer stores it, without gradient."""
-    weight = module.weight
+    weight = _stored(module)
     assert isinstance(weight, Tensor)
     return weight.detach()
+
+
+def _stored(module: nn.Module) -> Any:
+    """The weight, or what it is computed from by parametrizations that pass it as it is in the end (they say so)."""
+    lists = getattr(module, "parametrizations", None)
+    if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
+        return getattr(module, "weight", None)
+    passing = all(getattr(part, "passes_in_the_end", False) for part in lists["weight"].children())
+    return module.get_parameter("parametrizations.weight.original") if passing else None
 
 
 def as_matrix(module: nn.Module) -> Tensor:

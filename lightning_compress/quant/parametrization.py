@@ -17,9 +17,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lightning_compress.ops.fake_quant import HALF_STEP, learned_step, relative_step, replace_value, straight_through
+from lightning_compress.quant.dense_keys import original_weight, parametrization_of, put_on, remove_hook, take_off
 from lightning_compress.quant.fake_quant import fake_quantize_input, latent_of
 from lightning_compress.quant.matrix import as_matrix, is_transposed, write_matrix
 from lightning_compress.quant.record import Quantized, attach
@@ -310,9 +310,7 @@ def lower(module: nn.Module, fake: FakeQuantize, record: Quantized | None) -> No
 
 
 def _put_on(module: nn.Module, fake: FakeQuantize) -> None:
-    parametrize.register_parametrization(module, "weight", fake)
-    module.register_state_dict_post_hook(_dense_keys_out)
-    module.register_load_state_dict_pre_hook(_dense_keys_in)
+    put_on(module, fake)
     module.register_load_state_dict_post_hook(_derive_scales)
     if fake.input is not None:
         module.register_forward_pre_hook(_quantize_input)
@@ -330,11 +328,7 @@ def _take_latent(module: nn.Module, record: Quantized) -> None:
 
 def fake_quantize_of(module: nn.Module) -> FakeQuantize | None:
     """The parametrization of a module's weight, or None."""
-    lists = getattr(module, "parametrizations", None)
-    if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
-        return None
-    first = next(lists["weight"].children(), None)
-    return first if isinstance(first, FakeQuantize) else None
+    return parametrization_of(module, FakeQuantize)
 
 
 @torch.no_grad()
@@ -342,7 +336,7 @@ def finish(module: nn.Module) -> Quantized:
     """Take fake-quantization off: the weight stays on its grid, and the record says which."""
     fake = fake_quantize_of(module)
     assert fake is not None
-    quantized = fake.record(_original(module).t() if fake.transposed else _original(module).flatten(1))
+    quantized = fake.record(original_weight(module).t() if fake.transposed else original_weight(module).flatten(1))
     _take_off(module, leave_parametrized=True)
     attach(module, quantized)
     return quantized
@@ -359,56 +353,16 @@ def _take_off(module: nn.Module, leave_parametrized: bool) -> None:
     assert fake is not None
     if not leave_parametrized:
         fake.active = False
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized)
-    for name in [name for name in module._parameters if name != "weight"]:
-        module._parameters[name] = module._parameters.pop(name)                 # the weight comes first, as before
-    # by identity, not by kept handles: those would not survive copy.deepcopy of the model
-    for hooks, function in (
-        (module._state_dict_hooks, _dense_keys_out),
-        (module._load_state_dict_pre_hooks, _dense_keys_in),
-        (module._load_state_dict_post_hooks, _derive_scales),
-        (module._forward_pre_hooks, _quantize_input),
-    ):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
-            del hooks[key]
-
-
-def _original(module: nn.Module) -> Tensor:
-    original: Tensor = module.get_parameter(ORIGINAL)
-    return original.detach()
-
-
-ORIGINAL, PARTS = "parametrizations.weight.original", "parametrizations.weight.0."
-
-
-def _dense_keys_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Save the dense weight under its own name, and nothing else."""
-    if prefix + ORIGINAL in state_dict:
-        later = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
-        state_dict[prefix + "weight"] = state_dict.pop(prefix + ORIGINAL)
-        for key in later:                                                        # in the order of the dense module
-            state_dict[key] = state_dict.pop(key)
-    for key in [key for key in state_dict if key.startswith(prefix + PARTS)]:
-        del state_dict[key]
-    metadata = getattr(state_dict, "_metadata", {})
-    for key in [key for key in metadata if key.startswith(prefix + "parametrizations")]:
-        del metadata[key]
-
-
-def _dense_keys_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load a dense weight; the scales stay as they are."""
-    if prefix + "weight" in state_dict:
-        state_dict[prefix + ORIGINAL] = state_dict.pop(prefix + "weight")
-    fake = fake_quantize_of(module)
-    if fake is not None and fake.change is not None:
-        state_dict.setdefault(prefix + PARTS + "change", fake.change.detach())
+    take_off(module, FakeQuantize, leave_parametrized)
+    remove_hook(module._load_state_dict_post_hooks, _derive_scales)
+    remove_hook(module._forward_pre_hooks, _quantize_input)
 
 
 def _derive_scales(module: nn.Module, incompatible_keys: Any) -> None:
     """Other weights, other scales; whoever has kept theirs puts them back afterwards."""
     fake = fake_quantize_of(module)
     if fake is not None:
-        fake.derive(_original(module))
+        fake.derive(original_weight(module))
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -1,0 +1,91 @@
+"""A parametrized weight that is saved and loaded as if it were none: the dense weight under its own name, nothing else.
+
+What a parametrization holds beside it (learned scales, logits of masks) is parameters for the optimizer, and kept in a
+checkpoint by whoever put it on.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["ORIGINAL", "original_weight", "parametrization_of", "put_on", "remove_hook", "take_off"]
+
+ORIGINAL, PARTS = "parametrizations.weight.original", "parametrizations.weight."
+P = TypeVar("P", bound=nn.Module)
+
+
+def put_on(module: nn.Module, parametrization: nn.Module) -> None:
+    """Let the weight of a module pass through a parametrization, after those that are there."""
+    parametrize.register_parametrization(module, "weight", parametrization)
+    module.register_state_dict_post_hook(_dense_keys_out)
+    module.register_load_state_dict_pre_hook(_dense_keys_in)
+
+
+def parametrization_of(module: nn.Module, kind: type[P]) -> P | None:
+    """The parametrization of that class on a module's weight, or None."""
+    lists = getattr(module, "parametrizations", None)
+    if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
+        return None
+    return next((p for p in lists["weight"].children() if isinstance(p, kind)), None)
+
+
+def original_weight(module: nn.Module) -> Tensor:
+    """The dense weight of a parametrized module, without gradient."""
+    return module.get_parameter(ORIGINAL).detach()
+
+
+@torch.no_grad()
+def take_off(module: nn.Module, kind: type[nn.Module], leave_parametrized: bool) -> None:
+    """Take a parametrization off; the last one takes the hooks with it.
+
+    Args:
+        module: Where it is.
+        kind: Its class.
+        leave_parametrized: True: all parametrizations come off, and the weight keeps the value that they gave it.
+            False: only this one does, and the weight keeps the value that it was made from.
+    """
+    parts = module.get_submodule("parametrizations.weight")
+    if not leave_parametrized and sum(1 for _ in parts.children()) > 1:
+        assert isinstance(parts, nn.ModuleList)
+        del parts[next(i for i, part in enumerate(parts) if isinstance(part, kind))]
+        return
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized)
+    for name in [name for name in module._parameters if name != "weight"]:
+        module._parameters[name] = module._parameters.pop(name)                 # the weight comes first, as before
+    # by identity, not by kept handles: those would not survive copy.deepcopy of the model
+    for hooks, function in (
+        (module._state_dict_hooks, _dense_keys_out),
+        (module._load_state_dict_pre_hooks, _dense_keys_in),
+    ):
+        remove_hook(hooks, function)
+
+
+def remove_hook(hooks: dict[int, Any], function: Any) -> None:
+    """Take a function off one of a module's tables of hooks."""
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
+        del hooks[key]
+
+
+def _dense_keys_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Save the dense weight under its own name, and nothing else."""
+    if prefix + ORIGINAL in state_dict:
+        later = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
+        state_dict[prefix + "weight"] = state_dict.pop(prefix + ORIGINAL)
+        for key in later:                                                        # in the order of the dense module
+            state_dict[key] = state_dict.pop(key)
+    for key in [key for key in state_dict if key.startswith(prefix + PARTS)]:
+        del state_dict[key]
+    metadata = getattr(state_dict, "_metadata", {})
+    for key in [key for key in metadata if key.startswith(prefix + "parametrizations")]:
+        del metadata[key]
+
+
+def _dense_keys_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load a dense weight; all else stays as it is."""
+    if prefix + "weight" in state_dict:
+        state_dict[prefix + ORIGINAL] = state_dict.pop(prefix + "weight")
+    for name, parameter in module.get_submodule("parametrizations.weight").named_parameters():
+        if name != "original":
+            state_dict.setdefault(prefix + PARTS + name, parameter.detach())
