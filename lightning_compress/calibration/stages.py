@@ -77,7 +77,8 @@ class Stages:
                 propagate = replay = None             # the inputs have moved on
             elif hooked:
                 self._look(stage, group, hooked, run)
-            self.tell(EventType.BLOCK_END, group, stage, replay=replay)
+            with self.lifecycle.paused():             # what runs again in there is no new data for anyone
+                self.tell(EventType.BLOCK_END, group, stage, replay=replay)
             for modifier in stage:
                 if modifier.needs_calibration:        # what is finished may run again on the way to later groups
                     modifier.remove_hooks(*group.modules.values())
@@ -112,9 +113,8 @@ class Stages:
         self.report(text)
 
     def _replay(self, group: Group, run: Callable[[int], object], batch: int) -> object:
-        with self.lifecycle.paused():
-            self.turn(batch, f"{group.title}: once more, batch {batch + 1}/{len(self.masks)}")
-            return run(batch)
+        self.turn(batch, f"{group.title}: once more, batch {batch + 1}/{len(self.masks)}")
+        return run(batch)
 
     def _look(
         self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]

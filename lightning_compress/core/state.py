@@ -28,8 +28,8 @@ class State:
         modules: At BLOCK_SURVEYED and BLOCK_END every module of the block, at MODULE_READY those whose inputs are
             complete, by their dotted name inside ``model``.
         replay: At BLOCK_END, for a modifier that must see the block at work again: ``replay(i)`` puts calibration batch
-            ``i`` through it as it is now, no modifier's hook acting, ``token_mask`` being that batch's, and returns what
-            comes out (None where the run ends before that). None: there is no data, or the block's inputs are gone.
+            ``i`` through it as it is now and returns what comes out (None where the run ends before that). No
+            modifier's hook acts then, and ``token_mask`` is that batch's. None: no data, or its inputs are gone.
         batches: How many batches ``replay`` knows.
         ledger: Where facts on modules go.
         distributed: True when several ranks calibrate together.

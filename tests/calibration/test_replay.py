@@ -84,7 +84,8 @@ def test_masks_are_those_of_the_batch_that_runs():
     replayer = Replayer(targets=["Linear"], change=False)
     calibrate(*started(replayer, model=Model()), [BATCHES[0], {**BATCHES[1], "attention_mask": mask}])
     kept = [m for m in replayer.masks if m is not None]
-    assert kept and all(torch.equal(m, mask.bool()) for m in kept)
+    assert kept
+    assert all(torch.equal(m, mask.bool()) for m in kept)
 
 
 def test_a_later_lockstep_modifier_sees_what_the_replays_left():
