@@ -25,15 +25,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.core.events import EventType
+from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.ledger import Ledger
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
+from lightning_compress.training import random_state, resume
 from lightning_compress.training.clock import StepClock
 from lightning_compress.training.finish import Finish, Plan, check_export
 from lightning_compress.training.requeue import requeue_only, supersede
+from lightning_compress.training.shapes import carry_shapes, write_shapes
 from lightning_compress.training.submodule import choose
 
 __all__ = ["CompressionCallback"]
@@ -126,13 +128,20 @@ class CompressionCallback(Callback):
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
         self._began = 0.0
+        self._seconds: dict[str, float] = {}   # of what was done in the midst of training, for the report
+        self._facts: dict[str, Any] = {}
         self._warned_stray_step = False
         self._undo: Callable[[], None] | None = None
+        self._undo_shapes: Callable[[], None] | None = None
+        self._random: list[dict[str, Any]] | None = None       # of each rank, from a checkpoint; until it is restored
+        self._resumed = False                  # this fit goes on from a checkpoint; until training has begun
 
     # -- INITIALIZE ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage
+        self._take_off()
+        self._undo_shapes = carry_shapes(pl_module, self.module)
         if stage != "fit":
             return
         _check_strategy(trainer)
@@ -187,6 +196,11 @@ class CompressionCallback(Callback):
         before = _tensor_names(pl_module)
         self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
         averaging = [type(c).__name__ for c in trainer.callbacks if _averages(c)]
+        if averaging and any(m.reshapes for m in self.lifecycle.modifiers):
+            raise ValueError(
+                f"{averaging[0]} averages weights of one shape, and a modifier of the recipe changes shapes: leave out "
+                f"either of the two"
+            )
         if averaging and _tensor_names(pl_module) != before:
             raise ValueError(
                 f"{averaging[0]} pairs tensors by position, and a modifier has added some to {name or 'the model'!r} "
@@ -216,15 +230,30 @@ class CompressionCallback(Callback):
         )
         self._check_units(trainer)
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
+        if self._resumed and resume.after_last_batch(trainer):
+            self._restore_random()
+            resume.begin_epoch(trainer)
+        self._resumed = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.done:
             return
+        self._restore_random()                 # inside an epoch here: a loader that began anew has drawn its order
         self._in_batch = True
         if self._windowed or self.lifecycle.acting:
-            self._batch_state = self._state.but(batch_data=batch)
-            self.lifecycle.emit(self._batch_state, self.clock.event(E.BATCH_START))
+            event = self.clock.event(E.BATCH_START)
+            self._hand_over(trainer, pl_module, event)
+            self._batch_state = self._state.but(batch_data=batch, optimizer=trainer.optimizers)
+            self.lifecycle.emit(self._batch_state, event)
             self._acting = self.lifecycle.acting             # else the rest of the batch costs nothing
+
+    def _hand_over(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
+        """Calibrate now where another modifier trains on from the result."""
+        handing = self.lifecycle.handing_over(event)
+        if handing is None:
+            return
+        rank_zero_info(f"calibrating at step {event.global_step}; training goes on from the result")
+        self._ending(trainer, pl_module, handing, event).hand_over()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not self._acting:
@@ -264,6 +293,11 @@ class CompressionCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close_batch()                    # still open when on_train_batch_start of the LightningModule returned -1
 
+    def _restore_random(self) -> None:
+        if self._random is not None:
+            random_state.restore(self._random)
+            self._random = None
+
     def _close_batch(self) -> None:
         if not self._in_batch:
             return
@@ -281,12 +315,16 @@ class CompressionCallback(Callback):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.done:
-            self._finish(trainer, pl_module, trained=True)
+        if self.done:
+            return
+        for keeping in trainer.checkpoint_callbacks:
+            keeping.on_train_end(trainer, pl_module)         # what it saves now is the last of training: not compressed
+        self._finish(trainer, pl_module, trained=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done:
             rank_zero_info("nothing was left to train; compressing the model as it is")
+            self._restore_random()
             pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
             self._finish(trainer, pl_module, trained=False)
             pl_module.cpu()
@@ -295,13 +333,17 @@ class CompressionCallback(Callback):
         self.clock.detach()
         self._check_module(pl_module)
         event = self.clock.event()
-        end = Finish(trainer, pl_module, self.lifecycle, self._state, self.plan, self.recipe, event, self._began)
+        end = self._ending(trainer, pl_module, self.lifecycle, event)
         with requeue_only(trainer, save_first=trained and not trainer.fast_dev_run):
             end.compress()
             end.write()
             self.done = True                   # before compressed.ckpt is saved: who resumes from it is done
             end.promote()
             supersede(trainer)
+
+    def _ending(self, trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, event: Event) -> Finish:
+        run = (self.plan, self.recipe, event, self._began, self._seconds, self._facts)
+        return Finish(trainer, pl_module, lifecycle, self._state, *run)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget_batch()
@@ -316,6 +358,9 @@ class CompressionCallback(Callback):
         if self._undo is not None:
             self._undo()
             self._undo = None
+        if self._undo_shapes is not None:
+            self._undo_shapes()
+            self._undo_shapes = None
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -327,6 +372,7 @@ class CompressionCallback(Callback):
             "clock": self.clock.state_dict(),
             "ledger": self.ledger.state_dict(),
             "done": self.done,
+            "random": [random_state.collect()],
         }
         _check_plain(state, "CompressionCallback.state_dict()")
         return state
@@ -353,11 +399,19 @@ class CompressionCallback(Callback):
         self.clock.load_state_dict(state_dict["clock"])
         self.ledger.load_state_dict(state_dict["ledger"])
         self.done = state_dict["done"]
+        self._random, self._resumed = state_dict.get("random"), True
         if self.done:
             self.lifecycle.abort()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Weight averaging puts the average of dense weights into every checkpoint, compressed.ckpt too: undo that."""
+        """Add the random states of all ranks, and undo weight averaging where the model is compressed.
+
+        Averaging puts the average of dense weights into every checkpoint, compressed.ckpt too.
+        """
+        own = checkpoint["callbacks"][self.state_key]
+        own["random"] = random_state.collect_all(own["random"][0])
+        if self._state.model is not None:
+            write_shapes(checkpoint, self._state.model)            # after teardown, the module's own hook is off
         if self.done and checkpoint.pop("averaging_state", None) is not None:
             checkpoint["state_dict"] = checkpoint.pop("current_model_state")
 
@@ -372,7 +426,7 @@ class CompressionCallback(Callback):
             )
 
     def _check_units(self, trainer: Trainer) -> None:
-        """A window in epochs or fractions needs a length that is known and constant."""
+        """A window in epochs or fractions needs a length that is known and constant; no window should outlast the run."""
         units = {m.unit for m in self.lifecycle.modifiers if m.start is not None} - {"step"}
         for unit in sorted(units):
             _ = self.clock.event().in_unit(unit).steps_per_unit
@@ -382,6 +436,8 @@ class CompressionCallback(Callback):
                 f"unit={min(units)!r} needs epochs of one length, but GradientAccumulationScheduler changes their "
                 f"length; use unit='step'"
             )
+        for modifier in self.lifecycle.modifiers if trainer.is_global_zero and not trainer.fast_dev_run else ():
+            modifier.check_length(self.clock.event())
 
 
 def _listed(modifiers: Any) -> list[Modifier]:

@@ -89,10 +89,17 @@ def _plain(modifier: Modifier, name: str) -> Any:
 
 
 def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line per entry that differs between two dumped recipes, such as ``modifiers.gptq.bits: 4 -> 3``."""
+    """One line per entry that differs between two dumped recipes, such as ``modifiers.gptq.bits: 4 -> 3``.
+
+    The order of the modifiers counts: where it alone differs, the line is ``order of modifiers: a, b -> b, a``.
+    """
     old, new = _flat(before), _flat(now)
     entries = [name for name in {**old, **new} if old.get(name, "absent") != new.get(name, "absent")]
-    return [f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}" for name in entries]
+    lines = [f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}" for name in entries]
+    was, is_ = ([*recipe.get("modifiers", ())] for recipe in (before, now))
+    if sorted(was) == sorted(is_) and was != is_:
+        lines.append(f"order of modifiers: {', '.join(was)} -> {', '.join(is_)}")
+    return lines
 
 
 # -- where a recipe is ------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Lifecycle:
         owners: dict[tuple[str, str], tuple[str, Modifier]] = {}
         several = len(self.modifiers) > 1 or any(m.hands_over for m in self.modifiers)
         for key, modifier in zip(self.keys(), self.modifiers, strict=True) if several else ():
-            claimed = {(module, what): (key, modifier) for module, what in modifier.claims(state).items()}
+            claimed = dict.fromkeys(modifier.claims(state).items(), (key, modifier))
             for other, earlier in dict(owners[claim] for claim in claimed if claim in owners).items():
                 shared = [claim for claim in claimed if owners.get(claim, (None,))[0] == other]
                 modules = {module for module, _ in shared}
@@ -89,8 +89,8 @@ class Lifecycle:
             if modifier.hands_over:
                 raise ValueError(
                     f"{key} has start={modifier.start}, so it will {what} {module!r} while training goes on, and no "
-                    f"modifier after it in the recipe holds that while training goes on; add one, such as a "
-                    f"QATModifier of the same targets, scheme and start, or leave start out: then it acts after training"
+                    f"modifier after it in the recipe goes on from that; add one, such as a QATModifier of the same "
+                    f"targets, scheme and start, or leave start out: then it acts after training"
                 )
 
     def finalize(self, state: State, **kwargs: Any) -> None:
@@ -152,7 +152,7 @@ class Lifecycle:
     def abort(self) -> None:
         """An exception ended the run: take all hooks off, forget the open batch."""
         for modifier in self.modifiers:
-            modifier.remove_hooks()
+            modifier.interrupt()
         self.last = None
 
     @contextmanager

@@ -80,6 +80,8 @@ class Modifier(ModifierInterface, BaseModel):
     """True when it acts on calibration events (CALIBRATION_START, BLOCK_END, ...)."""
     one_pass: ClassVar[bool] = False
     """True when each hooked module can be finished alone, at MODULE_READY (see calibration/)."""
+    reshapes: ClassVar[bool] = False
+    """True when it changes shapes of parameters."""
     own_pass: ClassVar[bool] = False
     """True when later modifiers must see the block as this one leaves it: it gets a pass over the inputs for itself."""
 
@@ -95,6 +97,7 @@ class Modifier(ModifierInterface, BaseModel):
     _started: bool = PrivateAttr(default=False)                # on_start ran in this process
     _resumed: bool = PrivateAttr(default=False)                # on_start ran in the run that this one continues
     _ended: bool = PrivateAttr(default=False)
+    _over: bool = PrivateAttr(default=False)                   # on_end ran in the run that this one continues
     _updates: int = PrivateAttr(default=0)                     # update points already delivered
     _paused: int = PrivateAttr(default=0)
     _handed_over: bool = PrivateAttr(default=False)
@@ -279,6 +282,21 @@ class Modifier(ModifierInterface, BaseModel):
         """``index >= end``; False when ``end`` is None."""
         return self.end is not None and event.in_unit(self.unit).current_index >= self.end
 
+    def check_length(self, event: Event) -> None:
+        """Warn of a window that does not fit into the run, where its length is known; asked as training begins."""
+        if self.start is None or event.total_steps is None:
+            return
+        length = event.total_steps / event.in_unit(self.unit).steps_per_unit
+        counted = "" if self.unit == "step" else f", {length:g} in unit {self.unit!r}"
+        if self.start >= length:
+            told = f"start={self.start:g} is not before the end of the run, so it will never start"
+        elif self.end is not None and self.end > length:
+            share = (length - self.start) / (self.end - self.start)
+            told = f"end={self.end:g} lies past the end of the run, which covers {share:.0%} of the window"
+        else:
+            return
+        warnings.warn(f"{self.name}: {told}: the run has {event.total_steps} steps{counted}", stacklevel=2)
+
     # -- handlers: override what you need ----------------------------------------------------------------------------
 
     @abstractmethod
@@ -391,11 +409,17 @@ class Modifier(ModifierInterface, BaseModel):
                 handle.remove()
         self._hooks = [pair for pair in self._hooks if modules and pair[0] not in modules]
 
+    def interrupt(self) -> None:
+        """The run stops here: hooks come off. Should it go on, an open window starts again, with :attr:`resumed`."""
+        self.remove_hooks()
+        self._started, self._resumed = False, self._started or self._resumed
+
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives and tensors only. Subclasses add to what ``super().state_dict()`` returns."""
-        clock = {"started": self._started or self._resumed, "ended": self._ended, "updates": self._updates}
+        started, ended = self._started or self._resumed, self._ended or self._over
+        clock = {"started": started, "ended": ended, "updates": self._updates}
         return clock | ({"handed_over": self._handed_over} if self.hands_over else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -404,8 +428,8 @@ class Modifier(ModifierInterface, BaseModel):
         ``on_start`` and ``on_end`` run in pairs inside one process: a window that is open starts again at the first
         batch (see :attr:`resumed`), one that is over stays over.
         """
-        self._resumed, self._updates = state["started"], state["updates"]
-        self._ended = state["ended"] and not self._started
+        self._resumed, self._updates, self._over = state["started"], state["updates"], state["ended"]
+        self._ended = self._over and not self._started
         self._handed_over = state.get("handed_over", False)
 
 

@@ -1,0 +1,64 @@
+"""The random state of a run as a checkpoint holds it: torch's (CPU and GPUs), Python's and NumPy's, of every rank.
+
+Lightning's checkpoints hold none, so that a resumed run would draw other dropout masks than the run that was killed.
+"""
+
+import random
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_compress import distributed
+
+__all__ = ["collect", "collect_all", "restore"]
+
+
+def collect() -> dict[str, Any]:
+    """The random state of this process, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kind, keys, position, has_gauss, cached = numpy.random.get_state()
+        words = torch.tensor([int(key) for key in keys])
+        state["numpy"] = {"kind": str(kind), "keys": words, "rest": [int(position), int(has_gauss), float(cached)]}
+    return state
+
+
+def collect_all(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all ranks; every rank calls this."""
+    if distributed.world_size() == 1:
+        return [own]
+    states: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(states, own)
+    return states
+
+
+def restore(states: list[dict[str, Any]]) -> None:
+    """Go on with the random numbers where :func:`collect_all` was called.
+
+    Args:
+        states: One for each rank. A rank that was not there then leaves its own as it is.
+    """
+    if distributed.rank() >= len(states):
+        return
+    state = states[distributed.rank()]
+    torch.set_rng_state(_cpu(state["torch"]))
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    if len(cuda := state.get("cuda", ())) == torch.cuda.device_count() and cuda:
+        torch.cuda.set_rng_state_all([_cpu(one) for one in cuda])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
+        kind, keys, rest = state["numpy"]["kind"], state["numpy"]["keys"], state["numpy"]["rest"]
+        numpy.random.set_state((kind, keys.tolist(), *rest))
+
+
+def _cpu(state: Tensor) -> Tensor:
+    return state.cpu()
