@@ -14,7 +14,8 @@ keeps their grids, so that :func:`load` restores them; it reads
 
     {"format_version": 1,
      "dense": {module: {"scheme": {...}, "scale": TENSOR, "zero_point": TENSOR or null, "input_scale": ..., ...}},
-     "names": {module: its name in model.safetensors, where transformers renames it}}
+     "names": {module: its name in model.safetensors, where transformers renames it},
+     "online": {module: rotations that run beside it}, see export/online.py}
     TENSOR = {"dtype": "float32", "shape": [...], "values": [flat list of numbers]}
 
 Files are written in a fixed order and hold no time: two saves of one model are equal byte for byte.
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
+from lightning_compress.export.online import attach_all, online_entries, seal, unsealed
 from lightning_compress.export.packing import check_fit, from_json, is_packable, pack, tensor_names, to_json, unpack
 from lightning_compress.export.quantization_config import matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
@@ -151,6 +153,10 @@ def load(
             f"{folder / OWN_FILE} has format_version {own['format_version']}, expected {FORMAT_VERSION}; "
             f"load it with a newer version of this package"
         )
+    if "online" in own:
+        if packed:
+            raise ValueError(f"{folder}: rotations run beside its modules, which packed ones do not; leave packed out")
+        config = unsealed(config)
     method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
         raise ValueError(f"{folder} was quantized by {method}, expected compressed-tensors; load it with transformers")
@@ -176,6 +182,7 @@ def load(
     else:
         model.load_state_dict(hugging_face.build(folder, layout, weights).state_dict())
     model = (model if device is None else model.to(device)).eval()
+    attach_all(model, own.get("online", {}))
     for name, record in records.items():
         module = model.get_submodule(name)
         attach(module, _on(record, module.get_parameter("weight").device))
@@ -211,7 +218,10 @@ def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, ma
     if is_transformers:
         hugging_face.warn_of_sizes(model)
     own = _own({name: records[name][1] for name in records if name in dense}, on_disk)
-    if own["dense"] or own["names"]:
+    if entries := online_entries(model):
+        own["online"] = entries
+        seal(folder)
+    if len(own) > 3 or own["dense"] or own["names"]:
         (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -60,11 +60,12 @@ def check_order(n: int) -> None:
         raise ValueError(f"no Hadamard matrix of order {n} can be built; the nearest orders are {near}, and {hint}")
 
 
-def fast_hadamard_transform(x: Tensor) -> Tensor:
+def fast_hadamard_transform(x: Tensor, *, transpose: bool = False) -> Tensor:
     """x H of the last dimension in O(n (m + log n)), with H = ``hadamard(n)``; not scaled by 1 / sqrt(n).
 
     Args:
         x: [..., n], floating point.
+        transpose: x H^T instead, which takes it back.
     """
     n = x.shape[-1]
     check_order(n)
@@ -77,7 +78,8 @@ def fast_hadamard_transform(x: Tensor) -> Tensor:
         y = torch.stack([first + second, first - second], 3).reshape(-1, m, power)
         half *= 2
     if m > 1:
-        y = torch.einsum("nap,ab->nbp", y, _of_odd_kind(m).to(x))
+        H_mm = _of_odd_kind(m).to(x)
+        y = torch.einsum("nap,ab->nbp", y, H_mm.t() if transpose else H_mm)
     return y.reshape(x.shape)
 
 

@@ -47,11 +47,20 @@ class View:
 
 @dataclass
 class Linear:
-    """A module or a call that multiplies by a parameter [.., out, in]."""
+    """A product with a parameter.
+
+    Args:
+        module: Name of the innermost module that ran.
+        reads: The dimension of the weight that its input meets.
+        writes: That of its output, and the bias.
+        input_space: Of its input, if known.
+        output_space: Of its output.
+        head: Its inputs are values of an attention.
+    """
 
     module: str
     reads: Touch
-    writes: Touch
+    writes: tuple[Touch, ...]
     input_space: Space | None
     output_space: Space
     head: bool = False
@@ -184,7 +193,7 @@ class Watcher(TorchFunctionMode):
             self.heads.append(Head(mark.value.touches, replace(reads, norm=None), mark.value.width))
         where = self.inside[-1] if self.inside else ""
         space_in = mark.space if mark is not None else None
-        self.linears.append(Linear(where, reads, writes, space_in, space, is_head))
+        self.linears.append(Linear(where, reads, tuple(touches), space_in, space, is_head))
         self.put(out, Mark(space, value=Value(tuple(touches), out.shape[-1])))
 
     def norm(self, norm: Norm, x: Tensor, out: Tensor) -> None:

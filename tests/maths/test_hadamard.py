@@ -44,6 +44,7 @@ def test_which_orders_there_are():
 def test_the_fast_transform_is_the_matrix(n):
     x = torch.randn(3, 5, n, generator=generator(), dtype=torch.float64)
     assert_close(fast_hadamard_transform(x), x @ hadamard(n), rtol=0, atol=1e-10)
+    assert_close(fast_hadamard_transform(x, transpose=True), x @ hadamard(n).t(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("keep_mean", [False, True])

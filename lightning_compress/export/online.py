@@ -1,0 +1,54 @@
+"""Rotations that run beside modules: they go into lightning_compress.json, and other loaders are kept from the folder.
+
+transformers 5.23 and compressed-tensors 0.20 know a ``transform_config`` and never apply it: such a model would load
+without a word and compute something else. So config.json is written such that others stop: ``quantization_status``
+holds a sentence that transformers prints when it refuses it, and ``architectures`` names a class that nobody has.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_compress.export.tensors import read_json
+from lightning_compress.matching import clean_name
+from lightning_compress.rotation.online import attach_online, online_from_json, online_modules, online_to_json
+
+__all__ = ["attach_all", "online_entries", "seal", "unsealed"]
+
+REFUSAL = "online rotations: lightning_compress.load"         # pydantic shortens longer ones
+NOBODYS = "WithOnlineRotations"
+
+
+def online_entries(model: nn.Module) -> dict[str, Any]:
+    """What runs beside modules, by name, as plain data; empty where nothing does."""
+    return {clean_name(name): online_to_json(records) for name, records in online_modules(model).items()}
+
+
+def seal(folder: Path) -> None:
+    """Change config.json in a folder that is being written so that other loaders refuse it."""
+    path = folder / "config.json"
+    config = read_json(path)
+    config["architectures"] = [name + NOBODYS for name in config.get("architectures") or [""]]
+    dense = {"quant_method": "compressed-tensors", "config_groups": {REFUSAL: []}}
+    config["quantization_config"] = config.get("quantization_config", dense) | {"quantization_status": REFUSAL}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def unsealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it was before :func:`seal`."""
+    config = dict(config)
+    config["architectures"] = [name.removesuffix(NOBODYS) for name in config["architectures"]]
+    quantization = dict(config.pop("quantization_config"))
+    if REFUSAL in quantization["config_groups"]:                                  # nothing was quantized
+        return config
+    return config | {"quantization_config": quantization | {"quantization_status": "compressed"}}
+
+
+def attach_all(model: nn.Module, entries: Mapping[str, Any]) -> None:
+    """Put the rotations back beside the modules of a loaded model, before anything else is hooked."""
+    for name, data in entries.items():
+        for online in online_from_json(data):
+            attach_online(model.get_submodule(name), online)
