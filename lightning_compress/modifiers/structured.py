@@ -71,6 +71,7 @@ class StructuredPruningModifier(Modifier):
     """
 
     needs_calibration = True
+    reshapes = True
 
     dimension: Literal["mlp", "heads", "channels"] = "mlp"
     targets: list[str] | None = None
@@ -139,8 +140,8 @@ class StructuredPruningModifier(Modifier):
                     f"dimension='channels' does not follow a {type(model).__name__} of transformers: use 'mlp', "
                     f"'heads', or DepthPruningModifier"
                 )
-            for name, module in self._channel_targets(model).items():
-                self._check_size(name, output_size(module))
+            sizes = {name: output_size(module) for name, module in self._channel_targets(model).items()}
+            self._check_size(*max(sizes.items(), key=lambda pair: pair[1]))    # small ones may make the output
             if self.input_shape is not None:
                 parameter = next(model.parameters())
                 sample = torch.zeros(2, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
@@ -294,7 +295,8 @@ class StructuredPruningModifier(Modifier):
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._advance(state, event)
+        if not self.resumed:                                                   # else the shapes are back already
+            self._advance(state, event)
 
     def on_update(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.structure.surgery import record_of
+
 __all__ = ["build_teacher"]
 
 
@@ -54,7 +56,8 @@ def build_teacher(source: Any, model: nn.Module) -> Callable[..., Any]:
 
 
 def _copy(model: nn.Module, source: str | Path) -> nn.Module:
-    if changed := [name for name, module in model.named_modules() if hasattr(module, "parametrizations")]:
+    changed = [name for name, module in model.named_modules() if hasattr(module, "parametrizations")]
+    if changed := changed + [next(iter(step.get("shapes", step.get("layers", ())))) for step in record_of(model)]:
         raise ValueError(
             f"teacher={str(source)!r} would copy a model that another modifier has changed already, in {changed[:3]}: "
             f"let DistillationModifier stand before it in the recipe"

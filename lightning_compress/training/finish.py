@@ -40,6 +40,7 @@ from lightning_compress.report import plots, summary, table
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.samples import first_batches, seeded_view, share_of
+from lightning_compress.training.shapes import same_shapes
 
 __all__ = ["Finish", "Plan", "check_export"]
 
@@ -223,6 +224,13 @@ class Finish:
             return None, {}
         best = monitored[0]
         read = self._read_checkpoint(best.best_model_path)
+        if not same_shapes(read["state_dict"], self.pl_module):
+            rank_zero_warn(
+                f"the best checkpoint by {best.monitor!r}, {best.best_model_path}, was saved before the model "
+                f"had shrunk to its shapes of now; the last weights are compressed instead: shrink earlier, or set "
+                f"load_best=False"
+            )
+            return None, {}
         self.pl_module.load_state_dict(read["state_dict"], strict=self.pl_module.strict_loading)
         score = "" if best.best_model_score is None else f", {float(best.best_model_score):.6g}"
         rank_zero_info(f"compressing the best weights by {best.monitor!r}{score}, from {best.best_model_path}")
@@ -270,7 +278,7 @@ class Finish:
         """Loaders, and how many batches of each count."""
         trainer = self.trainer
         loop = trainer.fit_loop.epoch_loop.val_loop
-        if trainer.val_dataloaders is None:
+        if trainer.val_dataloaders is None and loop._data_source.is_defined():
             loop.setup_data()                        # no validation has run; the loop knows all the ways to a loader
         loaders = trainer.val_dataloaders
         source = trainer.datamodule if trainer.datamodule is not None else self.pl_module

@@ -1,0 +1,70 @@
+"""A model whose tensors shrank during training, and its checkpoints: what was cut travels with the weights.
+
+Lightning loads weights before it gives callbacks their state, and a freshly built model is dense. Its module's own
+``on_load_checkpoint`` comes before both, so the cuts are repeated there, when fit resumes and when validate, test or
+predict load a checkpoint; ``on_save_checkpoint`` comes for checkpoints of weights alone, too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_compress.structure.surgery import record_of, reshape
+from lightning_compress.training.submodule import choose
+
+__all__ = ["carry_shapes", "read_shapes", "same_shapes", "write_shapes"]
+
+KEY = "lightning_compress_structure"
+
+
+def write_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Put what was cut in ``model`` into its checkpoint; nothing for a model that is whole."""
+    if steps := record_of(model):
+        checkpoint[KEY] = steps
+
+
+def read_shapes(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Give ``model`` the shapes of the checkpoint; ValueError when it has smaller ones already, or other ones."""
+    steps, done = checkpoint.get(KEY, []), record_of(model)
+    if len(steps) < len(done):
+        raise ValueError(
+            f"this checkpoint was saved when {len(steps)} of the {len(done)} cuts into the model had been made, and "
+            f"what is gone cannot come back: load it into a freshly built model, with a new CompressionCallback"
+        )
+    reshape(model, steps)
+
+
+def same_shapes(weights: Mapping[str, Any], root: nn.Module) -> bool:
+    """Whether no tensor of a state dict has another shape in ``root``, and no weight is there that ``root`` lacks."""
+    own = root.state_dict()
+    tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+    return all(key in own and own[key].shape == value.shape for key, value in tensors.items())
+
+
+def carry_shapes(root: LightningModule, name: str | None) -> Callable[[], None]:
+    """Let the checkpoint hooks of this object write and read shapes, before its own; returns what undoes that.
+
+    Args:
+        root: The LightningModule.
+        name: Of the model inside it, as in :func:`choose`.
+    """
+    own = {hook: vars(root)[hook] for hook in ("on_load_checkpoint", "on_save_checkpoint") if hook in vars(root)}
+    load, save = root.on_load_checkpoint, root.on_save_checkpoint
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        read_shapes(checkpoint, choose(root, name)[1])
+        load(checkpoint)
+
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        write_shapes(checkpoint, choose(root, name)[1])
+        save(checkpoint)
+
+    def undo() -> None:
+        for hook in ("on_load_checkpoint", "on_save_checkpoint"):
+            vars(root).pop(hook, None)
+        vars(root).update(own)
+
+    vars(root).update(on_load_checkpoint=on_load_checkpoint, on_save_checkpoint=on_save_checkpoint)
+    return undo
