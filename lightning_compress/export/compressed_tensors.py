@@ -15,6 +15,7 @@ keeps their grids, so that :func:`load` restores them; it reads
     {"format_version": 1,
      "dense": {module: {"scheme": {...}, "scale": TENSOR, "zero_point": TENSOR or null, "input_scale": ..., ...}},
      "names": {module: its name in model.safetensors, where transformers renames it},
+     "dtype": the model's, where config.json had to name another one,
      "online": {module: rotations that run beside it}, see export/online.py}
     TENSOR = {"dtype": "float32", "shape": [...], "values": [flat list of numbers]}
 
@@ -43,6 +44,7 @@ from lightning_compress.export.packing import check_fit, from_json, is_packable,
 from lightning_compress.export.quantization_config import matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
 from lightning_compress.matching import clean_name
+from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.packed import PackedLinear, pack_linears
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 
@@ -147,7 +149,7 @@ def load(
     """
     folder = Path(folder).expanduser().resolve()
     config = read_json(folder / "config.json")
-    own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else _own({}, {})
+    own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else _own({}, {}, None)
     if own["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{folder / OWN_FILE} has format_version {own['format_version']}, expected {FORMAT_VERSION}; "
@@ -163,15 +165,19 @@ def load(
     if model is None and "model_type" not in config:
         raise ValueError(f"{folder} holds no Hugging Face model; build the dense model and call load(folder, model)")
 
-    layout = model if model is not None else hugging_face.skeleton(folder, config)
+    dtype = getattr(torch, own["dtype"]) if "dtype" in own else None
+    layout = model if model is not None else hugging_face.skeleton(folder, config, dtype)
     files = TensorFiles(folder)
     weights, records = {}, {}
     if "quantization_config" in config:
         for name, scheme in matched(layout, QuantizationConfig.model_validate(config["quantization_config"])).items():
             on_disk = own["names"].get(name, name)
-            module_type = type(layout.get_submodule(name))
-            tensors = files.take(on_disk, tensor_names(module_type, scheme))
-            weights[f"{on_disk}.weight"], records[name] = unpack(tensors, module_type, scheme)
+            module = layout.get_submodule(name)
+            tensors = files.take(on_disk, tensor_names(type(module), scheme))
+            weight, records[name] = unpack(tensors, type(module), scheme)
+            if is_microscaled(scheme.weights):                    # they unpack to bfloat16, whatever the model's dtype
+                weight = weight.to(module.get_parameter("weight").dtype)
+            weights[f"{on_disk}.weight"] = weight
     records |= {name: from_json(data) for name, data in own["dense"].items()}
     weights |= files.rest()
 
@@ -208,16 +214,17 @@ def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, ma
     written = TensorFiles(folder)
     for name, (module, record) in packed.items():
         written.check(on_disk[name], tensor_names(type(module), record.scheme))
+    dtype = None
     if packed:
         config = quantization_config(model, packed)
         if is_transformers:
             hugging_face.add_names_on_disk(model, config)
         ModelCompressor(quantization_config=config).update_config(str(folder))
         if is_transformers:
-            hugging_face.mend_layout(model, config, packed, folder)
+            dtype = hugging_face.mend_layout(model, config, packed, folder)
     if is_transformers:
         hugging_face.warn_of_sizes(model)
-    own = _own({name: records[name][1] for name in records if name in dense}, on_disk)
+    own = _own({name: records[name][1] for name in records if name in dense}, on_disk, dtype)
     if entries := online_entries(model):
         own["online"] = entries
         seal(folder)
@@ -225,12 +232,15 @@ def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, ma
         (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _own(dense: Mapping[str, Quantized], on_disk: Mapping[str, str]) -> dict[str, Any]:
-    return {
+def _own(
+    dense: Mapping[str, Quantized], on_disk: Mapping[str, str], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    own = {
         "format_version": FORMAT_VERSION,
         "dense": {name: to_json(record) for name, record in dense.items()},
         "names": {name: other for name, other in on_disk.items() if name != other},
     }
+    return own if dtype is None else own | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def _state_on_disk(model: nn.Module, packed: Records) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.export.packing import tensor_names
 from lightning_compress.export.tensors import read_json
 from lightning_compress.matching import clean_name
+from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.record import Quantized
 
 if TYPE_CHECKING:
@@ -86,25 +87,43 @@ def mend_layout(
     config: QuantizationConfig,
     packed: Mapping[str, tuple[nn.Module, Quantized]],
     folder: Path,
-) -> None:
+) -> torch.dtype | None:
     """Make ``from_pretrained`` unpack the weights while it reads them, where it cannot lay the model out packed.
 
-    It first gives the model packed parameters, then reads the file into them. Where that fails (see
-    :func:`_layout_fault`) the key ``dequantize`` in quantization_config takes another way, that knows one scheme for
-    the whole model and no activations. vLLM does not read that key. What neither way loads gets a warning.
+    It first gives the model packed parameters, then reads the file into them, and unpacks them at the first call.
+    Where that fails (see :func:`_layout_fault`), or gives weights of another dtype than the model's (NVFP4 and the MX
+    formats unpack to bfloat16), the key ``dequantize`` in quantization_config takes another way, that knows one
+    scheme for the whole model and no activations. vLLM does not read that key. Where that way is closed the dtype in
+    config.json becomes bfloat16; what neither way loads gets a warning.
+
+    Returns:
+        The dtype of the model when config.json names another one.
     """
     groups = list(config.config_groups.values())
+    several = len(groups) > 1 or groups[0].input_activations is not None
+    bfloat16 = model.dtype != torch.bfloat16 and any(is_microscaled(group.weights) for group in groups)
     advice = "the folder is as it should be, and lightning_compress.load reads it"
     if _merges_weights(model):
         fault = f"it takes the weights that it merges in a {type(model).__name__}, such as experts, for quantized ones"
-    elif (fault := _layout_fault(model, config, packed) or "") and (len(groups) > 1 or groups[0].input_activations):
+    elif (fault := _layout_fault(model, config, packed) or "") and several:
         advice += "; with one scheme for the whole model, and no activations, transformers does too"
-    elif fault:
+    elif fault or (bfloat16 and not several):
         path = folder / "config.json"
         _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
-        return
+        return None
     if fault:
         warnings.warn(f"transformers 5.23 will fail to load this folder: {fault}; {advice}", stacklevel=4)
+    if not bfloat16:
+        return None
+    _change(folder / "config.json", dtype="bfloat16")
+    warnings.warn(
+        f"config.json says dtype bfloat16, not {model.dtype}: compressed-tensors 0.20 unpacks NVFP4 and the MX formats "
+        f"to bfloat16, and a model of another dtype would fail at its first call; lightning_compress.load keeps "
+        f"{model.dtype}",
+        stacklevel=4,
+    )
+    dtype: torch.dtype = model.dtype
+    return dtype
 
 
 def _merges_weights(model: "PreTrainedModel") -> bool:
@@ -156,8 +175,8 @@ def warn_of_sizes(model: "PreTrainedModel") -> None:
         )
 
 
-def skeleton(folder: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
-    """The model that config.json describes, without weights."""
+def skeleton(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
+    """The model that config.json describes, without weights; ``dtype`` takes the place of the one there."""
     import transformers
 
     architecture = (config.get("architectures") or [""])[0]
@@ -169,6 +188,7 @@ def skeleton(folder: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
         )
     with torch.device("meta"):
         settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        settings.dtype = settings.dtype if dtype is None else dtype
         model: PreTrainedModel = model_class(_dense_config(settings))
     return model
 

@@ -15,16 +15,18 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from torch import Tensor, nn
 
+from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.record import Quantized
 
 __all__ = ["ACTIVATION_NAMES", "check_fit", "from_json", "is_packable", "pack", "tensor_names", "to_json", "unpack"]
 
-ACTIVATION_NAMES = ("input_scale", "input_zero_point")
+ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
 """What a static activation scheme adds to the names of a module's tensors."""
 
 
-TENSOR_FIELDS = ("scale", "zero_point", *ACTIVATION_NAMES)
+TENSOR_FIELDS = ("scale", "zero_point", *ACTIVATION_NAMES, "global_scale")
 
 
 def is_packable(module: nn.Module) -> bool:
@@ -41,8 +43,10 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
         record: Its grid.
 
     Returns:
-        By local name: ``weight_packed`` int32 and ``weight_shape`` int64, or ``weight`` int8; ``weight_scale`` in the
-        weight's dtype, ``weight_zero_point``, ``input_scale``, ``input_zero_point`` where the scheme has them.
+        By local name: ``weight_packed`` int32 and ``weight_shape`` int64, or ``weight_packed`` uint8 (FP4, FP6), or
+        ``weight`` int8 or float8; ``weight_scale`` in the weight's dtype (NVFP4: float8, MX formats: exponents as
+        uint8), ``weight_zero_point``, ``weight_global_scale``, ``input_scale``, ``input_zero_point``,
+        ``input_global_scale`` where the scheme has them.
 
     Raises:
         RuntimeError: The weight is not on the grid: it was changed after compression.
@@ -53,8 +57,12 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     state = {"weight": _on_grid(name, weight, record), "weight_scale": _wide(record.scale)}
     if record.zero_point is not None:
         state["weight_zero_point"] = record.zero_point
+    if record.global_scale is not None:
+        state["weight_global_scale"] = record.global_scale.clone()        # fused modules share one
+        state["weight_scale"] = (record.scale * record.global_scale).to(torch.float8_e4m3fn).float()
     packed = compressor.compress(state, scheme)
-    packed["weight_scale"] = record.scale
+    if not is_microscaled(scheme.weights):
+        packed["weight_scale"] = record.scale
     unpacked = compressor.decompress(packed, scheme)["weight"].to(weight.dtype)
     assert torch.equal(unpacked, weight), f"{name!r}: {compressor.__name__} does not give back the weight it packed"
     for local in ACTIVATION_NAMES:
@@ -73,12 +81,17 @@ def unpack(tensors: dict[str, Tensor], module_type: type, scheme: QuantizationSc
         scheme: Its scheme.
     """
     state = _compressor(module_type, scheme).decompress(tensors, scheme)
+    scale, shared = state["weight_scale"].detach(), state.get("weight_global_scale")
+    if is_microscaled(scheme.weights):
+        scale = scale.float() if shared is None else scale.float() / shared
     record = Quantized(
         scheme=scheme,
-        scale=state["weight_scale"],
+        scale=scale,
         zero_point=state.get("weight_zero_point"),
         input_scale=state.get("input_scale"),
         input_zero_point=state.get("input_zero_point"),
+        global_scale=shared,
+        input_global_scale=state.get("input_global_scale"),
     )
     return state["weight"], record
 
@@ -109,10 +122,10 @@ def to_json(record: Quantized) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> Quantized:
     """The reverse of :func:`to_json`."""
     scheme = QuantizationScheme.model_validate(data["scheme"])
-    scale = _tensor(data["scale"])
+    scale, *others = (_tensor(data.get(key)) for key in TENSOR_FIELDS)
     if scale is None:
         raise ValueError("a record needs a scale")
-    return Quantized(scheme, scale, *(_tensor(data[key]) for key in TENSOR_FIELDS[1:]))
+    return Quantized(scheme, scale, **dict(zip(TENSOR_FIELDS[1:], others, strict=True)))
 
 
 def _tensor(data: dict[str, Any] | None) -> Tensor | None:
@@ -137,6 +150,11 @@ def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:
     _check_record(name, weight_RC, record)
     args: QuantizationArgs = record.scheme.weights
     wide_RC, scale = _wide(weight_RC), _wide(record.scale)
+    if is_microscaled(args):
+        again_RC = round_weight(weight_RC, record.scale, None, args)
+        if torch.equal(again_RC, weight_RC):
+            return wide_RC
+        raise RuntimeError(_off_grid(name, weight_RC, again_RC))
     for attempt in range(2):
         codes_RC = quantize(wide_RC, scale, record.zero_point, args, dtype=args.pytorch_dtype())
         again_RC = dequantize(codes_RC, record.scale, record.zero_point, args).to(weight_RC.dtype)
@@ -145,8 +163,12 @@ def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:
         if attempt == 0:
             step_RC = dequantize(torch.ones_like(wide_RC), scale, None, args)
             wide_RC = wide_RC + _wide(weight_RC - again_RC).sign() * step_RC
+    raise RuntimeError(_off_grid(name, weight_RC, again_RC))
+
+
+def _off_grid(name: str, weight_RC: Tensor, again_RC: Tensor) -> str:
     off = again_RC != weight_RC
-    raise RuntimeError(
+    return (
         f"{name!r}: {int(off.sum())} of {off.numel()} weights do not lie on the grid of its record (largest gap "
         f"{(again_RC - weight_RC).abs().max().item():.3g}): the weight was changed after compression; compress it again"
     )
@@ -160,13 +182,18 @@ def _check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
     """The scale has the shape that the strategy wants, and is finite and positive."""
     args: QuantizationArgs = record.scheme.weights
     R, C = weight_RC.shape
+    blocks = args.block_structure or [1, 1]
     expected = {
         QuantizationStrategy.TENSOR: (1,),
         QuantizationStrategy.CHANNEL: (R, 1),
         QuantizationStrategy.GROUP: (R, C // (args.group_size or C)),
+        QuantizationStrategy.TENSOR_GROUP: (R, C // (args.group_size or C)),
+        QuantizationStrategy.BLOCK: tuple(-(-n // b) for n, b in zip((R, C), blocks, strict=True)),
     }.get(args.strategy)
     if expected is None:
         raise ValueError(f"{name!r}: cannot export weights of strategy {args.strategy!r}; use tensor, channel or group")
+    if has_global_scale(args) and record.global_scale is None:
+        raise RuntimeError(f"{name!r}: its scheme is NVFP4, but its record has no global scale")
     for what, value in (("scale", record.scale), ("zero point", record.zero_point)):
         if value is not None and tuple(value.shape) != expected:
             raise RuntimeError(

@@ -505,7 +505,9 @@ class GPTQModifier(QuantizationArguments, Modifier):
         W_RC = as_matrix(module)
         assert scheme.weights is not None
         latent = None if A_RC is None else latent_of(A_RC, Q_RC.to(W_RC.dtype), scale, zero_point, scheme.weights)
-        quantized = Quantized(scheme, scale, zero_point, *input_scales(self._observers.get(name), W_RC.dtype), latent)
+        found = input_scales(self._observers.get(name), W_RC.dtype)
+        shared = self._globals.of(name)
+        quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=shared, **found)
         facts = {**weight_facts(W_RC, Q_RC, quantized), **facts}
         write_matrix(module, Q_RC)
         attach(module, quantized)
@@ -515,7 +517,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
 
     def _round(self, state: State, name: str, flag: str, tokens: int = 0) -> None:
         module = self._modules[name]
-        facts = round_module(name, module, self._schemes.pop(name), self.scale_search, self._observers.get(name))
+        scheme, shared = self._schemes.pop(name), self._globals.of(name)
+        facts = round_module(name, module, scheme, self.scale_search, self._observers.get(name), shared)
         self.remove_hooks(module)
         state.ledger.add(name, "gptq", flag=flag, tokens=tokens, **facts)
 

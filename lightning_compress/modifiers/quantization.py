@@ -17,8 +17,9 @@ from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.matrix import inputs_as_rows, only_input
-from lightning_compress.quant.observers import Observer, ObserverName, make_observer
+from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
 from lightning_compress.quant.rounding import round_module
+from lightning_compress.quant.shared_scales import GlobalScales
 
 __all__ = ["QuantizationModifier"]
 
@@ -38,6 +39,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
     """
 
     needs_calibration: ClassVar[bool] = True
+    every_format: ClassVar[bool] = True
     one_pass: ClassVar[bool] = True
 
     scale_search: Literal["minmax", "mse"] = "minmax"
@@ -47,6 +49,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
+    _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
 
     @property
     def needs_data(self) -> bool:
@@ -61,9 +64,10 @@ class QuantizationModifier(QuantizationArguments, Modifier):
         assert state.model is not None
         self._schemes = self.assign(state.model)
         self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
+        self._globals = GlobalScales(self._modules, self._schemes)
         for name, scheme in self._schemes.items():
             args = scheme.input_activations
-            if args is not None and not args.dynamic:
+            if is_observed(args):
                 self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
                 self.hook(self._modules[name], lambda module, inputs, name=name: self._observe(name, module, inputs))
 
@@ -90,6 +94,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
                 stacklevel=2,
             )
         self._schemes, self._modules, self._observers = {}, {}, {}
+        self._globals = GlobalScales({}, {})
         self.remove_hooks()
 
     def _round(self, state: State, modules: Mapping[str, nn.Module]) -> None:
@@ -102,5 +107,6 @@ class QuantizationModifier(QuantizationArguments, Modifier):
                 if not observer.batches:
                     continue
                 self.remove_hooks(self._modules[name])
-            facts = round_module(name, self._modules[name], self._schemes.pop(name), self.scale_search, observer)
+            module, scheme, shared = self._modules[name], self._schemes.pop(name), self._globals.of(name)
+            facts = round_module(name, module, scheme, self.scale_search, observer, shared)
             state.ledger.add(name, "rtn", **facts)

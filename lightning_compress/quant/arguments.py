@@ -2,14 +2,15 @@
 
 import warnings
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from compressed_tensors.quantization import QuantizationScheme
 from pydantic import BaseModel, model_validator
 from torch import nn
 
 from lightning_compress.matching import select
-from lightning_compress.quant.schemes import assign, from_groups, from_presets
+from lightning_compress.quant.observers import is_observed
+from lightning_compress.quant.schemes import assign, describe, from_groups, from_presets, is_special
 
 __all__ = ["QuantizationArguments"]
 
@@ -24,6 +25,10 @@ class QuantizationArguments(BaseModel):
         group_size: Takes the place of the preset's group size; -1 for one scale per row.
         config_groups: Schemes in full, as in the ``quantization_config`` of compressed-tensors, in place of ``scheme``.
     """
+
+    every_format: ClassVar[bool] = False
+    """True when it finds scales and rounds by quant.scales and quant.fake_quant alone, so that formats work whose
+    scales have a format of their own, or are shared by blocks."""
 
     targets: str | list[str] = ["Linear"]
     ignore: str | list[str] = []
@@ -42,7 +47,12 @@ class QuantizationArguments(BaseModel):
             raise ValueError(f"targets and {field} exclude each other: the targets stand inside; leave targets out")
         if self.group_size is not None and self.scheme is None:
             raise ValueError("group_size and config_groups exclude each other: write group_size inside of the groups")
-        assert self.schemes
+        for scheme in self.schemes:
+            if not self.every_format and is_special(scheme):
+                raise ValueError(
+                    f"{describe(scheme)} has scales of a format of their own, or shared by blocks, which "
+                    f"{type(self).__name__} does not know; QuantizationModifier and GPTQModifier do"
+                )
         return self
 
     @cached_property
@@ -57,7 +67,7 @@ class QuantizationArguments(BaseModel):
     @property
     def has_static_inputs(self) -> bool:
         """True when a scheme needs calibrated activation scales."""
-        return any(s.input_activations is not None and not s.input_activations.dynamic for s in self.schemes)
+        return any(is_observed(s.input_activations) for s in self.schemes)
 
     def claims(self, state: Any) -> dict[str, str]:
         """One quantizer for each module: :meth:`lightning_compress.core.Modifier.claims`."""

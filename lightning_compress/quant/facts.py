@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 
@@ -46,16 +47,23 @@ def stored_bytes(quantized: Quantized, rows: int, columns: int) -> int:
     """Bytes of codes, scales, zero points and, where codes are packed, the shape, as compressed-tensors writes them.
 
     Integer weights alone are packed densely into int32 words; with quantized activations, and for FP8, a code takes
-    a byte.
+    a byte. Floats of 4 and 6 bits are packed into bytes, and scales of a format of their own take one byte.
     """
     weights = quantized.scheme.weights
     assert weights is not None
     packed = weights.type == "int" and quantized.scheme.input_activations is None
     codes = 4 * rows * math.ceil(columns * weights.num_bits / 32) + 16 if packed else rows * columns
-    size = codes + quantized.scale.numel() * quantized.scale.element_size()
+    if weights.type == "float":
+        codes = rows * columns * weights.num_bits // 8
+    size = codes + quantized.scale.numel() * (1 if is_microscaled(weights) else quantized.scale.element_size())
     if quantized.zero_point is not None:
         G = quantized.zero_point.numel() // rows if quantized.zero_point.ndim == 2 else 1
         size += 4 * G * math.ceil(rows * weights.num_bits / 32) if packed else quantized.zero_point.numel()
-    for extra in (quantized.input_scale, quantized.input_zero_point):
+    for extra in (
+        quantized.input_scale,
+        quantized.input_zero_point,
+        quantized.global_scale,
+        quantized.input_global_scale,
+    ):
         size += 0 if extra is None else extra.numel() * extra.element_size()
     return size

@@ -4,10 +4,12 @@ Without gradients: compressed-tensors works under ``no_grad``.
 """
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import DynamicType, QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
+
+from lightning_compress.quant.formats import stored_as
 
 __all__ = ["fake_quantize_input", "latent_of", "round_weight"]
 
@@ -17,12 +19,12 @@ def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: Q
 
     Args:
         W_RC: [R, C].
-        scale: [R, G] per group, [R, 1] per channel, [1] per tensor.
+        scale: [R, G] per group, [R, 1] per channel, [1] per tensor, one for each block.
         zero_point: As scale; None for a symmetric grid.
         args: Bits, type, symmetry, strategy.
     """
     zero = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
-    return fake_quantize(W_RC.float(), scale.float(), zero, args).to(W_RC.dtype)
+    return stored_as(fake_quantize(W_RC.float(), scale.float(), zero, args), args, W_RC.dtype)
 
 
 def latent_of(
@@ -42,16 +44,22 @@ def latent_of(
 
 
 def fake_quantize_input(
-    module: nn.Module, x: Tensor, args: QuantizationArgs, scale: Tensor | None, zero_point: Tensor | None
+    module: nn.Module,
+    x: Tensor,
+    args: QuantizationArgs,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    global_scale: Tensor | None = None,
 ) -> Tensor:
-    """An activation on its grid: scales from x itself when ``args.dynamic``, else the calibrated ones."""
+    """An activation on its grid: scales from x itself when ``args.dynamic``, else the calibrated ones.
+
+    NVFP4 has both: scales of 16 columns from x itself, and ``global_scale``, [1], from calibration.
+    """
     if x.numel() == 0:
         return x
-    if args.dynamic:
-        scale, zero_point = compute_dynamic_scales_and_zp(value=x, args=args, module=module)
-    elif scale is None:
+    if global_scale is None if args.dynamic == DynamicType.LOCAL else scale is None and not args.dynamic:
         raise ValueError(f"static activations of a {type(module).__name__} need a calibrated scale; calibrate it first")
-    else:
-        scale = scale.to(x.device)
-        zero_point = None if zero_point is None else zero_point.to(x.device)
-    return fake_quantize(x, scale, zero_point, args).to(x.dtype)
+    scale, zero_point, global_scale = (None if t is None else t.to(x.device) for t in (scale, zero_point, global_scale))
+    if args.dynamic:
+        scale, zero_point = compute_dynamic_scales_and_zp(x, args, module, global_scale)
+    return fake_quantize(x, scale, zero_point, args, global_scale).to(x.dtype)

@@ -8,7 +8,7 @@ Each has ``update``, ``reduce`` (how ranks combine) and ``value``: the scale [1]
 """
 
 import math
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -16,7 +16,9 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-__all__ = ["MinMax", "MovingAverage", "MSE", "Observer", "ObserverName", "make_observer"]
+from lightning_compress.quant.formats import global_scale_of
+
+__all__ = ["MinMax", "MovingAverage", "MSE", "Observer", "ObserverName", "is_observed", "make_observer"]
 
 ObserverName = Literal["minmax", "moving_average", "mse"]
 
@@ -65,6 +67,11 @@ class Observer:
         low, high = (torch.tensor([v], dtype=dtype) for v in self.bounds())
         scale, zero = calculate_qparams(low, high, self.args)
         return scale, None if self.args.symmetric else zero
+
+    def global_scale(self) -> Tensor:
+        """g of NVFP4, float32 [1]."""
+        low, high = (torch.tensor(v) for v in self.bounds())
+        return global_scale_of(low, high)
 
 
 class MinMax(Observer):
@@ -125,6 +132,11 @@ class MSE(Observer):
 
     def bounds(self) -> tuple[float, float]:
         return self.low / self.batches, self.high / self.batches
+
+
+def is_observed(args: QuantizationArgs | None) -> TypeGuard[QuantizationArgs]:
+    """True when calibration must find a scale: static activations, and NVFP4, whose global scale is static."""
+    return args is not None and args.dynamic is not True
 
 
 def make_observer(name: ObserverName, args: QuantizationArgs, averaging_constant: float) -> Observer:

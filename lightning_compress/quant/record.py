@@ -23,12 +23,15 @@ class Quantized:
 
     Args:
         scheme: The scheme of compressed-tensors.
-        scale: In the dtype it is stored in: [R, G] per group, [R, 1] per channel, [1] per tensor.
+        scale: What codes are multiplied by, in the dtype it is stored in (float32 for the formats of quant/formats.py):
+            [R, G] per group, [R, 1] per channel, [1] per tensor, [R / b, C / g] per block.
         zero_point: As scale, int8; None for a symmetric grid.
         input_scale: [1], for static activations.
         input_zero_point: [1], for static asymmetric activations.
         latent: [R, C] in the dtype of the weight: what was rounded to the weight, and rounds to it again. Training
             goes on from there; neither ``state_dict`` nor an export holds it.
+        global_scale: g of NVFP4, float32 [1]: ``scale`` times g is what is stored.
+        input_global_scale: The same for the input.
     """
 
     scheme: QuantizationScheme
@@ -37,6 +40,8 @@ class Quantized:
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
     latent: Tensor | None = None
+    global_scale: Tensor | None = None
+    input_global_scale: Tensor | None = None
 
 
 def attach(module: nn.Module, quantized: Quantized) -> None:
@@ -70,6 +75,6 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     quantized = quantized_of(module)
     if quantized is None or quantized.scheme.input_activations is None or not args:
         return None
-    scale, zero_point = quantized.input_scale, quantized.input_zero_point
-    x = fake_quantize_input(module, args[0], quantized.scheme.input_activations, scale, zero_point)
+    calibrated = (quantized.input_scale, quantized.input_zero_point, quantized.input_global_scale)
+    x = fake_quantize_input(module, args[0], quantized.scheme.input_activations, *calibrated)
     return (x, *args[1:])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quant.facts import weight_error, weight_facts
 from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.formats import global_scale_of, has_global_scale
 from lightning_compress.quant.matrix import as_matrix, write_matrix
 from lightning_compress.quant.observers import Observer
 from lightning_compress.quant.record import Quantized, attach, quantized_of
@@ -21,17 +22,35 @@ MSE_POWER = 2.4          # of the GPTQ code: punishes the few large errors more 
 
 
 def round_module(
-    name: str, module: nn.Module, scheme: QuantizationScheme, scale_search: str, observer: Observer | None = None
+    name: str,
+    module: nn.Module,
+    scheme: QuantizationScheme,
+    scale_search: str,
+    observer: Observer | None = None,
+    global_scale: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Quantize a module's weight to nearest; returns facts for the ledger, ``error`` being that of the weight."""
+    """Quantize a module's weight to nearest; returns facts for the ledger, ``error`` being that of the weight.
+
+    Args:
+        name: For messages.
+        module: Its weight is dense.
+        scheme: The grids.
+        scale_search: ``mse``, or anything else for ``minmax``.
+        observer: Of static activations.
+        global_scale: g of NVFP4, where it is shared with other modules; by default that of this weight alone.
+    """
     start = time.perf_counter()
     check_dense(name, module)
     with torch.inference_mode(False), torch.no_grad():
         assert scheme.weights is not None
         W_RC = as_matrix(module)
-        scale, zero_point = find_scales(W_RC, scheme.weights, "mse" if scale_search == "mse" else "minmax")
+        if has_global_scale(scheme.weights) and global_scale is None:
+            global_scale = global_scale_of(*W_RC.aminmax())
+        how: Literal["minmax", "mse"] = "mse" if scale_search == "mse" else "minmax"
+        scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
         Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
-        quantized = Quantized(scheme, scale, zero_point, *input_scales(observer, W_RC.dtype))
+        found = input_scales(observer, W_RC.dtype)
+        quantized = Quantized(scheme, scale, zero_point, global_scale=global_scale, **found)
         facts = {**weight_facts(W_RC, Q_RC, quantized), "error": weight_error(W_RC, Q_RC)}
         write_matrix(module, Q_RC)
         attach(module, quantized)
@@ -39,17 +58,27 @@ def round_module(
 
 
 def find_scales(
-    W_RC: Tensor, args: QuantizationArgs, how: Literal["minmax", "mse", "hessian"], importance_C: Tensor | None = None
+    W_RC: Tensor,
+    args: QuantizationArgs,
+    how: Literal["minmax", "mse", "hessian"],
+    importance_C: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of a weight; ``hessian`` weighs errors by ``importance_C``, the diagonal of H."""
     if how == "minmax":
-        return minmax(W_RC, args)
-    return search(W_RC, args, None, MSE_POWER) if how == "mse" else search(W_RC, args, importance_C)
+        return minmax(W_RC, args, global_scale)
+    weighed = (None, MSE_POWER) if how == "mse" else (importance_C, 2.0)
+    return search(W_RC, args, *weighed, global_scale)
 
 
-def input_scales(observer: Observer | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and zero point of static activations; (None, None) without an observer."""
-    return (None, None) if observer is None else observer.value(dtype)
+def input_scales(observer: Observer | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What static activations add to a record, by the names of its fields; nothing without an observer."""
+    if observer is None:
+        return {}
+    if observer.args.dynamic:                                  # "local": of NVFP4 the global scale alone is static
+        return {"input_global_scale": observer.global_scale()}
+    scale, zero_point = observer.value(dtype)
+    return {"input_scale": scale, "input_zero_point": zero_point}
 
 
 def check_dense(name: str, module: nn.Module) -> None:

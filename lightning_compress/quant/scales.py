@@ -3,12 +3,16 @@
     s, z = extremes of the group                 symmetric: s = max|w| / ((qmax - qmin) / 2), so int4 divides by 7.5
     f*   = argmin_f  sum_j h_j |w_j - Q(w_j; f s, z)|^p        over shrink factors f, per row and group
 
+Formats whose scales have a format of their own (quant/formats.py) choose among the scales that can be stored near those
+of the extremes, with the same error.
+
 With h = 1, p = 2.4 this is the search of the GPTQ code ("mse"). With h = diag(H), H = E[x x^T], p = 2 it is the error
 that the layer's output sees when errors do not correlate ("hessian"); there the last step is exact: for codes c,
 f = sum h w c / sum h c^2. Whoever rounds with these scales must do so as they are returned: in the dtype that stores
 them.
 
-Shapes: R rows, C columns, G groups of g columns in a row.
+Shapes: R rows, C columns, G groups of g columns in a row. With blocks of b rows and g columns a scale is
+[R / b, C / g], both rounded up.
 """
 
 import math
@@ -18,6 +22,15 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.utils import calculate_qparams, calculate_range
 from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_compress.quant.formats import (
+    global_scale_of,
+    has_global_scale,
+    is_microscaled,
+    nearby_scales,
+    round_float_,
+)
 
 __all__ = ["expand", "group_columns", "integer_range", "minmax", "search"]
 
@@ -29,35 +42,57 @@ RATIO = {bits: 1 - 0.12 * 0.7 ** max(0, bits - 4) for bits in range(2, 9)}
 LOWEST = {bits: 0.3 / 1.5 ** (4 - bits) if bits < 4 else 0.3 ** (0.5 ** (bits - 4)) for bits in range(2, 9)}
 
 
-
 def group_columns(args: QuantizationArgs, columns: int) -> int:
     """g: columns that share one scale within a row."""
-    if args.strategy == QuantizationStrategy.GROUP:
+    if args.strategy == QuantizationStrategy.BLOCK:
+        assert args.block_structure is not None
+        return args.block_structure[1]
+    if args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
         assert args.group_size is not None
         return args.group_size
     return columns
 
 
 def integer_range(args: QuantizationArgs) -> tuple[float, float]:
-    """Lowest and highest code; for FP8 the lowest and highest finite value."""
+    """Lowest and highest code; for floats the lowest and highest finite value."""
     low, high = calculate_range(args, "cpu")
     return float(low), float(high)
 
 
-def expand(scale: Tensor, rows: int) -> Tensor:
-    """Scales or zero points as [R, G], whatever the strategy."""
+def expand(scale: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
+    """Scales or zero points as [R, G], whatever the strategy; those that are so already stay as they are."""
+    if args.strategy == QuantizationStrategy.BLOCK and len(scale) != rows:
+        assert args.block_structure is not None
+        return scale.repeat_interleave(args.block_structure[0], 0)[:rows]
     return scale.expand(rows, 1) if scale.ndim == 1 else scale
 
 
-def minmax(W_RC: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor | None]:
+def minmax(
+    W_RC: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point from the extremes, exactly as ``compressed_tensors.calculate_qparams`` gives them.
 
+    Args:
+        W_RC: The weight, any floating dtype.
+        args: The grid.
+        global_scale: g of NVFP4, float32 [1]; by default from the extremes of W.
+
     Returns:
-        The scale in the dtype of W, and the zero point as int8 or None (symmetric): [R, G], [R, 1] or [1].
+        The scale in the dtype of W (microscaled formats: float32), and the zero point as int8 or None (symmetric):
+        [R, G], [R, 1], [1], or one for each block.
     """
-    grouped = W_RC.reshape(1, -1) if args.strategy == QuantizationStrategy.TENSOR else W_RC
-    blocks = grouped.unflatten(-1, (-1, group_columns(args, grouped.shape[-1])))
-    low, high = blocks.amin(-1), blocks.amax(-1)          # aminmax(dim=-1) takes nine times as long (torch 2.13, CPU)
+    if is_microscaled(args):
+        W_RC = W_RC.float()
+    if args.strategy == QuantizationStrategy.BLOCK:
+        low, high = (_blocked(W_RC, args).permute(0, 2, 1, 3).flatten(2).aminmax(dim=-1))
+    else:
+        grouped = W_RC.reshape(1, -1) if args.strategy == QuantizationStrategy.TENSOR else W_RC
+        blocks = grouped.unflatten(-1, (-1, group_columns(args, grouped.shape[-1])))
+        low, high = blocks.amin(-1), blocks.amax(-1)      # aminmax(dim=-1) takes nine times as long (torch 2.13, CPU)
+    if has_global_scale(args):
+        global_scale = global_scale_of(low.amin(), high.amax()) if global_scale is None else global_scale
+        scale, _ = calculate_qparams(low, high, args, global_scale=global_scale)
+        return scale / global_scale, None
     scale, zero = calculate_qparams(low, high, args)
     if args.strategy == QuantizationStrategy.TENSOR:
         scale, zero = scale.reshape(1), zero.reshape(1)
@@ -66,8 +101,20 @@ def minmax(W_RC: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor | None]
     return scale, None if args.symmetric else zero.where((low != 0) | (high != 0), torch.zeros_like(zero))
 
 
+def _blocked(W_RC: Tensor, args: QuantizationArgs) -> Tensor:
+    """[R / b, b, C / g, g], zeros filling up the last blocks."""
+    assert args.block_structure is not None
+    b, g = args.block_structure
+    R, C = W_RC.shape
+    return pad(W_RC, (0, -C % g, 0, -R % b)).unflatten(1, (-1, g)).unflatten(0, (-1, b))
+
+
 def search(
-    W_RC: Tensor, args: QuantizationArgs, importance_C: Tensor | None = None, power: float = 2.0
+    W_RC: Tensor,
+    args: QuantizationArgs,
+    importance_C: Tensor | None = None,
+    power: float = 2.0,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that minimize ``sum_j h_j |error_j|^power`` over shrunken ranges.
 
@@ -76,18 +123,23 @@ def search(
         args: The grid.
         importance_C: h, at least 0, float32; None for h = 1.
         power: p.
+        global_scale: As for :func:`minmax`.
 
     Returns:
         As :func:`minmax`. A scale that the search would round to zero stays at its min-max value.
     """
     R, C = W_RC.shape
+    importance_C = torch.ones(C, device=W_RC.device) if importance_C is None else importance_C
+    if is_microscaled(args):
+        return _sweep(W_RC, args, importance_C, power, global_scale), None
+    if args.strategy == QuantizationStrategy.BLOCK:
+        return _search_blocks(W_RC, args, importance_C, power)
     g = group_columns(args, C)
     G = C // g
     scale, zero = minmax(W_RC, args)
-    importance_C = torch.ones(C, device=W_RC.device) if importance_C is None else importance_C
     # [G, R, g]: one importance for all rows of a slice, so that a weighted sum is one matrix-vector product
-    t_GRg = (W_RC.view(R, G, g) / expand(scale, R)[:, :, None]).float().transpose(0, 1).contiguous()
-    z_GR = None if zero is None else expand(zero, R).t().float().contiguous()
+    t_GRg = (W_RC.view(R, G, g) / expand(scale, R, args)[:, :, None]).float().transpose(0, 1).contiguous()
+    z_GR = None if zero is None else expand(zero, R, args).t().float().contiguous()
     factor_GR, shift_GR = torch.ones(G, R, device=W_RC.device), torch.zeros(G, R, device=W_RC.device)
     groups, rows = max(1, CHUNK // (R * g)), max(1, CHUNK // g)
     pieces = [(slice(i, i + groups), slice(r, r + rows)) for i in range(0, G, groups) for r in range(0, R, rows)]
@@ -106,6 +158,44 @@ def search(
     found = (scale.float() * factor).to(scale.dtype).contiguous()
     found = found.where((found > 0) & found.isfinite(), scale)
     return found, None if zero is None else zero + shift.to(zero.dtype)
+
+
+def _sweep(
+    W_RC: Tensor, args: QuantizationArgs, importance_C: Tensor, power: float, global_scale: Tensor | None
+) -> Tensor:
+    """Of the scales that can be stored near those from the extremes, the one with the least error, [R, G]."""
+    R, C = W_RC.shape
+    g = group_columns(args, C)
+    if has_global_scale(args) and global_scale is None:
+        global_scale = global_scale_of(*W_RC.aminmax())
+    scale_RG, _ = minmax(W_RC, args, global_scale)
+    h_Gg = importance_C.view(C // g, g).float()
+    for rows in torch.arange(R).split(max(1, CHUNK // C)):
+        t_RGg = W_RC[rows].float().unflatten(1, (-1, g))
+        start_RG = scale_RG[rows]
+        best_RG = torch.full_like(start_RG, math.inf)
+        for found_RG in (start_RG, *nearby_scales(start_RG, args, global_scale)):
+            s = found_RG[..., None]
+            e = round_float_(t_RGg / s, args.num_bits).mul_(s).sub_(t_RGg).abs_().pow_(power)
+            error_RG = torch.einsum("rgk,gk->rg", e, h_Gg)
+            better = error_RG < best_RG
+            scale_RG[rows] = torch.where(better, found_RG, scale_RG[rows])
+            best_RG = torch.where(better, error_RG, best_RG)
+    return scale_RG
+
+
+def _search_blocks(
+    W_RC: Tensor, args: QuantizationArgs, importance_C: Tensor, power: float
+) -> tuple[Tensor, Tensor | None]:
+    """One column of blocks at a time: each block is a row of its own, whose columns weigh as theirs do."""
+    assert args.block_structure is not None
+    b, g = args.block_structure
+    within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
+    importance_C = pad(importance_C, (0, -len(importance_C) % g))
+    pieces = zip(_blocked(W_RC, args).unbind(2), importance_C.split(g), strict=True)
+    found = [search(piece.flatten(1), within, h_g.repeat(b), power) for piece, h_g in pieces]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found], 1), torch.cat(zeros, 1) if zeros else None
 
 
 class _GridErrors:
@@ -149,7 +239,7 @@ class _GridErrors:
     def _codes(self, f: float | Tensor, shift: float | Tensor) -> Tensor:
         q = torch.mul(self.t, 1 / f, out=self.buffer)
         if self.args.type == "float":
-            return q.copy_(q.clamp_(self.low, self.high).to(torch.float8_e4m3fn))
+            return round_float_(q, self.args.num_bits)
         if self.z is None:
             return q.round_().clamp_(self.low, self.high)
         z = self.z + _column(shift)

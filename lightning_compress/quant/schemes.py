@@ -14,6 +14,7 @@ from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
     QuantizationStrategy,
+    QuantizationType,
     preset_name_to_scheme,
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -21,11 +22,11 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from lightning_compress.matching import match_rank, select
+from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import SUPPORTED, as_matrix, is_supported, weight_of
 from lightning_compress.quant.record import quantized_of
-from lightning_compress.quant.scales import group_columns
 
-__all__ = ["assign", "describe", "from_groups", "from_presets", "group_fits", "presets"]
+__all__ = ["assign", "describe", "from_groups", "from_presets", "group_fits", "is_special", "presets"]
 
 BITS = range(2, 9)
 
@@ -99,29 +100,53 @@ def group_fits(columns: Mapping[str, int], scheme: QuantizationScheme) -> None:
         scheme: Theirs.
     """
     assert scheme.weights is not None
-    misfits = {n: c for n, c in columns.items() if c % group_columns(scheme.weights, c)}
-    if misfits:
-        size = scheme.weights.group_size or 0
-        common = math.gcd(*columns.values())
-        fitting = max(d for d in range(1, min(size, common) + 1) if common % d == 0)
-        advice = f"use group_size={fitting}" if fitting > 1 else "use one scale per row (group_size=-1)"
+    for args in (scheme.weights, scheme.input_activations):
+        size = 0 if args is None else args.group_size or 0
+        misfits = {n: c for n, c in columns.items() if size > 0 and c % size}
+        if not misfits:
+            continue
+        inputs = args is not scheme.weights
+        if is_special(scheme):
+            advice = "the format knows no other size: choose another scheme for them"
+        else:
+            advice = _fitting(size, math.gcd(*columns.values()), misfits)
         what = "is larger than" if all(c < size for c in misfits.values()) else "does not divide"
         raise ValueError(
-            f"group_size={size} {what} the input columns of {_named([f'{n!r} ({c})' for n, c in misfits.items()])}; "
-            f"{advice}, or add them to ignore"
+            f"{'input_activations: ' if inputs else ''}group_size={size} {what} the input columns of "
+            f"{_named([f'{n!r} ({c})' for n, c in misfits.items()])}; {advice}, or add them to ignore"
         )
 
 
+def _fitting(size: int, common: int, misfits: Mapping[str, int]) -> str:
+    """A group size near ``size`` that divides all columns: a power of two where that loses less than half."""
+    divisors = [d for d in range(2, min(size, common) + 1) if common % d == 0]
+    if not divisors:
+        return "use one scale per row (group_size=-1)"
+    powers = [d for d in divisors if d & (d - 1) == 0]
+    return f"use group_size={powers[-1] if powers and 2 * powers[-1] >= divisors[-1] else divisors[-1]}"
+
+
 def describe(scheme: QuantizationScheme) -> str:
-    """One line for reports: ``W4A16 g64 sym``, ``W8A8 channel sym``, ``FP8 channel``."""
+    """One line for reports: ``W4A16 g64 sym``, ``W8A8 channel sym``, ``FP8 channel``, ``NVFP4A16 g16``."""
     weights, inputs = scheme.weights, scheme.input_activations
     assert weights is not None
     wide = "16" if inputs is None else str(inputs.num_bits) if inputs.type == "int" else f"fp{inputs.num_bits}"
-    grain = f"g{weights.group_size}" if weights.strategy == "group" else _strategy(weights)
+    grain = f"g{weights.group_size}" if weights.group_size else _strategy(weights)
+    if weights.block_structure is not None:
+        grain = "x".join(map(str, weights.block_structure))
     static = " static" if inputs is not None and not inputs.dynamic else ""
+    if is_microscaled(weights):
+        kind = "NV" if has_global_scale(weights) else "MX"
+        return f"{kind}FP{weights.num_bits}A{wide.removeprefix('fp')} {grain}"
     if weights.type == "float":
         return f"FP8 {grain}{static}"
     return f"W{weights.num_bits}A{wide} {grain} {'sym' if weights.symmetric else 'asym'}{static}"
+
+
+def is_special(scheme: QuantizationScheme) -> bool:
+    """True for formats whose scales have a format of their own (NVFP4, MXFP4 ...) or are shared by blocks."""
+    args = [a for a in (scheme.weights, scheme.input_activations) if a is not None]
+    return any(is_microscaled(a) or a.block_structure is not None for a in args)
 
 
 def _preset(name: str, targets: list[str], group_size: int | None) -> QuantizationScheme:
@@ -219,14 +244,12 @@ def _fault(scheme: QuantizationScheme) -> str | None:
         return "output_activations are not supported; leave them out, or quantize the input of the next layer"
     if weights.dynamic:
         return "weights: dynamic applies to activations only"
-    strategies = ("tensor", "channel", "group") if weights.type == "int" else ("tensor", "channel")
-    if weights.strategy not in strategies:
-        known = ", ".join(strategies)
-        return f"weights: strategy {_strategy(weights)!r} is not supported for {weights.type}; use one of {known}"
-    if inputs is not None and not inputs.dynamic and inputs.strategy != "tensor":
+    strategies = ("tensor", "channel", "group") if weights.type == "int" else ("tensor", "channel", "group", "block")
+    if not is_microscaled(weights) and _strategy(weights) not in strategies:
+        known, kind = ", ".join(strategies), QuantizationType(weights.type).value
+        return f"weights: strategy {_strategy(weights)!r} is not supported for {kind}; use one of {known}"
+    if inputs is not None and not inputs.dynamic and _strategy(inputs) != "tensor":
         return f"input_activations: static ones are per tensor, got strategy {_strategy(inputs)!r}; or dynamic: true"
-    if inputs is not None and (inputs.dynamic == "local" or inputs.scale_dtype is not None):
-        return "input_activations: scales of their own format (NVFP4, MXFP4) are not supported"
     return None
 
 
@@ -237,9 +260,19 @@ def _strategy(args: QuantizationArgs) -> str:
 
 def _bits_fault(args: QuantizationArgs) -> str | None:
     if args.type == "float":
-        if args.num_bits != 8 or args.scale_dtype is not None or not args.symmetric:
-            return f"a {args.num_bits}-bit float format is not supported; FP8 (symmetric, plain scales) is"
+        grain = (args.num_bits, _strategy(args), args.group_size)
+        nvfp4 = grain == (4, "tensor_group", 16) and args.scale_dtype == torch.float8_e4m3fn
+        mx = grain in ((4, "group", 32), (6, "group", 32), (8, "group", 32)) and args.scale_dtype == torch.uint8
+        plain = args.num_bits == 8 and args.scale_dtype is None and _strategy(args) != "tensor_group"
+        if not args.symmetric or not (nvfp4 or mx or plain):
+            return (
+                f"this {args.num_bits}-bit float format is not supported; expected FP8 with plain scales, NVFP4 "
+                f"(num_bits 4, strategy tensor_group, group_size 16, scale_dtype torch.float8_e4m3fn) or MXFP4, 6, 8 "
+                f"(strategy group, group_size 32, scale_dtype torch.uint8), symmetric; their presets spell them out"
+            )
         return None
+    if args.scale_dtype is not None:
+        return f"scale_dtype={args.scale_dtype} belongs to float formats (NVFP4, MXFP4, MXFP6, MXFP8); leave it out"
     if args.num_bits == 16:
         return "num_bits=16 is no quantization; leave this part out, or add the modules to ignore"
     if args.num_bits not in BITS:

@@ -1,9 +1,6 @@
 """A process that never imports this package loads the folders and computes the same logits."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,18 +11,6 @@ from lightning_compress.export.compressed_tensors import load, save
 from lightning_compress.quant.packed import PackedLinear
 from lightning_compress.quant.record import quantized_modules
 
-READER = """
-import json, sys, torch, transformers
-from safetensors.torch import load_file, save_file
-root = sys.argv[1]
-logits = {}
-for name, model_class in json.load(open(f"{root}/cases.json")).items():
-    model = getattr(transformers, model_class).from_pretrained(f"{root}/{name}").eval()
-    with torch.no_grad():
-        logits[name] = model(**load_file(f"{root}/{name}.batch")).logits.contiguous()
-assert not [m for m in sys.modules if m.startswith("lightning")], "the reader must not know this package"
-save_file(logits, f"{root}/read")
-"""
 LLAMA = {
     "w4a16": {"name": "W4A16"},
     "w4a16_asymmetric": {"name": "", "num_bits": 4, "group_size": 64, "symmetric": False},
@@ -126,7 +111,7 @@ CASES = {case: llama(case) for case in LLAMA} | {
 
 
 @pytest.fixture(scope="module")
-def reloaded(tmp_path_factory, tiny_llama, quantize, scheme_of):
+def reloaded(tmp_path_factory, tiny_llama, quantize, scheme_of, read_by_transformers):
     """(folder, logits of the models in memory, logits of the reader)."""
     root = tmp_path_factory.mktemp("reload")
     logits, classes = {}, {}
@@ -138,13 +123,7 @@ def reloaded(tmp_path_factory, tiny_llama, quantize, scheme_of):
             logits[name] = model(**batch).logits
         save(model, root / name)
         save_file(batch, root / f"{name}.batch")
-    (root / "cases.json").write_text(json.dumps(classes))
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(root)], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, logits, load_file(root / "read")
+    return root, logits, read_by_transformers(root, classes)
 
 
 @pytest.mark.filterwarnings("ignore:.*written with dense weights")

@@ -187,6 +187,6 @@ def test_fp8_grids():
 
 
 def test_expand_gives_rows():
-    assert expand(torch.ones(1), 5).shape == (5, 1)
-    assert expand(torch.ones(5, 3), 5).shape == (5, 3)
+    assert expand(torch.ones(1), 5, grid(4)).shape == (5, 1)
+    assert expand(torch.ones(5, 3), 5, grid(4)).shape == (5, 3)
     assert math.isclose(integer_range(grid(2))[0], -2)

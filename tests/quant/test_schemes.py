@@ -4,7 +4,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
 
 from lightning_compress.quant.record import Quantized, attach
-from lightning_compress.quant.schemes import assign, describe, from_groups, from_presets, presets
+from lightning_compress.quant.schemes import assign, describe, from_groups, from_presets, group_fits, presets
 
 
 class Model(nn.Module):
@@ -73,6 +73,10 @@ def test_convolutions_and_their_columns():
         ("FP8", "FP8 tensor static"),
         ("FP8_DYNAMIC", "FP8 channel"),
         ("W4AFP8", "W4Afp8 g128 sym"),
+        ("NVFP4", "NVFP4A4 g16"),
+        ("NVFP4A16", "NVFP4A16 g16"),
+        ("MXFP6A8", "MXFP6A8 g32"),
+        ("FP8_BLOCK", "FP8 128x128"),
     ],
 )
 def test_describe(name, text):
@@ -81,7 +85,8 @@ def test_describe(name, text):
 
 def test_presets_that_work_are_listed():
     assert {"W4A16", "W8A16", "W8A8", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "W2A16"} <= set(presets())
-    assert not {"NVFP4", "MXFP4", "UNQUANTIZED", "FP8_BLOCK"} & set(presets())
+    assert {"NVFP4", "NVFP4A16", "MXFP4", "MXFP6A8", "MXFP8", "FP8_BLOCK"} <= set(presets())
+    assert "UNQUANTIZED" not in presets()
 
 
 @pytest.mark.parametrize(
@@ -90,12 +95,6 @@ def test_presets_that_work_are_listed():
         ("W4A61", r"unknown scheme 'W4A61'; did you mean W4A16"),
         ("int5", r"unknown scheme 'int5'; "),
         ("W16A16", "16 bits is no quantization"),
-        ("NVFP4", r"scheme 'NVFP4': weights: a 4-bit float format is not supported; FP8 .* presets that work here: "),
-        ("MXFP8", r"scheme 'MXFP8': weights: a 8-bit float format is not supported"),
-        (
-            "FP8_BLOCK",
-            r"scheme 'FP8_BLOCK': weights: strategy 'block' is not supported for float; use one of tensor, channel",
-        ),
         ("UNQUANTIZED", "it quantizes no weights"),
         ({}, "holds no preset"),
     ],
@@ -136,6 +135,15 @@ def test_group_sizes_that_do_not_work(preset, size, message):
         ({"targets": ["Linear"], "weights": {**W, "dynamic": True}}, "dynamic applies to activations"),
         ({"targets": ["Linear"], "weights": W, "output_activations": {"num_bits": 8}}, "not supported"),
         ({"targets": ["Linear"], "weights": W, "input_activations": {"num_bits": 1}}, "num_bits=1 is"),
+        ({"targets": ["Linear"], "weights": {**W, "type": "float"}}, r"expected FP8 .* NVFP4 .* or MXFP4, 6, 8"),
+        (
+            {"targets": ["Linear"], "weights": {**W, "scale_dtype": torch.uint8}},
+            "scale_dtype=torch.uint8 belongs to float formats",
+        ),
+        (
+            {"targets": ["Linear"], "weights": {"strategy": "block", "block_structure": [8, 8]}},
+            "strategy 'block' is not supported for int; use one of tensor, channel, group",
+        ),
         (
             {"targets": ["Linear"], "weights": W, "input_activations": {"num_bits": 8, "group_size": 8}},
             "static ones are per tensor, got strategy 'group'",
@@ -227,3 +235,22 @@ def test_a_model_that_is_quantized_already():
     for model, where in ((ours, "in 'up'"), (theirs, "in 'head'"), (loaded, "compressed-tensors")):
         with pytest.raises(ValueError, match=f"the model is quantized already.*{where}.*start from the dense model"):
             assign(model, schemes, [])
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "advice"),
+    [(576, 128, "group_size=64"), (96, 64, "group_size=32"), (36, 32, "group_size=18"), (7, 4, "one scale per row")],
+)
+def test_the_size_that_is_suggested_lies_near_the_one_asked_for(columns, asked, advice):
+    (scheme,) = from_presets("W4A16", ["Linear"], asked)
+    with pytest.raises(ValueError, match=f"use {advice}"):
+        group_fits({"a": columns}, scheme)
+
+
+def test_formats_of_one_group_size_say_so():
+    (scheme,) = from_presets("NVFP4A16", ["Linear"])
+    with pytest.raises(ValueError, match=r"group_size=16 does not divide .* the format knows no other size"):
+        group_fits({"a": 40}, scheme)
+    (scheme,) = from_presets("FP8_BLOCK", ["Linear"])
+    with pytest.raises(ValueError, match=r"input_activations: group_size=128 is larger than the input columns of 'a'"):
+        group_fits({"a": 64}, scheme)

@@ -1,0 +1,84 @@
+"""Formats of small floats, and of scales that are no plain floats.
+
+    E2M1 (4 bits)   0 .5 1 1.5 2 3 4 6               E2M3 (6 bits)   up to 7.5         E4M3 (8 bits)   up to 448
+    NVFP4           E2M1, for 16 columns a scale in E4M3, for the tensor one in float32:  w = c * s / g
+    MXFP4, 6, 8     E2M1, E2M3, E4M3, for 32 columns a scale that is a power of two (E8M0, OCP Microscaling v1.0)
+
+In this package the scale of a weight is always what its codes are multiplied by, in float32 for these formats: s / g
+for NVFP4 (g = 448 * 6 / max|W|, so that the largest s is the largest E4M3 number). compressed-tensors decompresses them
+to bfloat16, whatever the model's dtype; so their dequantized values are rounded to bfloat16 here too, and what runs
+here is what a reload computes.
+
+Shapes: R rows, C columns, G groups.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization.utils import generate_gparam
+from torch import Tensor
+
+__all__ = ["global_scale_of", "has_global_scale", "is_microscaled", "nearby_scales", "round_float_", "stored_as"]
+
+MANTISSA = {4: 1, 6: 3}                 # of E2M1 and E2M3; both have exponents 0, 1, 2, and below 1 the steps of 0
+LARGEST = {4: 6.0, 6: 7.5}
+E4M3_CODES = 127                        # codes 1 ... 126 are the positive finite numbers, in order; 127 is NaN
+EXPONENTS = (1, -1)                     # of a power of two, beside the one from the extremes
+CODES = range(-6, 7)                    # of E4M3, beside the one from the extremes: factors of about 0.57 to 1.75
+
+
+def is_microscaled(args: QuantizationArgs) -> bool:
+    """True for NVFP4, MXFP4, MXFP6, MXFP8: formats whose scales have a format of their own."""
+    return args.scale_dtype is not None
+
+
+def has_global_scale(args: QuantizationArgs) -> bool:
+    """True for NVFP4."""
+    return QuantizationStrategy(args.strategy) == QuantizationStrategy.TENSOR_GROUP
+
+
+def global_scale_of(low: Tensor, high: Tensor) -> Tensor:
+    """g = 448 * 6 / max(|low|, |high|), float32 [1]; 1 where that is not finite."""
+    scale: Tensor = generate_gparam(low.float(), high.float())
+    return scale
+
+
+def stored_as(W_RC: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> Tensor:
+    """Dequantized weights as the loader has them, in ``dtype``: microscaled ones pass through bfloat16."""
+    return (W_RC.to(torch.bfloat16) if is_microscaled(args) else W_RC).to(dtype)
+
+
+def round_float_(x: Tensor, bits: int) -> Tensor:
+    """The nearest number of the format, ties to even, saturating; in place.
+
+    Args:
+        x: float32 or wider.
+        bits: 4 (E2M1), 6 (E2M3) or 8 (E4M3).
+    """
+    if bits == 8:
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        return x.copy_(x.clamp_(-limit, limit).to(torch.float8_e4m3fn))
+    exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=0, max=2)
+    step = torch.ldexp(torch.ones_like(x), exponent - MANTISSA[bits])
+    return x.div_(step).round_().mul_(step).clamp_(-LARGEST[bits], LARGEST[bits])
+
+
+def nearby_scales(scale_RG: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> Iterator[Tensor]:
+    """Scales that the format can store around those of a microscaled weight, [R, G] each.
+
+    Args:
+        scale_RG: From the extremes, float32.
+        args: The format.
+        global_scale: g of NVFP4, [1].
+    """
+    if not has_global_scale(args):
+        for shift in EXPONENTS:
+            yield (scale_RG * 2.0**shift).clamp(2.0**-127, 2.0**127)
+        return
+    assert global_scale is not None
+    codes = (scale_RG * global_scale).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+    for shift in CODES:
+        if shift:
+            moved = (codes + shift).clamp_(1, E4M3_CODES - 1).to(torch.uint8).view(torch.float8_e4m3fn)
+            yield moved.float() / global_scale

@@ -1,0 +1,58 @@
+"""One global scale of NVFP4 for weights that servers fuse into one: query, key and value; gate and up.
+
+vLLM holds such weights as one matrix with one global scale, and takes the largest of those it finds, which shifts all
+others. Sharing it costs nothing: g only places the range of the E4M3 scales.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme
+from torch import Tensor, nn
+
+from lightning_compress.quant.formats import global_scale_of, has_global_scale
+from lightning_compress.quant.matrix import as_matrix
+
+__all__ = ["GlobalScales"]
+
+FUSED = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"query", "key", "value"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+    {"gate_proj", "up_proj"},
+    {"w1", "w3"},
+)
+
+
+class GlobalScales:
+    """The global scales of a recipe's modules, each found when it is first asked for, and kept.
+
+    Args:
+        modules: What is quantized, by dotted name.
+        schemes: Theirs.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]):
+        self._modules = {name: modules[name] for name, scheme in schemes.items() if _is_nvfp4(scheme)}
+        self._found: dict[str, Tensor] = {}
+
+    def of(self, name: str) -> Tensor | None:
+        """g, float32 [1], from the weights as they are now; None where the scheme has none."""
+        if name not in self._modules:
+            return None
+        if name not in self._found:
+            together = self._fused_with(name)
+            ends = [torch.stack(as_matrix(self._modules[n]).float().aminmax()) for n in together]
+            low, high = (torch.stack(ends) * torch.tensor([-1.0, 1.0], device=ends[0].device)).amax(0)
+            self._found |= dict.fromkeys(together, global_scale_of(-low, high))
+        return self._found[name]
+
+    def _fused_with(self, name: str) -> list[str]:
+        parent, _, last = name.rpartition(".")
+        group = next((group for group in FUSED if last in group), {last})
+        beside = [f"{parent}.{other}" if parent else other for other in sorted(group)]
+        return [other for other in beside if other in self._modules]
+
+
+def _is_nvfp4(scheme: QuantizationScheme) -> bool:
+    return scheme.weights is not None and has_global_scale(scheme.weights)
