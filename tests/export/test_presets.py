@@ -15,7 +15,8 @@ from lightning_compress.export.tensors import read_json
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.record import quantized_modules, quantized_of
-from lightning_compress.quant.schemes import presets
+from lightning_compress.quant.schemes import describe, presets
+from lightning_compress.recipe import load_recipe
 
 PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
 BFLOAT16 = ("NVFP4", "MXFP4", "MXFP4XFP8", "MXFP6A8", "MXFP8")   # microscaled weights and activations
@@ -120,3 +121,17 @@ def test_two_microscaled_schemes_in_float32(tmp_path, tiny_llama, read_by_transf
     read = read_by_transformers(tmp_path, {"two": "AutoModelForCausalLM"})["two"]
     assert read.dtype == torch.bfloat16
     assert_close(read.float(), logits(model), rtol=0, atol=0.03)
+
+
+def test_attention_and_mlp_by_the_recipe_of_two_schemes(tmp_path, tiny_llama, read_by_transformers):
+    model = tiny_llama()
+    compress(model, load_recipe("mixed_w8a8_w4"), [{"input_ids": torch.arange(64).reshape(2, 32)}])
+    layer = model.model.layers[0]
+    names = ("self_attn.q_proj", "mlp.up_proj")
+    kinds = {name: describe(quantized_of(layer.get_submodule(name)).scheme) for name in names}
+    assert kinds == {"self_attn.q_proj": "W8A8 channel sym", "mlp.up_proj": "W4A16 g64 sym"}
+    save(model, tmp_path / "mixed")
+    save_file({"input_ids": IDS}, tmp_path / "mixed.batch")
+    read = read_by_transformers(tmp_path, {"mixed": "AutoModelForCausalLM"})["mixed"]
+    assert_close(read, logits(model), rtol=0, atol=1e-5)
+    assert_close(logits(load(tmp_path / "mixed")), logits(model), rtol=0, atol=0)
