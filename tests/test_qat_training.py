@@ -1,5 +1,6 @@
 """QAT in a real Trainer.fit: the export, the checkpoints, stopping and going on, and the strategies."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_compress import CompressionCallback, MagnitudePruningModifier, QATModifier, load
+from lightning_compress import CompressionCallback, GPTQModifier, MagnitudePruningModifier, QATModifier, load
 from lightning_compress.quant.record import quantized_modules
 from tests.training_runs import Regression, Sums, quiet
 
@@ -22,6 +23,11 @@ X = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
 def qat(inputs=None, **options):
     group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": inputs}
     return QATModifier(config_groups={"g": group}, **options)
+
+
+def from_gptq(inputs=None, start=0, **options):
+    group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": inputs}
+    return [GPTQModifier(config_groups={"g": group}, start=start), qat(inputs, start=start, **options)]
 
 
 def module(optimizer=torch.optim.Adam):
@@ -46,6 +52,21 @@ class Cut(Callback):
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == self.step:
             raise KeyError("power cut")
+
+
+class Watch(Callback):
+    """Outputs as each batch begins."""
+
+    def __init__(self):
+        self.outputs, self.latents = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        with torch.no_grad():
+            self.outputs.append(pl_module(X))
+            layer = pl_module.model[0]
+            parametrized = hasattr(layer, "parametrizations")
+            weight = layer.parametrizations.weight.original if parametrized else layer.weight
+            self.latents.append(weight.detach().clone())
 
 
 class LastOutputs(Callback):
@@ -131,6 +152,53 @@ def test_best_weights_from_before_the_start_are_rounded_with_a_warning(tmp_path)
     with pytest.warns(UserWarning, match="the best checkpoint was saved before start=6.0.*set load_best=False"):
         quiet(tmp_path, CompressionCallback(qat(start=6)), keeping, max_epochs=3).fit(model, Sums())
     assert list(quantized_modules(model)) == ["model.0", "model.2"]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_one_run_quantizes_first_and_trains_then(tmp_path, start):
+    """Until ``start`` it is the plain run; then GPTQ, and training on the values that it rounded."""
+    before, after, plain, last = Watch(), Watch(), Watch(), LastOutputs()
+    torch.manual_seed(0)
+    quiet(tmp_path / "plain", plain, max_epochs=2).fit(ByStep(torch.optim.Adam), Sums())
+    torch.manual_seed(0)
+    model, callback = ByStep(torch.optim.Adam), CompressionCallback(from_gptq(start=start))
+    quiet(tmp_path, before, callback, after, last, max_epochs=2).fit(model, Sums())
+    for step in range(start + 1):
+        assert torch.equal(before.outputs[step], plain.outputs[step])         # random state and data as without it
+    assert torch.equal(after.outputs[start - 1], plain.outputs[start - 1]) or not start
+    quantized = callback.ledger.rows[0]
+    assert (quantized.technique, quantized.module) == ("gptq", "0")
+    assert quantized.tokens > 0
+    assert not torch.equal(after.outputs[start], before.outputs[start])
+    assert not torch.equal(after.latents[start], before.latents[start])
+    assert not torch.equal(after.latents[start + 1], after.latents[start])     # and the optimizer moves them
+    loaded = load(tmp_path / "compressed", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)))
+    with torch.no_grad():
+        assert torch.equal(loaded(X), last.outputs)
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert summary["calibration_batches"] > 0
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_a_resumed_run_from_gptq_ends_with_the_same_bits(tmp_path, stop):
+    def model(seed=0):
+        torch.manual_seed(seed)
+        return ByStep(torch.optim.Adam)
+
+    data = Sums()
+    quiet(tmp_path / "whole", CompressionCallback(from_gptq(STATIC, start=3)), max_epochs=2).fit(model(), data)
+    keeping = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    callback = CompressionCallback(from_gptq(STATIC, start=3))
+    with pytest.raises(KeyError, match="power cut"):
+        quiet(tmp_path, callback, keeping, Cut(stop + 1), max_epochs=2).fit(model(), data)
+    again = CompressionCallback(from_gptq(STATIC, start=3))
+    trainer = quiet(tmp_path / "resumed", again, max_epochs=2)
+    trainer.fit(model(seed=99), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert [row.technique for row in again.ledger.rows].count("gptq") == 2         # never a second time
+    whole, resumed = (load_file(tmp_path / n / "compressed" / "model.safetensors") for n in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6])
@@ -223,12 +291,13 @@ from pathlib import Path
 from lightning_compress import CompressionCallback
 from lightning_compress.quant.record import quantized_modules, quantized_of
 from lightning.pytorch.strategies import DDPStrategy
-from tests.test_qat_training import STATIC, X, module, qat
+from tests.test_qat_training import STATIC, X, from_gptq, module, qat
 from tests.training_runs import Sums, quiet
 
 folder = Path(sys.argv[1])
 model, data = module(), Sums(batches=8)
-callback = CompressionCallback(qat(inputs=STATIC, start=2, averaging_constant=0.5))
+callback = CompressionCallback({"qat": qat, "from_gptq": from_gptq}[sys.argv[2]](
+    inputs=STATIC, start=2, averaging_constant=0.5))
 trainer = quiet(folder, callback, strategy=DDPStrategy(process_group_backend="gloo"), devices=2, max_epochs=2)
 trainer.fit(model, data)
 made = quantized_modules(model).items()
@@ -237,11 +306,12 @@ torch.save(said, folder / f"rank{trainer.global_rank}.pt")
 """
 
 
-def test_two_ranks_end_with_equal_scales(tmp_path):
+@pytest.mark.parametrize("recipe", ["qat", "from_gptq"])
+def test_two_ranks_end_with_equal_scales(tmp_path, recipe):
     (tmp_path / "run.py").write_text(RANKS)
     root = Path(__file__).parents[1]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    run = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    run = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), recipe]
     done = subprocess.run(run, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2))

@@ -23,10 +23,12 @@ from lightning_compress.core.state import State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.batch_norm import fold_all
 from lightning_compress.quant.facts import weight_error, weight_facts
 from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.parametrization import (
     FakeQuantize,
+    Lifted,
     fake_quantize_of,
     finish,
     lift,
@@ -59,6 +61,8 @@ class QATModifier(QuantizationArguments, Modifier):
             default at the end.
         averaging_constant: Of static activation scales: the weight of the newest batch's extremes.
         freeze_bn_at: When BatchNorm layers go over to their running statistics, in ``unit``; by default never.
+        fold_batchnorm: Fold BatchNorm layers into the layers before them at set-up, before there are optimizers; what
+            is left of them is a shift, in evaluation mode from then on. For models that are trained already.
         start: When fake-quantization begins, in ``unit``; until then the model trains as it is.
         end: From then on no scale moves, learned ones neither; fake-quantization stays on.
 
@@ -67,18 +71,22 @@ class QATModifier(QuantizationArguments, Modifier):
             another way already. The message names the modules.
     """
 
+    best_needs_state = True
+
     start: float | None = 0.0
     gradient: Literal["lsq", "ste"] = "lsq"
     scale_search: Literal["minmax", "mse"] = "minmax"
     observe_until: float | None = None
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
     freeze_bn_at: float | None = None
+    fold_batchnorm: bool = False
 
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _norms: list[nn.Module] = PrivateAttr(default_factory=list)
+    _folded: list[nn.Module] = PrivateAttr(default_factory=list)
     _observing: bool = PrivateAttr(default=True)
     _awaited: set[str] = PrivateAttr(default_factory=set)        # modules that another quantizer will hand over
-    _lifted: dict[str, FakeQuantize] = PrivateAttr(default_factory=dict)
+    _lifted: dict[str, Lifted] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _moments_fit(self) -> "QATModifier":
@@ -122,6 +130,8 @@ class QATModifier(QuantizationArguments, Modifier):
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if self.freeze_bn_at is not None and not self._norms:
             warnings.warn(f"freeze_bn_at={self.freeze_bn_at}, but the model has no BatchNorm layers", stacklevel=2)
+        if self.fold_batchnorm:
+            self._folded = [model.get_submodule(folding.norm) for folding in fold_all(model)]
         records = _taken_off(model)
         try:
             schemes = self.assign(model)
@@ -152,19 +162,19 @@ class QATModifier(QuantizationArguments, Modifier):
         self._lifted = {name: lift(self._modules[name]) for name in sorted(self._awaited & self._modules.keys())}
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        for name, fake in self._lifted.items():
+        for name, lifted in self._lifted.items():
             module = self._modules[name]
             record = quantized_of(module)
             detach(module)
-            lower(module, fake, record)
-            fake.active = self._started
+            lower(module, lifted, record)
+            lifted.fake.active = self._started
         self._lifted, self._awaited = {}, set()
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:
-            if self.freeze_bn_at is not None and event.current_index >= self.freeze_bn_at:
-                for norm in self._norms:
-                    norm.eval()                                     # each batch: the Trainer calls model.train()
+            frozen = self.freeze_bn_at is not None and event.current_index >= self.freeze_bn_at
+            for norm in self._norms if frozen else self._folded:
+                norm.eval()                                         # each batch: the Trainer calls model.train()
             if self._observing and self.observe_until is not None and event.current_index >= self.observe_until:
                 self._stop_observing()
         elif event.type_ == EventType.BATCH_END and self._observing:
@@ -215,7 +225,7 @@ class QATModifier(QuantizationArguments, Modifier):
                     Q_RC = as_matrix(module)
                     facts = weight_facts(W_RC, Q_RC, quantized)
                     state.ledger.add(name, "qat", error=weight_error(W_RC, Q_RC), **facts)
-        self._modules, self._norms = {}, []
+        self._modules, self._norms, self._folded = {}, [], []
         return True
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

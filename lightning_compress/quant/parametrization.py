@@ -11,6 +11,7 @@ Shapes: R rows, C columns, G groups, as in quant/matrix.py.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,14 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor, nn
 
 from lightning_compress.ops.fake_quant import HALF_STEP, learned_step, relative_step, replace_value, straight_through
-from lightning_compress.quant.dense_keys import original_weight, parametrization_of, put_on, remove_hook, take_off
+from lightning_compress.quant.dense_keys import (
+    ORIGINAL,
+    original_weight,
+    parametrization_of,
+    put_on,
+    remove_hook,
+    take_off,
+)
 from lightning_compress.quant.fake_quant import fake_quantize_input, latent_of
 from lightning_compress.quant.matrix import as_matrix, is_transposed, write_matrix
 from lightning_compress.quant.record import Quantized, attach
@@ -29,6 +37,7 @@ from lightning_compress.quant.scales import integer_range
 __all__ = [
     "FakeQuantize",
     "FakeQuantizeInput",
+    "Lifted",
     "fake_quantize_of",
     "finish",
     "lift",
@@ -287,33 +296,62 @@ def parametrize_weight(
     if record is not None and record.latent is not None:
         _take_latent(module, record)
     fake = FakeQuantize(module, scheme, gradient, search, record, constant)
-    _put_on(module, fake)
-    return fake
-
-
-def lift(module: nn.Module) -> FakeQuantize:
-    """Take fake-quantization off for a while: the dense weight is an ordinary parameter again, the same object."""
-    fake = fake_quantize_of(module)
-    assert fake is not None
-    restore_dense(module)
-    return fake
-
-
-@torch.no_grad()
-def lower(module: nn.Module, fake: FakeQuantize, record: Quantized | None) -> None:
-    """Put fake-quantization on again after :func:`lift`, not active; with a record, on its grids."""
-    if record is not None:
-        if record.latent is not None:
-            _take_latent(module, record)
-        fake.take_record(record)
-    _put_on(module, fake)
-
-
-def _put_on(module: nn.Module, fake: FakeQuantize) -> None:
     put_on(module, fake)
     module.register_load_state_dict_post_hook(_derive_scales)
     if fake.input is not None:
         module.register_forward_pre_hook(_quantize_input)
+    return fake
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """Fake-quantization that was taken off a module for a while.
+
+    Args:
+        kind: The class of the module with its parametrization.
+        parametrizations: What holds the dense weight, as torch keeps it.
+        fake: The parametrization.
+    """
+
+    kind: type[nn.Module]
+    parametrizations: nn.Module
+    fake: FakeQuantize
+
+
+def lift(module: nn.Module) -> Lifted:
+    """Take fake-quantization off for a while: the dense weight is an ordinary parameter again, the same object.
+
+    Not by ``remove_parametrizations``: registering anew calls ``set_`` on the parameter, whose gradient then no more
+    reaches the hooks that DDP has put on it.
+
+    Raises:
+        ValueError: Something else is on the weight too.
+    """
+    fake = fake_quantize_of(module)
+    assert fake is not None
+    parts = module.get_submodule("parametrizations")
+    if sum(1 for _ in parts.children()) > 1 or sum(1 for _ in parts.get_submodule("weight").children()) > 1:
+        raise ValueError(
+            f"a {type(module).__name__} carries another parametrization beside fake-quantization, so that no quantizer "
+            f"can hand it over; leave one of the two out"
+        )
+    lifted = Lifted(type(module), parts, fake)
+    module._parameters = {"weight": module.get_parameter(ORIGINAL), **module._parameters}
+    del module._modules["parametrizations"]
+    module.__class__ = lifted.kind.__bases__[0]
+    return lifted
+
+
+@torch.no_grad()
+def lower(module: nn.Module, lifted: Lifted, record: Quantized | None) -> None:
+    """Put fake-quantization on again after :func:`lift`; with a record, on its grids."""
+    if record is not None:
+        if record.latent is not None:
+            _take_latent(module, record)
+        lifted.fake.take_record(record)
+    del module._parameters["weight"]
+    module._modules["parametrizations"] = lifted.parametrizations
+    module.__class__ = lifted.kind
 
 
 def _take_latent(module: nn.Module, record: Quantized) -> None:

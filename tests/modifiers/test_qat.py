@@ -298,6 +298,7 @@ def test_one_recipe_quantizes_first_and_trains_then():
     lifecycle = Lifecycle(from_gptq())
     lifecycle.initialize(State(model=model))
     before = [id(p) for p in model.parameters()]
+    accumulators = [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
     assert torch.equal(model(X), network()(X))                      # the dense one until then
     first = Event(EventType.BATCH_START)
     calibrate(lifecycle.handing_over(first), State(model=model), data)
@@ -305,6 +306,8 @@ def test_one_recipe_quantizes_first_and_trains_then():
     assert lifecycle.handing_over(first) is None
     assert [m.name for m in lifecycle.after_training.modifiers] == ["QATModifier"]
     assert [id(p) for p in model.parameters()] == before
+    assert list(model.state_dict()) == list(network().state_dict())
+    assert [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()] == accumulators     # DDP's hooks
     assert torch.equal(model(X), expected(X))
     for layer in (0, 2):
         assert torch.equal(model[layer].parametrizations.weight.original, quantized_of(expected[layer]).latent)
@@ -332,7 +335,7 @@ def test_without_training_the_recipe_is_gptq():
             "two modifiers.*quantize '0'.*give GPTQModifier the start of QATModifier if that shall go on from its",
         ),
         (from_gptq()[::-1], "two modifiers of the recipe quantize '0', QATModifier and GPTQModifier"),
-        (from_gptq()[:1], "GPTQModifier has start=0.0, so it will quantize '0' while training.*add one, such as a QAT"),
+        (from_gptq()[:1], "has start=0.0, so it will quantize '0' while training goes.*add one, such as a QAT"),
         (
             [from_gptq()[0], QATModifier(scheme="W3A16", group_size=8, targets=["0"])],
             "GPTQModifier has start=0.0, so it will quantize '2' while training goes on",

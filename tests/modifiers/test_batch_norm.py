@@ -1,0 +1,99 @@
+"""FoldBatchNormModifier before the quantizers, QAT with folding, and the export of both."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_compress import (
+    FoldBatchNormModifier,
+    GPTQModifier,
+    QATModifier,
+    QuantizationModifier,
+    compress,
+    load,
+    save,
+)
+from lightning_compress.core import Lifecycle, State
+from lightning_compress.quant.batch_norm import fold_all
+from tests.modifiers.training_loop import train
+from tests.quant.test_batch_norm import lived
+
+GROUPS = {
+    "g": {
+        "targets": ["Conv1d", "Linear"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"},
+    }
+}
+X = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    convolution = nn.Sequential(nn.Conv1d(1, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 6, 3, 2))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 16)), *convolution, nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten(), nn.Linear(36, 8)
+    )
+
+
+@pytest.mark.parametrize("quantizer", [QuantizationModifier, GPTQModifier])
+def test_folded_then_quantized_then_loaded(tmp_path, quantizer):
+    """The folded weight is what lies on the grid; a model of the same architecture takes the export."""
+    model = lived(convolutional(), 32, 16)
+    expected = copy.deepcopy(model)
+    fold_all(expected)
+    data = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "found no repeated blocks")
+        ledger = compress(model, [FoldBatchNormModifier(), quantizer(config_groups=GROUPS)], data)
+        compress(expected, quantizer(config_groups=GROUPS), data)
+    assert torch.equal(model(X), expected(X))
+    assert [row.technique for row in ledger][:2] == ["fold_batchnorm", "fold_batchnorm"]
+    save(model, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out", convolutional()).eval()(X), model(X))
+
+
+def test_removed_norms_are_loaded_into_a_model_folded_alike(tmp_path):
+    model = lived(convolutional(), 32, 16)
+    before = model(X)
+    compress(model, [FoldBatchNormModifier(remove=True), QuantizationModifier(config_groups=GROUPS)])
+    assert_close(model(X), before, rtol=0, atol=0.1)
+    save(model, tmp_path / "out")
+    fresh = convolutional()
+    fold_all(fresh, remove=True)
+    assert torch.equal(load(tmp_path / "out", fresh)(X), model(X))
+
+
+def test_training_goes_on_with_folded_norms(tmp_path):
+    model = lived(convolutional(), 32, 16)
+    dense = copy.deepcopy(model)
+    lifecycle = Lifecycle([QATModifier(config_groups=GROUPS, fold_batchnorm=True)])
+    lifecycle.initialize(State(model=model))
+    assert list(model.state_dict()) == list(dense.state_dict())
+    assert_close(model(X), dense(X), rtol=0, atol=0.1)              # but for 8 bits
+    train(model, [], 4, lifecycle=lifecycle)
+    for norm in (model[2], model[5]):
+        assert (norm.weight == 1).all()
+        assert (norm.running_mean == 0).all()
+        assert norm.bias.grad.abs().max() > 0                       # the shift trains
+    model.eval()
+    before = model(X)
+    lifecycle.finalize(State(model=model))
+    assert torch.equal(model(X), before)
+    save(model, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out", convolutional()).eval()(X), before)
+
+
+def test_the_modifier_keeps_norms_in_evaluation_mode():
+    model = lived(convolutional(), 32, 16)
+    train(model, [FoldBatchNormModifier()], 3)
+    assert (model[2].running_mean == 0).all()
+
+
+@pytest.mark.parametrize("modifier", [FoldBatchNormModifier(), QATModifier(config_groups=GROUPS, fold_batchnorm=True)])
+def test_a_model_without_batch_norm(modifier):
+    with pytest.raises(ValueError, match="no BatchNorm to fold: Sequential has none"):
+        Lifecycle([modifier]).initialize(State(model=nn.Sequential(nn.Linear(16, 8))))
