@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -33,9 +34,10 @@ from lightning_compress.core.state import State
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import random_state, resume
 from lightning_compress.training.clock import StepClock
-from lightning_compress.training.finish import Finish, Plan, check_export
+from lightning_compress.training.finish import Finish, Plan, check_best, check_export
+from lightning_compress.training.finished import earlier_end, new_run
 from lightning_compress.training.requeue import requeue_only, supersede
-from lightning_compress.training.shapes import carry_shapes, write_shapes
+from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
 from lightning_compress.training.submodule import choose
 
 __all__ = ["CompressionCallback"]
@@ -135,6 +137,8 @@ class CompressionCallback(Callback):
         self._undo_shapes: Callable[[], None] | None = None
         self._random: list[dict[str, Any]] | None = None       # of each rank, from a checkpoint; until it is restored
         self._resumed = False                  # this fit goes on from a checkpoint; until training has begun
+        self._run = new_run()
+        self._trained = False                  # a batch of this fit
 
     # -- INITIALIZE ---------------------------------------------------------------------------------------------------
 
@@ -153,7 +157,7 @@ class CompressionCallback(Callback):
             )
         if self.done:
             return
-        self._root, self._began = pl_module, time.time()
+        self._root, self._began, self._trained = pl_module, time.time(), False
         if not self.lifecycle.initialized and not self._initialize_now(trainer, pl_module):
             self._initialize_after_configure_model(trainer, pl_module)
 
@@ -193,10 +197,13 @@ class CompressionCallback(Callback):
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, module = choose(pl_module, self.module)
         self._state = self._batch_state = State(model=module, ledger=self.ledger)
+        reshaping = any(m.reshapes for m in self.lifecycle.modifiers)
+        if reshaping:
+            check_launcher(trainer)
         before = _tensor_names(pl_module)
         self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
         averaging = [type(c).__name__ for c in trainer.callbacks if _averages(c)]
-        if averaging and any(m.reshapes for m in self.lifecycle.modifiers):
+        if averaging and reshaping:
             raise ValueError(
                 f"{averaging[0]} averages weights of one shape, and a modifier of the recipe changes shapes: leave out "
                 f"either of the two"
@@ -210,6 +217,7 @@ class CompressionCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done and not trainer.fast_dev_run:
             check_export(trainer, self.plan)             # not in setup: only now it is known whether a run is resumed
+            check_best(trainer, self.plan, self.lifecycle)
 
     # -- the training loop --------------------------------------------------------------------------------------------
 
@@ -239,7 +247,7 @@ class CompressionCallback(Callback):
         if self.done:
             return
         self._restore_random()                 # inside an epoch here: a loader that began anew has drawn its order
-        self._in_batch = True
+        self._in_batch = self._trained = True
         if self._windowed or self.lifecycle.acting:
             event = self.clock.event(E.BATCH_START)
             self._hand_over(trainer, pl_module, event)
@@ -326,12 +334,16 @@ class CompressionCallback(Callback):
             rank_zero_info("nothing was left to train; compressing the model as it is")
             self._restore_random()
             pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
+            for averaging in (c for c in trainer.callbacks if self.clock.global_step and _averages(c)):
+                averaging.on_train_end(trainer, pl_module)              # its average becomes the model, as after training
             self._finish(trainer, pl_module, trained=False)
             pl_module.cpu()
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, *, trained: bool) -> None:
         self.clock.detach()
         self._check_module(pl_module)
+        if self._take_earlier_end(trainer, pl_module):
+            return
         event = self.clock.event()
         end = self._ending(trainer, pl_module, self.lifecycle, event)
         with requeue_only(trainer, save_first=trained and not trainer.fast_dev_run):
@@ -340,6 +352,25 @@ class CompressionCallback(Callback):
             self.done = True                   # before compressed.ckpt is saved: who resumes from it is done
             end.promote()
             supersede(trainer)
+
+    def _take_earlier_end(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """A run that had come to its end before is resumed where its training ended: nothing is made twice."""
+        if self._trained or trainer.fast_dev_run:
+            return False
+        earlier = earlier_end(trainer, self.plan, self.state_key, self.state_dict())
+        if earlier is None:
+            return False
+        path, read = earlier
+        pl_module.on_load_checkpoint(read)
+        pl_module.load_state_dict(read["state_dict"], strict=pl_module.strict_loading)
+        self.load_state_dict(read["callbacks"][self.state_key])
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            trainer.checkpoint_callback.best_model_path = str(path)
+        rank_zero_info(
+            f"this run was compressed and exported before, into {self.plan.export_folder(trainer)}: the model is that "
+            f"of {path} now, and nothing is exported again (delete that file to have it done anew)"
+        )
+        return True
 
     def _ending(self, trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, event: Event) -> Finish:
         run = (self.plan, self.recipe, event, self._began, self._seconds, self._facts)
@@ -373,6 +404,7 @@ class CompressionCallback(Callback):
             "ledger": self.ledger.state_dict(),
             "done": self.done,
             "random": [random_state.collect()],
+            "run": self._run,
         }
         _check_plain(state, "CompressionCallback.state_dict()")
         return state
@@ -400,6 +432,7 @@ class CompressionCallback(Callback):
         self.ledger.load_state_dict(state_dict["ledger"])
         self.done = state_dict["done"]
         self._random, self._resumed = state_dict.get("random"), True
+        self._run = state_dict.get("run", self._run)
         if self.done:
             self.lifecycle.abort()
 
@@ -426,7 +459,7 @@ class CompressionCallback(Callback):
             )
 
     def _check_units(self, trainer: Trainer) -> None:
-        """A window in epochs or fractions needs a length that is known and constant; no window should outlast the run."""
+        """A window in epochs or fractions needs a length that is known and constant; none should outlast the run."""
         units = {m.unit for m in self.lifecycle.modifiers if m.start is not None} - {"step"}
         for unit in sorted(units):
             _ = self.clock.event().in_unit(unit).steps_per_unit

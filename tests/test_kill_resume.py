@@ -89,6 +89,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     with (folder / "report" / "modules.csv").open() as file:
         rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     own = saved["callbacks"]["CompressionCallback"]
+    assert own.pop("run") == trained["callbacks"]["CompressionCallback"]["run"]
     own["ledger"] = [{name: value for name, value in row.items() if name != "seconds"} for row in own["ledger"]]
     summary = json.loads((folder / "report" / "summary.json").read_text())
     return {

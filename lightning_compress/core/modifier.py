@@ -78,6 +78,8 @@ class Modifier(ModifierInterface, BaseModel):
 
     needs_calibration: ClassVar[bool] = False
     """True when it acts on calibration events (CALIBRATION_START, BLOCK_END, ...)."""
+    best_needs_state: ClassVar[bool] = False
+    """True when weights of an earlier checkpoint are worth nothing without what :meth:`state_dict` gave then."""
     one_pass: ClassVar[bool] = False
     """True when each hooked module can be finished alone, at MODULE_READY (see calibration/)."""
     reshapes: ClassVar[bool] = False

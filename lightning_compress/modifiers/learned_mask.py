@@ -110,6 +110,7 @@ class LearnedMaskModifier(Modifier):
     """
 
     needs_calibration = True
+    best_needs_state = True
 
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)

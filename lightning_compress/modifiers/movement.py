@@ -67,6 +67,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
     """
 
     needs_calibration = True
+    best_needs_state = True
 
     start: float | None = 0.0
     mode: Literal["hard", "soft"] = "hard"

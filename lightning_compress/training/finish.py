@@ -80,6 +80,22 @@ def check_export(trainer: Trainer, plan: Plan) -> None:
     alone(lambda: _check_folder(plan.export_folder(trainer), is_resumed(trainer)), "looking at export_dir")
 
 
+def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle) -> None:
+    """ValueError when the best checkpoint will hold weights without the scales that they were trained with."""
+    bare = [c for c in _model_checkpoints(trainer) if c.monitor and c.save_weights_only] if plan.load_best else []
+    for modifier in lifecycle.modifiers if bare else ():
+        if modifier.best_needs_state:
+            raise ValueError(
+                f"ModelCheckpoint(monitor={bare[0].monitor!r}, save_weights_only=True) keeps the best weights without "
+                f"what {modifier.name} has learned beside them: leave save_weights_only out, or compress the last "
+                f"weights with load_best=False"
+            )
+
+
+def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+
+
 def is_resumed(trainer: Trainer) -> bool:
     """Whether the user resumed this run; Lightning's tuner resumes too, from a checkpoint that it has just written."""
     path = trainer.ckpt_path
@@ -219,7 +235,7 @@ class Finish:
 
     def _load_best(self) -> tuple[str | None, dict[str, Any]]:
         """The path that was loaded and the modifiers' state of then; None when no ModelCheckpoint follows a metric."""
-        monitored = [c for c in self._model_checkpoints() if c.monitor and c.best_model_path]
+        monitored = [c for c in _model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
         if not self.plan.load_best or not monitored:
             return None, {}
         best = monitored[0]
@@ -237,9 +253,6 @@ class Finish:
         keys = {c.state_key for c in self.trainer.callbacks if getattr(c, "lifecycle", None) is self.lifecycle}
         saved = [state["modifiers"] for key, state in read.get("callbacks", {}).items() if key in keys]
         return best.best_model_path, saved[0] if saved else {}
-
-    def _model_checkpoints(self) -> list[ModelCheckpoint]:
-        return [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
 
     def _read_checkpoint(self, path: str) -> dict[str, Any]:
         try:
@@ -269,7 +282,7 @@ class Finish:
                 limits=limits,
                 transfer=self._to_device,
                 context=self.trainer.precision_plugin.val_step_context,
-                monitor=next((c.monitor for c in self._model_checkpoints() if c.monitor), None),
+                monitor=next((c.monitor for c in _model_checkpoints(self.trainer) if c.monitor), None),
                 total=self._total,
                 progress=lambda done: progress(phase, done, sum(n or 0 for n in limits)),
             )
