@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_compress.core.factory import ModifierFactory
     from lightning_compress.core.modifier import Modifier
     from lightning_compress.export.compressed_tensors import load, save
+    from lightning_compress.modifiers.awq import AWQModifier
     from lightning_compress.modifiers.batch_norm import FoldBatchNormModifier
     from lightning_compress.modifiers.constant import ConstantPruningModifier
     from lightning_compress.modifiers.distillation import DistillationModifier
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWQModifier",
     "CompressionCallback",
     "ConstantPruningModifier",
     "DistillationModifier",
@@ -65,6 +67,7 @@ __all__ = [
 
 _HOME = MappingProxyType(
     {
+        "AWQModifier": "modifiers.awq",
         "CompressionCallback": "callback",
         "ConstantPruningModifier": "modifiers.constant",
         "DistillationModifier": "modifiers.distillation",

@@ -141,7 +141,7 @@ def batches(name: str, count: int = 3, seed: int = 1) -> list[Any]:
         ids = torch.randint(3, 48, (2, 12), generator=generator)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         batch["attention_mask"][0, : 3 * (i == 1)] = 0
-        found.append(batch | ({"decoder_input_ids": ids} if name == "t5" else {}))
+        found.append(batch | ({"decoder_input_ids": ids.clone()} if name == "t5" else {}))
     return found
 
 

@@ -97,6 +97,16 @@ def test_stacked_recipes_merge_into_one_callback_in_the_order_of_the_command_lin
     assert list(modifiers(cfg)) == [name.split("_")[0] for name in order]
 
 
+@pytest.mark.parametrize("stack", ["smoothquant,gptq_w8a8", "awq,gptq_w4"])
+def test_what_smooths_stands_before_what_quantizes_and_leaves_that_to_it(app_config: Any, stack: str) -> None:
+    first, second = instantiate(app_config(f"+compress=[{stack}]").callbacks.compress).lifecycle.modifiers
+    assert [type(m).__name__ for m in (first, second)] == [
+        {"smoothquant": "SmoothQuantModifier", "awq": "AWQModifier"}[stack.split(",")[0]],
+        "GPTQModifier",
+    ]
+    assert not getattr(first, "quantize", False)
+
+
 def test_an_argument_is_overridden(app_config: Any) -> None:
     cfg = app_config("+compress=gptq_w4", "callbacks.compress.modifiers.gptq.scheme=W8A16")
     assert modifiers(cfg)["gptq"]["scheme"] == "W8A16"

@@ -1,0 +1,122 @@
+"""The module around layers that are fed by one source (an attention, an MLP): its calls kept, its output's error.
+
+Kept are the parent's inputs and its dense outputs for all batches, of one block at a time, where they were made.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = ["ParentCalls", "common_parent", "keep_calls"]
+
+
+def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:
+    """The innermost module that holds all of these and has a forward of its own; None where there is none.
+
+    Args:
+        names: Dotted names, at least two.
+        modules: The modules of the block by dotted name.
+    """
+    parts = [name.split(".") for name in names]
+    common = 0
+    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    while common:
+        name = ".".join(parts[0][:common])
+        if name in modules and not isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+            whole = all(f"{name}.{child}" in modules for child, _ in modules[name].named_modules() if child)
+            return name if whole else None                     # else blocks lie inside that are walked by themselves
+        common -= 1
+    return None
+
+
+@dataclass
+class ParentCalls:
+    """Calls of one parent: arguments, dense output, and which tokens count, batch by batch."""
+
+    module: nn.Module
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+
+    def error(self, limit: float = float("inf")) -> float:
+        """Mean squared error of the parent's output as it is now, over tokens that count and channels.
+
+        Args:
+            limit: Where the error is known to be above, the rest of the batches is left out, and inf returned.
+        """
+        count = sum(rows.numel() for rows in self._rows(self.outputs))
+        total = 0.0
+        for (args, kwargs), dense, mask in zip(self.arguments, self.outputs, self.masks, strict=True):
+            output = first_tensor(self.module(*args, **kwargs))
+            total += float((_counted(output, mask).float() - _counted(dense, mask).float()).square().sum().double())
+            if not total <= limit * count:
+                return float("inf") if total == total else float("nan")
+        return total / max(1, count)
+
+    def _rows(self, outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        return (_counted(output, mask) for output, mask in zip(outputs, self.masks, strict=True))
+
+
+def keep_calls(
+    parents: Mapping[str, nn.Module], run: Callable[[], Any], mask: Callable[[], Tensor | None]
+) -> dict[str, ParentCalls]:
+    """Run all batches once and keep the calls of some parents.
+
+    Args:
+        parents: By dotted name.
+        run: Puts all batches through the block.
+        mask: The tokens that count of the batch that runs now.
+
+    Returns:
+        By name; those that are never called are left out.
+    """
+    kept = {name: ParentCalls(module) for name, module in parents.items()}
+    shared: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def own(tensor: Tensor) -> Tensor:
+        """A copy, since the block may write into it; one for all calls that get the very same tensor."""
+        if id(tensor) not in shared or shared[id(tensor)][0] is not tensor:
+            shared[id(tensor)] = (tensor, tensor.clone())
+        return shared[id(tensor)][1]
+
+    def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.clone() if tensor is hidden else own(tensor)
+
+        kept[name].arguments.append(tree_map_only(Tensor, copy, (args, kwargs)))
+        kept[name].masks.append(mask())
+
+    with ExitStack() as stack:
+        for name, module in parents.items():
+            stack.callback(module.register_forward_pre_hook(
+                lambda _m, args, kwargs, n=name: before(n, args, kwargs), with_kwargs=True
+            ).remove)
+            stack.callback(module.register_forward_hook(
+                lambda _m, _args, output, n=name: kept[n].outputs.append(first_tensor(output).clone())
+            ).remove)
+        run()
+    return {name: calls for name, calls in kept.items() if calls.outputs}
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first floating tensor of an output."""
+    found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return found[0] if found else torch.zeros(0)
+
+
+def _counted(output: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens that count, where the output's leading shape is that of the mask."""
+    if mask is None:
+        return output
+    mask = mask.to(output.device)
+    if output.shape[: mask.ndim] == mask.shape:
+        return output[mask]
+    return output[mask.flatten()] if output.ndim and len(output) == mask.numel() else output
