@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM
 
+from examples import distill_narrow, prune_cnn, qat_llama
 from examples.causal_lm import lr_share
+from examples.data_shapes import draw
 from examples.data_stdlib import StdlibBytes, part_of
 from examples.data_text import cut, text_files
 from examples.token_blocks import Blocks, Draws, spread
@@ -112,3 +116,63 @@ def test_draws_differ_between_epochs_and_not_between_ranks() -> None:
     first, second = ([list(draws) for draws in ranks] for _ in range(2))
     assert first[0] == first[1] != second[0] == second[1]
     assert len(set(first[0])) == 40 == len(ranks[0])
+
+
+def test_shapes_are_drawn_the_same_each_time_and_differ_between_classes() -> None:
+    images, labels = draw(64, 0.0, seed=3)
+    assert images.shape == (64, 1, 16, 16)
+    assert labels.bincount().tolist() == [8] * 8
+    assert all(torch.equal(a, b) for a, b in zip(draw(64, 0.0, seed=3), (images, labels), strict=True))
+    lit = [(images[labels == c] > 0).float().mean().item() for c in range(8)]
+    disc, ring, square, frame, plus, cross, rows, columns = lit
+    assert square > max(disc, frame, plus, cross, rows, columns)           # the others are cut out of it
+    assert disc > 0.1 < ring
+
+
+def test_the_qat_example(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    short = ["--steps", "4", "--qat-steps", "2", "--width", "64", "--library", str(library), "--out", str(out)]
+    numbers = qat_llama.main(short)
+    assert list(numbers) == ["dense", "2 bits, rounded", "dense, trained on", "2 bits, trained"]
+    assert all(1 < value < 1000 for value in numbers.values())
+    assert numbers["2 bits, rounded"] != numbers["dense"]
+    printed = capsys.readouterr().out
+    assert f"2 bits, trained    perplexity {numbers['2 bits, trained']:7.3f}" in printed
+    model = AutoModelForCausalLM.from_pretrained(out / "compressed", dtype=torch.float32)
+    model(input_ids=torch.arange(8)[None])                       # unpacks
+    weight = model.model.layers[0].mlp.down_proj.weight
+    assert max(len(group.unique()) for group in weight.reshape(-1, 64)) <= 4
+
+
+def test_the_pruning_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = prune_cnn.main(
+        ["--epochs", "2", "--width", "4", "--images", "256", "--sparsity", "0.75", "--out", str(tmp_path / "out")]
+    )
+    assert list(numbers) == ["dense", "pruned at once", "dense, trained on", "pruned on a schedule", "zeros"]
+    assert numbers["zeros"] == pytest.approx(75, abs=0.2)
+    assert "pruned on a schedule" in capsys.readouterr().out
+    exported = load_file(tmp_path / "out" / "compressed" / "model.safetensors")
+    assert (exported["stage3.0.weight"] == 0).float().mean() == pytest.approx(0.75, abs=0.01)
+    assert (exported["stage1.0.weight"] != 0).all()
+
+
+def test_the_distillation_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = distill_narrow.main(["--epochs", "1", "--width", "8", "--images", "640", "--out", str(tmp_path / "out")])
+    assert list(numbers) == ["teacher", "student alone", "student, taught"]
+    assert numbers["student alone"] != numbers["student, taught"]
+    assert "student, taught" in capsys.readouterr().out
+    state = torch.load(tmp_path / "out" / "compressed.ckpt", weights_only=True)
+    assert state["state_dict"]["model.stage1.0.weight"].shape == (2, 1, 3, 3)
+    widths = {"stage2": (16, 4), "stage3": (32, 8)}
+    saved = state["callbacks"]["CompressionCallback"]["modifiers"]["DistillationModifier"]["projections"]["weights"]
+    assert {name: tuple(weight.shape) for name, weight in saved.items()} == widths
+    exported = load_file(tmp_path / "out" / "compressed" / "model.safetensors")
+    assert exported.keys() == {key.removeprefix("model.") for key in state["state_dict"]}
+
+
+def test_every_example_that_runs_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+    for example in (qat_llama, prune_cnn, distill_narrow):
+        with pytest.raises(SystemExit) as left:
+            example.main(["--help"])
+        assert left.value.code == 0
+        assert f"python -m {example.__name__}" in capsys.readouterr().out
