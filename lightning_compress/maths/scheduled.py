@@ -57,7 +57,7 @@ class ScheduledSparsity(BaseModel):
         return self
 
     def claims(self, state: Any) -> dict[str, str]:
-        """While training, one modifier chooses the masks of a module: :meth:`lightning_compress.core.Modifier.claims`."""
+        """While training, one modifier chooses a module's masks: :meth:`lightning_compress.core.Modifier.claims`."""
         if self.start is None:
             return {}
         return dict.fromkeys(select(state.model, self.targets, self.ignore), "choose masks while training for")

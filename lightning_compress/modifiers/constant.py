@@ -4,6 +4,7 @@ For a model that was pruned before (by magnitude, SparseGPT, Wanda, or loaded sp
 or trained through fake-quantization. The mask is read off the weights when the window opens: True where W != 0.
 """
 
+import warnings
 from typing import Any
 
 from pydantic import Field, PrivateAttr
@@ -26,6 +27,8 @@ class ConstantPruningModifier(Modifier):
         start: When the mask is read; the default is the first batch.
     """
 
+    needs_calibration = True
+
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)
     start: float | None = 0.0
@@ -46,6 +49,22 @@ class ConstantPruningModifier(Modifier):
             self._weights.apply_to_gradients()
         elif event.type_ == EventType.OPTIM_POST_STEP:
             self._weights.apply_to_weights()
+
+    def on_weights_loaded(self, state: dict[str, Any]) -> None:
+        """The best weights are back, and so is the mask that they were saved with, if there was one then."""
+        if state["masks"] or not self._weights.masks:
+            self._weights.masks = dict(state["masks"])
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        before = self._weights.mean_sparsity()
+        self._weights.apply_to_weights()
+        if (after := self._weights.mean_sparsity()) > before:
+            warnings.warn(
+                f"{self.name}: the weights that were loaded for the end were saved before start={self.start} (unit: "
+                f"{self.unit}), when {before:.3f} of the weights were zero: the mask that was held makes it "
+                f"{after:.3f} now, without training after it; set load_best=False, or start earlier",
+                stacklevel=2,
+            )
 
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._weights.set({})

@@ -553,3 +553,40 @@ def test_a_modifier_in_the_documented_style_of_llm_compressor_runs_unchanged(tra
         ("start", 1), ("update", 2, True, False), ("update", 3, True, False), ("end", 3),
         ("calibration",), ("finalize",),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"start": 0, "end": 4}, None),
+        ({"start": 0, "end": 40}, "end=40 lies past the end of the run, which covers 50% .*: the run has 20 steps$"),
+        ({"start": 20}, "start=20 is not before the end of the run, so it will never start: the run has 20 steps$"),
+        ({"start": 1, "end": 5, "unit": "epoch"}, "covers 75% of the window: the run has 20 steps, 4 in unit 'epoch'"),
+        ({"start": 0, "end": 1, "unit": "fraction"}, None),
+        ({"start": None, "end": 99}, None),
+    ],
+    ids=str,
+)
+def test_a_window_longer_than_the_run_is_told(arguments, told):
+    class Sleeping(Modifier):
+        def on_initialize(self, state, **kwargs):
+            return True
+
+    event = Event(EventType.BATCH_START, steps_per_epoch=5, total_steps=20)
+    if told is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Sleeping(**arguments).check_length(event)
+    else:
+        with pytest.warns(UserWarning, match=f"Sleeping: .*{told}"):
+            Sleeping(**arguments).check_length(event)
+    Sleeping(**arguments).check_length(Event(EventType.BATCH_START))          # a length that is not known
+
+
+def test_an_update_larger_than_the_window_is_refused():
+    class Sleeping(Modifier):
+        def on_initialize(self, state, **kwargs):
+            return True
+
+    with pytest.raises(ValueError, match="update=5.0 is larger than the window from 1.0 to 4.0 .unit: epoch.*most 3"):
+        Sleeping(start=1, end=4, update=5, unit="epoch")

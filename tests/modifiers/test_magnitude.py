@@ -1,5 +1,6 @@
 """Magnitude and constant pruning: zeros come as scheduled and stay, whatever the optimizer does."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -49,6 +50,52 @@ def test_masks_hold_under_gradient_accumulation():
     model = network()
     train(model, [MagnitudePruningModifier(start=0, end=3, final_sparsity=0.5)], 6, accumulate=3)
     assert sparsity(model[2]) == 0.5
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("structure", "unit"), [("block 4x2", (4, 2)), ("channel", (1, 16)), ("unstructured", (1, 1))], ids=str
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_structures_grow_along_the_schedule_under_momentum_and_decay(optimizer, structure, unit, accumulate):
+    model, seen, units = network(), [], 32 * 16 // (unit[0] * unit[1])
+
+    def look(step: int) -> None:
+        tiles = (model[0].weight == 0).reshape(32 // unit[0], unit[0], 16 // unit[1], unit[1]).float().mean((1, 3))
+        assert set(tiles.unique().tolist()) <= {0.0, 1.0}
+        seen.append(int(tiles.sum()))
+
+    modifier = MagnitudePruningModifier(targets=["0"], start=1, end=7, mask_structure=structure, schedule="cosine")
+    train(
+        model, [modifier], 9, accumulate=accumulate, optimizer=OPTIMIZERS[optimizer](model.parameters()), after_step=look
+    )
+    expected = [0.5 * (1 - math.cos(math.pi * min(max(step - 1, 0) / 6, 1))) / 2 for step in range(9)]
+    assert seen == [int(share * units + 1e-9) for share in expected]
+
+
+def test_the_smallest_units_go():
+    """The mean of a unit counts, not its largest weight."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[9.0, 0, 0, 0], [3, 3, 3, 3], [1, 1, 1, 1], [2, 2, 2, 2]]))
+    modifier = MagnitudePruningModifier(mask_structure="channel", final_sparsity=0.5)
+    lifecycle, state = Lifecycle([modifier]), State(model=model)
+    lifecycle.initialize(state)
+    lifecycle.emit(state, Event(EventType.CALIBRATION_START))
+    assert (model[0].weight != 0).any(1).tolist() == [True, True, False, False]
+
+
+def test_a_mask_is_not_chosen_again_where_the_schedule_stands_still(monkeypatch):
+    chosen = []
+    original = MagnitudePruningModifier.masks_at
+
+    def counting(self, curve, *rest):
+        chosen.append(curve)
+        return original(self, curve, *rest)
+
+    monkeypatch.setattr(MagnitudePruningModifier, "masks_at", counting)
+    train(network(), [MagnitudePruningModifier(start=0, schedule="constant")], 10)
+    assert chosen == [1.0]
 
 
 def test_two_of_four_is_there_from_the_first_step():
