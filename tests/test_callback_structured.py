@@ -1,6 +1,7 @@
 """Shapes that shrink in a Trainer's run: checkpoints fit again, exports load in transformers, tests find the model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -190,15 +191,35 @@ def test_plain_transformers_loads_the_small_model_in_a_clean_process(tmp_path, q
         assert_close(torch.load(tmp_path / "out.pt"), module.model.eval()(**tokens()).logits)
 
 
+DDP = """
+import sys
+from tests.test_callback_structured import *
+module = Language()
+shrinking = StructuredPruningModifier(ratio=0.25, start=0)
+trainer = quiet(sys.argv[1], CompressionCallback(shrinking), strategy="ddp", devices=2)
+trainer.fit(module, texts())
+assert module.model.model.layers[0].mlp.gate_proj.weight.shape == (36, 32)
+"""
+
+
+@pytest.mark.slow                                                        # each process imports transformers anew
 def test_two_processes_train_a_model_that_shrank_at_set_up(tmp_path):
-    module = Language()
-    shrinking = StructuredPruningModifier(ratio=0.25, start=0)
-    quiet(tmp_path, CompressionCallback(shrinking), strategy="ddp_fork", devices=2).fit(module, texts())
-    saved = torch.load(tmp_path / "compressed.ckpt", weights_only=True)
-    assert saved["state_dict"]["model.model.layers.0.mlp.gate_proj.weight"].shape == (36, 32)
+    (tmp_path / "run.py").write_text(DDP)
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-2000:]
     fresh = Language()
     quiet(tmp_path, CompressionCallback(StructuredPruningModifier(ratio=0.25, start=0))).test(
         fresh, texts(), ckpt_path=tmp_path / "compressed.ckpt", verbose=False
     )
     assert len(record_of(fresh.model)) == 1
-    assert Path(tmp_path / "compressed" / "config.json").exists()
+    assert fresh.model.config.intermediate_size == 36
+    assert (tmp_path / "compressed" / "config.json").exists()
+
+
+def test_workers_that_hand_weights_back_to_a_dense_model_are_refused(tmp_path):
+    trainer = quiet(tmp_path, CompressionCallback(channels()), strategy="ddp_fork", devices=2)
+    with pytest.raises(Exception, match="weights back for the dense model: use strategy='ddp'"):
+        trainer.fit(Regression(), Sums())

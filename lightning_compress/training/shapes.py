@@ -8,13 +8,13 @@ predict load a checkpoint; ``on_save_checkpoint`` comes for checkpoints of weigh
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.structure.surgery import record_of, reshape
 from lightning_compress.training.submodule import choose
 
-__all__ = ["carry_shapes", "read_shapes", "same_shapes", "write_shapes"]
+__all__ = ["carry_shapes", "check_launcher", "read_shapes", "same_shapes", "write_shapes"]
 
 KEY = "lightning_compress_structure"
 
@@ -41,6 +41,15 @@ def same_shapes(weights: Mapping[str, Any], root: nn.Module) -> bool:
     own = root.state_dict()
     tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
     return all(key in own and own[key].shape == value.shape for key, value in tensors.items())
+
+
+def check_launcher(trainer: Trainer) -> None:
+    """ValueError where workers would hand weights back to a main process whose model is still dense."""
+    if any(c.__name__ == "_MultiProcessingLauncher" for c in type(trainer.strategy.launcher).__mro__):
+        raise ValueError(
+            "the recipe changes shapes, and the main process of a strategy that spawns or forks its workers gets "
+            "weights back for the dense model: use strategy='ddp'"
+        )
 
 
 def carry_shapes(root: LightningModule, name: str | None) -> Callable[[], None]:
