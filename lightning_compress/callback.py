@@ -38,7 +38,7 @@ from lightning_compress.training.finish import Finish, Plan, check_best, check_e
 from lightning_compress.training.finished import earlier_end, new_run
 from lightning_compress.training.requeue import requeue_only, supersede
 from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
-from lightning_compress.training.submodule import choose
+from lightning_compress.training.submodule import choose, is_compiled
 
 __all__ = ["CompressionCallback"]
 
@@ -137,6 +137,7 @@ class CompressionCallback(Callback):
         self._undo_shapes: Callable[[], None] | None = None
         self._random: list[dict[str, Any]] | None = None       # of each rank, from a checkpoint; until it is restored
         self._resumed = False                  # this fit goes on from a checkpoint; until training has begun
+        self._hooked: list[nn.Module] = []     # modules with hooks, when the model was last compiled
         self._run = new_run()
         self._trained = False                  # a batch of this fit
 
@@ -254,6 +255,7 @@ class CompressionCallback(Callback):
             self._batch_state = self._state.but(batch_data=batch, optimizer=trainer.optimizers)
             self.lifecycle.emit(self._batch_state, event)
             self._acting = self.lifecycle.acting             # else the rest of the batch costs nothing
+            self._show_hooks(pl_module)
 
     def _hand_over(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
         """Calibrate now where another modifier trains on from the result."""
@@ -306,11 +308,19 @@ class CompressionCallback(Callback):
             random_state.restore(self._random)
             self._random = None
 
+    def _show_hooks(self, pl_module: LightningModule | None) -> None:
+        """Compiled code does not see hooks that came, or went, later: compile it anew."""
+        hooked = [module for modifier in self.lifecycle.modifiers for module in modifier.hooked]
+        if hooked != self._hooked and pl_module is not None and is_compiled(pl_module):
+            torch.compiler.reset()
+        self._hooked = hooked
+
     def _close_batch(self) -> None:
         if not self._in_batch:
             return
         if self._acting:
             self.lifecycle.emit(self._batch_state, self.clock.event(E.BATCH_END))
+            self._show_hooks(self._root)
         else:
             self.lifecycle.skip_batch()
         self.clock.batches += 1
@@ -335,7 +345,7 @@ class CompressionCallback(Callback):
             self._restore_random()
             pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
             for averaging in (c for c in trainer.callbacks if self.clock.global_step and _averages(c)):
-                averaging.on_train_end(trainer, pl_module)              # its average becomes the model, as after training
+                averaging.on_train_end(trainer, pl_module)              # its average becomes the model, as in training
             self._finish(trainer, pl_module, trained=False)
             pl_module.cpu()
 

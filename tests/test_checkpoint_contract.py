@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from pydantic import PrivateAttr
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_compress import (
@@ -374,3 +375,33 @@ def test_a_changed_stack_is_shown_and_can_be_allowed(tmp_path, then, now, said):
     quiet(tmp_path, callback, max_epochs=2).fit(regression(), Sums(), ckpt_path=path)
     assert callback.done
     assert callback.clock.global_step == 8
+
+
+# -- compiled models --------------------------------------------------------------------------------------------------
+
+LATE = {
+    "pruning": lambda: [MagnitudePruningModifier(start=2, end=6)],
+    "distillation that begins and ends": lambda: [DistillationModifier(weight=0.5, start=2, end=6)],
+    "stack": lambda: [
+        DistillationModifier(weight=0.5, start=1), MagnitudePruningModifier(start=2, end=6), QATModifier(**INT4, start=3),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["inside", "whole"])
+@pytest.mark.parametrize("recipe", LATE.values(), ids=LATE)
+def test_a_compiled_model_is_compressed_as_the_same_one_uncompiled(tmp_path, recipe, whole):
+    """Windows open after the first step, when the code is compiled already."""
+    ends = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        module = regression()
+        if compiled and not whole:
+            module.model = torch.compile(module.model, backend="eager")
+        root = torch.compile(module, backend="eager") if compiled and whole else module
+        folder = tmp_path / str(compiled)
+        quiet(folder, CompressionCallback(recipe()), max_epochs=2).fit(root, Sums(shuffle=False))
+        ends.append((weights(module), load_file(folder / "compressed" / "model.safetensors")))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1].keys() == ends[1][1].keys()
+    assert all(torch.equal(tensor, ends[1][1][name]) for name, tensor in ends[0][1].items())

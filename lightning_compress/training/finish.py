@@ -40,6 +40,7 @@ from lightning_compress.report import plots, summary, table
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.samples import first_batches, seeded_view, share_of
+from lightning_compress.training.submodule import is_compiled
 from lightning_compress.training.shapes import same_shapes
 
 __all__ = ["Finish", "Plan", "check_export"]
@@ -179,7 +180,7 @@ class Finish:
         return lifecycle.state_dict()
 
     def _forget_compiled(self) -> None:
-        if any("_orig_mod" in name for name, _ in self.pl_module.named_modules()):
+        if is_compiled(self.pl_module):
             torch.compiler.reset()             # compiled code does not see hooks that came later: compile it anew
 
     def write(self) -> None:

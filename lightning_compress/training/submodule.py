@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-__all__ = ["choose", "uncompiled"]
+__all__ = ["choose", "is_compiled", "uncompiled"]
 
 USUAL = ("model", "net", "backbone")
 
@@ -47,6 +47,11 @@ def choose(root: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside what ``torch.compile`` wraps around it."""
     return getattr(module, "_orig_mod", module) if _is(module, "OptimizedModule") else module
+
+
+def is_compiled(root: nn.Module) -> bool:
+    """Whether a LightningModule is compiled, or anything inside it."""
+    return getattr(root, "_compiler_ctx", None) is not None or any(_is(m, "OptimizedModule") for m in root.modules())
 
 
 def _named(root: nn.Module, name: str) -> nn.Module:
