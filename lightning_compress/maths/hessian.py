@@ -68,6 +68,7 @@ class Shared:
 
     def __init__(self) -> None:
         self.moment: InputMoment | None = None                 # made with the first rows, which tell its size
+        self.held_out: InputMoment | None = None               # of every second input, where some are held out
         self.inputs = 0                                        # how many times the statistic was updated
         self.seen: dict[str, set[int]] = {}                    # module -> which of these inputs it received
         self.closed = False                                    # the statistic was used; it cannot grow any more
@@ -79,6 +80,14 @@ class Shared:
     def is_level(self, name: str) -> bool:
         return len(self.seen[name]) == self.inputs
 
+    def join(self) -> None:
+        """What was held out counts from now on like all the rest."""
+        if self.held_out is not None:
+            assert self.moment is not None
+            self.moment.sum_PCC += self.held_out.sum_PCC
+            self.moment.tokens += self.held_out.tokens
+            self.held_out = None
+
 
 class MomentPool:
     """Statistics by module name; modules are joined by the identity of their input tensors.
@@ -88,10 +97,11 @@ class MomentPool:
 
     Args:
         share: False gives every module a statistic of its own.
+        hold_out: Every second input goes to ``Shared.held_out``.
     """
 
-    def __init__(self, share: bool = True):
-        self.share = share
+    def __init__(self, share: bool = True, hold_out: bool = False):
+        self.share, self.hold_out = share, hold_out
         self._of: dict[str, Shared] = {}
         self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], int, Shared, set[int]]] = {}
 
@@ -121,9 +131,11 @@ class MomentPool:
             raise ValueError(self._parted(name, own))
         X_PNC = rows()
         if own.moment is None:
-            own.moment = InputMoment(X_PNC.shape[0], X_PNC.shape[2], X_PNC.device)
+            size = X_PNC.shape[0], X_PNC.shape[2], X_PNC.device
+            own.moment, own.held_out = InputMoment(*size), InputMoment(*size) if self.hold_out else None
+        moment = own.moment if own.held_out is None or own.inputs % 2 == 0 else own.held_out
         try:
-            own.moment.update(X_PNC)
+            moment.update(X_PNC)
         except ValueError as error:
             raise ValueError(f"the input of {name!r} holds NaN or Inf in calibration batch {own.inputs + 1}") from error
         seen.add(own.inputs)

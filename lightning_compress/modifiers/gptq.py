@@ -13,32 +13,33 @@ With ``actorder`` columns go in order of falling H_jj. Scales are fixed before, 
 that the order leaves no trace in the result. A column whose input is always zero has H_jj = lambda and no ties to the
 others: it is rounded to nearest.
 
-The loop works on W^T, whose columns lie contiguous, and hands errors on in two levels: within 16 columns one by one,
-to the rest of the block of 128 by a GEMM every 16 columns, to all others by a GEMM every block.
-
 Shapes: R rows, C columns (inputs), G groups of g columns, P partitions of a grouped convolution.
 """
 
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.maths.factor import Factor, energy, factorize_each
+from lightning_compress.gptq.columns import adjusted, output_error
+from lightning_compress.gptq.held_out import DAMPENINGS, Choice, choose
+from lightning_compress.gptq.refinement import is_refinable
+from lightning_compress.gptq.solver import ScaleSearch, Solver, damped
+from lightning_compress.maths.factor import Factor, factorize_each
 from lightning_compress.maths.hessian import MomentPool, Shared
 from lightning_compress.maths.pruning import share_of_zeros
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
 from lightning_compress.quant.fake_quant import latent_of
-from lightning_compress.quant.formats import is_microscaled, round_float_, stored_as
 from lightning_compress.quant.matrix import (
     as_matrix,
     input_layout,
@@ -49,127 +50,28 @@ from lightning_compress.quant.matrix import (
 )
 from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
 from lightning_compress.quant.record import Quantized, attach
-from lightning_compress.quant.rounding import check_dense, find_scales, input_scales, round_module
-from lightning_compress.quant.scales import expand, group_columns, integer_range
+from lightning_compress.quant.rounding import check_dense, input_scales, round_module
 from lightning_compress.quant.schemes import no_group_order
 from lightning_compress.quant.shared_scales import GlobalScales
 
-__all__ = ["GPTQModifier", "adjusted", "output_error", "round_columns"]
+__all__ = ["GPTQModifier"]
 
-SUB_BLOCK = 16
-PROPOSALS_UP_TO = 3                       # bits; see GPTQModifier._proposals
-STACKED = 4096           # rows of one column loop: as fast as 9216 at 576 columns (0.13 s), at half the memory
 PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
 
 
-def round_columns(
-    W_RC: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    args: QuantizationArgs,
-    factor: Factor,
-    block: int = 128,
-    dtype: torch.dtype | None = None,
-    keep_RC: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """GPTQ with fixed scales.
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known of one H.
 
     Args:
-        W_RC: Weights, in the dtype of the factor.
-        scale: [R, G], [R, 1] or [1], already rounded to the dtype that stores it.
-        zero_point: As scale, or None.
-        args: The grid.
-        factor: Of the damped H.
-        block: Columns after which errors reach all columns still to come.
-        dtype: In which the result is stored: errors are measured against what will be stored.
-        keep_RC: False where the result is zero, and the columns still to come make up for it; bool, or None.
-
-    Returns:
-        Q [R, C], dequantized, and for each row the loss (w - q) H (w - q)^T with the damped H, [R].
+        factors: One per partition.
+        H_PCC: Damped; None: no refinement.
+        said: For the ledger.
     """
-    R, C = W_RC.shape
-    W_CR = W_RC.t().contiguous().index_select(0, factor.order_C)
-    A_CR, Q_CR, UT_CC = W_CR.clone(), torch.empty_like(W_CR), factor.UT_CC
-    D_bR = W_CR.new_empty(min(block, C), R)
-    groups = (factor.order_C // group_columns(args, C)).tolist()
-    scales = [s.contiguous() for s in expand(scale, R, args).to(W_RC.dtype).unbind(1)]
-    zeros = None
-    if zero_point is not None:
-        zeros = [z.contiguous() for z in expand(zero_point, R, args).to(W_RC.dtype).unbind(1)]
-    gone = None if keep_RC is None else (~keep_RC).t().index_select(0, factor.order_C).unbind(0)
-    nearest_ = _Nearest(args, W_RC.dtype if dtype is None else dtype)
-    a_rows, q_rows, w_rows, d_rows = A_CR.unbind(0), Q_CR.unbind(0), W_CR.unbind(0), D_bR.unbind(0)
-    for i1 in range(0, C, block):
-        i2 = min(i1 + block, C)
-        for j1 in range(i1, i2, SUB_BLOCK):
-            j2 = min(j1 + SUB_BLOCK, i2)
-            # From column k to all of the sub-block, zero up to k itself: to add zeros there is quicker than to slice.
-            hand_on = UT_CC[j1:j2, j1:j2].tril(-1).t().contiguous().unbind(0)
-            A_sub = A_CR[j1:j2]
-            for j in range(j1, j2):
-                group, a, q, d = groups[j], a_rows[j], q_rows[j], d_rows[j - i1]
-                nearest_(a, scales[group], None if zeros is None else zeros[group], q)
-                if gone is not None:
-                    q.masked_fill_(gone[j], 0)
-                torch.sub(w_rows[j], q, out=d)
-                A_sub.addr_(hand_on[j - j1], d)
-            if j2 < i2:
-                A_CR[j2:i2].addmm_(UT_CC[j2:i2, j1:j2], D_bR[j1 - i1 : j2 - i1])
-        if i2 < C:
-            A_CR[i2:].addmm_(UT_CC[i2:, i1:i2], D_bR[: i2 - i1])
-    loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()
-    A_CR.index_copy_(0, factor.order_C, Q_CR)                                  # back into the order of the columns
-    return A_CR.t().contiguous(), loss_R
 
-
-def output_error(W_RC: Tensor, Q_RC: Tensor, loss_R: Tensor, factor: Factor) -> tuple[float, float]:
-    """The traces of (W - Q) H (W - Q)^T and of W H W^T, with H as it was before damping.
-
-    The second costs half as much as the column loop. A sample of rows will not do: single rows carry most of it, and
-    128 of 576 rows of SmolLM2's projections were off by up to a factor of four.
-
-    Args:
-        W_RC: The weight.
-        Q_RC: What GPTQ made of it.
-        loss_R: (w - q) H (w - q)^T of each row with the damped H.
-        factor: Of the damped H.
-    """
-    error = loss_R - (W_RC - Q_RC).square_() @ factor.added_C
-    total = energy(W_RC, factor) - W_RC.square() @ factor.added_C
-    return max(0.0, float(error.sum())), float(total.sum())
-
-
-def adjusted(W_RC: Tensor, Q_RC: Tensor, factor: Factor) -> Tensor:
-    """a_j = w_j + sum_{k<j} (w_k - q_k) U_kj, [R, C]: what was rounded to Q, column after column.
-
-    Args:
-        W_RC: The weight.
-        Q_RC: What GPTQ made of it.
-        factor: Of the damped H.
-    """
-    W_RC, D_RC = (t.index_select(1, factor.order_C) for t in (W_RC, W_RC - Q_RC))
-    A_RC = torch.addmm(W_RC, D_RC, factor.UT_CC.tril(-1).t())
-    return torch.empty_like(A_RC).index_copy_(1, factor.order_C, A_RC)
-
-
-class _Nearest:
-    """Nearest grid point of a column, written into ``out``, in the order of operations of compressed-tensors."""
-
-    def __init__(self, args: QuantizationArgs, stored: torch.dtype):
-        self.low, self.high = integer_range(args)
-        self.args, self.stored = args, stored
-
-    def __call__(self, a_R: Tensor, s_R: Tensor, z_R: Tensor | None, out: Tensor) -> None:
-        torch.div(a_R, s_R, out=out)
-        if self.args.type == "float":
-            round_float_(out, self.args.num_bits)
-        elif z_R is None:
-            out.round_().clamp_(self.low, self.high)
-        else:
-            out.add_(z_R).round_().clamp_(self.low, self.high).sub_(z_R)
-        out.mul_(s_R)
-        if self.stored != out.dtype or is_microscaled(self.args):
-            out.copy_(stored_as(out, self.args, self.stored))
+    factors: list[Factor]
+    H_PCC: Tensor | None
+    said: str | None
 
 
 class GPTQModifier(QuantizationArguments, Modifier):
@@ -182,7 +84,10 @@ class GPTQModifier(QuantizationArguments, Modifier):
         group_size: Takes the place of the preset's group size; -1 for one scale per row.
         config_groups: Schemes in full, in place of ``scheme``.
         block_size: Columns after which errors reach all columns still to come; changes speed, not results.
-        dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
+        dampening_frac: Share of the mean diagonal of H that is added to its diagonal. ``auto``: of 0.01, 0.03, 0.1 and
+            0.3 what loses least on every second batch when fitted to the others; then all batches count.
+        refine: Afterwards refit scales and improve codes (gptq/refinement.py), in layers where that lowers the error
+            on batches held out in the same way.
         actorder: ``static`` (= ``weight``): columns with large inputs first; None: from left to right.
         scale_search: ``hessian``: per row and group the scale with the least sum_j H_jj (w_j - q_j)^2; up to 3 bits
             that, the min-max scale, or the mean of the two: what loses least when the row is rounded. ``mse``: the
@@ -205,9 +110,10 @@ class GPTQModifier(QuantizationArguments, Modifier):
     one_pass: ClassVar[bool] = True
 
     block_size: int = Field(default=128, ge=1)
-    dampening_frac: float = Field(default=0.01, ge=0)
+    dampening_frac: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.01
+    refine: bool = False
     actorder: Literal["static", "weight"] | None = "static"
-    scale_search: Literal["minmax", "mse", "hessian"] = "hessian"
+    scale_search: ScaleSearch = "hessian"
     on_failure: Literal["raise", "retry", "round"] = "raise"
     share_inputs: bool = True
     observer: ObserverName = "minmax"
@@ -220,7 +126,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
     _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
     _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
-    _factors: WeakKeyDictionary[Shared, list[Factor] | None] = PrivateAttr(default_factory=WeakKeyDictionary)
+    _prepared: "WeakKeyDictionary[Shared, _Prepared | None]" = PrivateAttr(default_factory=WeakKeyDictionary)
 
     @field_validator("actorder", mode="before")
     @classmethod
@@ -232,6 +138,10 @@ class GPTQModifier(QuantizationArguments, Modifier):
     @property
     def needs_data(self) -> bool:
         return True
+
+    @property
+    def _holds_out(self) -> bool:
+        return self.refine or self.dampening_frac == "auto"
 
     @property
     def hands_over(self) -> bool:
@@ -250,7 +160,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         ordered = {id(scheme): self._ordered(scheme) for scheme in assigned.values()}
         self._schemes = {name: ordered[id(scheme)] for name, scheme in assigned.items()}
         self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
-        self._pool = MomentPool(self.share_inputs)
+        self._pool = MomentPool(self.share_inputs, hold_out=self._holds_out)
         self._globals = GlobalScales(self._modules, self._schemes)
         for name, module in self._modules.items():
             args = self._schemes[name].input_activations
@@ -298,7 +208,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
             )
         self._schemes, self._modules, self._observers, self._pool = {}, {}, {}, MomentPool()
         self._globals = GlobalScales({}, {})
-        self._factors.clear()
+        self._prepared.clear()
         self.remove_hooks()
 
     def _solve(self, state: State, modules: Mapping[str, nn.Module]) -> None:
@@ -317,34 +227,31 @@ class GPTQModifier(QuantizationArguments, Modifier):
         assert shared.moment is not None
         for name in names:
             check_dense(name, self._modules[name])
-        if shared not in self._factors:
-            if state.distributed:
-                all_reduce_(shared.moment)
-            self._factors[shared] = self._factorize(shared, names)
-        factors, tokens = self._factors[shared], shared.moment.tokens
-        if factors is None:
-            for name in names:
-                self._round(state, name, "H not positive definite; rounded to nearest", tokens)
-            return
         args = self._schemes[names[0]].weights
         assert args is not None
         dense = [as_matrix(self._modules[name]) for name in names]
-        rows = [len(W_RC) for W_RC in dense]
-        shared_scales = [self._globals.of(name) for name in names]
-        pairs = zip(dense, shared_scales, strict=True)
-        proposed = list(zip(*[self._proposals(W_RC, args, factors, g) for W_RC, g in pairs], strict=True))
-        W_RC = (torch.cat(dense) if len(dense) > 1 else dense[0]).float()
-        keeps = [self._keep(W) for W in dense]
-        keep_RC = torch.cat(keeps) if any(not keep.all() for keep in keeps) else None
-        tried = []
-        for found in proposed:                                 # the scales of all these modules, found in one way
-            scale_RG = torch.cat([expand(scale, R, args) for (scale, _), R in zip(found, rows, strict=True)])
-            zeros = [expand(zero, R, args) for (_, zero), R in zip(found, rows, strict=True) if zero is not None]
-            tried.append((scale_RG, torch.cat(zeros) if zeros else None))
-        Q_RC, loss_R, best_R = self._best_rows(W_RC, tried, args, factors, dense[0].dtype, keep_RC)
-        scales = proposed[0] if best_R is None else _chosen(tried, best_R, rows)
-        seconds, P = time.perf_counter() - start, len(factors)
-        pieces = zip(names, scales, keeps, W_RC.split(rows), Q_RC.split(rows), loss_R.split(rows), strict=True)
+        keeps = [self._keep(W_RC) for W_RC in dense]
+        solver = Solver(args, self.scale_search, self.block_size)
+        global_scales = [self._globals.of(name) for name in names]
+        if shared not in self._prepared:
+            for moment in (shared.moment, shared.held_out):
+                if state.distributed and moment is not None:
+                    all_reduce_(moment)
+            self._prepared[shared] = self._prepare(shared, names, solver, dense, global_scales, keeps)
+        prepared, tokens = self._prepared[shared], shared.moment.tokens
+        if prepared is None:
+            for name in names:
+                self._round(state, name, "H not positive definite; rounded to nearest", tokens)
+            return
+        factors = prepared.factors
+        solved = solver(dense, factors, global_scales, keeps)
+        if prepared.H_PCC is not None and is_refinable(args):
+            solved = solver.refined(solved, prepared.H_PCC, dense[0].dtype)
+        seconds, P, rows = time.perf_counter() - start, len(factors), list(solved.rows)
+        pieces = zip(
+            names, solved.scales, keeps, solved.W_RC.split(rows), solved.Q_RC.split(rows), solved.loss_R.split(rows),
+            strict=True,
+        )  # fmt: skip
         for name, (scale, zero_point), keep, W, Q, loss in pieces:
             parts = zip(W.chunk(P), Q.chunk(P), loss.chunk(P), factors, strict=True)
             sums = [output_error(*part) for part in parts]
@@ -353,142 +260,67 @@ class GPTQModifier(QuantizationArguments, Modifier):
             if self.keep_latents or self.hands_over:
                 matrices = zip(W.chunk(P), Q.chunk(P), factors, strict=True)
                 latent = torch.cat([adjusted(*part) for part in matrices]).mul_(keep)
-            self._write(state, name, Q, scale, zero_point, latent, factors[0], {
+            self._write(state, name, Q, scale, zero_point, latent, prepared, {
                 "error": error / total if total > 0 else 0.0,
                 "tokens": tokens,
                 "seconds": seconds * len(W) / sum(rows),
                 "sparsity": None if keep.all() else share_of_zeros(Q),
             })
 
-    def _factorize(self, shared: Shared, names: Sequence[str]) -> list[Factor] | None:
+    def _prepare(
+        self,
+        shared: Shared,
+        names: Sequence[str],
+        solver: Solver,
+        dense: Sequence[Tensor],
+        global_scales: Sequence[Tensor | None],
+        keeps: Sequence[Tensor],
+    ) -> "_Prepared | None":
         """One factor per partition; None where rounding to nearest is what the user wants then.
+
+        What is chosen on held-out batches is chosen with the weights of these modules; others that share H follow.
 
         Raises:
             ValueError: H is not positive definite, and ``on_failure`` does not help.
         """
         assert shared.moment is not None
-        weights = self._schemes[names[0]].weights
-        assert weights is not None
-        H_PCC, by_size = shared.moment.take(), weights.actorder is not None
-        factors, dampening = factorize_each(H_PCC, self.dampening_frac, by_size, retry=self.on_failure == "retry")
-        if factors is None and self.on_failure != "round":
+        by_size = solver.args.actorder is not None
+        auto = self.dampening_frac == "auto"
+        choice = Choice(DAMPENINGS[0] if self.dampening_frac == "auto" else self.dampening_frac, False)
+        said = None
+        if shared.held_out is not None and shared.held_out.tokens and shared.moment.tokens:
+            dampenings = DAMPENINGS if auto else (choice.dampening,)
+            halves = shared.moment.value(), shared.held_out.value()
+            wanted = self.refine and is_refinable(solver.args)
+            chosen = choose(solver, dense, global_scales, keeps, *halves, dampenings, by_size, wanted)
+            choice = chosen or Choice(dampenings[-1], False)
+        elif self._holds_out:
+            said = "one calibration batch: nothing held out to choose the damping or refinement by"
+        shared.join()
+        H_PCC = shared.moment.take()
+        factors, dampening = factorize_each(H_PCC, choice.dampening, by_size, retry=self.on_failure == "retry")
+        if factors is None:
+            if self.on_failure == "round":
+                return None
             tokens, C = shared.moment.tokens, H_PCC.shape[1]
             raise ValueError(
                 f"H of {', '.join(map(repr, names))} is not positive definite with dampening_frac={dampening:g} "
                 f"({tokens} tokens for {C} columns); raise dampening_frac (0.01 to 0.1 is usual), calibrate on "
                 f"more tokens, or set on_failure='retry' or 'round'"
             )
-        return factors
-
-    def _proposals(
-        self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor], global_scale: Tensor | None
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Scales and zero points of one module, each found in another way, the first by ``scale_search``.
-
-        The diagonal of H knows nothing of what later columns make good: where inputs are strongly correlated and bits
-        are few, it shrinks too far. Measured, KL to the dense model with min-max scales / with those of the diagonal /
-        chosen by row: the demo's Llama at 2 bits .0033 / .0250 / .0034, at 3 bits .00053 / .00076 / .00043; SmolLM2 at
-        3 bits 1.6 / .49 / .50. So up to 3 bits ``hessian`` proposes both and their geometric mean, and each row takes
-        what loses least. At 4 bits that fits the calibration data and nothing else: SmolLM2 with 4096 tokens .246 /
-        .122 / .137 (worse on each of three subsets), for a column loop that takes more than twice as long.
-        """
-        scale, zero_point = self._scales(W_RC, args, factors, global_scale)
-        if self.scale_search != "hessian" or args.strategy == "tensor" or args.num_bits > PROPOSALS_UP_TO:
-            return [(scale, zero_point)]
-        widest, widest_zero = find_scales(W_RC, args, "minmax")
-        if zero_point is not None:                             # two ranges have no mean with a zero point of its own
-            return [(scale, zero_point), (widest, widest_zero)]
-        mean = (scale.float() * widest.float()).sqrt().to(scale.dtype)
-        return [(scale, None), (mean, None), (widest, None)]
-
-    def _scales(
-        self, W_RC: Tensor, args: QuantizationArgs, factors: Sequence[Factor], global_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scales of one module; each partition of a grouped convolution weighs errors by its own inputs."""
-        if args.strategy in ("tensor", "block") or len(factors) == 1:
-            importance_C = torch.stack([factor.diagonal_C for factor in factors]).mean(0)
-            return find_scales(W_RC, args, self.scale_search, importance_C, global_scale)
-        parts = [
-            find_scales(W, args, self.scale_search, factor.diagonal_C, global_scale)
-            for W, factor in zip(W_RC.chunk(len(factors)), factors, strict=True)
+        raised = dampening != choice.dampening
+        flags = [
+            said,
+            f"damping {'raised to ' if raised else ''}{dampening:g}" if raised or auto else None,
+            {(True, True): "refined", (True, False): "not refined"}.get((self.refine, choice.refine)),
         ]
-        zeros = [zero_point for _, zero_point in parts if zero_point is not None]
-        return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
+        flag = "; ".join(f for f in flags if f) or None
+        return _Prepared(factors, damped(H_PCC, factors) if choice.refine else None, flag)
 
     def _keep(self, W_RC: Tensor) -> Tensor:
         """False where a weight is zero and shall stay zero."""
         preserve = share_of_zeros(W_RC) >= PRUNED if self.preserve_zeros is None else self.preserve_zeros
         return W_RC != 0 if preserve else torch.ones_like(W_RC, dtype=torch.bool)
-
-    def _best_rows(
-        self,
-        W_RC: Tensor,
-        tried: Sequence[tuple[Tensor, Tensor | None]],
-        args: QuantizationArgs,
-        factors: Sequence[Factor],
-        dtype: torch.dtype,
-        keep_RC: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Q [R, C] and losses [R] with the scales that lose least in each row, and which these were, int64 [R].
-
-        Rows do not know of each other, so all proposals go through one column loop, stacked; many rows in pieces.
-        """
-        if len(tried) == 1:
-            Q_RC, loss_R = self._columns(W_RC, *tried[0], args, factors, dtype, keep_RC)
-            return Q_RC, loss_R, None
-        K, R, P = len(tried), len(W_RC), len(factors)
-        if P == 1 and (piece := STACKED // K) < R:
-            found = []
-            for i in range(0, R, piece):
-                rows = slice(i, i + piece)
-                some = [(scale[rows], None if zero is None else zero[rows]) for scale, zero in tried]
-                keep = None if keep_RC is None else keep_RC[rows]
-                found.append(self._best_rows(W_RC[rows], some, args, factors, dtype, keep))
-            best = [b for _, _, b in found if b is not None]
-            return torch.cat([q for q, _, _ in found]), torch.cat([x for _, x, _ in found]), torch.cat(best)
-
-        def stacked(matrices: Sequence[Tensor]) -> Tensor:
-            """[K * R, ...], partition by partition, as the factors want their rows."""
-            return torch.stack([m.unflatten(0, (P, -1)) for m in matrices], 1).flatten(0, 2)
-
-        zeros = [zero for _, zero in tried if zero is not None]
-        Q_XC, loss_X = self._columns(
-            stacked([W_RC] * K),
-            stacked([scale for scale, _ in tried]),
-            stacked(zeros) if zeros else None,
-            args,
-            factors,
-            dtype,
-            None if keep_RC is None else stacked([keep_RC] * K),
-        )
-        loss_KR = loss_X.view(P, K, R // P).transpose(0, 1).flatten(1)
-        Q_KRC = Q_XC.unflatten(0, (P, K, R // P)).transpose(0, 1).flatten(1, 2)
-        best_R = loss_KR.argmin(0)
-        row_R = torch.arange(R, device=best_R.device)
-        return Q_KRC[best_R, row_R], loss_KR[best_R, row_R], best_R
-
-    def _columns(
-        self,
-        W_RC: Tensor,
-        scale_RG: Tensor,
-        zero_RG: Tensor | None,
-        args: QuantizationArgs,
-        factors: Sequence[Factor],
-        dtype: torch.dtype,
-        keep_RC: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """:func:`round_columns`, for each partition with its own factor."""
-        if len(factors) == 1:
-            return round_columns(W_RC, scale_RG, zero_RG, args, factors[0], self.block_size, dtype, keep_RC)
-        P = len(factors)
-        zeros, keeps = ([None] * P if whole is None else whole.chunk(P) for whole in (zero_RG, keep_RC))
-        parts = [
-            round_columns(W, scale, zero_point, args, factor, self.block_size, dtype, keep)
-            for W, scale, zero_point, factor, keep in zip(
-                W_RC.chunk(P), scale_RG.chunk(P), zeros, factors, keeps, strict=True
-            )
-        ]
-        return torch.cat([Q for Q, _ in parts]), torch.cat([loss for _, loss in parts])
 
     def _write(
         self,
@@ -498,7 +330,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         scale: Tensor,
         zero_point: Tensor | None,
         A_RC: Tensor | None,
-        factor: Factor,
+        prepared: "_Prepared",
         facts: dict[str, Any],
     ) -> None:
         module, scheme = self._modules[name], self._schemes.pop(name)
@@ -512,8 +344,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         write_matrix(module, Q_RC)
         attach(module, quantized)
         self.remove_hooks(module)
-        raised = f"damping raised to {factor.dampening:g}" if factor.dampening != self.dampening_frac else None
-        state.ledger.add(name, "gptq", flag=raised, **facts)
+        state.ledger.add(name, "gptq", flag=prepared.said, **facts)
 
     def _round(self, state: State, name: str, flag: str, tokens: int = 0) -> None:
         module = self._modules[name]
@@ -521,16 +352,3 @@ class GPTQModifier(QuantizationArguments, Modifier):
         facts = round_module(name, module, scheme, self.scale_search, self._observers.get(name), shared)
         self.remove_hooks(module)
         state.ledger.add(name, "gptq", flag=flag, tokens=tokens, **facts)
-
-
-def _chosen(
-    tried: Sequence[tuple[Tensor, Tensor | None]], best_R: Tensor, rows: Sequence[int]
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Scale and zero point of each module: row r from proposal ``best_R[r]``."""
-    row_R = torch.arange(len(best_R), device=best_R.device)
-    scales = torch.stack([scale for scale, _ in tried])[best_R, row_R].split(rows)
-    zeros = [zero for _, zero in tried if zero is not None]
-    if not zeros:
-        return [(scale.contiguous(), None) for scale in scales]
-    points = torch.stack(zeros)[best_R, row_R].split(rows)
-    return [(scale.contiguous(), zero.contiguous()) for scale, zero in zip(scales, points, strict=True)]

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
+from lightning_compress.gptq.columns import adjusted, output_error, round_columns
 from lightning_compress.maths.factor import energy, factorize
-from lightning_compress.modifiers.gptq import GPTQModifier, adjusted, output_error, round_columns
+from lightning_compress.modifiers.gptq import GPTQModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.matrix import as_matrix, inputs_as_rows
@@ -672,7 +673,7 @@ def test_statistics_are_freed_when_they_are_used():
     model = attention()
     calibrate(model, modifier, batches(1))
     assert not modifier._pool._of
-    assert not modifier._factors
+    assert not modifier._prepared
     assert not modifier.hooked
 
 

@@ -1,0 +1,157 @@
+"""Refine a weight that is on its grid already: better scales for its codes, better codes for its scales.
+
+Both lower J(Q) = (W - Q) H (W - Q)^T row by row, and never raise it. With P = (W - Q) H and Q_rj = s_rg v_rj:
+
+    scales   s_rg += (v_rg . P_rg) / (v_rg H_gg v_rg^T)        the exact minimum over one scale, codes fixed
+    codes    q_rj <- nearest grid point to q_rj + P_rj / H_jj  the exact minimum over one code, all others fixed
+
+The first is the closed-form refit of two-stage grid optimisation, the second coordinate descent on the codes (Nair &
+Suggala, 2024, CDQuant, arXiv:2406.17542; Behdin et al., 2023, QuantEase, arXiv:2309.01885). H should be the damped
+one, or what is refined is the noise of the calibration data.
+
+Shapes: R rows, C columns, G groups of g columns.
+"""
+
+from collections.abc import Callable
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from lightning_compress.quant.scales import expand, group_columns
+
+__all__ = ["improve_codes", "is_refinable", "refine", "refit_scales", "weighted_error"]
+
+Rounding = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]     # (values, scale, zero point, out) of one column
+SMALLEST = 0.25          # share of itself below which no refit takes a scale: its codes would mean something else
+BLOCK = 128
+
+
+def refine(
+    W_RC: Tensor,
+    Q_RC: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    args: QuantizationArgs,
+    H_CC: Tensor,
+    nearest: Rounding,
+    dtype: torch.dtype,
+    keep_RC: Tensor | None = None,
+    rounds: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Refit the scales, improve the codes, refit the scales, ``rounds`` times; rows that do not gain stay as they were.
+
+    Args:
+        W_RC: The weight as it was, float32.
+        Q_RC: Points of the grid, float32.
+        scale: [R, G], [R, 1] or [1], positive.
+        zero_point: As scale, or None.
+        args: The grid: integers.
+        H_CC: E[x x^T], damped, float32, both triangles.
+        nearest: Writes the grid points nearest to a column of values into its last argument.
+        dtype: In which scales are stored.
+        keep_RC: False where Q is zero and stays zero; None: nowhere.
+        rounds: Of both.
+
+    Returns:
+        Q [R, C], and scales [R, G] that hold in ``dtype``, float32.
+
+    Raises:
+        ValueError: The grid is not one of integers, or all rows share one scale.
+    """
+    if not is_refinable(args):
+        raise ValueError(f"expected integers with a scale for each row, got {args.type} per {args.strategy}")
+    start_RG = expand(scale, len(W_RC), args).float()
+    found_RC, scale_RG = Q_RC, start_RG
+    for _ in range(rounds):
+        found_RC, scale_RG = refit_scales(W_RC, found_RC, scale_RG, args, H_CC, dtype)
+        found_RC = improve_codes(W_RC, found_RC, scale_RG, zero_point, args, H_CC, nearest, keep_RC)
+        found_RC, scale_RG = refit_scales(W_RC, found_RC, scale_RG, args, H_CC, dtype)
+    gains_R1 = (weighted_error(W_RC, found_RC, H_CC) < weighted_error(W_RC, Q_RC, H_CC))[:, None]
+    return found_RC.where(gains_R1, Q_RC), scale_RG.where(gains_R1, start_RG)
+
+
+def is_refinable(args: QuantizationArgs) -> bool:
+    """Integers, and no two rows with one scale."""
+    return args.type == "int" and args.strategy in ("group", "channel")
+
+
+def weighted_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> Tensor:
+    """J of each row, [R]."""
+    E_RC = W_RC - Q_RC
+    return ((E_RC @ H_CC) * E_RC).sum(1)
+
+
+def refit_scales(
+    W_RC: Tensor,
+    Q_RC: Tensor,
+    scale_RG: Tensor,
+    args: QuantizationArgs,
+    H_CC: Tensor,
+    dtype: torch.dtype,
+    sweeps: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """Q and its scales after ``sweeps`` over the groups; steps that lose once rounded to ``dtype`` are not taken.
+
+    Arguments and results as for :func:`refine`.
+    """
+    g = group_columns(args, Q_RC.shape[1])
+    V_RC = (Q_RC / scale_RG.repeat_interleave(g, 1)).round_()
+    P_RC = (W_RC - Q_RC) @ H_CC
+    scale_RG = scale_RG.clone()
+    for group in list(range(scale_RG.shape[1])) * sweeps:
+        columns = slice(group * g, (group + 1) * g)
+        v_Rg, s_R = V_RC[:, columns], scale_RG[:, group]
+        slope_R = (v_Rg * P_RC[:, columns]).sum(1)
+        curvature_R = ((v_Rg @ H_CC[columns, columns]) * v_Rg).sum(1)
+        wanted_R = (s_R + slope_R / curvature_R.clamp(min=torch.finfo().tiny)).to(dtype).float()
+        step_R = wanted_R - s_R
+        gain_R = step_R * (2 * slope_R - step_R * curvature_R)
+        step_R = step_R.where((gain_R > 0) & (wanted_R > SMALLEST * s_R) & wanted_R.isfinite(), 0.0)
+        scale_RG[:, group] += step_R
+        P_RC -= (step_R[:, None] * v_Rg) @ H_CC[columns]
+    return V_RC * scale_RG.repeat_interleave(g, 1), scale_RG
+
+
+def improve_codes(
+    W_RC: Tensor,
+    Q_RC: Tensor,
+    scale_RG: Tensor,
+    zero_point: Tensor | None,
+    args: QuantizationArgs,
+    H_CC: Tensor,
+    nearest: Rounding,
+    keep_RC: Tensor | None = None,
+    sweeps: int = 2,
+) -> Tensor:
+    """Q after ``sweeps`` over its columns, each column at its best given all others. Arguments as for :func:`refine`.
+
+    Within 128 columns errors are handed on one by one, to all others by a GEMM.
+    """
+    R, C = W_RC.shape
+    g = group_columns(args, C)
+    Q_CR = Q_RC.t().contiguous()
+    P_CR = H_CC @ (W_RC - Q_RC).t()
+    scales = [s.contiguous() for s in scale_RG.unbind(1)]
+    zeros = None
+    if zero_point is not None:
+        zeros = [z.contiguous() for z in expand(zero_point, R, args).float().unbind(1)]
+    gone = None if keep_RC is None else (~keep_RC).t().unbind(0)
+    inverse_C = H_CC.diagonal().reciprocal()
+    found_R = Q_CR.new_empty(R)
+    for i1 in list(range(0, C, BLOCK)) * sweeps:
+        i2 = min(i1 + BLOCK, C)
+        P_bR, H_bb = P_CR[i1:i2], H_CC[i1:i2, i1:i2]
+        D_bR = Q_CR[i1:i2].clone()
+        before_bR = P_bR.clone()
+        for j in range(i1, i2):
+            q_R, z_R = Q_CR[j], None if zeros is None else zeros[j // g]
+            nearest(torch.addcmul(q_R, P_CR[j], inverse_C[j]), scales[j // g], z_R, found_R)
+            if gone is not None:
+                found_R.masked_fill_(gone[j], 0)
+            P_bR.addr_(H_bb[:, j - i1], q_R - found_R)
+            q_R.copy_(found_R)
+        D_bR.sub_(Q_CR[i1:i2])                                 # before - after
+        P_bR.copy_(before_bR)                                  # and once more, by one GEMM, as for all other columns
+        P_CR.addmm_(H_CC[:, i1:i2], D_bR)
+    return Q_CR.t().contiguous()
