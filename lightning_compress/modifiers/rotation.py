@@ -18,14 +18,16 @@ import time
 import warnings
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
-from torch import nn
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from torch import Generator, Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
-from lightning_compress.matching import select
-from lightning_compress.rotation.discover import discover
+from lightning_compress.matching import match_rank, select
+from lightning_compress.quant.matrix import inputs_as_rows
+from lightning_compress.rotation.discover import Found, discover
 from lightning_compress.rotation.follow import Followed
 from lightning_compress.rotation.fuse import Fused, fuse
+from lightning_compress.rotation.learn import TokenSample, learn_rotation, readers_of
 from lightning_compress.rotation.plan import Matrices, Plan, make_plan, put_beside
 
 __all__ = ["QuIPModifier", "RotationModifier", "SpinQuantModifier"]
@@ -53,8 +55,14 @@ class RotationModifier(Modifier):
         tolerance: How far outputs may move, as a share of the largest; None: 1e-5, and 5e-2 for 16-bit weights.
         allow_online: Let rotations that no weight can take in run beside modules. Only ``lightning_compress.load``
             loads the export of such a model; other loaders refuse it.
+        learn: Train R1 on the calibration data, so that what reads the stream loses least when it and its inputs are
+            rounded to ``learn_bits``.
+        learn_steps: Of descent.
+        learn_rate: Mean angle of the first step, in radians; it falls linearly to zero.
+        learn_tokens: Vectors of each norm that are looked at.
+        learn_bits: Of weights and activations in the loss.
         targets: Of ``v`` and ``u``: class names, dotted names or ``re:`` patterns.
-        ignore: The same, for what is left out.
+        ignore: The same, for what is left out, also from what ``learn`` looks at.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -66,8 +74,17 @@ class RotationModifier(Modifier):
     seed: int = 0
     tolerance: float | None = Field(default=None, gt=0)
     allow_online: bool = False
+    learn: bool = False
+    learn_steps: int = Field(default=100, ge=1)
+    learn_rate: float = Field(default=0.02, gt=0)
+    learn_tokens: int = Field(default=512, ge=1)
+    learn_bits: int = Field(default=4, ge=2, le=8)
     targets: list[str] = ["Linear"]
     ignore: list[str] = ["re:.*lm_head"]
+
+    _found: Found | None = PrivateAttr(default=None)
+    _pending: Plan | None = PrivateAttr(default=None)                   # with ``learn``: what waits for the data
+    _samples: dict[str, TokenSample] = PrivateAttr(default_factory=dict)                      # by name of the norm
 
     @field_validator("rotations")
     @classmethod
@@ -87,7 +104,20 @@ class RotationModifier(Modifier):
                 f"loader does that (transformers 5.23 would compute something else); take rotations=['R1', 'R2'], "
                 f"which are fused, or set allow_online=True: then only lightning_compress.load loads the export"
             )
+        if self.learn and ("R1" not in self.rotations or self.transform_block_size is not None):
+            raise ValueError(
+                f"learn=True trains R1 as a whole, and here rotations={self.rotations}, "
+                f"transform_block_size={self.transform_block_size}; name R1, and leave the block size out"
+            )
         return self
+
+    @property
+    def needs_data(self) -> bool:
+        return self.learn
+
+    @property
+    def surveys(self) -> bool:
+        return self.learn
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         model = _model(state)
@@ -95,15 +125,61 @@ class RotationModifier(Modifier):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._rotate(state)
+        model = _model(state)
+        self._found = discover(model)
+        self._pending = self._plan(model, self._found.followed)
+        if not self.learn:
+            self._rotate(state)
+            return
+        generator = Generator().manual_seed(self.seed)
+        for stream, _ in self._pending.streams:
+            for norm in stream.norms:
+                if norm.module not in self._samples:
+                    sample = self._samples[norm.module] = TokenSample(self.learn_tokens, generator)
+                    self.hook(model.get_submodule(norm.module), lambda m, args, to=sample: self._keep(to, m, args[0]))
+
+    def _keep(self, sample: TokenSample, module: nn.Module, x: Tensor) -> None:
+        sample.update(inputs_as_rows(module, x, self.token_mask)[0])
+
+    def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
+        if state.block is None:                                         # the last of the survey: all has been seen
+            self.remove_hooks()
+            self._learn(state)
+            self._rotate(state)
+
+    def _learn(self, state: State) -> None:
+        """Put a better R in place of each stream's."""
+        model, plan, start = _model(state), self._pending, time.perf_counter()
+        assert plan is not None
+        for stream, R in list(plan.streams):
+            readers = []
+            for norm in dict.fromkeys(stream.norms):
+                seen = self._samples[norm.module].value()
+                reader = None if seen is None else readers_of(model, stream, norm, seen, self._is_ignored)
+                readers += [] if reader is None else [reader]
+            if not readers:
+                raise ValueError("learn=True: no weight reads the residual stream through a norm; set learn=False")
+            generator = Generator().manual_seed(self.seed)
+            learned = learn_rotation(
+                R, readers, self.learn_steps, self.learn_rate, self.learn_bits, generator, stream.centered
+            )
+            plan.swap(R, learned.R)
+            done = f"R1 learned: loss {learned.before:.3g} to {learned.after:.3g}"
+            state.ledger.add(stream.sources[0].slot.module, "rotation", flag=done)
+            logger.info("%s in %.0f s", done, time.perf_counter() - start)
+        self._samples = {}
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(match_rank(name, nn.Identity(), entry) for entry in self.ignore)
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
         """All is done before the first module is ready, so that those behind may finish module by module."""
 
     def _rotate(self, state: State) -> None:
-        model, start = _model(state), time.perf_counter()
-        found = discover(model)
-        plan = self._plan(model, found.followed)
+        model, found, plan, start = _model(state), self._found, self._pending, time.perf_counter()
+        assert found is not None
+        assert plan is not None
+        self._found = self._pending = None
         fused = fuse(model, plan.turns, plan.norms, found.run, self.tolerance, lambda: put_beside(model, plan.beside))
         self._report(state, plan, fused, time.perf_counter() - start)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.rotation.spaces import Norm, Slot
 
-__all__ = ["recognize"]
+__all__ = ["normalized", "recognize"]
 
 
 @torch.no_grad()
@@ -50,11 +50,14 @@ def recognize(name: str, module: nn.Module, width: int, device: torch.device) ->
     return None
 
 
+def normalized(x: Tensor, centered: bool) -> Tensor:
+    """x without its mean where ``centered``, over the root of its mean square; zeros stay zeros."""
+    x = x - x.mean(-1, keepdim=True) if centered else x
+    return x * x.square().mean(-1, keepdim=True).clamp_min(1e-20).rsqrt()
+
+
 def _norm(x: Tensor, centered: bool, gain: Tensor | None, offset: int, bias: Tensor | None) -> Tensor:
-    x = x.double()
-    if centered:
-        x = x - x.mean(-1, keepdim=True)
-    y = x * x.square().mean(-1, keepdim=True).rsqrt()
+    y = normalized(x.double(), centered)
     y = y if gain is None else y * (gain.double() + offset)
     return y if bias is None else y + bias.double()
 

@@ -46,6 +46,12 @@ class Plan:
     beside: dict[str, list[Online]] = field(default_factory=dict)
     streams: list[tuple[Space, Tensor]] = field(default_factory=list)
 
+    def swap(self, R: Tensor, better: Tensor) -> None:
+        """Turn by ``better`` whatever was to be turned by R."""
+        self.turns = [Turn(turn.touch, better) if turn.matrix is R else turn for turn in self.turns]
+        self.norms = [(norm, better if old is R else old) for norm, old in self.norms]
+        self.streams = [(space, better if old is R else old) for space, old in self.streams]
+
 
 class Matrices:
     """Makes R for a rotation of some size, one after the other from one seed.

@@ -252,6 +252,9 @@ class Watcher(TorchFunctionMode):
         if out.ndim:
             self.put(out, Mark(self.space(out.shape[-1])))
 
+    def _filled(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """A tensor that is like another only in shape and dtype."""
+
     def _same(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """The last dimension stays, or is split into heads."""
         x = args[0] if args else kwargs["input"]
@@ -392,6 +395,7 @@ _HANDLERS: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(("mul", "div", "truediv"), Watcher._scaled),
     **dict.fromkeys(("zeros_like", "new_zeros"), Watcher._fresh),
     **dict.fromkeys(("cat", "concat"), Watcher._joined),
+    **dict.fromkeys(("new_ones", "ones_like", "new_full", "full_like", "new_tensor"), Watcher._filled),
     "index_add": Watcher._index_add,
     "embedding": Watcher._embedding,
     "scaled_dot_product_attention": Watcher._attention,
