@@ -42,8 +42,8 @@ from lightning_compress import (
 )
 
 HEAD = ["re:.*lm_head"]
-# Peak learning rates: the finer the grid, the closer GPTQ's result is to the dense model, and the smaller the steps that
-# do not lead away from it (seed 42, W3 with distillation: KL .00013 at 3e-5, .00016 at 1e-4; GPTQ .00033).
+# Peak learning rates: the finer the grid, the closer GPTQ's result is to the dense model, and the smaller must steps be
+# that do not lead away from it (seed 42, W3 with distillation: KL .00013 at 3e-5, .00016 at 1e-4; GPTQ .00033).
 LR = {"W4": 1e-5, "W3": 3e-5, "W2": 3e-4, "sparse": 5e-4, "dense": 5e-4}
 
 
@@ -156,7 +156,7 @@ def one_shot(make: Callable[[], Modifier]) -> Callable[[Material], nn.Module]:
 def trained(
     make: Callable[[Material], dict[str, Modifier]], lr: float, start: Modifier | None = None
 ) -> Callable[[Material], nn.Module]:
-    """Train a copy under modifiers with the peak learning rate ``lr``, after a one-shot ``start`` where there is one."""
+    """Train a copy under modifiers with peak learning rate ``lr``, after a one-shot ``start`` where there is one."""
 
     def build(material: Material) -> nn.Module:
         module = material.copy().train()
@@ -202,7 +202,10 @@ def pruning(pattern: str, *, scheduled: bool) -> MagnitudePruningModifier:
 
 
 def table() -> list[Row]:
-    rows = [Row("dense", "dense", lambda m: m.copy().model), Row("dense", "dense, trained on", trained(lambda m: {}, LR["dense"]))]
+    rows = [
+        Row("dense", "dense", lambda m: m.copy().model),
+        Row("dense", "dense, trained on", trained(lambda m: {}, LR["dense"])),
+    ]
     for b in (4, 3, 2):
         rows += [
             Row(f"W{b}", f"W{b} RTN", one_shot(lambda b=b: QuantizationModifier(**scheme(b)))),
@@ -261,8 +264,8 @@ def report(measured: dict[str, dict[int, Scores]], arguments: argparse.Namespace
         "",
         f"Mean ± standard deviation over the seeds {', '.join(map(str, arguments.seeds))}. Trained rows: "
         f"{arguments.steps} steps of 16 x 128 tokens, AdamW, no weight decay, peak learning rates "
-        f"{', '.join(f'{rows} {lr:g}' for rows, lr in LR.items())}; `lm_head` stays dense. {arguments.blocks * 127:,} held-out tokens. PyTorch {torch.__version__}, Lightning "
-        f"{lightning.__version__}.",
+        f"{', '.join(f'{rows} {lr:g}' for rows, lr in LR.items())}; `lm_head` stays dense. "
+        f"{arguments.blocks * 127:,} held-out tokens. PyTorch {torch.__version__}, Lightning {lightning.__version__}.",
     ]
 
 
