@@ -41,7 +41,10 @@ class MaskedWeights:
 
     def matrices(self) -> dict[str, Tensor]:
         """Every trained weight as W [R, C], detached."""
-        return {name: _matrix(trained_weight(module), module) for name, module in self.modules.items()}
+        found = {name: _matrix(trained_weight(module), module) for name, module in self.modules.items()}
+        for name, mask in self.masks.items():
+            self._check_shape(name, mask, found[name])
+        return found
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Take new masks (bool [R, C], True survives) and apply them to the weights."""
@@ -92,8 +95,17 @@ class MaskedWeights:
     def _like(self, name: str) -> Tensor:
         """The mask in the shape and on the device of the weight; a model may have moved since it was chosen."""
         weight = trained_weight(self.modules[name])
+        self._check_shape(name, self.masks[name], _matrix(weight, self.modules[name]))
         self.masks[name] = self.masks[name].to(weight.device)
         return _shaped(self.masks[name], self.modules[name], weight)
+
+    @staticmethod
+    def _check_shape(name: str, mask_RC: Tensor, W_RC: Tensor) -> None:
+        if mask_RC.shape != W_RC.shape:
+            raise ValueError(
+                f"the mask of {name!r} is {tuple(mask_RC.shape)}, and its weight is {tuple(W_RC.shape)} now: something "
+                f"changed its shape after the mask was chosen; let structured pruning end before masks begin"
+            )
 
 
 def _matrix(weight: Tensor, module: nn.Module) -> Tensor:

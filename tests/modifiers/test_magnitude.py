@@ -66,9 +66,8 @@ def test_structures_grow_along_the_schedule_under_momentum_and_decay(optimizer, 
         seen.append(int(tiles.sum()))
 
     modifier = MagnitudePruningModifier(targets=["0"], start=1, end=7, mask_structure=structure, schedule="cosine")
-    train(
-        model, [modifier], 9, accumulate=accumulate, optimizer=OPTIMIZERS[optimizer](model.parameters()), after_step=look
-    )
+    moving = OPTIMIZERS[optimizer](model.parameters())
+    train(model, [modifier], 9, accumulate=accumulate, optimizer=moving, after_step=look)
     expected = [0.5 * (1 - math.cos(math.pi * min(max(step - 1, 0) / 6, 1))) / 2 for step in range(9)]
     assert seen == [int(share * units + 1e-9) for share in expected]
 
@@ -211,6 +210,18 @@ def test_a_weight_that_is_no_matrix_is_refused_before_training():
     for targets, name in ((["Linear", "1"], r"1 \(LayerNorm\)"), (["2"], r"2 \(ReLU\)")):
         with pytest.raises(ValueError, match=f"cannot prune {name}: expected modules with a weight"):
             Lifecycle([MagnitudePruningModifier(targets=targets)]).initialize(State(model=model))
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "constant"])
+def test_a_weight_that_shrinks_under_its_mask_is_named(kind):
+    model = network()
+    modifier = MagnitudePruningModifier(start=0) if kind == "magnitude" else ConstantPruningModifier()
+    lifecycle = train(model, [modifier], 2)
+    model[0].weight = nn.Parameter(model[0].weight.detach()[:16])
+    model[2].weight = nn.Parameter(model[2].weight.detach()[:, :16])
+    model[0].bias = nn.Parameter(model[0].bias.detach()[:16])
+    with pytest.raises(ValueError, match=r"mask of '0' is \(32, 16\), and its weight is \(16, 16\) now: .*structured"):
+        train(model, [], 3, first=2, lifecycle=lifecycle)
 
 
 def test_a_width_that_the_pattern_does_not_divide_is_refused_before_training():

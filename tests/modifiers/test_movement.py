@@ -291,6 +291,14 @@ def test_a_resumed_run_ends_with_the_same_bits(stop, options):
     assert (resumed[0].weight == 0).any()
 
 
+def test_a_weight_that_shrinks_under_its_mask_is_named():
+    model = network()
+    lifecycle = train(model, [MovementPruningModifier(end=6)], 2)
+    model[0].weight = nn.Parameter(model[0].weight.detach()[:16])
+    with pytest.raises(ValueError, match=r"mask of '0' is \(32, 16\), and its weight is \(16, 16\) now"):
+        lifecycle.emit(State(model=model), Event(EventType.BATCH_START, 2, 2))
+
+
 def test_the_ledger_says_what_was_done():
     model = network()
     lifecycle = train(model, [MovementPruningModifier(end=4, final_sparsity=0.75)], 6)
