@@ -57,7 +57,8 @@ def build_teacher(source: Any, model: nn.Module) -> Callable[..., Any]:
 
 def _copy(model: nn.Module, source: str | Path) -> nn.Module:
     changed = [name for name, module in model.named_modules() if hasattr(module, "parametrizations")]
-    if changed := changed + [next(iter(step.get("shapes", step.get("layers", ())))) for step in record_of(model)]:
+    changed += [next(iter(step["shapes"] if "shapes" in step else step["layers"])) for step in record_of(model)]
+    if changed:
         raise ValueError(
             f"teacher={str(source)!r} would copy a model that another modifier has changed already, in {changed[:3]}: "
             f"let DistillationModifier stand before it in the recipe"
