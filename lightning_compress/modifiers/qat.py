@@ -57,12 +57,13 @@ class QATModifier(QuantizationArguments, Modifier):
         gradient: ``lsq``: the optimizer trains the scales too. ``ste``: it does not, scales follow the weights.
         scale_search: Scales at ``start``: from each group's extremes (``minmax``), or those with the least
             sum |w - q|^2.4 (``mse``).
-        observe_until: When static activation scales, and scales that follow the weights, stop moving, in ``unit``; by
-            default at the end.
+        observe_until: When static activation scales, and scales that follow the weights, stop following, in ``unit``;
+            by default at the end.
         averaging_constant: Of static activation scales: the weight of the newest batch's extremes.
         freeze_bn_at: When BatchNorm layers go over to their running statistics, in ``unit``; by default never.
         fold_batchnorm: Fold BatchNorm layers into the layers before them at set-up, before there are optimizers; what
             is left of them is a shift, in evaluation mode from then on. For models that are trained already.
+        learn_activations: From ``observe_until`` on the optimizer trains static activation scales, as those of ``lsq``.
         start: When fake-quantization begins, in ``unit``; until then the model trains as it is.
         end: From then on no scale moves, learned ones neither; fake-quantization stays on.
 
@@ -80,6 +81,7 @@ class QATModifier(QuantizationArguments, Modifier):
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
     freeze_bn_at: float | None = None
     fold_batchnorm: bool = False
+    learn_activations: bool = False
 
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _norms: list[nn.Module] = PrivateAttr(default_factory=list)
@@ -92,6 +94,16 @@ class QATModifier(QuantizationArguments, Modifier):
     def _moments_fit(self) -> "QATModifier":
         if self.start is None:
             raise ValueError("start=None: quantization-aware training needs a window; leave start out, or give start=0")
+        if self.learn_activations:
+            if not self.has_static_inputs:
+                raise ValueError(
+                    "learn_activations=True, but no scheme has static activations (dynamic ones follow each input); "
+                    "leave it out, or give a scheme such as config_groups with input_activations: {dynamic: false}"
+                )
+            if self.observe_until is None:
+                raise ValueError(
+                    "learn_activations=True needs observe_until: until then scales are observed, from then on learned"
+                )
         for name, value in (("observe_until", self.observe_until), ("freeze_bn_at", self.freeze_bn_at)):
             if value is not None and value < self.start:
                 raise ValueError(f"{name}={value} lies before start={self.start} (unit: {self.unit})")
@@ -142,10 +154,11 @@ class QATModifier(QuantizationArguments, Modifier):
             raise
         named = {clean_name(name): module for name, module in model.named_modules()}
         self._modules = {name: named[name] for name in schemes}
+        inputs = (self.averaging_constant, self.learn_activations)
         for name, scheme in schemes.items():
             module = self._modules[name]
             record = records[name][1] if name in records else None
-            parametrize_weight(module, scheme, self.gradient, self.scale_search, record, self.averaging_constant)
+            parametrize_weight(module, scheme, self.gradient, self.scale_search, record, *inputs)
         return True
 
     # -- while training -----------------------------------------------------------------------------------------------

@@ -10,16 +10,14 @@ What the layer computes with is what :func:`finish` leaves behind, bit for bit: 
 Shapes: R rows, C columns, G groups, as in quant/matrix.py.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
-from lightning_compress.ops.fake_quant import HALF_STEP, learned_step, relative_step, replace_value, straight_through
+from lightning_compress.ops.fake_quant import learned_step, relative_step, straight_through
 from lightning_compress.quant.dense_keys import (
     ORIGINAL,
     original_weight,
@@ -28,7 +26,8 @@ from lightning_compress.quant.dense_keys import (
     remove_hook,
     take_off,
 )
-from lightning_compress.quant.fake_quant import fake_quantize_input, latent_of
+from lightning_compress.quant.fake_quant import latent_of
+from lightning_compress.quant.input_parametrization import FakeQuantizeInput
 from lightning_compress.quant.matrix import as_matrix, is_transposed, write_matrix
 from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.rounding import find_scales
@@ -36,7 +35,6 @@ from lightning_compress.quant.scales import integer_range
 
 __all__ = [
     "FakeQuantize",
-    "FakeQuantizeInput",
     "Lifted",
     "fake_quantize_of",
     "finish",
@@ -47,84 +45,6 @@ __all__ = [
 ]
 
 Gradient = Literal["ste", "lsq"]
-INPUT_TENSORS = ("low", "high", "scale", "zero_point")
-
-
-class FakeQuantizeInput(nn.Module):
-    """The input of a layer: dynamic scales (one per token or tensor), or one static scale from a moving average.
-
-    A static scale follows the extremes of each training batch: forward passes note them, :meth:`take_batch` folds them
-    in once the batch is over. So a forward pass may be repeated (activation checkpointing) and changes nothing. Until
-    the first batch is folded in, inputs pass as they are.
-
-    Args:
-        args: The grid.
-        constant: Weight of the newest batch in the average.
-        like: A tensor whose device and dtype the scale gets.
-    """
-
-    low: Tensor
-    high: Tensor
-    batch_low: Tensor
-    batch_high: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, args: QuantizationArgs, constant: float, like: Tensor):
-        super().__init__()
-        self.args, self.constant = args, constant
-        self.observing = not args.dynamic
-        self.batches = 0
-        for name in ("low", "high", "batch_low", "batch_high"):
-            self.register_buffer(name, torch.zeros(1, device=like.device), persistent=False)
-        self.register_buffer("scale", torch.ones(1, device=like.device, dtype=like.dtype), persistent=False)
-        self.register_buffer("zero_point", torch.zeros(1, device=like.device, dtype=torch.int8), persistent=False)
-        self._forget_batch()
-
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.observing and module.training:
-            low, high = x.detach().float().aminmax()
-            self.batch_low.copy_(torch.minimum(self.batch_low, low))
-            self.batch_high.copy_(torch.maximum(self.batch_high, high))
-        if self.args.dynamic:                       # the range follows the input, nothing lies outside
-            return replace_value(x, fake_quantize_input(module, x.detach(), self.args, None, None), None)
-        if not self.batches:
-            return x
-        scale, zero = self.grid()
-        value = fake_quantize_input(module, x.detach(), self.args, scale, zero)
-        lowest, highest = integer_range(self.args)
-        half = HALF_STEP[self.args.type == "float"]
-        v = x.detach() / scale if zero is None else x.detach() / scale + zero
-        return replace_value(x, value, (v >= lowest - half) & (v <= highest + half))
-
-    def take_batch(self, low: Tensor, high: Tensor) -> None:
-        """Fold the extremes of a batch, [1] each, into the average; a batch without data counts for nothing."""
-        if self.observing and bool(low.isfinite() & high.isfinite()):
-            share = self.constant if self.batches else 1.0
-            self.low.lerp_(low, share)
-            self.high.lerp_(high, share)
-            self.batches += 1
-            dtype = self.scale.dtype
-            scale, zero = calculate_qparams(self.low.to(dtype), self.high.to(dtype), self.args)
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero)
-        self._forget_batch()
-
-    def take_record(self, record: Quantized) -> None:
-        """A static scale that is there already; it observes no more."""
-        assert record.input_scale is not None
-        self.scale.copy_(record.input_scale)
-        if record.input_zero_point is not None:
-            self.zero_point.copy_(record.input_zero_point)
-        self.batches, self.observing = 1, False
-
-    def grid(self) -> tuple[Tensor, Tensor | None]:
-        """Scale [1] and zero point [1] (None: symmetric) of static activations, in the dtype that stores them."""
-        return self.scale.clone(), None if self.args.symmetric else self.zero_point.clone()
-
-    def _forget_batch(self) -> None:
-        self.batch_low.fill_(math.inf)
-        self.batch_high.fill_(-math.inf)
 
 
 class FakeQuantize(nn.Module):
@@ -137,6 +57,7 @@ class FakeQuantize(nn.Module):
         search: Where scales come from: ``minmax`` or ``mse``.
         record: Take the scales from there instead.
         constant: Of the moving average of static activations.
+        learn_inputs: Train the scales of static activations once they are no more observed.
 
     Attributes:
         active: False: the weight and the input pass as they are.
@@ -156,6 +77,7 @@ class FakeQuantize(nn.Module):
         search: Literal["minmax", "mse"],
         record: Quantized | None = None,
         constant: float = 0.01,
+        learn_inputs: bool = False,
     ):
         super().__init__()
         assert scheme.weights is not None
@@ -172,7 +94,7 @@ class FakeQuantize(nn.Module):
         self.register_buffer("zero_point", held[1], persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.scale)) if gradient == "lsq" else None
         inputs = scheme.input_activations
-        self.input = None if inputs is None else FakeQuantizeInput(inputs, constant, W_RC)
+        self.input = None if inputs is None else FakeQuantizeInput(inputs, constant, W_RC, learn_inputs)
         if record is not None and self.input is not None and record.input_scale is not None:
             self.input.take_record(record)
 
@@ -239,6 +161,8 @@ class FakeQuantize(nn.Module):
         self.stop_observing(weight)
         self._put(*self.grid(self._matrix(weight)))
         self.frozen = True
+        if self.input is not None:
+            self.input.freeze()
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values: all that the dense weight does not say."""
@@ -246,9 +170,7 @@ class FakeQuantize(nn.Module):
         flags = {"active": self.active, "observing": self.observing, "frozen": self.frozen, "given": self.given}
         state: dict[str, Any] = {**flags, **_copies(tensors)}
         if (inputs := self.input) is not None:
-            seen = {"batches": inputs.batches, "observing": inputs.observing}
-            tensors = {name: getattr(inputs, name) for name in INPUT_TENSORS}
-            state["input"] = {**seen, **_copies(tensors)}
+            state["input"] = inputs.state()
         return state
 
     @torch.no_grad()
@@ -260,9 +182,7 @@ class FakeQuantize(nn.Module):
         if self.change is not None and state["change"] is not None:
             self.change.copy_(state["change"])
         if self.input is not None and state.get("input") is not None:
-            self.input.batches, self.input.observing = state["input"]["batches"], state["input"]["observing"]
-            for name in INPUT_TENSORS:
-                getattr(self.input, name).copy_(state["input"][name])
+            self.input.load_state(state["input"])
 
     def record(self, W_RC: Tensor) -> Quantized:
         """What :func:`~lightning_compress.quant.record.attach` wants, for the weight as it is now."""
@@ -288,6 +208,7 @@ def parametrize_weight(
     search: Literal["minmax", "mse"],
     record: Quantized | None = None,
     constant: float = 0.01,
+    learn_inputs: bool = False,
 ) -> FakeQuantize:
     """Put fake-quantization on a module, not active yet; the arguments are those of :class:`FakeQuantize`.
 
@@ -295,7 +216,7 @@ def parametrize_weight(
     """
     if record is not None and record.latent is not None:
         _take_latent(module, record)
-    fake = FakeQuantize(module, scheme, gradient, search, record, constant)
+    fake = FakeQuantize(module, scheme, gradient, search, record, constant, learn_inputs)
     put_on(module, fake)
     module.register_load_state_dict_post_hook(_derive_scales)
     if fake.input is not None:

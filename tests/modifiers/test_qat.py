@@ -204,6 +204,29 @@ def test_static_activations_average_the_extremes_of_batches_until_they_freeze():
     assert_close(quantized_of(model[0]).input_scale.item(), max(-low, high) / 127.5)
 
 
+@pytest.mark.parametrize("inputs", [STATIC, STATIC | {"symmetric": False}, STATIC | {"type": "float"}], ids=str)
+def test_static_activation_scales_are_observed_then_learned_then_stand(inputs):
+    kind = "float" if inputs["type"] == "float" else "int"
+    groups = weights(8, grain="channel", kind=kind, inputs=inputs)
+    modifier = QATModifier(**groups, averaging_constant=0.25, observe_until=2, end=5, learn_activations=True)
+    model, seen = network(), []
+
+    def note(step):
+        inputs = fake_quantize_of(model[2]).input
+        seen.append((inputs.grid()[0].item(), inputs.change.item()))
+
+    _, lifecycle = trained(modifier, 7, model, after_step=note)
+    scales, changes = zip(*seen, strict=True)
+    assert changes[:2] == (0, 0)                                    # observed
+    assert len(set(changes[2:5])) == 3                              # learned
+    assert len(set(scales[4:])) == 1                                # at rest
+    assert fake_quantize_of(model[2]).input.change.grad == 0        # a gradient, for DDP, but zero
+    before, after = finished(model, lifecycle)
+    assert torch.equal(before, after)
+    assert quantized_of(model[2]).input_scale.item() == scales[-1]
+    assert list(model.state_dict()) == list(network().state_dict())
+
+
 def test_static_activations_that_never_see_data_are_named():
     model = network()
     with pytest.warns(UserWarning, match="0 never saw a training batch.*static activation scale is unknown"):
@@ -463,7 +486,18 @@ def test_no_batch_norm_to_freeze():
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient": "ste", "observe_until": 5}, {"start": 2, "end": 6}, {"start": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient": "ste", "observe_until": 5},
+        {"start": 2, "end": 6},
+        {"start": 5},
+        {"observe_until": 2, "learn_activations": True},
+        {"observe_until": 6, "learn_activations": True, "end": 7},
+    ],
+    ids=str,
+)
 def test_a_resumed_run_is_the_same_run(options):
     def modifier():
         return QATModifier(**weights(8, grain="channel", inputs=STATIC), averaging_constant=0.5, **options)
@@ -516,6 +550,8 @@ def test_the_ledger_says_what_was_done():
         ({"start": 5, "observe_until": 2}, r"observe_until=2.0 lies before start=5.0 \(unit: step\)"),
         ({"start": 5, "freeze_bn_at": 2}, r"freeze_bn_at=2.0 lies before start=5.0"),
         ({"gradient": "lsw"}, "gradient='lsw'"),
+        ({"learn_activations": True, "observe_until": 2}, "no scheme has static activations"),
+        ({"scheme": "FP8", "learn_activations": True}, "learn_activations=True needs observe_until"),
         ({"averaging_constant": 0}, "averaging_constant=0"),
         ({"observe_untill": 1}, "did you mean 'observe_until'"),
         ({"scheme": "W17A16"}, "unknown scheme 'W17A16'"),
@@ -559,7 +595,7 @@ def test_two_of_its_kind():
 def test_the_static_grid_is_what_compressed_tensors_computes():
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    from lightning_compress.quant.parametrization import FakeQuantizeInput
+    from lightning_compress.quant.input_parametrization import FakeQuantizeInput
 
     args = QuantizationArgs(**(STATIC | {"symmetric": False}))
     inputs = FakeQuantizeInput(args, 0.1, torch.zeros(1))

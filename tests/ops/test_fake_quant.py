@@ -6,7 +6,14 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_compress.ops.fake_quant import learned_step, reference, relative_step, replace_value, straight_through
+from lightning_compress.ops.fake_quant import (
+    learned_step,
+    learned_value,
+    reference,
+    relative_step,
+    replace_value,
+    straight_through,
+)
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.scales import integer_range, minmax
 
@@ -97,6 +104,21 @@ def test_gradients_are_finite_differences_of_the_surrogate(grid):
     assert_close(g_W[away], difference(W_RC, lambda w: surrogate(w, scale))[away], rtol=1e-5, atol=1e-6)
     expected = difference(scale, lambda t: surrogate(W_RC, t)) / (W_RC.numel() / scale.numel() * high) ** 0.5
     assert_close(g_s, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [g for g in FEW if g["strategy"] == "tensor"], ids=named)
+def test_an_activation_has_the_gradients_of_a_weight_but_for_the_count(grid):
+    """Those are finite differences of the surrogate; the paper divides by the features of a layer, not by all."""
+    W_RC, scale, *rest, _ = case(grid, torch.float64, 0.6)
+    x, value = W_RC.view(2, 3, 24).requires_grad_(), learned_step(W_RC.detach(), scale, *rest).view(2, 3, 24)
+    W, s, t = W_RC.detach().clone().requires_grad_(), *(scale.clone().requires_grad_() for _ in range(2))
+    gradient = torch.randn_like(value)
+    said = learned_value(x, value, s, *rest, 24)
+    assert torch.equal(said, value)
+    of_x, of_s = torch.autograd.grad(said, (x, s), gradient)
+    of_W, of_t = torch.autograd.grad(learned_step(W, t, *rest), (W, t), gradient.view(6, 24))
+    assert torch.equal(of_x.view(6, 24), of_W)
+    assert_close(of_s, of_t * 6**0.5)
 
 
 def test_straight_through_is_1_inside_and_0_outside():

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_compress.ops.fake_quant.reference import HALF_STEP
 
-__all__ = ["HALF_STEP", "learned_step", "relative_step", "replace_value", "straight_through"]
+__all__ = ["HALF_STEP", "learned_step", "learned_value", "relative_step", "replace_value", "straight_through"]
 
 
 def straight_through(
@@ -52,6 +52,31 @@ def learned_step(
     """
     _check(W_RC, scale, zero)
     return _LearnedStep.apply(W_RC, scale, zero, low, high, float8)
+
+
+def learned_value(
+    x: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    low: float,
+    high: float,
+    float8: bool,
+    features: int,
+) -> Tensor:
+    """``value``, with the gradients of LSQ for the activation x and for its scale.
+
+    Args:
+        x: Any shape, any floating dtype.
+        value: x on the grid, as the model that is exported computes it.
+        scale: [1].
+        zero: [1], or None for 0.
+        low: Lowest code.
+        high: Highest code.
+        float8: The grid is that of FP8 (e4m3), not integers.
+        features: N in 1 / sqrt(N high), by which the gradient of the scale is multiplied.
+    """
+    return _LearnedValue.apply(x, value, scale, zero, low, high, float8, features)
 
 
 def relative_step(start: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,20 +132,38 @@ class _LearnedStep(Function):
     @once_differentiable
     def backward(ctx: Any, gradient_RC: Tensor) -> tuple[Tensor | None, ...]:
         W_RC, scale, zero = ctx.saved_tensors
-        low, high, float8 = ctx.grid
-        v_RGg, _, z_RG1 = _scaled(W_RC, scale, zero)
-        inside_RGg = (v_RGg > low) & (v_RGg < high)
-        gradient_RGg = gradient_RC.reshape(v_RGg.shape)
-        gradient_W = (gradient_RGg * inside_RGg).view(W_RC.shape) if ctx.needs_input_grad[0] else None
-        gradient_s = None
-        if ctx.needs_input_grad[1]:
-            c_RGg = v_RGg.clamp(low, high)
-            outside_RGg = c_RGg if z_RG1 is None else c_RGg - z_RG1
-            slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8) - v_RGg, outside_RGg)   # z falls out inside
-            summed_RG = (gradient_RGg * slope_RGg).sum(-1)
-            summed = summed_RG.sum().view(1) if scale.ndim == 1 else summed_RG
-            gradient_s = (summed / (W_RC.numel() // scale.numel() * high) ** 0.5).to(scale.dtype)
-        return gradient_W, gradient_s, None, None, None, None
+        count, needed = W_RC.numel() // scale.numel(), (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        gradients = _learned_gradients(gradient_RC, W_RC, scale, zero, *ctx.grid, count=count, needed=needed)
+        return *gradients, None, None, None, None
+
+
+class _LearnedValue(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        value: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        low: float,
+        high: float,
+        float8: bool,
+        features: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.grid, ctx.features = (low, high, float8), features
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero = ctx.saved_tensors
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        x_1N, gradient_1N = x.reshape(1, -1), gradient.reshape(1, -1)
+        of_x, of_scale = _learned_gradients(
+            gradient_1N, x_1N, scale, zero, *ctx.grid, count=ctx.features, needed=needed
+        )
+        return None if of_x is None else of_x.view(x.shape), None, of_scale, None, None, None, None, None
 
 
 class _RelativeStep(Function):
@@ -150,6 +193,33 @@ class _ReplaceValue(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return gradient if inside is None else gradient * inside, None, None
+
+
+def _learned_gradients(
+    gradient_RC: Tensor,
+    W_RC: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    low: float,
+    high: float,
+    float8: bool,
+    *,
+    count: int,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of W [R, C] and of the scale (in its shape), divided by sqrt(count high); None where it is not needed."""
+    v_RGg, _, z_RG1 = _scaled(W_RC, scale, zero)
+    inside_RGg = (v_RGg > low) & (v_RGg < high)
+    gradient_RGg = gradient_RC.reshape(v_RGg.shape)
+    gradient_W = (gradient_RGg * inside_RGg).view(W_RC.shape) if needed[0] else None
+    if not needed[1]:
+        return gradient_W, None
+    c_RGg = v_RGg.clamp(low, high)
+    outside_RGg = c_RGg if z_RG1 is None else c_RGg - z_RG1
+    slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8).sub_(v_RGg), outside_RGg)       # z falls out inside
+    summed_RG = slope_RGg.mul_(gradient_RGg).sum(-1)
+    summed = summed_RG.sum().view(1) if scale.ndim == 1 else summed_RG
+    return gradient_W, (summed / (count * high) ** 0.5).to(scale.dtype)
 
 
 def _value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool) -> Tensor:

@@ -1,0 +1,146 @@
+"""The input of a layer on its grid, in training: dynamic, from a moving average, or with a scale that is learned (LSQ).
+
+A learned scale starts where the average stood when the observer stopped; its gradient is that of Esser et al. 2020
+(arXiv:1902.08153), scaled by 1 / sqrt(N q_max) with N the features of the layer's input (section 2.2): its columns, for
+a convolution channels times places.
+"""
+
+import math
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor, nn
+
+from lightning_compress.ops.fake_quant import HALF_STEP, learned_value, relative_step, replace_value
+from lightning_compress.quant.fake_quant import fake_quantize_input
+from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.scales import integer_range
+
+__all__ = ["FakeQuantizeInput"]
+
+TENSORS = ("low", "high", "scale", "zero_point")
+
+
+class FakeQuantizeInput(nn.Module):
+    """The input of a layer: dynamic scales (one per token or tensor), or one static scale for the whole tensor.
+
+    A static scale follows the extremes of each training batch: forward passes note them, :meth:`take_batch` folds them
+    in once the batch is over. So a forward pass may be repeated (activation checkpointing) and changes nothing. Until
+    the first batch is folded in, inputs pass as they are.
+
+    Args:
+        args: The grid.
+        constant: Weight of the newest batch in the average.
+        like: A tensor whose device and dtype the scale gets.
+        learned: The optimizer trains a static scale once observing is over.
+
+    Attributes:
+        observing: The scale follows the extremes of batches.
+        frozen: The scale does not move any more.
+        change: With ``learned`` the parameter behind the scale, [1]: scale = where observing stopped (1 + change).
+    """
+
+    low: Tensor
+    high: Tensor
+    batch_low: Tensor
+    batch_high: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, args: QuantizationArgs, constant: float, like: Tensor, learned: bool = False):
+        super().__init__()
+        self.args, self.constant = args, constant
+        self.observing = not args.dynamic
+        self.frozen, self.batches = False, 0
+        self.change = nn.Parameter(torch.zeros(1, device=like.device)) if learned and not args.dynamic else None
+        for name in ("low", "high", "batch_low", "batch_high"):
+            self.register_buffer(name, torch.zeros(1, device=like.device), persistent=False)
+        self.register_buffer("scale", torch.ones(1, device=like.device, dtype=like.dtype), persistent=False)
+        self.register_buffer("zero_point", torch.zeros(1, device=like.device, dtype=torch.int8), persistent=False)
+        self._forget_batch()
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.observing and module.training:
+            low, high = x.detach().float().aminmax()
+            self.batch_low.copy_(torch.minimum(self.batch_low, low))
+            self.batch_high.copy_(torch.maximum(self.batch_high, high))
+        if self.args.dynamic:                       # the range follows the input, nothing lies outside
+            return replace_value(x, fake_quantize_input(module, x.detach(), self.args, None, None), None)
+        change = self.change if torch.is_grad_enabled() else None
+        if change is not None and not self._learned:
+            x = x + 0 * change.sum()                # DDP waits for the gradient of every parameter, and gets zero
+        if not self.batches:
+            return x
+        scale, zero = self.grid()
+        value = fake_quantize_input(module, x.detach(), self.args, scale, zero)
+        lowest, highest = integer_range(self.args)
+        if change is not None and self._learned:
+            moving = relative_step(self.scale.clone(), change, self.scale.dtype)
+            features = x[0].numel() if isinstance(module, nn.Conv1d | nn.Conv2d) and len(x) else x.shape[-1]
+            return learned_value(x, value, moving, zero, lowest, highest, self.args.type == "float", features)
+        half = HALF_STEP[self.args.type == "float"]
+        v = x.detach() / scale if zero is None else x.detach() / scale + zero
+        return replace_value(x, value, (v >= lowest - half) & (v <= highest + half))
+
+    def take_batch(self, low: Tensor, high: Tensor) -> None:
+        """Fold the extremes of a batch, [1] each, into the average; a batch without data counts for nothing."""
+        if self.observing and bool(low.isfinite() & high.isfinite()):
+            share = self.constant if self.batches else 1.0
+            self.low.lerp_(low, share)
+            self.high.lerp_(high, share)
+            self.batches += 1
+            dtype = self.scale.dtype
+            scale, zero = calculate_qparams(self.low.to(dtype), self.high.to(dtype), self.args)
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero)
+        self._forget_batch()
+
+    def take_record(self, record: Quantized) -> None:
+        """A static scale that is there already; it observes no more."""
+        assert record.input_scale is not None
+        self.scale.copy_(record.input_scale)
+        if record.input_zero_point is not None:
+            self.zero_point.copy_(record.input_zero_point)
+        if self.change is not None:
+            self.change.zero_()
+        self.batches, self.observing = 1, False
+
+    def freeze(self) -> None:
+        """The scale does not move any more."""
+        scale, _ = self.grid()
+        self.scale.copy_(scale)
+        self.observing, self.frozen = False, True
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """Scale [1] and zero point [1] (None: symmetric) of static activations, in the dtype that stores them."""
+        scale = self.scale.clone()
+        if self.change is not None and self._learned:
+            scale = relative_step(scale, self.change, scale.dtype)
+        return scale, None if self.args.symmetric else self.zero_point.clone()
+
+    @property
+    def _learned(self) -> bool:
+        return self.change is not None and not self.observing and not self.frozen
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for checkpoints."""
+        tensors = {name: getattr(self, name).detach().clone() for name in TENSORS}
+        change = None if self.change is None else self.change.detach().clone()
+        flags = {"batches": self.batches, "observing": self.observing, "frozen": self.frozen}
+        return {**flags, "change": change, **tensors}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        self.batches, self.observing, self.frozen = state["batches"], state["observing"], state["frozen"]
+        for name in TENSORS:
+            getattr(self, name).copy_(state[name])
+        if self.change is not None and state["change"] is not None:
+            self.change.copy_(state["change"])
+
+    def _forget_batch(self) -> None:
+        self.batch_low.fill_(math.inf)
+        self.batch_high.fill_(-math.inf)
