@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.awq import AWQModifier
     from lightning_compress.modifiers.batch_norm import FoldBatchNormModifier
     from lightning_compress.modifiers.constant import ConstantPruningModifier
+    from lightning_compress.modifiers.depth import DepthPruningModifier
     from lightning_compress.modifiers.distillation import DistillationModifier
     from lightning_compress.modifiers.freeze import FreezeModifier
     from lightning_compress.modifiers.gptq import GPTQModifier
+    from lightning_compress.modifiers.kv_cache import KVCacheModifier
     from lightning_compress.modifiers.learned_mask import LearnedMaskModifier
     from lightning_compress.modifiers.logarithmic_equalization import LogarithmicEqualizationModifier
     from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
@@ -40,11 +42,13 @@ __all__ = [
     "AWQModifier",
     "CompressionCallback",
     "ConstantPruningModifier",
+    "DepthPruningModifier",
     "DistillationModifier",
     "EventType",
     "FoldBatchNormModifier",
     "FreezeModifier",
     "GPTQModifier",
+    "KVCacheModifier",
     "LearnedMaskModifier",
     "LogarithmicEqualizationModifier",
     "MagnitudePruningModifier",
@@ -70,11 +74,13 @@ _HOME = MappingProxyType(
         "AWQModifier": "modifiers.awq",
         "CompressionCallback": "callback",
         "ConstantPruningModifier": "modifiers.constant",
+        "DepthPruningModifier": "modifiers.depth",
         "DistillationModifier": "modifiers.distillation",
         "EventType": "core.events",
         "FoldBatchNormModifier": "modifiers.batch_norm",
         "FreezeModifier": "modifiers.freeze",
         "GPTQModifier": "modifiers.gptq",
+        "KVCacheModifier": "modifiers.kv_cache",
         "LearnedMaskModifier": "modifiers.learned_mask",
         "LogarithmicEqualizationModifier": "modifiers.logarithmic_equalization",
         "MagnitudePruningModifier": "modifiers.magnitude",

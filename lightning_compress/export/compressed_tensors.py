@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import yaml
 from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -41,10 +41,17 @@ from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
 from lightning_compress.export.online import attach_all, online_entries, seal, unsealed
 from lightning_compress.export.packing import check_fit, from_json, is_packable, pack, tensor_names, to_json, unpack
-from lightning_compress.export.quantization_config import matched, quantization_config
+from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.formats import is_microscaled
+from lightning_compress.quant.kv_cache import (
+    QuantizedCache,
+    attach_cache,
+    attention_modules,
+    cache_of,
+    quantized_caches,
+)
 from lightning_compress.quant.packed import PackedLinear, pack_linears
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 
@@ -102,6 +109,7 @@ def save(
             "transformers quantized this model when it loaded it; load its folder with lightning_compress.load instead "
             "and save what that returns"
         )
+    caches = _caches(model)
     recipe_yaml = None if recipe is None else _yaml(recipe)
     reasons = _dense_on_disk(model, records)
     try:
@@ -110,7 +118,7 @@ def save(
             for name in reasons:
                 check_fit(name, *records[name])
             _warn_dense(reasons, records)
-            _write(model, records, set(reasons), partial, max_shard_bytes)
+            _write(model, records, caches, set(reasons), partial, max_shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if recipe_yaml is not None:
@@ -178,6 +186,7 @@ def load(
             if is_microscaled(scheme.weights):                    # they unpack to bfloat16, whatever the model's dtype
                 weight = weight.to(module.get_parameter("weight").dtype)
             weights[f"{on_disk}.weight"] = weight
+    caches = _read_caches(layout, config.get("quantization_config", {}).get("kv_cache_scheme"), files)
     records |= {name: from_json(data) for name, data in own["dense"].items()}
     weights |= files.rest()
 
@@ -192,6 +201,9 @@ def load(
     for name, record in records.items():
         module = model.get_submodule(name)
         attach(module, _on(record, module.get_parameter("weight").device))
+    for name, cache in caches.items():
+        attention = model.get_submodule(name)
+        attach_cache(attention, _on(cache, next(attention.parameters()).device))
     if packed and not pack_linears(model):
         raise ValueError(f"{folder} holds no Linear with 4-bit integer weights and dense inputs; leave packed out")
     return model
@@ -200,10 +212,32 @@ def load(
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, max_shard_bytes: int) -> None:
+def _caches(model: nn.Module) -> dict[str, QuantizedCache]:
+    """Records of the KV cache, by attention module; ValueError where loaders would quantize more than these."""
+    found = {name: cache_of(module) for name, module in quantized_caches(model).items()}
+    caches = {name: record for name, record in found.items() if record is not None}
+    if caches and (missing := [name for name in attention_modules(model) if name not in caches]):
+        raise ValueError(
+            f"the KV cache of {len(caches)} attention modules is quantized, that of {', '.join(missing[:5])} is not, "
+            f"and a folder can only say it of all; calibrate on data that reaches every one of them"
+        )
+    return caches
+
+
+def _write(
+    model: nn.Module,
+    records: Records,
+    caches: Mapping[str, QuantizedCache],
+    dense: set[str],
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
     """Weights and configs, in a folder that is there."""
     packed = {name: pair for name, pair in records.items() if name not in dense}
     state = _state_on_disk(model, packed)
+    for name, cache in caches.items():
+        scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+        state |= {f"{name}.{local}": scale.detach().cpu() for local, scale in scales.items() if scale is not None}
     if is_transformers := hugging_face.is_transformers(model):
         hugging_face.write(model, state, folder, max_shard_bytes)
         on_disk = hugging_face.names_on_disk(model, list(records))
@@ -215,8 +249,10 @@ def _write(model: nn.Module, records: Records, dense: set[str], folder: Path, ma
     for name, (module, record) in packed.items():
         written.check(on_disk[name], tensor_names(type(module), record.scheme))
     dtype = None
-    if packed:
-        config = quantization_config(model, packed)
+    if packed or caches:
+        args = next((cache.args for cache in caches.values()), None)
+        config = quantization_config(model, packed) if packed or args is None else cache_only(args)
+        config.kv_cache_scheme = args
         if is_transformers:
             hugging_face.add_names_on_disk(model, config)
         ModelCompressor(quantization_config=config).update_config(str(folder))
@@ -341,6 +377,15 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def _on(record: Quantized, device: torch.device) -> Quantized:
+def _read_caches(layout: nn.Module, scheme: Mapping[str, Any] | None, files: TensorFiles) -> dict[str, QuantizedCache]:
+    """Records of the KV cache, by attention module."""
+    if scheme is None:
+        return {}
+    args = QuantizationArgs.model_validate(scheme)
+    names = () if args.dynamic else ("k_scale", "v_scale")
+    return {name: QuantizedCache(args, **files.take(name, names)) for name in attention_modules(layout)}
+
+
+def _on(record: Any, device: torch.device) -> Any:
     tensors = {key: value for key, value in vars(record).items() if isinstance(value, Tensor)}
     return replace(record, **{key: value.to(device) for key, value in tensors.items()})

@@ -100,7 +100,7 @@ def mend_layout(
         The dtype of the model when config.json names another one.
     """
     groups = list(config.config_groups.values())
-    several = len(groups) > 1 or groups[0].input_activations is not None
+    several = len(groups) != 1 or groups[0].input_activations is not None or config.kv_cache_scheme is not None
     bfloat16 = model.dtype != torch.bfloat16 and any(is_microscaled(group.weights) for group in groups)
     advice = "the folder is as it should be, and lightning_compress.load reads it"
     if _merges_weights(model):

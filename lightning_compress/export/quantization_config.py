@@ -8,7 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from compressed_tensors.compressors.format import infer_model_format
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
 from compressed_tensors.utils import match_targets
 from compressed_tensors.utils.match import is_match
 from torch import nn
@@ -17,7 +23,13 @@ from lightning_compress.export.packing import is_packable
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.record import Quantized
 
-__all__ = ["matched", "quantization_config"]
+__all__ = ["cache_only", "matched", "quantization_config"]
+
+
+def cache_only(args: QuantizationArgs) -> QuantizationConfig:
+    """The config of a model whose weights are dense and whose KV cache is quantized."""
+    dense, status = CompressionFormat.dense.value, QuantizationStatus.COMPRESSED
+    return QuantizationConfig(config_groups={}, kv_cache_scheme=args, format=dense, quantization_status=status)
 
 
 def quantization_config(model: nn.Module, packed: Mapping[str, tuple[nn.Module, Quantized]]) -> QuantizationConfig:

@@ -35,6 +35,7 @@ from lightning_compress.distributed import world_size
 from lightning_compress.evaluation import Measurement, compare, evaluate
 from lightning_compress.export.atomic import check_target
 from lightning_compress.export.compressed_tensors import save
+from lightning_compress.quant.kv_cache import QuantizedCache, attach_cache, cache_of, quantized_caches
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 from lightning_compress.report import plots, summary, table
 from lightning_compress.training.first_rank import alone, send_tensors
@@ -398,10 +399,12 @@ class Finish:
         if world_size() == 1:
             return
         send_tensors(self.module)
-        made = alone(self._records, "sending scales")
+        made, caches = alone(lambda: (self._records(), self._caches()), "sending scales")
         if not self.trainer.is_global_zero:
             for name, record in made.items():
                 attach(self.module.get_submodule(name), _moved(record, self.pl_module.device))
+            for name, cache in caches.items():
+                attach_cache(self.module.get_submodule(name), _moved(cache, self.pl_module.device))
 
     def _warn_of_what_stays_behind(self) -> None:
         """Spawned workers send back weights and nothing else."""
@@ -417,6 +420,10 @@ class Finish:
     def _records(self) -> dict[str, Quantized]:
         records = {name: quantized_of(module) for name, module in quantized_modules(self.module).items()}
         return {name: _moved(record, torch.device("cpu")) for name, record in records.items() if record is not None}
+
+    def _caches(self) -> dict[str, QuantizedCache]:
+        caches = {name: cache_of(module) for name, module in quantized_caches(self.module).items()}
+        return {name: _moved(cache, torch.device("cpu")) for name, cache in caches.items() if cache is not None}
 
     # -- what is left behind ------------------------------------------------------------------------------------------
 
@@ -478,7 +485,7 @@ def _first_tensor(batch: Any) -> int | None:
     return next((id(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
 
 
-def _moved(record: Quantized, device: torch.device) -> Quantized:
+def _moved(record: Any, device: torch.device) -> Any:
     """The same record, its tensors on another device."""
     tensors = {f.name: getattr(record, f.name) for f in fields(record) if isinstance(getattr(record, f.name), Tensor)}
     return replace(record, **{name: tensor.to(device) for name, tensor in tensors.items()})

@@ -1,0 +1,177 @@
+"""Quantize the KV cache: keys and values of attention to FP8, INT8 or INT4.
+
+    K <- Q(K; s_k),  V <- Q(V; s_v)          keys after the rotary embedding, as they enter the cache
+
+Memory and bandwidth of long contexts are those of the cache. One scale per tensor (what vLLM has a kernel for), one for
+each head, or one for each token and head, found as it runs (KIVI, Liu et al., 2024, arXiv:2402.02750, shows why keys
+want finer scales than one per tensor: a few channels are large).
+
+Shapes: B batch, H heads of keys and values, T tokens, D numbers per head, N tokens that count.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.utils import get_head_dim
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+
+from lightning_compress.core import Event, Modifier, State
+from lightning_compress.distributed import all_reduce_
+from lightning_compress.quant.kv_cache import QuantizedCache, attach_cache, attention_modules, cache_of, with_stand_in
+from lightning_compress.quant.observers import Observer, ObserverName, make_observer
+
+__all__ = ["KVCacheModifier"]
+
+STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
+
+
+class KVCacheModifier(Modifier):
+    """Quantize keys and values where they enter the cache, in all attention modules of a model of transformers.
+
+    Args:
+        type: ``float`` (FP8, E4M3) or ``int``.
+        num_bits: 8, or with ``int`` also 4.
+        strategy: ``tensor`` and ``head``: calibrated scales, one for all or one for each head of keys and values.
+            ``token``: one for each token and head, found as it runs; needs no data.
+        observer: How calibrated scales are found.
+        averaging_constant: Of ``moving_average``: the weight of the newest batch.
+
+    Raises:
+        ValueError: A combination that has no format, a model without attention, or one that is quantized already.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    type: Literal["float", "int"] = "float"
+    num_bits: Literal[4, 8] = 8
+    strategy: Literal["tensor", "head", "token"] = "tensor"
+    observer: ObserverName = "minmax"
+    averaging_constant: float = Field(default=0.01, gt=0, le=1)
+
+    _left: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _observers: dict[str, dict[str, list[Observer]]] = PrivateAttr(default_factory=dict)    # of "k" and "v", by head
+    _args: QuantizationArgs = PrivateAttr(default_factory=QuantizationArgs)
+
+    @model_validator(mode="after")
+    def _format_is_known(self) -> "KVCacheModifier":
+        if self.type == "float" and self.num_bits != 8:
+            raise ValueError(f"num_bits={self.num_bits} with type='float': FP8 has 8 bits; use 8, or type='int'")
+        return self
+
+    @property
+    def needs_data(self) -> bool:
+        return self.strategy != "token"
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        assert state.model is not None
+        self._find(state.model)
+        return True
+
+    def _find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The attention modules, by name."""
+        modules = attention_modules(model) if hasattr(model, "config") else {}
+        if not modules:
+            raise ValueError(
+                f"this {type(model).__name__} has no attention module whose keys and values can be quantized: expected "
+                f"a model of transformers, with a cache (past_key_values) and k_proj and v_proj in a module whose "
+                f"class is called attention; leave the KV cache out of the recipe"
+            )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} keeps two caches, of its own tokens and of the encoder's, for which there is "
+                f"no format; leave the KV cache out of the recipe"
+            )
+        if done := [name for name, module in modules.items() if cache_of(module) is not None]:
+            raise ValueError(f"the KV cache of {done[0]!r} is quantized already; start from the dense model")
+        return modules
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert state.model is not None
+        self._left = self._find(state.model)
+        self._args = self._grid(state.model)
+        if not self.needs_data:
+            return
+        for name, module in self._left.items():
+            self._observers[name] = {"k": [], "v": []}
+            self.hook(
+                module,
+                lambda module, args, kwargs, name=name: (args, self._watch(name, module, kwargs)),
+                with_kwargs=True,
+            )
+            for child in module.children():     # a pass ends where the last hooked module begins: the output projection
+                self.hook(child, _nothing)
+
+    def _grid(self, model: Any) -> QuantizationArgs:
+        if self.strategy == "token":            # "token" would be one scale for all tokens of a head to the loader
+            size = get_head_dim(model.config.get_text_config(decoder=True))
+            return QuantizationArgs(
+                num_bits=self.num_bits, type=self.type, strategy="group", group_size=size, dynamic=True
+            )
+        return QuantizationArgs(num_bits=self.num_bits, type=self.type, strategy=STRATEGIES[self.strategy])
+
+    def _watch(self, name: str, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        def look(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            for kind, x in (("k", key), ("v", value)):
+                try:
+                    self._update(self._observers[name][kind], x)
+                except ValueError as error:
+                    raise ValueError(f"{kind} of {name!r}: {error}") from error
+            return key, value
+
+        return with_stand_in(module, kwargs, look)
+
+    def _update(self, observers: list[Observer], x_BHTD: Tensor) -> None:
+        x, mask = x_BHTD.transpose(1, 2), self.token_mask
+        x_NHD = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:2] else x.flatten(0, 1)
+        heads = x_NHD.unbind(1) if self.strategy == "head" else [x_NHD]
+        if not observers:
+            observers += [make_observer(self.observer, self._args, self.averaging_constant) for _ in heads]
+        for observer, head in zip(observers, heads, strict=True):
+            observer.update(head)
+
+    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._quantize(state, state.modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._quantize(state, list(self._left))
+        if self._left:
+            warnings.warn(
+                f"{self.name}: {', '.join(self._left)} never saw data, so that their scales are unknown and their keys "
+                f"and values stay as they are; such a model cannot be exported",
+                stacklevel=2,
+            )
+        for name in self._left:
+            state.ledger.add(name, "kv_cache", flag="never saw data; left as it was")
+        self._left, self._observers = {}, {}
+        self.remove_hooks()
+
+    def _quantize(self, state: State, names: Iterable[str]) -> None:
+        for name in [name for name in names if name in self._left]:
+            observers = self._observers.get(name)
+            if observers is None:
+                record = QuantizedCache(self._args)
+            elif observers["k"]:
+                dtype = next(self._left[name].parameters()).dtype
+                record = QuantizedCache(self._args, *(self._scale(state, observers[kind], dtype) for kind in "kv"))
+            else:
+                continue
+            module = self._left.pop(name)
+            self.remove_hooks(module, *module.children())
+            attach_cache(module, record)
+            kind = "FP8" if self.type == "float" else f"INT{self.num_bits}"
+            state.ledger.add(name, "kv_cache", scheme=f"KV {kind} {self.strategy}")
+
+    def _scale(self, state: State, observers: list[Observer], dtype: torch.dtype) -> Tensor:
+        if state.distributed:
+            for observer in observers:
+                all_reduce_(observer)
+        scale = torch.cat([observer.value(dtype)[0] for observer in observers])
+        return scale[:, None, None] if self.strategy == "head" else scale
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    """A hook that only says that the module is waited for."""

@@ -1,0 +1,122 @@
+"""Keys and values of attention on a grid, where they enter the cache: after the rotary embedding, before the product.
+
+compressed-tensors does it so when it loads a ``kv_cache_scheme``: the attention module gets a stand-in for its cache,
+and what is handed to ``update`` is quantized first; also where there is no cache. Here the stand-in lives for one call,
+and the module carries a record as quantized layers do (quant/record.py): state dicts keep their keys.
+
+Shapes: B batch, H heads of keys and values, T tokens, D numbers per head.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+from torch import Tensor, nn
+
+from lightning_compress.matching import clean_name
+from lightning_compress.quant.fake_quant import fake_quantize_input
+
+__all__ = [
+    "QuantizedCache",
+    "attach_cache",
+    "attention_modules",
+    "cache_of",
+    "detach_cache",
+    "quantized_caches",
+    "with_stand_in",
+]
+
+_ATTRIBUTE = "_lightning_compress_cache"
+Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """How keys and values of one attention module are quantized.
+
+    Args:
+        args: The grid; symmetric.
+        k_scale: [1], or [H, 1, 1] per head; None where scales are found as it runs.
+        v_scale: As k_scale.
+    """
+
+    args: QuantizationArgs
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules whose keys and values a loader quantizes: by dotted name, as compressed-tensors tells them."""
+    return {clean_name(name): module for name, module in model.named_modules() if is_cached_attention_module(module)}
+
+
+def attach_cache(module: nn.Module, record: QuantizedCache) -> None:
+    """Quantize the keys and values of an attention module from now on, in place of an older record."""
+    detach_cache(module)
+    setattr(module, _ATTRIBUTE, record)
+    module.register_forward_pre_hook(_quantize_cache, with_kwargs=True)
+
+
+def cache_of(module: nn.Module) -> QuantizedCache | None:
+    """The record of an attention module, or None."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def quantized_caches(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules that carry a record, by dotted name."""
+    return {clean_name(name): module for name, module in model.named_modules() if cache_of(module) is not None}
+
+
+def detach_cache(module: nn.Module) -> None:
+    """Take the record and the hook off. Nothing happens without a record."""
+    if cache_of(module) is not None:
+        delattr(module, _ATTRIBUTE)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _quantize_cache]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def with_stand_in(module: nn.Module, kwargs: Mapping[str, Any], change: Change) -> dict[str, Any]:
+    """The keyword arguments of a call, keys and values passing through ``change`` on their way into the cache.
+
+    Args:
+        module: An attention module of transformers.
+        kwargs: Of the call.
+        change: (keys, values) [B, H, T, D] each, to the ones that are used.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    name = "past_key_values" if "past_key_values" in parameters else "past_key_value"
+    return {**kwargs, name: _StandIn(kwargs.get(name), change)}
+
+
+class _StandIn:
+    """A cache, or none, whose ``update`` changes what comes in; all else is the cache's own."""
+
+    def __init__(self, cache: Any, change: Change):
+        self._cache, self._change = cache, change
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        key, value = self._change(key, value)
+        return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _quantize_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    record = cache_of(module)
+    if record is None:
+        return None
+
+    def change(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            fake_quantize_input(module, key, record.args, record.k_scale, None),
+            fake_quantize_input(module, value, record.args, record.v_scale, None),
+        )
+
+    return args, with_stand_in(module, kwargs, change)
