@@ -268,11 +268,30 @@ def test_other_ways_to_train(tmp_path, options):
         assert torch.equal(model(X), last.outputs)
 
 
-def test_a_compiled_model(tmp_path):
+def test_bf16_autocast_learns_activation_scales_and_exports_what_it_trained(tmp_path):
+    """Under autocast the layers compute in bf16 with the very weights of the export; scales are float32."""
+    model, before = module(), {}
+    options = {"averaging_constant": 0.5, "observe_until": 2, "learn_activations": True}
+
+    class Weights(Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                before.update({name: pl_module.get_submodule(name).weight.clone() for name in ("model.0", "model.2")})
+
+    callback = CompressionCallback(qat(STATIC, **options), evaluate=False)
+    quiet(tmp_path, Weights(), callback, precision="bf16-mixed").fit(model, Sums())
+    loaded = load(tmp_path / "compressed", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)))
+    for name, weight in before.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(loaded.get_submodule(name.removeprefix("model.")).weight, weight)
+
+
+@pytest.mark.parametrize("recipe", [qat, lambda: from_gptq(start=2)], ids=["qat", "from gptq"])
+def test_a_compiled_model(tmp_path, recipe):
     model = module()
     model.model = torch.compile(model.model, backend="eager")
     last = LastOutputs()
-    quiet(tmp_path, last, CompressionCallback(qat(), evaluate=False)).fit(model, Sums())
+    quiet(tmp_path, last, CompressionCallback(recipe(), evaluate=False)).fit(model, Sums())
     loaded = load(tmp_path / "compressed", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)))
     with torch.no_grad():
         torch.testing.assert_close(loaded(X), last.outputs, rtol=1e-6, atol=1e-6)
