@@ -112,6 +112,16 @@ def test_held_zeros_are_in_a_best_checkpoint_from_before_them_too(tmp_path):
     assert (model.model[0].weight[:, ::2] == 0).all()
 
 
+def test_a_best_checkpoint_from_inside_the_window_with_as_many_zeros_comes_with_its_masks(tmp_path, recwarn):
+    model = module(kind=Worse)
+    keeping = ModelCheckpoint(tmp_path / "kept", monitor="val/mse")
+    callback = CompressionCallback(pruning("movement 2:4", end=7))
+    quiet(tmp_path, callback, keeping, max_epochs=2).fit(model, Sums())
+    best = torch.load(next((tmp_path / "kept").glob("*.ckpt")), weights_only=True)["state_dict"]["model.0.weight"]
+    assert torch.equal(model.model[0].weight, best)
+    assert not [w for w in recwarn if "MovementPruning" in str(w.message)]
+
+
 @pytest.mark.parametrize("kind", ["movement", "learned"])
 def test_a_best_checkpoint_from_after_the_window_is_exported_as_it_is(tmp_path, kind, recwarn):
     model = module(kind=Worse)
@@ -240,6 +250,19 @@ def test_a_window_past_the_end_of_the_run_is_a_warning_with_the_numbers(tmp_path
 def test_a_window_that_fits_is_none(tmp_path, recwarn):
     quiet(tmp_path, CompressionCallback(pruning("magnitude", end=8)), max_epochs=2).fit(module(), Sums())
     assert not [w for w in recwarn if "the end of the run" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "movement"])
+def test_a_run_that_stops_before_the_schedule_says_how_sparse_it_is(tmp_path, kind):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 4
+
+    model = module()
+    callback = CompressionCallback(pruning(kind, end=7), evaluate=False)
+    with pytest.warns(UserWarning, match=r"the run ended before end=7.0, .* at a sparsity of 0\.4\d+"):
+        quiet(tmp_path, callback, Stop(), max_epochs=2).fit(model, Sums())
+    assert 0.4 < zeros(model) < 0.5
 
 
 class Endless(IterableDataset):

@@ -1,5 +1,6 @@
 """The arguments that modifiers share which prune on a schedule: what, how much, along which curve."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -107,6 +108,14 @@ class ScheduledSparsity(BaseModel):
             name: keep_mask(S_RC, self._between(self.final_of(name, modules[name]), curve), self.mask_structure)
             for name, S_RC in scores.items()
         }
+
+    def warn_of_an_early_end(self, name: str, zeros: float, end: float | None) -> None:
+        """The run is over, and the schedule is not: a run that was stopped early, or a window that outlasts it."""
+        warnings.warn(
+            f"{name}: the run ended before end={end}, where the schedule would have, at a sparsity of {zeros:.3f}: "
+            f"that is what is left behind; train longer, or let the window end earlier",
+            stacklevel=3,
+        )
 
     def final_of(self, name: str, module: nn.Module) -> float:
         """The final sparsity of one target: that of the ``layer_sparsity`` entry which fits it best."""

@@ -297,6 +297,12 @@ class LearnedMaskModifier(Modifier):
                 f"weights get the masks of the last step; set load_best=False, or start earlier",
                 stacklevel=2,
             )
+        elif not self._done and event.global_step == 0 and self._started:
+            warnings.warn(
+                f"{self.name}: no training step was made, so that the masks are those it begins with (prior: "
+                f"{self.prior}); they are learned in Trainer.fit",
+                stacklevel=2,
+            )
         self._wear_last()
 
     def _wear_last(self) -> None:

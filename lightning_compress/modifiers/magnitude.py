@@ -93,6 +93,8 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
             )
         else:
             self._weights.apply_to_weights()                       # whatever was loaded in between
+        if self.start is not None and self._curve is not None and self._curve < 1.0:
+            self.warn_of_an_early_end(self.name, self._weights.mean_sparsity(), self.end)
         self._reached = None
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:

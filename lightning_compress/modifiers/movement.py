@@ -192,7 +192,9 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
         """The best weights are back, and so is all that belongs to them."""
         if self._kept(state["masks"]) > self._kept(self._weights.masks):
             self._final = dict(self._weights.masks)
+        done = self._done
         self._take(state)
+        self._done = done or self._done                                     # the clock does not go back
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._final:
@@ -205,6 +207,8 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
                 stacklevel=2,
             )
         self._weights.apply_to_weights()
+        if not (self._done or self._final):
+            self.warn_of_an_early_end(self.name, self._weights.mean_sparsity(), self.end)
         self._final, self._asleep = {}, {}
 
     def _kept(self, masks: dict[str, Tensor]) -> int:
