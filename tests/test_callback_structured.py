@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import CompressionCallback, DistillationModifier, GPTQModifier, StructuredPruningModifier
+from lightning_compress import (
+    CompressionCallback,
+    DepthPruningModifier,
+    DistillationModifier,
+    GPTQModifier,
+    StructuredPruningModifier,
+)
 from lightning_compress.structure.surgery import record_of
 from tests.structure_runs import images, llama, residuals, tokens
 from tests.training_runs import Regression, Sums, quiet
@@ -162,6 +168,30 @@ def test_distillation_learns_from_the_dense_model_and_refuses_the_small_one(tmp_
         quiet(tmp_path / "swapped", CompressionCallback(swapped)).fit(Language(), texts())
 
 
+class PowerCut(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 4:
+            raise KeyError("power cut")
+
+
+@pytest.mark.parametrize("start", [0, 2, 5], ids=["at set-up", "before the cut", "after the cut"])
+def test_a_run_that_lost_blocks_resumes_with_the_same_bits(tmp_path, start):
+    def run(folder, *callbacks, **options):
+        where = {"layers": [1]} if start == 0 else {"count": 1}
+        module, callback = Language(), CompressionCallback(DepthPruningModifier(start=start, **where))
+        keeping = ModelCheckpoint(folder / "kept", save_last=True, every_n_train_steps=1)
+        quiet(folder, callback, keeping, *callbacks, max_epochs=2).fit(module, texts(), **options)
+        assert len(module.model.model.layers) == 2
+        return module.model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyError):
+        run(tmp_path / "cut", PowerCut())
+    resumed = run(tmp_path / "cut", ckpt_path=tmp_path / "cut" / "kept" / "last.ckpt", weights_only=True)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 RELOAD = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -170,18 +200,20 @@ torch.save(model(**torch.load(sys.argv[2])).logits, sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "gptq"])
-def test_plain_transformers_loads_the_small_model_in_a_clean_process(tmp_path, quantize):
+@pytest.mark.parametrize(("quantize", "importance"), [(False, "taylor"), (True, "activation")], ids=["dense", "gptq"])
+def test_plain_transformers_loads_the_small_model_in_a_clean_process(tmp_path, quantize, importance):
     module = Language()
     modifiers = [
         DistillationModifier(weight=0.5),
-        StructuredPruningModifier(dimension="mlp", ratio=0.25, start=1, end=3, importance="taylor", round_to=4),
+        StructuredPruningModifier(ratio=0.25, start=1, end=5, importance=importance, round_to=4),
         StructuredPruningModifier(dimension="heads", ratio=0.5, start=0),
+        DepthPruningModifier(count=1, start=3),
         *([GPTQModifier(scheme="W8A16", group_size=4, ignore=["re:.*lm_head"])] if quantize else []),
     ]
     quiet(tmp_path, CompressionCallback(modifiers), max_epochs=2).fit(module, texts(), texts())
     folder = tmp_path / "compressed"
     config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
     sizes = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     assert [config[size] for size in sizes] == [36, 4, 2, 4, 32]
     torch.save(tokens(), tmp_path / "in.pt")

@@ -11,7 +11,7 @@ Shapes: U units, K places of one unit along a dimension, C places along it, N to
 import torch
 from torch import Tensor
 
-__all__ = ["input_energy", "strongest", "unit_gate_gradient", "unit_square_sum"]
+__all__ = ["block_influence", "input_energy", "strongest", "unit_gate_gradient", "unit_square_sum"]
 
 
 def unit_square_sum(W: Tensor, dim: int, index_UK: Tensor) -> Tensor:
@@ -38,6 +38,25 @@ def input_energy(x: Tensor, channel_dim: int, index_UK: Tensor, mask: Tensor | N
         x_NC = x_NC[mask]
     x_NC = x_NC.flatten(0, -2)
     return _by_unit(x_NC.square().sum(0), index_UK), len(x_NC)
+
+
+def block_influence(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[float, int]:
+    """sum (1 - cos) between what enters a block and what leaves it, over tokens that count, and their number.
+
+    Args:
+        x: Input, [..., C].
+        y: Output, of the same shape.
+        mask: True for tokens that count, bool [...]; ignored where it does not fit.
+    """
+    if x.shape != y.shape:
+        raise ValueError(
+            f"a block takes {tuple(x.shape)} and gives {tuple(y.shape)}: without it nothing would fit, so that it "
+            f"cannot be left out"
+        )
+    away = 1 - torch.cosine_similarity(x.detach().float(), y.detach().float(), dim=-1)
+    if mask is not None and mask.shape == away.shape:
+        away = away[mask]
+    return float(away.double().sum()), away.numel()
 
 
 def strongest(score_U: Tensor, count: int) -> Tensor:

@@ -34,10 +34,12 @@ from lightning_compress.structure.groups import (
     cut_of,
     group_from_state,
     group_state,
+    moved,
     renumbered,
     units_to_keep,
+    without_layers,
 )
-from lightning_compress.structure.surgery import cut_tensors
+from lightning_compress.structure.surgery import cut_tensors, record_of
 
 __all__ = ["StructuredPruningModifier"]
 
@@ -86,7 +88,9 @@ class StructuredPruningModifier(Modifier):
     _groups: dict[str, Group] = PrivateAttr(default_factory=dict)
     _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)          # of the statistic, [U]
     _seen: dict[str, int] = PrivateAttr(default_factory=dict)             # tokens, or steps
+    _in_batch: bool = PrivateAttr(default=False)
     _late: bool = PrivateAttr(default=False)                              # started before the channels were known
+    _steps: int = PrivateAttr(default=0)                                  # cuts in the model that the groups know of
     _before: int = PrivateAttr(default=0)                                 # parameters of the dense model
 
     @model_validator(mode="after")
@@ -126,7 +130,7 @@ class StructuredPruningModifier(Modifier):
         """Find what hangs together, and refuse what cannot be done, before any training."""
         assert state.model is not None
         model = state.model
-        self._before = sum(p.numel() for p in model.parameters())
+        self._before, self._steps = sum(p.numel() for p in model.parameters()), len(record_of(model))
         known = self.dimension != "channels" or self.input_shape is not None
         if world_size() > 1 and self.start is not None and not (self.start == 0 and self.end is None and known):
             raise ValueError(
@@ -255,7 +259,7 @@ class StructuredPruningModifier(Modifier):
 
     def _watcher(self, name: str, place: int) -> Callable[..., None]:
         def watch(module: nn.Module, args: Any) -> None:
-            if self.start is not None and not module.training:                # validation
+            if self.start is not None and not self._in_batch:                 # validation
                 return
             group = self._groups[name]
             channel_dim = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
@@ -268,6 +272,24 @@ class StructuredPruningModifier(Modifier):
         before = self._sums.get(name)
         self._sums[name] = value_U.double() if before is None else before.to(value_U.device) + value_U
         self._seen[name] = self._seen.get(name, 0) + count
+
+    @property
+    def _done(self) -> bool:
+        """Nothing more will go."""
+        return all(g.units == units_to_keep(g.dense, self.ratio, self.round_to) for g in self._groups.values())
+
+    def _follow_layers(self, model: nn.Module) -> None:
+        """Where another modifier has taken layers out, groups in them go and later ones have new names."""
+        steps = record_of(model)
+        for path, kept in (pair for step in steps[self._steps :] for pair in step.get("layers", {}).items()):
+            left = {name: without_layers(group, path, kept) for name, group in self._groups.items()}
+            self._groups = {group.name: group for group in left.values() if group is not None}
+            self._sums = {new: v for name, v in self._sums.items() if (new := moved(name, path, kept)) is not None}
+            self._seen = {new: v for name, v in self._seen.items() if (new := moved(name, path, kept)) is not None}
+            if self.hooked:
+                self.remove_hooks()
+                self._watch(model)
+        self._steps = len(steps)
 
     def _add_gradients(self, model: nn.Module) -> None:
         tensors = _tensors(model)
@@ -306,9 +328,15 @@ class StructuredPruningModifier(Modifier):
         self._advance(state, event)
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        if event.type_ in (EventType.BATCH_START, EventType.BATCH_END):
+            self._in_batch = event.type_ == EventType.BATCH_START
+            assert state.model is not None
+            self._follow_layers(state.model)
         if event.type_ == EventType.OPTIM_PRE_STEP and self.importance == "taylor" and self.start is not None:
             assert state.model is not None
-            self._add_gradients(state.model)
+            self._follow_layers(state.model)
+            if not self._done:
+                self._add_gradients(state.model)
         elif event.type_ == EventType.BATCH_END and self._late and self._groups:
             self._advance(state, event)
 
@@ -342,6 +370,7 @@ class StructuredPruningModifier(Modifier):
         """Cut every group down to its size at this share."""
         assert state.model is not None
         model = state.model
+        self._follow_layers(model)
         kept = []
         for group in self._groups.values():
             count = units_to_keep(group.dense, ratio, self.round_to)
@@ -352,10 +381,11 @@ class StructuredPruningModifier(Modifier):
             cut = cut_of(kept, {name: t.shape for name, t in tensors.items()})
             attributes = self._attributes(model, kept)
             cut_tensors(model, cut, _optimizers(state), attributes, self._config(model, kept))
+            self._steps = len(record_of(model))
             self._renumber(kept, cut)
             self._report(state, model)
-        if all(g.units == units_to_keep(g.dense, self.ratio, self.round_to) for g in self._groups.values()):
-            self.remove_hooks()                                                # nothing more will go
+        if self._done:
+            self.remove_hooks()
 
     def _renumber(self, kept: list[tuple[Group, Tensor]], cut: Cut) -> None:
         units = {group.name: places for group, places in kept}
@@ -400,6 +430,7 @@ class StructuredPruningModifier(Modifier):
             "seen": dict(self._seen),
             "late": self._late,
             "before": self._before,
+            "steps": self._steps,
         }
         return {**super().state_dict(), **own}
 
@@ -408,7 +439,7 @@ class StructuredPruningModifier(Modifier):
         if state["groups"]:
             self._groups = {g.name: g for g in group_from_state(state["groups"])}
         self._sums, self._seen = dict(state["sums"]), dict(state["seen"])
-        self._late, self._before = state["late"], state["before"]
+        self._late, self._before, self._steps = state["late"], state["before"], state["steps"]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

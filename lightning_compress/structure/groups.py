@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "Group", "Slice", "cut_of", "group_from_state", "group_state", "renumbered", "units_to_keep"]
+__all__ = ["Cut", "Group", "Slice", "cut_of", "group_from_state", "group_state", "moved", "renumbered", "units_to_keep",
+           "without_layers"]  # fmt: skip
 
 Cut = dict[str, dict[int, Tensor]]
 """For each tensor, by dotted name, and each of its dimensions that shrinks: the places that stay, int64, ascending."""
@@ -86,6 +87,24 @@ def renumbered(group: Group, units: Tensor | None, cut: Cut) -> Group:
         stays = cut.get(piece.tensor, {}).get(piece.dim)
         slices.append(replace(piece, index=index if stays is None else torch.searchsorted(stays, index)))
     return replace(group, slices=tuple(slices))
+
+
+def moved(name: str, path: str, kept: Sequence[int]) -> str | None:
+    """What a module or tensor is called after only ``kept`` of the layers in ``path`` stay; None when it is gone."""
+    place, _, rest = name.removeprefix(f"{path}.").partition(".")
+    if not name.startswith(f"{path}.") or not place.isdigit():
+        return name
+    if int(place) not in kept:
+        return None
+    return f"{path}.{list(kept).index(int(place))}" + (f".{rest}" if rest else "")
+
+
+def without_layers(group: Group, path: str, kept: Sequence[int]) -> Group | None:
+    """The group after only ``kept`` of the layers in ``path`` stay; None when its module is gone."""
+    name = moved(group.name, path, kept)
+    slices = [(piece, moved(piece.tensor, path, kept)) for piece in group.slices]
+    left = tuple(replace(piece, tensor=tensor) for piece, tensor in slices if tensor is not None)
+    return None if name is None or not left else replace(group, name=name, slices=left)
 
 
 def group_state(groups: Iterable[Group]) -> list[dict[str, Any]]:
