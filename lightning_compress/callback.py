@@ -216,6 +216,8 @@ class CompressionCallback(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.done and self._state.model is not None:
+            _check_whole(self._state.model)              # not in setup: configure_model comes after it
         if not self.done and not trainer.fast_dev_run:
             check_export(trainer, self.plan)             # not in setup: only now it is known whether a run is resumed
             check_best(trainer, self.plan, self.lifecycle)
@@ -506,6 +508,16 @@ def _check_strategy(trainer: Trainer) -> None:
         raise ValueError(
             f"{type(trainer.strategy).__name__} shards the weights, and compression needs them whole: use "
             f"strategy='ddp' or one device, or compress the consolidated checkpoint afterwards, with compress()"
+        )
+
+
+def _check_whole(module: nn.Module) -> None:
+    """``fully_shard`` in configure_model works under any strategy; its parameters are DTensors."""
+    sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "device_mesh")]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0]!r} is sharded (a DTensor), and compression needs whole weights: train without fully_shard, "
+            f"or compress the consolidated checkpoint afterwards, with compress()"
         )
 
 

@@ -383,9 +383,11 @@ LATE = {
     "pruning": lambda: [MagnitudePruningModifier(start=2, end=6)],
     "distillation that begins and ends": lambda: [DistillationModifier(weight=0.5, start=2, end=6)],
     "stack": lambda: [
-        DistillationModifier(weight=0.5, start=1), MagnitudePruningModifier(start=2, end=6), QATModifier(**INT4, start=3),
+        DistillationModifier(weight=0.5, start=1),
+        MagnitudePruningModifier(start=2, end=6),
+        QATModifier(**INT4, start=3),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["inside", "whole"])

@@ -41,8 +41,8 @@ from lightning_compress.report import plots, summary, table
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.samples import first_batches, seeded_view, share_of
-from lightning_compress.training.submodule import is_compiled
 from lightning_compress.training.shapes import same_shapes
+from lightning_compress.training.submodule import is_compiled
 
 __all__ = ["Finish", "Plan", "check_export"]
 
