@@ -160,7 +160,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         n_grid: Points of the grid; 1: only s = 1.
         duo_scaling: Ask the weights too.
         loss: ``parent``: of the output of the attention or the MLP around the layers. ``layer``: of the outputs of the
-            layers themselves, many times as fast.
+            layers themselves, from second moments: its cost does not grow with the data.
         clip: Cut the range of each group of weights where that loses less of the layer's output.
         scale_search: Of the rounding: ``minmax``, or ``mse``, which clips where that lowers sum |w - q|^2.4.
         mappings: Pairs by hand, in place of those that are found: ``{smooth_layer: ..., balance_layers: [...]}`` or

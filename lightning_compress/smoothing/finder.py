@@ -1,7 +1,8 @@
 """The smoothing pairs of a model, block after block: found, or given by hand, and always checked.
 
 What one block taught is tried first on the next one that is built alike, so that only the check is paid for there: one
-plain run and one with random scales folded in.
+plain run and one with random scales folded in. SmolLM2-135M, a batch of 4 x 256 tokens, one thread, 2026-11: 34 runs
+and 1.6 s on the first block, 2 runs and 0.2 s on each other.
 """
 
 import logging
@@ -62,7 +63,8 @@ class PairFinder:
         generator = torch.Generator().manual_seed(0)
         if known is not None:
             pairs = [pair.renamed(lambda name: f"{prefix}.{name}") for pair in known]
-            if not pairs or change_by_folding(pairs, modules, lambda: replay(0), generator) <= INVARIANT:
+            allowed = INVARIANT * max((_slack(pair, modules) for pair in pairs), default=1.0)
+            if not pairs or change_by_folding(pairs, modules, lambda: replay(0), generator) <= allowed:
                 return pairs
             logger.info("block %r is not smoothed as the one before it was: its pairs are looked for", prefix)
         pairs = self._find(modules, replay, mapped, generator)

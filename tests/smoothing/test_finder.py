@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import SmoothQuantModifier, compress
 from lightning_compress.smoothing.finder import PairFinder
 from lightning_compress.smoothing.fold import change_by_folding, fold
 from lightning_compress.smoothing.mappings import parse
 from lightning_compress.smoothing.pair import Consumer, Pair
-from tests.smoothing_models import FF, NAMES, C, Plain, batches, build, output
+from tests.smoothing_models import FF, NAMES, C, Plain, batches, build, change, output
 
 NORM_FED = {"input_layernorm": {"q_proj", "k_proj", "v_proj"}, "post_attention_layernorm": {"gate_proj", "up_proj"}}
 LLAMA = NORM_FED | {"v_proj": {"o_proj"}, "up_proj": {"down_proj"}}
@@ -290,3 +291,29 @@ def test_a_smoothing_pair_that_is_not_invariant(source, consumers, why):
 def test_a_mapping_that_is_none(entry, message):
     with pytest.raises(ValueError, match=r"mappings\[0\].*" + message):
         parse([entry])
+
+
+# -- models as they come ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["compiled", "encoder", "bfloat16"])
+def test_the_walk_smooths(kind):
+    """A compiled block; torch's encoder, whose attention uses weights without calling their modules; 1 + w in bf16."""
+    torch.manual_seed(0)
+    if kind == "encoder":
+        layer = nn.TransformerEncoderLayer(C, 4, FF, batch_first=True, norm_first=True)
+        model, data = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), batches("flat")
+        expected = {f"layers.{i}.linear{n}" for i in range(2) for n in (1, 2)}
+        options = {"ignore": ["re:.*out_proj"]}
+    else:
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        model, data = build("gemma3" if kind == "bfloat16" else "llama", dtype), batches("llama")
+        expected = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+        options = {"ignore": ["lm_head"]}
+    dense = copy.deepcopy(model)
+    if kind == "compiled":
+        model.model.layers[0] = torch.compile(model.model.layers[0])
+    ledger = compress(model, SmoothQuantModifier(**options), data)
+    assert {row.module for row in ledger if not row.flags} == expected
+    assert change(model, dense, data) < (0.05 if kind == "bfloat16" else 1e-5)
