@@ -20,6 +20,8 @@ from lightning_compress import (
     DistillationModifier,
     GPTQModifier,
     StructuredPruningModifier,
+    load,
+    save,
 )
 from lightning_compress.structure.surgery import record_of
 from tests.structure_runs import images, llama, residuals, tokens
@@ -221,6 +223,19 @@ def test_plain_transformers_loads_the_small_model_in_a_clean_process(tmp_path, q
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
     with torch.no_grad():
         assert_close(torch.load(tmp_path / "out.pt"), module.model.eval()(**tokens()).logits)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_an_export_of_any_network_is_loaded_into_the_dense_one(tmp_path, quantize):
+    module = Vision()
+    modifiers = [channels(), *([GPTQModifier(scheme="W8A16", group_size=4, targets=["head"])] if quantize else [])]
+    quiet(tmp_path, CompressionCallback(modifiers)).fit(module, pictures())
+    loaded = load(tmp_path / "compressed", residuals(seed=1))
+    x, _ = images(seed=5)
+    assert loaded.stem.weight.shape == (4, 1, 3, 3)
+    assert_close(loaded(x), module.model.eval()(x))
+    save(loaded, tmp_path / "again")
+    assert_close(load(tmp_path / "again", residuals(seed=2))(x), loaded(x))
 
 
 DDP = """

@@ -34,7 +34,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
          "teacher"},
         {"compressed_tensors", "pydantic", "safetensors"},
     ),
-    "export": ({"quant", "matching", "rotation.online"}, {"compressed_tensors", "safetensors", "transformers", "yaml"}),
+    "export": (
+        {"quant", "matching", "rotation.online", "structure"},
+        {"compressed_tensors", "safetensors", "transformers", "yaml"},
+    ),
     "report": ({"core.ledger"}, {"rich", "matplotlib"}),
     "oneshot": ({"core", "calibration"}, set()),
     "slurm": (set(), set()),

@@ -16,7 +16,8 @@ keeps their grids, so that :func:`load` restores them; it reads
      "dense": {module: {"scheme": {...}, "scale": TENSOR, "zero_point": TENSOR or null, "input_scale": ..., ...}},
      "names": {module: its name in model.safetensors, where transformers renames it},
      "dtype": the model's, where config.json had to name another one,
-     "online": {module: rotations that run beside it}, see export/online.py}
+     "online": {module: rotations that run beside it}, see export/online.py,
+     "structure": the cuts that made the model smaller, where no config of transformers states its sizes}
     TENSOR = {"dtype": "float32", "shape": [...], "values": [flat list of numbers]}
 
 Files are written in a fixed order and hold no time: two saves of one model are equal byte for byte.
@@ -54,6 +55,7 @@ from lightning_compress.quant.kv_cache import (
 )
 from lightning_compress.quant.packed import PackedLinear, pack_linears
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
+from lightning_compress.structure.surgery import record_of, reshape
 
 __all__ = ["load", "save"]
 
@@ -175,6 +177,7 @@ def load(
 
     dtype = getattr(torch, own["dtype"]) if "dtype" in own else None
     layout = model if model is not None else hugging_face.skeleton(folder, config, dtype)
+    reshape(layout, own.get("structure", record_of(layout)))
     files = TensorFiles(folder)
     weights, records = {}, {}
     if "quantization_config" in config:
@@ -264,6 +267,8 @@ def _write(
     if entries := online_entries(model):
         own["online"] = entries
         seal(folder)
+    if not is_transformers and (steps := record_of(model)):
+        own["structure"] = steps
     if len(own) > 3 or own["dense"] or own["names"]:
         (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
