@@ -95,7 +95,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
             raise; ``round`` to nearest. The ledger says what was done.
         share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
-        observer: How static activation scales are found: ``minmax``, ``moving_average`` or ``mse``.
+        observer: How static activation scales are found: ``minmax``, ``moving_average``, ``mse``, ``percentile`` or
+            ``histogram``.
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
         preserve_zeros: Weights that are zero stay zero, so that a pruned model stays pruned. None: in the modules of
             which at least a third of the weights are.

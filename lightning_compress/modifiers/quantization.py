@@ -16,8 +16,8 @@ from torch import nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.quant.arguments import QuantizationArguments
-from lightning_compress.quant.matrix import inputs_as_rows, only_input
-from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
+from lightning_compress.quant.matrix import as_matrix, inputs_as_rows, only_input, partitions
+from lightning_compress.quant.observers import InputMoment, Observer, ObserverName, is_observed, make_observer
 from lightning_compress.quant.rounding import round_module
 from lightning_compress.quant.shared_scales import GlobalScales
 
@@ -34,7 +34,9 @@ class QuantizationModifier(QuantizationArguments, Modifier):
         group_size: Takes the place of the preset's group size; -1 for one scale per row.
         config_groups: Schemes in full, in place of ``scheme``.
         scale_search: ``minmax``: scales from each group's extremes. ``mse``: clip where that lowers sum |w - q|^2.4.
-        observer: How static activation scales are found: ``minmax``, ``moving_average`` or ``mse``.
+            ``imatrix``: where it lowers sum_j E[x_j^2] (w_j - q_j)^2; needs data.
+        observer: How static activation scales are found: ``minmax``, ``moving_average``, ``mse``, ``percentile`` or
+            ``histogram``.
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
     """
 
@@ -42,18 +44,19 @@ class QuantizationModifier(QuantizationArguments, Modifier):
     every_format: ClassVar[bool] = True
     one_pass: ClassVar[bool] = True
 
-    scale_search: Literal["minmax", "mse"] = "minmax"
+    scale_search: Literal["minmax", "mse", "imatrix"] = "minmax"
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
 
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
+    _moments: dict[str, InputMoment] = PrivateAttr(default_factory=dict)
     _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
 
     @property
     def needs_data(self) -> bool:
-        return self.has_static_inputs
+        return self.has_static_inputs or self.scale_search == "imatrix"
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -69,11 +72,20 @@ class QuantizationModifier(QuantizationArguments, Modifier):
             args = scheme.input_activations
             if is_observed(args):
                 self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
+            if self.scale_search == "imatrix":
+                module = self._modules[name]
+                self._moments[name] = InputMoment(partitions(module), as_matrix(module).shape[1])
+            if name in self._observers or name in self._moments:
                 self.hook(self._modules[name], lambda module, inputs, name=name: self._observe(name, module, inputs))
 
     def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows = inputs_as_rows(module, only_input(name, inputs), self.token_mask)
+        if name in self._moments:
+            self._moments[name].update(rows)
+        if name not in self._observers:
+            return
         try:
-            self._observers[name].update(inputs_as_rows(module, only_input(name, inputs), self.token_mask))
+            self._observers[name].update(rows)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
 
@@ -85,6 +97,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._round(state, self._modules)
+        self._round_unseen(state)
         for name in self._schemes:
             state.ledger.add(name, "rtn", flag="never saw data; left as it was")
         if self._schemes:
@@ -93,20 +106,29 @@ class QuantizationModifier(QuantizationArguments, Modifier):
                 f"unknown; left as they were (ignore them, or use dynamic activations)",
                 stacklevel=2,
             )
-        self._schemes, self._modules, self._observers = {}, {}, {}
+        self._schemes, self._modules, self._observers, self._moments = {}, {}, {}, {}
         self._globals = GlobalScales({}, {})
         self.remove_hooks()
 
     def _round(self, state: State, modules: Mapping[str, nn.Module]) -> None:
         """Round those of ``modules`` that are left to do and whose activation scales, if static, are known."""
         for name in [name for name in modules if name in self._schemes]:
-            observer = self._observers.get(name)
-            if observer is not None:
-                if state.distributed:
-                    all_reduce_(observer)
-                if not observer.batches:
-                    continue
-                self.remove_hooks(self._modules[name])
+            observer, moment = self._observers.get(name), self._moments.get(name)
+            if state.distributed:
+                for statistic in (observer, moment):
+                    if statistic is not None:
+                        all_reduce_(statistic)
+            if (observer is not None and not observer.batches) or (moment is not None and not moment.tokens):
+                continue
+            self.remove_hooks(self._modules[name])
+            importance_PC = None if moment is None else moment.value()
             module, scheme, shared = self._modules[name], self._schemes.pop(name), self._globals.of(name)
-            facts = round_module(name, module, scheme, self.scale_search, observer, shared)
+            facts = round_module(name, module, scheme, self.scale_search, observer, shared, importance_PC)
             state.ledger.add(name, "rtn", **facts)
+
+    def _round_unseen(self, state: State) -> None:
+        """With imatrix, weights whose input was never seen: their errors weigh the same in all columns."""
+        for name in [name for name in self._schemes if name not in self._observers]:
+            scheme, shared = self._schemes.pop(name), self._globals.of(name)
+            facts = round_module(name, self._modules[name], scheme, "mse", None, shared)
+            state.ledger.add(name, "rtn", flag="never saw data; scales by mse", **facts)

@@ -2,12 +2,16 @@
 
     minmax           the extremes ever seen
     moving_average   low <- low + c (low_batch - low), and so for high
-    mse              of each batch the shrunken extremes with the least sum |error|^2.4; their mean over batches
+    mse              the shrunken extremes with the least sum |error|^2.4 over all that was seen, by a histogram
+    percentile       all but the outermost 0.01 % at either end, by the same histogram
+    histogram        the shrunken extremes with the least KL divergence (entropy calibration), by the same histogram
 
 Each has ``update``, ``reduce`` (how ranks combine) and ``value``: the scale [1] and the zero point [1] or None.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, TypeGuard
 
 import torch
@@ -17,14 +21,26 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from lightning_compress.quant.formats import global_scale_of
+from lightning_compress.quant.histogram import BINS, bins_of, edges, points
 
-__all__ = ["MinMax", "MovingAverage", "MSE", "Observer", "ObserverName", "is_observed", "make_observer"]
+__all__ = [
+    "Entropy",
+    "InputMoment",
+    "MinMax",
+    "MovingAverage",
+    "MSE",
+    "Observer",
+    "ObserverName",
+    "Percentile",
+    "is_observed",
+    "make_observer",
+]
 
-ObserverName = Literal["minmax", "moving_average", "mse"]
+ObserverName = Literal["minmax", "moving_average", "mse", "percentile", "histogram"]
 
 
-class Observer:
-    """What the three share: numbers ``low``, ``high`` and the scale that follows from them.
+class Observer(ABC):
+    """What they share: numbers ``low``, ``high`` and the scale that follows from them.
 
     Args:
         args: The grid.
@@ -49,8 +65,9 @@ class Observer:
         self._take(x.detach(), low, high)
         self.batches += 1
 
+    @abstractmethod
     def _take(self, x: Tensor, low: float, high: float) -> None:
-        raise NotImplementedError
+        """One activation, and its extremes, which are finite."""
 
     def bounds(self) -> tuple[float, float]:
         """The lowest and the highest value that the grid covers."""
@@ -107,31 +124,100 @@ class MovingAverage(Observer):
         return self.low / self.ranks, self.high / self.ranks
 
 
-class MSE(Observer):
-    """Clips outliers where that makes the error of the rest smaller (p = 2.4, factors 1.0, 0.95, ... 0.2)."""
+class HistogramObserver(Observer):
+    """The extremes and a histogram. Order and size of batches change nothing, nor do ranks."""
 
-    reduce = {"low": "sum", "high": "sum", "batches": "sum"}
+    reduce = {"low": "min", "high": "max", "counts": "sum", "batches": "sum"}
 
-    POWER = 2.4
-    FACTORS = tuple(round(1 - 0.05 * i, 2) for i in range(17))
-    SAMPLES = 1 << 16
+    FACTORS = (*(round(1 - 0.05 * i, 2) for i in range(17)), 0.15, 0.1, 0.07, 0.05, 0.035, 0.025)
 
     def __init__(self, args: QuantizationArgs):
         super().__init__(args)
-        self.low = self.high = 0.0
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def _take(self, x: Tensor, low: float, high: float) -> None:
-        sample = x.flatten()[:: max(1, x.numel() // self.SAMPLES)].float()
-        best = min(self.FACTORS, key=lambda f: self._error(sample, f * low, f * high))
-        self.low, self.high = self.low + best * low, self.high + best * high
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.counts += bins_of(x)
 
-    def _error(self, x: Tensor, low: float, high: float) -> float:
-        bounds = (torch.tensor([v], device=x.device) for v in (low, high))
-        scale, zero = calculate_qparams(*bounds, self.args)
-        return float((fake_quantize(x, scale, zero, self.args) - x).abs_().pow_(self.POWER).sum())
+    def _quantized(self, x: Tensor, factor: float) -> Tensor:
+        """On the grid that covers the shrunken extremes; float32."""
+        scale, zero = calculate_qparams(*(torch.tensor([factor * v]) for v in (self.low, self.high)), self.args)
+        return fake_quantize(x.float(), scale, zero, self.args)
+
+
+class MSE(HistogramObserver):
+    """Clips outliers where that makes the error of the rest smaller (p = 2.4, factors 1.0, 0.95, ... 0.025)."""
+
+    POWER = 2.4
 
     def bounds(self) -> tuple[float, float]:
-        return self.low / self.batches, self.high / self.batches
+        x, counts, _ = points(self.counts, self.low, self.high)
+        errors = [float(((self._quantized(x, f) - x).abs() ** self.POWER) @ counts) for f in self.FACTORS]
+        best = self.FACTORS[errors.index(min(errors))]
+        return best * self.low, best * self.high
+
+
+class Percentile(HistogramObserver):
+    """Leaves out the outermost 0.01 % at either end."""
+
+    SHARE = 1e-4
+
+    def bounds(self) -> tuple[float, float]:
+        below, above = self.counts.cumsum(0), self.counts.flip(0).cumsum(0).flip(0)
+        lower, upper = edges()
+        inside = (below > self.SHARE * self.counts.sum()) & (above > self.SHARE * self.counts.sum())
+        return max(self.low, float(lower[inside].amin())), min(self.high, float(upper[inside].amax()))
+
+
+class Entropy(HistogramObserver):
+    """The range that loses least information: KL(P || Q), P what was seen, clipped, Q its codes spread out again.
+
+    Migacz, 2017, 8-bit inference with TensorRT: the mass outside of the range is added to P at its ends, not to Q.
+    """
+
+    def bounds(self) -> tuple[float, float]:
+        x, counts, widths = points(self.counts, self.low, self.high)
+        losses = [self._divergence(x, counts, widths, f) for f in self.FACTORS]
+        best = self.FACTORS[losses.index(min(losses))]
+        return best * self.low, best * self.high
+
+    def _divergence(self, x: Tensor, counts: Tensor, widths: Tensor, factor: float) -> float:
+        widest = max(-self.low, self.high)
+        low, high = (factor * v for v in ((-widest, widest) if self.args.symmetric else (self.low, self.high)))
+        inside = (x >= low) & (x <= high)
+        if not inside.any():
+            return math.inf
+        kept = counts[inside].clone()
+        _, code = self._quantized(x[inside], factor).unique(return_inverse=True)
+        mass, width = (torch.zeros(int(code.max()) + 1, dtype=torch.float64) for _ in range(2))
+        mass.index_add_(0, code, kept)
+        width.index_add_(0, code, widths[inside])
+        Q = (mass / width)[code] * widths[inside]
+        kept[0] += counts[x < low].sum()
+        kept[-1] += counts[x > high].sum()
+        P = kept / kept.sum()
+        return float((P * (P / (Q / Q.sum())).log()).sum())
+
+
+class InputMoment:
+    """E[x^2] of each input column, by partition: how much an error in a column of the weight matters (imatrix)."""
+
+    reduce = {"sum_PC": "sum", "tokens": "sum"}
+
+    def __init__(self, partitions: int, columns: int):
+        self.sum_PC = torch.zeros(partitions, columns, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, x_PNC: Tensor) -> None:
+        """Take inputs [P, N, C]."""
+        self.sum_PC += x_PNC.float().square().sum(1).double().cpu()
+        self.tokens += x_PNC.shape[1]
+
+    def value(self) -> Tensor:
+        """Float32 [P, C]."""
+        if not self.tokens:
+            raise ValueError("a statistic that never saw data has no value; calibrate first")
+        return (self.sum_PC / self.tokens).float()
 
 
 def is_observed(args: QuantizationArgs | None) -> TypeGuard[QuantizationArgs]:
@@ -143,4 +229,10 @@ def make_observer(name: ObserverName, args: QuantizationArgs, averaging_constant
     """The observer called ``name``."""
     if name == "moving_average":
         return MovingAverage(args, averaging_constant)
-    return MinMax(args) if name == "minmax" else MSE(args)
+    kinds: dict[str, Callable[[QuantizationArgs], Observer]] = {
+        "minmax": MinMax,
+        "mse": MSE,
+        "percentile": Percentile,
+        "histogram": Entropy,
+    }
+    return kinds[name](args)

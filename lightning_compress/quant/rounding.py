@@ -28,6 +28,7 @@ def round_module(
     scale_search: str,
     observer: Observer | None = None,
     global_scale: Tensor | None = None,
+    importance_PC: Tensor | None = None,
 ) -> dict[str, Any]:
     """Quantize a module's weight to nearest; returns facts for the ledger, ``error`` being that of the weight.
 
@@ -35,9 +36,10 @@ def round_module(
         name: For messages.
         module: Its weight is dense.
         scheme: The grids.
-        scale_search: ``mse``, or anything else for ``minmax``.
+        scale_search: ``mse``; ``imatrix`` with ``importance_PC``; anything else for ``minmax``.
         observer: Of static activations.
         global_scale: g of NVFP4, where it is shared with other modules; by default that of this weight alone.
+        importance_PC: E[x^2] of the input columns, by partition, float32.
     """
     start = time.perf_counter()
     check_dense(name, module)
@@ -46,8 +48,11 @@ def round_module(
         W_RC = as_matrix(module)
         if has_global_scale(scheme.weights) and global_scale is None:
             global_scale = global_scale_of(*W_RC.aminmax())
-        how: Literal["minmax", "mse"] = "mse" if scale_search == "mse" else "minmax"
-        scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
+        if scale_search == "imatrix" and importance_PC is not None:
+            scale, zero_point = _weighted_scales(W_RC, scheme.weights, importance_PC.to(W_RC.device), global_scale)
+        else:
+            how: Literal["minmax", "mse"] = "mse" if scale_search == "mse" else "minmax"
+            scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
         Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
         found = input_scales(observer, W_RC.dtype)
         quantized = Quantized(scheme, scale, zero_point, global_scale=global_scale, **found)
@@ -69,6 +74,18 @@ def find_scales(
         return minmax(W_RC, args, global_scale)
     weighed = (None, MSE_POWER) if how == "mse" else (importance_C, 2.0)
     return search(W_RC, args, *weighed, global_scale)
+
+
+def _weighted_scales(
+    W_RC: Tensor, args: QuantizationArgs, importance_PC: Tensor, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Each partition of a grouped convolution weighs errors by its own inputs."""
+    P = 1 if args.strategy in ("tensor", "block") else len(importance_PC)
+    importances = importance_PC if P > 1 else importance_PC.mean(0, keepdim=True)
+    pieces = zip(W_RC.chunk(P), importances, strict=True)
+    found = [find_scales(W, args, "hessian", importance_C, global_scale) for W, importance_C in pieces]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
 
 def input_scales(observer: Observer | None, dtype: torch.dtype) -> dict[str, Any]:

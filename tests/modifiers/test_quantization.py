@@ -148,7 +148,20 @@ def test_static_targets_that_never_saw_data_are_named_and_left():
     assert quantized_of(model.spare) is None
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "mse"])
+def test_imatrix_scales_lower_the_error_that_inputs_weigh():
+    data, found = batches(4), {}
+    h = torch.cat(data).flatten(0, 1).square().mean(0)
+    for search in ("minmax", "mse", "imatrix"):
+        model = attention()
+        before = weights(model)
+        ledger = calibrate(model, QuantizationModifier(scheme="W3A16", group_size=16, scale_search=search), data)
+        gaps = [before[f"{n}.weight"] - model.get_submodule(n).weight.detach() for n in "qkv"]
+        found[search] = sum(float((gap.square() @ h).sum()) for gap in gaps)
+    assert found["imatrix"] < 0.8 * min(found["mse"], found["minmax"])
+    assert ledger.rows[-1].flags == ["never saw data; scales by mse"]              # spare
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "mse", "percentile", "histogram"])
 def test_nan_in_activations_names_module_and_batch(observer):
     data = batches(2)
     data[1][0, 3, 5] = torch.nan
@@ -160,7 +173,7 @@ def test_nan_in_activations_names_module_and_batch(observer):
     ("arguments", "message"),
     [
         ({"scheme": "W4A16", "scale_search": "hessian"}, "scale_search"),
-        ({"scheme": "W4A16", "observer": "percentile"}, "observer"),
+        ({"scheme": "W4A16", "observer": "quantile"}, "observer"),
         ({"scheme": "W4A16", "averaging_constant": 0}, "averaging_constant"),
         ({"scheme": "W4A16", "schem": 1}, "schem"),
         ({"scheme": "W4A17"}, "did you mean"),

@@ -1,9 +1,13 @@
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.quant.observers import MSE, MinMax, MovingAverage, make_observer
+from lightning_compress.quant.matrix import inputs_as_rows
+from lightning_compress.quant.observers import MSE, InputMoment, MinMax, MovingAverage, Percentile, make_observer
 
 INT8 = QuantizationArgs(num_bits=8)
 ASYM = QuantizationArgs(num_bits=8, symmetric=False)
@@ -58,12 +62,101 @@ def test_mse_clips_a_lonely_outlier_and_leaves_even_data_alone():
     assert even.bounds()[1] > 0.85
 
 
-def test_mse_means_over_batches():
-    observer, parts = MSE(INT8), [MSE(INT8), MSE(INT8)]
-    for part, seed in zip(parts, (0, 1), strict=True):
-        part.update(data(seed))
-        observer.update(data(seed))
-    assert observer.bounds()[1] == pytest.approx((parts[0].bounds()[1] + parts[1].bounds()[1]) / 2)
+@pytest.mark.parametrize("args", [INT8, QuantizationArgs(num_bits=4), QuantizationArgs(num_bits=4, symmetric=False)])
+def test_mse_is_as_good_as_a_search_over_all_that_was_seen(args):
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0)) ** 3
+    observer = MSE(args)
+    observer.update(x)
+
+    def error(factor):
+        scale, zero = calculate_qparams(*(factor * end.reshape(1) for end in x.aminmax()), args)
+        return float((fake_quantize(x, scale, zero, args) - x).abs().pow(2.4).sum())
+
+    best = min(error(f) for f in MSE.FACTORS)
+    found = observer.bounds()[1] / float(x.max())
+    assert error(found) < 1.1 * best
+
+
+def test_percentile_leaves_out_a_ten_thousandth():
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    x[0], x[1] = 1000.0, -500.0
+    observer = Percentile(INT8)
+    observer.update(x)
+    low, high = observer.bounds()
+    assert high == pytest.approx(float(x.double().quantile(1 - 1e-4)), rel=0.05)
+    assert low == pytest.approx(float(x.double().quantile(1e-4)), rel=0.05)
+
+
+def test_entropy_clips_outliers_and_keeps_even_data():
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+    x[0] = 60.0
+    observer = make_observer("histogram", QuantizationArgs(num_bits=4), 0.01)
+    observer.update(x)
+    assert observer.bounds()[1] <= 6
+    even = make_observer("histogram", INT8, 0.01)
+    even.update(torch.linspace(-1, 1, 50_001))
+    assert even.bounds()[1] > 0.85
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+OBSERVERS = ["minmax", "moving_average", "mse", "percentile", "histogram"]
+STATISTICS = [*OBSERVERS, "imatrix"]
+
+
+def made(name):
+    return InputMoment(1, 8) if name == "imatrix" else make_observer(name, ASYM, 0.1)
+
+
+def merged(one, two):
+    """What all_reduce_ leaves on every rank."""
+    operations = {"sum": lambda a, b: a + b, "min": min, "max": max}
+    for attribute, operation in one.reduce.items():
+        setattr(one, attribute, operations[operation](getattr(one, attribute), getattr(two, attribute)))
+    return one
+
+
+def values(statistic):
+    value = statistic.value()
+    return value if isinstance(value, torch.Tensor) else torch.cat([part.float() for part in value])
+
+
+@pytest.mark.parametrize("name", [name for name in STATISTICS if name != "moving_average"])   # it weighs batches
+def test_a_batch_that_is_split_is_the_whole(name):
+    x, whole, parts = data()[None], made(name), made(name)
+    whole.update(x)
+    for piece in x.split([7, 23, 30], 1):
+        parts.update(piece)
+    assert_close(values(parts), values(whole), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_two_ranks_merged_are_the_whole(name):
+    x, whole, ranks, idle = data()[None], made(name), [made(name), made(name)], made(name)
+    halves = [x, x] if name == "moving_average" else x.split(30, 1)      # its ranks are averaged
+    for half, observer in zip(halves, ranks, strict=True):
+        observer.update(half)
+    whole.update(x)
+    assert_close(values(merged(merged(idle, ranks[0]), ranks[1])), values(whole), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_masked_tokens_are_left_out(name):
+    x = data().view(4, 15, 8).clone()
+    mask = torch.rand(4, 15, generator=torch.Generator().manual_seed(1)) > 0.3
+    plain, masked = made(name), made(name)
+    plain.update(x[mask][None])
+    x[~mask] = 1e6
+    masked.update(inputs_as_rows(nn.Linear(8, 2), x, mask))
+    assert_close(values(masked), values(plain), rtol=0, atol=0)
+
+
+def test_moments_by_hand():
+    moment, x = InputMoment(2, 4), torch.randn(2, 9, 4)
+    moment.update(x)
+    assert_close(moment.value(), x.square().mean(1))
+    with pytest.raises(ValueError, match="never saw data"):
+        InputMoment(1, 4).value()
 
 
 def test_the_scale_is_in_the_dtype_asked_for():
@@ -73,7 +166,7 @@ def test_the_scale_is_in_the_dtype_asked_for():
     assert observer.value()[0].shape == (1,)
 
 
-@pytest.mark.parametrize("name", ["minmax", "moving_average", "mse"])
+@pytest.mark.parametrize("name", OBSERVERS)
 def test_faults(name):
     observer = make_observer(name, INT8, 0.01)
     with pytest.raises(ValueError, match="never saw data"):

@@ -1,0 +1,50 @@
+"""A histogram whose bins are those of a short float: it needs no range beforehand, and any two of them add up.
+
+Bins are (sign, exponent, first mantissa bits) of a number, so that each is 3 % wide. How tokens are batched, in which
+order they come and over how many ranks they are spread changes nothing: counts are summed.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["BINS", "bins_of", "edges", "points"]
+
+MANTISSA, LOWEST, EXPONENTS = 32, -32, 64        # bins per octave; 2^-32 ... 2^32, what lies outside goes into the last
+BINS = 2 * MANTISSA * EXPONENTS                  # in the order of the numbers: negative ones first
+SPREAD = 4                                       # points that stand for a bin
+
+
+def bins_of(x: Tensor) -> Tensor:
+    """Count of each bin, float64 [BINS], on the CPU."""
+    magnitude, exponent = torch.frexp(x.float().flatten().abs())             # magnitude in [.5, 1), or 0
+    step = ((magnitude * 2 - 1) * MANTISSA).floor().clamp_(0, MANTISSA - 1).long()
+    place = ((exponent.long() - 1 - LOWEST) * MANTISSA + step).clamp_(0, BINS // 2 - 1)
+    place = torch.where(magnitude == 0, 0, place)
+    signed = torch.where(x.flatten() < 0, BINS // 2 - 1 - place, BINS // 2 + place)
+    return torch.bincount(signed, minlength=BINS).double().cpu()
+
+
+def edges() -> tuple[Tensor, Tensor]:
+    """Lower and upper end of each bin, float64 [BINS]."""
+    octave = 2.0 ** torch.arange(LOWEST, LOWEST + EXPONENTS, dtype=torch.float64)
+    inner = (octave[:, None] * (1 + torch.arange(MANTISSA, dtype=torch.float64) / MANTISSA)).flatten()
+    outer = torch.cat([inner[1:], inner.new_tensor([2.0 ** (LOWEST + EXPONENTS)])])
+    inner = torch.cat([inner.new_zeros(1), inner[1:]])                       # the first bin reaches down to zero
+    return torch.cat([-outer.flip(0), inner]), torch.cat([-inner.flip(0), outer])
+
+
+def points(counts: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values that stand for what was counted, their counts, and how wide a stretch each stands for; float64 [points].
+
+    Args:
+        counts: Of each bin.
+        low: The smallest number counted; no value lies below.
+        high: The largest.
+    """
+    seen = counts > 0
+    lower, upper = (end[seen, None].clamp(low, high) for end in edges())
+    at = (torch.arange(SPREAD, dtype=torch.float64) + 0.5) / SPREAD
+    width = (upper - lower).expand(-1, SPREAD) / SPREAD
+    return (lower + (upper - lower) * at).flatten(), (counts[seen, None] / SPREAD).expand(-1, SPREAD).flatten(), (
+        width.flatten().clamp(min=torch.finfo(torch.float32).tiny)
+    )
