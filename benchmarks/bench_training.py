@@ -10,13 +10,15 @@ For each seed the model of `make demo` is trained once. From there, on the same 
 - the dense model trained on for as many tokens: what the tokens alone are worth. The demo's model is not converged,
   so a loss below the dense one is no merit of compression: KL to the dense model is what tells compressed ones apart.
 
-All trained rows go through an ordinary Trainer with a CompressionCallback.
+All trained rows go through an ordinary Trainer with a CompressionCallback. Rows that an earlier call has measured are
+read from --out, so that a run of an hour may be cut short, or shared between two processes with --rows.
 """
 
 import argparse
 import copy
 import shutil
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +81,7 @@ def main() -> None:
     for seed in arguments.seeds:
         material = prepare(seed, arguments)
         for row in rows:
-            lightning.seed_everything(seed, verbose=False)
-            model = row.build(material)
-            scores = measure(model, material.dense.model, material.held_out)
-            measured[row.name][seed] = scores
+            scores = measured[row.name][seed] = once(row, seed, material, arguments.out / str(seed) / "scores")
             print(seed, row.name, f"ppl {scores.losses.mean().exp():.4f}  KL {scores.kl.mean():.6f}", flush=True)
     lines = report(measured, arguments)
     print("\n".join(lines))
@@ -118,6 +117,18 @@ def prepare(seed: int, arguments: argparse.Namespace) -> Material:
     calibration = list(data.calibration_dataloader())[: arguments.calibration_batches]
     held_out = [batch["input_ids"] for batch in data.test_dataloader()]
     return Material(config, dense, calibration, held_out, folder / "runs", arguments.steps)
+
+
+def once(row: "Row", seed: int, material: Material, folder: Path) -> Scores:
+    """The scores of a row, measured unless an earlier call has."""
+    kept = folder / f"{row.name.replace(' ', '_').replace('%', 'pct').replace(':', 'of')}.pt"
+    if kept.exists():
+        return Scores(*torch.load(kept, weights_only=True))
+    lightning.seed_everything(seed, verbose=False)
+    scores = measure(row.build(material), material.dense.model, material.held_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save((scores.losses, scores.kl), kept)
+    return scores
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
@@ -174,8 +185,8 @@ def fit(module: Any, material: Material, lr: float, callbacks: list[Any]) -> Non
     """Train on for ``material.steps`` steps; the run's folder is removed afterwards."""
     data = instantiate(material.config.data, train_blocks=material.steps * material.config.data.batch_size)
     module.lr, module.weight_decay = lr, 0.0
-    folder = material.folder
-    shutil.rmtree(folder, ignore_errors=True)
+    material.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=material.folder))
     trainer = lightning.Trainer(
         default_root_dir=str(folder), max_epochs=1, accelerator="cpu", callbacks=callbacks, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
