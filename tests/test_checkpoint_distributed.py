@@ -1,4 +1,4 @@
-"""The checkpoint contract on two ranks (gloo processes): equal masks and scales, and every rank's own random numbers."""
+"""The checkpoint contract on two ranks (gloo processes): equal masks and scales, and every rank's own numbers."""
 
 from contextlib import suppress
 
