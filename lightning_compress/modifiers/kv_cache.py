@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import get_head_dim
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
@@ -26,6 +26,11 @@ from lightning_compress.quant.observers import Observer, ObserverName, make_obse
 
 __all__ = ["KVCacheModifier"]
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp8": {"num_bits": 8, "type": "float"},
+    "int8": {"num_bits": 8, "type": "int"},
+    "int4": {"num_bits": 4, "type": "int"},
+}
 STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 
 
@@ -33,21 +38,19 @@ class KVCacheModifier(Modifier):
     """Quantize keys and values where they enter the cache, in all attention modules of a model of transformers.
 
     Args:
-        type: ``float`` (FP8, E4M3) or ``int``.
-        num_bits: 8, or with ``int`` also 4.
+        format: ``fp8`` (E4M3), ``int8`` or ``int4``.
         strategy: ``tensor`` and ``head``: calibrated scales, one for all or one for each head of keys and values.
             ``token``: one for each token and head, found as it runs; needs no data.
         observer: How calibrated scales are found.
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
 
     Raises:
-        ValueError: A combination that has no format, a model without attention, or one that is quantized already.
+        ValueError: A model without attention, or one whose cache is quantized already.
     """
 
     needs_calibration: ClassVar[bool] = True
 
-    type: Literal["float", "int"] = "float"
-    num_bits: Literal[4, 8] = 8
+    format: Literal["fp8", "int8", "int4"] = "fp8"
     strategy: Literal["tensor", "head", "token"] = "tensor"
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
@@ -55,12 +58,6 @@ class KVCacheModifier(Modifier):
     _left: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, dict[str, list[Observer]]] = PrivateAttr(default_factory=dict)    # of "k" and "v", by head
     _args: QuantizationArgs = PrivateAttr(default_factory=QuantizationArgs)
-
-    @model_validator(mode="after")
-    def _format_is_known(self) -> "KVCacheModifier":
-        if self.type == "float" and self.num_bits != 8:
-            raise ValueError(f"num_bits={self.num_bits} with type='float': FP8 has 8 bits; use 8, or type='int'")
-        return self
 
     @property
     def needs_data(self) -> bool:
@@ -108,10 +105,8 @@ class KVCacheModifier(Modifier):
     def _grid(self, model: Any) -> QuantizationArgs:
         if self.strategy == "token":            # "token" would be one scale for all tokens of a head to the loader
             size = get_head_dim(model.config.get_text_config(decoder=True))
-            return QuantizationArgs(
-                num_bits=self.num_bits, type=self.type, strategy="group", group_size=size, dynamic=True
-            )
-        return QuantizationArgs(num_bits=self.num_bits, type=self.type, strategy=STRATEGIES[self.strategy])
+            return QuantizationArgs(**FORMATS[self.format], strategy="group", group_size=size, dynamic=True)
+        return QuantizationArgs(**FORMATS[self.format], strategy=STRATEGIES[self.strategy])
 
     def _watch(self, name: str, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         def look(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,8 +157,7 @@ class KVCacheModifier(Modifier):
             module = self._left.pop(name)
             self.remove_hooks(module, *module.children())
             attach_cache(module, record)
-            kind = "FP8" if self.type == "float" else f"INT{self.num_bits}"
-            state.ledger.add(name, "kv_cache", scheme=f"KV {kind} {self.strategy}")
+            state.ledger.add(name, "kv_cache", scheme=f"KV {self.format.upper()} {self.strategy}")
 
     def _scale(self, state: State, observers: list[Observer], dtype: torch.dtype) -> Tensor:
         if state.distributed:

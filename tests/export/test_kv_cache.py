@@ -17,8 +17,8 @@ from lightning_compress.oneshot import compress
 from lightning_compress.quant.kv_cache import attention_modules, cache_of, detach_cache
 
 IDS = torch.arange(24).reshape(2, 12)
-GRIDS = [(t, b, s) for t, b in (("float", 8), ("int", 8), ("int", 4)) for s in ("tensor", "head", "token")]
-CASES = {f"{t}{b} {s}": {"type": t, "num_bits": b, "strategy": s} for t, b, s in GRIDS}
+GRIDS = [(f, s) for f in ("fp8", "int8", "int4") for s in ("tensor", "head", "token")]
+CASES = {f"{f} {s}": {"format": f, "strategy": s} for f, s in GRIDS}
 
 
 def logits(model, **batch):
@@ -67,14 +67,14 @@ def test_plain_transformers_and_our_load_give_the_logits_of_the_model_in_memory(
     shape = {"tensor": (1,), "head": (2, 1, 1)}.get(case.split()[1])
     assert scales == ({} if shape is None else {f"model.layers.{i}.self_attn.k_scale": shape for i in (0, 1)})
     config = json.loads((root / name / "config.json").read_text())["quantization_config"]
-    assert config["kv_cache_scheme"]["num_bits"] == CASES[case]["num_bits"]
+    assert config["kv_cache_scheme"]["num_bits"] == int(case[case.index(" ") - 1])
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "head", "token"])
 def test_the_grid_by_its_definition(tiny_llama, strategy):
     model = tiny_llama()
     dense = keys_and_values(model)
-    found = keys_and_values(quantized(model, False, type="int", num_bits=4, strategy=strategy))
+    found = keys_and_values(quantized(model, False, format="int4", strategy=strategy))
     over = {"tensor": (0, 1, 2, 3), "head": (0, 2, 3), "token": (3,)}[strategy]
     for x, q in zip(dense, found, strict=True):
         scale = x.abs().amax(over, keepdim=True) / 7.5
@@ -134,7 +134,7 @@ def test_models_without_such_attention():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_bits": 4}, "num_bits=4 with type='float': FP8 has 8 bits; use 8, or type='int'"),
+        ({"format": "fp4"}, "format='fp4': Input should be 'fp8', 'int8' or 'int4'"),
         ({"strategy": "channel"}, "strategy"),
         ({"targets": ["Linear"]}, "unknown argument 'targets'"),
     ],
