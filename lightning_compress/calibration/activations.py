@@ -30,6 +30,7 @@ __all__ = [
     "first_bad_module",
     "put",
     "take",
+    "tensors_of",
     "token_mask",
 ]
 
@@ -103,6 +104,10 @@ class KeptCalls:
     def replace(self, batch: int, hidden: Tensor) -> None:
         """The block's output is the next block's input; the old one is let go."""
         self.hidden[batch] = hidden.to(self.device, non_blocking=True) if self.device is not None else hidden
+
+    def twin(self) -> "KeptCalls":
+        """The same calls, with hidden states that move on apart from these."""
+        return KeptCalls(self.device, list(self.hidden), self.calls)
 
     def take(
         self, batch: int, name: str, device: torch.device | None, copy: bool

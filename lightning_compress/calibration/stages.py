@@ -60,13 +60,20 @@ class Stages:
     report: Callable[[str], None]
     batch: int = field(default=0, init=False)
 
-    def complete(self, group: Group, run: Callable[[int], object], propagate: Callable[[int], object] | None) -> None:
+    def complete(
+        self,
+        group: Group,
+        run: Callable[[int], object],
+        propagate: Callable[[int], object] | None,
+        dense: Callable[[int], Tensor] | None = None,
+    ) -> None:
         """Show a group to every stage and let it finish the group's modules.
 
         Args:
             group: The modules.
             run: Puts a batch through them; what comes out is dropped.
             propagate: Puts a batch through them for the last time and keeps what comes out; None: nobody needs it.
+            dense: What they gave for a batch in the dense model; None: not known.
         """
         stages = stages_of(self.lifecycle.modifiers)
         for stage in stages:
@@ -78,7 +85,7 @@ class Stages:
             elif hooked:
                 self._look(stage, group, hooked, run)
             with self.lifecycle.paused():             # what runs again in there is no new data for anyone
-                self.tell(EventType.BLOCK_END, group, stage, replay=replay)
+                self.tell(EventType.BLOCK_END, group, stage, replay=replay, dense=dense)
             for modifier in stage:
                 if modifier.needs_calibration:        # what is finished may run again on the way to later groups
                     modifier.remove_hooks(*group.modules.values())
@@ -95,6 +102,7 @@ class Stages:
         only: Sequence[Modifier] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
         replay: Callable[[int], object] | None = None,
+        dense: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Emit an event about a group, or about some of its modules."""
         state = self.state.but(
@@ -102,6 +110,7 @@ class Stages:
             block_name=group.name,
             modules=group.modules if modules is None else modules,
             replay=replay,
+            dense=dense,
             batches=0 if replay is None else len(self.masks),
         )
         self.lifecycle.emit(state, replace(self.clock, type_=type_), only=only)

@@ -19,6 +19,7 @@ from lightning_compress.calibration.activations import (
     put,
     small_sample,
     take,
+    tensors_of,
     token_mask,
     tree_move,
 )
@@ -182,15 +183,18 @@ class Walker:
         return kept
 
     def _walk_segment(self, segment: Sequence[ProbedBlock], kept: KeptCalls, keep_last: bool) -> None:
-        """Block after block; the hidden states in ``kept`` move on with them."""
+        """Block after block; the hidden states in ``kept`` move on with them, and those of the dense model beside."""
+        compared = any(modifier.needs_calibration and modifier.compares for modifier in self.lifecycle.modifiers)
+        dense = kept.twin() if compared else None
         for block in segment:
             module = self.plan.blocks[block.name]
             with on_device(module, self.device):
+                known = None if dense is None else self._pass_dense(block, module, dense)
                 run = partial(self._run_block, block, module, kept)
                 needed = keep_last or block is not segment[-1]
                 propagate = partial(self._propagate, block, run, kept) if needed else None
                 try:
-                    self.stages.complete(block_group(block.name, module), run, propagate)
+                    self.stages.complete(block_group(block.name, module), run, propagate, known)
                 except NonFiniteError as error:
                     with self.lifecycle.paused():
                         again = partial(self._call_block, block, module, kept, error.batch)
@@ -198,6 +202,31 @@ class Walker:
                     raise nonfinite_error(error.kind, error.where, error.batch, source) from None
             kept.forget(block.name)
             self.done += 1
+
+    def _pass_dense(self, block: ProbedBlock, module: nn.Module, dense: KeptCalls) -> Callable[[int], Tensor] | None:
+        """The hidden states of the dense model move on; what they are now, by batch, or None where there are none.
+
+        None too where the block returns other numbers in front of them, which replays would be compared with.
+        """
+        if dense.hidden[0] is None:
+            return None
+        run, leads = partial(self._run_block, block, module, dense), True
+        with self.lifecycle.paused():
+            for i in range(len(self.batches)):
+                self.stages.turn(i, f"{block.name}: dense outputs, batch {i + 1}/{len(self.batches)}")
+                output = run(i)
+                hidden = take(output, block.out_at)
+                leads &= next(t for t in tensors_of(output) if t.is_floating_point()) is hidden
+                dense.replace(i, hidden)
+        if not leads:
+            return None
+
+        def output(i: int) -> Tensor:
+            hidden = dense.hidden[i]
+            assert hidden is not None
+            return hidden
+
+        return output
 
     def _call_block(self, block: ProbedBlock, module: nn.Module, kept: KeptCalls, i: int) -> Any:
         args, kwargs = kept.take(i, block.name, device_of(module), copy=block.writes)

@@ -143,6 +143,11 @@ class Modifier(ModifierInterface, BaseModel):
         return False
 
     @property
+    def compares(self) -> bool:
+        """True when it must know what each block gave in the dense model (``State.dense``; one more forward pass)."""
+        return False
+
+    @property
     def hands_over(self) -> bool:
         """True when it calibrates at ``start``, before the batch, and a later modifier goes on from its result.
 
