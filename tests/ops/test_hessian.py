@@ -35,11 +35,22 @@ def test_bf16_adds_up_in_float32():
         (torch.zeros(3, 4), torch.zeros(2, 4), r"expected H \[C, C\] and X \[N, C\], got \(3, 4\)"),
         (torch.zeros(4, 4), torch.zeros(2, 3), r"got \(4, 4\) and \(2, 3\)"),
         (torch.zeros(4, 4).bfloat16(), torch.zeros(2, 4), "H must be float32 or float64, got torch.bfloat16"),
+        (torch.zeros(8, 8)[::2, ::2], torch.zeros(2, 4), "H must be contiguous"),
+        (torch.zeros(4, 4, device="meta"), torch.zeros(2, 4), "H is on meta and X on cpu"),
     ],
 )
 def test_what_does_not_fit_is_refused(H, X, message):
     with pytest.raises(ValueError, match=message):
         hessian_accumulate_(H, X)
+
+
+def test_op_is_registered_soundly_and_compiles_whole():
+    arguments = (torch.zeros(5, 5), torch.randn(7, 5))
+    torch.library.opcheck(torch.ops.lightning_compress.hessian_accumulate_, arguments)
+    expected = hessian_accumulate_(torch.zeros(5, 5), arguments[1])
+    found = torch.compile(hessian_accumulate_, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(found, expected)
+    assert found is arguments[0]
 
 
 @pytest.mark.parametrize("C", [1, 31, 95, 96, 97, 128, 200, 777, 1536])

@@ -17,15 +17,10 @@ from lightning_compress.ops.w4a16_gemm import grid_rows, kernel, to_planes
 from lightning_compress.ops.w4a16_gemm.launch import Launch, rule
 from tests.ops.test_w4a16_gemm import weight
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 TOLERANCE = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [(1, 17, 192, 6), (17, 65, 256, 2), (3, 33, 200, 1), (5, 1, 96, 1), (2, 40, 256, 4), (33, 7, 128, 1)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that a kernel forgets to write shows."""
-    torch.manual_seed(0)
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(*size, torch.nan, **options))
 
 
 def check(x, N, G, symmetric, launch):

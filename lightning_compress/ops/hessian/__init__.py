@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.hessian import reference
 
 __all__ = ["hessian_accumulate_", "mirror_"]
 
+HALF = (torch.float16, torch.bfloat16)
 LEAF = 96                # columns of a tile on the diagonal: 48 to 144 run equally (AMD EPYC, one thread), 192 slower
 
 
@@ -20,7 +22,8 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
 
     Args:
         H_CC: float32 or float64, [C, C], contiguous.
-        X_NC: [N, C], any floating dtype; it is raised to the dtype of H first, so that bf16 inputs add up in float32.
+        X_NC: [N, C], any floating dtype. bf16 and fp16 add up in float32: on CUDA in the tensor cores, where their
+            products are exact; elsewhere X is raised to the dtype of H first.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit.
@@ -29,8 +32,31 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
         raise ValueError(f"expected H [C, C] and X [N, C], got {tuple(H_CC.shape)} and {tuple(X_NC.shape)}")
     if H_CC.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"H must be float32 or float64, got {H_CC.dtype}: lower ones lose positive definiteness")
+    if not H_CC.is_contiguous():
+        raise ValueError("H must be contiguous: it is written in place; make it with torch.zeros(C, C)")
     if H_CC.device != X_NC.device:
         raise ValueError(f"H is on {H_CC.device} and X on {X_NC.device}; put them on one device")
+    if torch.compiler.is_compiling():
+        _accumulate_op(H_CC, X_NC)
+        return H_CC
+    return _accumulate_(H_CC, X_NC)
+
+
+def mirror_(H_CC: Tensor) -> Tensor:
+    """Copy the lower triangle of H onto the upper one, in place."""
+    for rows, columns in tiles(0, len(H_CC)):
+        if rows != columns:
+            H_CC[columns, rows].copy_(H_CC[rows, columns].t())
+        else:                                                  # a kernel's own tiles do not end where these do
+            H_CC[rows, rows].copy_(H_CC[rows, rows].tril() + H_CC[rows, rows].tril(-1).t())
+    return H_CC
+
+
+def _accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
+    if H_CC.is_cuda and X_NC.dtype in HALF and H_CC.dtype == torch.float32 and _kernel_runs(H_CC.device):
+        from lightning_compress.ops.hessian.kernel import accumulate_
+
+        return accumulate_(H_CC, X_NC)
     X_NC = X_NC.to(H_CC.dtype)
     if H_CC.device.type != "cpu":
         return reference.hessian_accumulate_(H_CC, X_NC)      # one large GEMM fills a GPU better than many small
@@ -39,12 +65,18 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
     return H_CC
 
 
-def mirror_(H_CC: Tensor) -> Tensor:
-    """Copy the lower triangle of H onto the upper one, in place."""
-    for rows, columns in tiles(0, len(H_CC)):
-        if rows != columns:                                    # a tile on the diagonal is whole already
-            H_CC[columns, rows].copy_(H_CC[rows, columns].t())
-    return H_CC
+def _kernel_runs(device: torch.device) -> bool:
+    return kernel_runs(device, "X^T X is worked out whole, in float32")
+
+
+@torch.library.custom_op("lightning_compress::hessian_accumulate_", mutates_args=("H",))
+def _accumulate_op(H: Tensor, X: Tensor) -> None:
+    _accumulate_(H, X)
+
+
+@_accumulate_op.register_fake
+def _(H: Tensor, X: Tensor) -> None:
+    return None
 
 
 def tiles(low: int, high: int) -> Iterator[tuple[slice, slice]]:

@@ -6,13 +6,12 @@ Layout, roofline and measured numbers are in the README beside this file.
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
 """
 
-import importlib.util
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE, from_planes, grid_rows, to_planes
 from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequantize, unpack
 
@@ -89,17 +88,8 @@ def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | N
 
 
 def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
-    """Whether the kernel takes this case; when it does not, a warning says why (once, by Python's default filter)."""
-    if importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed (pip install triton)"
-    elif torch.cuda.get_device_capability(x.device) < (8, 0):
-        reason = f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
-    elif groups > 1 and group % PLANE:
-        reason = f"groups of {group} columns are no multiple of {PLANE}"
-    else:
-        return True
-    warnings.warn(f"int4 weights are dequantized for every call, without a fused kernel: {reason}", stacklevel=4)
-    return False
+    unfit = f"groups of {group} columns are no multiple of {PLANE}" if groups > 1 and group % PLANE else None
+    return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit)
 
 
 def _dense(planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:

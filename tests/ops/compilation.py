@@ -1,0 +1,87 @@
+"""Compile a Triton kernel for a GPU that is not there, and read from its machine code what it needs."""
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED = {80: 166912, 89: 101376, 90: 232448}      # bytes that one block may have
+POINTER = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int16: "*i16",
+    torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def compiled(
+    function: Any,
+    capability: int,
+    types: Mapping[str, str],
+    fixed: Mapping[str, Any],
+    warps: int,
+    stages: int = 3,
+    odd: tuple[str, ...] = (),
+) -> Any:
+    """The compiled kernel.
+
+    Args:
+        function: The ``triton.jit`` function.
+        capability: 80, 89 or 90.
+        types: Of arguments, as Triton writes them; those that are not named are int32.
+        fixed: Values of the arguments that are known when it is compiled.
+        warps: Of a program.
+        stages: Of the software pipeline.
+        odd: Arguments that are no multiple of 16; pointers and integers of all others are.
+    """
+    names = function.arg_names
+    types = {name: types.get(name, "i32") for name in names}
+    return triton.compile(
+        ASTSource(
+            fn=function,
+            signature={name: "constexpr" if name in fixed else types[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in fixed.items()},
+            attrs={
+                (i,): [["tt.divisibility", 16]]
+                for i, name in enumerate(names)
+                if name not in fixed and name not in odd and types[name][0] in "*i"
+            },
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+
+
+def facts(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack, spills, shared memory, and how often instructions of some kinds stand in the machine code."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    resources, code = tool("cuobjdump", "-res-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    def resource(name: str) -> int:
+        found = re.search(name + r":(\d+)", resources)
+        assert found, resources
+        return int(found[1])
+
+    return {
+        "registers": resource("REG"),
+        "stack": resource("STACK"),
+        "spills": count(r"\b(?:STL|LDL)\b"),
+        "shared": kernel.metadata.shared,
+        "conversions": count(r"\bI2F"),
+        "wide": count(r"\b(?:LDG|STG|LDGSTS)\.\S*128"),
+        "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/"),
+        **{name: count(rf"\b{name}\b") for name in ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTMALDG", "UTMAREDG")},
+    }
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,85 @@
+"""The kernel against float64 in Triton's interpreter, on the CPU. Needs the extra ``kernels`` and TRITON_INTERPRET=1
+before Triton is imported (make test-kernels does both)."""
+
+import os
+from math import ceil
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
+
+from lightning_compress.ops.hessian import kernel, mirror_
+from lightning_compress.ops.hessian.kernel import Launch, accumulate_, rule, tiles
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SQUARE = Launch(32, 32, 16, 1, 8, 3, False)
+WIDE = Launch(32, 64, 16, 1, 8, 3, False)
+BY_DESCRIPTOR = Launch(32, 64, 16, 1, 8, 3, True)
+
+
+def check(X_NC, launch):
+    """H holds numbers below the diagonal and NaN where no tile of its own may be: above the tiles on the diagonal."""
+    C = X_NC.shape[1]
+    start = torch.randn(C, C)
+    start = start + start.t()
+    H_CC = start.clone()
+    accumulate_(H_CC, X_NC, launch)
+    expected = start.double() + X_NC.double().t() @ X_NC.double()
+    assert_close(H_CC.double().tril(), expected.tril(), rtol=1e-5, atol=1e-4)
+    whole = mirror_(H_CC)
+    assert torch.equal(whole, whole.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("launch", [SQUARE, WIDE], ids=str)
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (17, 33), (40, 100), (16, 128), (70, 161)], ids=str)
+def test_equals_float64(N, C, launch, dtype):
+    check(torch.randn(N, C).to(dtype), launch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "C"), [(17, 72), (40, 128)], ids=str)
+def test_descriptors_equal_float64(N, C, dtype):
+    check(torch.randn(N, C).to(dtype), BY_DESCRIPTOR)
+
+
+@pytest.mark.parametrize("split", [2, 3])
+def test_parts_of_the_tokens_add_up(split):
+    check(torch.randn(37, 40).half(), Launch(32, 32, 16, split, 8, 3, False))       # 3 parts: the last has 5 tokens
+
+
+def test_tokens_and_columns_may_lie_apart():
+    check(torch.randn(50, 80).half()[::2, ::2], SQUARE)
+    check(torch.randn(40, 25).half().t(), SQUARE)
+
+
+def test_many_tokens_are_taken_in_turn(monkeypatch):
+    monkeypatch.setattr(kernel, "TOKENS", 16)
+    check(torch.randn(40, 33).half(), SQUARE)
+    check(torch.randn(0, 33).half(), SQUARE)
+
+
+@pytest.mark.parametrize(("block_i", "block_j"), [(128, 128), (128, 256)])
+@pytest.mark.parametrize("C", [1, 128, 129, 700, 4096, 14336, 28672])
+def test_programs_cover_the_triangle_once(C, block_i, block_j):
+    """The rule of the kernel, counted out in integers."""
+    ratio, seen = block_j // block_i, set()
+    pairs = ceil(ceil(C / block_i) / ratio)
+    for p in range(pairs):
+        seen |= {(ratio * p + r, j) for r in range(ratio) for j in range(p + 1)}
+    assert len(seen) == tiles(C, block_i, block_j)
+    needed = {(i, j) for i in range(ceil(C / block_i)) for j in range(i * block_i // block_j + 1)}
+    assert needed <= seen
+
+
+def test_the_rule_gives_every_processor_a_tile():
+    for C in (128, 512, 1024, 2048, 4096, 14336):
+        launch = rule(16384, C, 132, descriptors=True)
+        assert launch.split * tiles(C, launch.block_i, launch.block_j) >= min(132, 32 * tiles(C, 128, 128))
+        assert not (launch.descriptors and launch.split > 1)
+    assert rule(16384, 4096, 132, True).descriptors
