@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -33,6 +32,16 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import random_state, resume
+from lightning_compress.training.checks import (
+    averages,
+    check_averaging,
+    check_order,
+    check_plain,
+    check_strategy,
+    check_whole,
+    check_windows,
+    tensor_names,
+)
 from lightning_compress.training.clock import StepClock
 from lightning_compress.training.finish import Finish, Plan, check_best, check_export
 from lightning_compress.training.finished import earlier_end, new_run
@@ -43,7 +52,6 @@ from lightning_compress.training.submodule import choose, is_compiled
 __all__ = ["CompressionCallback"]
 
 E = EventType
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class CompressionCallback(Callback):
@@ -149,8 +157,8 @@ class CompressionCallback(Callback):
         self._undo_shapes = carry_shapes(pl_module, self.module)
         if stage != "fit":
             return
-        _check_strategy(trainer)
-        _check_order(trainer, self)
+        check_strategy(trainer)
+        check_order(trainer, self)
         if self._root is not None and self._root is not pl_module:
             raise ValueError(
                 "this CompressionCallback has compressed, or begun to compress, another LightningModule; "
@@ -201,23 +209,13 @@ class CompressionCallback(Callback):
         reshaping = any(m.reshapes for m in self.lifecycle.modifiers)
         if reshaping:
             check_launcher(trainer)
-        before = _tensor_names(pl_module)
+        before = tensor_names(pl_module)
         self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
-        averaging = [type(c).__name__ for c in trainer.callbacks if _averages(c)]
-        if averaging and reshaping:
-            raise ValueError(
-                f"{averaging[0]} averages weights of one shape, and a modifier of the recipe changes shapes: leave out "
-                f"either of the two"
-            )
-        if averaging and _tensor_names(pl_module) != before:
-            raise ValueError(
-                f"{averaging[0]} pairs tensors by position, and a modifier has added some to {name or 'the model'!r} "
-                f"after it had copied them: leave out either of the two"
-            )
+        check_averaging(trainer, name, reshaping, tensor_names(pl_module) != before)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done and self._state.model is not None:
-            _check_whole(self._state.model)              # not in setup: configure_model comes after it
+            check_whole(self._state.model)               # not in setup: configure_model comes after it
         if not self.done and not trainer.fast_dev_run:
             check_export(trainer, self.plan)             # not in setup: only now it is known whether a run is resumed
             check_best(trainer, self.plan, self.lifecycle)
@@ -239,7 +237,7 @@ class CompressionCallback(Callback):
             trainer.max_steps,
             len(trainer.optimizers),
         )
-        self._check_units(trainer)
+        check_windows(trainer, self.lifecycle.modifiers, self.clock.event())
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
         if self._resumed and resume.after_last_batch(trainer):
             self._restore_random()
@@ -346,7 +344,7 @@ class CompressionCallback(Callback):
             rank_zero_info("nothing was left to train; compressing the model as it is")
             self._restore_random()
             pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
-            for averaging in (c for c in trainer.callbacks if self.clock.global_step and _averages(c)):
+            for averaging in (c for c in trainer.callbacks if self.clock.global_step and averages(c)):
                 averaging.on_train_end(trainer, pl_module)              # its average becomes the model, as in training
             self._finish(trainer, pl_module, trained=False)
             pl_module.cpu()
@@ -418,7 +416,7 @@ class CompressionCallback(Callback):
             "random": [random_state.collect()],
             "run": self._run,
         }
-        _check_plain(state, "CompressionCallback.state_dict()")
+        check_plain(state, "CompressionCallback.state_dict()")
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -470,20 +468,6 @@ class CompressionCallback(Callback):
                 f"replaced after configure_model; build it in __init__, setup or configure_model"
             )
 
-    def _check_units(self, trainer: Trainer) -> None:
-        """A window in epochs or fractions needs a length that is known and constant; none should outlast the run."""
-        units = {m.unit for m in self.lifecycle.modifiers if m.start is not None} - {"step"}
-        for unit in sorted(units):
-            _ = self.clock.event().in_unit(unit).steps_per_unit
-        scheduled = [c for c in trainer.callbacks if type(c).__name__ == "GradientAccumulationScheduler"]
-        if units and scheduled:
-            raise ValueError(
-                f"unit={min(units)!r} needs epochs of one length, but GradientAccumulationScheduler changes their "
-                f"length; use unit='step'"
-            )
-        for modifier in self.lifecycle.modifiers if trainer.is_global_zero and not trainer.fast_dev_run else ():
-            modifier.check_length(self.clock.event())
-
 
 def _listed(modifiers: Any) -> list[Modifier]:
     if isinstance(modifiers, Mapping):
@@ -501,56 +485,3 @@ def _filled(arguments: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, A
             f"the recipe sets {unknown}, which CompressionCallback does not take; it takes {sorted(arguments)}"
         )
     return {n: recipe.get(n, v) if v == defaults[n] else v for n, v in arguments.items()}
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-        raise ValueError(
-            f"{type(trainer.strategy).__name__} shards the weights, and compression needs them whole: use "
-            f"strategy='ddp' or one device, or compress the consolidated checkpoint afterwards, with compress()"
-        )
-
-
-def _check_whole(module: nn.Module) -> None:
-    """``fully_shard`` in configure_model works under any strategy; its parameters are DTensors."""
-    sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "device_mesh")]
-    if sharded:
-        raise ValueError(
-            f"{sharded[0]!r} is sharded (a DTensor), and compression needs whole weights: train without fully_shard, "
-            f"or compress the consolidated checkpoint afterwards, with compress()"
-        )
-
-
-def _check_order(trainer: Trainer, callback: Callback) -> None:
-    """At the end of training, averaging overwrites the weights: what it must not overwrite has to come after it."""
-    after = trainer.callbacks[trainer.callbacks.index(callback) + 1 :]
-    for other in after:
-        if _averages(other):
-            name = type(other).__name__
-            raise ValueError(
-                f"{name} is listed after CompressionCallback and would overwrite the compressed weights with its "
-                f"average: list it first, Trainer(callbacks=[{name}(...), CompressionCallback(...)])"
-            )
-
-
-def _averages(callback: Callback) -> bool:
-    return any(c.__name__ in AVERAGING for c in type(callback).__mro__)
-
-
-def _tensor_names(module: nn.Module) -> list[str]:
-    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-
-
-def _check_plain(value: Any, place: str) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_plain(key, f"a key of {place}")
-            _check_plain(inner, f"{place}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, inner in enumerate(value):
-            _check_plain(inner, f"{place}[{i}]")
-    elif type(value) not in (bool, int, float, str, type(None)) and not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{place} is a {type(value).__name__}, expected numbers, strings, None, lists, dicts or tensors: "
-            f"anything else breaks resuming with weights_only"
-        )
