@@ -70,7 +70,8 @@ def _choose(H_CC: Tensor, X_NC: Tensor) -> Launch:
         and H_CC.stride(0) % 4 == 0 and H_CC.data_ptr() % 16 == 0
     )  # fmt: skip
     properties = torch.cuda.get_device_properties(X_NC.device)
-    return rule(*X_NC.shape, properties.multi_processor_count, aligned and properties.major >= 9)
+    N, C = X_NC.shape
+    return rule(N, C, properties.multi_processor_count, aligned and properties.major >= 9)
 
 
 def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch) -> None:
