@@ -7,12 +7,14 @@ targets match a module, the exact name beats the pattern, and the pattern beats 
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
 
-__all__ = ["clean_name", "match_rank", "select", "unmatched_message"]
+__all__ = ["clean_name", "match_rank", "select", "unmatched_message", "warn_of_left_out"]
+
+LEFT_OUT = 0.1         # of the weights: a patch embedding or the first convolution is less, and nobody's mistake
 
 
 def clean_name(name: str) -> str:
@@ -66,6 +68,48 @@ def match_rank(name: str, module: nn.Module, target: str) -> int:
     if target == name:
         return 3
     return 1 if any(c.__name__ == target for c in type(module).__mro__ if c is not object) else 0
+
+
+def warn_of_left_out(
+    model: nn.Module, chosen: Mapping[str, nn.Module], targets: str | Sequence[str], ignore: str | Sequence[str] = ()
+) -> None:
+    """Warn where ``Linear`` in ``targets``, as in every recipe, leaves much of a model as it is: GPT-2, CNN, LSTM.
+
+    What counts are weights (parameters of two dimensions and more) that are in no embedding and that ``ignore`` does
+    not name. Who gave names, patterns, or other classes alone has chosen; then nothing is said.
+
+    Args:
+        model: The whole of it.
+        chosen: What :func:`select` made of targets and ignore.
+        targets: As given.
+        ignore: As given.
+    """
+    targets, ignore = _listed(targets), _listed(ignore)
+    classes = {c.__name__ for m in model.modules() for c in type(m).__mro__}
+    if "Linear" not in targets or not set(targets) <= classes:
+        return
+    held = {id(p) for m in chosen.values() for p in m.parameters() if p.ndim > 1}
+    views = (getattr(m, "weight", None) for m in chosen.values() if "weight" not in m._parameters)
+    held |= {id(view._base) for view in views if view is not None}       # one expert's slice of the tensor of all
+    seen, taken, left = set(held), 0, dict[str, list[int]]()
+    for name, module in model.named_modules():
+        weights = {id(p): p.numel() for p in module.parameters(recurse=False) if p.ndim > 1}
+        taken += sum(size for key, size in weights.items() if key in held)
+        size = sum(size for key, size in weights.items() if key not in seen)
+        seen |= set(weights)
+        if size and "Embedding" not in type(module).__name__ and not any(match_rank(name, module, e) for e in ignore):
+            left.setdefault(type(module).__name__, []).append(size)
+    lost = sum(map(sum, left.values()))
+    if lost <= LEFT_OUT * (taken + lost):
+        return
+    kinds = sorted(left.items(), key=lambda kind: -sum(kind[1]))[:3]
+    named = ", ".join(f"{len(sizes)} {kind} ({sum(sizes):,})" for kind, sizes in kinds)
+    warnings.warn(
+        f"targets={targets} reaches {taken:,} of {taken + lost:,} weights and leaves the others as they are: {named}; "
+        f"add what shall be compressed too to targets (convolutions and the Conv1D of transformers can be), and what "
+        f"shall stay to ignore",
+        stacklevel=3,
+    )
 
 
 def check_patterns(entries: Iterable[str], field: str) -> None:

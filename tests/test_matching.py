@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.matching import clean_name, match_rank, select
+from lightning_compress.matching import clean_name, match_rank, select, warn_of_left_out
 
 
 class GatedLinear(nn.Linear):
@@ -122,3 +122,46 @@ def test_a_misspelt_name_in_ignore_is_told_a_pattern_is_not(model):
     with pytest.warns(UserWarning, match=r"ignore=\['lm_haed'\] matches none.*'lm_head'"):
         select(model, "Linear", "lm_haed")
     assert names(model, "Linear", "re:.*router")        # recipes for many models
+
+
+def stack(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers)
+
+
+def left_out(model: nn.Module, targets, ignore=()) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_left_out(model, select(model, targets, ignore), targets, ignore)
+    return [str(one.message) for one in said]
+
+
+def test_a_class_that_leaves_most_of_the_model_as_it_is_says_so():
+    model = stack(nn.Embedding(50, 8), nn.Conv1d(8, 8, 3), nn.LSTM(8, 8), nn.Linear(8, 4))
+    (message,) = left_out(model, ["Linear"])
+    assert "reaches 32 of 736 weights" in message                     # 32 + 8 * 8 * 3 + 2 * 4 * 8 * 8
+    assert "1 LSTM (512), 1 Conv1d (192)" in message
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore"),
+    [
+        (["Linear", "Conv1d"], ["LSTM"]),                             # all of it, or named as left out
+        (["Linear"], ["Conv1d", "re:2"]),
+        (["re:.*3"], []),                                             # a pattern is a choice
+        (["3"], []),
+        (["Conv1d"], []),                                             # so is another class
+    ],
+)
+def test_what_was_chosen_one_by_one_is_not_questioned(targets, ignore):
+    model = stack(nn.Embedding(50, 8), nn.Conv1d(8, 8, 3), nn.LSTM(8, 8), nn.Linear(8, 4))
+    assert not left_out(model, targets, ignore)
+
+
+def test_a_small_first_convolution_and_norms_are_nobodys_mistake():
+    assert not left_out(stack(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(64, 64)), ["Linear"])
+
+
+def test_a_tied_weight_counts_once_and_as_reached():
+    model = stack(nn.Linear(8, 8), nn.Bilinear(8, 1, 8))
+    model[1].weight = model[0].weight
+    assert not left_out(model, ["Linear"])

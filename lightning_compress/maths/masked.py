@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quant.matrix import is_transposed
 
-__all__ = ["MaskedWeights", "has_matrix", "trained_weight"]
+__all__ = ["MaskedWeights", "check_parametrizations", "has_matrix", "trained_weight"]
 
 
 def trained_weight(module: nn.Module) -> nn.Parameter:
@@ -21,6 +21,28 @@ def trained_weight(module: nn.Module) -> nn.Parameter:
     if parametrized is not None and "weight" in parametrized:
         return parametrized.weight.original
     return module.get_parameter("weight")
+
+
+def check_parametrizations(modules: Mapping[str, nn.Module]) -> None:
+    """Zeros in a parameter are zeros of the weight only where no parametrization adds to it or scales it.
+
+    Those of this package say so (``keeps_zeros``): fake-quantization, learned masks.
+
+    Raises:
+        ValueError: Another parametrization (LoRA, weight_norm) computes a weight; modules and classes are named.
+    """
+    odd = []
+    for name, module in modules.items():
+        lists = getattr(module, "parametrizations", None)
+        parts = lists["weight"].children() if isinstance(lists, nn.ModuleDict) and "weight" in lists else ()
+        if foreign := [type(part).__name__ for part in parts if not getattr(part, "keeps_zeros", False)]:
+            odd.append(f"{name!r} ({', '.join(foreign)})")
+    if odd:
+        raise ValueError(
+            f"cannot prune {', '.join(odd[:5])}: a parametrization computes the weight, so zeros in its parameters "
+            f"would be none in the weight; merge it first (torch.nn.utils.parametrize.remove_parametrizations), or add "
+            f"the modules to ignore"
+        )
 
 
 def has_matrix(module: nn.Module) -> bool:
@@ -33,9 +55,13 @@ class MaskedWeights:
 
     Args:
         modules: By dotted name.
+
+    Raises:
+        ValueError: See :func:`check_parametrizations`.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
+        check_parametrizations(modules)
         self.modules = dict(modules)
         self.masks: dict[str, Tensor] = {}
 

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.matching import match_rank, select
+from lightning_compress.matching import match_rank, select, warn_of_left_out
 from lightning_compress.maths.masks import check_structure, n_of_m
 from lightning_compress.quant.matrix import as_matrix, is_supported
 
@@ -102,6 +102,7 @@ class PruningArguments(BaseModel):
                     f"mask_structure={self.mask_structure!r} does not divide the columns of {', '.join(unfit[:5])}; "
                     f"add them to ignore, or choose another pattern"
                 )
+        warn_of_left_out(model, modules, named, self.ignore)
         return modules
 
     def sparsity_of(self, name: str, module: nn.Module) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import select
+from lightning_compress.matching import select, warn_of_left_out
 from lightning_compress.maths.gumbel import gumbel, hard_mask, patterns, prior_shift, soft_mask
 from lightning_compress.maths.masked import MaskedWeights, has_matrix, trained_weight
 from lightning_compress.maths.masks import check_structure, keep_mask, n_of_m
@@ -49,6 +49,7 @@ class MaskLogits(nn.Module):
     """
 
     passes_in_the_end = True                                        # see quant/matrix.py
+    keeps_zeros = True                                              # see maths/masked.py
 
     def __init__(self, module: nn.Module, S_KM: Tensor, logits: Tensor):
         super().__init__()
@@ -165,6 +166,7 @@ class LearnedMaskModifier(Modifier):
         assert state.model is not None
         self._weights = MaskedWeights(select(state.model, self.targets, self.ignore))
         self._check(state.model)
+        warn_of_left_out(state.model, self._weights.modules, self.targets, self.ignore)
         priors = self._priors()
         S_KM = patterns(*self.pattern)
         for place, (name, module) in enumerate(self._weights.modules.items()):
@@ -198,7 +200,7 @@ class LearnedMaskModifier(Modifier):
                 )
             if len(shared := owners.get(id(module._parameters.get("weight")), [])) > 1:
                 raise ValueError(
-                    f"{' and '.join(shared)} share one weight, which cannot have a mask of its own; add {name} to "
+                    f"{' and '.join(shared)} share one weight, which cannot have a mask of its own; add them to "
                     f"ignore"
                 )
         widths = {name: W_RC.shape[1] for name, W_RC in self._weights.matrices().items()}

@@ -66,6 +66,8 @@ class FakeQuantize(nn.Module):
         change: With ``lsq`` the parameter behind the scale, in its shape: scale = start (1 + change).
     """
 
+    keeps_zeros = True                                              # see maths/masked.py
+
     scale: Tensor
     zero_point: Tensor | None
 

@@ -21,7 +21,7 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from lightning_compress.matching import match_rank, select
+from lightning_compress.matching import match_rank, select, warn_of_left_out
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import SUPPORTED, as_matrix, is_supported, weight_of
 from lightning_compress.quant.record import quantized_of
@@ -89,6 +89,7 @@ def assign(
     _check_modules(model, modules)
     for scheme in schemes:
         group_fits({n: as_matrix(modules[n]).shape[1] for n, s in assigned.items() if s is scheme}, scheme)
+    warn_of_left_out(model, modules, [target for scheme in schemes for target in scheme.targets], ignore)
     return assigned
 
 
@@ -295,9 +296,15 @@ def _check_dense(model: nn.Module) -> None:
 
 
 def _check_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    odd = [f"{n!r} ({type(m).__name__})" for n, m in modules.items() if not is_supported(m)]
+    odd = {n: m for n, m in modules.items() if not is_supported(m)}
+    named = _named([f"{n!r} ({type(m).__name__})" for n, m in odd.items()])
+    if any("weight" in getattr(m, "parametrizations", ()) for m in odd.values()):
+        raise ValueError(
+            f"cannot quantize {named}: a parametrization computes the weight; merge it first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations), or add the modules to ignore"
+        )
     if odd:
-        raise ValueError(f"cannot quantize {_named(odd)}: expected {SUPPORTED}; narrow targets, or add them to ignore")
+        raise ValueError(f"cannot quantize {named}: expected {SUPPORTED}; narrow targets, or add them to ignore")
     owners: dict[int, dict[str, nn.Module]] = {}                # parameter -> the modules that hold it, by its names
     for owner_name, owner in model.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -305,9 +312,10 @@ def _check_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         others = [repr(n) for n, owner in owners.get(id(module.weight), {}).items() if owner is not module]
         if others:
+            both = [repr(n) for n, m in modules.items() if m.weight is module.weight]
             raise ValueError(
-                f"the weight of {name!r} is shared with {_named(others)}, which would change with it; add {name!r} to "
-                f"ignore, or untie the two"
+                f"the weight of {name!r} is shared with {_named(others)}, which would change with it; add "
+                f"{' and '.join(both)} to ignore, or untie the two"
             )
     check_finite(modules)
 

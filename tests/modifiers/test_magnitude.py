@@ -6,11 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.modifiers.constant import ConstantPruningModifier
+from lightning_compress.modifiers.learned_mask import LearnedMaskModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
+from lightning_compress.modifiers.movement import MovementPruningModifier
 from tests.modifiers.training_loop import network, train
 
 OPTIMIZERS = {
@@ -228,3 +231,38 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused_before_training():
     modifier = MagnitudePruningModifier(mask_structure="2:4", targets=["0"])
     with pytest.raises(ValueError, match=r"does not fit: 0 \(2:4 does not divide 10 columns"):
         Lifecycle([modifier]).initialize(State(model=nn.Sequential(nn.Linear(10, 4))))
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.update = nn.Parameter(torch.ones(1))
+
+    def forward(self, weight):
+        return weight + self.update
+
+
+@pytest.mark.parametrize(
+    ("put_on", "kind"),
+    [
+        (lambda linear: parametrize.register_parametrization(linear, "weight", LowRank()), "LowRank"),
+        (parametrizations.weight_norm, "_WeightNorm"),
+    ],
+    ids=["low rank", "weight_norm"],
+)
+@pytest.mark.parametrize(
+    "modifier",
+    [
+        lambda: MagnitudePruningModifier(start=0),
+        lambda: ConstantPruningModifier(),
+        lambda: MovementPruningModifier(start=0, end=4),
+        lambda: LearnedMaskModifier(start=0, end=4),
+    ],
+    ids=["magnitude", "constant", "movement", "learned mask"],
+)
+def test_a_weight_that_a_foreign_parametrization_computes_is_refused(modifier, put_on, kind):
+    """Zeros under it would be none in the weight, and the report would claim them."""
+    model = network()
+    put_on(model[0])
+    with pytest.raises(ValueError, match=rf"cannot prune '0' \({kind}\).*merge it first"):
+        Lifecycle([modifier()]).initialize(State(model=model))

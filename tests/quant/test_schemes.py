@@ -254,3 +254,17 @@ def test_formats_of_one_group_size_say_so():
     (scheme,) = from_presets("FP8_BLOCK", ["Linear"])
     with pytest.raises(ValueError, match=r"input_activations: group_size=128 is larger than the input columns of 'a'"):
         group_fits({"a": 64}, scheme)
+
+
+def test_a_weight_that_a_parametrization_computes_says_how_to_merge_it():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"cannot quantize '0' .*merge it first .*remove_parametrizations"):
+        assign(model, from_presets("W4A16", ["Linear"], 8), [])
+
+
+def test_the_advice_for_a_shared_weight_works():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="add '0' and '1' to ignore"):
+        assign(model, from_presets("W4A16", ["Linear"], 8), [])
+    assert list(assign(model, from_presets("W4A16", ["Linear"], 8), ["0", "1"])) == ["2"]
