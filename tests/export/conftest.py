@@ -1,16 +1,10 @@
 """Tiny models on a grid: rounded to nearest, with records, as a modifier leaves them."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_compress.matching import select
@@ -18,19 +12,7 @@ from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.matrix import as_matrix, write_matrix
 from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.scales import minmax
-
-READER = """
-import json, sys, torch, transformers
-from safetensors.torch import load_file, save_file
-root = sys.argv[1]
-logits = {}
-for name, model_class in json.load(open(f"{root}/cases.json")).items():
-    model = getattr(transformers, model_class).from_pretrained(f"{root}/{name}").eval()
-    with torch.no_grad():
-        logits[name] = model(**load_file(f"{root}/{name}.batch")).logits.contiguous()
-assert not [m for m in sys.modules if m.startswith("lightning")], "the reader must not know this package"
-save_file(logits, f"{root}/read")
-"""
+from tests import plain_reader
 
 
 def make_scheme(name: str, targets: Sequence[str] = ("Linear",), **weights) -> QuantizationScheme:
@@ -99,14 +81,4 @@ def small_net() -> nn.Module:
 @pytest.fixture(scope="session")
 def read_by_transformers() -> Callable[..., dict[str, Tensor]]:
     """Logits that a process without this package computes: of ROOT/name, a folder, on ROOT/name.batch."""
-
-    def run(root: Path, classes: Mapping[str, str]) -> dict[str, Tensor]:
-        (root / "cases.json").write_text(json.dumps(classes))
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", READER, str(root)], cwd=root, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return load_file(root / "read")
-
-    return run
+    return plain_reader.read_by_transformers
