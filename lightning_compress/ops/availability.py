@@ -11,7 +11,7 @@ __all__ = ["calls_kernel", "kernel_runs"]
 
 def calls_kernel(x: Tensor) -> bool:
     """Whether a kernel is called for x right away: on CUDA, in eager mode, where nothing traces or wraps x."""
-    return x.is_cuda and type(x) is Tensor and not torch.compiler.is_compiling()
+    return x.is_cuda and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def kernel_runs(device: torch.device, instead: str, unfit: str | None = None) -> bool:

@@ -2,7 +2,7 @@
 
 The value is bit for bit what compressed-tensors computes from the stored scale (worked out in float32, in the dtype of
 W at the end); equations and gradients are in reference.py. Memory: W, its scale and zero point are kept for backward,
-nothing else.
+nothing else. On CUDA one kernel makes the value, and one all gradients (README beside this file).
 
 Shapes: R rows, C columns, G groups of C / G columns; scale and zero point [1], [R, 1] or [R, G].
 """
@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lightning_compress.ops.availability import calls_kernel, kernel_runs
 from lightning_compress.ops.fake_quant.reference import HALF_STEP
 
 __all__ = ["HALF_STEP", "learned_step", "learned_value", "relative_step", "replace_value", "straight_through"]
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def straight_through(
@@ -113,8 +116,13 @@ class _StraightThrough(Function):
     def backward(ctx: Any, gradient_RC: Tensor) -> tuple[Tensor | None, ...]:
         W_RC, scale, zero = ctx.saved_tensors
         low, high, float8 = ctx.grid
-        v_RGg, _, _ = _scaled(W_RC, scale, zero)
         half = HALF_STEP[float8]
+        if _takes_kernel(W_RC):
+            from lightning_compress.ops.fake_quant import kernel
+
+            of_W, _ = kernel.gradients(gradient_RC, W_RC, scale, zero, low, high, float8, half, (True, False))
+            return of_W, None, None, None, None, None
+        v_RGg, _, _ = _scaled(W_RC, scale, zero)
         inside = (v_RGg >= low - half) & (v_RGg <= high + half)
         return gradient_RC * inside.view(W_RC.shape), None, None, None, None, None
 
@@ -208,6 +216,11 @@ def _learned_gradients(
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of W [R, C] and of the scale (in its shape), divided by sqrt(count high); None where it is not needed."""
+    if _takes_kernel(W_RC):
+        from lightning_compress.ops.fake_quant import kernel
+
+        of_W, summed = kernel.gradients(gradient_RC, W_RC, scale, zero, low, high, float8, None, needed)
+        return of_W, None if summed is None else (summed / (count * high) ** 0.5).to(scale.dtype)
     v_RGg, _, z_RG1 = _scaled(W_RC, scale, zero)
     inside_RGg = (v_RGg > low) & (v_RGg < high)
     gradient_RGg = gradient_RC.reshape(v_RGg.shape)
@@ -223,10 +236,21 @@ def _learned_gradients(
 
 
 def _value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool) -> Tensor:
+    if _takes_kernel(W_RC):
+        from lightning_compress.ops.fake_quant import kernel
+
+        return kernel.value(W_RC, scale, zero, low, high, float8)
     v_RGg, s_RG1, z_RG1 = _scaled(W_RC, scale, zero)
     q_RGg = _round(v_RGg.clamp_(low, high), float8)
     q_RGg = q_RGg if z_RG1 is None else q_RGg - z_RG1
     return (q_RGg * s_RG1).view(W_RC.shape).to(W_RC.dtype)
+
+
+def _takes_kernel(W_RC: Tensor) -> bool:
+    """Compiled code takes torch's arithmetic, which the compiler fuses as well."""
+    if not calls_kernel(W_RC) or W_RC.dtype not in KERNEL_DTYPES or not W_RC.numel():
+        return False
+    return kernel_runs(W_RC.device, "weights are quantized by a dozen kernels of torch")
 
 
 def _scaled(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,0 +1,36 @@
+"""The kernels compiled for GPUs that are not there. Needs the extra ``kernels`` (make test-kernels)."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
+
+from lightning_compress.ops.fake_quant.kernel import WARPS, blocks, gradient_kernel, value_kernel
+from tests.ops.compilation import POINTER, compiled, facts
+
+pytestmark = pytest.mark.usefixtures("triton_cache")
+
+GRAINS = {"group": 128, "channel": 4096, "tensor": 1024}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("grain", GRAINS)
+def test_compile_without_spills_and_read_16_bytes_at_a_time(grain, float8, capability, tmp_path):
+    dtype = POINTER[torch.bfloat16]
+    block_l, block_c = blocks(GRAINS[grain])
+    types = dict.fromkeys(("w_ptr", "s_ptr", "out_ptr", "gradient_ptr", "of_w_ptr"), dtype) | {
+        "z_ptr": "*i8", "of_lines_ptr": "*fp32", "low": "fp32", "high": "fp32", "beyond": "fp32"
+    }  # fmt: skip
+    fixed = {"TENSOR": grain == "tensor", "HAS_ZERO": not float8, "FLOAT8": float8} | ({"z_ptr": None} if float8 else {})
+    fixed |= {"BLOCK_L": block_l, "BLOCK_C": block_c}
+    learned = {"INCLUSIVE": False, "OF_W": True, "OF_SCALE": True}
+    for kernel, more in ((value_kernel, {}), (gradient_kernel, learned)):
+        found = facts(compiled(kernel, capability, types, fixed | more, WARPS), tmp_path)
+        assert (found["spills"], found["stack"]) == (0, 0), found
+        assert found["registers"] <= 128, found                  # four programs of four warps to a processor
+        assert found["wide"] >= 2, found
