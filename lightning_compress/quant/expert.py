@@ -1,0 +1,54 @@
+"""One projection of one expert: a Linear whose weight is a slice of the tensor that holds all experts.
+
+It owns nothing. The fused tensor stays the one parameter, so that the keys of ``state_dict``, the optimizer and the
+number of parameters are those of the dense model; what is written into the slice is written into that tensor.
+
+Shapes: E experts, F rows of the fused tensor [E, F, C] (gate above up), R rows and C columns of the slice.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["ExpertLinear", "mark_tokens", "tokens_of"]
+
+_TOKENS = "_lightning_compress_tokens"
+
+
+class ExpertLinear(nn.Linear):
+    """``y = x W^T`` with W = fused[expert, rows].
+
+    Args:
+        home: The module with the fused tensor; it is not registered below this one.
+        fused: Name of that tensor there, [E, F, C].
+        expert: Which expert.
+        rows: First and last row plus one, inside of F.
+    """
+
+    def __init__(self, home: nn.Module, fused: str, expert: int, rows: tuple[int, int]):
+        nn.Module.__init__(self)
+        self._home: tuple[nn.Module, str] = (home, fused)            # a tuple, so that it is no submodule
+        self.expert, self.rows = expert, rows
+        self.in_features, self.out_features = home.get_parameter(fused).shape[-1], rows[1] - rows[0]
+        self.bias = None
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The slice [R, C], a view of the fused tensor as it is now."""
+        home, fused = self._home
+        return home.get_parameter(fused)[self.expert, slice(*self.rows)]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = super().__call__(x, *args, **kwargs)
+        return result
+
+
+def mark_tokens(x_NC: Tensor, tokens_N: Tensor) -> Tensor:
+    """Note on ``x_NC`` which tokens of the batch its rows are (int64, places in the flattened batch)."""
+    setattr(x_NC, _TOKENS, tokens_N)
+    return x_NC
+
+
+def tokens_of(x_NC: Tensor) -> Tensor | None:
+    """What :func:`mark_tokens` noted."""
+    return getattr(x_NC, _TOKENS, None)
