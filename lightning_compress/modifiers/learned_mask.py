@@ -64,7 +64,7 @@ class MaskLogits(nn.Module):
             # DDP waits for the gradient of every parameter, and gets zeros
             unused = 0 * self.logits.sum().to(weight.dtype) if torch.is_grad_enabled() else None
             return weight.view_as(weight) if unused is None else weight + unused     # a view: no second owner of it
-        mask = self.soft() if self.training else self.hard()
+        mask = self.soft() if torch.is_grad_enabled() else self.hard()       # modes say nothing: see from_pretrained
         return weight * self.like(mask, weight)
 
     def soft(self) -> Tensor:

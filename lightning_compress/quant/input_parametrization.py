@@ -62,7 +62,7 @@ class FakeQuantizeInput(nn.Module):
         self._forget_batch()
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.observing and module.training:
+        if self.observing and torch.is_grad_enabled():           # not module.training: from_pretrained gives eval mode
             low, high = x.detach().float().aminmax()
             self.batch_low.copy_(torch.minimum(self.batch_low, low))
             self.batch_high.copy_(torch.maximum(self.batch_high, high))

@@ -108,19 +108,26 @@ def test_the_gradient_is_that_of_the_softmax_by_hand(accumulate):
     assert_close(logits.logits.grad.double(), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_a_model_in_eval_mode_learns_masks_too():
+    """Lightning leaves modes alone, and from_pretrained returns a model in eval mode."""
+    model = network().eval()
+    _, lifecycle = started(model)
+    lifecycle.emit(State(model=model), Event(EventType.BATCH_START, 0, 0))
+    model(torch.randn(3, 16)).square().sum().backward()
+    assert logits_of(model[0]).logits.grad.abs().sum() > 0
+
+
 def test_noise_is_new_in_every_batch_and_the_same_in_a_repeated_forward():
     model = network()
     _, lifecycle = started(model)
     x, seen = torch.randn(3, 16), []
     for number in range(3):
         lifecycle.emit(State(model=model), Event(EventType.BATCH_START, number, number))
-        with torch.no_grad():
-            seen.append(model(x))
-            assert torch.equal(model(x), seen[-1])
+        seen.append(model(x).detach())
+        assert torch.equal(model(x).detach(), seen[-1])
         lifecycle.emit(State(model=model), Event(EventType.BATCH_END, number, number))
     assert not torch.equal(seen[0], seen[1])
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad():                                   # validation, whatever mode the model is in
         W = hard_mask(logits_of(model[0]).logits, patterns(2, 4)) * model[0].parametrizations.weight.original
         assert torch.equal(model[0].weight, W)
 

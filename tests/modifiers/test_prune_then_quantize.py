@@ -15,8 +15,8 @@ from lightning_compress import (
     load,
     save,
 )
-from lightning_compress.maths.factor import factorize
 from lightning_compress.gptq.columns import round_columns
+from lightning_compress.maths.factor import factorize
 from lightning_compress.quant.record import quantized_modules
 from lightning_compress.quant.scales import minmax
 from tests.modifiers.pruning_runs import kept_per_group, problem

@@ -204,6 +204,22 @@ def test_static_activations_average_the_extremes_of_batches_until_they_freeze():
     assert_close(quantized_of(model[0]).input_scale.item(), max(-low, high) / 127.5)
 
 
+def test_a_model_in_eval_mode_is_observed_too():
+    """Lightning leaves modes alone, and from_pretrained returns a model in eval mode; validation does not count."""
+    model = network().eval()
+    state = State(model=model)
+    lifecycle = Lifecycle([QATModifier(**weights(8, grain="channel", inputs=STATIC))])
+    lifecycle.initialize(state)
+    lifecycle.emit(state, Event(EventType.BATCH_START))
+    x = torch.randn(8, 16)
+    model(x)
+    with torch.no_grad():
+        model(3 * x)
+    lifecycle.emit(state, Event(EventType.BATCH_END))
+    finished(model, lifecycle)
+    assert_close(quantized_of(model[0]).input_scale.item(), float(x.abs().max()) / 127.5)
+
+
 @pytest.mark.parametrize("inputs", [STATIC, STATIC | {"symmetric": False}, STATIC | {"type": "float"}], ids=str)
 def test_static_activation_scales_are_observed_then_learned_then_stand(inputs):
     kind = "float" if inputs["type"] == "float" else "int"
