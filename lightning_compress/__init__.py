@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_compress.core.factory import ModifierFactory
     from lightning_compress.core.modifier import Modifier
     from lightning_compress.export.compressed_tensors import load, save
+    from lightning_compress.modifiers.autoround import AutoRoundModifier
     from lightning_compress.modifiers.awq import AWQModifier
     from lightning_compress.modifiers.batch_norm import FoldBatchNormModifier
     from lightning_compress.modifiers.constant import ConstantPruningModifier
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AWQModifier",
+    "AutoRoundModifier",
     "CompressionCallback",
     "ConstantPruningModifier",
     "DepthPruningModifier",
@@ -72,6 +74,7 @@ __all__ = [
 _HOME = MappingProxyType(
     {
         "AWQModifier": "modifiers.awq",
+        "AutoRoundModifier": "modifiers.autoround",
         "CompressionCallback": "callback",
         "ConstantPruningModifier": "modifiers.constant",
         "DepthPruningModifier": "modifiers.depth",

@@ -221,12 +221,12 @@ class Walker:
         if not leads:
             return None
 
-        def output(i: int) -> Tensor:
+        def given(i: int) -> Tensor:
             hidden = dense.hidden[i]
             assert hidden is not None
             return hidden
 
-        return output
+        return given
 
     def _call_block(self, block: ProbedBlock, module: nn.Module, kept: KeptCalls, i: int) -> Any:
         args, kwargs = kept.take(i, block.name, device_of(module), copy=block.writes)

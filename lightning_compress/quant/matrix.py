@@ -21,6 +21,7 @@ __all__ = [
     "is_supported",
     "is_transposed",
     "only_input",
+    "parameter_of",
     "partitions",
     "weight_of",
     "write_matrix",
@@ -43,6 +44,13 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
+def parameter_of(module: nn.Module) -> nn.Parameter:
+    """The parameter that holds the weight, in the layer's own layout."""
+    stored = _stored(module)
+    assert isinstance(stored, nn.Parameter)
+    return stored
+
+
 def _stored(module: nn.Module) -> Any:
     """The weight, or what it is computed from by parametrizations that pass it as it is in the end (they say so)."""
     lists = getattr(module, "parametrizations", None)
@@ -52,11 +60,16 @@ def _stored(module: nn.Module) -> Any:
     return module.get_parameter("parametrizations.weight.original") if passing else None
 
 
-def as_matrix(module: nn.Module) -> Tensor:
-    """The weight as [R, C] in its own dtype: a view where the layout allows it, without gradient."""
+def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
+    """The weight as [R, C] in its own dtype: a view where the layout allows it, without gradient.
+
+    Args:
+        module: The layer.
+        like: In place of the weight a tensor that is laid out like it, such as its gradient.
+    """
     if not is_supported(module):
         raise ValueError(f"cannot see the weight of a {type(module).__name__} as a matrix; expected {SUPPORTED}")
-    weight = weight_of(module)
+    weight = weight_of(module) if like is None else like
     return weight.t() if is_transposed(module) else weight.flatten(1)
 
 

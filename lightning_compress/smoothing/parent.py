@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["ParentCalls", "common_parent", "keep_calls"]
+__all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "keep_calls"]
 
 
 def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:
@@ -54,13 +54,13 @@ class ParentCalls:
         total = 0.0
         for (args, kwargs), dense, mask in zip(self.arguments, self.outputs, self.masks, strict=True):
             output = first_tensor(self.module(*args, **kwargs))
-            total += float((_counted(output, mask).float() - _counted(dense, mask).float()).square().sum().double())
+            total += float((counted(output, mask).float() - counted(dense, mask).float()).square().sum().double())
             if not total <= limit * count:
                 return float("inf") if total == total else float("nan")
         return total / max(1, count)
 
     def _rows(self, outputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        return (_counted(output, mask) for output, mask in zip(outputs, self.masks, strict=True))
+        return (counted(output, mask) for output, mask in zip(outputs, self.masks, strict=True))
 
 
 def keep_calls(
@@ -112,7 +112,7 @@ def first_tensor(output: Any) -> Tensor:
     return found[0] if found else torch.zeros(0)
 
 
-def _counted(output: Tensor, mask: Tensor | None) -> Tensor:
+def counted(output: Tensor, mask: Tensor | None) -> Tensor:
     """The tokens that count, where the output's leading shape is that of the mask."""
     if mask is None:
         return output

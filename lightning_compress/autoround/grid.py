@@ -1,0 +1,144 @@
+"""A weight on a grid whose rounding and range are learned, and the gradients for both, straight through the rounding.
+
+    c = clip(round(w / s + V + z)),   q = s (c - z)                                   V in [-1/2, 1/2]
+    s = s0 f,   f = (beta (qmax - z0) - alpha (qmin - z0)) / (qmax - qmin)            alpha, beta in [1/2, 1]
+    z = qmin - round(alpha (qmin - z0) / f)                                           symmetric: f = beta, z = 0
+
+For the range of the extremes, (qmin - z0) s0 = min w and (qmax - z0) s0 = max w, these are equations (2) to (4) of
+Cheng et al. (arXiv:2309.05516). At V = 0 and alpha = beta = 1 the scale is s0 bit for bit, however it was found.
+
+With all rounding, the cast of s included, taken for the identity in backward, and G the gradient for q, [inside] where
+c was not clipped:
+
+    dV = G s [inside]        ds = sum G (c - z - [inside] w / s)        dz = -sum G s [outside]
+
+Shapes: R rows, C columns, G groups of g columns; scales, zero points, alpha and beta as quant/scales.py has them: [R,
+G] per group, [R, 1] per channel, [1] per tensor.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from lightning_compress.quant.scales import expand, group_columns, integer_range
+
+__all__ = ["ROUNDING", "SHRINK", "LearnedGrid", "OnGrid"]
+
+ROUNDING = 0.5           # |V| at most
+SHRINK = 0.5             # alpha and beta at least
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A weight on its grid, as it is stored.
+
+    Args:
+        codes_RC: c - z, int16 (8 bits less a zero point).
+        scale: In the dtype of the weight.
+        zero_point: int8; None for a symmetric grid.
+        args: The grid.
+    """
+
+    codes_RC: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    args: QuantizationArgs
+
+    def value(self) -> Tensor:
+        """(c - z) s, worked out in float32, in the dtype of the scale, [R, C]."""
+        R, C = self.codes_RC.shape
+        s_RG1 = expand(self.scale, R, self.args).float()[..., None]
+        blocks = self.codes_RC.float().unflatten(1, (-1, group_columns(self.args, C)))
+        return (blocks * s_RG1).flatten(1).to(self.scale.dtype)
+
+
+class LearnedGrid:
+    """One weight, its V, alpha and beta.
+
+    Args:
+        W_RC: What is rounded, any floating dtype; q has the dtype of ``scale``.
+        scale: s0, positive.
+        zero_point: z0, int8; None for a symmetric grid.
+        args: The grid: integers.
+        keep_RC: False where q stays zero; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        W_RC: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        args: QuantizationArgs,
+        keep_RC: Tensor | None = None,
+    ):
+        self.W_RC, self.scale, self.zero_point, self.args, self.keep_RC = W_RC, scale, zero_point, args, keep_RC
+        self.low, self.high = integer_range(args)
+        self.V_RC = torch.zeros_like(W_RC, dtype=torch.float32)
+        self.beta = torch.ones_like(scale, dtype=torch.float32)
+        self.alpha = None if zero_point is None else torch.ones_like(self.beta)
+
+    def now(self) -> OnGrid:
+        """The weight as V, alpha and beta round it now."""
+        scale, zero_point, _ = self._range()
+        c_RGg, z_RG1, _, _ = self._codes(scale, zero_point)
+        codes_RC = (c_RGg - z_RG1).flatten(1)
+        if self.keep_RC is not None:
+            codes_RC = codes_RC * self.keep_RC
+        zero = None if self.zero_point is None or zero_point is None else zero_point.to(self.zero_point.dtype)
+        return OnGrid(codes_RC.to(torch.int16), scale, zero, self.args)
+
+    def step(self, gradient_RC: Tensor, rate: float) -> None:
+        """One step of sign descent from the gradient for q, [R, C]."""
+        dV_RC, dalpha, dbeta = self.gradients(gradient_RC)
+        self.V_RC.sub_(dV_RC.sign_(), alpha=rate).clamp_(-ROUNDING, ROUNDING)
+        self.beta.sub_(dbeta.sign_(), alpha=rate).clamp_(SHRINK, 1.0)
+        if self.alpha is not None and dalpha is not None:
+            self.alpha.sub_(dalpha.sign_(), alpha=rate).clamp_(SHRINK, 1.0)
+
+    def gradients(self, gradient_RC: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """For V, alpha (None: there is none) and beta."""
+        G_RC = gradient_RC.float()
+        if self.keep_RC is not None:
+            G_RC = G_RC * self.keep_RC
+        scale, zero_point, f = self._range()
+        c_RGg, z_RG1, s_RG1, outside_RGg = self._codes(scale, zero_point)
+        G_RGg = G_RC.view_as(c_RGg)
+        dV_RGg = (G_RGg * s_RG1).masked_fill_(outside_RGg, 0)
+        t_RGg = (self._blocks(self.W_RC.float()) / s_RG1).masked_fill_(outside_RGg, 0)
+        ds = self._gathered((G_RGg * (c_RGg - z_RG1 - t_RGg)).sum(-1)) * self.scale.float()       # for f
+        if self.alpha is None or self.zero_point is None:
+            return dV_RGg.flatten(1), None, ds
+        dz = -self._gathered((G_RGg * s_RG1 * outside_RGg).sum(-1))
+        z0 = self.zero_point.float()
+        below, above = self.low - z0, self.high - z0
+        df = ds + dz * self.alpha * below / f.square()
+        width = self.high - self.low
+        return dV_RGg.flatten(1), -dz * below / f - df * below / width, df * above / width
+
+    def _range(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """s as it is stored, z as float, and f."""
+        f, zero = self.beta, None
+        if self.alpha is not None and self.zero_point is not None:
+            z0 = self.zero_point.float()
+            f = (self.beta * (self.high - z0) - self.alpha * (self.low - z0)) / (self.high - self.low)
+            zero = self.low - (self.alpha * (self.low - z0) / f).round()
+        scale = (self.scale.float() * f).to(self.scale.dtype)
+        return torch.where(scale > 0, scale, self.scale), zero, f
+
+    def _codes(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c [R, G, g], z and s [R, G, 1], True where c was clipped [R, G, g]."""
+        R = len(self.W_RC)
+        s_RG1 = expand(scale, R, self.args).float()[..., None]
+        z_RG1 = torch.zeros_like(s_RG1) if zero is None else expand(zero, R, self.args)[..., None]
+        c_RGg = (self._blocks(self.W_RC.float()) / s_RG1).add_(self._blocks(self.V_RC)).add_(z_RG1).round_()
+        outside_RGg = (c_RGg < self.low) | (c_RGg > self.high)
+        return c_RGg.clamp_(self.low, self.high), z_RG1, s_RG1, outside_RGg
+
+    def _blocks(self, M_RC: Tensor) -> Tensor:
+        return M_RC.unflatten(1, (-1, group_columns(self.args, M_RC.shape[1])))
+
+    def _gathered(self, sums_RG: Tensor) -> Tensor:
+        """In the shape of the scale."""
+        return sums_RG.sum().reshape(1) if self.scale.ndim == 1 else sums_RG
