@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_compress.calibration.blocks import find_blocks
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.ledger import Ledger
 from lightning_compress.core.lifecycle import Lifecycle
@@ -216,6 +217,8 @@ class CompressionCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done and self._state.model is not None:
             check_whole(self._state.model)               # not in setup: configure_model comes after it
+            if self.plan.blocks is not None:
+                find_blocks(self._state.model, self.plan.blocks)         # names that match nothing are told now
         if not self.done and not trainer.fast_dev_run:
             check_export(trainer, self.plan)             # not in setup: only now it is known whether a run is resumed
             check_best(trainer, self.plan, self.lifecycle)

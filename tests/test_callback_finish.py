@@ -308,3 +308,11 @@ def test_the_learning_rate_finder_is_no_resumed_run(tmp_path):
     quiet(tmp_path, LearningRateFinder(num_training_steps=3), callback).fit(module, Sums())
     assert callback.clock.global_step == 4
     assert module.is_rounded()
+
+
+def test_blocks_that_match_nothing_are_told_before_training(tmp_path):
+    module = Regression()
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(ValueError, match=r"blocks=\['layrs'\] matches none"):
+        quiet(tmp_path, rounding(blocks=["layrs"])).fit(module, Sums())
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))

@@ -149,13 +149,22 @@ class BatchRunner:
         return self.forward(self.model, batch) if self.forward is not None else self._default(batch)
 
     def _default(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            return self.model(**self._keywords(batch))
         if isinstance(batch, (tuple, list)):
             if not batch:
                 raise ValueError(f"a calibration batch is an empty {type(batch).__name__}; expected the input first")
             return self._default(batch[0])
-        return self.model(batch)
+        arguments = self._keywords(batch) if isinstance(batch, Mapping) else None
+        try:
+            return self.model(batch) if arguments is None else self.model(**arguments)
+        except (TypeError, RuntimeError, AttributeError, IndexError) as error:
+            error.add_note(
+                f"This was {type(self.model).__name__} on a calibration batch: it got "
+                f"{f'its {_shape(batch)}' if arguments is None else f'the keywords {sorted(arguments)}'}. If it takes "
+                f"something else, say how it is called: calibration_step(self, batch, batch_idx) in the "
+                f"LightningModule, or forward=lambda model, batch: ... for compress(); or give it other batches: "
+                f"calibration_dataloader() in the LightningDataModule."
+            )
+            raise
 
     def _keywords(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters.values()
@@ -175,6 +184,10 @@ class BatchRunner:
         if hasattr(config, "use_cache") and "use_cache" in named:
             chosen["use_cache"] = False
         return chosen
+
+
+def _shape(value: Any) -> str:
+    return f"tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def small_sample(batch: Any) -> Any:

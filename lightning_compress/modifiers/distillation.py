@@ -11,6 +11,7 @@ in eval mode, never trains, and enters neither ``state_dict`` nor optimizer nor 
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -161,6 +162,8 @@ class DistillationModifier(Modifier):
                 f"cache_dir needs a teacher that is a module or a file: of {self.teacher!r} nothing says whether it is "
                 f"the same one in the next run; leave out cache_dir"
             )
+        if self.attention_weight:
+            _check_attention(state.model)
         self._hidden = HiddenPairs(self.hidden, self.feature_dim, Projections(self.projection_lr))
         self._hidden.check(state.model, self._teacher.module)
         self._teacher_hash = "" if self._copied_late else self._teacher.hash
@@ -362,6 +365,15 @@ class DistillationModifier(Modifier):
             self._epochs[-1] = [0, 0]
         if self._recall is not None and self._epochs:            # a window that opens at 0 has opened already
             self._recall.epochs = self._epochs
+
+
+def _check_attention(model: nn.Module) -> None:
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
+    if not any(p.name == "output_attentions" or p.kind == p.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"attention_weight: the forward of {type(model).__name__} takes no output_attentions, so that it cannot be "
+            f"asked for its attention maps as models of transformers can; leave it out, or give hidden=..."
+        )
 
 
 def _ask_for_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

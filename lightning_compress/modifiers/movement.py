@@ -144,6 +144,13 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._done:
             return                                                          # resumed past the end
+        if still := [name for name in self._weights.modules if name not in self._scores]:
+            instead = "they were pruned by magnitude" if self.mode == "hard" else "nothing of them was pruned"
+            warnings.warn(
+                f"{self.name}: no gradient reached {', '.join(still[:5])} inside the window (frozen, or never called), "
+                f"so that there was no movement to rank by: {instead}; thaw them, or add them to ignore",
+                stacklevel=2,
+            )
         self._choose(1.0)
         self._done = True
         self._scores, self._asleep, self._squares = {}, {}, {}              # nothing wakes any more

@@ -67,6 +67,13 @@ def fold_all(model: nn.Module, remove: bool = False) -> list[Folding]:
             )
     if left:
         warnings.warn(f"BatchNorm layers that were not folded: {reasons}", stacklevel=2)
+    fresh = [f.norm for f in found if getattr(model.get_submodule(f.norm), "num_batches_tracked", None) == 0]
+    if fresh:
+        warnings.warn(
+            f"BatchNorm layers that have seen no batch are folded with the statistics that they began with (mean 0, "
+            f"variance 1), and keep them: {', '.join(map(repr, fresh[:5]))}; fold a model that is trained already",
+            stacklevel=2,
+        )
     for folding in found:
         layer, norm = (model.get_submodule(name) for name in (folding.layer, folding.norm))
         assert isinstance(norm, _BatchNorm)

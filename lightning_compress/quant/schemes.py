@@ -5,6 +5,7 @@ refused, with what to do, before any data is read.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -89,6 +90,7 @@ def assign(
     _check_modules(model, modules)
     for scheme in schemes:
         group_fits({n: as_matrix(modules[n]).shape[1] for n, s in assigned.items() if s is scheme}, scheme)
+    _warn_of_unseen_inputs(model, assigned)
     warn_of_left_out(model, modules, [target for scheme in schemes for target in scheme.targets], ignore)
     return assigned
 
@@ -318,6 +320,19 @@ def _check_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
                 f"{' and '.join(both)} to ignore, or untie the two"
             )
     check_finite(modules)
+
+
+def _warn_of_unseen_inputs(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> None:
+    """``nn.MultiheadAttention`` reads the weight of its ``out_proj`` and never calls it: no hook sees its input."""
+    attentions = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    outputs = {f"{name}.out_proj".removeprefix(".") for name in attentions}
+    unseen = [repr(n) for n, scheme in schemes.items() if n in outputs and scheme.input_activations is not None]
+    if unseen:
+        warnings.warn(
+            f"the inputs of {_named(unseen)} will stay as they are: nn.MultiheadAttention uses the weight of its "
+            f"out_proj without calling it; its weight alone is quantized, or add it to ignore",
+            stacklevel=3,
+        )
 
 
 def check_finite(modules: Mapping[str, nn.Module]) -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, EventType, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.matching import select
 from lightning_compress.quant.matrix import as_matrix, inputs_as_rows, is_supported, only_input
@@ -80,6 +80,7 @@ class SmoothingModifier(MappingArguments, Modifier):
     _finder: PairFinder | None = PrivateAttr(default=None)
     _statistics: dict[str, ChannelMax] = PrivateAttr(default_factory=dict)
     _smoothed: int = PrivateAttr(default=0)
+    _checked: bool = PrivateAttr(default=False)                     # what trains beside it leaves weights plain
 
     @property
     def needs_data(self) -> bool:
@@ -93,6 +94,18 @@ class SmoothingModifier(MappingArguments, Modifier):
         assert state.model is not None
         self.finder(state.model, self._find(state.model))
         return True
+
+    def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        if event.type_ == EventType.BATCH_START and not self._checked:
+            assert state.model is not None
+            found = select(state.model, self.targets, self.ignore)
+            if held := [name for name, module in found.items() if "weight" in getattr(module, "parametrizations", ())]:
+                raise ValueError(
+                    f"{self.name} scales weights after training, and another modifier trains {held[0]!r} on a grid or "
+                    f"with a mask until then, which would fit no more: smooth the model first, in a run of its own, or "
+                    f"leave either out"
+                )
+            self._checked = True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         assert state.model is not None

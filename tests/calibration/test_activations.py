@@ -1,3 +1,4 @@
+import re
 from collections import UserDict, namedtuple
 
 import pytest
@@ -187,3 +188,15 @@ def test_a_small_sample_is_one_row_and_of_ids_a_few(batch, shapes):
 )
 def test_no_sample_is_cut_where_it_is_not_clear_how(batch):
     assert small_sample(batch) is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [([torch.zeros(2, 3)], r"its tensor \[2, 3\]"), ({"input": torch.zeros(2, 3)}, r"the keywords \['input'\]")],
+)
+def test_a_batch_that_the_model_cannot_take_says_how_to_give_another(batch, got):
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised:
+        BatchRunner(nn.Linear(4, 2))(batch)
+    (note,) = raised.value.__notes__
+    assert re.search(rf"Linear on a calibration batch: it got {got}", note)
+    assert "calibration_step" in note

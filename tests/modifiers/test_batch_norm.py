@@ -97,3 +97,8 @@ def test_the_modifier_keeps_norms_in_evaluation_mode():
 def test_a_model_without_batch_norm(modifier):
     with pytest.raises(ValueError, match="no BatchNorm to fold: Sequential has none"):
         Lifecycle([modifier]).initialize(State(model=nn.Sequential(nn.Linear(16, 8))))
+
+
+def test_norms_that_have_seen_no_batch_are_named():
+    with pytest.warns(UserWarning, match="that have seen no batch .*: '2', '5'; fold a model that is trained already"):
+        fold_all(convolutional())

@@ -220,3 +220,8 @@ def test_a_model_that_is_fake_quantized_already_does_not_teach_itself():
     lifecycle = Lifecycle([DistillationModifier(), QATModifier(scheme="W4A16", group_size=16)])
     lifecycle.initialize(State(model=network()))
     assert not any(hasattr(m, "parametrizations") for m in lifecycle.modifiers[0]._teacher.module.modules())
+
+
+def test_attention_maps_of_a_model_that_gives_none_are_refused_at_setup():
+    with pytest.raises(ValueError, match="the forward of Sequential takes no output_attentions"):
+        Lifecycle([DistillationModifier(attention_weight=1.0)]).initialize(State(model=network()))

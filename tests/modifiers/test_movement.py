@@ -334,3 +334,12 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused_before_training():
     modifier = MovementPruningModifier(end=4, mask_structure="2:4", targets=["0"])
     with pytest.raises(ValueError, match=r"does not fit: 0 \(2:4 does not divide 10 columns"):
         Lifecycle([modifier]).initialize(State(model=nn.Sequential(nn.Linear(10, 4))))
+
+
+@pytest.mark.parametrize(("mode", "instead"), [("hard", "pruned by magnitude"), ("soft", "nothing of them was pruned")])
+def test_a_target_that_no_gradient_reaches_is_named(mode, instead):
+    model = network()
+    model[0].weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match=rf"no gradient reached 0 inside the window .*{instead}"):
+        train(model, [MovementPruningModifier(end=4, mode=mode)], 6)
+    assert ((model[0].weight == 0).float().mean() == 0.5) == (mode == "hard")

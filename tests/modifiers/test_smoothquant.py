@@ -9,12 +9,14 @@ from torch import nn
 from lightning_compress import (
     GPTQModifier,
     LogarithmicEqualizationModifier,
+    QATModifier,
     QuantizationModifier,
     SmoothQuantModifier,
     compress,
 )
 from lightning_compress.modifiers.logarithmic_equalization import equalizing_scale
 from lightning_compress.modifiers.smoothquant import smoothing_scale
+from tests.modifiers.training_loop import network, train
 from tests.smoothing_models import NAMES, C, batches, build, change, ignore, output, planted, targets
 
 SMOOTHERS = [SmoothQuantModifier, LogarithmicEqualizationModifier]
@@ -171,3 +173,10 @@ def test_a_pair_by_hand_that_is_not_invariant_stops_the_run():
     with pytest.raises(ValueError, match="a smoothing pair that is not invariant: '0.fc1' -> .'0.fc2'."):
         compress(model, SmoothQuantModifier(mappings=[["re:.*fc2", "re:.*fc1"]]), batches("gelu"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_beside_quantization_that_trains_it_is_refused_in_the_first_batch():
+    model = network()
+    modifiers = [SmoothQuantModifier(), QATModifier(scheme="W8A8")]
+    with pytest.raises(ValueError, match="SmoothQuantModifier scales weights after training, .* trains '0' on a grid"):
+        train(model, modifiers, 1)

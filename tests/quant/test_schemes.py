@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
@@ -268,3 +270,12 @@ def test_the_advice_for_a_shared_weight_works():
     with pytest.raises(ValueError, match="add '0' and '1' to ignore"):
         assign(model, from_presets("W4A16", ["Linear"], 8), [])
     assert list(assign(model, from_presets("W4A16", ["Linear"], 8), ["0", "1"])) == ["2"]
+
+
+def test_inputs_that_no_hook_will_see_are_named():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match=r"the inputs of '0\.out_proj' will stay as they are"):
+        assign(model, from_presets("W8A8", ["Linear"]), [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assign(model, from_presets("W8A16", ["Linear"], 8), ["MultiheadAttention"])        # weights alone
