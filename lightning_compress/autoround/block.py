@@ -92,10 +92,12 @@ class LearnedBlock:
             )
         # in units of the mean square, so that half precision neither overflows nor underflows
         unit = sum(size.numbers for size in self._sizes.values()) / max(self.power, torch.finfo().tiny)
-        parameters = [parameter_of(module) for module in self.modules.values()]
+        holders = {name: parameter_of(module) for name, module in self.modules.items()}
+        parameters = list(dict.fromkeys(holders.values()))     # experts may share one
         found = torch.autograd.grad(error, parameters, torch.full_like(error, unit), allow_unused=True)
-        pairs = zip(self.modules.items(), found, strict=True)
-        return {name: as_matrix(module, like=grad).float() for (name, module), grad in pairs if grad is not None}
+        of = dict(zip(parameters, found, strict=True))
+        pairs = [(name, of[holder]) for name, holder in holders.items()]
+        return {name: as_matrix(self.modules[name], like=G).float() for name, G in pairs if G is not None}
 
     @contextmanager
     def learning(self, model: nn.Module, inputs: Mapping[str, QuantizationArgs | None]) -> Iterator[None]:

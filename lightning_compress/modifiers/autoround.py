@@ -42,6 +42,9 @@ from lightning_compress.quant.schemes import describe
 
 __all__ = ["AutoRoundModifier"]
 
+# lr times iters. The demo's model at 2 bits, 100 steps from GPTQ: KL to the dense model .00282 at first, .00262 with
+# 0.05; with 0.2, and with 1 in 200 steps, no iterate was better than the first one
+RATES = {"rtn": 1.0, "gptq": 0.05}
 PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned, as for GPTQ
 
 
@@ -55,7 +58,8 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         group_size: Takes the place of the preset's group size; -1 for one scale per row.
         config_groups: Schemes in full, in place of ``scheme``.
         iters: Steps for each block; 0 leaves it as it began.
-        lr: Of the first step, falling to 0; None: 1 / ``iters``, so that V can just get from 0 to its bound.
+        lr: Of the first step, falling to 0. None: from ``rtn`` 1 / ``iters``, so that V can just get to its bound; from
+            ``gptq`` a twentieth of that, since columns that make up for each other must move together.
         batch_size: Samples a step: as many calibration batches as hold them, at least one.
         seed: Of the order of the batches.
         init: What the descent begins with: ``gptq``, or ``rtn``, rounding to nearest.
@@ -172,7 +176,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         found, flag, error = {name: grid.now() for name, grid in grids.items()}, "its pass ends here; not learned", None
         if block.gives_output:
             rounded = {name: self._grid(name, Start(False, "minmax")).now() for name in names}
-            rate = self.lr or 1 / max(1, self.iters)
+            rate = self.lr or RATES[self.init] / max(1, self.iters)
             how = Descent(self.iters, rate, self.batch_size, self.seed)
             with block.learning(state.model, {name: self._schemes[name].input_activations for name in names}):
                 result = descend(grids, block, how, [rounded])

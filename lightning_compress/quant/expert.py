@@ -35,8 +35,17 @@ class ExpertLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The slice [R, C], a view of the fused tensor as it is now."""
+        return self.slice_of(self.whole)
+
+    @property
+    def whole(self) -> nn.Parameter:
+        """The fused tensor [E, F, C]."""
         home, fused = self._home
-        return home.get_parameter(fused)[self.expert, slice(*self.rows)]
+        return home.get_parameter(fused)
+
+    def slice_of(self, whole: Tensor) -> Tensor:
+        """This expert's [R, C] of a tensor that is laid out as the fused one."""
+        return whole[self.expert, slice(*self.rows)]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = super().__call__(x, *args, **kwargs)

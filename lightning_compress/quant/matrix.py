@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.quant.expert import ExpertLinear
+
 __all__ = [
     "as_matrix",
     "input_layout",
@@ -32,6 +34,8 @@ SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
 
 def is_supported(module: nn.Module) -> bool:
     """True when its weight can be seen as a matrix."""
+    if isinstance(module, ExpertLinear):
+        return True
     if not isinstance(_stored(module), nn.Parameter):                      # a computed weight cannot be written
         return False
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed(module)
@@ -45,8 +49,8 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def parameter_of(module: nn.Module) -> nn.Parameter:
-    """The parameter that holds the weight, in the layer's own layout."""
-    stored = _stored(module)
+    """The parameter that holds the weight, in the layer's own layout; of an expert the tensor of all experts."""
+    stored = module.whole if isinstance(module, ExpertLinear) else _stored(module)
     assert isinstance(stored, nn.Parameter)
     return stored
 
@@ -65,10 +69,12 @@ def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
 
     Args:
         module: The layer.
-        like: In place of the weight a tensor that is laid out like it, such as its gradient.
+        like: In place of the weight a tensor that is laid out like its parameter, such as the gradient.
     """
     if not is_supported(module):
         raise ValueError(f"cannot see the weight of a {type(module).__name__} as a matrix; expected {SUPPORTED}")
+    if like is not None and isinstance(module, ExpertLinear):
+        like = module.slice_of(like)
     weight = weight_of(module) if like is None else like
     return weight.t() if is_transposed(module) else weight.flatten(1)
 

@@ -12,6 +12,7 @@ from lightning_compress import AutoRoundModifier, GPTQModifier, QuantizationModi
 from lightning_compress.autoround.block import LearnedBlock
 from lightning_compress.autoround.descent import Descent, descend, drawn
 from lightning_compress.autoround.grid import LearnedGrid, OnGrid
+from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.record import quantized_modules, quantized_of
@@ -51,13 +52,13 @@ def test_it_beats_rounding_on_inputs_it_has_not_seen(bits, left):
     assert max(error["autoround"], error["from gptq"]) < left * error["rtn"], error
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "mixture", "flat"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "mixture", "mixtral", "flat"])
 @pytest.mark.parametrize("init", ["rtn", "gptq"])
 def test_the_blocks_of_any_architecture_are_learned(name, init):
     """Each block's error falls below that of iterate 0, and all weights lie on the grid that is stored."""
     data = batches(name)
     model = planted(build(name), data[0])
-    modifier = AutoRoundModifier(config_groups=groups(name), ignore=ignore(model), iters=12, init=init)
+    modifier = AutoRoundModifier(config_groups=groups(name), ignore=ignore(model), iters=12, lr=0.05, init=init)
     ledger = compress(model, modifier, data)
     rows = {row.module: row for row in ledger}
     assert set(rows) == set(quantized_modules(model)) != set()
@@ -168,6 +169,24 @@ def test_gradients_are_those_of_the_weight_as_a_matrix(layer):
             assert float(found[r, c]) == pytest.approx(unit * (ends[0] - ends[1]) / 2e-2, rel=2e-2, abs=1e-3)
 
 
+def test_experts_in_one_tensor_are_learned_each_by_its_slice():
+    """Gradients of two slices are those of the tensor; what is placed in one leaves the other as it is."""
+    home = nn.Module()
+    home.fused = nn.Parameter(torch.randn(2, 6, 4))
+    experts = {"a": ExpertLinear(home, "fused", 0, (0, 3)), "b": ExpertLinear(home, "fused", 1, (3, 6))}
+    x = torch.randn(5, 4)
+    block = LearnedBlock(experts, lambda i: experts["a"](x) * experts["b"](x), lambda: None, 1, lambda i: x[:, :3])
+    with torch.no_grad(), block.learning(home, {}):
+        block.error(0)
+        with torch.enable_grad():
+            error = block.error(0)
+        found = block.gradients(error)
+    y, z = (expert(x).detach() for expert in experts.values())
+    scale = 2 * 15 / block.power
+    assert_close(found["a"], scale * ((y * z - x[:, :3]) * z).t() @ x)
+    assert_close(found["b"], scale * ((y * z - x[:, :3]) * y).t() @ x)
+
+
 def conv1d() -> nn.Module:
     return pytest.importorskip("transformers").pytorch_utils.Conv1D(3, 4)
 
@@ -225,8 +244,8 @@ def test_the_seed_decides_and_the_mode_of_the_caller_does_not():
         model = build("gelu")
         with torch.inference_mode(inference):
             torch.rand(3)                                                            # the global state has no say
-            compress(model, AutoRoundModifier(config_groups=groups("gelu"), iters=9, batch_size=1, seed=seed),
-                     batches("gelu"))
+            compress(model, AutoRoundModifier(config_groups=groups("gelu"), iters=9, batch_size=1, seed=seed,
+                                              init="rtn"), batches("gelu"))
         return torch.cat([module.weight.flatten() for module in quantized_modules(model).values()])
 
     first = result(0)
