@@ -8,6 +8,7 @@ keeps what a checkpoint needs. It knows neither Lightning nor calibration: whoev
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import permutations
 from typing import Any
 
 from torch import Tensor
@@ -67,10 +68,11 @@ class Lifecycle:
 
         Raises:
             ValueError: Two modifiers claim the same of one module, and the later does not go on from the earlier; it
-                names all three. Or nobody goes on from one that hands over.
+                names all three. Or nobody goes on from one that hands over. Or two cannot work side by side.
         """
         with self._hooks_off_on_error():
             self._check_claims(state)
+            self._check_pairs(state)
             for modifier in self.modifiers:
                 modifier.initialize(state, event, **kwargs)
 
@@ -92,6 +94,12 @@ class Lifecycle:
                     f"modifier after it in the recipe goes on from that; add one, such as a QATModifier of the same "
                     f"targets, scheme and start, or leave start out: then it acts after training"
                 )
+
+    def _check_pairs(self, state: State) -> None:
+        pairs = permutations(enumerate(zip(self.keys(), self.modifiers, strict=True)), 2)
+        for (place, (key, modifier)), (other_place, (other_key, other)) in pairs:
+            if (why := modifier.conflict(other, state, earlier=other_place < place)) is not None:
+                raise ValueError(f"{key} cannot work beside {other_key}: {why}")
 
     def finalize(self, state: State, **kwargs: Any) -> None:
         """Finalize every modifier; when one fails, hooks of all come off and the error goes on."""

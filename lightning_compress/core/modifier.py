@@ -84,6 +84,10 @@ class Modifier(ModifierInterface, BaseModel):
     """True when each hooked module can be finished alone, at MODULE_READY (see calibration/)."""
     reshapes: ClassVar[bool] = False
     """True when it changes shapes of parameters."""
+    keeps_shapes: ClassVar[Literal["never", "start", "set-up"]] = "never"
+    """From when on it keeps tensors shaped as the weights that it :meth:`touches`."""
+    parametrizes: ClassVar[bool] = False
+    """True when from set-up on it computes weights from others, so that the model is no plain copy of itself."""
     own_pass: ClassVar[bool] = False
     """True when later modifiers must see the block as this one leaves it: it gets a pass over the inputs for itself."""
 
@@ -355,6 +359,20 @@ class Modifier(ModifierInterface, BaseModel):
         Asked before :meth:`on_initialize`; nothing is changed here.
         """
         return {}
+
+    def touches(self, state: State) -> set[str]:
+        """Names of the modules whose weights it works on; by default what it :meth:`claims`. Asked when claims are."""
+        return set(self.claims(state))
+
+    def conflict(self, other: "Modifier", state: State, earlier: bool) -> str | None:
+        """Why it cannot work beside ``other``, and what to do; None when it can. Asked before :meth:`on_initialize`.
+
+        Args:
+            other: Another modifier of the recipe.
+            state: For the model.
+            earlier: ``other`` stands before it in the recipe.
+        """
+        return None
 
     def takes_over(self, earlier: "Modifier", modules: set[str], state: State) -> bool:
         """Asked before :meth:`on_initialize`: can it go on from what ``earlier`` makes of ``modules``?

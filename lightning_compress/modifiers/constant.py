@@ -28,12 +28,17 @@ class ConstantPruningModifier(Modifier):
     """
 
     needs_calibration = True
+    keeps_shapes = "start"
 
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)
     start: float | None = 0.0
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
+
+    def touches(self, state: State) -> set[str]:
+        assert state.model is not None
+        return set(select(state.model, self.targets, self.ignore))
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None

@@ -22,6 +22,7 @@ from lightning_compress.distributed import world_size
 from lightning_compress.maths.importance import block_influence
 from lightning_compress.structure.blocks import find_layers
 from lightning_compress.structure.config import check_states, is_transformers, layer_fields
+from lightning_compress.structure.order import shape_conflict
 from lightning_compress.structure.surgery import cut_layers
 
 __all__ = ["DepthPruningModifier"]
@@ -79,6 +80,10 @@ class DepthPruningModifier(Modifier):
     @property
     def surveys(self) -> bool:
         return self.needs_data
+
+    def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
+        """Later blocks get new names, so it does not matter which of them ``other`` works on."""
+        return shape_conflict(self, other, other.touches(state), earlier)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the list of blocks, and refuse what cannot be done, before any training."""

@@ -151,6 +151,24 @@ class DistillationModifier(Modifier):
         """Whether the teacher is the model as training has left it, which the next process cannot build anew."""
         return self.teacher == "self" and bool(self.start)
 
+    def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
+        """A copy of the model must be a plain one, of the shapes that any later process can build."""
+        if self.teacher != "self":
+            return None
+        at_set_up = other.start == 0 and other.end is None
+        if earlier and (other.parametrizes or (other.reshapes and at_set_up)):
+            return (
+                "teacher='self' would copy a model that another modifier has changed already: let "
+                "DistillationModifier stand before it in the recipe"
+            )
+        cut = other.start if other.reshapes else None
+        if cut is not None and self.start and other.unit == self.unit and (at_set_up or cut < self.start):
+            return (
+                f"teacher='self' copies the model at {self.start:g} (unit: {self.unit}), when its shapes have changed, "
+                f"and no later process could build that copy: start distillation at 0, or give the teacher as a file"
+            )
+        return None
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
         source = self.teacher if state.teacher_model is None else state.teacher_model

@@ -112,6 +112,8 @@ class LearnedMaskModifier(Modifier):
 
     needs_calibration = True
     best_needs_state = True
+    keeps_shapes = "set-up"
+    parametrizes = True
 
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)
@@ -160,6 +162,16 @@ class LearnedMaskModifier(Modifier):
     def claims(self, state: State) -> dict[str, str]:
         assert state.model is not None
         return dict.fromkeys(select(state.model, self.targets, self.ignore), "choose masks while training for")
+
+    def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
+        assert self.end is not None
+        shared = other.touches(state) & self.touches(state) if other.parametrizes else set()
+        if not shared or other.start is None or other.unit != self.unit or other.start >= self.end:
+            return None
+        return (
+            f"it learns the mask of {sorted(shared)[0]!r}, which is fake-quantized at the same time: let quantization "
+            f"start where masks are done, at {self.end:g} (unit: {self.unit}), or leave either out"
+        )
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Put the logits on, before there are optimizers."""

@@ -35,6 +35,7 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
     """
 
     needs_calibration = True
+    keeps_shapes = "start"
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
     _curve: float | None = PrivateAttr(default=None)               # where on the schedule the masks are

@@ -68,6 +68,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
 
     needs_calibration = True
     best_needs_state = True
+    keeps_shapes = "start"
 
     start: float | None = 0.0
     mode: Literal["hard", "soft"] = "hard"

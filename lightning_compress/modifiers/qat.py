@@ -73,6 +73,8 @@ class QATModifier(QuantizationArguments, Modifier):
     """
 
     best_needs_state = True
+    keeps_shapes = "set-up"
+    parametrizes = True
 
     start: float | None = 0.0
     gradient: Literal["lsq", "ste"] = "lsq"

@@ -39,6 +39,7 @@ from lightning_compress.structure.groups import (
     units_to_keep,
     without_layers,
 )
+from lightning_compress.structure.order import shape_conflict
 from lightning_compress.structure.surgery import cut_tensors, record_of
 
 __all__ = ["StructuredPruningModifier"]
@@ -156,6 +157,14 @@ class StructuredPruningModifier(Modifier):
         if self.start is not None:
             self._observe(state)
         return True
+
+    def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
+        assert state.model is not None
+        if self.dimension == "channels" or other.keeps_shapes == "never":
+            return shape_conflict(self, other, other.touches(state), earlier)
+        tensors = {piece.tensor for group in self._block_groups(state.model) for piece in group.slices}
+        shared = other.touches(state) & {name.rpartition(".")[0] for name in tensors}
+        return shape_conflict(self, other, shared, earlier)
 
     def _channel_targets(self, model: nn.Module) -> dict[str, nn.Module]:
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,0 +1,34 @@
+"""Whether shapes are final before another modifier keeps tensors of them: masks, parametrizations, scales."""
+
+import math
+from typing import Any
+
+__all__ = ["shape_conflict"]
+
+SET_UP, AFTERWARDS = -1.0, math.inf                # as points in time: before the first batch, after the last
+
+
+def shape_conflict(cutting: Any, other: Any, shared: set[str], earlier: bool) -> str | None:
+    """Why a modifier that changes shapes comes too late for ``other``, and what to do; None when it does not.
+
+    Windows in different units cannot be compared here; what is wrong with those is said at the cut.
+
+    Args:
+        cutting: The modifier that ``reshapes``.
+        other: A modifier that may keep tensors of the shapes of weights, from its start or from set-up on.
+        shared: Modules that both work on.
+        earlier: ``other`` stands before ``cutting`` in the recipe.
+    """
+    if other.keeps_shapes == "never" or not shared:
+        return None
+    until = cutting.start if cutting.end is None else cutting.end
+    if cutting.start == 0 and cutting.end is None:
+        until = SET_UP
+    kept_from = SET_UP if other.keeps_shapes == "set-up" or other.start == 0 else other.start
+    until, kept_from = (AFTERWARDS if point is None else point for point in (until, kept_from))
+    comparable = cutting.unit == other.unit or until in (SET_UP, AFTERWARDS) or kept_from in (SET_UP, AFTERWARDS)
+    if not comparable or until < kept_from or (until == kept_from and not earlier):
+        return None
+    cut_first = "cut at set-up, with start=0 and no end, and let it stand first in the recipe"
+    later = "" if other.keeps_shapes == "set-up" else ", or let the other begin when the last cut is made"
+    return f"{sorted(shared)[0]!r} changes its shape after the other keeps tensors of that shape; {cut_first}{later}"
