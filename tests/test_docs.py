@@ -1,10 +1,12 @@
 """The Python in the documentation runs, and what it names exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 from lightning_compress.recipe import load_recipe
 
@@ -50,3 +52,24 @@ def test_every_recipe_is_in_the_documentation():
     text = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     missing = [p.stem for p in (ROOT / "conf" / "compress").glob("*.yaml") if f"`{p.stem}`" not in text]
     assert not missing
+
+
+def overrides(page: Path) -> list[list[str]]:
+    """What follows ``python train.py`` in the page's commands; of a sweep its first run."""
+    lines = [line for text in blocks(page, "bash") for line in text.splitlines() if line.startswith("python train.py ")]
+    commands = [shlex.split(line, comments=True)[2:] for line in lines]
+    return [[re.sub(r"^([^\[]*?),.*", r"\1", word) for word in words if word != "-m"] for words in commands]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_compose(page, tmp_path):
+    """Hydra refuses an override of what a recipe does not spell out; two of our own commands had one."""
+    for text in blocks(page, "yaml"):
+        if "compress:" in text:
+            (tmp_path / "compress").mkdir(exist_ok=True)
+            (tmp_path / "compress" / "mine.yaml").write_text(text)
+    for words in overrides(page):
+        words = [word for word in words if not word.startswith(("--", "hydra/launcher"))]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("train", [*words, f"hydra.searchpath=[file://{tmp_path}]"], return_hydra_config=True)
+        assert not any("compress=" in word for word in words) or config.callbacks.compress.modifiers, words

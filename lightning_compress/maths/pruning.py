@@ -93,7 +93,7 @@ class PruningArguments(BaseModel):
         if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_supported(m)]:
             raise ValueError(
                 f"cannot prune {', '.join(other[:5])}: expected Linear, Conv1d, Conv2d or the Conv1D of transformers, "
-                f"with a plain weight; add them to ignore"
+                f"with a plain weight (neither fake-quantized while training nor LoRA); add them to ignore"
             )
         if self.pattern is not None:
             widths = {name: as_matrix(module).shape[1] for name, module in modules.items()}
