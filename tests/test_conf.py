@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
+import lightning_compress
 from lightning_compress import CompressionCallback
 from lightning_compress.recipe import load_recipe
 
@@ -217,6 +218,14 @@ def test_every_scheme_builds_a_modifier(app_config: Any, path: Path) -> None:
     at = "callbacks.compress.modifiers.gptq.config_groups.all"
     cfg = app_config("+compress=[base/callback,modifier/gptq]", f"+compress/scheme@{at}={path.stem}")
     instantiate(cfg.callbacks.compress)
+
+
+def test_every_modifier_has_a_file() -> None:
+    files = (CONF / "compress" / "modifier").glob("*.yaml")
+    entries = [entry for path in files for entry in yaml.safe_load(path.read_text()).values()]
+    named = {entry["_target_"].rpartition(".")[2] for entry in entries}
+    modifiers = {name for name in lightning_compress.__all__ if name.endswith("Modifier")}
+    assert modifiers - named == {"Modifier", "QuIPModifier", "SpinQuantModifier"}      # both are RotationModifier
 
 
 # -- the demo app's other configs -----------------------------------------------------------------------------------
