@@ -15,6 +15,7 @@ What happens at the end (best weights, metric, calibration, metric again, export
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lightning_compress.core.ledger import Ledger
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
+from lightning_compress.experts.split import split_while
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import random_state, resume
 from lightning_compress.training.checks import (
@@ -76,6 +78,7 @@ class CompressionCallback(Callback):
         offload_device: Where calibration keeps activations.
         allow_recipe_change: Resume from a checkpoint that was written with another recipe.
         seed: Of the calibration samples, and of whatever is random while calibrating.
+        moe_calibrate_all_experts: As in :func:`lightning_compress.compress`.
 
     Raises:
         ValueError: Neither or both of ``modifiers`` and ``recipe`` are given, or one of them is wrong.
@@ -103,6 +106,7 @@ class CompressionCallback(Callback):
         offload_device: str = "cpu",
         allow_recipe_change: bool = False,
         seed: int = 0,
+        moe_calibrate_all_experts: bool = False,
     ):
         arguments: dict[str, Any] = {
             "module": module,
@@ -116,6 +120,7 @@ class CompressionCallback(Callback):
             "offload_device": offload_device,
             "allow_recipe_change": allow_recipe_change,
             "seed": seed,
+            "moe_calibrate_all_experts": moe_calibrate_all_experts,
         }
         if (modifiers is None) == (recipe is None):
             both = "both" if modifiers is not None else "neither"
@@ -211,7 +216,8 @@ class CompressionCallback(Callback):
         if reshaping:
             check_launcher(trainer)
         before = tensor_names(pl_module)
-        self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
+        with nullcontext() if self._windowed else split_while(module):        # who trains wants experts in one tensor
+            self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
         check_averaging(trainer, name, reshaping, tensor_names(pl_module) != before)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.modes import random_state_kept
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
+from lightning_compress.experts.split import split_while
 
 __all__ = ["compress"]
 
@@ -28,6 +29,7 @@ def compress(
     offload_device: str | torch.device | None = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
     seed: int = 0,
+    moe_calibrate_all_experts: bool = False,
 ) -> Ledger:
     """Compress a model in place.
 
@@ -46,6 +48,8 @@ def compress(
         offload_device: Where the inputs of blocks are kept; None: where they are made.
         progress: Called with what is done now, and how many of how many blocks are done.
         seed: Torch's random state during the run.
+        moe_calibrate_all_experts: Statistics of experts that lie in one tensor are taken of all tokens, not only of
+            those that the router sends to them; what flows on is what it is without.
 
     Returns:
         What was done to each module.
@@ -58,7 +62,7 @@ def compress(
     lifecycle = Lifecycle(_listed(modifiers))
     taken = _take(batches, max_batches)
     state = State(model=model, ledger=Ledger())
-    with random_state_kept():
+    with random_state_kept(), split_while(model):
         torch.manual_seed(seed)
         try:
             lifecycle.initialize(state)
@@ -73,6 +77,7 @@ def compress(
                     device=device,
                     offload_device=offload_device,
                     progress=progress,
+                    moe_calibrate_all_experts=moe_calibrate_all_experts,
                 )
             lifecycle.finalize(state)
         except BaseException:

@@ -27,7 +27,6 @@ from lightning_compress.quant.record import quantized_modules
 from tests.architecture_models import ARCHITECTURES
 from tests.plain_reader import read_by_transformers
 
-MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3")
 LAYERS = ["Linear", "Conv1D", "Conv1d", "Conv2d"]
 HEADS = ["re:.*(lm_head|predictions.decoder|lm_head.decoder|vocab_projector|proj_out)$"]      # tied to the embedding
 W4 = {"targets": LAYERS, "ignore": HEADS, "scheme": "W4A16", "group_size": -1}
@@ -50,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*written with dense weights", "
 
 
 def cases(fast: bool) -> list[tuple[str, str]]:
-    every = [(name, recipe) for name in ARCHITECTURES if name not in MIXTURES for recipe in RECIPES]
+    every = [(name, recipe) for name in ARCHITECTURES for recipe in RECIPES]
     return [case for case in every if (case[1] == "gptq" or case[0] in IN_ALL) == fast]
 
 
@@ -105,7 +104,7 @@ def test_plain_transformers_gives_the_logits_of_every_other_technique(bulk, case
     check(bulk, case)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in MIXTURES])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_layer_of_an_architecture_is_quantized(fast, name):
     """No layer is passed over: the ledger names every Linear, Conv1D and convolution but the tied head."""
     model = ARCHITECTURES[name].build()

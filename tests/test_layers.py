@@ -51,7 +51,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "callback": (
         {"core", "matching", "distributed", "calibration", "quant", "export", "report", "oneshot", "evaluation",
-         "recipe", "training"},
+         "recipe", "training", "experts"},
         {"lightning", "torchmetrics", "yaml", "omegaconf"},
     ),
 }  # fmt: skip

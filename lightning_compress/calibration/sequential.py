@@ -18,6 +18,7 @@ done. At the moment every process walks alone: rank 0 calibrates where there are
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.survey import survey
 from lightning_compress.calibration.walker import WALKS, Walk, Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
+from lightning_compress.experts.split import split_while, watched
 
 __all__ = ["calibrate"]
 
@@ -46,6 +48,7 @@ def calibrate(
     device: str | torch.device | None = None,
     offload_device: str | torch.device | None = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
+    moe_calibrate_all_experts: bool = False,
 ) -> None:
     """Show calibration data to the modifiers and let them compress the model, block after block.
 
@@ -63,6 +66,7 @@ def calibrate(
         device: Blocks are moved there for their turn; None: the model stays where it is.
         offload_device: Where the inputs of blocks are kept; None: where they are made.
         progress: Called with what is done now, and how many of how many blocks are done.
+        moe_calibrate_all_experts: Fused experts that are watched get all tokens, not only those of the router.
 
     Raises:
         ValueError: No batches although a modifier needs them, NaN or Inf in weights or activations, ``blocks`` that
@@ -80,8 +84,10 @@ def calibrate(
     taken = [] if batches is None else list(batches)
     runner = BatchRunner(model, forward)
     walker = Walker(lifecycle, state, clock, taken, runner, walk, _device(device), _device(offload_device), progress)
+    # weights that training goes on with stay one tensor: who takes over knows nothing of the experts in it
+    mixtures = nullcontext() if any(m.hands_over for m in lifecycle.modifiers) else split_while(model)
     try:
-        with calibration_mode(model):
+        with mixtures, watched(model, moe_calibrate_all_experts), calibration_mode(model):
             check_weights(model)
             lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_START))
             if taken:

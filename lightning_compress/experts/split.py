@@ -62,7 +62,7 @@ def split(model: nn.Module) -> list[str]:
             child.up_proj = ExpertLinear(module, "gate_up_proj", expert, (inner, 2 * inner))
             child.down_proj = ExpertLinear(module, "down_proj", expert, (0, module.get_parameter("down_proj").shape[1]))
             module.add_module(str(expert), child.train(module.training))
-        module.forward = MethodType(_forward, module)                # type: ignore[method-assign]
+        module.forward = MethodType(_forward, module)
         done.append(clean_name(name))
     return done
 
@@ -114,8 +114,8 @@ def watched(model: nn.Module, all_experts: bool = False) -> Iterator[None]:
     }
     if told := [f"{name} ({', '.join(experts)})" for name, experts in unseen.items() if experts]:
         warnings.warn(
-            f"the router sent no calibration token to the experts of {'; '.join(told)}: what needs data is only rounded "
-            f"there, or left as it was; calibrate on more tokens, or set moe_calibrate_all_experts=True",
+            f"the router sent no calibration token to the experts of {'; '.join(told)}: what needs data is only "
+            f"rounded there, or left as it was; calibrate on more tokens, or set moe_calibrate_all_experts=True",
             stacklevel=3,
         )
 

@@ -38,6 +38,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lightning_compress.experts.split import fused_experts, join, split
 from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
 from lightning_compress.export.online import attach_all, online_entries, seal, unsealed
@@ -45,6 +46,7 @@ from lightning_compress.export.packing import check_fit, from_json, is_packable,
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
 from lightning_compress.matching import clean_name
+from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.kv_cache import (
     QuantizedCache,
@@ -53,6 +55,7 @@ from lightning_compress.quant.kv_cache import (
     cache_of,
     quantized_caches,
 )
+from lightning_compress.quant.matrix import weight_of
 from lightning_compress.quant.packed import PackedLinear, pack_linears
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 from lightning_compress.structure.surgery import record_of, reshape
@@ -178,16 +181,22 @@ def load(
     dtype = getattr(torch, own["dtype"]) if "dtype" in own else None
     layout = model if model is not None else hugging_face.skeleton(folder, config, dtype)
     reshape(layout, own.get("structure", record_of(layout)))
+    names = dict(own["names"])
+    if hugging_face.is_transformers(layout) and fused_experts(layout):
+        split(layout)
+        names = hugging_face.names_of_experts(layout) | names
     files = TensorFiles(folder)
     weights, records = {}, {}
     if "quantization_config" in config:
         for name, scheme in matched(layout, QuantizationConfig.model_validate(config["quantization_config"])).items():
-            on_disk = own["names"].get(name, name)
+            on_disk = names.get(name, name)
             module = layout.get_submodule(name)
+            if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
+                continue                                          # a target by class, but these experts stayed dense
             tensors = files.take(on_disk, tensor_names(type(module), scheme))
             weight, records[name] = unpack(tensors, type(module), scheme)
             if is_microscaled(scheme.weights):                    # they unpack to bfloat16, whatever the model's dtype
-                weight = weight.to(module.get_parameter("weight").dtype)
+                weight = weight.to(weight_of(module).dtype)
             weights[f"{on_disk}.weight"] = weight
     caches = _read_caches(layout, config.get("quantization_config", {}).get("kv_cache_scheme"), files)
     records |= {name: from_json(data) for name, data in own["dense"].items()}
@@ -201,9 +210,12 @@ def load(
         model.load_state_dict(hugging_face.build(folder, layout, weights).state_dict())
     model = (model if device is None else model.to(device)).eval()
     attach_all(model, own.get("online", {}))
+    if any(isinstance(layout.get_submodule(name), ExpertLinear) for name in records):
+        split(model)
     for name, record in records.items():
         module = model.get_submodule(name)
-        attach(module, _on(record, module.get_parameter("weight").device))
+        attach(module, _on(record, weight_of(module).device))
+    join(model)
     for name, cache in caches.items():
         attention = model.get_submodule(name)
         attach_cache(attention, _on(cache, next(attention.parameters()).device))
@@ -292,10 +304,14 @@ def _state_on_disk(model: nn.Module, packed: Records) -> dict[str, Tensor]:
         for path, module in model.named_modules(remove_duplicate=False)
         if id(module) in name_of
     }
+    experts = _experts_on_disk(model, packed)
     done: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         key = clean_name(key)
+        if key in experts:
+            state |= experts[key]
+            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only")
         if (name := packed_at.get(key)) is None:
@@ -305,6 +321,20 @@ def _state_on_disk(model: nn.Module, packed: Records) -> dict[str, Tensor]:
             done[name] = pack(name, *packed[name])
         state |= {key.removesuffix("weight") + local: tensor for local, tensor in done[name].items()}
     return state
+
+
+def _experts_on_disk(model: nn.Module, packed: Records) -> dict[str, dict[str, Tensor]]:
+    """By key of a tensor of fused experts, what stands for it on disk: each expert apart, packed or dense."""
+    found: dict[str, dict[str, Tensor]] = {}
+    if not any(isinstance(module, ExpertLinear) for module, _ in packed.values()):
+        return found
+    for name, on_disk in hugging_face.names_of_experts(model).items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, ExpertLinear)
+        local = pack(name, *packed[name]) if name in packed else {"weight": linear.weight.detach()}
+        key = f"{name.rsplit('.', 2)[0]}.{linear.fused}"
+        found.setdefault(key, {}).update({f"{on_disk}.{part}": tensor for part, tensor in local.items()})
+    return found
 
 
 def _dense_on_disk(model: nn.Module, records: Records) -> dict[str, str]:
@@ -317,6 +347,8 @@ def _dense_on_disk(model: nn.Module, records: Records) -> dict[str, str]:
     for name, (module, _) in records.items():
         if not is_packable(module):
             reasons[name] = f"no loader reads a packed {type(module).__name__}"
+        elif isinstance(module, ExpertLinear):
+            continue
         elif others := [other for other in owners[id(module.weight)] if other != name]:
             reasons[name] = f"it shares its weight with {others[0]!r}"
     return reasons

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
 from torch import Tensor, nn
 
+from lightning_compress.experts.split import PROJECTIONS, fused_experts
 from lightning_compress.export.packing import tensor_names
 from lightning_compress.export.tensors import read_json
 from lightning_compress.matching import clean_name
+from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.record import Quantized
 
@@ -29,11 +32,14 @@ __all__ = [
     "build",
     "is_transformers",
     "mend_layout",
+    "names_of_experts",
     "names_on_disk",
     "skeleton",
     "warn_of_sizes",
     "write",
 ]
+
+PACKED = CompressionFormat.pack_quantized
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -71,9 +77,36 @@ def names_on_disk(model: "PreTrainedModel", names: Sequence[str]) -> dict[str, s
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
         return {name: name for name in names}
+    fused = names_of_experts(model)
+    names = [name for name in names if name not in fused]
     marked = {f"{name}.weight": torch.tensor(place) for place, name in enumerate(names)}
     renamed = revert_weight_conversion(model, marked)
-    return {names[int(mark)]: key.removesuffix(".weight") for key, mark in renamed.items()}
+    return {names[int(mark)]: key.removesuffix(".weight") for key, mark in renamed.items()} | fused
+
+
+def names_of_experts(model: "PreTrainedModel") -> dict[str, str]:
+    """The names on disk of the projections of experts that lie in one tensor, by their names in the split model.
+
+    They are found by letting transformers take marked tensors [E, 2, 1] and [E, 1, 1] apart. Empty where it leaves
+    them whole on the disk.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marked: dict[str, Tensor] = {}
+    owners: list[str] = []
+    for name, module in fused_experts(model).items():
+        experts = len(module.get_parameter("down_proj"))
+        for fused, parts in {"gate_up_proj": PROJECTIONS[:2], "down_proj": PROJECTIONS[2:]}.items():
+            first = len(owners)
+            owners += [f"{name}.{expert}.{part}" for expert in range(experts) for part in parts]
+            marks = torch.arange(first, len(owners), dtype=torch.float64)
+            marked[f"{name}.{fused}"] = marks.reshape(experts, len(parts), 1)
+    if not marked:
+        return {}
+    apart = revert_weight_conversion(model, marked)
+    if any(mark.numel() != 1 for mark in apart.values()):
+        return {}
+    return {owners[int(mark)]: key.removesuffix(".weight") for key, mark in apart.items()}
 
 
 def add_names_on_disk(model: "PreTrainedModel", config: QuantizationConfig) -> None:
@@ -103,8 +136,15 @@ def mend_layout(
     several = len(groups) != 1 or groups[0].input_activations is not None or config.kv_cache_scheme is not None
     bfloat16 = model.dtype != torch.bfloat16 and any(is_microscaled(group.weights) for group in groups)
     advice = "the folder is as it should be, and lightning_compress.load reads it"
-    if _merges_weights(model):
-        fault = f"it takes the weights that it merges in a {type(model).__name__}, such as experts, for quantized ones"
+    experts = [packed[name][1].scheme for name in names_of_experts(model) if name in packed]
+    if active := [scheme for scheme in experts if scheme.input_activations is not None]:
+        warnings.warn(
+            f"transformers 5.23 will not quantize the inputs of {len(active)} projections of experts, so "
+            f"that its outputs differ from this model's; lightning_compress.load restores them",
+            stacklevel=4,
+        )
+    if fault := _merging_fault(model, packed):
+        pass
     elif (fault := _layout_fault(model, config, packed) or "") and several:
         advice += "; with one scheme for the whole model, and no activations, transformers does too"
     elif fault or (bfloat16 and not several):
@@ -124,6 +164,25 @@ def mend_layout(
     )
     dtype: torch.dtype = model.dtype
     return dtype
+
+
+def _merging_fault(model: "PreTrainedModel", packed: Mapping[str, tuple[nn.Module, Quantized]]) -> str:
+    """Why transformers 5.23 cannot load weights that it merges on loading, such as experts; empty where it can."""
+    experts = names_of_experts(model)
+    if not _merges_weights(model):
+        return ""
+    if not experts or not packed.keys() >= experts.keys():
+        return f"it takes the weights that it merges in a {type(model).__name__}, such as experts, for quantized ones"
+    schemes = [packed[name][1].scheme for name in experts]
+    if any(scheme.model_dump() != schemes[0].model_dump() for scheme in schemes):
+        return "it unpacks all experts alike, and here they have several schemes"
+    weights = schemes[0].weights
+    assert weights is not None
+    rows = weights.strategy in (QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR)
+    plain = weights.symmetric and not is_microscaled(weights)
+    if not plain or not (rows if weights.type == "float" else infer_module_format(nn.Linear, schemes[0]) == PACKED):
+        return "of the formats of experts it unpacks packed integers without zero points, and FP8 by row or by tensor"
+    return ""
 
 
 def _merges_weights(model: "PreTrainedModel") -> bool:
@@ -147,7 +206,7 @@ def _layout_fault(
     with torch.device("meta"):
         layout = type(model)(copy.deepcopy(model.config))
     for name, (module, record) in packed.items():
-        if "weight" not in tensor_names(type(module), record.scheme):
+        if not isinstance(module, ExpertLinear) and "weight" not in tensor_names(type(module), record.scheme):
             del layout.get_submodule(name).weight
     try:
         layout.initialize_weights()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.matrix import as_matrix
+from lightning_compress.quant.matrix import as_matrix, weight_of
 from lightning_compress.quant.record import Quantized
 
 __all__ = ["ACTIVATION_NAMES", "check_fit", "from_json", "is_packable", "pack", "tensor_names", "to_json", "unpack"]
@@ -51,7 +51,7 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     Raises:
         RuntimeError: The weight is not on the grid: it was changed after compression.
     """
-    weight: Tensor = module.get_parameter("weight").detach()
+    weight = weight_of(module)
     scheme = record.scheme
     compressor = _compressor(type(module), scheme)
     state = {"weight": _on_grid(name, weight, record), "weight_scale": _wide(record.scale)}

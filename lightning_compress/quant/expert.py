@@ -28,9 +28,9 @@ class ExpertLinear(nn.Linear):
     def __init__(self, home: nn.Module, fused: str, expert: int, rows: tuple[int, int]):
         nn.Module.__init__(self)
         self._home: tuple[nn.Module, str] = (home, fused)            # a tuple, so that it is no submodule
-        self.expert, self.rows = expert, rows
+        self.fused, self.expert, self.rows = fused, expert, rows
         self.in_features, self.out_features = home.get_parameter(fused).shape[-1], rows[1] - rows[0]
-        self.bias = None
+        self.register_parameter("bias", None)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

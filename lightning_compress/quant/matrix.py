@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_compress.quant.expert import ExpertLinear
+from lightning_compress.quant.expert import ExpertLinear, tokens_of
 
 __all__ = [
     "as_matrix",
@@ -107,12 +107,15 @@ def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> 
         x: Its input: [..., C] for Linear and Conv1D, [batch, channels, length] or [batch, channels, height, width]
             (the batch may be missing) for convolutions.
         mask: True for tokens that count, bool [batch, tokens]. It applies where the leading shape of x is the mask's,
-            or where x holds the same tokens flattened into one dimension; other inputs are taken whole.
+            where x holds the same tokens flattened into one dimension, or some of them (quant/expert.py); other
+            inputs are taken whole.
     """
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         if mask is not None and x.ndim > 1:
             mask = mask.to(x.device)
-            if x.shape[:-1] == mask.shape:
+            if (tokens_N := tokens_of(x)) is not None:                           # those that the router sent
+                x = x[mask.flatten()[tokens_N]]
+            elif x.shape[:-1] == mask.shape:
                 x = x[mask]
             elif x.ndim == 2 and len(x) == mask.numel():
                 x = x[mask.flatten()]

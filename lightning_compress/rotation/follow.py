@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.rotation.norms import recognize
 from lightning_compress.rotation.spaces import Head, Norm, Space
 from lightning_compress.rotation.watch import Linear, Watcher
@@ -101,6 +102,8 @@ def _module_hooks(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, ExpertLinear):                      # watched, it would run in place of the fused tensor
+            continue
         handles.append(module.register_forward_pre_hook(lambda m, args, name=name: enter(name, m, args), prepend=True))
         handles.append(module.register_forward_hook(lambda m, args, out, name=name: leave(name, m, args, out)))
     try:

@@ -60,6 +60,7 @@ class Plan:
     eval_batches: int | None = None
     offload_device: str = "cpu"
     seed: int = 0
+    moe_calibrate_all_experts: bool = False
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -342,6 +343,7 @@ class Finish:
                 walk=self.plan.walk,
                 offload_device=self.plan.offload_device,
                 progress=progress,
+                moe_calibrate_all_experts=self.plan.moe_calibrate_all_experts,
             )
 
     def _calibration_batches(self) -> list[Any]:
