@@ -22,9 +22,9 @@ from demo_model import Scores, demo_config, load, mean_and_error, measure, train
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_compress import GPTQModifier, Modifier, QuantizationModifier, compress
+from lightning_compress import AutoRoundModifier, GPTQModifier, Modifier, QuantizationModifier, compress
 
-METHODS = ("RTN", "GPTQ, minmax", "GPTQ")
+METHODS = ("RTN", "GPTQ, minmax", "GPTQ", "AutoRound", "AutoRound from RTN")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main() -> None:
     calibration = list(data.calibration_dataloader())[: arguments.calibration_batches]
     results = [Measured(16, "dense", measure(model.model, model.model, held_out))]
     for bits in arguments.bits:
-        for method in METHODS:
+        for method in arguments.methods:
             copied = copy.deepcopy(model.model)
             compress(copied, modifier(method, bits, arguments.group), calibration)
             results.append(Measured(bits, method, measure(copied, model.model, held_out)))
@@ -74,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/work/demo"), help="where training writes")
     parser.add_argument("--blocks", type=int, default=2048, help="held-out blocks, spread over the test text")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:3], metavar="METHOD",
+                        help=f"of {', '.join(METHODS)}; those of AutoRound take minutes for each number of bits")
     parser.add_argument("--group", type=int, default=128, help="columns that share a scale")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
@@ -90,6 +92,10 @@ def modifier(method: str, bits: int, group: int) -> Modifier:
     }
     if method == "RTN":
         return QuantizationModifier(**scheme)
+    if method == "AutoRound":
+        return AutoRoundModifier(**scheme, iters=100)
+    if method == "AutoRound from RTN":
+        return AutoRoundModifier(**scheme, init="rtn", scale_search="minmax")
     return GPTQModifier(**scheme, scale_search="minmax") if method == "GPTQ, minmax" else GPTQModifier(**scheme)
 
 
