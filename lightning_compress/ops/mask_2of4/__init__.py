@@ -1,0 +1,58 @@
+"""The 2:4 mask of a matrix of scores: of every four neighbours in a row the two highest stay.
+
+On CUDA a Triton kernel compares them in registers; elsewhere torch sorts. README beside this file.
+
+Shapes: R rows, C columns, a multiple of four.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.mask_2of4 import reference
+
+__all__ = ["mask_2of4"]
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def mask_2of4(score_RC: Tensor) -> Tensor:
+    """Bool [R, C], True where the weight stays; of equal scores the later one stays, NaN is the highest.
+
+    Args:
+        score_RC: Floating.
+
+    Raises:
+        ValueError: C is no multiple of four, or the scores are not floating.
+    """
+    if score_RC.ndim != 2 or score_RC.shape[1] % 4 or not score_RC.is_floating_point():
+        raise ValueError(
+            f"expected floating scores [R, C], C a multiple of 4, got {score_RC.dtype} {tuple(score_RC.shape)}; leave "
+            f"the matrix out, or choose another pattern"
+        )
+    if score_RC.is_cuda and not calls_kernel(score_RC):
+        result: Tensor = _mask_op(score_RC.detach())
+        return result
+    return _mask(score_RC)
+
+
+def _mask(score_RC: Tensor) -> Tensor:
+    if score_RC.is_cuda and score_RC.dtype in KERNEL_DTYPES and score_RC.numel() and _kernel_runs(score_RC.device):
+        from lightning_compress.ops.mask_2of4 import kernel
+
+        return kernel.mask_2of4(score_RC)
+    return reference.mask_2of4(score_RC)
+
+
+def _kernel_runs(device: torch.device) -> bool:
+    return kernel_runs(device, "scores of 2:4 masks are sorted")
+
+
+@torch.library.custom_op("lightning_compress::mask_2of4", mutates_args=())
+def _mask_op(score: Tensor) -> Tensor:
+    return _mask(score)
+
+
+@_mask_op.register_fake
+def _(score: Tensor) -> Tensor:
+    return score.new_empty(score.shape, dtype=torch.bool)
