@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.movement import MovementPruningModifier
     from lightning_compress.modifiers.qat import QATModifier
     from lightning_compress.modifiers.quantization import QuantizationModifier
+    from lightning_compress.modifiers.reap import REAPModifier, REAPPruningModifier
     from lightning_compress.modifiers.rotation import QuIPModifier, RotationModifier, SpinQuantModifier
     from lightning_compress.modifiers.smoothquant import SmoothQuantModifier
     from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
@@ -60,6 +61,8 @@ __all__ = [
     "QATModifier",
     "QuIPModifier",
     "QuantizationModifier",
+    "REAPModifier",
+    "REAPPruningModifier",
     "RotationModifier",
     "SmoothQuantModifier",
     "SparseGPTModifier",
@@ -93,6 +96,8 @@ _HOME = MappingProxyType(
         "QATModifier": "modifiers.qat",
         "QuIPModifier": "modifiers.rotation",
         "QuantizationModifier": "modifiers.quantization",
+        "REAPModifier": "modifiers.reap",
+        "REAPPruningModifier": "modifiers.reap",
         "RotationModifier": "modifiers.rotation",
         "SmoothQuantModifier": "modifiers.smoothquant",
         "SparseGPTModifier": "modifiers.sparsegpt",

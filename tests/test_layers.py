@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "autoround": ({"gptq", "maths", "ops", "quant", "smoothing.parent"}, {"compressed_tensors"}),
     "modifiers": (
         {"core", "maths", "quant", "ops", "matching", "distributed", "autoround", "gptq", "rotation", "smoothing",
-         "structure", "teacher"},
+         "structure", "teacher", "experts"},
         {"compressed_tensors", "pydantic", "safetensors"},
     ),
     "export": (
