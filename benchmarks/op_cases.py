@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.fake_quant import learned_step, straight_through
+from lightning_compress.ops.hadamard import hadamard_transform
+from lightning_compress.ops.hadamard import reference as hadamard_reference
 from lightning_compress.ops.hessian import hessian_accumulate_
+from lightning_compress.ops.mask_2of4 import mask_2of4
+from lightning_compress.ops.mask_2of4 import reference as mask_reference
 from lightning_compress.ops.w4a16_gemm import dequantize, grid_rows, to_planes, w4a16_gemm
 from lightning_compress.ops.w4a16_gemm import reference as w4a16_reference
+from lightning_compress.ops.w8a8_gemm import quantize_tokens, w8a8_gemm
+from lightning_compress.ops.w8a8_gemm import reference as w8a8_reference
 
 __all__ = ["Case", "Trial", "cases"]
 
@@ -74,7 +80,10 @@ def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:
     Raises:
         ValueError: There is no case of such an op.
     """
-    makers = {"w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "fake_quant": fake_quant_cases}
+    makers = {
+        "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
+        "hadamard": hadamard_cases, "mask_2of4": mask_cases,
+    }  # fmt: skip
     if unknown := [op for op in ops if op not in makers]:
         raise ValueError(f"no cases of {', '.join(unknown)}; expected some of {', '.join(makers)}")
     return [case for op, maker in makers.items() if not ops or op in ops for case in maker(tiny)]
@@ -138,6 +147,69 @@ def hessian_cases(tiny: bool) -> list[Case]:
         return Case("hessian", f"N = {N}, C = {C}", 2 * N * C + 8 * C * C // 2, N * C * (C + 128), 1e-4, make)
 
     return [case(N, C) for N, C in shapes]
+
+
+def w8a8_cases(tiny: bool) -> list[Case]:
+    shapes = [(65, 192)] if tiny else [(4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336)]
+    tokens = (3, 17) if tiny else (1, 16, 64, 32, 256, 1024, 4096)
+
+    def case(M: int, N: int, K: int) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            random = torch.Generator(device).manual_seed(seed)
+            x = torch.randn(M, K, generator=random, device=device).to(dtype)
+            weight = torch.randint(-128, 128, (N, K), generator=random, device=device).to(torch.int8)
+            scale_N = torch.rand(N, generator=random, device=device) * 1e-3 + 1e-4
+            W = (weight.float() * scale_N[:, None]).to(dtype)
+
+            def theirs() -> Tensor:
+                scale = x.float().abs().amax(1, keepdim=True) / 127.5
+                codes = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+                return (torch._int_mm(codes, weight.t()) * scale_N * scale).to(dtype)
+
+            def exact() -> Tensor:
+                return w8a8_reference.gemm(*w8a8_reference.quantize_tokens(x), weight, scale_N)
+
+            contestants = {"matmul of dense weights": lambda: x @ W.t()} | ({"torch int8": theirs} if M > 16 else {})
+            return Trial(lambda: w8a8_gemm(*quantize_tokens(x), weight, scale_N, dtype), contestants, exact)
+
+        shape = f"{N} x {K}, M = {M}, tokens quantized in the time"
+        return Case("w8a8_gemm", shape, N * K + 2 * M * (N + K), 2 * M * N * K, 1e-2, make)
+
+    return [case(M, N, K) for M in tokens for N, K in shapes]
+
+
+def hadamard_cases(tiny: bool) -> list[Case]:
+    shapes = [(6, 1, 64), (5, 3, 16)] if tiny else [(16384, 1, 128), (8192, 1, 4096), (4096, 28, 512), (4096, 1, 16384)]
+
+    def case(R: int, m: int, P: int) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            random = torch.Generator(device).manual_seed(seed)
+            x = torch.randn(R, m * P, generator=random, device=device).to(dtype)
+            signs = (torch.randint(0, 2, (m, m), generator=random, device=device) * 2 - 1).to(dtype)
+            base, scale = None if m == 1 else signs, (m * P) ** -0.5
+            H = (torch.kron(signs.double(), hadamard_reference.sylvester(P).to(device)) * scale).to(dtype)
+            return Trial(
+                lambda: hadamard_transform(x, base, scale), {"product with the dense matrix": lambda: x @ H},
+                lambda: hadamard_reference.hadamard_transform(x, base, scale),
+            )  # fmt: skip
+
+        return Case("hadamard", f"{R} x {m} * {P}", 4 * R * m * P, 0, 1e-2, make)
+
+    return [case(*shape) for shape in shapes]
+
+
+def mask_cases(tiny: bool) -> list[Case]:
+    shapes = [(6, 64)] if tiny else [(8192, 8192), (4096, 14336)]
+
+    def case(R: int, C: int, kind: torch.dtype) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            score = torch.randn(R, C, generator=torch.Generator(device).manual_seed(seed), device=device).to(kind)
+            sorting = {"sort and scatter": lambda: mask_reference.mask_2of4(score)}
+            return Trial(lambda: mask_2of4(score), sorting, lambda: mask_reference.mask_2of4(score.double()))
+
+        return Case("mask_2of4", f"{R} x {C}, {kind}", R * C * (kind.itemsize + 1), 0, 1e-6, make, kind)
+
+    return [case(R, C, kind) for kind in (torch.bfloat16, torch.float32) for R, C in shapes]
 
 
 def fake_quant_cases(tiny: bool) -> list[Case]:

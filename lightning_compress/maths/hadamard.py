@@ -21,6 +21,8 @@ from itertools import product
 import torch
 from torch import Generator, Tensor
 
+from lightning_compress.ops.hadamard import hadamard_transform
+
 __all__ = [
     "check_order",
     "fast_hadamard_transform",
@@ -69,18 +71,11 @@ def fast_hadamard_transform(x: Tensor, *, transpose: bool = False) -> Tensor:
     """
     n = x.shape[-1]
     check_order(n)
-    m, power = _split(n)
-    y = x.reshape(-1, m, power)
-    half = 1
-    while half < power:
-        pairs = y.reshape(-1, m, power // (2 * half), 2, half)
-        first, second = pairs.unbind(3)
-        y = torch.stack([first + second, first - second], 3).reshape(-1, m, power)
-        half *= 2
-    if m > 1:
-        H_mm = _of_odd_kind(m).to(x)
-        y = torch.einsum("nap,ab->nbp", y, H_mm.t() if transpose else H_mm)
-    return y.reshape(x.shape)
+    m, _ = _split(n)
+    if m == 1:
+        return hadamard_transform(x)
+    H_mm = _of_odd_kind(m).to(x)
+    return hadamard_transform(x, H_mm.t() if transpose else H_mm)
 
 
 def random_signs(n: int, generator: Generator) -> Tensor:

@@ -26,7 +26,8 @@ def test_compile_without_spills_and_read_16_bytes_at_a_time(grain, float8, capab
     types = dict.fromkeys(("w_ptr", "s_ptr", "out_ptr", "gradient_ptr", "of_w_ptr"), dtype) | {
         "z_ptr": "*i8", "of_lines_ptr": "*fp32", "low": "fp32", "high": "fp32", "beyond": "fp32"
     }  # fmt: skip
-    fixed = {"TENSOR": grain == "tensor", "HAS_ZERO": not float8, "FLOAT8": float8} | ({"z_ptr": None} if float8 else {})
+    fixed = {"TENSOR": grain == "tensor", "HAS_ZERO": not float8, "FLOAT8": float8}
+    fixed |= {"z_ptr": None} if float8 else {}
     fixed |= {"BLOCK_L": block_l, "BLOCK_C": block_c}
     learned = {"INCLUSIVE": False, "OF_W": True, "OF_SCALE": True}
     for kernel, more in ((value_kernel, {}), (gradient_kernel, learned)):

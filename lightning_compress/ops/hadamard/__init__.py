@@ -1,0 +1,101 @@
+"""x times a Hadamard matrix of order n = m 2^k, for online rotations: y = x (B (x) S) scale, S that of Sylvester.
+
+On CUDA a Triton kernel reads x and writes y once; elsewhere butterflies of torch run. README beside this file.
+
+Shapes: x [..., n], n = m P, base B [m, m] of +-1, P a power of two.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.availability import calls_kernel, kernel_runs
+
+__all__ = ["hadamard_transform"]
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def hadamard_transform(x: Tensor, base_mm: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """The product x (B (x) S_P) scale, in the dtype of x; with a gradient for x.
+
+    Args:
+        x: [..., n], floating point.
+        base_mm: The part of the matrix that Sylvester's construction does not give; None where n is a power of two.
+            With B^T in place of B, and scale 1 / (n scale), the transform is taken back.
+        scale: Such as 1 / sqrt(n), which makes it orthogonal.
+
+    Raises:
+        ValueError: n is no power of two times the order of the base, or x is not floating.
+    """
+    m = 1 if base_mm is None else len(base_mm)
+    n = x.shape[-1] if x.ndim else 0
+    if not x.is_floating_point() or (base_mm is not None and base_mm.shape != (m, m)):
+        came = "" if base_mm is None else f" and base {tuple(base_mm.shape)}"
+        raise ValueError(f"expected floating x [..., n] and a base [m, m], got {x.dtype} {tuple(x.shape)}{came}")
+    if n < m or n % m or (n // m) & (n // m - 1):
+        raise ValueError(
+            f"x has {n} features, which are no power of two times the {m} of the base; pass the base of the order "
+            f"{n // (n & -n) if n else 0} times a power of two"
+        )
+    if base_mm is not None and base_mm.device != x.device:
+        raise ValueError(f"x is on {x.device} and the base on {base_mm.device}; put them on one device")
+    plain = not (x.requires_grad and torch.is_grad_enabled())
+    if calls_kernel(x) and plain:
+        return _transform(x, base_mm, scale)
+    if x.is_cuda:
+        result: Tensor = _transform_op(x, base_mm, scale)
+        return result
+    return _butterflies(x, base_mm, scale)
+
+
+def _transform(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
+    if x.is_cuda and x.dtype in KERNEL_DTYPES and x.numel() and _kernel_runs(x, base_mm):
+        from lightning_compress.ops.hadamard.kernel import transform
+
+        return transform(x, base_mm, scale)
+    return _butterflies(x, base_mm, scale)
+
+
+def _kernel_runs(x: Tensor, base_mm: Tensor | None) -> bool:
+    P = x.shape[-1] // (1 if base_mm is None else len(base_mm))
+    return P >= 16 and kernel_runs(x.device, "Hadamard transforms take a pass over memory for each factor of two")
+
+
+def _butterflies(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
+    """In the dtype of x, O(n (m + log n)); differentiable as it is."""
+    m = 1 if base_mm is None else len(base_mm)
+    power, half = x.shape[-1] // m, 1
+    y = x.reshape(-1, m, power)
+    while half < power:
+        first, second = y.reshape(-1, m, power // (2 * half), 2, half).unbind(3)
+        y = torch.stack([first + second, first - second], 3).reshape(-1, m, power)
+        half *= 2
+    if base_mm is not None:
+        y = torch.einsum("nap,ab->nbp", y, base_mm.to(x))
+    return (y if scale == 1 else y * scale).reshape(x.shape)
+
+
+@torch.library.custom_op("lightning_compress::hadamard_transform", mutates_args=())
+def _transform_op(x: Tensor, base: Tensor | None, scale: float) -> Tensor:
+    y = _transform(x, base, scale)
+    return y.clone() if y.data_ptr() == x.data_ptr() else y          # of one feature: nothing was done
+
+
+@_transform_op.register_fake
+def _(x: Tensor, base: Tensor | None, scale: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, base, ctx.scale = inputs
+    ctx.save_for_backward(base)
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (base,) = ctx.saved_tensors
+    return _transform_op(gradient.contiguous(), None if base is None else base.t(), ctx.scale), None, None
+
+
+_transform_op.register_autograd(_gradient, setup_context=_keep)

@@ -1,0 +1,34 @@
+"""The kernel compiled for GPUs that are not there. Needs the extra ``kernels`` (make test-kernels)."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
+
+from lightning_compress.ops.hadamard.kernel import constants, hadamard_kernel, warps
+from tests.ops.compilation import POINTER, SHARED, compiled, facts
+
+pytestmark = pytest.mark.usefixtures("triton_cache")
+
+CASES = [(1, 128, torch.bfloat16), (1, 512, torch.float32), (1, 4096, torch.bfloat16), (1, 8192, torch.float16),
+         (1, 16384, torch.bfloat16), (28, 128, torch.bfloat16), (12, 256, torch.float16)]  # fmt: skip
+LARGE = [(12, 512, torch.float16, 90), (28, 256, torch.float32, 90), (28, 512, torch.bfloat16, 90)]
+
+
+@pytest.mark.parametrize(
+    ("m", "P", "dtype", "capability"),
+    [*((*case, capability) for case in CASES for capability in (80, 90)), *LARGE],
+    ids=str,
+)
+def test_compiles_without_spills_and_with_tensor_cores(m, P, dtype, capability, tmp_path):
+    fixed = constants(m, P, dtype) | ({"base_ptr": None} if m == 1 else {})
+    types = dict.fromkeys(("x_ptr", "base_ptr", "out_ptr"), POINTER[dtype]) | {"scale": "fp32"}
+    found = facts(compiled(hadamard_kernel, capability, types, fixed, warps(m, P), odd=("R",)), tmp_path)
+    assert (found["spills"], found["stack"]) == (0, 0), found
+    assert found["shared"] <= SHARED[89], found
+    assert found["HMMA"] or found["HGMMA"], found
+    assert found["wide"] >= 2, found
