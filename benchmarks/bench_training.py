@@ -46,7 +46,7 @@ from lightning_compress import (
 HEAD = ["re:.*lm_head"]
 # Peak learning rates: the finer the grid, the closer GPTQ's result is to the dense model, and the smaller must steps be
 # that do not lead away from it (seed 42, W3 distilled, loss - dense: .00017 at 1.5e-5, .00030 at 3e-5, GPTQ .00060).
-LR = {"W4": 1e-5, "W3": 2e-5, "W2": 5e-4, "sparse": 5e-4, "dense": 5e-4}
+LR = {"W4": 1e-5, "W3": 2e-5, "W2": 1e-4, "sparse": 5e-4, "dense": 5e-4}
 
 
 @dataclass(frozen=True)
