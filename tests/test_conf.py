@@ -225,7 +225,7 @@ def test_every_modifier_has_a_file() -> None:
     entries = [entry for path in files for entry in yaml.safe_load(path.read_text()).values()]
     named = {entry["_target_"].rpartition(".")[2] for entry in entries}
     modifiers = {name for name in lightning_compress.__all__ if name.endswith("Modifier")}
-    other_names = {"QuIPModifier", "SpinQuantModifier", "REAPPruningModifier"}         # of RotationModifier, REAPModifier
+    other_names = {"QuIPModifier", "SpinQuantModifier", "REAPPruningModifier"}       # of RotationModifier, REAPModifier
     assert modifiers - named == {"Modifier"} | other_names
 
 
