@@ -56,13 +56,14 @@ class Branching(nn.Module):
 
 @pytest.mark.parametrize("remove", [False, True])
 def test_outputs_stay_and_the_right_pairs_are_found(remove):
+    torch.manual_seed(0)
     model, x = lived(Residual(), 8, 3, 6, 6), torch.randn(4, 3, 6, 6)
     before, keys = model(x), list(model.state_dict())
     with pytest.warns(UserWarning, match="not folded: 'norm3': the output of 'conv3' is used elsewhere too"):
         found = fold_all(model, remove)
     assert {f.norm: f.layer for f in found} == {"norm1": "conv1", "norm2": "conv2", "head.2": "head.1"}
     assert_close(model(x), before, rtol=0, atol=1e-5)
-    assert (before.abs().max() > 0.1).item()
+    assert before.abs().max() > 100 * 1e-5
     if remove:
         assert isinstance(model.norm1, nn.Identity)
         assert model.conv1.bias.shape == (4,)
