@@ -7,22 +7,19 @@ Shapes: R rows, C columns, P partitions of a grouped convolution.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from lightning_compress.autoround.grid import LearnedGrid
-from lightning_compress.gptq.columns import adjusted
-from lightning_compress.gptq.solver import Solver
+from lightning_compress.gptq.solver import ScaleSearch, Solver
 from lightning_compress.maths.factor import factorize_each
 from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.rounding import find_scales
 
-__all__ = ["ScaleSearch", "Start"]
+__all__ = ["Start"]
 
-ScaleSearch = Literal["minmax", "mse", "hessian"]
 DAMPENING = 0.01
 
 
@@ -71,8 +68,6 @@ class Start:
             return None
         keep = torch.ones_like(W_RC, dtype=torch.bool) if keep_RC is None else keep_RC
         solved = Solver(args, self.scale_search)([W_RC], factors, [None], [keep])
-        pieces = zip(solved.W_RC.chunk(len(factors)), solved.Q_RC.chunk(len(factors)), factors, strict=True)
-        A_RC = torch.cat([adjusted(*piece) for piece in pieces]).mul_(keep)
         scale, zero_point = solved.scales[0]
-        latent_RC = latent_of(A_RC, solved.Q_RC.to(W_RC.dtype), scale, zero_point, args)
+        latent_RC = latent_of(solved.latents(factors), solved.Q_RC.to(W_RC.dtype), scale, zero_point, args)
         return LearnedGrid(latent_RC, scale, zero_point, args, keep_RC)

@@ -38,7 +38,7 @@ def refine(
     dtype: torch.dtype,
     keep_RC: Tensor | None = None,
     rounds: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Refit the scales, improve the codes, refit the scales, ``rounds`` times; rows that do not gain stay as they were.
 
     Args:
@@ -54,7 +54,7 @@ def refine(
         rounds: Of both.
 
     Returns:
-        Q [R, C], and scales [R, G] that hold in ``dtype``, float32.
+        Q [R, C], scales [R, G] that hold in ``dtype``, float32, and J of each row, [R].
 
     Raises:
         ValueError: The grid is not one of integers, or all rows share one scale.
@@ -67,8 +67,9 @@ def refine(
         found_RC, scale_RG = refit_scales(W_RC, found_RC, scale_RG, args, H_CC, dtype)
         found_RC = improve_codes(W_RC, found_RC, scale_RG, zero_point, args, H_CC, nearest, keep_RC)
         found_RC, scale_RG = refit_scales(W_RC, found_RC, scale_RG, args, H_CC, dtype)
-    gains_R1 = (weighted_error(W_RC, found_RC, H_CC) < weighted_error(W_RC, Q_RC, H_CC))[:, None]
-    return found_RC.where(gains_R1, Q_RC), scale_RG.where(gains_R1, start_RG)
+    before_R, after_R = weighted_error(W_RC, Q_RC, H_CC), weighted_error(W_RC, found_RC, H_CC)
+    gains_R1 = (after_R < before_R)[:, None]
+    return found_RC.where(gains_R1, Q_RC), scale_RG.where(gains_R1, start_RG), torch.minimum(after_R, before_R)
 
 
 def is_refinable(args: QuantizationArgs) -> bool:

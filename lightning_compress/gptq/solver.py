@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lightning_compress.gptq.columns import Nearest, round_columns
+from lightning_compress.gptq.columns import Nearest, adjusted, round_columns
 from lightning_compress.gptq.refinement import refine, weighted_error
 from lightning_compress.maths.factor import Factor
 from lightning_compress.quant.rounding import find_scales
@@ -45,6 +45,13 @@ class Solved:
     scales: Sequence[Scales]
     rows: Sequence[int]
     keep_RC: Tensor | None
+
+    def latents(self, factors: Sequence[Factor]) -> Tensor:
+        """The values that were rounded, column after column, [R, C]; zero where Q had to be."""
+        P = len(factors)
+        parts = zip(self.W_RC.chunk(P), self.Q_RC.chunk(P), factors, strict=True)
+        A_RC = torch.cat([adjusted(*part) for part in parts])
+        return A_RC if self.keep_RC is None else A_RC.mul_(self.keep_RC)
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,10 @@ class Solver:
                 solved.W_RC.chunk(P), solved.Q_RC.chunk(P), scale_RG.chunk(P), zeros, H_PCC, keeps, strict=True
             )
         ]
-        Q_RC = torch.cat([Q for Q, _ in parts])
-        each = torch.cat([scale for _, scale in parts]).to(dtype).split(list(solved.rows))
+        Q_RC, loss_R = torch.cat([Q for Q, _, _ in parts]), torch.cat([loss for _, _, loss in parts])
+        each = torch.cat([scale for _, scale, _ in parts]).to(dtype).split(list(solved.rows))
         scales = [(scale.contiguous(), zero) for scale, (_, zero) in zip(each, solved.scales, strict=True)]
-        return Solved(solved.W_RC, Q_RC, error_on(solved.W_RC, Q_RC, H_PCC), scales, solved.rows, solved.keep_RC)
+        return Solved(solved.W_RC, Q_RC, loss_R, scales, solved.rows, solved.keep_RC)
 
     def _proposals(
         self, W_RC: Tensor, factors: Sequence[Factor], global_scale: Tensor | None

@@ -10,7 +10,9 @@ from lightning_compress.matching import match_rank, select, warn_of_left_out
 from lightning_compress.maths.masks import check_structure, n_of_m
 from lightning_compress.quant.matrix import as_matrix, is_supported
 
-__all__ = ["PruningArguments", "never_saw_data", "share_of_zeros"]
+__all__ = ["PruningArguments", "never_saw_data", "share_of_zeros", "zeros_stay"]
+
+PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
 
 
 class PruningArguments(BaseModel):
@@ -124,6 +126,11 @@ class PruningArguments(BaseModel):
 def share_of_zeros(W_RC: Tensor) -> float:
     """Share of entries that are exactly zero."""
     return float((W_RC == 0).sum()) / max(1, W_RC.numel())
+
+
+def zeros_stay(W_RC: Tensor, preserve_zeros: bool | None) -> bool:
+    """Whether a quantizer leaves zeros zero: as it is told, else (None) where at least a third of the weights are."""
+    return share_of_zeros(W_RC) >= PRUNED if preserve_zeros is None else preserve_zeros
 
 
 def never_saw_data(modifier: str, names: Sequence[str]) -> str:

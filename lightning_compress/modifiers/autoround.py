@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from lightning_compress.autoround.block import LearnedBlock
 from lightning_compress.autoround.descent import Descent, descend
 from lightning_compress.autoround.grid import LearnedGrid, OnGrid
-from lightning_compress.autoround.start import ScaleSearch, Start
+from lightning_compress.autoround.start import Start
 from lightning_compress.core import Event, Modifier, State
+from lightning_compress.gptq.solver import ScaleSearch
 from lightning_compress.maths.hessian import MomentPool
-from lightning_compress.maths.pruning import share_of_zeros
+from lightning_compress.maths.pruning import share_of_zeros, zeros_stay
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
 from lightning_compress.quant.matrix import as_matrix, input_layout, inputs_as_rows, only_input, write_matrix
@@ -45,7 +46,6 @@ __all__ = ["AutoRoundModifier"]
 # lr times iters. The demo's model at 2 bits, 100 steps from GPTQ: KL to the dense model .00286 at first, .00262 with
 # 0.05; with 0.2, and with 1 in 200 steps, no iterate was better than the first one
 RATES = {"rtn": 1.0, "gptq": 0.05}
-PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned, as for GPTQ
 
 
 class AutoRoundModifier(QuantizationArguments, Modifier):
@@ -193,11 +193,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         check_dense(name, module)
         W_RC, shared = as_matrix(module), self._pool.get(name)
         H_PCC = shared.moment.value() if shared is not None and shared.moment is not None else None
-        return start(W_RC.clone(), args, None if self._keeps_all(W_RC) else W_RC != 0, H_PCC)
-
-    def _keeps_all(self, W_RC: Tensor) -> bool:
-        """Whether zeros may become something else."""
-        return not (share_of_zeros(W_RC) >= PRUNED if self.preserve_zeros is None else self.preserve_zeros)
+        return start(W_RC.clone(), args, W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else None, H_PCC)
 
     def _write(
         self, state: State, name: str, W_RC: Tensor, found: OnGrid, flag: str, facts: dict[str, Any]
@@ -205,7 +201,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         module, scheme = self._modules[name], self._schemes.pop(name)
         quantized, Q_RC = Quantized(scheme, found.scale, found.zero_point), found.value()
         facts = {**weight_facts(W_RC, Q_RC, quantized), **facts, "tokens": self._tokens.pop(name)}
-        if not self._keeps_all(W_RC):
+        if zeros_stay(W_RC, self.preserve_zeros):
             facts["sparsity"] = share_of_zeros(Q_RC)
         write_matrix(module, Q_RC)
         attach(module, quantized)

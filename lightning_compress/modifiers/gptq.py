@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.gptq.columns import adjusted, output_error
+from lightning_compress.gptq.columns import output_error
 from lightning_compress.gptq.held_out import DAMPENINGS, Choice, choose
 from lightning_compress.gptq.refinement import is_refinable
 from lightning_compress.gptq.solver import ScaleSearch, Solver, damped
 from lightning_compress.maths.factor import Factor, factorize_each
 from lightning_compress.maths.hessian import MomentPool, Shared
-from lightning_compress.maths.pruning import share_of_zeros
+from lightning_compress.maths.pruning import share_of_zeros, zeros_stay
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.facts import weight_facts
 from lightning_compress.quant.fake_quant import latent_of
@@ -56,7 +56,6 @@ from lightning_compress.quant.shared_scales import GlobalScales
 
 __all__ = ["GPTQModifier"]
 
-PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
 
 
 @dataclass(frozen=True)
@@ -249,18 +248,16 @@ class GPTQModifier(QuantizationArguments, Modifier):
         if prepared.H_PCC is not None and is_refinable(args):
             solved = solver.refined(solved, prepared.H_PCC, dense[0].dtype)
         seconds, P, rows = time.perf_counter() - start, len(factors), list(solved.rows)
+        wanted = self.keep_latents or self.hands_over
+        latents = solved.latents(factors).split(rows) if wanted else [None] * len(names)
         pieces = zip(
             names, solved.scales, keeps, solved.W_RC.split(rows), solved.Q_RC.split(rows), solved.loss_R.split(rows),
-            strict=True,
+            latents, strict=True,
         )  # fmt: skip
-        for name, (scale, zero_point), keep, W, Q, loss in pieces:
+        for name, (scale, zero_point), keep, W, Q, loss, latent in pieces:
             parts = zip(W.chunk(P), Q.chunk(P), loss.chunk(P), factors, strict=True)
             sums = [output_error(*part) for part in parts]
             error, total = sum(e for e, _ in sums), sum(t for _, t in sums)
-            latent = None
-            if self.keep_latents or self.hands_over:
-                matrices = zip(W.chunk(P), Q.chunk(P), factors, strict=True)
-                latent = torch.cat([adjusted(*part) for part in matrices]).mul_(keep)
             self._write(state, name, Q, scale, zero_point, latent, prepared, {
                 "error": error / total if total > 0 else 0.0,
                 "tokens": tokens,
@@ -320,8 +317,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
 
     def _keep(self, W_RC: Tensor) -> Tensor:
         """False where a weight is zero and shall stay zero."""
-        preserve = share_of_zeros(W_RC) >= PRUNED if self.preserve_zeros is None else self.preserve_zeros
-        return W_RC != 0 if preserve else torch.ones_like(W_RC, dtype=torch.bool)
+        return W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else torch.ones_like(W_RC, dtype=torch.bool)
 
     def _write(
         self,

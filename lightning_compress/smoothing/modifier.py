@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -86,9 +87,9 @@ class SmoothingModifier(MappingArguments, Modifier):
     def needs_data(self) -> bool:
         return True
 
+    @abstractmethod
     def scale(self, x_J: Tensor, w_J: Tensor) -> Tensor:
         """s per channel, finite and above 0, from max |x| and max |w| of the channel, float32."""
-        raise NotImplementedError
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None

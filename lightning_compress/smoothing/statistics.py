@@ -3,6 +3,7 @@
 Shapes: N tokens, R rows, C input channels, J scaled channels of a source.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 __all__ = ["ChannelMax", "ChannelMean", "ChannelStatistic", "to_source"]
 
 
-class ChannelStatistic:
+class ChannelStatistic(ABC):
     """A number for each channel.
 
     Args:
@@ -32,8 +33,9 @@ class ChannelStatistic:
             self._take(x_NC)
             self.tokens += len(x_NC)
 
+    @abstractmethod
     def _take(self, x_NC: Tensor) -> None:
-        raise NotImplementedError
+        """Take at least one token."""
 
     def value(self) -> Tensor:
         """[C], float32."""

@@ -61,8 +61,9 @@ def test_every_step_lowers_the_error_of_every_row_and_the_result_is_on_the_grid(
     after_codes = weighted_error(W, codes, H)
     assert (after_codes <= error * (1 + 1e-5)).all()
     assert after_codes.sum() < 0.8 * error.sum()
-    both, both_scale = refine(W, Q, scale, zero, args, H, nearest, torch.float32)
+    both, both_scale, both_error = refine(W, Q, scale, zero, args, H, nearest, torch.float32)
     assert weighted_error(W, both, H).sum() < 0.8 * after_refit.sum()
+    assert torch.equal(both_error, weighted_error(W, both, H))
 
     for found, s in ((refitted, new_scale), (codes, scale), (both, both_scale)):
         low, high = integer_range(args)
@@ -122,7 +123,7 @@ def test_zeros_that_are_kept_stay_zero():
     W, Q, scale, zero, H = problem(args)
     keep = torch.arange(C).remainder(4).lt(2).expand(R, -1)
     W, Q = W * keep, Q * keep
-    found, _ = refine(W, Q, scale, zero, args, H, nearest_on(args), torch.float32, keep)
+    found, _, _ = refine(W, Q, scale, zero, args, H, nearest_on(args), torch.float32, keep)
     assert (found[~keep] == 0).all()
     assert (weighted_error(W, found, H) <= weighted_error(W, Q, H)).all()
 
@@ -131,7 +132,7 @@ def test_scales_hold_in_the_dtype_that_stores_them():
     args = grid(3)
     W, Q, scale, zero, H = problem(args)
     scale = scale.bfloat16().float()
-    _, found = refine(W, Q, scale, zero, args, H, nearest_on(args), torch.bfloat16)
+    _, found, _ = refine(W, Q, scale, zero, args, H, nearest_on(args), torch.bfloat16)
     assert torch.equal(found, found.bfloat16().float())
     assert not torch.equal(found, expand(scale, R, args))
 
