@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.op_cases import Call, Case, Trial, cases
+from benchmarks.op_case import Call, Case, Trial
+from benchmarks.op_cases import cases
 
 ROTATED = 200e6         # bytes that calls go round; L2 of an H200 holds 60 MB
 SETS = 32               # at most so many sets of buffers

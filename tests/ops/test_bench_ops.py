@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import bench_ops, machine
 from benchmarks.bench_ops import Outcome, checked, main, report
-from benchmarks.op_cases import Case, Trial, cases
+from benchmarks.op_case import Case, Trial
+from benchmarks.op_cases import cases
 
 CPU = torch.device("cpu")
 
