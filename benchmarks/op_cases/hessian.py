@@ -24,6 +24,7 @@ def cases(tiny: bool) -> list[Case]:
             exact = lambda: X.double().t() @ X.double()  # noqa: E731
             return Trial(lambda: hessian_accumulate_(sums[0], X), contestants, exact, torch.tril)
 
-        return Case("hessian", f"N = {N}, C = {C}", 2 * N * C + 8 * C * C // 2, N * C * (C + 128), 1e-4, make)
+        moved, flop, sizes = 2 * N * C + 8 * C * C // 2, N * C * (C + 128), {"N": N, "C": C}
+        return Case("hessian", f"N = {N}, C = {C}", moved, flop, 1e-4, make, sizes=sizes)
 
     return [case(N, C) for N, C in shapes]

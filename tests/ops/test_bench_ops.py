@@ -1,23 +1,30 @@
 """The parts of the bench that need no GPU: what it is asked, the check of correctness, the tables and files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import bench_ops, machine
-from benchmarks.bench_ops import Outcome, checked, main, report
+from benchmarks.bench_ops import deadlines, main
+from benchmarks.checking import PATIENCE, Outcome, checked
 from benchmarks.op_case import Case, Trial
 from benchmarks.op_cases import cases
+from benchmarks.op_report import op_tables, ratio
+from benchmarks.replay import in_turn
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.delenv("BENCH_WHEELS", raising=False)
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(capsys, tmp_path):
@@ -28,15 +35,46 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(capsys, tmp_path):
 
 def test_an_op_that_is_not_there(capsys):
     assert main(["--ops", "hesian"]) == 2
-    assert "no cases of hesian; expected some of w4a16_gemm, hessian" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no cases of hesian; expected some of w4a16_gemm, hessian" in said
+    assert "mask_2of4, whole_gptq, decode" in said
 
 
 def test_the_list_names_every_op_of_the_package(capsys):
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    kernels = (Path(__file__).parents[2] / "lightning_compress/ops").glob("*/kernel.py")
+    kernels = (ROOT / "lightning_compress/ops").glob("*/kernel.py")
     assert {path.parent.name for path in kernels} <= {line.split(":")[0] for line in lines}
     assert len(set(lines)) == len(lines)
+    assert main(["--list", "--ops", "decode"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["decode"]
+
+
+ABSENT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        gone = {"compressed_tensors", "hydra", "lightning", "omegaconf", "pydantic", "safetensors", "torchmetrics",
+                "transformers", "yaml", "rich", "numpy"}
+        return None if name.partition(".")[0] in gone else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+from benchmarks.bench_ops import main
+sys.exit(main(["--check"]))
+"""
+
+
+def test_it_runs_with_torch_alone():
+    """Where a GPU is lent there is torch and Triton, and none of what the rest of this package needs."""
+    command = [sys.executable, "-c", ABSENT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "w4a16_gemm 65 x 192, M = 3" in done.stdout
+    assert "whole_gptq {} not run: pydantic, compressed_tensors, transformers missing; put the wheels" in done.stdout
+    assert "decode {'W4'" in done.stdout
 
 
 @pytest.mark.parametrize("case", cases(tiny=True), ids=lambda case: f"{case.op}, {case.shape}")
@@ -45,6 +83,7 @@ def test_tiny_cases_are_right(case):
     assert not outcome.note
     assert 0 <= outcome.errors["ours"] < case.tolerance
     assert len(outcome.errors) > 1, "no contestant"
+    assert not outcome.left_out
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.op}, {case.shape}")
@@ -65,44 +104,97 @@ def test_what_is_wrong_is_not_timed():
     assert checked(made(lambda: torch.full((3,), torch.nan)), CPU).note.startswith("wrong")
     assert checked(made(lambda: torch.empty(3)), CPU).note.startswith("wrong")           # memory is poisoned
     assert not torch.are_deterministic_algorithms_enabled()
+    right = made(lambda: torch.ones(3), other=lambda: torch.ones(3) * 1.1)
+    assert checked(right, CPU).left_out == {"torch": "wrong: relative error 1.0e-01"}
+    assert not checked(right, CPU).note
 
 
-def test_what_does_not_run_is_told(capsys):
+def test_what_does_not_run_is_told():
     def broken():
         raise RuntimeError("no such | instruction\nat line 3")
 
+    def absent():
+        raise ModuleNotFoundError("No module named 'other'")
+
     assert checked(made(broken), CPU).note == "not run: RuntimeError: no such / instruction"
-    found = checked(made(lambda: torch.ones(3), other=broken), CPU)
+    found = checked(made(lambda: torch.ones(3), other=absent), CPU)
     assert (found.note, list(found.errors)) == ("", ["ours"])
-    assert "torch does not run" in capsys.readouterr().out
+    assert found.left_out == {"torch": "ModuleNotFoundError: No module named 'other'"}
+
+
+def test_a_contestant_that_takes_too_long_drops_out():
+    spent = {}
+    case = made(lambda: torch.ones(3))
+    assert "torch" in checked(case, CPU, spent).errors
+    assert 0 < spent["torch"] < PATIENCE
+    spent["torch"] = PATIENCE + 1
+    assert checked(case, CPU, spent).left_out == {"torch": "its first calls have taken more than 45 s"}
+
+
+def test_contestants_take_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    found = in_turn(runs, 4, 100.0)
+    assert order == list("ab") * 7                             # three rounds warm up
+    assert found == {"a": [7, 9, 11, 13], "b": [8, 10, 12, 14]}
+    assert len(in_turn(runs, 50, 0.0)["a"]) == 7               # the fewest, however little time there is
+
+
+def test_ratios_are_of_pairs():
+    row = Outcome("op", "", times={"ours": 2.0, "torch": 3.0}, raw={"ours": [1, 2, 3], "torch": [3, 3, 3]})
+    assert ratio(row, "torch") == 1.5
+    row.raw = {"ours": [1, 2, 9], "torch": [4, 3, 9]}
+    assert ratio(row, "torch") == 1.5
+    assert ratio(row, "other") is None
 
 
 def test_cells_of_what_was_not_measured_are_empty():
+    errors = {"ours": 1e-3, "torch": 2e-3}
     outcomes = [
-        Outcome("gemm", "8 x 8", {"ours": 1e-3, "torch": 2e-3}, {"ours": 10.0, "torch": 20.0}, 5.0),
-        Outcome("gemm", "9 x 9", {"ours": 1e-3, "torch": 2e-3}, {"ours": 10.0, "torch": 5.0}, 5.0),
-        Outcome("gemm", "10 x 10", floor=7.0, note="not run"),
+        Outcome("gemm", "8 x 8", {}, 1, errors, {"ours": 10.0, "torch": 20.0}, {}, 5.0, "memory"),
+        Outcome("gemm", "9 x 9", {}, 1, errors, {"ours": 10.0, "torch": 5.0}, {}, 5.0),
+        Outcome("gemm", "10 x 10", floor=7.0, note="not run", left_out={"torch": "too slow"}),
         Outcome("mask", "4", note="not run"),
     ]
-    lines = report(outcomes, 4.3e12, 790e12)
-    assert "Copies at 4.30 TB/s, bf16 product at 790 TFLOP/s" in lines[0]
-    assert "| 8 x 8 | 1.0e-03 | 10.0 | 50% | 20.0 | 2.00 |  |" in lines
+    lines = op_tables(outcomes)
+    assert "| 8 x 8 | 1.0e-03 | 10.0 | 50% memory | 20.0 | 2.00 |  |" in lines
     assert "| 10 x 10 |  |  |  |  |  | not run |" in lines
     assert "| 4 |  |  |  | not run |" in lines
     assert "- over torch: geometric mean 1.00, smallest 0.50, of 2 shapes" in lines
+    assert "- torch: left out of 1 of 3 shapes: too slow" in lines
+
+
+def test_what_a_section_leaves_over_is_the_next_ones():
+    ends = deadlines(["w4a16_gemm", "hadamard", "whole_gptq"], 100.0, 500.0)
+    assert ends == {"w4a16_gemm": 340.0, "hadamard": 380.0, "whole_gptq": 600.0}
 
 
 def test_results_are_written(monkeypatch, tmp_path, capsys):
     """All but the clock: times, and what the GPU is called."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(bench_ops, "rates", lambda device, rounds: (4e12, 8e14))
-    monkeypatch.setattr(bench_ops, "times", lambda case, device, names, rounds: dict.fromkeys(names, 2.0))
+    monkeypatch.setattr(bench_ops, "times", lambda case, device, names, rounds: dict.fromkeys(names, [1.0, 2.0, 9.0]))
     chosen = [made(lambda: torch.ones(3)), made(lambda: torch.zeros(3))]
-    assert bench_ops.bench(chosen, bench_ops.parse([]), CPU) == 1                        # the second one is wrong
+    assert bench_ops.bench(chosen, [], bench_ops.parse([]), CPU) == 1                    # the second one is wrong
     (report_file,) = tmp_path.glob("ops_nvidia-h200_*.md")
-    assert "# Ops on one NVIDIA H200, beside torch" in report_file.read_text()
+    written = report_file.read_text()
+    assert "# Kernels on one NVIDIA H200" in written
+    assert "copies at 4.00 TB/s" in written
     facts = json.loads(report_file.with_suffix(".json").read_text())
     assert facts["gpu"] == "NVIDIA H200"
     assert [case["times"] for case in facts["cases"]] == [{"ours": 2.0, "torch": 2.0}, {}]
-    assert bench_ops.bench(chosen[:1], bench_ops.parse(["--seconds", "0", "--dry"]), CPU) == 0
-    assert "not run" in capsys.readouterr().out
+    assert facts["cases"][0]["raw"]["ours"] == [1.0, 2.0, 9.0]
+    assert facts["seconds"].keys() == {"op"}
+    assert all(goal["met"] is None for goal in facts["goals"])
+    capsys.readouterr()
+    assert bench_ops.bench(chosen[:1], [], bench_ops.parse(["--seconds", "0", "--dry"]), CPU) == 0
+    results = bench_ops.Results(1.0, 1.0)
+    assert bench_ops.measure(chosen, results, 1, CPU, 0.0, {}) == 2
+    assert {outcome.note for outcome in results.outcomes} == {"not run: no time was left"}
+
+
+def test_the_report_says_what_was_cut(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    lines = bench_ops.report(bench_ops.Results(4.3e12, 790e12, cut=["hadamard: 2 of 4 shapes"]))
+    assert lines[0].startswith("This GPU copies at 4.30 TB/s, multiplies bf16 at 790 TFLOP/s; both measured here")
+    assert "- hadamard: 2 of 4 shapes" in lines

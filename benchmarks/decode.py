@@ -1,0 +1,317 @@
+"""Tokens per second of a Llama-3-8B-shaped model, batch 1: bf16 weights beside int4 ones, both in CUDA graphs.
+
+One step is one graph: embed a token, 32 blocks with keys and values in static buffers, the logits, the next token. Both
+models take q, k, v and gate, up as one product each, and hold the same numbers: the dense weights are the packed ones
+dequantized. Embedding and output layer are dense in both. Each runs as torch runs it, and with the block compiled.
+
+Shapes: H hidden size, d size of a head, T positions, G groups of queries that share keys and values.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import llama, machine
+from benchmarks.checking import first_line
+from benchmarks.replay import captured, elapsed, in_turn
+from lightning_compress.ops.w4a16_gemm import dequantize, grid_rows, to_planes, w4a16_gemm
+
+__all__ = ["LLAMA", "TINY", "Block", "Decoder", "Found", "Job", "run", "table"]
+
+Weight = tuple[Tensor, ...]                                    # (W,), or planes and scale of packed int4
+DENSE, PACKED = "bf16", "W4"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is decoded.
+
+    Args:
+        shape: Of the model.
+        positions: T, as long as the buffers are.
+        start: Where decoding begins; what lies before are random keys and values.
+        tokens: Decoded in a round.
+        group: Columns that share a scale.
+        dtype: Of activations and dense weights.
+        tolerance: Of the relative error of the packed model's logits against the dense one's.
+    """
+
+    shape: llama.Shape
+    positions: int
+    start: int
+    tokens: int
+    group: int
+    dtype: torch.dtype
+    tolerance: float
+
+
+LLAMA = Job(llama.LLAMA_3_8B, 1024, 512, 64, 128, torch.bfloat16, 0.1)
+TINY = Job(llama.TINY, 32, 8, 4, 32, torch.float32, 1e-4)
+
+
+@dataclass
+class Found:
+    """What was measured.
+
+    Args:
+        tokens_per_second: By way, medians over rounds.
+        raw: Seconds of a token, by way and round.
+        errors: Relative errors of logits: packed against dense.
+        bytes: Of all weights that a token reads, by format.
+        floor: Tokens per second that the copy rate allows, by format.
+        note: Why something is missing.
+    """
+
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
+    raw: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    floor: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    def best(self, format_: str) -> float | None:
+        """Of the ways of a format."""
+        rates = [rate for way, rate in self.tokens_per_second.items() if way.split(",")[0] == format_]
+        return max(rates, default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        """The best of W4 over the best of bf16; None where one is missing."""
+        packed, dense = self.best(PACKED), self.best(DENSE)
+        return None if packed is None or dense is None else packed / dense
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of one block."""
+
+    norms: tuple[Tensor, Tensor]
+    qkv: Weight
+    o: Weight
+    gate_up: Weight
+    down: Weight
+
+
+class Decoder:
+    """One token after another; all that changes lies in buffers, so that a step can be captured.
+
+    Args:
+        shape: Of the model.
+        blocks: Weights.
+        ends: Embedding [vocabulary, H], weight of the last norm [H], output layer [vocabulary, H].
+        positions: T.
+        step_block: :func:`decode_block`, or what a compiler made of it.
+    """
+
+    def __init__(
+        self,
+        shape: llama.Shape,
+        blocks: Sequence[Block],
+        ends: tuple[Tensor, Tensor, Tensor],
+        positions: int,
+        step_block: Callable[..., Tensor] | None = None,
+    ):
+        self.shape, self.blocks, self.ends = shape, blocks, ends
+        self.step_block = step_block or decode_block
+        embedding = ends[0]
+        device, dtype = embedding.device, embedding.dtype
+        self.caches = torch.zeros(len(blocks), 2, shape.kv_heads, positions, shape.head, device=device, dtype=dtype)
+        self.cos_Td, self.sin_Td = llama.rotations(shape, torch.arange(positions, device=device), dtype)
+        self.all_T = torch.arange(positions, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.token = torch.zeros(1, dtype=torch.long, device=device)
+
+    def step(self) -> Tensor:
+        """Logits [1, vocabulary] after the token; the next token and its position take their place."""
+        embedding, norm, head = self.ends
+        x = embedding[self.token]
+        cos, sin = self.cos_Td[self.position], self.sin_Td[self.position]
+        later_T = self.all_T > self.position
+        for block, cache in zip(self.blocks, self.caches.unbind(), strict=True):
+            keys, values = cache.unbind()
+            x = self.step_block(
+                x, block.norms, block.qkv, block.o, block.gate_up, block.down, keys, values, self.position, later_T,
+                cos, sin, self.shape,
+            )  # fmt: skip
+        logits = F.linear(F.rms_norm(x, norm.shape, norm, self.shape.eps), head)
+        self.token.copy_(logits.argmax(-1))
+        self.position.add_(1)
+        return logits
+
+    def begin(self, token: int, position: int) -> None:
+        """The next step takes this token at this position."""
+        self.token.fill_(token)
+        self.position.fill_(position)
+
+
+def decode_block(
+    x: Tensor,
+    norms: tuple[Tensor, Tensor],
+    qkv: Weight,
+    o: Weight,
+    gate_up: Weight,
+    down: Weight,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    later_T: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    shape: llama.Shape,
+) -> Tensor:
+    """What one block makes of one token x [1, H]; its key and value go into the buffers [kv heads, T, d]."""
+    sizes = [shape.heads, shape.kv_heads, shape.kv_heads]
+    heads = product(F.rms_norm(x, norms[0].shape, norms[0], shape.eps), qkv).view(-1, shape.head)
+    query, key, value = heads.split(sizes)
+    query, key = llama.rotated(query, cos, sin), llama.rotated(key, cos, sin)
+    keys.index_copy_(1, position, key[:, None])
+    values.index_copy_(1, position, value[:, None])
+    query = query.view(shape.kv_heads, -1, shape.head)         # [kv heads, G, d]: no key is read twice
+    score = torch.matmul(query, keys.mT) * shape.head**-0.5
+    share = score.masked_fill(later_T, float("-inf")).float().softmax(-1).to(x.dtype)
+    x = x + product(torch.matmul(share, values).reshape(1, -1), o)
+    gate, up = product(F.rms_norm(x, norms[1].shape, norms[1], shape.eps), gate_up).chunk(2, -1)
+    return x + product(F.silu(gate) * up, down)
+
+
+def product(x: Tensor, weight: Weight) -> Tensor:
+    return F.linear(x, weight[0]) if len(weight) == 1 else w4a16_gemm(x, *weight)
+
+
+def random_blocks(job: Job, device: torch.device) -> tuple[list[Block], list[Block]]:
+    """The same random weights, dense and packed."""
+    random = torch.Generator(device).manual_seed(0)
+    dense, packed = [], []
+    for _ in range(job.shape.layers):
+        norms = (torch.ones(job.shape.hidden, device=device, dtype=job.dtype),) * 2
+        pairs = {name: random_weight(N, K, job, random) for name, (N, K) in job.shape.products.items()}
+        dense.append(Block(norms, **{name: pair[0] for name, pair in pairs.items()}))
+        packed.append(Block(norms, **{name: pair[1] for name, pair in pairs.items()}))
+    return dense, packed
+
+
+def random_weight(N: int, K: int, job: Job, random: torch.Generator) -> tuple[Weight, Weight]:
+    """Dense and packed, of a standard deviation near that of a trained layer."""
+    device = random.device
+    words = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random, device=device).int()
+    scale = (torch.rand(N, K // job.group, generator=random, device=device) * 0.5 + 0.75) * llama.INITIAL / 4.6
+    scale = scale.to(job.dtype)                                # codes from -8 to 7 deviate by 4.6
+    scale_GN, _ = grid_rows(scale, None)
+    return (dequantize(words, scale, None, K, job.dtype),), (to_planes(words), scale_GN)
+
+
+def run(job: Job, device: torch.device, end: float | None = None, copied: float | None = None) -> Found:
+    """Check the packed model against the dense one; on CUDA, time both.
+
+    Args:
+        job: The model.
+        device: Where it runs.
+        end: ``time.monotonic()`` after which nothing more is begun; None: never.
+        copied: Bytes per second of a copy, for the floor.
+    """
+    found = Found()
+    try:
+        with torch.no_grad():
+            decoders = both(job, device)
+            found.bytes = {name: weight_bytes(decoder) for name, decoder in decoders.items()}
+            found.floor = {} if copied is None else {name: copied / size for name, size in found.bytes.items()}
+            found.errors = {PACKED: logits_error(job, decoders)}
+            if not found.errors[PACKED] <= job.tolerance:
+                error = found.errors[PACKED]
+                found.note = f"wrong: relative error of logits {error:.1e}, at most {job.tolerance:.0e} was expected"
+            elif device.type == "cuda":
+                measure(job, decoders, end, found)
+    except Exception as error:
+        found.note = f"not run: {first_line(error)}"
+    return found
+
+
+def both(job: Job, device: torch.device) -> dict[str, Decoder]:
+    dense, packed = random_blocks(job, device)
+    H, vocabulary = job.shape.hidden, job.shape.vocabulary
+    random = torch.Generator(device).manual_seed(1)
+    embedding, head = (
+        (torch.randn(vocabulary, H, generator=random, device=device) * llama.INITIAL).to(job.dtype) for _ in range(2)
+    )
+    ends = embedding, torch.ones(H, device=device, dtype=job.dtype), head
+    blocks = {DENSE: dense, PACKED: packed}
+    made = {name: Decoder(job.shape, weights, ends, job.positions) for name, weights in blocks.items()}
+    made[DENSE].caches.normal_(generator=random)
+    made[PACKED].caches.copy_(made[DENSE].caches)
+    return made
+
+
+def logits_error(job: Job, decoders: dict[str, Decoder]) -> float:
+    """The largest over a few tokens, both models given the same ones."""
+    worst = 0.0
+    for number in range(job.tokens if job.tokens < 8 else 8):
+        logits = []
+        for decoder in decoders.values():
+            decoder.begin(number, job.start + number)
+            logits.append(decoder.step().double())
+        error = ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
+        worst = error if not error <= worst else worst         # NaN stays
+    return worst
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """That one token reads: all but the embedding, of which it reads a row."""
+    tensors = [t for block in decoder.blocks for t in (*block.qkv, *block.o, *block.gate_up, *block.down)]
+    return sum(t.nbytes for t in [*tensors, decoder.ends[2]])
+
+
+def measure(job: Job, decoders: dict[str, Decoder], end: float | None, found: Found) -> None:
+    """Rounds of some tokens each, all ways in turn."""
+    runs: dict[str, Callable[[], float]] = {}
+    for compiled in (False, True):
+        if end is not None and time.monotonic() > end:
+            found.note = f"no time was left{' for the compiled block' if compiled else ''}"
+            break
+        block = torch.compile(decode_block, fullgraph=True, dynamic=False) if compiled else decode_block
+        for name, decoder in decoders.items():
+            way = f"{name}, {'compiled block' if compiled else 'as it is'}"
+            decoder.step_block = block
+            decoder.begin(0, job.start)
+            try:
+                replay = captured([decoder.step])
+            except Exception as error:
+                found.note += f"{way}: {first_line(error)}; "
+                continue
+            runs[way] = functools.partial(one_round, job, decoder, replay)
+    if runs:
+        found.raw = in_turn(runs, 20, 5.0)
+        found.tokens_per_second = {way: 1 / statistics.median(seconds) for way, seconds in found.raw.items()}
+
+
+def one_round(job: Job, decoder: Decoder, replay: Callable[[], Any]) -> float:
+    """Seconds of a token."""
+    decoder.begin(0, job.start)
+    return elapsed(lambda: [replay() for _ in range(job.tokens)]) / job.tokens
+
+
+def table(found: Found) -> list[str]:
+    """Markdown."""
+    lines = [
+        f"A Llama-3-8B-shaped model, random weights, batch 1, from position {LLAMA.start} on, {LLAMA.tokens} tokens a "
+        "round, one CUDA graph a token.",
+        "",
+    ]
+    rows = []
+    for way in [f"{name}, {how}" for name in (DENSE, PACKED) for how in ("as it is", "compiled block")]:
+        rate, name = found.tokens_per_second.get(way), way.split(",")[0]
+        floor, size = found.floor.get(name), found.bytes.get(name)
+        rows.append([
+            way,
+            f"{rate:.1f}" if rate else "",
+            f"{size / 1e9:.2f}" if size else "",
+            f"{rate / floor:.0%}" if rate and floor else "",
+        ])  # fmt: skip
+    lines += machine.table(["way", "tokens / s", "weights, GB", "of the copy rate"], rows)
+    return [*lines, "", *([f"Note: {found.note}"] if found.note else [])]

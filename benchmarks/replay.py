@@ -1,0 +1,99 @@
+"""Times by replaying CUDA graphs: calls over rotated buffers, contestants in turn, medians over rounds."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+
+from benchmarks.checking import calls
+from benchmarks.op_case import Call, Case, Trial
+
+__all__ = ["captured", "elapsed", "in_turn", "rates", "times"]
+
+ROTATED = 200e6         # bytes that calls go round; L2 of an H200 holds 60 MB
+SETS = 32               # at most so many sets of buffers
+CALLS = 20              # at least so many calls in a graph, unless one alone goes round so many bytes
+FEWEST = 7              # rounds, however long they take
+SECONDS = 0.5           # of rounds of a case, beyond the fewest
+WARM_UP = 3             # rounds
+HEAD_START = 200_000    # clock cycles (0.1 ms) that the GPU waits, so that launches are queued before the clock starts
+
+
+def times(case: Case, device: torch.device, names: Collection[str], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of a call, round by round; in each round each contestant's graph is replayed once.
+
+    Args:
+        case: The case.
+        device: A CUDA device.
+        names: Contestants, ``ours`` among them.
+        rounds: At most so many.
+    """
+    count = min(SETS, max(1, math.ceil(ROTATED / case.moved)))
+    sets = [calls(case.make(device, case.dtype, seed)) for seed in range(count)]
+    repeats = max(1, CALLS // count) if case.moved < ROTATED else 1
+    graphs = {name: captured([one[name] for one in sets] * repeats) for name in names}
+    spent = in_turn({name: lambda run=run: elapsed(run) for name, run in graphs.items()}, rounds, SECONDS)
+    return {name: [seconds * 1e6 / (count * repeats) for seconds in values] for name, values in spent.items()}
+
+
+def in_turn(runs: dict[str, Callable[[], float]], rounds: int, limit: float) -> dict[str, list[float]]:
+    """What each run returned, in rounds in which each runs once, after some that warm up.
+
+    Args:
+        runs: By name.
+        rounds: At most so many.
+        limit: Seconds after which no further round begins, once there are enough.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    begun = time.monotonic()
+    for number in range(-WARM_UP, rounds):
+        for name, run in runs.items():
+            value = run()
+            if number >= 0:
+                found[name].append(value)
+        if number >= FEWEST - 1 and time.monotonic() - begun > limit:
+            break
+    return found
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    """Seconds of the GPU."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3
+
+
+def captured(run: Sequence[Call]) -> Callable[[], None]:
+    """Replays all the calls as one CUDA graph; kernels are compiled, and libraries chosen, before it is captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in dict.fromkeys(run):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in run:
+            call()
+    return graph.replay
+
+
+def rates(device: torch.device, rounds: int) -> tuple[float, float]:
+    """Bytes per second of a copy (read and written), FLOP per second of a bf16 product of random numbers."""
+    size, side = 2**30, 8192
+
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+        x, y = torch.randn(2, side, side, device=device).to(dtype)
+        source = torch.empty(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return Trial(lambda: target.copy_(source), {"product": lambda: x @ y}, lambda: x)
+
+    found = times(Case("rates", "", 2 * size, 2 * side**3, 0, make), device, ("ours", "product"), rounds)
+    copy, product = (statistics.median(found[name]) for name in ("ours", "product"))
+    return 2 * size / copy * 1e6, 2 * side**3 / product * 1e6
