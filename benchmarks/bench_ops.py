@@ -14,6 +14,7 @@ as wheels in the folder BENCH_WHEELS is used too, and what is missing is named.
 """
 
 import argparse
+import gc
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from benchmarks import decode, machine, wheels, whole_gptq
 from benchmarks.checking import Outcome, checked, first_line
@@ -112,6 +114,8 @@ def check(chosen: Sequence[Case], whole: Sequence[str], device: torch.device) ->
 
 def bench(chosen: Sequence[Case], whole: Sequence[str], arguments: argparse.Namespace, device: torch.device) -> int:
     begun = time.monotonic()
+    gc.freeze()                                                  # each capture of a graph may collect garbage
+    torch._dynamo.config.recompile_limit = 64                    # else a function is eager after 8 shapes
     before = clocks()
     results = Results(*rates(device, arguments.rounds))
     print(f"{torch.cuda.get_device_name(device)}: {rates_line(results)}", flush=True)
@@ -166,7 +170,6 @@ def measure(
             except Exception as error:                           # whoever it was, the other cases go on
                 outcome.note = f"not timed: {first_line(error)}"
             torch.cuda.empty_cache()
-            torch.compiler.reset()                               # a function is compiled for a few shapes at most
         if fits:
             shown = {name: f"{value:.1f} us" for name, value in outcome.times.items()}
             print(outcome.op, outcome.shape, shown, outcome.left_out or "", outcome.note, flush=True)

@@ -1,5 +1,6 @@
 """Times by replaying CUDA graphs: calls over rotated buffers, contestants in turn, medians over rounds."""
 
+import functools
 import math
 import statistics
 import time
@@ -16,6 +17,7 @@ ROTATED = 200e6         # bytes that calls go round; L2 of an H200 holds 60 MB
 SETS = 32               # at most so many sets of buffers
 CALLS = 20              # at least so many calls in a graph, unless one alone goes round so many bytes
 FEWEST = 7              # rounds, however long they take
+GRAPH = 5e-3            # seconds of a graph; of slower calls there are fewer in it, but one at least
 SECONDS = 0.5           # of rounds of a case, beyond the fewest
 WARM_UP = 3             # rounds
 HEAD_START = 200_000    # clock cycles (0.1 ms) that the GPU waits, so that launches are queued before the clock starts
@@ -33,9 +35,18 @@ def times(case: Case, device: torch.device, names: Collection[str], rounds: int)
     count = min(SETS, max(1, math.ceil(ROTATED / case.moved)))
     sets = [calls(case.make(device, case.dtype, seed)) for seed in range(count)]
     repeats = max(1, CALLS // count) if case.moved < ROTATED else 1
-    graphs = {name: captured([one[name] for one in sets] * repeats) for name in names}
-    spent = in_turn({name: lambda run=run: elapsed(run) for name, run in graphs.items()}, rounds, SECONDS)
-    return {name: [seconds * 1e6 / (count * repeats) for seconds in values] for name, values in spent.items()}
+    runs: dict[str, Callable[[], float]] = {}
+    for name in names:
+        run = [one[name] for one in sets] * repeats
+        run[0]()                                                 # compiles
+        run = run[: max(1, math.ceil(GRAPH / elapsed(run[0])))]
+        runs[name] = functools.partial(microseconds, captured(run), len(run))
+    return in_turn(runs, rounds, SECONDS)
+
+
+def microseconds(replay: Callable[[], None], calls: int) -> float:
+    """Of one of the calls that a graph holds."""
+    return round(elapsed(replay) * 1e6 / calls, 3)
 
 
 def in_turn(runs: dict[str, Callable[[], float]], rounds: int, limit: float) -> dict[str, list[float]]:

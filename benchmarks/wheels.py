@@ -43,7 +43,10 @@ def unpacked() -> list[str]:
     found = sorted(source.glob("*.whl"))
     for wheel in found:
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target)
+            for member in archive.infolist():
+                path = archive.extract(member, target)
+                if mode := member.external_attr >> 16 & 0o777:   # humming-kernels brings a program that it runs
+                    os.chmod(path, mode)
     sys.path.append(target)
     importlib.invalidate_caches()
     return [wheel.name for wheel in found]

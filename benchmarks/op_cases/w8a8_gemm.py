@@ -73,5 +73,5 @@ def int8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8), scale
 
 
-quickly = torch.compile(int8_tokens, dynamic=False)
-quickly_fp8 = torch.compile(fp8_rows, dynamic=False)
+quickly = torch.compile(int8_tokens, dynamic=True)             # for all shapes at once: each takes seconds to compile
+quickly_fp8 = torch.compile(fp8_rows, dynamic=True)

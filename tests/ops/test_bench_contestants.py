@@ -1,5 +1,6 @@
 """Others' kernels get the layout that they ask for; goals are made of measurements only; wheels are found."""
 
+import os
 import sys
 import types
 import zipfile
@@ -182,6 +183,9 @@ def test_goals_are_made_of_measurements():
 def test_wheels_are_unpacked_behind_what_is_installed(monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "lent-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("lent_by_a_wheel.py", "value = 3")
+        program = zipfile.ZipInfo("lent_program")
+        program.external_attr = 0o100755 << 16
+        archive.writestr(program, "#!/bin/sh")
         archive.writestr("torch/__init__.py", "raise ImportError('not this one')")
         archive.writestr("gemlite-0.0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: gemlite\nVersion: 0.0.1\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -192,6 +196,7 @@ def test_wheels_are_unpacked_behind_what_is_installed(monkeypatch, tmp_path):
     import lent_by_a_wheel
 
     assert lent_by_a_wheel.value == 3
+    assert os.access(os.path.join(os.path.dirname(lent_by_a_wheel.__file__), "lent_program"), os.X_OK)
     assert wheels.versions()["gemlite"] == "0.0.1"
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_ops, machine
+from benchmarks import bench_ops, decode, machine, replay, whole_gptq
 from benchmarks.bench_ops import deadlines, main
 from benchmarks.checking import PATIENCE, Outcome, checked
 from benchmarks.op_case import Case, Trial
 from benchmarks.op_cases import cases
 from benchmarks.op_report import op_tables, ratio
-from benchmarks.replay import in_turn
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -128,16 +127,43 @@ def test_a_contestant_that_takes_too_long_drops_out():
     assert "torch" in checked(case, CPU, spent).errors
     assert 0 < spent["torch"] < PATIENCE
     spent["torch"] = PATIENCE + 1
-    assert checked(case, CPU, spent).left_out == {"torch": "its first calls have taken more than 45 s"}
+    assert checked(case, CPU, spent).left_out == {"torch": "its first calls have taken more than 60 s"}
 
 
 def test_contestants_take_turns():
     order = []
     runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
-    found = in_turn(runs, 4, 100.0)
+    found = replay.in_turn(runs, 4, 100.0)
     assert order == list("ab") * 7                             # three rounds warm up
     assert found == {"a": [7, 9, 11, 13], "b": [8, 10, 12, 14]}
-    assert len(in_turn(runs, 50, 0.0)["a"]) == 7               # the fewest, however little time there is
+    assert len(replay.in_turn(runs, 50, 0.0)["a"]) == 7               # the fewest, however little time there is
+
+
+def test_slow_calls_are_fewer_in_a_graph(monkeypatch):
+    """Times, all but CUDA: a graph runs its calls, and a call takes a millisecond, or a hundredth of it."""
+    clock, ran = [0.0], []
+
+    def call(name, seed, seconds):
+        ran.append((name, seed))
+        clock[0] += seconds
+
+    def make(device, dtype, seed):
+        return Trial(lambda: call("ours", seed, 1e-5), {"slow": lambda: call("slow", seed, 1e-3)}, lambda: None)
+
+    def elapsed(run):
+        before = clock[0]
+        run()
+        return clock[0] - before
+
+    monkeypatch.setattr(replay, "captured", lambda run: lambda: [one() for one in run])
+    monkeypatch.setattr(replay, "elapsed", elapsed)
+    case = Case("op", "", int(0.9e8), 1, 1e-3, make)           # three sets of buffers go round 200 MB
+    found = replay.times(case, CPU, ["ours", "slow"], 7)
+    assert found == {"ours": [pytest.approx(10.0)] * 7, "slow": [pytest.approx(1000.0)] * 7}
+    assert {seed for _, seed in ran} == {0, 1, 2}
+    rounds = 7 + replay.WARM_UP
+    assert sum(name == "ours" for name, _ in ran) == 2 + rounds * 18           # 20 calls, in whole turns of three
+    assert sum(name == "slow" for name, _ in ran) == 2 + rounds * 5            # 5 ms
 
 
 def test_ratios_are_of_pairs():
@@ -173,7 +199,7 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     """All but the clock: times, and what the GPU is called."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(bench_ops, "rates", lambda device, rounds: (4e12, 8e14))
-    monkeypatch.setattr(bench_ops, "times", lambda case, device, names, rounds: dict.fromkeys(names, [1.0, 2.0, 9.0]))
+    monkeypatch.setattr(bench_ops, "times", lambda case, device, names, rounds: {n: [1.0, 2.0, 9.0] for n in names})
     chosen = [made(lambda: torch.ones(3)), made(lambda: torch.zeros(3))]
     assert bench_ops.bench(chosen, [], bench_ops.parse([]), CPU) == 1                    # the second one is wrong
     (report_file,) = tmp_path.glob("ops_nvidia-h200_*.md")
@@ -191,6 +217,21 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     results = bench_ops.Results(1.0, 1.0)
     assert bench_ops.measure(chosen, results, 1, CPU, 0.0, {}) == 2
     assert {outcome.note for outcome in results.outcomes} == {"not run: no time was left"}
+
+
+def test_whole_runs_are_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(bench_ops, "rates", lambda device, rounds: (4e12, 8e14))
+    monkeypatch.setattr(whole_gptq, "LLAMA", whole_gptq.TINY)
+    monkeypatch.setattr(decode, "LLAMA", decode.TINY)
+    assert bench_ops.bench([], bench_ops.WHOLE, bench_ops.parse([]), CPU) == 0
+    (report_file,) = tmp_path.glob("ops_nvidia-h200_*.md")
+    assert "14 modules quantized" in report_file.read_text()
+    facts = json.loads(report_file.with_suffix(".json").read_text())
+    assert facts["whole_gptq"]["stages"].keys() == set(whole_gptq.STAGES)
+    assert facts["decode"]["errors"]["W4"] < 1e-5
+    (reached,) = [goal for goal in facts["goals"] if goal["unit"] == " s"]
+    assert reached["reached"] == facts["whole_gptq"]["whole"] > 0
 
 
 def test_the_report_says_what_was_cut(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks import decode, whole_gptq
+from benchmarks import decode, decoder, whole_gptq
 from benchmarks.llama import LLAMA_3_8B, TINY, Body, Llama, random_llama
 from lightning_compress.ops.w4a16_gemm import w4a16_gemm
 
@@ -68,6 +68,31 @@ def test_the_clock_gives_each_stage_its_own_time(monkeypatch):
     assert clock.seconds() == {"outside": 1.0 + 5.0, "outer": 2.0 + 4.0, "inner": 3.0}
 
 
+def test_on_a_gpu_the_marks_are_events(monkeypatch):
+    made = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            made.append(self)
+            self.at = 1000.0 * len(made)
+
+        def elapsed_time(self, other):
+            assert waited
+            return other.at - self.at
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    clock = whole_gptq.StageClock(torch.device("cuda"), "outside")
+    with clock.stage("inner"):
+        pass
+    assert not waited                                          # marks wait for nothing
+    assert clock.seconds() == {"outside": 2.0, "inner": 1.0}
+
+
 def test_what_is_timed_is_the_same_gptq():
     """Marks change nothing: weights are those that the plain modifier leaves."""
     from lightning_compress import GPTQModifier, compress
@@ -113,7 +138,7 @@ def dense_blocks(model):
     for layer in model.model.layers:
         a, m = layer.self_attn, layer.mlp
         found.append(
-            decode.Block(
+            decoder.Block(
                 (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
                 (torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]),),
                 (a.o_proj.weight,),
@@ -127,17 +152,17 @@ def dense_blocks(model):
 def test_decoding_is_the_full_forward_pass(model):
     """Token after token with static buffers, against one pass over the whole row."""
     ends = model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight
-    decoder = decode.Decoder(TINY, dense_blocks(model), ends, positions=12)
+    one = decoder.Decoder(TINY, dense_blocks(model), ends, positions=12)
     ids = [5, 17, 3]
     with torch.no_grad():
         for position, token in enumerate(ids):
-            decoder.begin(token, position)
-            logits = decoder.step()
+            one.begin(token, position)
+            logits = one.step()
         for _ in range(4):                                     # and on, with its own tokens
-            ids.append(int(decoder.token))
+            ids.append(int(one.token))
             torch.testing.assert_close(logits[0], model(torch.tensor([ids[:-1]]))[0, -1], rtol=1e-4, atol=1e-5)
-            assert int(decoder.position) == len(ids) - 1
-            logits = decoder.step()
+            assert int(one.position) == len(ids) - 1
+            logits = one.step()
 
 
 def test_packed_weights_decode_as_dense_ones():
@@ -149,8 +174,33 @@ def test_packed_weights_decode_as_dense_ones():
     assert found.ratio is None
 
 
+def test_all_ways_are_timed(monkeypatch):
+    """All but graphs, the clock and the compiler."""
+    steps = []
+
+    def captured(run):
+        (step,) = run
+        return lambda: steps.append(int(step.__self__.position)) or step()
+
+    monkeypatch.setattr(decode, "captured", captured)
+    monkeypatch.setattr(decode, "elapsed", lambda run: 0.125 * len(run()))
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic: function)
+    monkeypatch.setattr(decode, "in_turn", lambda runs, rounds, limit: {way: [run()] * 3 for way, run in runs.items()})
+    found = decode.Found()
+    with torch.no_grad():
+        decode.measure(decode.TINY, decode.both(decode.TINY, CPU), None, found)
+    assert found.tokens_per_second == dict.fromkeys(
+        ["bf16, as it is", "W4, as it is", "bf16, compiled block", "W4, compiled block"], 4 / 0.5
+    )
+    assert found.ratio == 1.0
+    assert steps == [8, 9, 10, 11] * 4
+    late = decode.Found()
+    decode.measure(decode.TINY, {}, time.monotonic() - 1, late)
+    assert late.note == "no time was left"
+
+
 def test_packed_weights_that_are_wrong_are_not_timed(monkeypatch):
-    monkeypatch.setattr(decode, "w4a16_gemm", lambda x, *weight: w4a16_gemm(x, *weight) * 1.01)
+    monkeypatch.setattr(decoder, "w4a16_gemm", lambda x, *weight: w4a16_gemm(x, *weight) * 1.01)
     monkeypatch.setattr(decode, "measure", lambda *arguments: pytest.fail("timed"))
     found = decode.run(dataclasses.replace(decode.TINY), CPU)
     assert found.note.startswith("wrong: relative error of logits")
@@ -161,13 +211,13 @@ def test_packed_weights_that_are_wrong_are_not_timed(monkeypatch):
 def test_one_compilation_serves_all_blocks():
     count = CompileCounter()
     with torch.no_grad():
-        for decoder in decode.both(decode.TINY, CPU).values():
+        for one in decode.both(decode.TINY, CPU).values():
             before = count.frame_count
-            decoder.begin(3, decode.TINY.start)
-            plain = decoder.step()
-            decoder.step_block = torch.compile(decode.decode_block, fullgraph=True, dynamic=False, backend=count)
-            decoder.begin(3, decode.TINY.start)
-            torch.testing.assert_close(decoder.step(), plain)
+            one.begin(3, decode.TINY.start)
+            plain = one.step()
+            one.step_block = torch.compile(decoder.decode_block, fullgraph=True, dynamic=False, backend=count)
+            one.begin(3, decode.TINY.start)
+            torch.testing.assert_close(one.step(), plain)
             assert count.frame_count == before + 1
 
 
