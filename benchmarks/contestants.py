@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_compress.ops.w4a16_gemm import reference
 
-__all__ = ["gemlite", "humming", "int4_products", "llm_compressor_block", "tinygemm"]
+__all__ = ["gemlite", "humming", "int4_products", "llm_compressor_block", "once", "tinygemm"]
 
 
 def int4_products(x: Tensor, packed: Tensor, scale: Tensor, group: int) -> dict[str, Callable[[], Tensor]]:
@@ -78,21 +78,23 @@ def humming(x: Tensor, packed: Tensor, scale: Tensor, group: int) -> Callable[[]
     return lambda: layer(x)
 
 
-def llm_compressor_block(W_RB: Tensor, hinv_BB: Tensor, scale_RB: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """One block of columns by llm-compressor's fused kernel: (Q [R, B], errors [R, B]).
+def llm_compressor_block(W_RB: Tensor, H_BB: Tensor, scale_RB: Tensor) -> Callable[[], Tensor]:
+    """One block of columns by llm-compressor's fused kernel, symmetric int4: Q [R, B], dequantized.
 
     Args:
         W_RB: float32, on CUDA; what is rounded is a copy, made in every call, as llm-compressor makes one.
-        hinv_BB: The block on the diagonal of the upper Cholesky factor of H^-1, float32.
-        scale_RB: Of every weight.
+        H_BB: float32, damped; its kernel wants the upper Cholesky factor of H^-1, which is made at the first call.
+        scale_RB: float32, of every weight.
     """
     fused = without_parents("llmcompressor.modifiers.gptq.gptq_quantize").fused_gptq_block_update
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H_BB.double()))
+    hinv_BB = torch.linalg.cholesky(inverse, upper=True).float().contiguous()
 
-    def call() -> tuple[Tensor, Tensor]:
+    def call() -> Tensor:
         work = W_RB.clone()[None]
         quantized, errors = torch.empty_like(work), torch.empty_like(work)
         fused(work, hinv_BB[None], scale_RB[None], None, quantized, errors, -8.0, 7.0, 0)
-        return quantized[0], errors[0]
+        return quantized[0]
 
     return call
 

@@ -89,7 +89,8 @@ def random_blocks(job: Job, device: torch.device) -> tuple[list[Block], list[Blo
     random = torch.Generator(device).manual_seed(0)
     dense, packed = [], []
     for _ in range(job.shape.layers):
-        norms = (torch.ones(job.shape.hidden, device=device, dtype=job.dtype),) * 2
+        ones = torch.ones(job.shape.hidden, device=device, dtype=job.dtype)
+        norms = ones, ones.clone()
         pairs = {name: random_weight(N, K, job, random) for name, (N, K) in job.shape.products.items()}
         dense.append(Block(norms, **{name: pair[0] for name, pair in pairs.items()}))
         packed.append(Block(norms, **{name: pair[1] for name, pair in pairs.items()}))
@@ -142,8 +143,9 @@ def both(job: Job, device: torch.device) -> dict[str, Decoder]:
     ends = embedding, torch.ones(H, device=device, dtype=job.dtype), head
     blocks = {DENSE: dense, PACKED: packed}
     made = {name: Decoder(job.shape, weights, ends, job.positions) for name, weights in blocks.items()}
-    made[DENSE].caches.normal_(generator=random)
-    made[PACKED].caches.copy_(made[DENSE].caches)
+    for theirs, ours in zip(made[DENSE].caches, made[PACKED].caches, strict=True):
+        for one, other in zip(theirs, ours, strict=True):
+            other.copy_(one.normal_(generator=random))
     return made
 
 

@@ -54,7 +54,12 @@ class Decoder:
         self.step_block = step_block or decode_block
         embedding = ends[0]
         device, dtype = embedding.device, embedding.dtype
-        self.caches = torch.zeros(len(blocks), 2, shape.kv_heads, positions, shape.head, device=device, dtype=dtype)
+        sizes = shape.kv_heads, positions, shape.head
+        # keys and values in storages of their own: where inputs share one and are written, torch.compile makes copies
+        self.caches = [
+            (torch.zeros(sizes, device=device, dtype=dtype), torch.zeros(sizes, device=device, dtype=dtype))
+            for _ in blocks
+        ]
         self.cos_Td, self.sin_Td = llama.rotations(shape, torch.arange(positions, device=device), dtype)
         self.all_T = torch.arange(positions, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
@@ -66,8 +71,7 @@ class Decoder:
         x = embedding[self.token]
         cos, sin = self.cos_Td[self.position], self.sin_Td[self.position]
         later_T = self.all_T > self.position
-        for block, cache in zip(self.blocks, self.caches.unbind(), strict=True):
-            keys, values = cache.unbind()
+        for block, (keys, values) in zip(self.blocks, self.caches, strict=True):
             x = self.step_block(
                 x, block.norms, block.qkv, block.o, block.gate_up, block.down, keys, values, self.position, later_T,
                 cos, sin, self.shape,

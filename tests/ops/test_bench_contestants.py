@@ -100,33 +100,45 @@ def test_a_missing_wheel_is_named(monkeypatch, packed, name):
         getattr(contestants, name)(*packed[:3], GROUP)
 
 
-def test_llm_compressors_kernel_is_imported_without_the_rest_of_it(monkeypatch, tmp_path):
-    """Its package imports data sets and tuners, which need not be there; its kernel gets batches of one."""
+KERNEL = """
+def fused_gptq_block_update(work, hinv, scale, zero_point, quantized, errors, low, high, kind):
+    assert (low, high, kind, zero_point) == (-8.0, 7.0, 0, None)
+    assert work.shape == scale.shape == quantized.shape == errors.shape
+    for j in range(work.shape[2]):
+        w = work[:, :, j]
+        quantized[:, :, j] = (w / scale[:, :, j]).round().clamp(low, high) * scale[:, :, j]
+        errors[:, :, j] = (w - quantized[:, :, j]) / hinv[:, j, j, None]
+        work[:, :, j:] -= errors[:, :, j, None] * hinv[:, None, j, j:]
+"""
+
+
+def test_llm_compressors_kernel_gets_its_factor_and_needs_no_more_of_it(monkeypatch, tmp_path):
+    """Its package imports data sets and tuners, which need not be there; codes are those of GPTQ's other form, LDL."""
     folder = tmp_path / "llmcompressor/modifiers/gptq"
     folder.mkdir(parents=True)
     for parent in (folder, folder.parent, folder.parent.parent):
         (parent / "__init__.py").write_text("raise ImportError('this needs a lot')")
-    (folder / "gptq_quantize.py").write_text(
-        "def fused_gptq_block_update(work, hinv, scale, zero_point, quantized, errors, low, high, kind):\n"
-        "    assert (low, high, kind, zero_point) == (-8.0, 7.0, 0, None)\n"
-        "    assert work.shape == scale.shape == (1, 4, 2) and hinv.shape == (1, 2, 2)\n"
-        "    quantized.copy_((work / scale).round().clamp(low, high) * scale)\n"
-        "    errors.copy_((work - quantized) / hinv.diagonal(dim1=1, dim2=2)[:, None])\n"
-        "    work.zero_()\n"
-    )
+    (folder / "gptq_quantize.py").write_text(KERNEL)
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "llmcompressor"]:
         monkeypatch.delitem(sys.modules, name)
+    torch.manual_seed(0)
+    W, X = torch.randn(4, 6, dtype=torch.float64), torch.randn(40, 6, dtype=torch.float64)
+    H, scale = X.t() @ X + torch.eye(6), torch.full((4, 6), 0.2)
     try:
-        W, scale = torch.randn(4, 2), torch.full((4, 2), 0.1)
-        call = contestants.llm_compressor_block(W, torch.eye(2) * 2, scale)
-        for _ in range(2):                                     # the kernel writes into its input, a copy
-            Q, errors = call()
-            torch.testing.assert_close(Q, (W / scale).round().clamp(-8, 7) * scale)
-            torch.testing.assert_close(errors, (W - Q) / 2)
+        call = contestants.llm_compressor_block(W.float(), H.float(), scale)
+        first, second = call(), call()                         # the kernel writes into its input, a copy
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "llmcompressor"]:
             del sys.modules[name]
+    L = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)         # H = L L^T, L upper triangular
+    U = L / L.diagonal()
+    Q = torch.zeros_like(W)
+    for j in range(6):
+        a = W[:, j] + ((W - Q)[:, :j] * U[:j, j]).sum(1)
+        Q[:, j] = (a / 0.2).round().clamp(-8, 7) * 0.2
+    torch.testing.assert_close(first.double(), Q, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_llm_compressor_is_not_there(monkeypatch):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import decode, decoder, whole_gptq
 from benchmarks.llama import LLAMA_3_8B, TINY, Body, Llama, random_llama
@@ -209,7 +209,7 @@ def test_packed_weights_that_are_wrong_are_not_timed(monkeypatch):
 
 @pytest.mark.skipif(sys.version_info >= (3, 15), reason="torch.compile needs an older Python")
 def test_one_compilation_serves_all_blocks():
-    count = CompileCounter()
+    count = CompileCounterWithBackend("aot_eager")
     with torch.no_grad():
         for one in decode.both(decode.TINY, CPU).values():
             before = count.frame_count
