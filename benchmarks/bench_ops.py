@@ -32,7 +32,7 @@ from benchmarks.goals import goals, goals_table
 from benchmarks.op_case import Case
 from benchmarks.op_cases import cases
 from benchmarks.op_report import op_tables
-from benchmarks.replay import rates, times
+from benchmarks.replay import rates, rounds_of
 
 SECONDS = 440.0                                                # of all sections
 SHARES = {"w4a16_gemm": 24, "hessian": 5, "gptq_block": 5, "w8a8_gemm": 9, "whole_gptq": 22, "decode": 13}
@@ -165,7 +165,7 @@ def measure(
         if not outcome.note:
             names = [name for name in outcome.errors if name not in outcome.left_out]
             try:
-                outcome.raw = times(case, device, names, rounds)
+                outcome.raw = rounds_of(case, device, names, rounds)
                 outcome.times = {name: statistics.median(values) for name, values in outcome.raw.items()}
             except Exception as error:                           # whoever it was, the other cases go on
                 outcome.note = f"not timed: {first_line(error)}"

@@ -11,7 +11,7 @@ import torch
 from benchmarks.checking import calls
 from benchmarks.op_case import Call, Case, Trial
 
-__all__ = ["captured", "elapsed", "in_turn", "rates", "times"]
+__all__ = ["captured", "elapsed", "in_turn", "rates", "rounds_of", "times"]
 
 ROTATED = 200e6         # bytes that calls go round; L2 of an H200 holds 60 MB
 SETS = 32               # at most so many sets of buffers
@@ -23,7 +23,12 @@ WARM_UP = 3             # rounds
 HEAD_START = 200_000    # clock cycles (0.1 ms) that the GPU waits, so that launches are queued before the clock starts
 
 
-def times(case: Case, device: torch.device, names: Collection[str], rounds: int) -> dict[str, list[float]]:
+def times(case: Case, device: torch.device, names: Collection[str], rounds: int) -> dict[str, float]:
+    """Microseconds of a call: medians of :func:`rounds_of`."""
+    return {name: statistics.median(values) for name, values in rounds_of(case, device, names, rounds).items()}
+
+
+def rounds_of(case: Case, device: torch.device, names: Collection[str], rounds: int) -> dict[str, list[float]]:
     """Microseconds of a call, round by round; in each round each contestant's graph is replayed once.
 
     Args:
@@ -106,5 +111,4 @@ def rates(device: torch.device, rounds: int) -> tuple[float, float]:
         return Trial(lambda: target.copy_(source), {"product": lambda: x @ y}, lambda: x)
 
     found = times(Case("rates", "", 2 * size, 2 * side**3, 0, make), device, ("ours", "product"), rounds)
-    copy, product = (statistics.median(found[name]) for name in ("ours", "product"))
-    return 2 * size / copy * 1e6, 2 * side**3 / product * 1e6
+    return 2 * size / found["ours"] * 1e6, 2 * side**3 / found["product"] * 1e6

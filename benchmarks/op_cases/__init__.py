@@ -8,9 +8,9 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 
-from benchmarks.op_case import Case
+from benchmarks.op_case import LLAMA, Call, Case, Trial
 
-__all__ = ["cases"]
+__all__ = ["LLAMA", "Call", "Case", "Trial", "cases"]
 
 FIRST = ("w4a16_gemm", "hessian", "gptq_block", "w8a8_gemm")    # what decides, should time run out
 

@@ -158,12 +158,13 @@ def test_slow_calls_are_fewer_in_a_graph(monkeypatch):
     monkeypatch.setattr(replay, "captured", lambda run: lambda: [one() for one in run])
     monkeypatch.setattr(replay, "elapsed", elapsed)
     case = Case("op", "", int(0.9e8), 1, 1e-3, make)           # three sets of buffers go round 200 MB
-    found = replay.times(case, CPU, ["ours", "slow"], 7)
+    found = replay.rounds_of(case, CPU, ["ours", "slow"], 7)
     assert found == {"ours": [pytest.approx(10.0)] * 7, "slow": [pytest.approx(1000.0)] * 7}
     assert {seed for _, seed in ran} == {0, 1, 2}
     rounds = 7 + replay.WARM_UP
     assert sum(name == "ours" for name, _ in ran) == 2 + rounds * 18           # 20 calls, in whole turns of three
     assert sum(name == "slow" for name, _ in ran) == 2 + rounds * 5            # 5 ms
+    assert replay.times(case, CPU, ["ours"], 7) == {"ours": pytest.approx(10.0)}
 
 
 def test_ratios_are_of_pairs():
@@ -199,7 +200,7 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     """All but the clock: times, and what the GPU is called."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(bench_ops, "rates", lambda device, rounds: (4e12, 8e14))
-    monkeypatch.setattr(bench_ops, "times", lambda case, device, names, rounds: {n: [1.0, 2.0, 9.0] for n in names})
+    monkeypatch.setattr(bench_ops, "rounds_of", lambda case, device, names, rounds: {n: [1.0, 2.0, 9.0] for n in names})
     chosen = [made(lambda: torch.ones(3)), made(lambda: torch.zeros(3))]
     assert bench_ops.bench(chosen, [], bench_ops.parse([]), CPU) == 1                    # the second one is wrong
     (report_file,) = tmp_path.glob("ops_nvidia-h200_*.md")
