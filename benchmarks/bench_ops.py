@@ -35,7 +35,10 @@ from benchmarks.op_report import op_tables
 from benchmarks.replay import rates, rounds_of
 
 SECONDS = 440.0                                                # of all sections
-SHARES = {"w4a16_gemm": 24, "hessian": 5, "gptq_block": 5, "w8a8_gemm": 9, "whole_gptq": 22, "decode": 13}
+SHARES = {
+    "w4a16_gemm": 24, "hessian": 5, "gptq_block": 5, "w8a8_gemm": 12, "w4a8_gemm": 6, "fp4_gemm": 6, "fake_quant": 8,
+    "whole_gptq": 22, "decode": 13,
+}  # fmt: skip
 OTHER = 4                                                      # of an op that is not listed
 WHOLE = ("whole_gptq", "decode")
 
