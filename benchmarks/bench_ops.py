@@ -168,7 +168,7 @@ def measure(
         if not outcome.note:
             names = [name for name in outcome.errors if name not in outcome.left_out]
             try:
-                outcome.raw = rounds_of(case, device, names, rounds)
+                outcome.raw = rounds_of(case, device, names, rounds, outcome.left_out)
                 outcome.times = {name: statistics.median(values) for name, values in outcome.raw.items()}
             except Exception as error:                           # whoever it was, the other cases go on
                 outcome.note = f"not timed: {first_line(error)}"

@@ -4,11 +4,11 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 
 import torch
 
-from benchmarks.checking import calls
+from benchmarks.checking import calls, first_line
 from benchmarks.op_case import Call, Case, Trial
 
 __all__ = ["captured", "elapsed", "in_turn", "rates", "rounds_of", "times"]
@@ -28,7 +28,13 @@ def times(case: Case, device: torch.device, names: Collection[str], rounds: int)
     return {name: statistics.median(values) for name, values in rounds_of(case, device, names, rounds).items()}
 
 
-def rounds_of(case: Case, device: torch.device, names: Collection[str], rounds: int) -> dict[str, list[float]]:
+def rounds_of(
+    case: Case,
+    device: torch.device,
+    names: Collection[str],
+    rounds: int,
+    left_out: MutableMapping[str, str] | None = None,
+) -> dict[str, list[float]]:
     """Microseconds of a call, round by round; in each round each contestant's graph is replayed once.
 
     Args:
@@ -36,6 +42,7 @@ def rounds_of(case: Case, device: torch.device, names: Collection[str], rounds: 
         device: A CUDA device.
         names: Contestants, ``ours`` among them.
         rounds: At most so many.
+        left_out: Where those contestants go that cannot be captured, with the reason; None: they raise.
     """
     count = min(SETS, max(1, math.ceil(ROTATED / case.moved)))
     sets = [calls(case.make(device, case.dtype, seed)) for seed in range(count)]
@@ -43,9 +50,14 @@ def rounds_of(case: Case, device: torch.device, names: Collection[str], rounds: 
     runs: dict[str, Callable[[], float]] = {}
     for name in names:
         run = [one[name] for one in sets] * repeats
-        run[0]()                                                 # compiles
-        run = run[: max(1, math.ceil(GRAPH / elapsed(run[0])))]
-        runs[name] = functools.partial(microseconds, captured(run), len(run))
+        try:
+            run[0]()                                             # compiles
+            run = run[: max(1, math.ceil(GRAPH / elapsed(run[0])))]
+            runs[name] = functools.partial(microseconds, captured(run), len(run))
+        except Exception as error:
+            if name == "ours" or left_out is None:
+                raise
+            left_out[name] = f"not captured: {first_line(error)}"
     return in_turn(runs, rounds, SECONDS)
 
 

@@ -167,6 +167,25 @@ def test_slow_calls_are_fewer_in_a_graph(monkeypatch):
     assert replay.times(case, CPU, ["ours"], 7) == {"ours": pytest.approx(10.0)}
 
 
+def test_who_cannot_be_captured_costs_the_others_nothing(monkeypatch):
+    def captured(run):
+        if run[0]() == "synchronizes":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: None
+
+    monkeypatch.setattr(replay, "captured", captured)
+    monkeypatch.setattr(replay, "elapsed", lambda run: 1.0)
+    case = made(lambda: None, other=lambda: "synchronizes")
+    left_out = {}
+    assert replay.rounds_of(case, CPU, ["ours", "torch"], 7, left_out) == {"ours": [1e6] * 7}
+    reason = "RuntimeError: operation not permitted when stream is capturing"
+    assert left_out == {"torch": f"not captured: {reason}"}
+    with pytest.raises(RuntimeError, match="not permitted"):
+        replay.rounds_of(case, CPU, ["ours", "torch"], 7)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        replay.rounds_of(made(lambda: "synchronizes"), CPU, ["ours"], 7, left_out)
+
+
 def test_ratios_are_of_pairs():
     row = Outcome("op", "", times={"ours": 2.0, "torch": 3.0}, raw={"ours": [1, 2, 3], "torch": [3, 3, 3]})
     assert ratio(row, "torch") == 1.5
@@ -200,7 +219,7 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     """All but the clock: times, and what the GPU is called."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(bench_ops, "rates", lambda device, rounds: (4e12, 8e14))
-    monkeypatch.setattr(bench_ops, "rounds_of", lambda case, device, names, rounds: {n: [1.0, 2.0, 9.0] for n in names})
+    monkeypatch.setattr(bench_ops, "rounds_of", lambda case, device, names, *rest: {n: [1.0, 2.0, 9.0] for n in names})
     chosen = [made(lambda: torch.ones(3)), made(lambda: torch.zeros(3))]
     assert bench_ops.bench(chosen, [], bench_ops.parse([]), CPU) == 1                    # the second one is wrong
     (report_file,) = tmp_path.glob("ops_nvidia-h200_*.md")
