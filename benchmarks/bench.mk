@@ -8,8 +8,10 @@ PEER_VENV ?= .venv-peer
 PEER_PYTHON ?= $(PEER_VENV)/bin/python
 BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONPATH=.
 BENCH_ARGS ?=
+BENCH_WHEELS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-techniques bench-moved bench-weights bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu
+.PHONY: bench bench-peer-env bench-data bench-techniques bench-moved bench-weights bench-callback bench-qat-step \
+	bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -74,5 +76,22 @@ bench-vision: $(READY)  ## Int8 QAT and 90 % sparsity of a convolutional net and
 	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_vision.py $(BENCH_ARGS)
 
-bench-gpu: $(READY)  ## Every op beside torch on the CUDA GPU of this machine: checked, then timed; under 8 minutes
-	OMP_NUM_THREADS=8 PYTHONPATH=. $(BENCH_PYTHON) benchmarks/bench_ops.py $(BENCH_ARGS)
+# With a python of its own (BENCH_PYTHON=python3) it needs torch and Triton, and no network: nothing is set up then.
+bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(READY))  ## The kernels on the CUDA GPU of this machine: checked, then timed; under 8 minutes
+	OMP_NUM_THREADS=8 PYTHONPATH=. BENCH_WHEELS=$(BENCH_WHEELS) $(BENCH_PYTHON) benchmarks/bench_ops.py $(BENCH_ARGS)
+
+# What the whole GPTQ needs beside torch, and contestants; for a GPU machine without network, so for its Python.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := compressed-tensors transformers pydantic pydantic-core annotated-types typing-inspection loguru psutil \
+	huggingface-hub tokenizers safetensors regex pyyaml tqdm packaging numpy httpx2 httpcore2 h11 anyio idna truststore \
+	click shellingham
+GPU_CONTESTANTS := humming-kernels==0.1.19 tabulate llmcompressor==0.14.0.1
+PIP_GPU = download --quiet --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest $(GPU_DIR)
+GPU_DIR ?= $(BENCH_DIR)/gpu-wheels
+
+bench-wheels: $(READY)  ## Wheels for bench-gpu on a machine without network: BENCH_WHEELS=benchmarks/work/gpu-wheels
+	mkdir -p $(GPU_DIR)
+	$(BIN)/python -m pip $(PIP_GPU) -c constraints.txt $(GPU_WHEELS)
+	$(BIN)/python -m pip $(PIP_GPU) $(GPU_CONTESTANTS)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(GPU_DIR) gemlite==0.6.0.post2

@@ -1,265 +1,241 @@
-"""Every op beside torch's way to the same result, on the CUDA GPU of this machine, in one process.
+"""The kernels on the CUDA GPU of this machine: every op beside others, GPTQ of a whole model, decoding with it.
 
     make bench-gpu                                  # or: python benchmarks/bench_ops.py --help
 
 First the rates of this GPU are measured (copying, and a bf16 product), for the roofline. Each case is then checked on
 fresh random inputs against float64, results poisoned with NaN, and timed: calls over rotated buffers of more than
 200 MB in all, so that L2 holds none of them, captured into a CUDA graph and replayed, contestants in turn; a figure is
-the median over rounds. What fails its check is not timed. Cells of what was not run, or did not fit into the time or
-the memory, stay empty. `--check` does no more than check tiny shapes, on any machine.
+the median over rounds. What fails its check is not timed. Then come the whole runs (whole_gptq.py, decode.py).
+
+Every section has its share of the time; what one leaves over goes to the next. What did not fit, into the time or the
+memory, is named, and its cells stay empty. Results are written after every section, so that a crash costs what was to
+come and no more. `--check` does no more than check tiny shapes, on any machine. Needed are torch and Triton; what lies
+as wheels in the folder BENCH_WHEELS is used too, and what is missing is named.
 """
 
 import argparse
-import math
+import gc
 import statistics
+import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch._dynamo
 
-from benchmarks import machine
-from benchmarks.op_cases import Call, Case, Trial, cases
+from benchmarks import decode, machine, wheels, whole_gptq
+from benchmarks.checking import Outcome, checked, first_line
+from benchmarks.goals import goals, goals_table
+from benchmarks.op_case import Case
+from benchmarks.op_cases import cases
+from benchmarks.op_report import op_tables
+from benchmarks.replay import rates, rounds_of
 
-ROTATED = 200e6         # bytes that calls go round; L2 of an H200 holds 60 MB
-SETS = 32               # at most so many sets of buffers
-SECONDS = 1.0           # of rounds of a case, but no fewer than seven rounds
+SECONDS = 440.0                                                # of all sections
+SHARES = {
+    "w4a16_gemm": 24, "hessian": 5, "gptq_block": 5, "w8a8_gemm": 12, "w4a8_gemm": 6, "fp4_gemm": 6, "fake_quant": 8,
+    "whole_gptq": 22, "decode": 13,
+}  # fmt: skip
+OTHER = 4                                                      # of an op that is not listed
+WHOLE = ("whole_gptq", "decode")
 
 
 @dataclass
-class Outcome:
-    """What became of a case: relative errors and microseconds by contestant (``ours`` among them), or why not."""
+class Results:
+    """All that was found so far."""
 
-    op: str
-    shape: str
-    errors: dict[str, float] = field(default_factory=dict)
-    times: dict[str, float] = field(default_factory=dict)
-    floor: float | None = None
-    note: str = ""
+    copied: float
+    multiplied: float
+    outcomes: list[Outcome] = field(default_factory=list)
+    gptq: whole_gptq.Found | None = None
+    decoded: decode.Found | None = None
+    cut: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
+    unpacked = wheels.unpacked()
+    if unpacked:
+        print(f"bench_ops: {len(unpacked)} wheels of {wheels.folder()} are used where no installed package is")
     try:
-        chosen = cases(arguments.ops, tiny=arguments.check)
+        chosen = cases([op for op in arguments.ops if op not in WHOLE], tiny=arguments.check)
     except ValueError as error:
-        print(f"bench_ops: {error}", file=sys.stderr)
+        print(f"bench_ops: {error}, {', '.join(WHOLE)}", file=sys.stderr)
         return 2
+    if arguments.ops and all(op in WHOLE for op in arguments.ops):
+        chosen = []
+    whole = [part for part in WHOLE if not arguments.ops or part in arguments.ops]
     if arguments.list:
-        print("\n".join(f"{case.op}: {case.shape}" for case in chosen))
+        print("\n".join([*(f"{case.op}: {case.shape}" for case in chosen), *whole]))
         return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.check:
-        outcomes = [checked(case, torch.device("cuda" if torch.cuda.is_available() else "cpu")) for case in chosen]
-        for outcome in outcomes:
-            errors = {name: f"{error:.1e}" for name, error in outcome.errors.items()}
-            print(outcome.op, outcome.shape, errors, outcome.note)
-        return int(any(outcome.note for outcome in outcomes))
-    if not torch.cuda.is_available():
+        return check(chosen, whole, device)
+    if device.type != "cuda":
         print(
             f"bench_ops: no CUDA GPU here (torch {torch.__version__} sees none), so nothing was measured and nothing "
             f"written; run it on a machine with one, or --check the ops on this CPU",
             file=sys.stderr,
         )
         return 1
-    return bench(chosen, arguments, torch.device("cuda"))
+    return bench(chosen, whole, arguments, device)
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ops beside torch, on the GPU of this machine")
-    parser.add_argument("--ops", nargs="*", default=[], help="only these; default: all")
-    parser.add_argument("--seconds", type=float, default=440, help="time for all cases; the rest stays empty")
-    parser.add_argument("--rounds", type=int, default=50, help="replays of each graph")
+    parser = argparse.ArgumentParser(description="Ops and whole runs on the GPU of this machine")
+    parser.add_argument("--ops", nargs="*", default=[], help=f"only these, of the ops and {', '.join(WHOLE)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it; the rest stays empty")
+    parser.add_argument("--rounds", type=int, default=50, help="replays of each graph, at most")
     parser.add_argument("--dry", action="store_true", help="print, write no files")
     parser.add_argument("--list", action="store_true", help="list the cases and end")
     parser.add_argument("--check", action="store_true", help="check tiny shapes against float64 and end; any machine")
     return parser.parse_args(words)
 
 
-def bench(chosen: Sequence[Case], arguments: argparse.Namespace, device: torch.device) -> int:
-    end = time.monotonic() + arguments.seconds
-    name = torch.cuda.get_device_name(device)
-    copied, multiplied = rates(device, arguments.rounds)
-    print(f"{name}: copies at {copied / 1e12:.2f} TB/s, multiplies bf16 at {multiplied / 1e12:.0f} TFLOP/s", flush=True)
-    outcomes = []
+def check(chosen: Sequence[Case], whole: Sequence[str], device: torch.device) -> int:
+    """Tiny shapes, and the whole runs with a tiny model; 1 when something is wrong."""
+    faults = []
     for case in chosen:
-        outcome = checked(case, device) if time.monotonic() < end else Outcome(case.op, case.shape, note="not run")
-        outcome.floor = max(case.moved / copied, case.flop / multiplied) * 1e6
+        outcome = checked(case, device)
+        errors = {name: f"{error:.1e}" for name, error in outcome.errors.items()}
+        print(outcome.op, outcome.shape, errors, outcome.left_out or "", outcome.note, flush=True)
+        faults.append(outcome.note)
+    if "whole_gptq" in whole:
+        gptq = whole_gptq.run(whole_gptq.TINY, device)
+        print("whole_gptq", {name: f"{seconds:.3f} s" for name, seconds in gptq.stages.items()}, gptq.note, flush=True)
+        faults.append("" if gptq.skipped else gptq.note)
+    if "decode" in whole:
+        decoded = decode.run(decode.TINY, device)
+        print("decode", {name: f"{error:.1e}" for name, error in decoded.errors.items()}, decoded.note, flush=True)
+        faults.append(decoded.note)
+    return int(any(faults))
+
+
+def bench(chosen: Sequence[Case], whole: Sequence[str], arguments: argparse.Namespace, device: torch.device) -> int:
+    begun = time.monotonic()
+    gc.freeze()                                                  # each capture of a graph may collect garbage
+    torch._dynamo.config.recompile_limit = 64                    # else a function is eager after 8 shapes
+    before = clocks()
+    results = Results(*rates(device, arguments.rounds))
+    print(f"{torch.cuda.get_device_name(device)}: {rates_line(results)}", flush=True)
+    spent: dict[str, float] = {}                               # by contestant, in first calls
+    ends = deadlines([*dict.fromkeys(case.op for case in chosen), *whole], begun, arguments.seconds)
+    for section, end in ends.items():
+        start = time.monotonic()
+        if section == "whole_gptq":
+            results.gptq = whole_gptq.run(whole_gptq.LLAMA, device, end)
+            print(section, results.gptq.stages, results.gptq.note, flush=True)
+        elif section == "decode":
+            results.decoded = decode.run(decode.LLAMA, device, end, results.copied)
+            print(section, results.decoded.tokens_per_second, results.decoded.note, flush=True)
+        else:
+            of_section = [case for case in chosen if case.op == section]
+            left = measure(of_section, results, arguments.rounds, device, end, spent)
+            if left:
+                results.cut.append(f"{section}: {left} of {len(of_section)} shapes")
+        results.seconds[section] = time.monotonic() - start
+        torch.cuda.empty_cache()
+        if not arguments.dry:
+            print("written:", write(results, before, device), flush=True)
+    print("\n".join(goals_table(goals_of(results))))
+    return int(any(outcome.note.startswith("wrong") for outcome in results.outcomes))
+
+
+def deadlines(sections: Sequence[str], begun: float, seconds: float) -> dict[str, float]:
+    """When each section is to end; what those before it leave over is its own."""
+    shares = [SHARES.get(section, OTHER) for section in sections]
+    return {
+        section: begun + seconds * sum(shares[: number + 1]) / sum(shares) for number, section in enumerate(sections)
+    }
+
+
+def measure(
+    chosen: Sequence[Case], results: Results, rounds: int, device: torch.device, end: float, spent: dict[str, float]
+) -> int:
+    """Check and time; how many cases did not fit into the time."""
+    left = 0
+    for case in chosen:
+        fits = time.monotonic() < end
+        outcome = checked(case, device, spent) if fits else Outcome.of(case, note="not run: no time was left")
+        left += not fits
+        floors = {"memory": case.moved / results.copied * 1e6, "compute": case.flop / results.multiplied * 1e6}
+        outcome.bound = max(floors, key=floors.__getitem__)
+        outcome.floor = floors[outcome.bound]
         if not outcome.note:
+            names = [name for name in outcome.errors if name not in outcome.left_out]
             try:
-                outcome.times = times(case, device, outcome.errors, arguments.rounds)
-            except RuntimeError as error:
+                outcome.raw = rounds_of(case, device, names, rounds, outcome.left_out)
+                outcome.times = {name: statistics.median(values) for name, values in outcome.raw.items()}
+            except Exception as error:                           # whoever it was, the other cases go on
                 outcome.note = f"not timed: {first_line(error)}"
             torch.cuda.empty_cache()
-            torch.compiler.reset()                               # a function is compiled for a few shapes at most
-        print(outcome.op, outcome.shape, {k: f"{t:.1f} us" for k, t in outcome.times.items()}, outcome.note, flush=True)
-        outcomes.append(outcome)
-    lines = report(outcomes, copied, multiplied)
-    if not arguments.dry:
-        facts = {
-            "gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton_version(),
-            "copied_bytes_per_s": copied, "bf16_flop_per_s": multiplied, "cases": [asdict(o) for o in outcomes],
-        }  # fmt: skip
-        title = f"Ops on one {name}, beside torch"
-        print("written:", machine.write("ops", title, lines, facts, gpu_slug(name)))
-    return int(any(outcome.note.startswith("wrong") for outcome in outcomes))
+        if fits:
+            shown = {name: f"{value:.1f} us" for name, value in outcome.times.items()}
+            print(outcome.op, outcome.shape, shown, outcome.left_out or "", outcome.note, flush=True)
+        results.outcomes.append(outcome)
+    return left
 
 
-def checked(case: Case, device: torch.device) -> Outcome:
-    """Relative errors of all contestants that run here; a note when ours is wrong, or the case cannot be made."""
-    outcome = Outcome(case.op, case.shape)
-    try:
-        trial = case.make(device, case.dtype, 12345)
-        expected = [t.double() for t in parts(trial, trial.exact())]
-        for name, call in calls(trial).items():
-            try:
-                with poisoned_memory():
-                    results = parts(trial, call())
-            except RuntimeError as error:
-                if name == "ours":
-                    raise
-                print(f"{case.op} {case.shape}: {name} does not run: {first_line(error)}", flush=True)
-                continue
-            pairs = zip(results, expected, strict=True)
-            outcome.errors[name] = max(((r.double() - e).norm() / e.norm()).item() for r, e in pairs)
-    except RuntimeError as error:                                # OutOfMemoryError is one
-        outcome.note = f"not run: {first_line(error)}"
-        return outcome
-    if not outcome.errors["ours"] <= case.tolerance:             # NaN is wrong too
-        outcome.note = f"wrong: relative error {outcome.errors['ours']:.1e}, at most {case.tolerance:.0e} was expected"
-    return outcome
+def write(results: Results, before: Mapping[str, str], device: torch.device) -> Any:
+    name = torch.cuda.get_device_name(device)
+    facts = {
+        "gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "packages": wheels.versions(),
+        "clocks": {"before": before, "now": clocks()},
+        "copied_bytes_per_s": results.copied, "bf16_flop_per_s": results.multiplied,
+        "goals": [asdict(goal) | {"met": goal.met} for goal in goals_of(results)],
+        "whole_gptq": None if results.gptq is None else asdict(results.gptq),
+        "decode": None if results.decoded is None else asdict(results.decoded),
+        "cut": results.cut, "seconds": results.seconds, "cases": [asdict(outcome) for outcome in results.outcomes],
+    }  # fmt: skip
+    return machine.write("ops", f"Kernels on one {name}", report(results), facts, gpu_slug(name))
 
 
-def parts(trial: Trial, result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [trial.part(t) for t in (result if isinstance(result, tuple) else (result,))]
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """What is allocated and not written is NaN (torch fills it where algorithms must be deterministic)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # one for each op that has no deterministic way
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def times(case: Case, device: torch.device, names: Collection[str], rounds: int) -> dict[str, float]:
-    """Microseconds of a call: medians over rounds in which each contestant's graph is replayed once."""
-    count = min(SETS, max(1, math.ceil(ROTATED / case.moved)))
-    sets = [calls(case.make(device, case.dtype, seed)) for seed in range(count)]
-    repeats = max(1, 20 // count) if case.moved < ROTATED else 1
-    graphs = {name: captured([one[name] for one in sets] * repeats) for name in names}
-    spent: dict[str, list[float]] = {name: [] for name in graphs}
-    begun = time.monotonic()
-    for number in range(-3, rounds):                             # three rounds warm up
-        for name, replay in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            stop.record()
-            stop.synchronize()
-            if number >= 0:
-                spent[name].append(start.elapsed_time(stop) * 1e3 / (count * repeats))
-        if number >= 6 and time.monotonic() - begun > SECONDS:
-            break
-    return {name: statistics.median(values) for name, values in spent.items()}
-
-
-def captured(run: Sequence[Call]) -> Callable[[], None]:
-    """Replays all the calls as one CUDA graph; kernels are compiled, and libraries chosen, before it is captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in dict.fromkeys(run):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in run:
-            call()
-    return graph.replay
-
-
-def rates(device: torch.device, rounds: int) -> tuple[float, float]:
-    """Bytes per second of a copy (read and written), FLOP per second of a bf16 product of random numbers."""
-    size, side = 2**30, 8192
-
-    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
-        x, y = torch.randn(2, side, side, device=device).to(dtype)
-        source = torch.empty(size, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return Trial(lambda: target.copy_(source), {"product": lambda: x @ y}, lambda: x)
-
-    found = times(Case("rates", "", 2 * size, 2 * side**3, 0, make), device, ("ours", "product"), rounds)
-    return 2 * size / found["ours"] * 1e6, 2 * side**3 / found["product"] * 1e6
-
-
-def report(outcomes: Sequence[Outcome], copied: float, multiplied: float) -> list[str]:
-    """Markdown: for each op the headline and a table of its cases; cells of what was not measured are empty."""
+def report(results: Results) -> list[str]:
+    """Markdown; cells of what was not measured are empty."""
+    packages = ", ".join(f"{package} {version}" for package, version in wheels.versions().items())
     lines = [
-        f"Copies at {copied / 1e12:.2f} TB/s, bf16 product at {multiplied / 1e12:.0f} TFLOP/s; both measured here, and "
-        "the roofline is made of them. Microseconds of a call, medians of graph replays over rotated buffers; "
+        f"This GPU {rates_line(results)}; both measured here, and the roofline is made of them. torch "
+        f"{torch.__version__}, {packages}. Microseconds of a call, medians of graph replays over rotated buffers; "
         "ratio: theirs / ours, above 1 ours is faster. Empty: not measured.",
         "",
-    ]
-    for op in dict.fromkeys(outcome.op for outcome in outcomes):
-        rows = [outcome for outcome in outcomes if outcome.op == op]
-        others = list(dict.fromkeys(name for row in rows for name in row.errors | row.times if name != "ours"))
-        head = ["shape", "error", "ours, us", "of the roofline", *(f"{name}, us | ratio" for name in others), "note"]
-        lines += [f"## {op}", "", *(line for name in others if (line := headline(rows, name))), ""]
-        lines += [*machine.table(" | ".join(head).split(" | "), [cells(row, others) for row in rows]), ""]
-    return lines
+        "## Goals", "", *goals_table(goals_of(results)), "",
+    ]  # fmt: skip
+    if results.cut:
+        lines += ["Cut, for time:", "", *(f"- {what}" for what in results.cut), ""]
+    if results.gptq is not None:
+        lines += ["## GPTQ of a whole model", "", *whole_gptq.table(results.gptq), ""]
+    if results.decoded is not None:
+        lines += ["## Decoding", "", *decode.table(results.decoded), ""]
+    return [*lines, "## Ops", "", *op_tables(results.outcomes)]
 
 
-def headline(rows: Sequence[Outcome], name: str) -> str:
-    ratios = [row.times[name] / row.times["ours"] for row in rows if name in row.times and "ours" in row.times]
-    if not ratios:
-        return ""
-    mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
-    return f"- over {name}: geometric mean {mean:.2f}, smallest {min(ratios):.2f}, of {len(ratios)} shapes"
+def goals_of(results: Results) -> Any:
+    seconds = None if results.gptq is None else results.gptq.whole
+    return goals(results.outcomes, seconds, None if results.decoded is None else results.decoded.ratio)
 
 
-def cells(row: Outcome, others: Sequence[str]) -> list[str]:
-    ours = row.times.get("ours")
-    found = [
-        row.shape,
-        f"{row.errors['ours']:.1e}" if "ours" in row.errors else "",
-        f"{ours:.1f}" if ours else "",
-        f"{row.floor / ours:.0%}" if ours and row.floor else "",
-    ]
-    for name in others:
-        theirs = row.times.get(name)
-        found += [f"{theirs:.1f}" if theirs else "", f"{theirs / ours:.2f}" if theirs and ours else ""]
-    return [*found, row.note]
+def rates_line(results: Results) -> str:
+    return f"copies at {results.copied / 1e12:.2f} TB/s, multiplies bf16 at {results.multiplied / 1e12:.0f} TFLOP/s"
 
 
-def calls(trial: Trial) -> dict[str, Call]:
-    return {"ours": trial.ours, **trial.contestants}
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".replace("|", "/")
+def clocks() -> dict[str, str]:
+    """Of the GPU and its memory, power and temperature, as nvidia-smi says them; empty without it."""
+    asked = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(asked.split(","), answer.splitlines()[0].split(", "), strict=False))
 
 
 def gpu_slug(name: str) -> str:
     """``nvidia-h200`` of ``NVIDIA H200``."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-
-
-def triton_version() -> Any:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
 
 
 if __name__ == "__main__":

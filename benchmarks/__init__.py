@@ -1,0 +1,1 @@
+"""The benches; a package, so that no other of its name in the environment stands before it."""

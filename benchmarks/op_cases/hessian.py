@@ -1,0 +1,30 @@
+"""H += X^T X, at the widths of Llama-8B and -70B."""
+
+import torch
+
+from benchmarks.op_case import Case, Trial
+from lightning_compress.ops.hessian import hessian_accumulate_
+
+__all__ = ["cases"]
+
+
+def cases(tiny: bool) -> list[Case]:
+    large = [(16384, 4096), (16384, 14336), (16384, 8192), (2048, 4096), (65536, 4096), (16384, 1024), (999, 1000)]
+    shapes = [(70, 136)] if tiny else large
+
+    def case(N: int, C: int) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            X = torch.randn(N, C, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
+            sums = [torch.zeros(C, C, device=device) for _ in range(3)]
+            contestants = {"float32": lambda: sums[1].addmm_(X.float().t(), X.float())}
+            if device.type == "cuda":
+                contestants = {
+                    "mm with float32 result": lambda: sums[2].add_(torch.mm(X.t(), X, out_dtype=torch.float32))
+                } | contestants
+            exact = lambda: X.double().t() @ X.double()  # noqa: E731
+            return Trial(lambda: hessian_accumulate_(sums[0], X), contestants, exact, torch.tril)
+
+        moved, flop, sizes = 2 * N * C + 8 * C * C // 2, N * C * (C + 128), {"N": N, "C": C}
+        return Case("hessian", f"N = {N}, C = {C}", moved, flop, 1e-4, make, sizes=sizes)
+
+    return [case(N, C) for N, C in shapes]
