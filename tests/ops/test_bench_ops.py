@@ -36,7 +36,8 @@ def test_an_op_that_is_not_there(capsys):
     assert main(["--ops", "hesian"]) == 2
     said = capsys.readouterr().err
     assert "no cases of hesian; expected some of w4a16_gemm, hessian" in said
-    assert "mask_2of4, whole_gptq, decode" in said
+    assert "mask_2of4, " in said
+    assert said.rstrip().endswith(", whole_gptq, decode")
 
 
 def test_the_list_names_every_op_of_the_package(capsys):
