@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from lightning_compress.ops.fake_quant import learned_step, straight_through
@@ -17,6 +18,8 @@ from lightning_compress.ops.hadamard import reference as hadamard_reference
 from lightning_compress.ops.hessian import hessian_accumulate_
 from lightning_compress.ops.mask_2of4 import mask_2of4
 from lightning_compress.ops.mask_2of4 import reference as mask_reference
+from lightning_compress.ops.pack import pack, unpack
+from lightning_compress.ops.pack import reference as pack_reference
 from lightning_compress.ops.w4a16_gemm import dequantize, grid_rows, to_planes, w4a16_gemm
 from lightning_compress.ops.w4a16_gemm import reference as w4a16_reference
 from lightning_compress.ops.w8a8_gemm import quantize_tokens, w8a8_gemm
@@ -82,7 +85,7 @@ def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:
     """
     makers = {
         "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
-        "hadamard": hadamard_cases, "mask_2of4": mask_cases,
+        "hadamard": hadamard_cases, "mask_2of4": mask_cases, "pack": pack_cases,
     }  # fmt: skip
     if unknown := [op for op in ops if op not in makers]:
         raise ValueError(f"no cases of {', '.join(unknown)}; expected some of {', '.join(makers)}")
@@ -210,6 +213,27 @@ def mask_cases(tiny: bool) -> list[Case]:
         return Case("mask_2of4", f"{R} x {C}, {kind}", R * C * (kind.itemsize + 1), 0, 1e-6, make, kind)
 
     return [case(R, C, kind) for kind in (torch.bfloat16, torch.float32) for R, C in shapes]
+
+
+def pack_cases(tiny: bool) -> list[Case]:
+    shapes = [(6, 70)] if tiny else [(8192, 8192), (4096, 14336)]
+
+    def case(R: int, C: int, bits: int, back: bool) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            random = torch.Generator(device).manual_seed(seed)
+            low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+            codes = torch.randint(low, high, (R, C), generator=random, device=device, dtype=torch.int8)
+            if not back:
+                theirs = {"compressed-tensors": lambda: pack_to_int32(codes, bits)}
+                return Trial(lambda: pack(codes, bits), theirs, lambda: pack_reference.pack(codes, bits))
+            words = pack_to_int32(codes, bits)
+            theirs = {"compressed-tensors": lambda: unpack_from_int32(words, bits, codes.shape)}
+            return Trial(lambda: unpack(words, bits, C), theirs, lambda: codes)
+
+        moved = R * C + 4 * R * -(-C * bits // 32)
+        return Case("pack", f"{R} x {C}, {bits} bits, {'unpack' if back else 'pack'}", moved, 0, 1e-9, make)
+
+    return [case(R, C, bits, back) for bits in (4, 3, 8) for back in (False, True) for R, C in shapes]
 
 
 def fake_quant_cases(tiny: bool) -> list[Case]:

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED = {80: 166912, 89: 101376, 90: 232448}      # bytes that one block may have
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}      # bytes that one block may have
 POINTER = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int16: "*i16",
     torch.int32: "*i32", torch.bool: "*i1",
@@ -32,7 +32,7 @@ def compiled(
 
     Args:
         function: The ``triton.jit`` function.
-        capability: 80, 89 or 90.
+        capability: 80, 89, 90 or 100.
         types: Of arguments, as Triton writes them; those that are not named are int32.
         fixed: Values of the arguments that are known when it is compiled.
         warps: Of a program.
