@@ -13,6 +13,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor
 
 from lightning_compress.ops.fake_quant import learned_step, straight_through
+from lightning_compress.ops.group_quant import group_quant
+from lightning_compress.ops.group_quant import reference as group_reference
 from lightning_compress.ops.hadamard import hadamard_transform
 from lightning_compress.ops.hadamard import reference as hadamard_reference
 from lightning_compress.ops.hessian import hessian_accumulate_
@@ -86,6 +88,7 @@ def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:
     makers = {
         "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
         "hadamard": hadamard_cases, "mask_2of4": mask_cases, "pack": pack_cases,
+        "group_quant": group_quant_cases,
     }  # fmt: skip
     if unknown := [op for op in ops if op not in makers]:
         raise ValueError(f"no cases of {', '.join(unknown)}; expected some of {', '.join(makers)}")
@@ -234,6 +237,31 @@ def pack_cases(tiny: bool) -> list[Case]:
         return Case("pack", f"{R} x {C}, {bits} bits, {'unpack' if back else 'pack'}", moved, 0, 1e-9, make)
 
     return [case(R, C, bits, back) for bits in (4, 3, 8) for back in (False, True) for R, C in shapes]
+
+
+def group_quant_cases(tiny: bool) -> list[Case]:
+    shapes = [(6, 64)] if tiny else [(8192, 8192), (4096, 14336)]
+
+    def case(N: int, K: int, group: int, bits: int, symmetric: bool) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            W = torch.randn(N, K, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
+
+            def steps() -> tuple[Tensor, ...]:
+                scale, zero = group_reference.qparams(W, group, bits, symmetric)
+                codes = group_reference.codes(W, scale, zero, bits).to(torch.int8)
+                return (pack_to_int32(codes, bits), scale, *([] if zero is None else [zero]))
+
+            def ours() -> tuple[Tensor, ...]:
+                return tuple(t for t in group_quant(W, group, bits, symmetric) if t is not None)
+
+            return Trial(ours, {"torch, step by step": steps}, steps)
+
+        moved = 2 * N * K + 4 * N * -(-K * bits // 32) + N * K // group * (2 if symmetric else 3)
+        shape = f"{N} x {K}, groups of {group}, {bits} bits, {'symmetric' if symmetric else 'asymmetric'}"
+        return Case("group_quant", shape, moved, 0, 1e-9, make)
+
+    kinds = [(32 if tiny else 128, 4, True), (32 if tiny else 128, 4, False), (0, 8, True)]
+    return [case(N, K, group or K, bits, symmetric) for group, bits, symmetric in kinds for N, K in shapes]
 
 
 def fake_quant_cases(tiny: bool) -> list[Case]:

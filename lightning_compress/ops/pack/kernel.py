@@ -117,10 +117,10 @@ def _word(quads, W: tl.constexpr, BITS: tl.constexpr):
     """Word W of a group: the quads whose bits lie in it."""
     word = tl.zeros_like(quads[0])
     for k in tl.static_range(8):
-        if 0 <= 4 * BITS * k - 32 * W and 4 * BITS * k - 32 * W < 32:
-            word |= quads[k] << 4 * BITS * k - 32 * W
-        elif -4 * BITS < 4 * BITS * k - 32 * W and 4 * BITS * k - 32 * W < 0:
-            word |= quads[k] >> 32 * W - 4 * BITS * k
+        if BITS * k // 8 == W:                                   # where the quad begins
+            word |= quads[k] << 4 * BITS * k % 32
+        elif (BITS * k + BITS - 1) // 8 == W:                    # where the rest of it lies
+            word |= quads[k] >> 32 - 4 * BITS * k % 32
     return word
 
 

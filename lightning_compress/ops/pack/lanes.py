@@ -56,7 +56,10 @@ def _unpack(words_RP: Tensor, bits: int, codes_RC: Tensor) -> None:
     lane, n = LANES.get(bits, (torch.int64, 8))
     whole_RP = F.pad(words_RP, (0, -words_RP.shape[1] % bits)) if words_RP.shape[1] % bits else words_RP.contiguous()
     bytes_RB = whole_RP.view(torch.uint8)
-    v = bytes_RB.to(lane) if 8 % bits == 0 else F.pad(bytes_RB.unflatten(1, (-1, bits)), (0, 8 - bits)).flatten(1).view(lane)
+    if 8 % bits == 0:
+        v = bytes_RB.to(lane)
+    else:
+        v = F.pad(bytes_RB.unflatten(1, (-1, bits)), (0, 8 - bits)).flatten(1).view(lane)
     size = n // 2
     while size:
         low = _every(16 * size, (1 << size * bits) - 1, n // (2 * size))

@@ -1,6 +1,6 @@
 """The meaning of the ops, slow and obvious.
 
-    u_c = code_c + 2^(b - 1)        bit i of u_c is bit b c + i of the row, and bit 32 w + j of the row is bit j of word w
+    u_c = code_c + 2^(b - 1)        bit i of u_c is bit b c + i of the row; bit 32 w + j of the row is bit j of word w
 
 So codes of 3, 5, 6 and 7 bits straddle words, and 32 codes fill b words. Bits of a last word that no code fills are 0.
 
