@@ -9,7 +9,7 @@ PEER_PYTHON ?= $(PEER_VENV)/bin/python
 BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONPATH=.
 BENCH_ARGS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu
+.PHONY: bench bench-peer-env bench-data bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -65,3 +65,6 @@ bench-vision: $(READY)  ## Int8 QAT and 90 % sparsity of a convolutional net and
 
 bench-gpu: $(READY)  ## Every op beside torch on the CUDA GPU of this machine: checked, then timed; under 8 minutes
 	OMP_NUM_THREADS=8 PYTHONPATH=. $(BENCH_PYTHON) benchmarks/bench_ops.py $(BENCH_ARGS)
+
+tune-gpu: $(READY)  ## Time the launches of ops on the CUDA GPU of this machine, and write the best into their tables
+	OMP_NUM_THREADS=8 PYTHONPATH=. $(BENCH_PYTHON) benchmarks/tune_ops.py $(BENCH_ARGS)
