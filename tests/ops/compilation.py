@@ -79,8 +79,25 @@ def facts(kernel: Any, folder: Path) -> dict[str, int]:
         "conversions": count(r"\bI2F"),
         "wide": count(r"\b(?:LDG|STG|LDGSTS)\.\S*128"),
         "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/"),
-        **{name: count(rf"\b{name}\b") for name in ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTMALDG", "UTMAREDG")},
+        **{name: count(rf"\b{name}\b") for name in ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTMALDG", "UTMAREDG")},
     }
+
+
+def loop_instructions(kernel: Any, folder: Path) -> list[int]:
+    """Instructions of each loop in the machine code, from the label that a branch goes back to up to that branch."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    labels: dict[str, int] = {}
+    loops, count = [], 0
+    for line in tool("nvdisasm", "-c", str(cubin)).splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            back = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+            if back and labels.get(back[1], count) < count - 1:  # a branch to itself ends a kernel
+                loops.append(count - labels[back[1]])
+    return loops
 
 
 def tool(name: str, *arguments: str) -> str:
