@@ -27,7 +27,7 @@ from lightning_compress.ops.w4a16_gemm import reference as w4a16_reference
 from lightning_compress.ops.w8a8_gemm import quantize_tokens, w8a8_gemm
 from lightning_compress.ops.w8a8_gemm import reference as w8a8_reference
 
-__all__ = ["Case", "Trial", "cases"]
+__all__ = ["LLAMA", "Case", "Trial", "cases", "w4a16_operands"]
 
 LLAMA = ((4096, 4096), (8192, 8192), (6144, 4096), (28672, 4096), (4096, 14336), (28672, 8192))    # N, K
 
@@ -102,10 +102,7 @@ def w4a16_cases(tiny: bool) -> list[Case]:
 
     def case(M: int, N: int, K: int) -> Case:
         def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
-            random = torch.Generator(device).manual_seed(seed)
-            x = torch.randn(M, K, generator=random, device=device).to(dtype)
-            packed = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random, device=device).int()
-            scale = (torch.rand(N, K // group, generator=random, device=device) * 0.01 + 0.001).to(dtype)
+            x, packed, scale = w4a16_operands(M, N, K, group, device, dtype, seed)
             planes, (scale_GN, zero) = to_planes(packed), grid_rows(scale, None)
             W = dequantize(packed, scale, None, K, dtype)
             contestants = {"matmul of dense weights": lambda: x @ W.t()}
@@ -120,6 +117,16 @@ def w4a16_cases(tiny: bool) -> list[Case]:
         return Case("w4a16_gemm", f"{N} x {K}, M = {M}", moved, 2 * M * N * K, 1e-2, make)
 
     return [case(M, N, K) for M in tokens for N, K in shapes]
+
+
+def w4a16_operands(
+    M: int, N: int, K: int, group: int, device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K], packed codes int32 [N, K / 8] and scales [N, K / group]."""
+    random = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(M, K, generator=random, device=device).to(dtype)
+    packed = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random, device=device).int()
+    return x, packed, (torch.rand(N, K // group, generator=random, device=device) * 0.01 + 0.001).to(dtype)
 
 
 def tinygemm(x: Tensor, packed: Tensor, scale: Tensor, group: int) -> Callable[[], Tensor]:

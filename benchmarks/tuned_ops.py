@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases import LLAMA, Case, Trial
+from benchmarks.op_cases import LLAMA, Case, Trial, w4a16_operands
 from lightning_compress.ops.hessian import launch as hessian
 from lightning_compress.ops.launches import LaunchTable
 from lightning_compress.ops.w4a16_gemm import grid_rows, to_planes
@@ -67,10 +67,7 @@ def w4a16_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
         from lightning_compress.ops.w4a16_gemm.kernel import gemm
 
-        random = torch.Generator(device).manual_seed(seed)
-        x = torch.randn(M, K, generator=random, device=device).to(dtype)
-        packed = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random, device=device).int()
-        scale = (torch.rand(N, K // GROUP, generator=random, device=device) * 0.01 + 0.001).to(dtype)
+        x, packed, scale = w4a16_operands(M, N, K, GROUP, device, dtype, seed)
         planes, (scale_GN, zero) = to_planes(packed), grid_rows(scale, None)
 
         def call(launch: Any) -> Callable[[], Tensor]:

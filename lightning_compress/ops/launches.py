@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 __all__ = ["LaunchTable"]
 
 L = TypeVar("L")
-Shape = Mapping[str, int | str | bool]
+Shape = Mapping[str, Any]
 FACTS = ("us", "rule_us", "triton")      # of an entry, beside its shape and its launch
 
 
@@ -107,7 +107,8 @@ class LaunchTable(Generic[L]):
             return f"unknown: {', '.join(sorted(unknown))}"
         if row["at"].keys() != {*self.exact, self.at_most}:
             return f'expected the sizes {", ".join([*self.exact, self.at_most])} in "at"'
-        types = {field.name: field.type for field in dataclasses.fields(self.launch)}   # type: ignore[arg-type]
+        fields = dataclasses.fields(self.launch)                 # type: ignore[arg-type]
+        types: dict[str, Any] = {field.name: field.type for field in fields}
         if row["launch"].keys() != types.keys():
             return f'expected the fields {", ".join(types)} in "launch"'
         for name, value in row["launch"].items():

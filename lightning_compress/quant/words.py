@@ -1,4 +1,4 @@
-"""A weight of integer codes in 32-bit words: what compressed-tensors' pack-quantized format stores, packed by ops/pack."""
+"""A weight of integer codes in 32-bit words, as the pack-quantized format stores it, packed by ops/pack."""
 
 from collections.abc import Mapping
 

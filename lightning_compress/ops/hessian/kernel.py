@@ -30,7 +30,7 @@ def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch | None = None) -> Ten
     """Add X^T X to the lower triangle of H float32, in place; X bf16 or fp16 of any stride."""
     for X in X_NC.split(TOKENS):
         if len(X):
-            _accumulate_(H_CC, X, launch or choose(*X.shape, X.dtype, X.device, _aligned(H_CC, X)))
+            _accumulate_(H_CC, X, launch or choose(len(X), len(H_CC), X.dtype, X.device, _aligned(H_CC, X)))
     return H_CC
 
 
