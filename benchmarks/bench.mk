@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
 .PHONY: bench bench-peer-env bench-data bench-techniques bench-moved bench-weights bench-callback bench-qat-step \
-	bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels
+	bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -95,3 +95,6 @@ bench-wheels: $(READY)  ## Wheels for bench-gpu on a machine without network: BE
 	$(BIN)/python -m pip $(PIP_GPU) -c constraints.txt $(GPU_WHEELS)
 	$(BIN)/python -m pip $(PIP_GPU) $(GPU_CONTESTANTS)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(GPU_DIR) gemlite==0.6.0.post2
+
+tune-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(READY))  ## Time the launches of ops on the CUDA GPU of this machine, and write the best into their tables
+	OMP_NUM_THREADS=8 PYTHONPATH=. $(BENCH_PYTHON) benchmarks/tune_ops.py $(BENCH_ARGS)

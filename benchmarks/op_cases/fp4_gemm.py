@@ -1,4 +1,4 @@
-"""FP4 weights (NVFP4, MXFP4) times bf16 tokens, at the linear layers of Llama-8B and -70B."""
+"""NVFP4 and MXFP4 weights times bf16 tokens, at the linear layers of Llama-8B and -70B."""
 
 import torch
 
@@ -27,7 +27,6 @@ def cases(tiny: bool) -> list[Case]:
 
         moved = N * K // 2 + N * K // group + 2 * M * (N + K)
         shape = f"{N} x {K}, M = {M}, {'NVFP4' if group == 16 else 'MXFP4'}"
-        sizes = {"M": M, "N": N, "K": K, "group": group}
-        return Case("fp4_gemm", shape, moved, 2 * M * N * K, 1e-2, make, sizes=sizes)
+        return Case("fp4_gemm", shape, moved, 2 * M * N * K, 1e-2, make, sizes={"M": M, "N": N, "K": K})
 
     return [case(M, N, K, group) for M in tokens for group in (16, 32) for N, K in shapes]

@@ -1,12 +1,13 @@
 """W4A16: int4 weights times bf16 tokens, at the linear layers of Llama-8B and -70B."""
 
 import torch
+from torch import Tensor
 
 from benchmarks.contestants import int4_products
 from benchmarks.op_case import LLAMA, Case, Trial
 from lightning_compress.ops.w4a16_gemm import dequantize, grid_rows, reference, to_planes, w4a16_gemm
 
-__all__ = ["cases"]
+__all__ = ["cases", "operands"]
 
 
 def cases(tiny: bool) -> list[Case]:
@@ -16,10 +17,7 @@ def cases(tiny: bool) -> list[Case]:
 
     def case(M: int, N: int, K: int) -> Case:
         def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
-            random = torch.Generator(device).manual_seed(seed)
-            x = torch.randn(M, K, generator=random, device=device).to(dtype)
-            packed = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random, device=device).int()
-            scale = (torch.rand(N, K // group, generator=random, device=device) * 0.01 + 0.001).to(dtype)
+            x, packed, scale = operands(M, N, K, group, device, dtype, seed)
             planes, (scale_GN, zero) = to_planes(packed), grid_rows(scale, None)
             W = dequantize(packed, scale, None, K, dtype)
             contestants = {"matmul of dense weights": lambda: x @ W.t()}
@@ -35,3 +33,13 @@ def cases(tiny: bool) -> list[Case]:
         return Case("w4a16_gemm", f"{N} x {K}, M = {M}", moved, 2 * M * N * K, 1e-2, make, sizes=sizes)
 
     return [case(M, N, K) for M in tokens for N, K in shapes]
+
+
+def operands(
+    M: int, N: int, K: int, group: int, device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K], packed codes int32 [N, K / 8] and scales [N, K / group]."""
+    random = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(M, K, generator=random, device=device).to(dtype)
+    packed = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random, device=device).int()
+    return x, packed, (torch.rand(N, K // group, generator=random, device=device) * 0.01 + 0.001).to(dtype)

@@ -1,5 +1,7 @@
 """One quantized module as tensors on disk and back, through compressed-tensors' own compressors.
 
+Integer codes alone are packed by ops/pack, which is quicker, and checked by compressed-tensors' unpacking.
+
 A quantized module holds its weight on the grid, W = (code - zero_point) * scale, and a
 :class:`~lightning_compress.quant.record.Quantized` that knows the grid. Packing finds the codes again; that this loses
 nothing is checked for every module, by unpacking and comparing bit for bit.
@@ -11,6 +13,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import as_matrix, weight_of
 from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.words import compress_words
 
 __all__ = ["ACTIVATION_NAMES", "check_fit", "from_json", "is_packable", "pack", "tensor_names", "to_json", "unpack"]
 
@@ -60,7 +64,8 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     if record.global_scale is not None:
         state["weight_global_scale"] = record.global_scale.clone()        # fused modules share one
         state["weight_scale"] = (record.scale * record.global_scale).to(torch.float8_e4m3fn).float()
-    packed = compressor.compress(state, scheme)
+    in_words = compressor is PackedQuantizationCompressor
+    packed = compress_words(state, scheme) if in_words else compressor.compress(state, scheme)
     if not is_microscaled(scheme.weights):
         packed["weight_scale"] = record.scale
     unpacked = compressor.decompress(packed, scheme)["weight"].to(weight.dtype)

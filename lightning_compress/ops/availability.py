@@ -1,12 +1,18 @@
 """Whether Triton's kernels run where a tensor is; where they do not, the reason is said."""
 
+import importlib.metadata
 import importlib.util
+import re
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["calls_kernel", "kernel_runs"]
+__all__ = ["OLDEST", "calls_kernel", "kernel_runs", "triton_version"]
+
+OLDEST = (3, 6)         # the first Triton that the kernels were compiled and interpreted with
+DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")       # that bring the module
 
 
 def calls_kernel(x: Tensor) -> bool:
@@ -24,6 +30,9 @@ def kernel_runs(device: torch.device, instead: str, unfit: str | None = None) ->
     """
     if importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed (pip install triton)"
+    elif (version := triton_version()) is not None and version < OLDEST:
+        found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
+        reason = f"Triton {found} is older than {oldest} (pip install -U triton)"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     elif unfit is not None:
@@ -32,3 +41,15 @@ def kernel_runs(device: torch.device, instead: str, unfit: str | None = None) ->
         return True
     warnings.warn(f"{instead}, without a fused kernel: {reason}", stacklevel=4)
     return False
+
+
+@cache
+def triton_version() -> tuple[int, ...] | None:
+    """Of the Triton that is installed, major and minor; None where it does not say."""
+    for name in DISTRIBUTIONS:
+        try:
+            found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return None if found is None else (int(found[1]), int(found[2]))
+    return None

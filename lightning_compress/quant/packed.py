@@ -13,13 +13,13 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.ops.w4a16_gemm import dequantize, grid_rows, to_planes, w4a16_gemm
 from lightning_compress.ops.w4a16_gemm.cpu import gemm_bf16, prepare_bf16, takes_bf16
 from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.words import compress_words
 
 __all__ = ["PackedLinear", "is_packable", "pack_linears"]
 
@@ -91,8 +91,8 @@ class PackedLinear(nn.Module):
         state = {"weight": weight.to(wide), "weight_scale": record.scale.to(wide)}
         if record.zero_point is not None:
             state["weight_zero_point"] = record.zero_point
-        tensors = PackedQuantizationCompressor.compress(state, record.scheme) | {"weight_scale": record.scale}
-        tensors["weight_shape"] = torch.as_tensor(tensors["weight_shape"], device=weight.device)
+        tensors = compress_words(state, record.scheme) | {"weight_scale": record.scale}
+        tensors["weight_shape"] = tensors["weight_shape"].to(weight.device)
         packed = cls(tensors, module.bias).train(module.training)
         if not torch.equal(packed.dense(weight.dtype), weight):
             raise RuntimeError("the weight does not lie on the grid of its record: it was changed after compression")

@@ -4,19 +4,20 @@ import time
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from torch import Tensor, nn
 
+from lightning_compress.ops.group_quant import group_round
 from lightning_compress.quant.facts import weight_error, weight_facts
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.formats import global_scale_of, has_global_scale
+from lightning_compress.quant.formats import global_scale_of, has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import as_matrix, write_matrix
 from lightning_compress.quant.observers import Observer
 from lightning_compress.quant.record import Quantized, attach, quantized_of
-from lightning_compress.quant.scales import minmax, search
+from lightning_compress.quant.scales import group_columns, minmax, search
 from lightning_compress.quant.schemes import check_finite
 
-__all__ = ["check_dense", "find_scales", "input_scales", "round_module"]
+__all__ = ["check_dense", "find_scales", "has_one_pass", "input_scales", "round_in_one_pass", "round_module"]
 
 MSE_POWER = 2.4          # of the GPTQ code: punishes the few large errors more than p = 2
 
@@ -48,18 +49,36 @@ def round_module(
         W_RC = as_matrix(module)
         if has_global_scale(scheme.weights) and global_scale is None:
             global_scale = global_scale_of(*W_RC.aminmax())
-        if scale_search == "imatrix" and importance_PC is not None:
-            scale, zero_point = _weighted_scales(W_RC, scheme.weights, importance_PC.to(W_RC.device), global_scale)
+        weighed, searched = scale_search == "imatrix" and importance_PC is not None, scale_search == "mse"
+        if W_RC.is_cuda and not (weighed or searched) and has_one_pass(W_RC, scheme.weights):
+            Q_RC, scale, zero_point = round_in_one_pass(W_RC, scheme.weights)
         else:
-            how: Literal["minmax", "mse"] = "mse" if scale_search == "mse" else "minmax"
-            scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
-        Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
+            if weighed and importance_PC is not None:
+                scale, zero_point = _weighted_scales(W_RC, scheme.weights, importance_PC.to(W_RC.device), global_scale)
+            else:
+                how: Literal["minmax", "mse"] = "mse" if searched else "minmax"
+                scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
+            Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
         found = input_scales(observer, W_RC.dtype)
         quantized = Quantized(scheme, scale, zero_point, global_scale=global_scale, **found)
         facts = {**weight_facts(W_RC, Q_RC, quantized), "error": weight_error(W_RC, Q_RC)}
         write_matrix(module, Q_RC)
         attach(module, quantized)
         return {**facts, "seconds": time.perf_counter() - start}
+
+
+def has_one_pass(W_RC: Tensor, args: QuantizationArgs) -> bool:
+    """Whether :func:`round_in_one_pass` takes this weight: integers or plain FP8, by group or by row."""
+    rows_or_groups = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+    plain = (args.type == "int" and args.num_bits > 1) or (args.type == "float" and args.num_bits == 8)
+    half_or_single = W_RC.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return rows_or_groups and plain and half_or_single and not is_microscaled(args)
+
+
+def round_in_one_pass(W_RC: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Q, scale and zero point of min-max scales: bit for bit ``minmax`` and ``round_weight``, one kernel on a GPU."""
+    group = group_columns(args, W_RC.shape[1])
+    return group_round(W_RC, group, args.num_bits, args.symmetric, args.type == "float")
 
 
 def find_scales(

@@ -12,8 +12,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TENSOR_CORES = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA")    # of floats, integers, FP8; G: of a warp group
-SHARED = {80: 166912, 89: 101376, 90: 232448}      # bytes that one block may have
+# of floats, integers, FP8; G: of a warp group; UTC: of sm_100
+TENSOR_CORES = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA")
+INSTRUCTIONS = (*TENSOR_CORES, "UTMALDG", "UTMAREDG")
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}      # bytes that one block may have
 POINTER = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int16: "*i16",
     torch.int32: "*i32", torch.bool: "*i1",
@@ -33,7 +35,7 @@ def compiled(
 
     Args:
         function: The ``triton.jit`` function.
-        capability: 80, 89 or 90.
+        capability: 80, 89, 90 or 100.
         types: Of arguments, as Triton writes them; those that are not named are int32.
         fixed: Values of the arguments that are known when it is compiled.
         warps: Of a program.
@@ -80,8 +82,25 @@ def facts(kernel: Any, folder: Path) -> dict[str, int]:
         "conversions": count(r"\bI2F"),
         "wide": count(r"\b(?:LDG|STG|LDGSTS)\.\S*128"),
         "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/"),
-        **{name: count(rf"\b{name}\b") for name in (*TENSOR_CORES, "UTMALDG", "UTMAREDG")},
+        **{name: count(rf"\b{name}\b") for name in INSTRUCTIONS},
     }
+
+
+def loop_instructions(kernel: Any, folder: Path) -> list[int]:
+    """Instructions of each loop in the machine code, from the label that a branch goes back to up to that branch."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    labels: dict[str, int] = {}
+    loops, count = [], 0
+    for line in tool("nvdisasm", "-c", str(cubin)).splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            back = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+            if back and labels.get(back[1], count) < count - 1:  # a branch to itself ends a kernel
+                loops.append(count - labels[back[1]])
+    return loops
 
 
 def tool(name: str, *arguments: str) -> str:

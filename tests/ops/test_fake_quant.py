@@ -183,3 +183,17 @@ def test_a_value_is_replaced_and_the_gradient_goes_on():
 def test_shapes_that_do_not_fit(W, scale, zero):
     with pytest.raises(ValueError, match=r"expected W \[R, C\] and a scale \[1\], \[R, 1\] or \[R, G\]"):
         straight_through(torch.ones(W), torch.ones(scale), None if zero is None else torch.zeros(zero), -8, 7)
+
+
+@pytest.mark.parametrize(
+    ("W", "scale", "message"),
+    [
+        (torch.ones(2, 4).int(), torch.ones(1), "expected a floating W and scale, got torch.int32 and torch.float32"),
+        (torch.ones(2, 4), torch.ones(1).int(), "got torch.float32 and torch.int32"),
+        (torch.ones(2, 4), torch.ones(1, device="meta"), "W, scale and zero point are on cpu, meta; put them on one"),
+    ],
+)
+def test_dtypes_and_devices_that_do_not_fit(W, scale, message):
+    for function in (straight_through, learned_step):
+        with pytest.raises(ValueError, match=message):
+            function(W, scale, None, -8, 7)

@@ -1,6 +1,7 @@
 """The kernels compiled for GPUs that are not there. Needs the extra ``kernels`` (make test-kernels)."""
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ pytestmark = pytest.mark.usefixtures("triton_cache")
 GRAINS = {"group": 128, "channel": 4096, "tensor": 1024}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("float8", [False, True])
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize(
+    ("grain", "float8", "capability"),
+    [*product(GRAINS, (False, True), (80, 90)), ("group", False, 89), ("group", True, 100)],
+    ids=str,
+)
 def test_compile_without_spills_and_read_16_bytes_at_a_time(grain, float8, capability, tmp_path):
     dtype = POINTER[torch.bfloat16]
     block_l, block_c = blocks(GRAINS[grain])

@@ -16,12 +16,13 @@ pytestmark = pytest.mark.usefixtures("triton_cache")
 
 CASES = [(1, 128, torch.bfloat16), (1, 512, torch.float32), (1, 4096, torch.bfloat16), (1, 8192, torch.float16),
          (1, 16384, torch.bfloat16), (28, 128, torch.bfloat16), (12, 256, torch.float16)]  # fmt: skip
+OTHERS = [(1, 4096, torch.bfloat16, 89), (1, 4096, torch.bfloat16, 100)]
 LARGE = [(12, 512, torch.float16, 90), (28, 256, torch.float32, 90), (28, 512, torch.bfloat16, 90)]
 
 
 @pytest.mark.parametrize(
     ("m", "P", "dtype", "capability"),
-    [*((*case, capability) for case in CASES for capability in (80, 90)), *LARGE],
+    [*((*case, capability) for case in CASES for capability in (80, 90)), *OTHERS, *LARGE],
     ids=str,
 )
 def test_compiles_without_spills_and_with_tensor_cores(m, P, dtype, capability, tmp_path):
@@ -30,5 +31,5 @@ def test_compiles_without_spills_and_with_tensor_cores(m, P, dtype, capability, 
     found = facts(compiled(hadamard_kernel, capability, types, fixed, warps(m, P), odd=("R",)), tmp_path)
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= SHARED[89], found
-    assert found["HMMA"] or found["HGMMA"], found
+    assert found["HMMA"] or found["HGMMA"] or found["UTCHMMA"], found
     assert found["wide"] >= 2, found

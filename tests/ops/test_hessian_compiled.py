@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
-from lightning_compress.ops.hessian.kernel import constants, hessian_kernel, rule
+from lightning_compress.ops.hessian.kernel import constants, hessian_kernel
+from lightning_compress.ops.hessian.launch import rule
 from tests.ops.compilation import POINTER, SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")

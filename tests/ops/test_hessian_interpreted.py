@@ -13,7 +13,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from lightning_compress.ops.hessian import kernel, mirror_
-from lightning_compress.ops.hessian.kernel import Launch, accumulate_, rule, tiles
+from lightning_compress.ops.hessian.kernel import accumulate_
+from lightning_compress.ops.hessian.launch import Launch, rule, tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -15,7 +15,7 @@ from tests.ops.compilation import POINTER, compiled, facts
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_compiles_without_spills_or_shared_memory(dtype, capability, tmp_path):
     types = {"score_ptr": POINTER[dtype], "out_ptr": "*u8"}

@@ -39,7 +39,7 @@ def straight_through(
         float8: Round to FP8 (e4m3) in place of integers.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: Dtypes, devices or shapes do not fit.
     """
     _check(W_RC, scale, zero)
     return _StraightThrough.apply(W_RC, scale, zero, low, high, float8)
@@ -258,7 +258,7 @@ def _scaled(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, T
     wide = torch.promote_types(W_RC.dtype, torch.float32)
     G = scale.shape[-1]
     s_RG1 = scale.to(wide).view(-1, G, 1)
-    v_RGg = W_RC.to(wide).reshape(len(W_RC), G, -1) / s_RG1
+    v_RGg = W_RC.to(wide).reshape(W_RC.shape[0], G, -1) / s_RG1        # len() would fix the rows of an exported graph
     if zero is None:
         return v_RGg, s_RG1, None
     z_RG1 = zero.to(wide).view(-1, G, 1)
@@ -270,9 +270,13 @@ def _round(v: Tensor, float8: bool) -> Tensor:
 
 
 def _check(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-    fits = W_RC.ndim == 2 and (
-        scale.shape == (1,) or (scale.ndim == 2 and len(scale) == len(W_RC) and W_RC.shape[1] % scale.shape[1] == 0)
-    )
+    if not W_RC.is_floating_point() or not scale.is_floating_point():
+        raise ValueError(f"expected a floating W and scale, got {W_RC.dtype} and {scale.dtype}; convert them")
+    devices = {str(t.device) for t in (W_RC, scale, zero) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"W, scale and zero point are on {', '.join(sorted(devices))}; put them on one device")
+    by_row = W_RC.ndim == scale.ndim == 2 and scale.shape[0] == W_RC.shape[0] and W_RC.shape[1] % scale.shape[1] == 0
+    fits = by_row or (W_RC.ndim == 2 and scale.shape == (1,))
     if not fits or (zero is not None and zero.shape != scale.shape):
         came = "" if zero is None else f" and zero point {tuple(zero.shape)}"
         raise ValueError(

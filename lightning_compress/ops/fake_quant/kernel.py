@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["blocks", "gradient_kernel", "gradients", "value", "value_kernel"]
+__all__ = ["blocks", "clamp", "gradient_kernel", "gradients", "round_code", "value", "value_kernel"]
 
 WARPS = 4
 FLAT = 1024             # columns of a line where one scale is all there is
@@ -99,7 +99,7 @@ def value_kernel(
         at_LC, inside_LC = _piece(line_L, c, total, L, g, BLOCK_C)
         w_LC = tl.load(w_ptr + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
         v_LC = tl.div_rn(w_LC, tl.broadcast_to(s_L[:, None], w_LC.shape)) + z_L[:, None]
-        q_LC = _round(_clamp(v_LC, low, high), FLOAT8)
+        q_LC = round_code(clamp(v_LC, low, high), FLOAT8)
         tl.store(out_ptr + at_LC, ((q_LC - z_L[:, None]) * s_L[:, None]).to(out_ptr.dtype.element_ty), mask=inside_LC)
 
 
@@ -125,8 +125,8 @@ def gradient_kernel(
             of_w_LC = gradient_LC * on_grid_LC.to(tl.float32)
             tl.store(of_w_ptr + at_LC, of_w_LC.to(of_w_ptr.dtype.element_ty), mask=inside_LC)
         if OF_SCALE:
-            c_LC = _clamp(v_LC, low, high)
-            slope_LC = tl.where(on_grid_LC, _round(c_LC, FLOAT8) - v_LC, c_LC - z_L[:, None])
+            c_LC = clamp(v_LC, low, high)
+            slope_LC = tl.where(on_grid_LC, round_code(c_LC, FLOAT8) - v_LC, c_LC - z_L[:, None])
             sums_LC += slope_LC * gradient_LC
     if OF_SCALE:
         tl.store(of_lines_ptr + line_L, tl.sum(sums_LC, 1), mask=line_L < L)
@@ -153,13 +153,13 @@ def _piece(line_L, c, total, L, g, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _clamp(v, low, high):
+def clamp(v, low, high):
     """NaN stays NaN."""
     return tl.minimum(tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _round(v, FLOAT8: tl.constexpr):
+def round_code(v, FLOAT8: tl.constexpr):
     """To the nearest value of the grid, ties to even; |v| < 2^22."""
     if FLOAT8:
         power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)     # 2^e

@@ -13,65 +13,33 @@ results repeat. A launch takes 16384 tokens at most, since tensor cores truncate
 Shapes: N tokens, C columns; tiles of BLOCK_I rows and BLOCK_J columns of H; runs under Triton 3.6 to 3.9.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Launch", "accumulate_", "constants", "hessian_kernel", "rule"]
+from lightning_compress.ops.hessian.launch import Launch, choose, tiles
+
+__all__ = ["accumulate_", "constants", "hessian_kernel"]
 
 TOKENS = 16384          # of a launch: at C = 14336, 0.8 GB of H are read and written in a twentieth of its time
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tile of block_i rows and block_j columns of H, block_n tokens at a time."""
-
-    block_i: int
-    block_j: int
-    block_n: int
-    split: int
-    warps: int
-    stages: int
-    descriptors: bool
-
-
-def rule(N: int, C: int, processors: int, descriptors: bool) -> Launch:
-    """Wide tiles where they fill the processors, tokens split where even small ones do not; not measured yet."""
-    descriptors = descriptors and tiles(C, 128, 256) >= processors
-    block_j = 256 if descriptors else 128
-    split = 1
-    while tiles(C, 128, block_j) * split < processors and 2 * split * 512 <= N:       # each part keeps 512 tokens
-        split *= 2
-    return Launch(128, block_j, 64, split, warps=8, stages=4 if descriptors else 3, descriptors=descriptors)
-
-
-def tiles(C: int, block_i: int, block_j: int) -> int:
-    """Programs that cover the triangle; the last few of them may lie below H and do nothing."""
-    ratio = block_j // block_i
-    pairs = triton.cdiv(triton.cdiv(C, block_i), ratio)
-    return ratio * pairs * (pairs + 1) // 2
 
 
 def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch | None = None) -> Tensor:
     """Add X^T X to the lower triangle of H float32, in place; X bf16 or fp16 of any stride."""
     for X in X_NC.split(TOKENS):
         if len(X):
-            _accumulate_(H_CC, X, launch or _choose(H_CC, X))
+            _accumulate_(H_CC, X, launch or choose(len(X), len(H_CC), X.dtype, X.device, _aligned(H_CC, X)))
     return H_CC
 
 
-def _choose(H_CC: Tensor, X_NC: Tensor) -> Launch:
-    aligned = (
+def _aligned(H_CC: Tensor, X_NC: Tensor) -> bool:
+    """Whether tensor descriptors may be made of both."""
+    return (
         X_NC.stride(1) == 1 and X_NC.stride(0) % 8 == 0 and X_NC.data_ptr() % 16 == 0
         and H_CC.stride(0) % 4 == 0 and H_CC.data_ptr() % 16 == 0
     )  # fmt: skip
-    properties = torch.cuda.get_device_properties(X_NC.device)
-    N, C = X_NC.shape
-    return rule(N, C, properties.multi_processor_count, aligned and properties.major >= 9)
 
 
 def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch) -> None:

@@ -32,7 +32,7 @@ def gemm(
     if M == 0:
         return x_MK.new_empty(0, N)
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
-    launch = launch or choose(M, N, K, x_MK.dtype, x_MK.device)
+    launch = launch or choose(M, N, K, x_MK.dtype, x_MK.device, K // G)
     split = launch.split
     out = torch.empty((split, M, N), dtype=x_MK.dtype if split == 1 else torch.float32, device=x_MK.device)
     blocks = triton.cdiv(K, 128)

@@ -1,18 +1,18 @@
-"""How the kernel is launched: tile, warps, stages and split of k; from the table of a GPU, else by a rule.
+"""How the kernel is launched: tile, warps, stages, split of k; from the table of a GPU (launch.json), else by a rule.
 
-launch.json holds what was measured: {GPU name: [{"M": at most so many tokens, "N": .., "K": .., fields of Launch}]},
-smallest M first. It is empty until a GPU has been measured.
+Shapes: M tokens, N output features, K input features, groups of ``group`` columns (K: one scale per row).
 """
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
-__all__ = ["Launch", "choose", "rule"]
+from lightning_compress.ops.launches import LaunchTable
+
+__all__ = ["TABLE", "Launch", "candidates", "choose", "rule", "shape"]
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,21 @@ class Launch:
     scale_sums: bool
 
 
-def choose(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> Launch:
+TABLE = LaunchTable(Path(__file__).with_suffix(".json"), Launch, exact=("N", "K", "group", "dtype"), at_most="M")
+
+
+def choose(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, group: int = 128) -> Launch:
     """The launch for this shape on this device."""
     if device.type != "cuda":
         return rule(M, N, K, dtype, processors=1)
     properties = torch.cuda.get_device_properties(device)
-    for entry in _table().get(properties.name, []):
-        if (entry["N"], entry["K"]) == (N, K) and entry["M"] >= M and dtype != torch.float32:
-            return Launch(**{key: value for key, value in entry.items() if key not in ("M", "N", "K")})
-    return rule(M, N, K, dtype, processors=properties.multi_processor_count)
+    measured = TABLE.find(properties.name, shape(M, N, K, dtype, group))
+    return measured or rule(M, N, K, dtype, processors=properties.multi_processor_count)
+
+
+def shape(M: int, N: int, K: int, dtype: torch.dtype, group: int) -> dict[str, int | str]:
+    """As the table names it."""
+    return {"M": M, "N": N, "K": K, "group": group, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def rule(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Launch:
@@ -52,7 +58,17 @@ def rule(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Launch:
     return Launch(block_m, block_n, split, warps=4 if few else 8, stages=3, scale_sums=scale_sums)
 
 
-@cache
-def _table() -> dict[str, list[dict[str, Any]]]:
-    table: dict[str, list[dict[str, Any]]] = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
-    return table
+def candidates(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Iterator[Launch]:
+    """What a tuner tries, the rule's launch first: tiles about as high as M, splits up to four tiles a processor."""
+    yield rule(M, N, K, dtype, processors)
+    whole = min(max(16, 1 << (M - 1).bit_length()), 128)
+    blocks = -(-K // 128)
+    splits = [1 << i for i in range(blocks.bit_length()) if blocks >= 4 << i]
+    for block_m, block_n, warps, stages, scale_sums in product(
+        sorted({whole, max(16, whole // 2)}), (64, 128), (4, 8), (2, 3, 4, 5), (True, False)
+    ):
+        tiles = -(-M // block_m) * -(-N // block_n)
+        for split in splits or [1]:
+            launch = Launch(block_m, block_n, split, warps, stages, scale_sums)
+            if (split == 1 or tiles * split <= 4 * processors) and launch != rule(M, N, K, dtype, processors):
+                yield launch

@@ -1,0 +1,126 @@
+"""Integer codes of 1 to 8 bits packed densely into 32-bit words, as compressed-tensors stores them; and back, exactly.
+
+On CUDA a Triton kernel reads and writes once; elsewhere lanes of 64 bits do (lanes.py). README beside this file.
+
+Shapes: C codes along the dimension that is packed, P = ceil(C bits / 32) words.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.pack.lanes import pack_rows, unpack_rows
+
+__all__ = ["pack", "unpack"]
+
+
+def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
+    """Words int32, contiguous, in the shape of ``codes`` but for P in place of C.
+
+    Args:
+        codes: int8, from -2^(bits - 1) to 2^(bits - 1) - 1; of others the low ``bits`` bits count.
+        bits: 1 to 8. 32 codes fill ``bits`` words, the first in the lowest bits; codes of 3, 5, 6 and 7 bits may lie in
+            two words.
+        dim: Along which codes are packed. Missing codes of a last word are zeros.
+
+    Raises:
+        ValueError: Another dtype, number of bits or dimension.
+    """
+    _check(codes, torch.int8, bits, dim)
+    rows = codes.movedim(dim, -1)
+    return _packed(rows, bits).movedim(-1, dim).contiguous()
+
+
+def unpack(words: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
+    """Codes int8, contiguous, in the shape of ``words`` but for C = ``size`` in place of P.
+
+    Args:
+        words: int32, from :func:`pack`.
+        bits: As they were packed with.
+        size: C.
+        dim: Along which codes were packed.
+
+    Raises:
+        ValueError: Another dtype, number of bits or dimension, or so many codes do not fill the words.
+    """
+    _check(words, torch.int32, bits, dim)
+    P = words.shape[dim]
+    if size < 0 or -(-size * bits // 32) != P:
+        raise ValueError(
+            f"{size} codes of {bits} bits take {-(-size * bits // 32)} words, got {P} along dimension {dim}: "
+            f"{tuple(words.shape)}; pass the size and the bits that were packed"
+        )
+    rows = words.movedim(dim, -1)
+    return _unpacked(rows, bits, size).movedim(-1, dim).contiguous()
+
+
+def _check(t: Tensor, dtype: torch.dtype, bits: int, dim: int) -> None:
+    if t.dtype != dtype:
+        raise ValueError(f"expected {dtype}, got {t.dtype}; codes are int8, words are int32")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"expected 1 to 8 bits, got {bits}")
+    if not -t.ndim <= dim < t.ndim:
+        raise ValueError(f"dimension {dim} is none of a tensor of shape {tuple(t.shape)}; pass one that it has")
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    if torch.compiler.is_compiling() or (codes.is_cuda and not calls_kernel(codes)):
+        result: Tensor = _pack_op(codes, bits)
+        return result
+    return _pack(codes, bits)
+
+
+def _unpacked(words: Tensor, bits: int, size: int) -> Tensor:
+    if torch.compiler.is_compiling() or (words.is_cuda and not calls_kernel(words)):
+        result: Tensor = _unpack_op(words, bits, size)
+        return result
+    return _unpack(words, bits, size)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    C = codes.shape[-1]
+    shape = (*codes.shape[:-1], -(-C * bits // 32))
+    if not codes.numel():
+        return codes.new_zeros(shape, dtype=torch.int32)
+    codes_RC = codes.reshape(-1, C)
+    if codes.is_cuda and _kernel_runs(codes.device):
+        from lightning_compress.ops.pack import kernel
+
+        return kernel.pack(codes_RC, bits).view(shape)
+    return pack_rows(codes_RC, bits).view(shape)
+
+
+def _unpack(words: Tensor, bits: int, size: int) -> Tensor:
+    shape = (*words.shape[:-1], size)
+    if not words.numel():
+        return words.new_zeros(shape, dtype=torch.int8)
+    words_RP = words.reshape(-1, words.shape[-1])
+    if words.is_cuda and _kernel_runs(words.device):
+        from lightning_compress.ops.pack import kernel
+
+        return kernel.unpack(words_RP, bits, size).view(shape)
+    return unpack_rows(words_RP, bits, size).view(shape)
+
+
+def _kernel_runs(device: torch.device) -> bool:
+    return kernel_runs(device, "codes are packed and unpacked by a dozen kernels of torch")
+
+
+@torch.library.custom_op("lightning_compress::pack", mutates_args=())
+def _pack_op(codes: Tensor, bits: int) -> Tensor:
+    return _pack(codes, bits)
+
+
+@_pack_op.register_fake
+def _(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], (codes.shape[-1] * bits + 31) // 32), dtype=torch.int32)
+
+
+@torch.library.custom_op("lightning_compress::unpack", mutates_args=())
+def _unpack_op(words: Tensor, bits: int, size: int) -> Tensor:
+    return _unpack(words, bits, size)
+
+
+@_unpack_op.register_fake
+def _(words: Tensor, bits: int, size: int) -> Tensor:
+    return words.new_empty((*words.shape[:-1], size), dtype=torch.int8)

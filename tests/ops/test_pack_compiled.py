@@ -1,0 +1,32 @@
+"""The kernels compiled for GPUs that are not there. Needs the extra ``kernels`` (make test-kernels)."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
+
+from lightning_compress.ops.pack.kernel import WARPS, launch, pack_kernel, unpack_kernel
+from tests.ops.compilation import SHARED, compiled, facts
+
+pytestmark = pytest.mark.usefixtures("triton_cache")
+
+CASES = [(4, 4096, 80), (4, 4096, 90), (8, 4096, 89), (2, 4096, 100), (7, 4096, 90), (3, 4095, 90)]
+
+
+@pytest.mark.parametrize(("bits", "C", "capability"), CASES, ids=str)
+def test_compile_without_spills_and_move_16_bytes_at_a_time(bits, C, capability, tmp_path):
+    P = -(-C * bits // 32)
+    _, fixed, _ = launch(4096, C, P, bits)
+    odd = ("G",) if C % 32 == 0 else ("G", "C", "P")
+    for kernel in (pack_kernel, unpack_kernel):
+        found = facts(compiled(kernel, capability, {"codes_ptr": "*i8", "words_ptr": "*i32"}, fixed, WARPS, odd=odd),
+                      tmp_path)  # fmt: skip
+        assert (found["spills"], found["stack"]) == (0, 0), found
+        assert found["shared"] <= min(4096, SHARED[capability]), found     # quads change places within a group
+        if C % 32 == 0:
+            assert found["wide"] >= 2, found
+            assert found["registers"] <= 40, found                         # 1536 threads to a processor
+            assert found["instructions"] <= (310 if bits == 4 else 400), found
