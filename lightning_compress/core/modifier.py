@@ -147,6 +147,11 @@ class Modifier(ModifierInterface, BaseModel):
         return False
 
     @property
+    def needs_replay(self) -> bool:
+        """True when it must see whole blocks at work again (``State.replay``), so that no walk goes in one pass."""
+        return False
+
+    @property
     def compares(self) -> bool:
         """True when it must know what each block gave in the dense model (``State.dense``; one more forward pass)."""
         return False
