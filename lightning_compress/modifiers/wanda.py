@@ -80,7 +80,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
         regional_rounds: K, how often a block is pruned and then trained on its output (Wanda++ takes 5); 0: never.
             The result is never worse than without, on the calibration data, and the sparsity is as exact.
         regional_steps: M, steps of RMSprop in each round, one on each calibration batch.
-        regional_rate: lr of RMSprop.
+        regional_rate: lr of RMSprop; Wanda++ takes 3e-7 for models of 7B.
         regional_seed: Of the order of batches.
 
     Raises:
@@ -95,7 +95,8 @@ class WandaPruningModifier(PruningArguments, Modifier):
     regional_gradient: float = Field(default=0.0, ge=0)
     regional_rounds: int = Field(default=0, ge=0)
     regional_steps: int = Field(default=32, ge=1)
-    regional_rate: float = Field(default=3e-7, gt=0)
+    # the paper's 3e-7 is for 160 steps of a 7B model; SmolLM2, 2:4, 16 steps of 3e-5: KL 1.94 by Wanda, 1.59 refined
+    regional_rate: float = Field(default=3e-5, gt=0)
     regional_seed: int = 0
 
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
