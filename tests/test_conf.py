@@ -62,6 +62,15 @@ def test_a_file_of_compress_begins_with_its_package_and_says_what_it_does(path: 
         assert any(f"+compress={path.stem}" in line for line in comments)
 
 
+@pytest.mark.parametrize(
+    "stack", ["smoothquant,gptq_w8a8", "rotate,gptq_w4a4", "awq,gptq_w4", "sparsegpt_2of4,gptq_w4"]
+)
+def test_a_stack_is_named_with_when_to_take_it(stack: str) -> None:
+    first = (CONF / "compress" / f"{stack.partition(',')[0]}.yaml").read_text()
+    assert f"'+compress=[{stack}]'" in first
+    assert "Take it" in first or "take it" in first or "When:" in first
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_puts_one_callback_among_the_callbacks(app_config: Any, name: str) -> None:
     cfg = app_config(f"+compress={name}")

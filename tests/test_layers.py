@@ -31,9 +31,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "smoothing": ({"core", "matching", "distributed", "quant.matrix", "quant.record"}, {"pydantic"}),
     "structure": (set(), {"torch_pruning"}),
     "autoround": ({"gptq", "maths", "ops", "quant", "smoothing.parent"}, {"compressed_tensors"}),
+    "regional": ({"autoround"}, set()),
     "modifiers": (
-        {"core", "maths", "quant", "ops", "matching", "distributed", "autoround", "gptq", "rotation", "smoothing",
-         "structure", "teacher", "experts"},
+        {"core", "maths", "quant", "ops", "matching", "distributed", "autoround", "gptq", "regional", "rotation",
+         "smoothing", "structure", "teacher", "experts"},
         {"compressed_tensors", "pydantic", "safetensors"},
     ),
     "export": (

@@ -74,27 +74,49 @@ class LearnedBlock:
             self._sizes[batch] = _Size(float(target.square().sum()), target.numel(), len(output))
         return (counted(output, mask).float() - target).square().sum()
 
+    def norms(self, batch: int) -> list[Tensor]:
+        """||B(X)||_2 of what the block gives now, over tokens that count: float32 [], one for each sample."""
+        output, mask = first_tensor(self.replay(batch)), self.mask()
+        if mask is not None:
+            mask = mask.to(output.device)
+            if output.shape[: mask.ndim] != mask.shape and output.ndim and len(output) == mask.numel():
+                output = output.unflatten(0, mask.shape)
+            if output.shape[: mask.ndim] == mask.shape:
+                return [torch.linalg.vector_norm(x[m].float()) for x, m in zip(output, mask, strict=True)]
+        return [torch.linalg.vector_norm(x.float()) for x in output]
+
     def place(self, weights: Mapping[str, OnGrid]) -> None:
         """Write weights into the block."""
-        for name, weight in weights.items():
-            write_matrix(self.modules[name], weight.value())
+        self.write({name: weight.value() for name, weight in weights.items()})
+
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """As :meth:`place`, [R, C] each, in any dtype."""
+        for name, W_RC in weights.items():
+            write_matrix(self.modules[name], W_RC)
 
     def gradients(self, error: Tensor) -> dict[str, Tensor]:
         """Of an error for the weights, [R, C] float32; modules that took no part are left out.
 
+        They are in units of the mean square of what the block shall give, so that half precision neither overflows nor
+        underflows.
+
         Raises:
             ValueError: The block's output has no gradient.
         """
-        if not error.requires_grad:
+        unit = sum(size.numbers for size in self._sizes.values()) / max(self.power, torch.finfo().tiny)
+        return self.gradients_of(error, unit)
+
+    def gradients_of(self, value: Tensor, unit: float = 1.0, again: bool = False) -> dict[str, Tensor]:
+        """``unit`` times the gradient of a scalar for the weights, as :meth:`gradients`; ``again``: of more to come."""
+        if not value.requires_grad:
             raise ValueError(
                 f"no gradient of the block's output reaches {', '.join(map(repr, self.modules))}: is there a "
-                f"torch.no_grad() or .detach() in its forward? Add them to ignore, or take GPTQModifier"
+                f"torch.no_grad() or .detach() in its forward? Add them to ignore, or take one that learns nothing"
             )
-        # in units of the mean square, so that half precision neither overflows nor underflows
-        unit = sum(size.numbers for size in self._sizes.values()) / max(self.power, torch.finfo().tiny)
         holders = {name: parameter_of(module) for name, module in self.modules.items()}
         parameters = list(dict.fromkeys(holders.values()))     # experts may share one
-        found = torch.autograd.grad(error, parameters, torch.full_like(error, unit), allow_unused=True)
+        weight = torch.full_like(value, unit)
+        found = torch.autograd.grad(value, parameters, weight, retain_graph=again, allow_unused=True)
         of = dict(zip(parameters, found, strict=True))
         pairs = [(name, of[holder]) for name, holder in holders.items()]
         return {name: as_matrix(self.modules[name], like=G).float() for name, G in pairs if G is not None}

@@ -236,7 +236,8 @@ def one_pass_obstacle(
     """
     last = [m for m in stages_of(modifiers)[-1] if m.needs_calibration]
     for modifier in last:
-        if not modifier.one_pass or type(modifier).on_module_ready is Modifier.on_module_ready:
+        single = modifier.one_pass and not modifier.needs_replay
+        if not single or type(modifier).on_module_ready is Modifier.on_module_ready:
             return f"{modifier.name} finishes whole blocks, not single modules"
     hooked = {m for modifier in last for m in modifier.hooked}
     for module, name in targets.items():

@@ -129,12 +129,26 @@ class Modifier(ModifierInterface, BaseModel):
                 f"update={self.update} is larger than the window from {self.start} to {self.end} (unit: {self.unit}), "
                 f"so that nothing would change inside of it; give at most {self.end - self.start:g}"
             )
+        given = {n: getattr(self, n) for n in ("start", "end", "update") if getattr(self, n) is not None}
+        if given and not self.acts_in_window:
+            named = ", ".join(f"{name}={value:g}" for name, value in given.items())
+            raise ValueError(
+                f"{named} would do nothing: {self.name} works on calibration data, once training is over, on the "
+                f"weights that it ends with; leave it out"
+            )
         return self
 
     @property
     def name(self) -> str:
         """The name for messages and checkpoints: the class, and its group when it has one."""
         return f"{type(self).__name__}[{self.group}]" if self.group else type(self).__name__
+
+    @property
+    def acts_in_window(self) -> bool:
+        """True when ``start``, ``end`` and ``update`` mean something to it: it has a handler for them."""
+        handlers = ("on_start", "on_update", "on_end", "on_event", "hands_over")
+        own = any(getattr(type(self), name) is not getattr(Modifier, name) for name in handlers)
+        return own or not self.needs_calibration
 
     @property
     def needs_data(self) -> bool:
@@ -144,6 +158,11 @@ class Modifier(ModifierInterface, BaseModel):
     @property
     def surveys(self) -> bool:
         """True when it must see all inputs of the dense model before anything is compressed (one more forward pass)."""
+        return False
+
+    @property
+    def needs_replay(self) -> bool:
+        """True when it must see whole blocks at work again (``State.replay``), so that no walk goes in one pass."""
         return False
 
     @property

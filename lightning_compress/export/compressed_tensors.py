@@ -251,8 +251,8 @@ def _write(
     packed = {name: pair for name, pair in records.items() if name not in dense}
     state = _state_on_disk(model, packed)
     for name, cache in caches.items():
-        scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-        state |= {f"{name}.{local}": scale.detach().cpu() for local, scale in scales.items() if scale is not None}
+        for local in QuantizedCache.tensor_names(cache.args):
+            state[f"{name}.{local}"] = getattr(cache, local).detach().cpu()
     if is_transformers := hugging_face.is_transformers(model):
         hugging_face.write(model, state, folder, max_shard_bytes)
         on_disk = hugging_face.names_on_disk(model, list(records))
@@ -271,6 +271,8 @@ def _write(
         if is_transformers:
             hugging_face.add_names_on_disk(model, config)
         ModelCompressor(quantization_config=config).update_config(str(folder))
+        if is_transformers and caches:
+            hugging_face.add_heads(model, folder)
         if is_transformers:
             dtype = hugging_face.mend_layout(model, config, packed, folder)
     if is_transformers:
@@ -419,7 +421,7 @@ def _read_caches(layout: nn.Module, scheme: Mapping[str, Any] | None, files: Ten
     if scheme is None:
         return {}
     args = QuantizationArgs.model_validate(scheme)
-    names = () if args.dynamic else ("k_scale", "v_scale")
+    names = QuantizedCache.tensor_names(args)
     return {name: QuantizedCache(args, **files.take(name, names)) for name in attention_modules(layout)}
 
 

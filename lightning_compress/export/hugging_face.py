@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "add_heads",
     "add_names_on_disk",
     "build",
     "is_transformers",
@@ -113,6 +114,16 @@ def add_names_on_disk(model: "PreTrainedModel", config: QuantizationConfig) -> N
     """Ignored modules under both their names: transformers matches the model's own, vLLM those on disk."""
     on_disk = names_on_disk(model, config.ignore)
     config.ignore = list(dict.fromkeys([*config.ignore, *(on_disk[name] for name in config.ignore)]))
+
+
+def add_heads(model: "PreTrainedModel", folder: Path) -> None:
+    """Say how many heads keys have, where only that of queries stands in config.json: loaders of a KV cache ask for it.
+
+    Models without the one number, such as OPT, have as many of both; they do not read what is written.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if text is model.config and not hasattr(text, "num_key_value_heads"):
+        _change(folder / "config.json", num_key_value_heads=text.num_attention_heads)
 
 
 def mend_layout(

@@ -1,10 +1,11 @@
 """Quantize the KV cache: keys and values of attention to FP8, INT8 or INT4.
 
-    K <- Q(K; s_k),  V <- Q(V; s_v)          keys after the rotary embedding, as they enter the cache
+    K <- Q(K; s_k, z_k),  V <- Q(V; s_v, z_v)        keys after the rotary embedding, as they enter the cache
 
 Memory and bandwidth of long contexts are those of the cache. One scale per tensor (what vLLM has a kernel for), one for
 each head, or one for each token and head, found as it runs (KIVI, Liu et al., 2024, arXiv:2402.02750, shows why keys
-want finer scales than one per tensor: a few channels are large).
+want finer scales than one per tensor: a few channels are large). Zero points (z) are there where the grid of integers
+is asymmetric, for keys and values that do not lie around zero.
 
 Shapes: B batch, H heads of keys and values, T tokens, D numbers per head, N tokens that count.
 """
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import get_head_dim
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
@@ -41,23 +42,35 @@ class KVCacheModifier(Modifier):
         format: ``fp8`` (E4M3), ``int8`` or ``int4``.
         strategy: ``tensor`` and ``head``: calibrated scales, one for all or one for each head of keys and values.
             ``token``: one for each token and head, found as it runs; needs no data.
+        symmetric: False: integers with zero points; not for ``fp8``.
         observer: How calibrated scales are found.
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
 
     Raises:
-        ValueError: A model without attention, or one whose cache is quantized already.
+        ValueError: A model without attention, one whose cache no loader quantizes, one whose cache is quantized
+            already, FP8 with zero points.
     """
 
     needs_calibration: ClassVar[bool] = True
 
     format: Literal["fp8", "int8", "int4"] = "fp8"
     strategy: Literal["tensor", "head", "token"] = "tensor"
+    symmetric: bool = True
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
 
     _left: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, dict[str, list[Observer]]] = PrivateAttr(default_factory=dict)    # of "k" and "v", by head
     _args: QuantizationArgs = PrivateAttr(default_factory=QuantizationArgs)
+
+    @model_validator(mode="after")
+    def _grid_is_possible(self) -> "KVCacheModifier":
+        if self.format == "fp8" and not self.symmetric:
+            raise ValueError(
+                "format='fp8' with symmetric=False: floating-point codes have no zero point in any loader; take "
+                "format='int8', or symmetric=True"
+            )
+        return self
 
     @property
     def needs_data(self) -> bool:
@@ -70,17 +83,19 @@ class KVCacheModifier(Modifier):
 
     def _find(self, model: nn.Module) -> dict[str, nn.Module]:
         """The attention modules, by name."""
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder, whose attention gets a cache of two parts, of its own "
+                f"tokens and of the encoder's; compressed-tensors 0.20 puts a cache of one part in its place, so that "
+                f"a loaded folder fails at its first call. Leave the KV cache out of the recipe and quantize the "
+                f"weights; models with a decoder alone go"
+            )
         modules = attention_modules(model) if hasattr(model, "config") else {}
         if not modules:
             raise ValueError(
                 f"this {type(model).__name__} has no attention module whose keys and values can be quantized: expected "
                 f"a model of transformers, with a cache (past_key_values) and k_proj and v_proj in a module whose "
                 f"class is called attention; leave the KV cache out of the recipe"
-            )
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(model).__name__} keeps two caches, of its own tokens and of the encoder's, for which there is "
-                f"no format; leave the KV cache out of the recipe"
             )
         if done := [name for name, module in modules.items() if cache_of(module) is not None]:
             raise ValueError(f"the KV cache of {done[0]!r} is quantized already; start from the dense model")
@@ -103,10 +118,11 @@ class KVCacheModifier(Modifier):
                 self.hook(child, _nothing)
 
     def _grid(self, model: Any) -> QuantizationArgs:
+        form = {**FORMATS[self.format], "symmetric": self.symmetric}
         if self.strategy == "token":            # "token" would be one scale for all tokens of a head to the loader
             size = get_head_dim(model.config.get_text_config(decoder=True))
-            return QuantizationArgs(**FORMATS[self.format], strategy="group", group_size=size, dynamic=True)
-        return QuantizationArgs(**FORMATS[self.format], strategy=STRATEGIES[self.strategy])
+            return QuantizationArgs(**form, strategy="group", group_size=size, dynamic=True)
+        return QuantizationArgs(**form, strategy=STRATEGIES[self.strategy])
 
     def _watch(self, name: str, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         def look(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,20 +167,26 @@ class KVCacheModifier(Modifier):
                 record = QuantizedCache(self._args)
             elif observers["k"]:
                 dtype = next(self._left[name].parameters()).dtype
-                record = QuantizedCache(self._args, *(self._scale(state, observers[kind], dtype) for kind in "kv"))
+                (k, k_zero), (v, v_zero) = (self._scale(state, observers[kind], dtype) for kind in "kv")
+                record = QuantizedCache(self._args, k, v, k_zero, v_zero)
             else:
                 continue
             module = self._left.pop(name)
             self.remove_hooks(module, *module.children())
             attach_cache(module, record)
-            state.ledger.add(name, "kv_cache", scheme=f"KV {self.format.upper()} {self.strategy}")
+            grid = f"{self.format.upper()} {self.strategy}"
+            state.ledger.add(name, "kv_cache", scheme=f"KV {grid}" if self.symmetric else f"KV {grid} asymmetric")
 
-    def _scale(self, state: State, observers: list[Observer], dtype: torch.dtype) -> Tensor:
+    def _scale(
+        self, state: State, observers: list[Observer], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None: symmetric), [1] or [H, 1, 1]."""
         if state.distributed:
             for observer in observers:
                 all_reduce_(observer)
-        scale = torch.cat([observer.value(dtype)[0] for observer in observers])
-        return scale[:, None, None] if self.strategy == "head" else scale
+        scales, zeros = zip(*(observer.value(dtype) for observer in observers), strict=True)
+        shape = (-1, 1, 1) if self.strategy == "head" else (-1,)
+        return torch.cat(scales).view(shape), None if self.symmetric else torch.cat(zeros).view(shape)
 
 
 def _nothing(module: nn.Module, args: Any) -> None:

@@ -38,14 +38,26 @@ class QuantizedCache:
     """How keys and values of one attention module are quantized.
 
     Args:
-        args: The grid; symmetric.
+        args: The grid.
         k_scale: [1], or [H, 1, 1] per head; None where scales are found as it runs.
         v_scale: As k_scale.
+        k_zero_point: As k_scale, int8; None on a symmetric grid too.
+        v_zero_point: As k_zero_point.
     """
 
     args: QuantizationArgs
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    k_zero_point: Tensor | None = None
+    v_zero_point: Tensor | None = None
+
+    @staticmethod
+    def tensor_names(args: QuantizationArgs) -> tuple[str, ...]:
+        """What there is beside the grid, by its names here and in checkpoints."""
+        if args.dynamic:
+            return ()
+        scales, zeros = ("k_scale", "v_scale"), ("k_zero_point", "v_zero_point")
+        return scales if args.symmetric else scales + zeros
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -115,8 +127,8 @@ def _quantize_cache(
 
     def change(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return (
-            fake_quantize_input(module, key, record.args, record.k_scale, None),
-            fake_quantize_input(module, value, record.args, record.v_scale, None),
+            fake_quantize_input(module, key, record.args, record.k_scale, record.k_zero_point),
+            fake_quantize_input(module, value, record.args, record.v_scale, record.v_zero_point),
         )
 
     return args, with_stand_in(module, kwargs, change)

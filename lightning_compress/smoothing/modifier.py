@@ -84,6 +84,10 @@ class SmoothingModifier(MappingArguments, Modifier):
     _checked: bool = PrivateAttr(default=False)                     # what trains beside it leaves weights plain
 
     @property
+    def acts_in_window(self) -> bool:
+        return False
+
+    @property
     def needs_data(self) -> bool:
         return True
 

@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
-from lightning_compress.gptq.held_out import DAMPENINGS, choose
+from lightning_compress.gptq.held_out import DAMPENINGS, Choice, choose
 from lightning_compress.gptq.refinement import weighted_error
 from lightning_compress.gptq.solver import Solver, damped, error_on
 from lightning_compress.maths.factor import factorize_each
@@ -37,6 +37,20 @@ def test_the_choice_is_the_best_of_all_on_the_other_half():
     plain = choose(solver, [W], [None], [keep], A, B, DAMPENINGS, True, False)
     assert plain is not None
     assert (plain.refine, errors[plain.dampening, False]) == (False, min(errors[d, False] for d in DAMPENINGS))
+
+
+def test_refinement_that_does_worse_on_held_out_inputs_is_not_taken():
+    """H of a few tokens with next to no damping is fitted, noise and all: other inputs lose more by it."""
+    W, keep = torch.randn(32, C, generator=torch.Generator().manual_seed(0)), torch.ones(32, C, dtype=torch.bool)
+    A, B, solver = moment(16, 1), torch.eye(C)[None], Solver(W3, "hessian")
+    factors, _ = factorize_each(A, 0.01, True, retry=False)
+    solved = solver([W], factors, [None], [keep])
+    refined = solver.refined(solved, damped(A, factors), torch.float32)
+    errors = [float(weighted_error(W, found.Q_RC, B[0]).sum()) for found in (solved, refined)]
+    assert errors[1] > errors[0]
+    assert choose(solver, [W], [None], [keep], A, B, (0.01,), True, True) == Choice(0.01, False)
+    other = choose(solver, [W], [None], [keep], A, A, (0.01,), True, True)
+    assert other == Choice(0.01, True)
 
 
 def test_a_half_of_which_no_h_is_positive_definite_gives_no_choice():

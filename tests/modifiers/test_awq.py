@@ -1,6 +1,8 @@
 """AWQ: formula, grid, the exact error of a layer; ratio 0 is rounding to nearest, the best ratio is better."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -212,6 +214,26 @@ def test_what_comes_behind_it_quantizes():
     assert change(model, dense, held_out) < 1.1 * change(gptq, dense, held_out)
     with pytest.raises(ValueError, match="two modifiers of the recipe quantize"):
         run(copy.deepcopy(dense), "llama", [AWQModifier(**setting), GPTQModifier(**setting)], data)
+
+
+def test_the_calls_of_one_block_are_in_memory(monkeypatch):
+    """What is kept of the parents of a block is gone when the next block is looked at."""
+    from lightning_compress.modifiers import awq
+
+    alive, seen = weakref.WeakSet(), []
+    keep_calls = awq.keep_calls
+
+    def counted(*arguments):
+        gc.collect()
+        seen.append(len(alive))
+        kept = keep_calls(*arguments)
+        alive.update(tensor for calls in kept.values() for tensor in calls.outputs)
+        assert alive
+        return kept
+
+    monkeypatch.setattr(awq, "keep_calls", counted)
+    run(build("llama"), "llama", AWQModifier(**scheme("llama"), ignore=["lm_head"], n_grid=3), batches("llama"))
+    assert seen == [0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:found no repeated blocks")

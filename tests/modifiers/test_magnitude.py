@@ -1,5 +1,6 @@
 """Magnitude and constant pruning: zeros come as scheduled and stay, whatever the optimizer does."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -11,9 +12,11 @@ from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.modifiers.constant import ConstantPruningModifier
+from lightning_compress.modifiers.gptq import GPTQModifier
 from lightning_compress.modifiers.learned_mask import LearnedMaskModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.modifiers.movement import MovementPruningModifier
+from lightning_compress.oneshot import compress
 from tests.modifiers.training_loop import network, train
 
 OPTIMIZERS = {
@@ -185,6 +188,26 @@ def test_constant_pruning_holds_zeros_and_lets_them_go_at_its_end():
         after_step=lambda step: held.append(bool((model[0].weight[zeros] == 0).all())),
     )
     assert held == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("first", ["magnitude", "constant"])
+def test_in_one_shot_a_quantizer_behind_it_keeps_the_zeros(first):
+    """No Trainer: magnitude pruning prunes, constant pruning leaves a pruned model as it is and reports its zeros."""
+    model, data = network(), [torch.randn(32, network()[0].in_features)]
+    if first == "constant":
+        with torch.no_grad():
+            for layer in (model[0], model[2]):
+                layer.weight[:, ::2] = 0
+    pruner = MagnitudePruningModifier(final_sparsity=0.5) if first == "magnitude" else ConstantPruningModifier()
+    grid = {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}}
+    dense = copy.deepcopy(model)
+    ledger = compress(model, [pruner, GPTQModifier(config_groups=grid)], data)
+    for layer, before in ((model[0], dense[0]), (model[2], dense[2])):
+        gone = before.weight == 0 if first == "constant" else before.weight.abs() <= before.weight.abs().median()
+        assert not layer.weight[gone].any()
+        assert not torch.equal(layer.weight, before.weight)
+    rows = [row for row in ledger if row.technique in ("magnitude", "constant pruning")]
+    assert [row.sparsity >= 0.5 for row in rows] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_compress import GPTQModifier, RotationModifier, SpinQuantModifier, compress
+from lightning_compress import (
+    AutoRoundModifier,
+    AWQModifier,
+    GPTQModifier,
+    KVCacheModifier,
+    QuantizationModifier,
+    REAPModifier,
+    RotationModifier,
+    SmoothQuantModifier,
+    SparseGPTModifier,
+    SpinQuantModifier,
+    WandaPruningModifier,
+    compress,
+)
 from lightning_compress.rotation.discover import discover
 from lightning_compress.rotation.learn import readers_of
 from tests.rotation_models import build, logits, plant_outliers, token_batches
@@ -86,3 +99,23 @@ def test_nothing_to_learn_from_is_an_error():
     model = build("llama")
     with pytest.raises(ValueError, match="no weight reads the residual stream through a norm; set learn=False"):
         compress(model, RotationModifier(**QUICK, ignore=["re:.*"]), token_batches(1))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda **window: RotationModifier(learn=True, **window),
+        lambda **window: SmoothQuantModifier(**window),
+        lambda **window: AWQModifier(scheme="W4A16", **window),
+        lambda **window: AutoRoundModifier(scheme="W4A16", **window),
+        lambda **window: QuantizationModifier(scheme="W4A16", **window),
+        lambda **window: KVCacheModifier(**window),
+        lambda **window: SparseGPTModifier(**window),
+        lambda **window: WandaPruningModifier(**window),
+        lambda **window: REAPModifier(**window),
+    ],
+)
+@pytest.mark.parametrize(("window", "named"), [({"start": 0}, "start=0"), ({"start": 2, "end": 5}, "start=2, end=5")])
+def test_a_window_in_training_is_refused_where_the_work_is_done_after_it(made, window, named):
+    with pytest.raises(ValueError, match=f"{named} would do nothing: .*Modifier works on calibration data, once train"):
+        made(**window)
