@@ -16,9 +16,10 @@ from torch import nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.quant.arguments import QuantizationArguments
-from lightning_compress.quant.matrix import as_matrix, inputs_as_rows, only_input, partitions
+from lightning_compress.quant.embeddings import Embeddings
+from lightning_compress.quant.matrix import as_matrix, inputs_as_rows, is_embedding, only_input, partitions
 from lightning_compress.quant.observers import InputMoment, Observer, ObserverName, is_observed, make_observer
-from lightning_compress.quant.rounding import round_module
+from lightning_compress.quant.rounding import round_embeddings, round_module
 from lightning_compress.quant.shared_scales import GlobalScales
 
 __all__ = ["QuantizationModifier"]
@@ -42,6 +43,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
 
     needs_calibration: ClassVar[bool] = True
     every_format: ClassVar[bool] = True
+    embeddings: ClassVar[Embeddings] = "shared"
     one_pass: ClassVar[bool] = True
 
     scale_search: Literal["minmax", "mse", "imatrix"] = "minmax"
@@ -72,11 +74,11 @@ class QuantizationModifier(QuantizationArguments, Modifier):
             args = scheme.input_activations
             if is_observed(args):
                 self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
-            if self.scale_search == "imatrix":
-                module = self._modules[name]
+            module = self._modules[name]
+            if self.scale_search == "imatrix" and not is_embedding(module):
                 self._moments[name] = InputMoment(partitions(module), as_matrix(module).shape[1])
             if name in self._observers or name in self._moments:
-                self.hook(self._modules[name], lambda module, inputs, name=name: self._observe(name, module, inputs))
+                self.hook(module, lambda module, inputs, name=name: self._observe(name, module, inputs))
 
     def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows = inputs_as_rows(module, only_input(name, inputs), self.token_mask)
@@ -112,6 +114,9 @@ class QuantizationModifier(QuantizationArguments, Modifier):
 
     def _round(self, state: State, modules: Mapping[str, nn.Module]) -> None:
         """Round those of ``modules`` that are left to do and whose activation scales, if static, are known."""
+        arguments = (self.scale_search, self._globals)
+        for name, facts in round_embeddings(modules, self._modules, self._schemes, *arguments):
+            state.ledger.add(name, "rtn", **facts)
         for name in [name for name in modules if name in self._schemes]:
             observer, moment = self._observers.get(name), self._moments.get(name)
             if state.distributed:

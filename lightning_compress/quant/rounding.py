@@ -1,22 +1,25 @@
 """Round one module to nearest, write it back, attach the record: what RTN does, and what GPTQ falls back to."""
 
 import time
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
+from lightning_compress.quant.embeddings import sharers
 from lightning_compress.quant.facts import weight_error, weight_facts
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.formats import global_scale_of, has_global_scale
-from lightning_compress.quant.matrix import as_matrix, write_matrix
+from lightning_compress.quant.matrix import as_matrix, is_embedding, write_matrix
 from lightning_compress.quant.observers import Observer
 from lightning_compress.quant.record import Quantized, attach, quantized_of
 from lightning_compress.quant.scales import minmax, search
 from lightning_compress.quant.schemes import check_finite
+from lightning_compress.quant.shared_scales import GlobalScales
 
-__all__ = ["check_dense", "find_scales", "input_scales", "round_module"]
+__all__ = ["check_dense", "find_scales", "input_scales", "round_embeddings", "round_module"]
 
 MSE_POWER = 2.4          # of the GPTQ code: punishes the few large errors more than p = 2
 
@@ -29,6 +32,7 @@ def round_module(
     observer: Observer | None = None,
     global_scale: Tensor | None = None,
     importance_PC: Tensor | None = None,
+    keep_latent: bool = False,
 ) -> dict[str, Any]:
     """Quantize a module's weight to nearest; returns facts for the ledger, ``error`` being that of the weight.
 
@@ -36,10 +40,12 @@ def round_module(
         name: For messages.
         module: Its weight is dense.
         scheme: The grids.
-        scale_search: ``mse``; ``imatrix`` with ``importance_PC``; anything else for ``minmax``.
+        scale_search: ``mse``; ``imatrix`` with ``importance_PC``; anything else for ``minmax``. For an embedding
+            ``imatrix`` and ``hessian`` are least squares (quant/embeddings.py).
         observer: Of static activations.
         global_scale: g of NVFP4, where it is shared with other modules; by default that of this weight alone.
         importance_PC: E[x^2] of the input columns, by partition, float32.
+        keep_latent: Keep the dense weight in the record.
     """
     start = time.perf_counter()
     check_dense(name, module)
@@ -48,18 +54,56 @@ def round_module(
         W_RC = as_matrix(module)
         if has_global_scale(scheme.weights) and global_scale is None:
             global_scale = global_scale_of(*W_RC.aminmax())
-        if scale_search == "imatrix" and importance_PC is not None:
+        if is_embedding(module) and scale_search in ("imatrix", "hessian"):
+            scale, zero_point = find_scales(W_RC, scheme.weights, "hessian", global_scale=global_scale)
+        elif scale_search == "imatrix" and importance_PC is not None:
             scale, zero_point = _weighted_scales(W_RC, scheme.weights, importance_PC.to(W_RC.device), global_scale)
         else:
             how: Literal["minmax", "mse"] = "mse" if scale_search == "mse" else "minmax"
             scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
         Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
         found = input_scales(observer, W_RC.dtype)
-        quantized = Quantized(scheme, scale, zero_point, global_scale=global_scale, **found)
+        latent = W_RC.clone() if keep_latent else None
+        quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=global_scale, **found)
         facts = {**weight_facts(W_RC, Q_RC, quantized), "error": weight_error(W_RC, Q_RC)}
         write_matrix(module, Q_RC)
         attach(module, quantized)
         return {**facts, "seconds": time.perf_counter() - start}
+
+
+def round_embeddings(
+    names: Collection[str],
+    modules: Mapping[str, nn.Module],
+    schemes: dict[str, QuantizationScheme],
+    scale_search: str,
+    global_scales: GlobalScales,
+    keep_latent: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Quantize embeddings to nearest, each table once; gives their names, and facts for the ledger.
+
+    Args:
+        names: Modules of which embeddings are rounded.
+        modules: What is quantized.
+        schemes: What is left to do; what is done is taken out.
+        scale_search: As for :func:`round_module`.
+        global_scales: Of NVFP4.
+        keep_latent: As for :func:`round_module`.
+    """
+    for name in [n for n in names if n in schemes and is_embedding(modules[n])]:
+        if name not in schemes:                                # done with another one
+            continue
+        shared, others = global_scales.of(name), sharers(name, {n: modules[n] for n in schemes})
+        facts = round_module(
+            name, modules[name], schemes.pop(name), scale_search, global_scale=shared, keep_latent=keep_latent
+        )
+        found_by = "least squares" if scale_search in ("imatrix", "hessian") else scale_search
+        yield name, {"flag": f"an embedding: rounded to nearest, scales by {found_by}", **facts}
+        record = quantized_of(modules[name])
+        assert record is not None
+        for other in others:
+            del schemes[other]
+            attach(modules[other], record)
+            yield other, {"flag": f"looks its rows up in the table of {name}"}
 
 
 def find_scales(
@@ -69,7 +113,7 @@ def find_scales(
     importance_C: Tensor | None = None,
     global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of a weight; ``hessian`` weighs errors by ``importance_C``, the diagonal of H."""
+    """Scale and zero point of a weight; ``hessian`` weighs errors by ``importance_C``, the diagonal of H (None: 1)."""
     if how == "minmax":
         return minmax(W_RC, args, global_scale)
     weighed = (None, MSE_POWER) if how == "mse" else (importance_C, 2.0)
