@@ -33,6 +33,7 @@ def round_module(
     global_scale: Tensor | None = None,
     importance_PC: Tensor | None = None,
     keep_latent: bool = False,
+    H_PGgg: Tensor | None = None,
 ) -> dict[str, Any]:
     """Quantize a module's weight to nearest; returns facts for the ledger, ``error`` being that of the weight.
 
@@ -40,12 +41,13 @@ def round_module(
         name: For messages.
         module: Its weight is dense.
         scheme: The grids.
-        scale_search: ``mse``; ``imatrix`` with ``importance_PC``; anything else for ``minmax``. For an embedding
-            ``imatrix`` and ``hessian`` are least squares (quant/embeddings.py).
+        scale_search: ``mse``; ``imatrix`` with ``importance_PC``; ``hessian`` with ``H_PGgg``; anything else for
+            ``minmax``. For an embedding ``imatrix`` and ``hessian`` are least squares (quant/embeddings.py).
         observer: Of static activations.
         global_scale: g of NVFP4, where it is shared with other modules; by default that of this weight alone.
         importance_PC: E[x^2] of the input columns, by partition, float32.
         keep_latent: Keep the dense weight in the record.
+        H_PGgg: E[x x^T] of each group of g input columns that share a scale, by partition, float32.
     """
     start = time.perf_counter()
     check_dense(name, module)
@@ -58,6 +60,8 @@ def round_module(
             scale, zero_point = find_scales(W_RC, scheme.weights, "hessian", global_scale=global_scale)
         elif scale_search == "imatrix" and importance_PC is not None:
             scale, zero_point = _weighted_scales(W_RC, scheme.weights, importance_PC.to(W_RC.device), global_scale)
+        elif scale_search == "hessian" and H_PGgg is not None:
+            scale, zero_point = _weighted_scales(W_RC, scheme.weights, H_PGgg.to(W_RC.device), global_scale)
         else:
             how: Literal["minmax", "mse"] = "mse" if scale_search == "mse" else "minmax"
             scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
@@ -121,13 +125,14 @@ def find_scales(
 
 
 def _weighted_scales(
-    W_RC: Tensor, args: QuantizationArgs, importance_PC: Tensor, global_scale: Tensor | None
+    W_RC: Tensor, args: QuantizationArgs, weighing_P: Tensor, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Each partition of a grouped convolution weighs errors by its own inputs."""
-    P = 1 if args.strategy in ("tensor", "block") else len(importance_PC)
-    importances = importance_PC if P > 1 else importance_PC.mean(0, keepdim=True)
-    pieces = zip(W_RC.chunk(P), importances, strict=True)
-    found = [find_scales(W, args, "hessian", importance_C, global_scale) for W, importance_C in pieces]
+    """Each partition of a grouped convolution weighs errors by its own inputs: by h [C], or by H [G, g, g]."""
+    P = 1 if args.strategy in ("tensor", "block") else len(weighing_P)
+    weighings = weighing_P if P > 1 else weighing_P.mean(0, keepdim=True)
+    how = "importance_C" if weighing_P.ndim == 2 else "H_Ggg"
+    pieces = zip(W_RC.chunk(P), weighings, strict=True)
+    found = [search(W, args, global_scale=global_scale, **{how: weighing}) for W, weighing in pieces]
     zeros = [zero for _, zero in found if zero is not None]
     return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
