@@ -106,8 +106,8 @@ def warn_of_left_out(
     named = ", ".join(f"{len(sizes)} {kind} ({sum(sizes):,})" for kind, sizes in kinds)
     warnings.warn(
         f"targets={targets} reaches {taken:,} of {taken + lost:,} weights and leaves the others as they are: {named}; "
-        f"add what shall be compressed too to targets (convolutions and the Conv1D of transformers can be), and what "
-        f"shall stay to ignore",
+        f"add what shall be compressed too to targets (convolutions and the Conv1D of transformers can be; Embedding, "
+        f"not counted here, where quantized), and what shall stay to ignore",
         stacklevel=3,
     )
 

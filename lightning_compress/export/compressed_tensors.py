@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from lightning_compress.experts.split import fused_experts, join, split
 from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
+from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
 from lightning_compress.export.online import attach_all, online_entries, seal, unsealed
 from lightning_compress.export.packing import check_fit, from_json, is_packable, pack, tensor_names, to_json, unpack
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
@@ -117,6 +118,12 @@ def save(
     caches = _caches(model)
     recipe_yaml = None if recipe is None else _yaml(recipe)
     reasons = _dense_on_disk(model, records)
+    if hugging_face.is_transformers(model):
+        packed = {name: pair for name, pair in records.items() if name not in reasons}
+        odd = unpackable_embeddings(packed, bool(caches))
+        reasons |= {name: reason for name, reason in odd.items() if reason is not None}
+        bytewise = odd.keys() - reasons.keys()
+        records = {n: (module, unpacked(r) if n in bytewise else r) for n, (module, r) in records.items()}
     try:
         with whole_folder(folder, overwrite=overwrite) as partial:
             _check_weights(model)

@@ -38,19 +38,21 @@ from lightning_compress.maths.factor import Factor, factorize_each
 from lightning_compress.maths.hessian import MomentPool, Shared
 from lightning_compress.maths.pruning import share_of_zeros, zeros_stay
 from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.facts import weight_facts
 from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.matrix import (
     as_matrix,
     input_layout,
     inputs_as_rows,
+    is_embedding,
     only_input,
     partitions,
     write_matrix,
 )
 from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
 from lightning_compress.quant.record import Quantized, attach
-from lightning_compress.quant.rounding import check_dense, input_scales, round_module
+from lightning_compress.quant.rounding import check_dense, input_scales, round_embeddings, round_module
 from lightning_compress.quant.schemes import no_group_order
 from lightning_compress.quant.shared_scales import GlobalScales
 
@@ -107,6 +109,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
 
     needs_calibration: ClassVar[bool] = True
     every_format: ClassVar[bool] = True
+    embeddings: ClassVar[Embeddings] = "shared"
     one_pass: ClassVar[bool] = True
 
     block_size: int = Field(default=128, ge=1)
@@ -163,6 +166,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
         self._pool = MomentPool(self.share_inputs, hold_out=self._holds_out)
         self._globals = GlobalScales(self._modules, self._schemes)
         for name, module in self._modules.items():
+            if is_embedding(module):
+                continue
             args = self._schemes[name].input_activations
             if is_observed(args):
                 self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
@@ -213,6 +218,9 @@ class GPTQModifier(QuantizationArguments, Modifier):
 
     def _solve(self, state: State, modules: Mapping[str, nn.Module]) -> None:
         """Quantize those of ``modules`` that are left and have seen data: one column loop per shared H and scheme."""
+        arguments = (self.scale_search, self._globals, self.keep_latents or self.hands_over)
+        for name, facts in round_embeddings(modules, self._modules, self._schemes, *arguments):
+            state.ledger.add(name, "gptq", **facts)
         together: dict[tuple[Any, ...], list[str]] = {}
         for name in [name for name in modules if name in self._schemes]:
             if (shared := self._pool.get(name)) is not None:
@@ -346,6 +354,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
     def _round(self, state: State, name: str, flag: str, tokens: int = 0) -> None:
         module = self._modules[name]
         scheme, shared = self._schemes.pop(name), self._globals.of(name)
-        facts = round_module(name, module, scheme, self.scale_search, self._observers.get(name), shared)
+        latent = self.keep_latents or self.hands_over
+        observer = self._observers.get(name)
+        facts = round_module(name, module, scheme, self.scale_search, observer, shared, keep_latent=latent)
         self.remove_hooks(module)
         state.ledger.add(name, "gptq", flag=flag, tokens=tokens, **facts)

@@ -9,7 +9,7 @@ names. The equations are in ops/fake_quant/reference.py.
 """
 
 import warnings
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
@@ -24,6 +24,7 @@ from lightning_compress.distributed import all_reduce_
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.batch_norm import fold_all
+from lightning_compress.quant.embeddings import Embeddings, check_trainable
 from lightning_compress.quant.facts import weight_error, weight_facts
 from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.parametrization import (
@@ -75,6 +76,7 @@ class QATModifier(QuantizationArguments, Modifier):
     best_needs_state = True
     keeps_shapes = "set-up"
     parametrizes = True
+    embeddings: ClassVar[Embeddings] = "alone"
 
     start: float | None = 0.0
     gradient: Literal["lsq", "ste"] = "lsq"
@@ -150,6 +152,7 @@ class QATModifier(QuantizationArguments, Modifier):
         try:
             schemes = self.assign(model)
             _check_records(records, schemes)
+            check_trainable({name: model.get_submodule(name) for name in schemes})
         except BaseException:
             for module, taken in records.values():
                 attach(module, taken)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, model_validator
 from torch import nn
 
 from lightning_compress.matching import select
+from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.schemes import assign, describe, from_groups, from_presets, is_special
 
@@ -29,6 +30,9 @@ class QuantizationArguments(BaseModel):
     every_format: ClassVar[bool] = False
     """True when it finds scales and rounds by quant.scales and quant.fake_quant alone, so that formats work whose
     scales have a format of their own, or are shared by blocks."""
+
+    embeddings: ClassVar[Embeddings] = "refused"
+    """What becomes of embeddings among the targets."""
 
     targets: str | list[str] = ["Linear"]
     ignore: str | list[str] = []
@@ -79,4 +83,5 @@ class QuantizationArguments(BaseModel):
 
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.schemes.assign`."""
-        return assign(model, self.schemes, [self.ignore] if isinstance(self.ignore, str) else self.ignore)
+        ignore = [self.ignore] if isinstance(self.ignore, str) else self.ignore
+        return assign(model, self.schemes, ignore, self.embeddings)

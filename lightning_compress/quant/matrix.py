@@ -3,8 +3,12 @@
 The one file that knows how Linear, Conv1d, Conv2d and the Conv1D of Hugging Face's GPT-2 store their weight: all else
 sees W [R, C] and X [P, N, C] with y = x W^T.
 
-Shapes: R rows (output features), C columns (inputs of one output), N tokens (a convolution: places of the window),
-P partitions (groups of a grouped convolution, each with its own inputs; 1 for all others).
+An embedding (Embedding, EmbeddingBag) has a W too, a row for each token, but multiplies nothing: tokens look their row
+up, y = W[token]. Its error is that of the rows themselves, each apart: there are no inputs that weigh columns.
+
+Shapes: R rows (output features; of an embedding tokens), C columns (inputs of one output; of an embedding its
+features), N tokens (a convolution: places of the window), P partitions (groups of a grouped convolution, each with its
+own inputs; 1 for all others).
 """
 
 from collections.abc import Hashable
@@ -20,6 +24,7 @@ __all__ = [
     "as_matrix",
     "input_layout",
     "inputs_as_rows",
+    "is_embedding",
     "is_supported",
     "is_transposed",
     "only_input",
@@ -33,12 +38,17 @@ SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
 
 
 def is_supported(module: nn.Module) -> bool:
-    """True when its weight can be seen as a matrix."""
+    """True when its weight is a matrix that multiplies its inputs."""
     if isinstance(module, ExpertLinear):
         return True
     if not isinstance(_stored(module), nn.Parameter):                      # a computed weight cannot be written
         return False
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed(module)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """True when its weight is a table whose rows are looked up."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and isinstance(_stored(module), nn.Parameter)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -71,8 +81,9 @@ def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
         module: The layer.
         like: In place of the weight a tensor that is laid out like its parameter, such as the gradient.
     """
-    if not is_supported(module):
-        raise ValueError(f"cannot see the weight of a {type(module).__name__} as a matrix; expected {SUPPORTED}")
+    if not (is_supported(module) or is_embedding(module)):
+        kinds = f"{SUPPORTED}, or an embedding"
+        raise ValueError(f"cannot see the weight of a {type(module).__name__} as a matrix; expected {kinds}")
     if like is not None and isinstance(module, ExpertLinear):
         like = module.slice_of(like)
     weight = weight_of(module) if like is None else like

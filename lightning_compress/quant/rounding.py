@@ -1,6 +1,7 @@
 """Round one module to nearest, write it back, attach the record: what RTN does, and what GPTQ falls back to."""
 
 import time
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -8,16 +9,26 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.ops.group_quant import group_round
+from lightning_compress.quant.embeddings import sharers
 from lightning_compress.quant.facts import weight_error, weight_facts
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.formats import global_scale_of, has_global_scale, is_microscaled
-from lightning_compress.quant.matrix import as_matrix, write_matrix
+from lightning_compress.quant.matrix import as_matrix, is_embedding, write_matrix
 from lightning_compress.quant.observers import Observer
 from lightning_compress.quant.record import Quantized, attach, quantized_of
 from lightning_compress.quant.scales import group_columns, minmax, search
 from lightning_compress.quant.schemes import check_finite
+from lightning_compress.quant.shared_scales import GlobalScales
 
-__all__ = ["check_dense", "find_scales", "has_one_pass", "input_scales", "round_in_one_pass", "round_module"]
+__all__ = [
+    "check_dense",
+    "find_scales",
+    "has_one_pass",
+    "input_scales",
+    "round_embeddings",
+    "round_in_one_pass",
+    "round_module",
+]
 
 MSE_POWER = 2.4          # of the GPTQ code: punishes the few large errors more than p = 2
 
@@ -30,6 +41,8 @@ def round_module(
     observer: Observer | None = None,
     global_scale: Tensor | None = None,
     importance_PC: Tensor | None = None,
+    keep_latent: bool = False,
+    H_PGgg: Tensor | None = None,
 ) -> dict[str, Any]:
     """Quantize a module's weight to nearest; returns facts for the ledger, ``error`` being that of the weight.
 
@@ -37,10 +50,13 @@ def round_module(
         name: For messages.
         module: Its weight is dense.
         scheme: The grids.
-        scale_search: ``mse``; ``imatrix`` with ``importance_PC``; anything else for ``minmax``.
+        scale_search: ``mse``; ``imatrix`` with ``importance_PC``; ``hessian`` with ``H_PGgg``; anything else for
+            ``minmax``. For an embedding ``imatrix`` and ``hessian`` are least squares (quant/embeddings.py).
         observer: Of static activations.
         global_scale: g of NVFP4, where it is shared with other modules; by default that of this weight alone.
         importance_PC: E[x^2] of the input columns, by partition, float32.
+        keep_latent: Keep the dense weight in the record.
+        H_PGgg: E[x x^T] of each group of g input columns that share a scale, by partition, float32.
     """
     start = time.perf_counter()
     check_dense(name, module)
@@ -49,18 +65,22 @@ def round_module(
         W_RC = as_matrix(module)
         if has_global_scale(scheme.weights) and global_scale is None:
             global_scale = global_scale_of(*W_RC.aminmax())
-        weighed, searched = scale_search == "imatrix" and importance_PC is not None, scale_search == "mse"
-        if W_RC.is_cuda and not (weighed or searched) and has_one_pass(W_RC, scheme.weights):
+        weighed, Q_RC = {"imatrix": importance_PC, "hessian": H_PGgg}.get(scale_search), None
+        if is_embedding(module) and scale_search in ("imatrix", "hessian"):
+            scale, zero_point = find_scales(W_RC, scheme.weights, "hessian", global_scale=global_scale)
+        elif weighed is not None:
+            scale, zero_point = _weighted_scales(W_RC, scheme.weights, weighed.to(W_RC.device), global_scale)
+        elif scale_search == "mse":
+            scale, zero_point = find_scales(W_RC, scheme.weights, "mse", global_scale=global_scale)
+        elif W_RC.is_cuda and has_one_pass(W_RC, scheme.weights):
             Q_RC, scale, zero_point = round_in_one_pass(W_RC, scheme.weights)
         else:
-            if weighed and importance_PC is not None:
-                scale, zero_point = _weighted_scales(W_RC, scheme.weights, importance_PC.to(W_RC.device), global_scale)
-            else:
-                how: Literal["minmax", "mse"] = "mse" if searched else "minmax"
-                scale, zero_point = find_scales(W_RC, scheme.weights, how, global_scale=global_scale)
+            scale, zero_point = find_scales(W_RC, scheme.weights, "minmax", global_scale=global_scale)
+        if Q_RC is None:
             Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
         found = input_scales(observer, W_RC.dtype)
-        quantized = Quantized(scheme, scale, zero_point, global_scale=global_scale, **found)
+        latent = W_RC.clone() if keep_latent else None
+        quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=global_scale, **found)
         facts = {**weight_facts(W_RC, Q_RC, quantized), "error": weight_error(W_RC, Q_RC)}
         write_matrix(module, Q_RC)
         attach(module, quantized)
@@ -81,6 +101,41 @@ def round_in_one_pass(W_RC: Tensor, args: QuantizationArgs) -> tuple[Tensor, Ten
     return group_round(W_RC, group, args.num_bits, args.symmetric, args.type == "float")
 
 
+def round_embeddings(
+    names: Collection[str],
+    modules: Mapping[str, nn.Module],
+    schemes: dict[str, QuantizationScheme],
+    scale_search: str,
+    global_scales: GlobalScales,
+    keep_latent: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Quantize embeddings to nearest, each table once; gives their names, and facts for the ledger.
+
+    Args:
+        names: Modules of which embeddings are rounded.
+        modules: What is quantized.
+        schemes: What is left to do; what is done is taken out.
+        scale_search: As for :func:`round_module`.
+        global_scales: Of NVFP4.
+        keep_latent: As for :func:`round_module`.
+    """
+    for name in [n for n in names if n in schemes and is_embedding(modules[n])]:
+        if name not in schemes:                                # done with another one
+            continue
+        shared, others = global_scales.of(name), sharers(name, {n: modules[n] for n in schemes})
+        facts = round_module(
+            name, modules[name], schemes.pop(name), scale_search, global_scale=shared, keep_latent=keep_latent
+        )
+        found_by = "least squares" if scale_search in ("imatrix", "hessian") else scale_search
+        yield name, {"flag": f"an embedding: rounded to nearest, scales by {found_by}", **facts}
+        record = quantized_of(modules[name])
+        assert record is not None
+        for other in others:
+            del schemes[other]
+            attach(modules[other], record)
+            yield other, {"flag": f"looks its rows up in the table of {name}"}
+
+
 def find_scales(
     W_RC: Tensor,
     args: QuantizationArgs,
@@ -88,7 +143,7 @@ def find_scales(
     importance_C: Tensor | None = None,
     global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of a weight; ``hessian`` weighs errors by ``importance_C``, the diagonal of H."""
+    """Scale and zero point of a weight; ``hessian`` weighs errors by ``importance_C``, the diagonal of H (None: 1)."""
     if how == "minmax":
         return minmax(W_RC, args, global_scale)
     weighed = (None, MSE_POWER) if how == "mse" else (importance_C, 2.0)
@@ -96,13 +151,14 @@ def find_scales(
 
 
 def _weighted_scales(
-    W_RC: Tensor, args: QuantizationArgs, importance_PC: Tensor, global_scale: Tensor | None
+    W_RC: Tensor, args: QuantizationArgs, weighing_P: Tensor, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Each partition of a grouped convolution weighs errors by its own inputs."""
-    P = 1 if args.strategy in ("tensor", "block") else len(importance_PC)
-    importances = importance_PC if P > 1 else importance_PC.mean(0, keepdim=True)
-    pieces = zip(W_RC.chunk(P), importances, strict=True)
-    found = [find_scales(W, args, "hessian", importance_C, global_scale) for W, importance_C in pieces]
+    """Each partition of a grouped convolution weighs errors by its own inputs: by h [C], or by H [G, g, g]."""
+    P = 1 if args.strategy in ("tensor", "block") else len(weighing_P)
+    weighings = weighing_P if P > 1 else weighing_P.mean(0, keepdim=True)
+    how = "importance_C" if weighing_P.ndim == 2 else "H_Ggg"
+    pieces = zip(W_RC.chunk(P), weighings, strict=True)
+    found = [search(W, args, global_scale=global_scale, **{how: weighing}) for W, weighing in pieces]
     zeros = [zero for _, zero in found if zero is not None]
     return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 

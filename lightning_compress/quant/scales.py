@@ -8,19 +8,19 @@ of the extremes, with the same error.
 
 With h = 1, p = 2.4 this is the search of the GPTQ code ("mse"). With h = diag(H), H = E[x x^T], p = 2 it is the error
 that the layer's output sees when errors do not correlate ("hessian"); there the last step is exact: for codes c,
-f = sum h w c / sum h c^2. Whoever rounds with these scales must do so as they are returned: in the dtype that stores
-them.
+f = sum h w c / sum h c^2. With the whole H_gg of a group, e H_gg e^T with e = w - Q(w), it is what the output loses of
+this group when nothing makes up for it, as when rounding to nearest. Whoever rounds with these scales must do so as
+they are returned: in the dtype that stores them.
 
 Shapes: R rows, C columns, G groups of g columns in a row. With blocks of b rows and g columns a scale is
 [R / b, C / g], both rounded up.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from compressed_tensors.quantization.utils import calculate_qparams, calculate_range
+from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -31,6 +31,7 @@ from lightning_compress.quant.formats import (
     nearby_scales,
     round_float_,
 )
+from lightning_compress.quant.scale_errors import Errors, FormErrors, GridErrors, Summed, Tall, integer_range
 
 __all__ = ["expand", "group_columns", "integer_range", "minmax", "search"]
 
@@ -51,12 +52,6 @@ def group_columns(args: QuantizationArgs, columns: int) -> int:
         assert args.group_size is not None
         return args.group_size
     return columns
-
-
-def integer_range(args: QuantizationArgs) -> tuple[float, float]:
-    """Lowest and highest code; for floats the lowest and highest finite value."""
-    low, high = calculate_range(args, "cpu")
-    return float(low), float(high)
 
 
 def expand(scale: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
@@ -115,8 +110,9 @@ def search(
     importance_C: Tensor | None = None,
     power: float = 2.0,
     global_scale: Tensor | None = None,
+    H_Ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that minimize ``sum_j h_j |error_j|^power`` over shrunken ranges.
+    """Scale and zero point that minimize ``sum_j h_j |error_j|^power``, or ``error H error^T``, over shrunken ranges.
 
     Args:
         W_RC: The weight, any floating dtype.
@@ -124,6 +120,8 @@ def search(
         importance_C: h, at least 0, float32; None for h = 1.
         power: p.
         global_scale: As for :func:`minmax`.
+        H_Ggg: In place of h and p the second moment of each group's inputs, float32 [G, g, g], both triangles; where a
+            scale spans the row (channel, tensor) G = 1.
 
     Returns:
         As :func:`minmax`. A scale that the search would round to zero stays at its min-max value.
@@ -131,8 +129,10 @@ def search(
     R, C = W_RC.shape
     importance_C = torch.ones(C, device=W_RC.device) if importance_C is None else importance_C
     if is_microscaled(args):
-        return _sweep(W_RC, args, importance_C, power, global_scale), None
+        return _sweep(W_RC, args, importance_C, power, global_scale, H_Ggg), None
     if args.strategy == QuantizationStrategy.BLOCK:
+        if H_Ggg is not None:
+            return _search_blocks_by_form(W_RC, args, H_Ggg), None
         return _search_blocks(W_RC, args, importance_C, power)
     g = group_columns(args, C)
     G = C // g
@@ -144,12 +144,14 @@ def search(
     groups, rows = max(1, CHUNK // (R * g)), max(1, CHUNK // g)
     pieces = [(slice(i, i + groups), slice(r, r + rows)) for i in range(0, G, groups) for r in range(0, R, rows)]
 
-    def grid_errors(piece: tuple[slice, slice]) -> "_GridErrors":
-        t = t_GRg[piece]
-        return _GridErrors(t, None if z_GR is None else z_GR[piece], importance_C.view(G, g)[piece[0]], power, args)
+    def grid_errors(piece: tuple[slice, slice]) -> GridErrors:
+        t, z = t_GRg[piece], None if z_GR is None else z_GR[piece]
+        if H_Ggg is not None:
+            return FormErrors(t, z, H_Ggg[piece[0]], args)
+        return GridErrors(t, z, importance_C.view(G, g)[piece[0]], power, args)
 
     if args.strategy == QuantizationStrategy.TENSOR:        # one factor for all rows
-        factor, shift = _descend(_Summed([grid_errors(piece) for piece in pieces]))
+        factor, shift = _descend(Summed([grid_errors(piece) for piece in pieces]))
     else:
         for piece in pieces:
             found_f, found_shift = _descend(grid_errors(piece))
@@ -161,7 +163,12 @@ def search(
 
 
 def _sweep(
-    W_RC: Tensor, args: QuantizationArgs, importance_C: Tensor, power: float, global_scale: Tensor | None
+    W_RC: Tensor,
+    args: QuantizationArgs,
+    importance_C: Tensor,
+    power: float,
+    global_scale: Tensor | None,
+    H_Ggg: Tensor | None,
 ) -> Tensor:
     """Of the scales that can be stored near those from the extremes, the one with the least error, [R, G]."""
     R, C = W_RC.shape
@@ -176,8 +183,11 @@ def _sweep(
         best_RG = torch.full_like(start_RG, math.inf)
         for found_RG in (start_RG, *nearby_scales(start_RG, args, global_scale)):
             s = found_RG[..., None]
-            e = round_float_(t_RGg / s, args.num_bits).mul_(s).sub_(t_RGg).abs_().pow_(power)
-            error_RG = torch.einsum("rgk,gk->rg", e, h_Gg)
+            e = round_float_(t_RGg / s, args.num_bits).mul_(s).sub_(t_RGg)
+            if H_Ggg is None:
+                error_RG = torch.einsum("rgk,gk->rg", e.abs_().pow_(power), h_Gg)
+            else:
+                error_RG = torch.linalg.vecdot((e.transpose(0, 1) @ H_Ggg).transpose(0, 1), e)
             better = error_RG < best_RG
             scale_RG[rows] = torch.where(better, found_RG, scale_RG[rows])
             best_RG = torch.where(better, error_RG, best_RG)
@@ -198,71 +208,23 @@ def _search_blocks(
     return torch.cat([scale for scale, _ in found], 1), torch.cat(zeros, 1) if zeros else None
 
 
-class _GridErrors:
-    """errors(f, dz)[r] = sum_j h_j |t_j - Q(t_j; f, z + dz)|^p of one piece, in units of the min-max scale.
-
-    Args:
-        t: Weights divided by their min-max scale, [groups, rows, g]; r runs over both.
-        z: Zero points [groups, rows], or None.
-        h: [groups, g].
-        power: p.
-        args: The grid.
-    """
-
-    def __init__(self, t: Tensor, z: Tensor | None, h: Tensor, power: float, args: QuantizationArgs):
-        self.t, self.h, self.power, self.args = t.flatten(0, 1), h, power, args
-        self.z = None if z is None else z.reshape(-1, 1)
-        self.rows, self.device = len(self.t), t.device
-        self.low, self.high = integer_range(args)
-        self.buffer = torch.empty_like(self.t)
-
-    def __call__(self, f_r: float | Tensor, shift: float | Tensor) -> Tensor:
-        """[r] for one factor for all rows, or one for each, [r]; inf where the shifted zero point leaves the range."""
-        f = _column(f_r)
-        q = self._codes(f, shift)
-        e = q.mul_(f).sub_(self.t) if isinstance(f, Tensor) else torch.sub(self.t, q, alpha=f, out=q)
-        sums = self._weighted(e.mul_(e) if self.power == 2 else e.abs_().pow_(self.power))
-        if self.z is not None:
-            z = (self.z + _column(shift))[:, 0]
-            sums.masked_fill_((z < self.low) | (z > self.high), math.inf)
-        return sums
-
-    def fit(self, f_r: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_j h_j t_j c_j and sum_j h_j c_j^2 of each row, [r], with the codes c of these factors."""
-        q = self._codes(_column(f_r), shift)
-        return self._weighted(self.t * q), self._weighted(q.square_())
-
-    def _weighted(self, e: Tensor) -> Tensor:
-        """sum_j h_j e_j of each row; a product per group, since one batched product takes five times as long."""
-        return torch.cat([e_r @ h for e_r, h in zip(e.chunk(len(self.h)), self.h, strict=True)])
-
-    def _codes(self, f: float | Tensor, shift: float | Tensor) -> Tensor:
-        q = torch.mul(self.t, 1 / f, out=self.buffer)
-        if self.args.type == "float":
-            return round_float_(q, self.args.num_bits)
-        if self.z is None:
-            return q.round_().clamp_(self.low, self.high)
-        z = self.z + _column(shift)
-        return q.add_(z).round_().clamp_(self.low, self.high).sub_(z)
+def _search_blocks_by_form(W_RC: Tensor, args: QuantizationArgs, H_Ggg: Tensor) -> Tensor:
+    """One column of blocks at a time, their rows each with its own error; grids of floats, without zero points."""
+    assert args.block_structure is not None
+    assert args.symmetric
+    b, _ = args.block_structure
+    within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
+    found = []
+    for piece, H_gg in zip(_blocked(W_RC, args).unbind(2), H_Ggg, strict=True):
+        scale, _ = minmax(piece.flatten(1), within)
+        t_Rg = (piece / scale[:, :, None]).float().flatten(0, 1)
+        factor, _ = _descend(Tall(FormErrors(t_Rg[None], None, H_gg[None], within), b))
+        better = (scale.float() * factor[:, None]).to(scale.dtype)
+        found.append(better.where((better > 0) & better.isfinite(), scale))
+    return torch.cat(found, 1)
 
 
-class _Summed:
-    """Several pieces as if they were one row: one scale per tensor."""
-
-    def __init__(self, pieces: Sequence[_GridErrors]):
-        self.pieces, self.power, self.args, self.z = pieces, pieces[0].power, pieces[0].args, pieces[0].z
-        self.rows, self.device = 1, pieces[0].device
-
-    def __call__(self, f: float | Tensor, shift: float | Tensor) -> Tensor:
-        return torch.stack([piece(f, shift).sum() for piece in self.pieces]).sum(0, keepdim=True)
-
-    def fit(self, f: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [piece.fit(f, shift) for piece in self.pieces]
-        above, below = (torch.stack([part[i].sum() for part in parts]).sum(0, keepdim=True) for i in (0, 1))
-        return above, below
-
-
-def _descend(errors: _GridErrors | _Summed) -> tuple[Tensor, Tensor]:
+def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
     """The best factor and zero-point shift of each row, [r]: walk f down, refine, try z - 1 and z + 1, fit.
 
     No row depends on what the others hold.
@@ -282,6 +244,7 @@ def _descend(errors: _GridErrors | _Summed) -> tuple[Tensor, Tensor]:
 
     bits, (low, high) = errors.args.num_bits, integer_range(errors.args)
     f, ratio = (high - low) / 2 / high, RATIO[bits]               # above 1: the largest weight may be the positive one
+    f, ratio = f * errors.above, ratio ** (1 / errors.finer)
     while f > LOWEST[bits]:
         at_end = take(f, 0.0)
         f *= ratio
@@ -300,7 +263,3 @@ def _descend(errors: _GridErrors | _Summed) -> tuple[Tensor, Tensor]:
         above, below = errors.fit(best_f, best_shift)
         take((above / below).where((above > 0) & (below > 0), best_f), best_shift.clone())
     return best_f, best_shift
-
-
-def _column(v: float | Tensor) -> float | Tensor:
-    return v[:, None] if isinstance(v, Tensor) else v

@@ -23,8 +23,9 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from lightning_compress.matching import match_rank, select, warn_of_left_out
+from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is_one_table
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.matrix import SUPPORTED, as_matrix, is_supported, weight_of
+from lightning_compress.quant.matrix import SUPPORTED, as_matrix, is_embedding, is_supported, weight_of
 from lightning_compress.quant.record import quantized_of
 
 __all__ = ["assign", "describe", "from_groups", "from_presets", "group_fits", "is_special", "presets"]
@@ -68,9 +69,18 @@ def presets() -> list[str]:
 
 
 def assign(
-    model: nn.Module, schemes: Sequence[QuantizationScheme], ignore: Sequence[str]
+    model: nn.Module,
+    schemes: Sequence[QuantizationScheme],
+    ignore: Sequence[str],
+    embeddings: Embeddings = "refused",
 ) -> dict[str, QuantizationScheme]:
     """Each module's scheme, by dotted name: an exact name beats a pattern, a pattern a class; then the first one wins.
+
+    Args:
+        model: Names are relative to it.
+        schemes: In the order of the recipe, with their targets.
+        ignore: Class names, dotted names, ``re:`` patterns of what is left out.
+        embeddings: What becomes of embeddings among the targets.
 
     Raises:
         ValueError: Targets match nothing, everything is ignored, a pattern is no regular expression, a layer cannot be
@@ -87,7 +97,7 @@ def assign(
             if name not in chosen or rank > chosen[name][0]:
                 chosen[name] = (rank, scheme)
     assigned = {name: chosen[name][1] for name in modules}
-    _check_modules(model, modules)
+    _check_modules(model, modules, assigned, embeddings)
     for scheme in schemes:
         group_fits({n: as_matrix(modules[n]).shape[1] for n, s in assigned.items() if s is scheme}, scheme)
     _warn_of_unseen_inputs(model, assigned)
@@ -297,8 +307,14 @@ def _check_dense(model: nn.Module) -> None:
         raise ValueError(f"the model is quantized already, in {_named(done)}{again}")
 
 
-def _check_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    odd = {n: m for n, m in modules.items() if not is_supported(m)}
+def _check_modules(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    schemes: Mapping[str, QuantizationScheme],
+    embeddings: Embeddings,
+) -> None:
+    tables = {n for n, m in modules.items() if is_embedding(m)}
+    odd = {n: m for n, m in modules.items() if not is_supported(m) and (n not in tables or embeddings == "refused")}
     named = _named([f"{n!r} ({type(m).__name__})" for n, m in odd.items()])
     if any("weight" in getattr(m, "parametrizations", ()) for m in odd.values()):
         raise ValueError(
@@ -306,18 +322,22 @@ def _check_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             f"(torch.nn.utils.parametrize.remove_parametrizations), or add the modules to ignore"
         )
     if odd:
-        raise ValueError(f"cannot quantize {named}: expected {SUPPORTED}; narrow targets, or add them to ignore")
+        more = " (embeddings: QuantizationModifier, GPTQModifier or QATModifier)" if tables & odd.keys() else ""
+        raise ValueError(f"cannot quantize {named}: expected {SUPPORTED}{more}; narrow targets, or add them to ignore")
+    check_embeddings(schemes, modules)
     owners: dict[int, dict[str, nn.Module]] = {}                # parameter -> the modules that hold it, by its names
     for owner_name, owner in model.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             owners.setdefault(id(parameter), {})[f"{owner_name}.{name}".removeprefix(".")] = owner
     for name, module in modules.items():
-        others = [repr(n) for n, owner in owners.get(id(module.weight), {}).items() if owner is not module]
-        if others:
+        held = owners.get(id(module.weight), {})
+        others = [repr(n) for n, owner in held.items() if owner is not module]
+        if others and not (embeddings == "shared" and is_one_table(held.values(), modules, schemes)):
             both = [repr(n) for n, m in modules.items() if m.weight is module.weight]
             raise ValueError(
                 f"the weight of {name!r} is shared with {_named(others)}, which would change with it; add "
-                f"{' and '.join(both)} to ignore, or untie the two"
+                f"{' and '.join(both)} to ignore, or untie the two: give one of them a copy, as in head.weight = "
+                f"nn.Parameter(head.weight.detach().clone()), and set tie_word_embeddings=False in the model's config"
             )
     check_finite(modules)
 

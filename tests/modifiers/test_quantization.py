@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import pytest
@@ -6,12 +7,16 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from torch import nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
+from lightning_compress import compress
 from lightning_compress.core import Lifecycle, State
 from lightning_compress.modifiers.quantization import QuantizationModifier
+from lightning_compress.quant import scales
 from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.record import quantized_of
-from tests.quantization_runs import attention, batches, calibrate, weights
+from tests.architecture_models import ARCHITECTURES
+from tests.quantization_runs import attention, batches, calibrate, correlated, weights
 
 GRAINS = [{"group_size": 16}, {"strategy": "channel"}, {"strategy": "tensor"}]
 
@@ -161,6 +166,90 @@ def test_imatrix_scales_lower_the_error_that_inputs_weigh():
     assert ledger.rows[-1].flags == ["never saw data; scales by mse"]              # spare
 
 
+def test_hessian_scales_lower_what_the_outputs_lose():
+    data, found = batches(4), {}
+    x = torch.cat(data).flatten(0, 1)
+    for search in ("minmax", "imatrix", "hessian"):
+        model = attention()
+        before = weights(model)
+        ledger = calibrate(model, QuantizationModifier(scheme="W3A16", group_size=16, scale_search=search), data)
+        gaps = [before[f"{n}.weight"] - model.get_submodule(n).weight.detach() for n in "qkv"]
+        groups = [(gap[:, i : i + 16] @ x[:, i : i + 16].t()).square().sum() for gap in gaps for i in range(0, 64, 16)]
+        found[search] = float(sum(groups))
+    assert found["hessian"] < 0.95 * found["imatrix"] < 0.8 * found["minmax"]
+    assert ledger.rows[0].tokens == len(x)
+    assert ledger.rows[-1].flags == ["never saw data; scales by mse"]              # spare
+
+
+def test_hessian_scales_are_those_of_the_blocks_on_the_diagonal_of_h():
+    """Whatever the batches, and with padding left out; q, k and v share one statistic."""
+    data = batches(4)
+    x = torch.cat(data).flatten(0, 1)
+    args = QuantizationArgs(num_bits=3, group_size=16)
+    H_Ggg = torch.stack([part.t() @ part / len(part) for part in x.split(16, 1)])
+    before, modifier = attention(), {"scheme": "W3A16", "group_size": 16, "scale_search": "hessian"}
+    mask = torch.ones(8, 60, dtype=torch.bool)
+    mask[:, 48:] = False
+    padded = torch.cat([torch.cat(data), torch.full((8, 12, 64), 50.0)], 1)
+    runs = {
+        "whole": ([torch.cat(data)], ()),
+        "batches": (data, ()),
+        "padded": ([padded], [mask]),
+        "alone": (data, ()),
+    }
+    for name, (given, masks) in runs.items():
+        model = attention()
+        calibrate(model, QuantizationModifier(**modifier, share_inputs=name != "alone"), given, masks)
+        for n in "qkv":
+            expected = scales.search(as_matrix(before.get_submodule(n)), args, H_Ggg=H_Ggg)[0]
+            assert_close(quantized_of(model.get_submodule(n)).scale, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("layer", ["grouped conv", "transposed"])
+@pytest.mark.parametrize("grain", [{"strategy": "channel"}, {"strategy": "tensor"}, {"group_size": 4}], ids=str)
+def test_hessian_scales_of_other_layers(layer, grain):
+    torch.manual_seed(0)
+    module, x = {
+        "grouped conv": (nn.Conv1d(16, 32, 2, groups=4), correlated(64, 16).reshape(4, 16, 16).mT.contiguous()),
+        "transposed": (Conv1D(32, 16), correlated(64, 16)),
+    }[layer]
+    model = nn.Sequential(module)
+    with torch.no_grad():
+        wanted, lost = model(x), {}
+    for how in ("minmax", "hessian"):
+        tried = copy.deepcopy(model)
+        config = groups(num_bits=2, **grain)
+        config["g"]["targets"] = [type(module).__name__]
+        calibrate(tried, QuantizationModifier(config_groups=config, scale_search=how), [x])
+        with torch.no_grad():
+            lost[how] = float((tried(x) - wanted).square().sum())
+    assert lost["hessian"] < (0.97 if grain.get("strategy") == "tensor" else 0.9) * lost["minmax"]
+
+
+def test_hessian_scales_are_the_same_in_one_pass_and_in_two():
+    """In lockstep q is rounded before k and v have seen a token: they join its statistic."""
+    found = []
+    for walk in ("one_pass", "two_pass"):
+        model, data = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].batches(2)
+        arguments = {"targets": ["re:.*layers.0.*proj"], "scheme": "W3A16", "group_size": 16}
+        compress(model, QuantizationModifier(**arguments, scale_search="hessian"), data, walk=walk)
+        found.append({n: quantized_of(model.get_submodule(f"model.layers.0.self_attn.{n}_proj")).scale for n in "qkv"})
+    assert_close(found[0], found[1], rtol=1e-3, atol=0)
+
+
+def test_modules_that_part_after_sharing_inputs_are_named():
+    def run(**arguments):
+        model = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 4)})
+        model.forward = lambda batch: (model["a"](batch[0]), model["b"](batch[1]))
+        x, y = torch.randn(8, 16), torch.randn(8, 16)
+        modifier = QuantizationModifier(scheme="W4A16", group_size=16, scale_search="hessian", **arguments)
+        return calibrate(model, modifier, [(x, x), (x, y)])
+
+    with pytest.raises(ValueError, match="received the same input tensor as.*share_inputs=False"):
+        run()
+    assert [row.module for row in run(share_inputs=False)] == ["a", "b"]
+
+
 @pytest.mark.parametrize("observer", ["minmax", "moving_average", "mse", "percentile", "histogram"])
 def test_nan_in_activations_names_module_and_batch(observer):
     data = batches(2)
@@ -172,7 +261,7 @@ def test_nan_in_activations_names_module_and_batch(observer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scheme": "W4A16", "scale_search": "hessian"}, "scale_search"),
+        ({"scheme": "W4A16", "scale_search": "hessain"}, "scale_search"),
         ({"scheme": "W4A16", "observer": "quantile"}, "observer"),
         ({"scheme": "W4A16", "averaging_constant": 0}, "averaging_constant"),
         ({"scheme": "W4A16", "schem": 1}, "schem"),

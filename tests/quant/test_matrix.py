@@ -9,6 +9,7 @@ from lightning_compress.quant.matrix import (
     as_matrix,
     input_layout,
     inputs_as_rows,
+    is_embedding,
     is_supported,
     partitions,
     write_matrix,
@@ -101,12 +102,23 @@ def test_layouts_tell_windows_apart():
 
 def test_other_layers_are_refused():
     assert not is_supported(nn.ConvTranspose2d(2, 3, 1))
-    assert not is_supported(nn.Embedding(3, 4))
+    assert not is_supported(nn.Embedding(3, 4))                       # a matrix, but one that multiplies nothing
+    assert not is_embedding(nn.Linear(3, 4))
     assert not is_supported(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
     with pytest.raises(
-        ValueError, match="weight of a Embedding as a matrix; expected Linear, Conv1d, Conv2d and the Conv1D"
+        ValueError, match="weight of a Bilinear as a matrix; expected Linear, Conv1d, Conv2d and the Conv1D of transf"
     ):
-        as_matrix(nn.Embedding(3, 4))
+        as_matrix(nn.Bilinear(3, 4, 5))
+
+
+@pytest.mark.parametrize("table", [nn.Embedding(6, 4), nn.EmbeddingBag(6, 4)], ids=str)
+def test_a_row_of_an_embedding_is_what_a_token_looks_up(table):
+    assert is_embedding(table)
+    W_RC = as_matrix(table).clone()
+    tokens = torch.tensor([[5], [0], [2]])
+    assert torch.equal(table(tokens).reshape(3, 4), W_RC[tokens[:, 0]])
+    write_matrix(table, 2 * W_RC)
+    assert torch.equal(table(tokens).reshape(3, 4), 2 * W_RC[tokens[:, 0]])
 
 
 def test_unfold_order_is_the_order_of_the_weight():

@@ -6,6 +6,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
 from torch.testing import assert_close
 
+from lightning_compress.maths import hessian
 from lightning_compress.quant.matrix import inputs_as_rows
 from lightning_compress.quant.observers import MSE, InputMoment, MinMax, MovingAverage, Percentile, make_observer
 
@@ -101,11 +102,26 @@ def test_entropy_clips_outliers_and_keeps_even_data():
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 OBSERVERS = ["minmax", "moving_average", "mse", "percentile", "histogram"]
-STATISTICS = [*OBSERVERS, "imatrix"]
+STATISTICS = [*OBSERVERS, "imatrix", "hessian", "hessian of groups"]
+
+
+class OfGroups(hessian.InputMoment):
+    """The blocks on the diagonal of H, for groups of 4 columns."""
+
+    def __init__(self):
+        super().__init__(2, 4)
+
+    def update(self, X_PNC):
+        super().update(hessian.groups_as_partitions(X_PNC, 4))
 
 
 def made(name):
-    return InputMoment(1, 8) if name == "imatrix" else make_observer(name, ASYM, 0.1)
+    moments = {
+        "imatrix": lambda: InputMoment(1, 8),
+        "hessian": lambda: hessian.InputMoment(1, 8),
+        "hessian of groups": OfGroups,
+    }
+    return moments[name]() if name in moments else make_observer(name, ASYM, 0.1)
 
 
 def merged(one, two):

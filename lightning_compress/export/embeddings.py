@@ -1,0 +1,57 @@
+"""Embeddings on disk, such that plain transformers loads them right.
+
+transformers 5.23 gives a model packed parameters before it reads the file, then initializes what the file may lack, and
+there every model reaches for the ``weight`` of its embeddings: packed ones (``weight_packed``) raise AttributeError.
+Where one scheme without activations holds for all of a model, ``dequantize`` in quantization_config avoids that layout
+(hugging_face.mend_layout). Elsewhere integers are written unpacked, a byte for each code, as ``weight``, and the rest
+stays dense. An embedding whose ``forward`` wants other arguments than token ids (the learned positions of OPT and BART)
+stays dense there too: compressed-tensors 0.20 calls quantized modules with one input.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationScheme
+from torch import nn
+
+from lightning_compress.export.packing import is_packable, tensor_names
+from lightning_compress.quant.matrix import is_embedding
+from lightning_compress.quant.record import Quantized
+
+__all__ = ["unpackable_embeddings", "unpacked"]
+
+UNPACKED = CompressionFormat.naive_quantized
+
+
+def unpackable_embeddings(records: Mapping[str, tuple[nn.Module, Quantized]], caches: bool) -> dict[str, str | None]:
+    """Embeddings that a model of transformers cannot hold packed; why not as unpacked codes either, or None.
+
+    Args:
+        records: What is quantized, and may be packed.
+        caches: The KV cache is quantized too.
+    """
+    schemes = [record.scheme for module, record in records.values() if is_packable(module)]
+    if not caches and all(_alone(scheme, schemes[0]) for scheme in schemes):
+        return {}
+    found: dict[str, str | None] = {}
+    for name, (module, record) in records.items():
+        if not is_embedding(module) or not is_packable(module):
+            continue
+        if "weight" not in tensor_names(type(module), record.scheme):
+            whole = record.scheme.weights.type == "int"
+            found[name] = None if whole else "beside other schemes transformers cannot load it packed"
+        if len(inspect.signature(type(module).forward).parameters) != 2:              # self and the ids
+            found[name] = f"transformers cannot call a packed {type(module).__name__}"
+    return found
+
+
+def unpacked(record: Quantized) -> Quantized:
+    """The record of codes that are written a byte each."""
+    return replace(record, scheme=record.scheme.model_copy(update={"format": UNPACKED}))
+
+
+def _alone(scheme: QuantizationScheme, first: QuantizationScheme) -> bool:
+    same = scheme.model_dump(exclude={"targets"}) == first.model_dump(exclude={"targets"})
+    return same and scheme.input_activations is None
