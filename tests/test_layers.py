@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "distributed": (set(), set()),
     "quant": ({"ops", "matching"}, {"compressed_tensors", "pydantic"}),
     "maths": ({"ops", "matching", "quant.matrix"}, {"pydantic"}),
-    "gptq": ({"maths", "quant"}, {"compressed_tensors"}),
+    "gptq": ({"maths", "ops", "quant"}, {"compressed_tensors"}),
     "rotation": ({"maths", "matching", "quant"}, set()),
     "experts": ({"matching", "quant"}, set()),
     "calibration": ({"core", "matching", "distributed", "experts"}, set()),

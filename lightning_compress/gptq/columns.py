@@ -1,7 +1,7 @@
 """The column loop of GPTQ: round a column, hand its error on to the columns still to come (see modifiers/gptq.py).
 
-The loop works on W^T, whose columns lie contiguous, and hands errors on in two levels: within 16 columns one by one,
-to the rest of the block of 128 by a GEMM every 16 columns, to all others by a GEMM every block.
+The loop works on W^T, whose columns lie contiguous: a block of 128 columns is the op gptq_block, and a GEMM hands its
+errors on to all columns after it.
 
 Shapes: R rows, C columns (inputs), G groups of g columns.
 """
@@ -11,12 +11,11 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from lightning_compress.maths.factor import Factor, energy
-from lightning_compress.quant.formats import is_microscaled, round_float_, stored_as
+from lightning_compress.ops.gptq_block import Grid, gptq_block_
+from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.scales import expand, group_columns, integer_range
 
-__all__ = ["Nearest", "adjusted", "output_error", "round_columns"]
-
-SUB_BLOCK = 16
+__all__ = ["adjusted", "grid_of", "output_error", "round_columns"]
 
 
 def round_columns(
@@ -46,34 +45,25 @@ def round_columns(
     """
     R, C = W_RC.shape
     W_CR = W_RC.t().contiguous().index_select(0, factor.order_C)
-    A_CR, Q_CR, UT_CC = W_CR.clone(), torch.empty_like(W_CR), factor.UT_CC
+    A_CR, Q_CR, U_CC = W_CR.clone(), torch.empty_like(W_CR), factor.UT_CC.t()
+    if W_CR.is_cuda:
+        U_CC = U_CC.contiguous()                                               # kernels read its rows
     D_bR = W_CR.new_empty(min(block, C), R)
-    groups = (factor.order_C // group_columns(args, C)).tolist()
-    scales = [s.contiguous() for s in expand(scale, R, args).to(W_RC.dtype).unbind(1)]
-    zeros = None
-    if zero_point is not None:
-        zeros = [z.contiguous() for z in expand(zero_point, R, args).to(W_RC.dtype).unbind(1)]
-    gone = None if keep_RC is None else (~keep_RC).t().index_select(0, factor.order_C).unbind(0)
-    nearest_ = Nearest(args, W_RC.dtype if dtype is None else dtype)
-    a_rows, q_rows, w_rows, d_rows = A_CR.unbind(0), Q_CR.unbind(0), W_CR.unbind(0), D_bR.unbind(0)
+    group_C = factor.order_C // group_columns(args, C)
+    scale_GR, zero_GR = (
+        None if s is None else expand(s, R, args).to(W_RC.dtype).t().contiguous() for s in (scale, zero_point)
+    )
+    keep_CR = None if keep_RC is None else keep_RC.t().index_select(0, factor.order_C)
+    grid = grid_of(args, W_RC.dtype if dtype is None else dtype)
     for i1 in range(0, C, block):
         i2 = min(i1 + block, C)
-        for j1 in range(i1, i2, SUB_BLOCK):
-            j2 = min(j1 + SUB_BLOCK, i2)
-            # From column k to all of the sub-block, zero up to k itself: to add zeros there is quicker than to slice.
-            hand_on = UT_CC[j1:j2, j1:j2].tril(-1).t().contiguous().unbind(0)
-            A_sub = A_CR[j1:j2]
-            for j in range(j1, j2):
-                group, a, q, d = groups[j], a_rows[j], q_rows[j], d_rows[j - i1]
-                nearest_(a, scales[group], None if zeros is None else zeros[group], q)
-                if gone is not None:
-                    q.masked_fill_(gone[j], 0)
-                torch.sub(w_rows[j], q, out=d)
-                A_sub.addr_(hand_on[j - j1], d)
-            if j2 < i2:
-                A_CR[j2:i2].addmm_(UT_CC[j2:i2, j1:j2], D_bR[j1 - i1 : j2 - i1])
+        here = slice(i1, i2)
+        gptq_block_(
+            A_CR[here], Q_CR[here], D_bR[: i2 - i1], W_CR[here], U_CC[here, here], grid, scale_GR, zero_GR,
+            group_C[here], None if keep_CR is None else keep_CR[here],
+        )  # fmt: skip
         if i2 < C:
-            A_CR[i2:].addmm_(UT_CC[i2:, i1:i2], D_bR[: i2 - i1])
+            A_CR[i2:].addmm_(U_CC[here, i2:].t(), D_bR[: i2 - i1])
     loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()
     A_CR.index_copy_(0, factor.order_C, Q_CR)                                  # back into the order of the columns
     return A_CR.t().contiguous(), loss_R
@@ -109,21 +99,6 @@ def adjusted(W_RC: Tensor, Q_RC: Tensor, factor: Factor) -> Tensor:
     return torch.empty_like(A_RC).index_copy_(1, factor.order_C, A_RC)
 
 
-class Nearest:
-    """Nearest grid point of a column, written into ``out``, in the order of operations of compressed-tensors."""
-
-    def __init__(self, args: QuantizationArgs, stored: torch.dtype):
-        self.low, self.high = integer_range(args)
-        self.args, self.stored = args, stored
-
-    def __call__(self, a_R: Tensor, s_R: Tensor, z_R: Tensor | None, out: Tensor) -> None:
-        torch.div(a_R, s_R, out=out)
-        if self.args.type == "float":
-            round_float_(out, self.args.num_bits)
-        elif z_R is None:
-            out.round_().clamp_(self.low, self.high)
-        else:
-            out.add_(z_R).round_().clamp_(self.low, self.high).sub_(z_R)
-        out.mul_(s_R)
-        if self.stored != out.dtype or is_microscaled(self.args):
-            out.copy_(stored_as(out, self.args, self.stored))
+def grid_of(args: QuantizationArgs, stored: torch.dtype) -> Grid:
+    """What the op rounds to; ``stored`` is the dtype in which values are kept."""
+    return Grid(*integer_range(args), args.num_bits if args.type == "float" else 0, stored, is_microscaled(args))

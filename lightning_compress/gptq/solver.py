@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lightning_compress.gptq.columns import Nearest, adjusted, round_columns
+from lightning_compress.gptq.columns import adjusted, grid_of, round_columns
 from lightning_compress.gptq.refinement import refine, weighted_error
 from lightning_compress.maths.factor import Factor
 from lightning_compress.quant.rounding import find_scales
@@ -108,7 +108,7 @@ class Solver:
         P = len(H_PCC)
         scale_RG, zero_RG = _stacked(solved, self.args)
         zeros, keeps = ([None] * P if whole is None else whole.chunk(P) for whole in (zero_RG, solved.keep_RC))
-        nearest = Nearest(self.args, dtype)
+        nearest = grid_of(self.args, dtype).nearest_
         parts = [
             refine(W, Q, scale, zero, self.args, H_CC, nearest, dtype, keep)
             for W, Q, scale, zero, H_CC, keep in zip(

@@ -33,14 +33,13 @@ from lightning_compress.maths.masks import keep_highest, keep_rows
 from lightning_compress.maths.owl import OutlierSurvey
 from lightning_compress.maths.pruning import PruningArguments, never_saw_data, share_of_zeros
 from lightning_compress.maths.support import refit
+from lightning_compress.ops.gptq_block import SUB_BLOCK, gptq_block_
 from lightning_compress.quant.facts import sqnr_db, weight_error
 from lightning_compress.quant.matrix import as_matrix, write_matrix
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.quant.schemes import check_finite
 
 __all__ = ["SparseGPTModifier", "prune_columns"]
-
-SUB_BLOCK = 16
 
 
 def prune_columns(
@@ -66,7 +65,9 @@ def prune_columns(
         Q [R, C], and the mask of what stays, bool [R, C].
     """
     R, C = W_RC.shape
-    W_CR, UT_CC, importance_C = W_RC.t().contiguous(), factor.UT_CC, factor.pivot_C.square()
+    W_CR, U_CC, importance_C = W_RC.t().contiguous(), factor.UT_CC.t(), factor.pivot_C.square()
+    if W_CR.is_cuda:
+        U_CC = U_CC.contiguous()                                               # kernels read its rows
     A_CR, Q_CR, keep_CR = W_CR.clone(), torch.empty_like(W_CR), W_CR != 0
     D_bR = W_CR.new_empty(min(block, C), R)
     M = 1 if pattern is None else pattern[1]
@@ -75,7 +76,7 @@ def prune_columns(
     def choose(low: int, high: int) -> None:
         """The mask of some columns, from what the columns before have left for them."""
         W, keep = W_CR[low:high], keep_CR[low:high]
-        UT_bb = UT_CC[low:high, low:high]
+        UT_bb = U_CC[low:high, low:high].t()
         shift = torch.linalg.solve_triangular(UT_bb, A_CR[low:high] - W, upper=False, unitriangular=True)
         score = shift.add_(W).square_().mul_(importance_C[low:high, None]).masked_fill_(~keep, -1.0)
         if pattern is not None:
@@ -86,23 +87,26 @@ def prune_columns(
         else:
             keep &= keep_highest(score, _count(sparsity, R * high) - _count(sparsity, R * low))
 
+    def update(low: int, high: int, first: int, last: int, sub_block: int) -> None:
+        """Columns first to last, whose mask is known; their errors reach all from low to high."""
+        here, columns = slice(low, high), (first - low, last - low)
+        D, U, keep = D_bR[low % block : low % block + high - low], U_CC[here, here], keep_CR[here]
+        gptq_block_(A_CR[here], Q_CR[here], D, W_CR[here], U, keep_bR=keep, columns=columns, sub_block=sub_block)
+
     for i1 in range(0, C, block):
         i2 = min(i1 + block, C)
         if pattern is None:
             choose(i1, i2)
-        for j1 in range(i1, i2, sub_block):
+            update(i1, i2, i1, i2, SUB_BLOCK)
+        for j1 in range(i1, i2, sub_block) if pattern is not None else ():
             j2 = min(j1 + sub_block, i2)
-            hand_on = UT_CC[j1:j2, j1:j2].tril(-1).t().contiguous()
-            for j in range(j1, j2):
-                if pattern is not None and j % M == 0:
-                    choose(j, j + M)
-                torch.mul(A_CR[j], keep_CR[j], out=Q_CR[j])
-                torch.sub(W_CR[j], Q_CR[j], out=D_bR[j - i1])
-                A_CR[j1:j2].addr_(hand_on[j - j1], D_bR[j - i1])
+            for j in range(j1, j2, M):
+                choose(j, j + M)
+                update(j1, j2, j, j + M, sub_block)
             if j2 < i2:
-                A_CR[j2:i2].addmm_(UT_CC[j2:i2, j1:j2], D_bR[j1 - i1 : j2 - i1])
+                A_CR[j2:i2].addmm_(U_CC[j1:j2, j2:i2].t(), D_bR[j1 - i1 : j2 - i1])
         if i2 < C:
-            A_CR[i2:].addmm_(UT_CC[i2:, i1:i2], D_bR[: i2 - i1])
+            A_CR[i2:].addmm_(U_CC[i1:i2, i2:].t(), D_bR[: i2 - i1])
     return Q_CR.t(), keep_CR.t()
 
 

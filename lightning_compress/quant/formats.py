@@ -19,10 +19,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from compressed_tensors.quantization.utils import generate_gparam
 from torch import Tensor
 
+from lightning_compress.ops.gptq_block.grid import round_float_
+
 __all__ = ["global_scale_of", "has_global_scale", "is_microscaled", "nearby_scales", "round_float_", "stored_as"]
 
-MANTISSA = {4: 1, 6: 3}                 # of E2M1 and E2M3; both have exponents 0, 1, 2, and below 1 the steps of 0
-LARGEST = {4: 6.0, 6: 7.5}
 E4M3_CODES = 127                        # codes 1 ... 126 are the positive finite numbers, in order; 127 is NaN
 EXPONENTS = (1, -1)                     # of a power of two, beside the one from the extremes
 CODES = range(-6, 7)                    # of E4M3, beside the one from the extremes: factors of about 0.57 to 1.75
@@ -47,21 +47,6 @@ def global_scale_of(low: Tensor, high: Tensor) -> Tensor:
 def stored_as(W_RC: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> Tensor:
     """Dequantized weights as the loader has them, in ``dtype``: microscaled ones pass through bfloat16."""
     return (W_RC.to(torch.bfloat16) if is_microscaled(args) else W_RC).to(dtype)
-
-
-def round_float_(x: Tensor, bits: int) -> Tensor:
-    """The nearest number of the format, ties to even, saturating; in place.
-
-    Args:
-        x: float32 or wider.
-        bits: 4 (E2M1), 6 (E2M3) or 8 (E4M3).
-    """
-    if bits == 8:
-        limit = torch.finfo(torch.float8_e4m3fn).max
-        return x.copy_(x.clamp_(-limit, limit).to(torch.float8_e4m3fn))
-    exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=0, max=2)
-    step = torch.ldexp(torch.ones_like(x), exponent - MANTISSA[bits])
-    return x.div_(step).round_().mul_(step).clamp_(-LARGEST[bits], LARGEST[bits])
 
 
 def nearby_scales(scale_RG: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> Iterator[Tensor]:

@@ -1,0 +1,73 @@
+"""The grid that a column is rounded to, in the order of operations of compressed-tensors.
+
+    integers     q = (clamp(round(a / s + z), low, high) - z) s
+    floats       q = clamp(round_to_float(a / s), low, high) s         E2M1 (4 bits), E2M3 (6 bits), E4M3 (8 bits)
+
+and then q as it will be stored: in 16 bits, for microscaled formats by way of bfloat16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Grid", "round_float_"]
+
+MANTISSA = {4: 1, 6: 3, 8: 3}           # bits after the point
+EXPONENT = {4: 0, 6: 0, 8: -6}          # the least; below 2^EXPONENT the steps are those of it
+LARGEST = {4: 6.0, 6: 7.5, 8: 448.0}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What :meth:`nearest_` rounds to.
+
+    Args:
+        low: Lowest code, or lowest number of the format.
+        high: Highest.
+        float_bits: 4 (E2M1), 6 (E2M3), 8 (E4M3); 0: integers.
+        stored: In which values are kept: they are rounded to it. float16, bfloat16, float32 or float64.
+        through_bf16: Round to bfloat16 before.
+
+    Raises:
+        ValueError: Other bits, or another dtype.
+    """
+
+    low: float
+    high: float
+    float_bits: int = 0
+    stored: torch.dtype = torch.float32
+    through_bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.float_bits not in (0, *MANTISSA):
+            raise ValueError(f"float_bits must be 0 for integers, or 4, 6 or 8, got {self.float_bits}")
+        if self.stored not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"values are stored in float16, bfloat16, float32 or float64, got {self.stored}")
+
+    def nearest_(self, a_R: Tensor, s_R: Tensor, z_R: Tensor | None, out: Tensor) -> None:
+        """Nearest grid point of a column, written into ``out``; all in one dtype, float32 or wider."""
+        torch.div(a_R, s_R, out=out)
+        if self.float_bits:
+            round_float_(out, self.float_bits)
+        elif z_R is None:
+            out.round_().clamp_(self.low, self.high)
+        else:
+            out.add_(z_R).round_().clamp_(self.low, self.high).sub_(z_R)
+        out.mul_(s_R)
+        if self.through_bf16 or self.stored != out.dtype:
+            out.copy_((out.to(torch.bfloat16) if self.through_bf16 else out).to(self.stored))
+
+
+def round_float_(x: Tensor, bits: int) -> Tensor:
+    """The nearest number of the format, ties to even, saturating; in place.
+
+    Args:
+        x: float32 or wider.
+        bits: 4 (E2M1), 6 (E2M3) or 8 (E4M3).
+    """
+    if bits == 8:
+        return x.copy_(x.clamp_(-LARGEST[8], LARGEST[8]).to(torch.float8_e4m3fn))
+    exponent = torch.frexp(x).exponent.sub_(1).clamp_(min=0, max=2)
+    step = torch.ldexp(torch.ones_like(x), exponent - MANTISSA[bits])
+    return x.div_(step).round_().mul_(step).clamp_(-LARGEST[bits], LARGEST[bits])
