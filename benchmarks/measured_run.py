@@ -126,7 +126,7 @@ def result_of(command: list[str], what: str) -> dict[str, Any]:
 
 def run(job: Job) -> dict[str, Any]:
     """Load, compress inside the clock, save; the facts for the report."""
-    torch.manual_seed(0)
+    torch.manual_seed(job.subset)                    # random rotations: other ones with each subset
     torch.set_num_threads(1)
     tokenizer = smollm2.load_tokenizer(Path(job.model))
     task = smollm2 if job.task == "smollm2" else minilm

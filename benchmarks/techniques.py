@@ -57,9 +57,9 @@ def ours(job: "Job") -> list[Any]:
         ],
         "sparsegpt": lambda: [_pruner(lc.SparseGPTModifier, job)],
         "wanda": lambda: [_pruner(lc.WandaPruningModifier, job)],
-        "spinquant+rtn": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"]), rtn],
-        "spinquant+gptq": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"]), gptq],
-        "quip+rtn": lambda: [lc.QuIPModifier(allow_online=True), rtn],
+        "spinquant+rtn": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), rtn],
+        "spinquant+gptq": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), gptq],
+        "quip+rtn": lambda: [lc.QuIPModifier(allow_online=True, seed=job.subset), rtn],
         "autoround": lambda: [lc.AutoRoundModifier(**grid, scale_search=job.scale_search, iters=job.iters)],
         "autoround from rtn": lambda: [lc.AutoRoundModifier(**grid, init="rtn", scale_search="minmax")],
     }
