@@ -44,4 +44,5 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     assert found["shared"] <= SHARED[capability], found
     assert found["HGMMA" if capability == 90 else "HMMA"], found       # 64 features of a tile are the rows of wgmma
     assert not found["conversions"], found                             # of integers to floats: bits are placed
+    assert ".ftz" not in kernel.asm["ptx"]                             # 2^-126 times a code may be subnormal
     assert found["instructions"] <= budget, found
