@@ -9,7 +9,7 @@ PEER_PYTHON ?= $(PEER_VENV)/bin/python
 BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONPATH=.
 BENCH_ARGS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu
+.PHONY: bench bench-peer-env bench-data bench-packed bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -62,6 +62,9 @@ bench-training: $(READY)  ## QAT, distillation and pruning schedules beside one-
 bench-vision: $(READY)  ## Int8 QAT and 90 % sparsity of a convolutional net and a ViT on scikit-learn's digits
 	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_vision.py $(BENCH_ARGS)
+
+bench-packed: $(READY)  ## Packed weights on this CPU beside dense ones, layers and decode (10 minutes)
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_packed_cpu.py $(BENCH_ARGS)
 
 bench-gpu: $(READY)  ## Every op beside torch on the CUDA GPU of this machine: checked, then timed; under 8 minutes
 	OMP_NUM_THREADS=8 PYTHONPATH=. $(BENCH_PYTHON) benchmarks/bench_ops.py $(BENCH_ARGS)
