@@ -81,7 +81,8 @@ def layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             x = torch.randn(1, M, K)
             inputs = {name: x if name.endswith("fp32") else x.bfloat16() for name in modules}
             calls = {name: (lambda f=modules[name], x=inputs[name]: f(x)) for name in modules}
-            rows.append({"N": N, "K": K, "M": M, "ways": paired(calls, "dense fp32", arguments.rounds, arguments.least)})
+            ways = paired(calls, "dense fp32", arguments.rounds, arguments.least)
+            rows.append({"N": N, "K": K, "M": M, "ways": ways})
             print(N, K, M, {name: round(found["speed"], 2) for name, found in rows[-1]["ways"].items()}, flush=True)
     return rows
 

@@ -1,8 +1,8 @@
 """int8 products on the CPU, by oneDNN: y = s_m (sum_k q_mk w_nk - z_m sum_k w_nk) s_n, the sums exact.
 
 Two ways, both of torch: ``_int_mm`` on the weight as it is, and ``qlinear`` on a weight that was laid out once
-(unsigned codes, q + 128; with signed ones it takes a loop that is a thousand times slower). On CPUs without VNNI instructions
-both add pairs of products up in 16 bits and saturate, so :func:`is_exact` must be asked first.
+(unsigned codes, q + 128; with signed ones it takes a loop that is a thousand times slower). On CPUs without VNNI
+instructions both add pairs of products up in 16 bits and saturate, so :func:`is_exact` must be asked first.
 
 Shapes: M tokens, N output features, K input features.
 """

@@ -185,7 +185,9 @@ def _grid(layer: Weights) -> tuple[Tensor, Tensor | None]:
 
 def _by_token(scale: Tensor, x: Tensor) -> Tensor:
     """float32 [M, 1]."""
-    return scale.float().expand(*x.shape[:-1], 1).reshape(-1, 1)
+    if scale.numel() * x.shape[-1] != x.numel():
+        scale = scale.expand(*x.shape[:-1], 1)
+    return scale.reshape(-1, 1).float()
 
 
 def _scale_rows(layer: Weights) -> Tensor:
