@@ -46,12 +46,12 @@ include scripts/slurm/slurm.mk
 # One thread: the tests' models are tiny, and two cores shared by two runs are slower with more.
 TEST := OMP_NUM_THREADS=1 HYDRA_FULL_ERROR=1 $(BIN)/python -m pytest
 
+# Kernels twice: compiled, with all the others; and in Triton's interpreter, which must be chosen before Triton is imported.
 test: $(READY)  ## the tests that need no GPU, no cluster and no download
 	$(TEST) -m "not (slow or real or slurm or gpu)" $(ARGS)
+	TRITON_INTERPRET=1 $(TEST) tests/ops -k interpreted
 
-# Triton weighs 200 MB, so `make` installs it for these alone: interpreted against float64, then compiled for sm_80 to 90.
-test-kernels: $(READY)  ## the GPU kernels, interpreted and compiled; needs no GPU
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[kernels]"
+test-kernels: $(READY)  ## the GPU kernels alone, interpreted against float64 and compiled for sm_80 to 100; needs no GPU
 	TRITON_INTERPRET=1 $(TEST) tests/ops -k interpreted $(ARGS)
 	$(TEST) tests/ops -k compiled $(ARGS)
 

@@ -9,7 +9,7 @@ PEER_PYTHON ?= $(PEER_VENV)/bin/python
 BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONPATH=.
 BENCH_ARGS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-packed bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu
+.PHONY: bench bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-callback bench-qat-step bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -53,7 +53,18 @@ bench-calibration: $(READY) bench-peer-env bench-data  ## CPU seconds, memory an
 bench-accuracy: $(READY) bench-peer-env bench-data  ## KL to the dense model and perplexity beside llm-compressor
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_accuracy.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)
 
-bench-demo: $(READY)  ## The table of the README: dense, RTN and GPTQ at 4, 3 and 2 bits on the demo's model
+bench-techniques: $(READY) bench-peer-env bench-data  ## Every technique beside llm-compressor, three subsets (two hours)
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_techniques.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)
+
+bench-moved: $(BENCH_DIR)/models/smollm2-moved/.ready  ## SmolLM2 moved off its 4-bit grid (ten minutes)
+$(BENCH_DIR)/models/smollm2-moved/.ready: | $(READY) bench-data
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/moved_weights.py $(BENCH_DIR)/models/smollm2 $(BENCH_DIR)/texts $(@D)
+	touch $@
+
+bench-weights: $(READY) bench-moved  ## Every technique on weights off the grid
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_weights.py --material $(BENCH_DIR) $(BENCH_ARGS)
+
+bench-demo: $(READY)  ## The table of the README: every technique at 4, 3 and 2 bits on the demo's model
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_demo.py $(BENCH_ARGS)
 
 bench-training: $(READY)  ## QAT, distillation and pruning schedules beside one-shot, three seeds (an hour)

@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def cached_dense_logits(model: Path, windows: Tensor, material: Path) -> smollm2.DenseLogits:
     """The dense model's predictions: from disk when these very windows were run before."""
-    file = material / f"dense_{len(windows)}x{windows.shape[1]}.safetensors"
+    file = dense_file(windows, material)
     if file.exists():
         with safe_open(file, "pt") as stored:
             if torch.equal(stored.get_tensor("windows"), windows):
@@ -99,6 +99,11 @@ def cached_dense_logits(model: Path, windows: Tensor, material: Path) -> smollm2
     dense = smollm2.dense_logits(smollm2.load(model), windows)
     save_file({"windows": windows.contiguous(), **vars(dense)}, file)
     return dense
+
+
+def dense_file(windows: Tensor, material: Path) -> Path:
+    """Where the dense model's predictions for so many windows are kept."""
+    return material / f"dense_{len(windows)}x{windows.shape[1]}.safetensors"
 
 
 def report(bits: int, known: dict[str, Scores], dense: Tensor, arguments: argparse.Namespace) -> list[str]:

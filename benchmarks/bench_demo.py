@@ -1,4 +1,4 @@
-"""The demo's model at 4, 3 and 2 bits: dense, rounded to nearest, GPTQ. Prints the table of the README.
+"""The demo's model at 4, 3 and 2 bits, and pruned, by every technique. Prints the table of the README.
 
     make bench-demo                                 # or: python benchmarks/bench_demo.py --help
 
@@ -6,25 +6,28 @@ Trains the model of `make demo` once, by train.py with conf/train.yaml as it sta
 compresses copies of it and measures each on the same held-out text, many more tokens than the demo itself looks at:
 at 4 bits the differences are far smaller than the spread between blocks of text, so they are taken block by block
 (paired), and come with their standard error over blocks. Beside the loss stands KL(dense || compressed), which sees
-every change of the prediction and not only that of the byte that came.
+every change of the prediction and not only that of the byte that came. This model was never quantized: its weights know
+nothing of a grid.
 """
 
 import argparse
 import copy
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning
 import machine
 import torch
 from demo_model import Scores, demo_config, load, mean_and_error, measure, train_once
 from hydra.utils import instantiate
+from measured_run import Job
 from omegaconf import DictConfig
+from techniques import PRUNERS, QUANTIZERS, ours
 
-from lightning_compress import AutoRoundModifier, GPTQModifier, Modifier, QuantizationModifier, compress
+from lightning_compress import compress
 
-METHODS = ("RTN", "GPTQ, minmax", "GPTQ", "AutoRound", "AutoRound from RTN")
+QUICK = [method for method in QUANTIZERS if not method.startswith("AutoRound")]
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,16 @@ class Measured:
     """One row of the table.
 
     Args:
-        bits: Of a weight.
+        bits: Of a weight; 16: none was quantized.
         method: How it was compressed.
         scores: On the held-out text.
+        cpu_s: CPU seconds of the compression.
     """
 
     bits: int
     method: str
     scores: Scores
+    cpu_s: float = 0.0
 
 
 def main() -> None:
@@ -52,19 +57,23 @@ def main() -> None:
     held_out = [batch["input_ids"] for batch in data.test_dataloader()]
     calibration = list(data.calibration_dataloader())[: arguments.calibration_batches]
     results = [Measured(16, "dense", measure(model.model, model.model, held_out))]
-    for bits in arguments.bits:
-        for method in arguments.methods:
-            copied = copy.deepcopy(model.model)
-            compress(copied, modifier(method, bits, arguments.group), calibration)
-            results.append(Measured(bits, method, measure(copied, model.model, held_out)))
-            print(row(results[-1], results), flush=True)
+    jobs = [(bits, method, QUANTIZERS[method]) for bits in arguments.bits for method in arguments.methods]
+    jobs += [(16, method, PRUNERS[method]) for method in arguments.pruners]
+    for bits, method, fields in jobs:
+        copied = copy.deepcopy(model.model)
+        job = Job("ours", "smollm2", "", "", bits=bits, group=arguments.group, **fields)
+        began = time.process_time()
+        compress(copied, ours(job), calibration)
+        cpu_s = time.process_time() - began
+        results.append(Measured(bits, method, measure(copied, model.model, held_out), cpu_s))
+        print(row(results[-1], results), flush=True)
     lines = report(results, config, len(calibration), arguments)
     print("\n".join(lines))
     if not arguments.dry:
         facts = {
             f"W{r.bits} {r.method}": {"nll": r.scores.losses.tolist(), "kl": r.scores.kl.tolist()} for r in results
         }
-        title = "The demo's model at 4, 3 and 2 bits"
+        title = "The demo's model at 4, 3 and 2 bits, and pruned"
         print("written:", machine.write("demo", title, lines, {"blocks": facts}, arguments.machine))
 
 
@@ -74,29 +83,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/work/demo"), help="where training writes")
     parser.add_argument("--blocks", type=int, default=2048, help="held-out blocks, spread over the test text")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:3], metavar="METHOD",
-                        help=f"of {', '.join(METHODS)}; those of AutoRound take minutes for each number of bits")
+    parser.add_argument("--methods", nargs="*", choices=list(QUANTIZERS), default=QUICK, metavar="METHOD",
+                        help=f"of {', '.join(QUANTIZERS)}; those of AutoRound take minutes for each number of bits")
+    parser.add_argument("--pruners", nargs="*", choices=list(PRUNERS), default=list(PRUNERS), metavar="PRUNER",
+                        help=f"of {', '.join(PRUNERS)}")
     parser.add_argument("--group", type=int, default=128, help="columns that share a scale")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
     parser.add_argument("--dry", action="store_true", help="print only, write no result")
     return parser.parse_args()
-
-
-def modifier(method: str, bits: int, group: int) -> Modifier:
-    """The modifier of a method, for symmetric integers in groups; the output layer stays dense, as in the recipes."""
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    scheme: dict[str, Any] = {
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": ["re:.*lm_head"],
-    }
-    if method == "RTN":
-        return QuantizationModifier(**scheme)
-    if method == "AutoRound":
-        return AutoRoundModifier(**scheme, iters=100)
-    if method == "AutoRound from RTN":
-        return AutoRoundModifier(**scheme, init="rtn", scale_search="minmax")
-    return GPTQModifier(**scheme, scale_search="minmax") if method == "GPTQ, minmax" else GPTQModifier(**scheme)
 
 
 def row(measured: Measured, results: list[Measured]) -> list[str]:
@@ -105,23 +100,26 @@ def row(measured: Measured, results: list[Measured]) -> list[str]:
     scores = measured.scores
     cells = [str(measured.bits), measured.method, f"{scores.losses.mean().exp():.4f}"]
     if scores is dense:
-        return [*cells, "", "", ""]
+        return [*cells, "", "", "", ""]
     rounded = next((r for r in results if r.method == "RTN" and r.bits == measured.bits), measured).scores
     left = "" if rounded is scores else f"{scores.kl.mean() / rounded.kl.mean():.2f}"
-    return [*cells, mean_and_error(scores.losses - dense.losses, "+.5f"), mean_and_error(scores.kl, ".6f"), left]
+    gap, kl = mean_and_error(scores.losses - dense.losses, "+.5f"), mean_and_error(scores.kl, ".6f")
+    return [*cells, gap, kl, left, f"{measured.cpu_s:.1f}"]
 
 
 def report(results: list[Measured], config: DictConfig, calibration: int, arguments: argparse.Namespace) -> list[str]:
     """The table, as Markdown."""
     blocks, length = len(results[0].scores.losses), config.data.block_length
-    head = ["bits", "method", "perplexity", "loss - dense, nats per token", "KL to dense", "KL / RTN's"]
+    head = ["bits", "method", "perplexity", "loss - dense, nats per token", "KL to dense", "KL / RTN's", "CPU s"]
     return [
         *machine.table(head, [row(r, results) for r in results]),
         "",
         f"Symmetric integers in groups of {arguments.group} columns, `lm_head` dense; {blocks * (length - 1):,} "
         f"held-out tokens in {blocks} blocks, {calibration * config.data.batch_size * length:,} calibration tokens. "
         f"Differences are paired by block, ± is their standard error. GPTQ searches its scales by the Hessian (the "
-        f"default); `minmax` is the plain one. PyTorch {torch.__version__}, Lightning {lightning.__version__}, "
+        f"default); `minmax` is the plain one. AWQ scales and rounds; in front of GPTQ it only scales. Rotation: R1 "
+        f"and R2. AutoRound begins with GPTQ's solution. PyTorch {torch.__version__}, Lightning "
+        f"{lightning.__version__}, "
         f"seed {config.seed}.",
     ]
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import minilm
 import smollm2
+import techniques
 import torch
 from torch import Tensor, nn
 
@@ -40,8 +41,14 @@ class Job:
         bits: Bits of a weight.
         group: Columns that share a scale.
         subset: Which calibration subset.
-        walk: Ours only: ``two_pass`` or ``one_pass``.
-        scale_search: Ours only: ``minmax``, ``mse`` or ``hessian``.
+        walk: Ours only: ``two_pass``, ``one_pass`` or ``auto``.
+        scale_search: Ours only, of GPTQ and AutoRound: ``minmax``, ``mse`` or ``hessian``.
+        technique: A name of techniques.py.
+        symmetric: Codes around zero; else with zero points.
+        sparsity: Share of zeros, of pruners.
+        mask: Their structure: ``unstructured`` or ``2:4``.
+        owl: Ours only: OWL's allocation of sparsity.
+        iters: Of AutoRound, from GPTQ's solution.
     """
 
     library: Literal["ours", "peer", "forward"]
@@ -57,6 +64,12 @@ class Job:
     subset: int = 0
     walk: str = "two_pass"
     scale_search: str = "hessian"
+    technique: str = "gptq"
+    symmetric: bool = True
+    sparsity: float = 0.5
+    mask: str = "unstructured"
+    owl: bool = False
+    iters: int = 100
 
     @property
     def ignore(self) -> list[str]:
@@ -65,9 +78,9 @@ class Job:
 
     @property
     def config_groups(self) -> dict[str, Any]:
-        """The scheme, in the words that both libraries share: symmetric integers in groups."""
+        """The scheme, in the words that both libraries share: integers in groups."""
         groups = {"strategy": "group", "group_size": self.group}
-        weights = {"num_bits": self.bits, "type": "int", "symmetric": True, **groups}
+        weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, **groups}
         return {"group_0": {"targets": ["Linear"], "weights": weights}}
 
 
@@ -81,11 +94,21 @@ def in_own_process(job: Job, peer_python: str) -> dict[str, Any]:
     Returns:
         What :func:`run` found. SystemExit with the output when it failed.
     """
+    if job.out:
+        shutil.rmtree(job.out, ignore_errors=True)
+    return result_of([python_of(job, peer_python), __file__, json.dumps(asdict(job))], str(job))
+
+
+def python_of(job: Job, peer_python: str) -> str:
+    """The interpreter of the library; SystemExit when there is none."""
     python = peer_python if job.library == "peer" else sys.executable
     if not shutil.which(python):
         raise SystemExit(f"{python} is missing: `make bench-peer-env` makes the peer's environment")
-    if job.out:
-        shutil.rmtree(job.out, ignore_errors=True)
+    return python
+
+
+def result_of(command: list[str], what: str) -> dict[str, Any]:
+    """The object behind `RESULT` in what a command prints: one thread, no hub; SystemExit if it fails."""
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -94,11 +117,10 @@ def in_own_process(job: Job, peer_python: str) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
-    command = [python, __file__, json.dumps(asdict(job))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not results:
-        raise SystemExit(f"{job} failed with code {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise SystemExit(f"{what} failed with code {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return dict(json.loads(results[-1].removeprefix("RESULT ")))
 
 
@@ -119,7 +141,9 @@ def run(job: Job) -> dict[str, Any]:
         compress()
     facts["versions"] = versions()
     if job.out and job.library != "forward":
+        began = time.process_time()
         save(Path(job.out))
+        facts["save_cpu_s"] = time.process_time() - began
     return {"job": asdict(job), **facts}
 
 
@@ -127,14 +151,12 @@ def prepare_ours(
     job: Job, model: nn.Module, tokenizer: Any, rows: Tensor
 ) -> tuple[Callable[[], Any], Callable[[Path], Any]]:
     """The call that is measured, and the one that writes the folder."""
-    from lightning_compress import GPTQModifier, compress, save
+    from lightning_compress import compress, save
 
-    modifier = GPTQModifier(
-        config_groups=job.config_groups, ignore=job.ignore, actorder="static", scale_search=job.scale_search
-    )
+    modifiers = techniques.ours(job)
     batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in rows.split(job.batch)]
     return (
-        lambda: compress(model, modifier, batches, walk=job.walk),
+        lambda: compress(model, modifiers, batches, walk=job.walk),
         lambda out: save(model, out, tokenizer=tokenizer, overwrite=True),
     )
 
@@ -145,23 +167,21 @@ def prepare_peer(
     """The same for llm-compressor. Its default order of columns is the static one, too."""
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
 
     ids = rows.tolist()
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
-    recipe = GPTQModifier(config_groups=job.config_groups, ignore=job.ignore, actorder="static")
+    recipe = techniques.of_peer(job)
+    needs_data = not job.technique.endswith("rtn")
+    calibration = {
+        "dataset": data,
+        "num_calibration_samples": job.rows,
+        "max_seq_length": job.length,
+        "batch_size": job.batch,
+        "shuffle_calibration_samples": False,
+    }
 
     def compress() -> None:
-        oneshot(
-            model=model,
-            tokenizer=tokenizer,
-            recipe=recipe,
-            dataset=data,
-            num_calibration_samples=job.rows,
-            max_seq_length=job.length,
-            batch_size=job.batch,
-            shuffle_calibration_samples=False,
-        )
+        oneshot(model=model, tokenizer=tokenizer, recipe=recipe, **(calibration if needs_data else {}))
 
     def save(out: Path) -> None:
         model.save_pretrained(out, save_compressed=True)

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.fake_quant import learned_step, straight_through
+from lightning_compress.ops.fp4_gemm import dequantize as fp4_dequantize
+from lightning_compress.ops.fp4_gemm import fp4_gemm, to_layout
+from lightning_compress.ops.fp4_gemm import reference as fp4_reference
 from lightning_compress.ops.hadamard import hadamard_transform
 from lightning_compress.ops.hadamard import reference as hadamard_reference
 from lightning_compress.ops.hessian import hessian_accumulate_
 from lightning_compress.ops.mask_2of4 import mask_2of4
 from lightning_compress.ops.mask_2of4 import reference as mask_reference
+from lightning_compress.ops.w4a8_gemm import reference as w4a8_reference
+from lightning_compress.ops.w4a8_gemm import to_planes as w4a8_planes
+from lightning_compress.ops.w4a8_gemm import w4a8_gemm
 from lightning_compress.ops.w4a16_gemm import dequantize, grid_rows, to_planes, w4a16_gemm
 from lightning_compress.ops.w4a16_gemm import reference as w4a16_reference
-from lightning_compress.ops.w8a8_gemm import quantize_tokens, w8a8_gemm
 from lightning_compress.ops.w8a8_gemm import reference as w8a8_reference
+from lightning_compress.ops.w8a8_gemm import w8a8_linear
 
 __all__ = ["Case", "Trial", "cases"]
 
@@ -82,7 +88,7 @@ def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:
     """
     makers = {
         "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
-        "hadamard": hadamard_cases, "mask_2of4": mask_cases,
+        "hadamard": hadamard_cases, "mask_2of4": mask_cases, "fp4_gemm": fp4_cases, "w4a8_gemm": w4a8_cases,
     }  # fmt: skip
     if unknown := [op for op in ops if op not in makers]:
         raise ValueError(f"no cases of {', '.join(unknown)}; expected some of {', '.join(makers)}")
@@ -150,32 +156,90 @@ def hessian_cases(tiny: bool) -> list[Case]:
 
 
 def w8a8_cases(tiny: bool) -> list[Case]:
-    shapes = [(65, 192)] if tiny else [(4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336)]
+    shapes = [(48, 192)] if tiny else [(4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336)]
     tokens = (3, 17) if tiny else (1, 16, 64, 32, 256, 1024, 4096)
 
-    def case(M: int, N: int, K: int) -> Case:
+    def case(M: int, N: int, K: int, kind: torch.dtype) -> Case:
         def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
             random = torch.Generator(device).manual_seed(seed)
             x = torch.randn(M, K, generator=random, device=device).to(dtype)
             weight = torch.randint(-128, 128, (N, K), generator=random, device=device).to(torch.int8)
+            weight = weight if kind == torch.int8 else (weight.float() / 16).to(kind)
             scale_N = torch.rand(N, generator=random, device=device) * 1e-3 + 1e-4
             W = (weight.float() * scale_N[:, None]).to(dtype)
 
             def theirs() -> Tensor:
-                scale = x.float().abs().amax(1, keepdim=True) / 127.5
-                codes = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
-                return (torch._int_mm(codes, weight.t()) * scale_N * scale).to(dtype)
+                codes, scale = w8a8_reference.quantize_tokens(x, kind)
+                if kind == torch.int8:
+                    return (torch._int_mm(codes, weight.t()) * scale_N * scale[:, None]).to(dtype)
+                return torch._scaled_mm(codes, weight.t(), scale[:, None], scale_N[None], out_dtype=dtype)
 
             def exact() -> Tensor:
-                return w8a8_reference.gemm(*w8a8_reference.quantize_tokens(x), weight, scale_N)
+                return w8a8_reference.gemm(*w8a8_reference.quantize_tokens(x, kind), weight, scale_N)
 
-            contestants = {"matmul of dense weights": lambda: x @ W.t()} | ({"torch int8": theirs} if M > 16 else {})
-            return Trial(lambda: w8a8_gemm(*quantize_tokens(x), weight, scale_N, dtype), contestants, exact)
+            contestants = {"matmul of dense weights": lambda: x @ W.t()}
+            if M > 16 or kind != torch.int8:
+                contestants[f"torch {kind_name(kind)}"] = theirs
+            return Trial(lambda: w8a8_linear(x, weight, scale_N), contestants, exact)
 
-        shape = f"{N} x {K}, M = {M}, tokens quantized in the time"
+        shape = f"{N} x {K}, M = {M}, {kind_name(kind)}, tokens quantized in the time"
         return Case("w8a8_gemm", shape, N * K + 2 * M * (N + K), 2 * M * N * K, 1e-2, make)
 
-    return [case(M, N, K) for M in tokens for N, K in shapes]
+    return [case(M, N, K, kind) for kind in (torch.int8, torch.float8_e4m3fn) for M in tokens for N, K in shapes]
+
+
+def kind_name(kind: torch.dtype) -> str:
+    return "int8" if kind == torch.int8 else "e4m3"
+
+
+def fp4_cases(tiny: bool) -> list[Case]:
+    shapes = [(65, 192)] if tiny else LLAMA
+    tokens = (3, 17) if tiny else (1, 16, 64, 256, 4, 1024)
+
+    def case(M: int, N: int, K: int, group: int) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            random = torch.Generator(device).manual_seed(seed)
+            x = torch.randn(M, K, generator=random, device=device).to(dtype)
+            packed = torch.randint(0, 256, (N, K // 2), generator=random, device=device).to(torch.uint8)
+            bits = torch.randint(80, 127, (N, K // group), generator=random, device=device).to(torch.uint8)
+            scale, one = (bits, None) if group == 32 else (bits.view(torch.float8_e4m3fn), x.new_ones(1).float())
+            layout, W = to_layout(packed, scale, one), fp4_dequantize(packed, scale, one, dtype)
+            return Trial(
+                lambda: fp4_gemm(x, *layout), {"matmul of dense weights": lambda: x @ W.t()},
+                lambda: fp4_reference.gemm(x, packed, scale, one),
+            )  # fmt: skip
+
+        moved = N * K // 2 + N * K // group + 2 * M * (N + K)
+        shape = f"{N} x {K}, M = {M}, {'NVFP4' if group == 16 else 'MXFP4'}"
+        return Case("fp4_gemm", shape, moved, 2 * M * N * K, 1e-2, make)
+
+    return [case(M, N, K, group) for M in tokens for group in (16, 32) for N, K in shapes]
+
+
+def w4a8_cases(tiny: bool) -> list[Case]:
+    shapes = [(65, 192)] if tiny else LLAMA
+    tokens = (3, 17) if tiny else (1, 16, 64, 256, 1024)
+    group = 64 if tiny else 128
+
+    def case(M: int, N: int, K: int, kind: torch.dtype) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            random = torch.Generator(device).manual_seed(seed)
+            x = torch.randn(M, K, generator=random, device=device).to(dtype)
+            codes = torch.randint(-8, 8, (N, K), generator=random, device=device).to(torch.int8)
+            scale = (torch.rand(N, K // group, generator=random, device=device) * 0.01 + 0.001).to(dtype)
+            planes, scale_GN = w4a8_planes(codes, K, K // group), scale.t().contiguous()
+            W = w4a8_reference.dequantize(codes, scale, K, dtype)
+
+            def exact() -> Tensor:
+                return w4a8_reference.gemm(*w8a8_reference.quantize_tokens(x, kind), codes, scale)
+
+            contestants = {"matmul of dense weights": lambda: x @ W.t()}
+            return Trial(lambda: w4a8_gemm(x, planes, scale_GN, kind), contestants, exact)
+
+        moved = N * K // 2 + 2 * N * K // group + 2 * M * (N + K)
+        return Case("w4a8_gemm", f"{N} x {K}, M = {M}, {kind_name(kind)} tokens", moved, 2 * M * N * K, 1e-2, make)
+
+    return [case(M, N, K, kind) for M in tokens for kind in (torch.float8_e4m3fn, torch.int8) for N, K in shapes]
 
 
 def hadamard_cases(tiny: bool) -> list[Case]:

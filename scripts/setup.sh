@@ -18,4 +18,4 @@ fi
 # torch first, and pinned: left free, pip may fetch another build, gigabytes of CUDA libraries.
 install=("$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt)
 "${install[@]}" torch
-"${install[@]}" --editable ".[dev,hf,plot]"
+"${install[@]}" --editable ".[dev,hf,plot,kernels]"

@@ -39,6 +39,7 @@ from lightning_compress.smoothing.fold import fold, spread
 from lightning_compress.smoothing.modifier import MappingArguments, rows_of
 from lightning_compress.smoothing.pair import Pair
 from lightning_compress.smoothing.parent import ParentCalls, common_parent, keep_calls
+from lightning_compress.smoothing.race import FIRST_TOKENS, race, rungs
 from lightning_compress.smoothing.statistics import ChannelMean, to_source
 
 __all__ = ["AWQModifier", "Point", "awq_scale", "clipped", "grid", "group_sizes", "rounded_with"]
@@ -184,7 +185,6 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _finder: PairFinder | None = PrivateAttr(default=None)
     _means: dict[str, ChannelMean] = PrivateAttr(default_factory=dict)
-    _best: dict[str, Point] = PrivateAttr(default_factory=dict)                       # by what the source is called
     _scaled: int = PrivateAttr(default=0)
 
     @model_validator(mode="after")
@@ -242,7 +242,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
                 f"norm or a linear layer alone, so that this is rounding to nearest",
                 stacklevel=2,
             )
-        self._schemes, self._modules, self._means, self._finder, self._best = {}, {}, {}, None, {}
+        self._schemes, self._modules, self._means, self._finder = {}, {}, {}, None
         self._scaled = 0
         self.remove_hooks()
 
@@ -340,59 +340,65 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         x_J = to_source([(index[name], self._means[name].value()) for name in fed], J, "mean")
         sizes = [(index[name], group_sizes(as_matrix(self._modules[name]), self._grid_of(name))) for name in fed]
         w_J = to_source(sizes, J, "mean")
-        points = grid(self.n_grid, self.duo_scaling)
-        scales = [awq_scale(x_J, w_J, point) for point in points]
-        kind = f"{pair.source.rpartition('.')[2]} {J}"
+        scales = [awq_scale(x_J, w_J, point) for point in grid(self.n_grid, self.duo_scaling)]
         if calls is not None:
-            errors = self._parent_errors(pair, fed, calls, points, scales, self._best.get(kind))
+            errors = self._parent_errors(pair, fed, calls, scales)
         else:
-            errors = [0.0] * len(points)
-            for name in fed:
-                shared = moments.get(name)
-                assert shared is not None
-                assert shared.moment is not None
-                s_KC = torch.stack([spread(index[name], s_J) for s_J in scales])
-                W_RC, H_CC = as_matrix(self._modules[name]), shared.moment.value()[0]
-                each = layer_errors(W_RC, s_KC, self._grid_of(name), H_CC) * shared.moment.tokens
-                errors = [a + b for a, b in zip(errors, each.tolist(), strict=True)]
+            errors = self._layer_errors(pair, fed, moments, scales)
         if not math.isfinite(errors[0]):
             raise ValueError(
                 f"NaN or Inf in what {', '.join(map(repr, fed))} lead to once they are rounded; look at their weights, "
                 f"and at the precision the model runs in (float16 overflows at 65504)"
             )
-        best = min(range(len(points)), key=lambda k: (errors[k] if math.isfinite(errors[k]) else math.inf, k))
-        self._best[kind] = points[best]
-        return scales[best]
+        return scales[min(range(len(scales)), key=lambda k: (errors[k] if math.isfinite(errors[k]) else math.inf, k))]
 
     def _parent_errors(
-        self,
-        pair: Pair,
-        fed: Sequence[str],
-        calls: ParentCalls,
-        points: Sequence[Point],
-        scales: Sequence[Tensor],
-        likely: Point | None,
+        self, pair: Pair, fed: Sequence[str], calls: ParentCalls, scales: Sequence[Tensor]
     ) -> list[float]:
-        """The parent's error at each point; inf where it is above the least one found before.
-
-        The first point counts in full. Then points near the one that was best in the block before: the sooner a good
-        one is found, the sooner the others can be given up.
-        """
+        """The squared error of the parent's output with each s; inf where it was given up."""
         dense = {name: as_matrix(self._modules[name]).clone() for name in fed}
-        near = likely.ratio if likely is not None else 0.5
-        order = [0, *sorted(range(1, len(points)), key=lambda k: abs(points[k].ratio - near))]
-        errors, least = [math.inf] * len(points), math.inf
-        try:
-            for k in order:
+        calls = calls.split(FIRST_TOKENS)
+        batches = rungs(calls.tokens())
+
+        def errors(some: Sequence[int], rung: int) -> list[float]:
+            found = []
+            for k in some:
                 for name in fed:
                     s_C = spread(pair.consumers[name].index_C, scales[k])
                     write_matrix(self._modules[name], rounded_with(dense[name], s_C, self._grid_of(name)))
-                errors[k] = calls.error(least)
-                least = min(least, errors[k]) if math.isfinite(errors[k]) else least
+                found.append(calls.squared_error(batches[rung]))
+            return found
+
+        try:
+            return race(len(scales), errors, len(batches))
         finally:
             for name in fed:
                 write_matrix(self._modules[name], dense[name])
-        return errors
+
+    def _layer_errors(
+        self, pair: Pair, fed: Sequence[str], moments: MomentPool, scales: Sequence[Tensor]
+    ) -> list[float]:
+        """The squared error of the layers' own outputs with each s, from second moments; inf where it was given up.
+
+        What comes rung by rung are rows, every fourth one first, where rows have scales of their own.
+        """
+        whole = any(self._grid_of(name).strategy in ("tensor", "block") for name in fed)
+        rows = [slice(None)] if whole else [slice(0, None, 4), slice(1, None, 4), slice(2, None, 4), slice(3, None, 4)]
+        known = []
+        for name in fed:
+            shared = moments.get(name)
+            assert shared is not None
+            assert shared.moment is not None
+            s_KC = torch.stack([spread(pair.consumers[name].index_C, s_J) for s_J in scales])
+            W_RC, H_CC = as_matrix(self._modules[name]), shared.moment.value()[0] * shared.moment.tokens
+            known.append((W_RC, s_KC, self._grid_of(name), H_CC))
+
+        def errors(some: Sequence[int], rung: int) -> list[float]:
+            each = [layer_errors(W_RC[rows[rung]], s_KC[list(some)], args, H_CC) for W_RC, s_KC, args, H_CC in known]
+            found: list[float] = torch.stack(each).sum(0).tolist()
+            return found
+
+        return race(len(scales), errors, len(rows))
 
     def _grid_of(self, name: str) -> QuantizationArgs:
         weights = self._schemes[name].weights

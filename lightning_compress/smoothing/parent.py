@@ -3,7 +3,8 @@
 Kept are the parent's inputs and its dense outputs for all batches, of one block at a time, where they were made.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "keep_calls"]
+
+SAME = 1e-2              # of the largest output: what rounding may differ by; a call that is cut wrongly is far beyond
 
 
 def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:
@@ -44,23 +47,59 @@ class ParentCalls:
     outputs: list[Tensor] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
 
-    def error(self, limit: float = float("inf")) -> float:
-        """Mean squared error of the parent's output as it is now, over tokens that count and channels.
-
-        Args:
-            limit: Where the error is known to be above, the rest of the batches is left out, and inf returned.
-        """
-        count = sum(rows.numel() for rows in self._rows(self.outputs))
+    def squared_error(self, batches: Sequence[int]) -> float:
+        """||output now - dense output||^2 over some batches, of the tokens that count."""
         total = 0.0
-        for (args, kwargs), dense, mask in zip(self.arguments, self.outputs, self.masks, strict=True):
-            output = first_tensor(self.module(*args, **kwargs))
-            total += float((counted(output, mask).float() - counted(dense, mask).float()).square().sum().double())
-            if not total <= limit * count:
-                return float("inf") if total == total else float("nan")
-        return total / max(1, count)
+        for i in batches:
+            args, kwargs = self.arguments[i]
+            both = first_tensor(self.module(*args, **kwargs)), self.outputs[i]
+            output, dense = (counted(tensor, self.masks[i]).float() for tensor in both)
+            total += float((output - dense).square().sum().double())
+        return total
 
-    def _rows(self, outputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        return (counted(output, mask) for output, mask in zip(outputs, self.masks, strict=True))
+    def split(self, tokens: int) -> "ParentCalls":
+        """The same calls in pieces of at least so many tokens, cut between samples.
+
+        What is cut is every tensor whose leading size is that of the output. Whether the parent may be called so is
+        tried on a piece of the first call, with the weights as they are now; where it fails, or gives something else,
+        nothing is cut.
+        """
+        pieces = ParentCalls(self.module)
+        for (args, kwargs), output, mask in zip(self.arguments, self.outputs, self.masks, strict=True):
+            samples = len(output) if output.ndim > 2 else 1
+            each = max(1, math.ceil(tokens * samples * output.shape[-1] / output.numel())) if output.numel() else 1
+            for i in range(0, samples, each) if samples > 1 else ():
+
+                def part(tensor: Tensor, i: int = i, samples: int = samples, each: int = each) -> Tensor:
+                    return tensor[i : i + each] if tensor.ndim and len(tensor) == samples else tensor
+
+                cut_args, cut_kwargs = tree_map_only(Tensor, part, (args, kwargs))
+                pieces.add(cut_args, cut_kwargs, part(output), None if mask is None else part(mask))
+            if samples == 1:
+                pieces.add(args, kwargs, output, mask)
+        return pieces if len(pieces.outputs) > len(self.outputs) and pieces.hold() else self
+
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, mask: Tensor | None) -> None:
+        """One more call."""
+        self.arguments.append((args, kwargs))
+        self.outputs.append(output)
+        self.masks.append(mask)
+
+    def hold(self) -> bool:
+        """Whether the parent answers the first call as is written here, up to rounding."""
+        args, kwargs = self.arguments[0]
+        try:
+            found = first_tensor(self.module(*args, **kwargs))
+        except Exception:  # made for whole batches
+            return False
+        expected = self.outputs[0]
+        same = found.shape == expected.shape
+        return same and bool((found - expected).abs().max() <= SAME * expected.abs().max())
+
+    def tokens(self) -> list[int]:
+        """How many count, by batch."""
+        rows = [counted(output, mask) for output, mask in zip(self.outputs, self.masks, strict=True)]
+        return [t.numel() // max(1, t.shape[-1]) if t.ndim else t.numel() for t in rows]
 
 
 def keep_calls(

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TENSOR_CORES = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA")    # of floats, integers, FP8; G: of a warp group
 SHARED = {80: 166912, 89: 101376, 90: 232448}      # bytes that one block may have
 POINTER = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int16: "*i16",
@@ -79,7 +80,7 @@ def facts(kernel: Any, folder: Path) -> dict[str, int]:
         "conversions": count(r"\bI2F"),
         "wide": count(r"\b(?:LDG|STG|LDGSTS)\.\S*128"),
         "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/"),
-        **{name: count(rf"\b{name}\b") for name in ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTMALDG", "UTMAREDG")},
+        **{name: count(rf"\b{name}\b") for name in (*TENSOR_CORES, "UTMALDG", "UTMAREDG")},
     }
 
 

@@ -1,6 +1,7 @@
 """The kernels compiled for GPUs that are not there. Needs the extra ``kernels`` (make test-kernels)."""
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -14,27 +15,52 @@ from tests.ops.compilation import POINTER, SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
+CORE = {     # of int8 and e4m3; below 8.9 e4m3 is multiplied as fp16
+    (80, "int8"): "IMMA", (89, "int8"): "IMMA", (90, "int8"): "IGMMA",
+    (80, "e4m3"): "HMMA", (89, "e4m3"): "QMMA", (90, "e4m3"): "QGMMA",
+}  # fmt: skip
+FORMS = {    # M, codes, fused, one scale per token found on the way
+    "1": (1, "int8", False, False),
+    "64": (64, "int8", False, False),
+    "512": (512, "int8", False, False),
+    "int8-fused": (8, "int8", True, True),
+    "e4m3-1": (1, "e4m3", False, False),
+    "e4m3-64": (64, "e4m3", False, False),
+    "e4m3-512": (512, "e4m3", False, False),
+    "e4m3-fused": (8, "e4m3", True, True),
+    "e4m3-fused-static": (8, "e4m3", True, False),
+}
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("M", [1, 64, 512])
-def test_products_compile_without_spills_and_with_int8_tensor_cores(M, capability, tmp_path):
+
+@pytest.mark.parametrize(
+    ("form", "capability"), [*product(FORMS, (80, 90)), ("e4m3-64", 89), ("e4m3-fused", 89)], ids=str
+)
+def test_products_compile_without_spills_and_with_tensor_cores(form, capability, tmp_path):
+    M, kind, fused, dynamic = FORMS[form]
     launch = rule(M, 4096, 4096, 132)
     whole = launch.split == 1
     types = {
-        "codes_ptr": "*i8", "weight_ptr": "*i8", "scale_m_ptr": "*fp32", "scale_n_ptr": "*fp32",
-        "out_ptr": POINTER[torch.bfloat16 if whole else torch.int32],
+        "x_ptr": "*bf16" if fused else "*i8", "weight_ptr": "*i8", "scale_m_ptr": "*fp32", "scale_n_ptr": "*fp32",
+        "out_ptr": POINTER[torch.bfloat16 if whole else torch.int32 if kind == "int8" else torch.float32],
+        "half_range": "fp32", "epsilon": "fp32",
     }  # fmt: skip
-    fixed = {"WHOLE": whole, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
-    found = facts(compiled(gemm_kernel, capability, types, fixed, launch.warps, launch.stages, odd=("M",)), tmp_path)
+    fixed = {
+        "FUSED": fused, "DYNAMIC": dynamic, "INTEGER": kind == "int8", "NATIVE": capability >= 89, "INTERPRETED": False,
+        "WHOLE": whole, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k,
+    }  # fmt: skip
+    odd = ("M", "step_m", "step_n")
+    found = facts(compiled(gemm_kernel, capability, types, fixed, launch.warps, launch.stages, odd), tmp_path)
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= SHARED[capability], found
-    assert found["IGMMA" if capability == 90 else "IMMA"], found
+    assert found[CORE[capability, kind]], found
     assert found["wide"] >= 4, found
 
 
+@pytest.mark.parametrize("integer", [True, False])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_quantizing_tokens_compiles_without_spills(capability, tmp_path):
-    types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "half_range": "fp32"}
-    found = facts(compiled(quantize_kernel, capability, types, {"BLOCK": 4096}, 8), tmp_path)
+def test_quantizing_tokens_compiles_without_spills(capability, integer, tmp_path):
+    types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "half_range": "fp32", "epsilon": "fp32"}
+    fixed = {"INTEGER": integer, "BLOCK": 4096}
+    found = facts(compiled(quantize_kernel, capability, types, fixed, 8), tmp_path)
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["wide"] >= 2, found

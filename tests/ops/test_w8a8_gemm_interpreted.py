@@ -11,31 +11,65 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
-from lightning_compress.ops.w8a8_gemm import kernel, reference
+from lightning_compress.ops.w8a8_gemm import KINDS, kernel, reference
 from lightning_compress.ops.w8a8_gemm.kernel import Launch, rule
+from lightning_compress.ops.w8a8_gemm.reference import quantize, quantize_tokens
 from tests.ops.test_w8a8_gemm import case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("split", [1, 2, 3])
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 16), (3, 65, 200), (17, 33, 130)], ids=str)
-def test_equals_float64(M, N, K, split):
-    arguments = case(M, N, K)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
+def test_equals_float64(M, N, K, split, kind):
+    arguments = case(M, N, K, kind)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-3)):
         y = kernel.gemm(*arguments, dtype, Launch(16, 64, 64, split, 4, 3))
         assert y.dtype == dtype
-        assert_close(y.double(), reference.gemm(*arguments), rtol=tolerance, atol=1e-4)
+        assert_close(y.double(), reference.gemm(*arguments), rtol=tolerance, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("M", "K"), [(1, 1), (5, 33), (2, 5000)], ids=str)
-def test_tokens_have_the_codes_of_the_reference(M, K, dtype):
-    x = torch.randn(M, K).to(dtype)
+@pytest.mark.parametrize(("M", "K", "split"), [(1, 16, 1), (5, 200, 2)], ids=str)
+def test_tokens_are_quantized_on_the_way(M, K, split, dtype, kind):
+    _, _, weight, scale_N = case(M, 65, K, kind)
+    x, launch = torch.randn(M, K).to(dtype), Launch(16, 64, 64, split, 4, 3)
+    x[-1, :3] = 0
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]        # of the result
+    for scale in (None, torch.tensor([0.03]).to(dtype)):
+        codes = quantize_tokens(x, kind) if scale is None else (quantize(x, scale, kind), scale)
+        y = kernel.fused_gemm(x, None if scale is None else scale.float(), weight, scale_N[:1], launch)
+        expected = reference.gemm(*codes, weight, scale_N[:1])
+        assert y.dtype == dtype
+        assert (y.double() - expected).norm() < tolerance * expected.norm()
+
+
+def test_all_e4m3_bits_are_worth_their_number():
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()][None]
+    one = torch.ones(1, dtype=torch.float8_e4m3fn)
+    arguments = codes.t().contiguous(), torch.ones(1), one[None], torch.ones(1)
+    y = kernel.gemm(*arguments, torch.float32, Launch(16, 64, 16, 1, 4, 3))
+    assert torch.equal(y[:, 0], codes[0].float())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("M", "K"), [(1, 1), (40, 33), (2, 5000)], ids=str)
+def test_tokens_have_the_codes_of_the_reference(M, K, dtype, kind):
+    x = (torch.randn(M, K) * torch.logspace(-6, 4, M)[:, None]).to(dtype)
     x[-1, :1] = 0
-    found, expected = kernel.quantize_tokens(x), reference.quantize_tokens(x)
-    assert torch.equal(found[0], expected[0])
+    found, expected = kernel.quantize_tokens(x, kind), reference.quantize_tokens(x, kind)
+    assert torch.equal(found[0].view(torch.int8), expected[0].view(torch.int8))
     assert torch.equal(found[1], expected[1])
+
+
+def test_nan_makes_the_scale_of_its_token_nan():
+    x = torch.randn(3, 40)
+    x[1, 7] = torch.nan
+    assert kernel.quantize_tokens(x, torch.int8)[1].isnan().tolist() == [False, True, False]
 
 
 def test_the_rule_gives_every_processor_a_tile():

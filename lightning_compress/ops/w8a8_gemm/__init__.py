@@ -1,10 +1,12 @@
-"""y = (codes of x) (codes of W)^T, int8 times int8 added up in int32, scaled by token and by output feature.
+"""y = (codes of x) (codes of W)^T in 8 bits, int8 or FP8 (e4m3), scaled by token and by output feature.
 
-On CUDA a Triton kernel makes products of few tokens, and torch's own int8 product those of many; elsewhere exact
-float32 products of 1024 columns. README beside this file.
+On CUDA a Triton kernel makes products of few tokens, and torch's own 8-bit products those of many; elsewhere float32
+products, exact for int8. README beside this file.
 
 Shapes: M tokens, N output features, K input features.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,88 +14,186 @@ from torch import Tensor
 from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.w8a8_gemm import reference
 
-__all__ = ["quantize_tokens", "w8a8_gemm"]
+__all__ = ["KINDS", "quantize_static", "quantize_tokens", "w8a8_gemm", "w8a8_linear"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KINDS = (torch.int8, torch.float8_e4m3fn)
 FEW = 64                # tokens up to which the kernel is expected to win over cuBLASLt; not measured yet
+FUSED = 8               # tokens up to which quantizing in every program should beat a launch; not measured yet
 EXACT = 1024            # products of -128 and -128 whose sum float32 holds: 2^24
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [..., K] and scales float32 [...]: symmetric, the largest of a token is 127.5 steps.
+def quantize_tokens(x: Tensor, kind: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Codes [..., K] and scales float32 [...], symmetric: the largest of a token is 127.5 steps of int8, 448 of e4m3.
+
+    Both are those of compressed-tensors' fake-quantize, with its roundings to the dtype of x.
 
     Args:
         x: float16, bfloat16 or float32, [..., K].
+        kind: int8 or float8_e4m3fn.
 
     Raises:
         ValueError: Another dtype, or no columns.
     """
-    if x.dtype not in DTYPES or not x.ndim or not x.shape[-1]:
-        raise ValueError(f"expected x [..., K] in float16, bfloat16 or float32, got {x.dtype} {tuple(x.shape)}")
-    if x.is_cuda or torch.compiler.is_compiling():
-        codes, scale = _quantize_op(x.detach())
+    _check_tokens(x, kind)
+    if torch.compiler.is_compiling():
+        codes, scale = _quantize_op(x.detach(), kind)
         return codes, scale
-    return _quantize(x)
+    return _quantize(x.detach(), kind)
+
+
+def quantize_static(x: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    """Codes [..., K] of ``kind`` for one fixed scale [1]; the quotient has the dtype of x and scale together.
+
+    Raises:
+        ValueError: Another dtype, no columns, or more than one scale.
+    """
+    _check_tokens(x, kind)
+    if scale.shape != (1,) or not scale.is_floating_point():
+        raise ValueError(f"expected one floating scale [1], got {scale.dtype} {tuple(scale.shape)}")
+    return reference.quantize(x.detach(), scale, kind)
 
 
 def w8a8_gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     """The product [..., N] in ``dtype``; no gradients.
 
     Args:
-        codes: int8 [..., K], from :func:`quantize_tokens`.
-        scale: float32 [...].
-        weight_NK: int8, contiguous.
-        scale_N: float32 [N].
+        codes: int8 or float8_e4m3fn, [..., K], from :func:`quantize_tokens`.
+        scale: float32 [...], or [1]: one for all tokens.
+        weight_NK: Of the dtype of the codes, contiguous.
+        scale_N: float32 [N], or [1]: one for all features.
         dtype: float16, bfloat16 or float32.
 
     Raises:
         ValueError: Dtypes, shapes or devices do not fit.
     """
-    if (codes.dtype, weight_NK.dtype, scale.dtype, scale_N.dtype) != (torch.int8,) * 2 + (torch.float32,) * 2:
+    if codes.dtype not in KINDS or weight_NK.dtype != codes.dtype or {scale.dtype, scale_N.dtype} != {torch.float32}:
         raise ValueError(
-            f"expected int8 codes and float32 scales, got {codes.dtype} and {weight_NK.dtype}, {scale.dtype} and "
-            f"{scale_N.dtype}; make those of tokens with quantize_tokens"
+            f"expected int8 or float8_e4m3fn codes on both sides and float32 scales, got {codes.dtype} and "
+            f"{weight_NK.dtype}, {scale.dtype} and {scale_N.dtype}; make those of tokens with quantize_tokens"
         )
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     N = len(weight_NK) if weight_NK.ndim else 0
-    shapes = (scale.shape, weight_NK.shape, scale_N.shape)
-    if not codes.ndim or shapes != (codes.shape[:-1], (N, codes.shape[-1]), (N,)):
+    scaled = scale.shape in (codes.shape[:-1], (1,)) and scale_N.shape in ((N,), (1,))
+    if not codes.ndim or not scaled or weight_NK.shape != (N, codes.shape[-1]):
         raise ValueError(
-            f"expected codes [..., K], their scale [...], weight [N, K] and its scale [N], got {tuple(codes.shape)}, "
-            f"{tuple(scale.shape)}, {tuple(weight_NK.shape)} and {tuple(scale_N.shape)}"
+            f"expected codes [..., K], their scale [...] or [1], weight [N, K] and its scale [N] or [1], got "
+            f"{tuple(codes.shape)}, {tuple(scale.shape)}, {tuple(weight_NK.shape)} and {tuple(scale_N.shape)}"
         )
-    if len({t.device for t in (codes, scale, weight_NK, scale_N)}) > 1:
-        raise ValueError(f"codes are on {codes.device}, the weight is on {weight_NK.device}; put all on one device")
-    if not weight_NK.is_contiguous():
-        raise ValueError("the weight must be contiguous; call .contiguous() once, when loading")
+    _check_place("codes are", (codes, scale), (weight_NK, scale_N))
     if torch.compiler.is_compiling():
         result: Tensor = _gemm_op(codes, scale, weight_NK, scale_N, dtype)
         return result
     return _gemm(codes, scale, weight_NK, scale_N, dtype)
 
 
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def w8a8_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The product [..., N] of x quantized on the way, in its dtype; the gradient passes the rounding straight to x.
+
+    Args:
+        x: float16, bfloat16 or float32, [..., K].
+        weight_NK: int8 or float8_e4m3fn, contiguous; codes of x are of the same dtype.
+        scale_N: float32 [N], or [1]: one for all features.
+        scale: One fixed floating scale [1] of x; None: one per token, found on the way.
+
+    Raises:
+        ValueError: Dtypes, shapes or devices do not fit.
+    """
+    _check_tokens(x, weight_NK.dtype)
+    if scale is not None and (scale.shape != (1,) or not scale.is_floating_point()):
+        raise ValueError(f"expected one floating scale [1], got {scale.dtype} {tuple(scale.shape)}")
+    N = len(weight_NK) if weight_NK.ndim else 0
+    if weight_NK.shape != (N, x.shape[-1]) or scale_N.shape not in ((N,), (1,)) or scale_N.dtype != torch.float32:
+        raise ValueError(
+            f"expected x [..., K], weight [N, K] and its float32 scale [N] or [1], got {tuple(x.shape)}, "
+            f"{tuple(weight_NK.shape)} and {scale_N.dtype} {tuple(scale_N.shape)}"
+        )
+    _check_place("x is", (x,) if scale is None else (x, scale), (weight_NK, scale_N))
+    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and not torch.compiler.is_compiling():
+        return _linear(x, weight_NK, scale_N, scale)
+    result: Tensor = _linear_op(x, weight_NK, scale_N, scale)
+    return result
+
+
+def _check_tokens(x: Tensor, kind: torch.dtype) -> None:
+    if x.dtype not in DTYPES or not x.ndim or not x.shape[-1]:
+        raise ValueError(f"expected x [..., K] in float16, bfloat16 or float32, got {x.dtype} {tuple(x.shape)}")
+    if kind not in KINDS:
+        raise ValueError(f"expected codes of int8 or float8_e4m3fn, got {kind}")
+
+
+def _check_place(what: str, tokens: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> None:
+    if len({t.device for t in (*tokens, *weights)}) > 1:
+        raise ValueError(f"{what} on {tokens[0].device}, the weight is on {weights[0].device}; put all on one device")
+    if not weights[0].is_contiguous():
+        raise ValueError("the weight must be contiguous; call .contiguous() once, when loading")
+
+
+def _quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     x_MK = x.reshape(-1, x.shape[-1])
     if x.is_cuda and len(x_MK) and _kernel_runs(x.device):
         from lightning_compress.ops.w8a8_gemm.kernel import quantize_tokens as quantize
     else:
         quantize = reference.quantize_tokens
-    codes_MK, scale_M = quantize(x_MK)
+    codes_MK, scale_M = quantize(x_MK, kind)
     return codes_MK.view(x.shape), scale_M.view(x.shape[:-1])
+
+
+def _linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None) -> Tensor:
+    N, K = weight_NK.shape
+    x_MK = x.reshape(-1, K)
+    wider = scale is not None and torch.promote_types(x.dtype, scale.dtype) != x.dtype     # the kernel rounds to x's
+    if x.is_cuda and N and 0 < len(x_MK) <= FUSED and not wider and _kernel_runs(x.device):
+        from lightning_compress.ops.w8a8_gemm.kernel import fused_gemm
+
+        scale = None if scale is None else scale.float()
+        return fused_gemm(x_MK, scale, weight_NK, scale_N).view(*x.shape[:-1], N)
+    if scale is None:
+        return _gemm(*_quantize(x, weight_NK.dtype), weight_NK, scale_N, x.dtype)
+    return _gemm(reference.quantize(x, scale, weight_NK.dtype), scale.float(), weight_NK, scale_N, x.dtype)
 
 
 def _gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     N, K = weight_NK.shape
     codes_MK, scale_M = codes.reshape(-1, K).contiguous(), scale.reshape(-1).contiguous()
     M = len(codes_MK)
-    of_torch = codes.is_cuda and M > 16 and N % 8 == 0 and K % 8 == 0          # what cuBLASLt takes
+    of_torch = codes.is_cuda and M > 16 and _torch_multiplies(codes.device, codes.dtype, N, K)
     if codes.is_cuda and M and N and not (of_torch and M > FEW) and _kernel_runs(codes.device):
         from lightning_compress.ops.w8a8_gemm.kernel import gemm
 
-        return gemm(codes_MK, scale_M, weight_NK, scale_N, dtype).view(*codes.shape[:-1], N)
-    sums_MN = torch._int_mm(codes_MK, weight_NK.t()) if of_torch else _exact(codes_MK, weight_NK)
-    return (sums_MN * scale_N * scale_M[:, None]).to(dtype).view(*codes.shape[:-1], N)
+        y_MN = gemm(codes_MK, scale_M, weight_NK, scale_N, dtype)
+    elif codes.dtype == torch.int8:
+        sums_MN = torch._int_mm(codes_MK, weight_NK.t()) if of_torch else _exact(codes_MK, weight_NK)
+        y_MN = (sums_MN * scale_N * scale_M[:, None]).to(dtype)
+    elif of_torch:
+        y_MN = _by_scaled_mm(codes_MK, scale_M, weight_NK, scale_N, dtype)
+    else:
+        y_MN = (codes_MK.float() @ weight_NK.float().t() * scale_N * scale_M[:, None]).to(dtype)
+    return y_MN.view(*codes.shape[:-1], N)
+
+
+def _torch_multiplies(device: torch.device, kind: torch.dtype, N: int, K: int) -> bool:
+    """Whether cuBLASLt takes such weights."""
+    if kind == torch.int8:
+        return N % 8 == 0 and K % 8 == 0
+    return N % 16 == 0 and K % 16 == 0 and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _by_scaled_mm(
+    codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """y [M, N] by torch's FP8 product: it takes scales by row and column only into bf16, single ones into all."""
+    by_row = len(scale_M) > 1 or len(scale_N) > 1
+    if by_row and dtype == torch.bfloat16:
+        rows = scale_M.expand(len(codes_MK)).contiguous()[:, None], scale_N.expand(len(weight_NK)).contiguous()[None]
+        return torch._scaled_mm(codes_MK, weight_NK.t(), *rows, out_dtype=dtype)
+    if not by_row:
+        return torch._scaled_mm(codes_MK, weight_NK.t(), scale_M, scale_N, out_dtype=dtype)
+    one = torch.ones(1, device=codes_MK.device)
+    sums_MN = torch._scaled_mm(codes_MK, weight_NK.t(), one, one, out_dtype=torch.float32)
+    return (sums_MN * scale_N * scale_M[:, None]).to(dtype)
 
 
 def _exact(codes_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -105,17 +205,17 @@ def _exact(codes_MK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 def _kernel_runs(device: torch.device) -> bool:
-    return kernel_runs(device, "int8 products are made by torch")
+    return kernel_runs(device, "8-bit products are made by torch")
 
 
 @torch.library.custom_op("lightning_compress::quantize_tokens", mutates_args=())
-def _quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _quantize(x)
+def _quantize_op(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _quantize(x, kind)
 
 
 @_quantize_op.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+def _(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_compress::w8a8_gemm", mutates_args=())
@@ -126,3 +226,34 @@ def _gemm_op(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
 @_gemm_op.register_fake
 def _(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(*codes.shape[:-1], weight.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("lightning_compress::w8a8_linear", mutates_args=())
+def _linear_op(x: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor | None) -> Tensor:
+    return _linear(x, weight, weight_scale, scale)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("lightning_compress::w8a8_linear_backward", mutates_args=())
+def _backward_op(gradient: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return gradient @ (weight.float() * weight_scale[:, None]).to(gradient.dtype)
+
+
+@_backward_op.register_fake
+def _(gradient: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], weight.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward_op(gradient, *ctx.saved_tensors), None, None, None
+
+
+_linear_op.register_autograd(_gradient, setup_context=_keep)

@@ -26,7 +26,9 @@ def is_exact() -> bool:
     weight_NK = codes_MK[:2]
     sums_MN = (codes_MK.double() @ weight_NK.double().t()).float()
     ones_N = torch.ones(2)
-    ways = [_laid_out(codes_MK, *prepare(weight_NK, ones_N)), torch._int_mm(codes_MK, weight_NK.t()).float()]
+    packed = torch.ops.onednn.qlinear_prepack(weight_NK, None)
+    zero_N = torch.zeros(2, dtype=torch.int32)
+    ways = [_laid_out(codes_MK, packed, ones_N, zero_N), torch._int_mm(codes_MK, weight_NK.t()).float()]
     return all(torch.equal(found, sums_MN) for found in ways)
 
 
@@ -50,20 +52,18 @@ def gemm(codes_MK: Tensor, scale: Tensor, zero: Tensor | None, operands: Operand
         zero: Their zero points, as scale; None for symmetric codes.
         operands: From :func:`prepare`.
     """
-    weight_NK, _, scale_N, _, sums_N = operands
+    weight_NK, packed, scale_N, zero_N, sums_N = operands
     if len(codes_MK) == 1 or weight_NK.numel() <= SMALL or torch.compiler.is_compiling():
         y_MN = torch._int_mm(codes_MK, weight_NK.t()) * scale_N
     else:
-        y_MN = _laid_out(codes_MK, *operands)
+        y_MN = _laid_out(codes_MK, packed, scale_N, zero_N)
     if zero is not None:
         y_MN = y_MN - zero * sums_N
     return y_MN.mul_(scale)
 
 
-def _laid_out(
-    codes_MK: Tensor, weight_NK: Tensor, packed: Tensor, scale_N: Tensor, zero_N: Tensor, sums_N: Tensor
-) -> Tensor:
-    """The sums times the weight's scale, float32 [M, N]."""
+def _laid_out(codes_MK: Tensor, packed: Tensor, scale_N: Tensor, zero_N: Tensor) -> Tensor:
+    """The sums times the weight's scale, float32 [M, N]; ``packed`` must be laid out, or the process dies."""
     unsigned_MK = codes_MK.view(torch.uint8) ^ 128
     y_MN: Tensor = torch.ops.onednn.qlinear_pointwise(
         unsigned_MK, 1.0, 128, packed, scale_N, zero_N, None, 1.0, 0, torch.float32, "none", [], ""

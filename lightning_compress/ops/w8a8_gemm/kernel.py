@@ -1,8 +1,12 @@
-"""The Triton kernels: int8 products in the tensor cores with scales at the end, and tokens to int8 in one launch.
+"""The Triton kernels: products of 8-bit codes in the tensor cores with scales at the end, and tokens to codes.
 
 out^T = W X^T, as in w4a16_gemm: the features of a tile are the rows that wgmma wants, also where there is one token.
-Both operands lie with k innermost, as wgmma wants int8. Parts of k are added up as integers, so that any split gives
-the same.
+Both operands lie with k innermost, as wgmma wants 8 bits. int8 is added up in int32, so that any split of k gives the
+same; e4m3 in float32, and the sums of 128 columns are taken out of the tensor core, which adds with fewer bits.
+Below compute capability 8.9 there is no e4m3: its bits, placed in fp16 (e4m3 times 2^-8, exact), are multiplied.
+
+A fused launch takes x itself: each program finds the largest of its tokens first, which lies in L2 for the other
+programs, and makes codes on the way to the product.
 
 Shapes: M tokens, N output features, K input features; runs under Triton 3.6 to 3.9.
 """
@@ -16,7 +20,10 @@ from torch import Tensor
 
 from lightning_compress.ops.w8a8_gemm.reference import HALF_RANGE
 
-__all__ = ["Launch", "gemm", "gemm_kernel", "quantize_kernel", "quantize_tokens", "rule"]
+__all__ = [
+    "Launch", "e4m3_half", "e4m3_mode", "fused_gemm", "gemm", "gemm_kernel", "quantize_kernel", "quantize_tokens",
+    "rule",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,76 +52,180 @@ def gemm(
     codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype,
     launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] in ``dtype``; arguments as ``w8a8_gemm`` checks them."""
-    (M, K), N = codes_MK.shape, len(weight_NK)
+    """y [M, N] in ``dtype``; arguments as ``w8a8_gemm`` checks them, codes and weight of one dtype."""
+    return _launch(codes_MK, codes_MK.dtype, scale_M, weight_NK, scale_N, dtype, launch, fused=False, dynamic=False)
+
+
+def fused_gemm(
+    x_MK: Tensor, scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor, launch: Launch | None = None
+) -> Tensor:
+    """y [M, N] in the dtype of x, which is quantized on the way: by token, or with a given scale [1]."""
+    x_MK, dynamic = x_MK.contiguous(), scale is None
+    scale_M = torch.empty(len(x_MK), dtype=torch.float32, device=x_MK.device) if scale is None else scale
+    return _launch(x_MK, weight_NK.dtype, scale_M, weight_NK, scale_N, x_MK.dtype, launch, fused=True, dynamic=dynamic)
+
+
+def _launch(
+    x_MK: Tensor, kind: torch.dtype, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype,
+    launch: Launch | None, *, fused: bool, dynamic: bool,
+) -> Tensor:  # fmt: skip
+    (M, K), N = x_MK.shape, len(weight_NK)
     if launch is None:
-        launch = rule(M, N, K, torch.cuda.get_device_properties(codes_MK.device).multi_processor_count)
-    whole = launch.split == 1
-    out = torch.empty((launch.split, M, N), dtype=dtype if whole else torch.int32, device=codes_MK.device)
+        launch = rule(M, N, K, torch.cuda.get_device_properties(x_MK.device).multi_processor_count)
+    whole, integer = launch.split == 1, kind == torch.int8
+    partial = torch.int32 if integer else torch.float32
+    out = torch.empty((launch.split, M, N), dtype=dtype if whole else partial, device=x_MK.device)
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
     per_part = triton.cdiv(triton.cdiv(K, launch.block_k), launch.split) * launch.block_k
+    native, interpreted = e4m3_mode(x_MK.device)
     gemm_kernel[grid](
-        codes_MK, weight_NK, scale_M, scale_N, out, M, N, K, per_part, WHOLE=whole, BLOCK_M=launch.block_m,
+        x_MK if fused else x_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, M, N, K, per_part,
+        int(len(scale_M) > 1), int(len(scale_N) > 1), HALF_RANGE[kind], torch.finfo(dtype).eps, FUSED=fused,
+        DYNAMIC=dynamic, INTEGER=integer, NATIVE=native, INTERPRETED=interpreted, WHOLE=whole, BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return out[0] if whole else (out.sum(0, dtype=torch.int32) * scale_N * scale_M[:, None]).to(dtype)
+    if whole:
+        return out[0]
+    return (out.sum(0, dtype=partial) * scale_N * scale_M[:, None]).to(dtype)
 
 
-def quantize_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] and scales float32 [M], of x float16, bfloat16 or float32."""
+def e4m3_mode(device: torch.device) -> tuple[bool, bool]:
+    """Whether the tensor cores know e4m3, and whether Triton's interpreter runs (which rounds to e4m3 otherwise)."""
+    interpreted = not isinstance(gemm_kernel, triton.JITFunction)
+    return not interpreted and torch.cuda.get_device_capability(device) >= (8, 9), interpreted
+
+
+def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] of ``kind`` and scales float32 [M], of x float16, bfloat16 or float32."""
     x_MK = x_MK.contiguous()
     M, K = x_MK.shape
     codes = torch.empty((M, K), dtype=torch.int8, device=x_MK.device)
     scale_M = torch.empty((M,), dtype=torch.float32, device=x_MK.device)
-    quantize_kernel[(M,)](x_MK, codes, scale_M, K, HALF_RANGE, BLOCK=min(triton.next_power_of_2(K), 4096), num_warps=8)
-    return codes, scale_M
+    quantize_kernel[(M,)](
+        x_MK, codes, scale_M, K, HALF_RANGE[kind], torch.finfo(x_MK.dtype).eps, INTEGER=kind == torch.int8,
+        BLOCK=min(triton.next_power_of_2(K), 4096), num_warps=8,
+    )  # fmt: skip
+    return codes.view(kind), scale_M
 
 
 @triton.jit
 def gemm_kernel(
-    codes_ptr, weight_ptr, scale_m_ptr, scale_n_ptr, out_ptr, M, N, K, per_part,
+    x_ptr, weight_ptr, scale_m_ptr, scale_n_ptr, out_ptr, M, N, K, per_part, step_m, step_n, half_range, epsilon,
+    FUSED: tl.constexpr, DYNAMIC: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, INTERPRETED: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """``step_m`` and ``step_n`` are 0 where one scale serves all; FUSED: x holds no codes but tokens."""
     row_N = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     part = tl.program_id(2)
     column_K = tl.arange(0, BLOCK_K)
     rows, tokens = row_N < N, token_M < M
-    sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    if DYNAMIC:
+        largest_KM = tl.zeros((BLOCK_K, BLOCK_M), tl.int32)
+        for k in range(0, K, BLOCK_K):
+            x_KM = _tile(x_ptr, token_M, tokens, k + column_K, K)
+            largest_KM = tl.maximum(largest_KM, _magnitude(x_KM))
+        s_M = _token_scale(tl.max(largest_KM, 0), half_range, epsilon, x_ptr.dtype.element_ty)
+        if tl.program_id(0) == 0 and part == 0:
+            tl.store(scale_m_ptr + token_M, s_M, mask=tokens)
+    else:
+        s_M = tl.load(scale_m_ptr + token_M * step_m, mask=tokens, other=1.0)
+    sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
     for k in range(part * per_part, tl.minimum((part + 1) * per_part, K), BLOCK_K):
         columns = k + column_K < K
         w_NK = tl.load(
             weight_ptr + row_N[:, None] * K + (k + column_K)[None, :], mask=rows[:, None] & columns[None, :], other=0
         )
-        x_KM = tl.load(
-            codes_ptr + token_M[None, :] * K + (k + column_K)[:, None], mask=tokens[None, :] & columns[:, None], other=0
-        )
-        sums_NM = tl.dot(w_NK, x_KM, sums_NM, out_dtype=tl.int32)
+        x_KM = _tile(x_ptr, token_M, tokens, k + column_K, K)
+        if FUSED:
+            x_KM = _codes(x_KM, s_M[None, :], x_ptr.dtype.element_ty, INTEGER)
+        if INTEGER:
+            sums_NM = tl.dot(w_NK, x_KM, sums_NM, out_dtype=tl.int32)
+        elif NATIVE:
+            sums_NM += tl.dot(w_NK.to(tl.float8e4nv, bitcast=True), x_KM.to(tl.float8e4nv, bitcast=True))
+        else:
+            w_NK, x_KM = e4m3_half(w_NK), e4m3_half(x_KM)
+            if INTERPRETED:                                      # NumPy is slow in fp16
+                w_NK, x_KM = w_NK.to(tl.float32), x_KM.to(tl.float32)
+            sums_NM = tl.dot(w_NK, x_KM, sums_NM)
+    if not INTEGER and not NATIVE:
+        sums_NM *= 65536.0                                       # 2^8 for each
     inside = rows[:, None] & tokens[None, :]
     at_NM = out_ptr + (part.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
     if WHOLE:
-        s_N = tl.load(scale_n_ptr + row_N, mask=rows, other=0.0)
-        s_M = tl.load(scale_m_ptr + token_M, mask=tokens, other=0.0)
+        s_N = tl.load(scale_n_ptr + row_N * step_n, mask=rows, other=0.0)
         tl.store(at_NM, (sums_NM * s_N[:, None] * s_M[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
     else:
         tl.store(at_NM, sums_NM, mask=inside)
 
 
 @triton.jit
-def quantize_kernel(x_ptr, codes_ptr, scale_ptr, K, half_range, BLOCK: tl.constexpr):
+def quantize_kernel(x_ptr, codes_ptr, scale_ptr, K, half_range, epsilon, INTEGER: tl.constexpr, BLOCK: tl.constexpr):
     """One token; what it reads twice lies in L2 by then."""
     start = tl.program_id(0).to(tl.int64) * K
-    largest_B = tl.zeros((BLOCK,), tl.float32)
+    largest_B = tl.zeros((BLOCK,), tl.int32)
     for k in range(0, K, BLOCK):
         column_B = k + tl.arange(0, BLOCK)
-        x_B = tl.load(x_ptr + start + column_B, mask=column_B < K, other=0.0).to(tl.float32)
-        largest_B = tl.maximum(largest_B, tl.abs(x_B))
-    largest = tl.max(largest_B, 0)
-    scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, half_range))
+        x_B = tl.load(x_ptr + start + column_B, mask=column_B < K, other=0.0)
+        largest_B = tl.maximum(largest_B, _magnitude(x_B))
+    scale = _token_scale(tl.max(largest_B, 0), half_range, epsilon, x_ptr.dtype.element_ty)
     tl.store(scale_ptr + tl.program_id(0), scale)
     for k in range(0, K, BLOCK):
         column_B = k + tl.arange(0, BLOCK)
-        x_B = tl.load(x_ptr + start + column_B, mask=column_B < K, other=0.0).to(tl.float32)
-        v_B = tl.div_rn(x_B, tl.broadcast_to(scale, x_B.shape))
-        q_B = tl.minimum(tl.maximum((v_B + 12582912.0) - 12582912.0, -128.0), 127.0)         # to nearest, ties to even
-        tl.store(codes_ptr + start + column_B, q_B.to(tl.int8), mask=column_B < K)
+        x_B = tl.load(x_ptr + start + column_B, mask=column_B < K, other=0.0)
+        tl.store(codes_ptr + start + column_B, _codes(x_B, scale, x_ptr.dtype.element_ty, INTEGER), mask=column_B < K)
+
+
+@triton.jit
+def _tile(x_ptr, token_M, tokens, column_K, K):
+    """x, or its codes, k first."""
+    at_KM = x_ptr + token_M[None, :] * K + column_K[:, None]
+    return tl.load(at_KM, mask=tokens[None, :] & (column_K < K)[:, None], other=0)
+
+
+@triton.jit
+def _magnitude(x):
+    """Bits of |x| in float32: in the order of the numbers, above all of them NaN, which a maximum of floats drops."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _token_scale(largest, half_range, epsilon, dtype: tl.constexpr):
+    half = tl.zeros_like(largest).to(tl.float32) + half_range
+    scale = _rounded(tl.div_rn(largest.to(tl.float32, bitcast=True), half), dtype)
+    return tl.where(scale == 0, epsilon, scale)
+
+
+@triton.jit
+def _codes(x, scale, dtype: tl.constexpr, INTEGER: tl.constexpr):
+    """int8 of x / scale, rounded to ``dtype`` in between: an integer, or the bits of e4m3."""
+    x = x.to(tl.float32)
+    v = _rounded(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype)
+    if INTEGER:
+        codes = tl.minimum(tl.maximum((v + 12582912.0) - 12582912.0, -128.0), 127.0).to(tl.int8)   # ties to even
+    else:
+        size = tl.minimum(tl.abs(v), 448.0)
+        bits = size.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)                  # exponents from 2^-6 up
+        steps = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15                      # of 2^-9, below
+        code = tl.where(size < 0.015625, steps, normal) | ((v.to(tl.int32, bitcast=True) >> 24) & 0x80)
+        codes = tl.where(v == v, code, 0x7F).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def _rounded(v, dtype: tl.constexpr):
+    """v, to the nearest number of ``dtype``, ties to even; in bits for bf16, where the interpreter truncates."""
+    if dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        v = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        v = v.to(tl.float16).to(tl.float32)
+    return v
+
+
+@triton.jit
+def e4m3_half(codes):
+    """fp16 of int8 bits of e4m3, times 2^-8: sign, exponent and mantissa in their places."""
+    bits = codes.to(tl.int16)
+    return ((bits & -32768) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)

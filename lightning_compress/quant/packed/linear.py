@@ -8,7 +8,7 @@ Shapes: N output features, K input features, G groups of K / G columns.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,14 @@ from lightning_compress.quant.packing import pack, unpack
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.quant.schemes import describe
 
-if TYPE_CHECKING:
-    from lightning_compress.quant.packed.siblings import Siblings
+__all__ = ["PackedLinear", "Shared"]
 
-__all__ = ["PackedLinear"]
+
+class Shared(Protocol):
+    """What a Linear asks of the group that it makes one product with (siblings.py)."""
+
+    def product(self, layer: "PackedLinear", x: Tensor) -> Tensor: ...
+    def forget(self) -> None: ...
 
 
 class PackedLinear(nn.Module):
@@ -48,7 +52,7 @@ class PackedLinear(nn.Module):
         for name, value in tensors.items():
             self.register_buffer(name, value)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        self.siblings: Siblings | None = None
+        self.siblings: Shared | None = None
         self._prepared: dict[str, tuple[Any, ...]] = {}
         self._chosen: dict[Call, Path | None] = {}
 

@@ -14,15 +14,19 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationType
 from torch import Tensor
 
+from lightning_compress.ops.fp4_gemm import fp4_gemm
+from lightning_compress.ops.fp4_gemm import to_layout as fp4_layout
+from lightning_compress.ops.w4a8_gemm import to_planes as w4a8_planes
+from lightning_compress.ops.w4a8_gemm import w4a8_gemm
 from lightning_compress.ops.w4a16_gemm import grid_rows, to_planes, w4a16_gemm
 from lightning_compress.ops.w4a16_gemm.cpu import gemm_bf16, prepare_bf16, takes_bf16
 from lightning_compress.ops.w8a8_gemm import cpu as int8_cpu
-from lightning_compress.ops.w8a8_gemm import quantize_tokens, w8a8_gemm
+from lightning_compress.ops.w8a8_gemm import w8a8_linear
 from lightning_compress.quant.packed.inputs import input_codes
 
 __all__ = ["PATHS", "Call", "Path", "Weights", "paths_of"]
 
-FEW = 32                # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
+FEW = 16                # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
 
 
 class Call(NamedTuple):
@@ -64,7 +68,7 @@ class Int4OnCuda:
     name = "w4a16_gemm"
 
     def takes(self, layer: Weights, call: Call) -> bool:
-        return call.device == "cuda" and call.dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_triton()
+        return _on_cuda(call)
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
         return to_planes(layer.stored("weight_packed")), *grid_rows(*_grid(layer))
@@ -133,29 +137,71 @@ class Int8InputsOnCpu:
         return y_MN.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
 
-class Int8InputsOnCuda:
-    """The fused kernel; tokens get a scale each, as compressed-tensors does for x [batch, tokens, K]."""
+class EightBitsOnCuda:
+    """The fused kernel of int8 or FP8 weights and inputs; passes the gradient to x.
 
-    name = "w8a8_gemm"
+    Dynamic tokens get a scale each, as compressed-tensors does for x [batch, tokens, K].
+    """
+
+    name = "w8a8_linear"
 
     def takes(self, layer: Weights, call: Call) -> bool:
-        args = _inputs(layer)
-        plain = layer.scheme.weights.symmetric and layer.scheme.weights.strategy in ("channel", "tensor")
-        tokens = args.dynamic and args.symmetric and args.strategy == "token" and call.ndim == 3
-        return call.device == "cuda" and not call.gradient and bool(plain and tokens) and _has_triton()
+        args, weights = _inputs(layer), layer.scheme.weights
+        plain = weights.symmetric and weights.strategy in ("channel", "tensor") and args.symmetric
+        tokens = args.dynamic is True and args.strategy == "token" and call.ndim == 3
+        return bool(plain and (tokens or (args.dynamic is False and args.strategy == "tensor"))) and _on_cuda(call)
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
         return layer.stored("weight").contiguous(), _scale_rows(layer).float().contiguous()
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
-        codes, scale = quantize_tokens(x)
-        return w8a8_gemm(codes, scale, operands[0], operands[1], x.dtype)
+        return w8a8_linear(x, operands[0], operands[1], layer.optional("input_scale"))
+
+
+class Int4InputsOnCuda:
+    """The fused kernel of int4 weights and int8 or FP8 tokens; passes the gradient to x."""
+
+    name = "w4a8_gemm"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        args, weights = _inputs(layer), layer.scheme.weights
+        plain = weights.symmetric and weights.strategy in ("channel", "group") and args.symmetric
+        tokens = args.dynamic is True and args.strategy == "token" and call.ndim == 3
+        return bool(plain and tokens) and _on_cuda(call)
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        scale_NG = layer.stored("weight_scale")
+        return w4a8_planes(layer.stored("weight"), layer.in_features, scale_NG.shape[1]), scale_NG.t().contiguous()
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        kind = torch.int8 if _kind(_inputs(layer)) == "int8" else torch.float8_e4m3fn
+        return w4a8_gemm(x, operands[0], operands[1], kind)
+
+
+class Fp4OnCuda:
+    """The fused kernel of NVFP4 or MXFP4 weights and inputs as they are; passes the gradient to x."""
+
+    name = "fp4_gemm"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        return _on_cuda(call)
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        shared = layer.optional("weight_global_scale")
+        return tuple(fp4_layout(layer.stored("weight_packed"), layer.stored("weight_scale"), shared))
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        return fp4_gemm(x, *operands)
 
 
 PATHS: dict[tuple[str, str], tuple[Path, ...]] = {
     ("int4", ""): (Int4OnCuda(), Int4OnCpu()),
     ("int8", ""): (Int8OnCpu(),),
-    ("int8", "int8"): (Int8InputsOnCuda(), Int8InputsOnCpu()),
+    ("int8", "int8"): (EightBitsOnCuda(), Int8InputsOnCpu()),
+    ("float8", "float8"): (EightBitsOnCuda(),),
+    ("int4", "int8"): (Int4InputsOnCuda(),),
+    ("int4", "float8"): (Int4InputsOnCuda(),),
+    ("mxfloat4", ""): (Fp4OnCuda(),),
 }
 """By the kind of the weights and of the inputs ("": as they are)."""
 
@@ -196,9 +242,19 @@ def _scale_rows(layer: Weights) -> Tensor:
 
 def _bf16_on_avx512(call: Call) -> bool:
     """On CPUs without AVX-512 these products may be slower than dense float32 ones."""
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return call.device == "cpu" and call.dtype == torch.bfloat16 and not call.gradient and fast
+    return call.device == "cpu" and call.dtype == torch.bfloat16 and not call.gradient and _has_avx512()
 
 
-def _has_triton() -> bool:
+def _on_cuda(call: Call) -> bool:
+    """Where Triton's kernels run."""
+    return call.device == "cuda" and call.dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_kernels()
+
+
+@torch.compiler.assume_constant_result
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)

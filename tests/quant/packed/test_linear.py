@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from lightning_compress.ops.w8a8_gemm.cpu import is_exact
 from lightning_compress.quant.observers import make_observer
 from lightning_compress.quant.packed import PackedLinear, is_packable, pack_linears
+from lightning_compress.quant.packed.paths import Call
 from lightning_compress.quant.packing import pack
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.quant.rounding import round_module
@@ -227,6 +228,40 @@ def test_without_vnni_int8_is_computed_dense(monkeypatch):
     assert not is_exact()
     assert_close(packed(x), linear(x), rtol=1e-5, atol=1e-5)
     assert list(packed._prepared) == ["dense torch.float32"]
+
+
+CUDA = {
+    "w4 g32": "w4a16_gemm",
+    "w4 channel-asymmetric": "w4a16_gemm",
+    "w8a8 token": "w8a8_linear",
+    "w8a8 static": "w8a8_linear",
+    "w8a8 token-asymmetric": None,
+    "FP8": "w8a8_linear",
+    "FP8_DYNAMIC": "w8a8_linear",
+    "W4A8 g64": "w4a8_gemm",
+    "W4AFP8 g64": "w4a8_gemm",
+    "NVFP4A16": "fp4_gemm",
+    "MXFP4A16": "fp4_gemm",
+    "MXFP4": None,
+}
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_ways_on_cuda(name, monkeypatch):
+    """Which one is chosen; and that its operands are right, by what the op computes on this device."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("lightning_compress.quant.packed.paths.importlib.util.find_spec", lambda name: name)
+    linear = quantized_linear(name)
+    packed, x = PackedLinear.from_quantized(linear), tokens(2, 5, COLUMNS)
+    path = packed.path(Call("cuda", torch.float32, 3, True))
+    assert (path and path.name) == CUDA[name]
+    if path is not None:
+        y = path.product(packed, x, path.prepare(packed)) + packed.bias
+        error = (y - linear(x)).norm() / linear(x).norm()     # dense NVFP4 rounds weights to bfloat16
+        assert error < (2e-3 if name == "NVFP4A16" else 1e-5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert PackedLinear.from_quantized(linear).path(Call("cuda", torch.float32, 3, True)) is None
 
 
 def test_linears_of_a_model_are_replaced():

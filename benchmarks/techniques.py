@@ -1,0 +1,116 @@
+"""One technique in the words of both libraries: what `compress` takes here, and the recipe of llm-compressor.
+
+Each takes the fields of a Job (measured_run.py). Where a default differs, the peer's stands on both sides: min-max
+scales for AWQ and rounding, static order of columns for GPTQ. Imports are inside: each library has an environment of
+its own.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from measured_run import Job
+
+__all__ = ["PRUNERS", "QUANTIZERS", "of_peer", "ours"]
+
+STRENGTH = 0.8                                       # of SmoothQuant
+
+# Rows of the tables of accuracy (bench_demo.py, bench_weights.py): fields of Job
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "RTN": {"technique": "rtn"},
+    "GPTQ, minmax": {"technique": "gptq", "scale_search": "minmax"},
+    "GPTQ": {"technique": "gptq"},
+    "AWQ": {"technique": "awq"},
+    "AWQ + GPTQ": {"technique": "awq+gptq"},
+    "rotation + GPTQ": {"technique": "spinquant+gptq"},
+    "AutoRound": {"technique": "autoround"},
+    "AutoRound from RTN": {"technique": "autoround from rtn"},
+}
+PRUNERS: dict[str, dict[str, Any]] = {
+    f"{name} {what}": {"technique": technique, **fields}
+    for name, technique in (("Wanda", "wanda"), ("SparseGPT", "sparsegpt"))
+    for what, fields in (
+        ("50 %", {"sparsity": 0.5}),
+        ("2:4", {"mask": "2:4"}),
+        ("70 %", {"sparsity": 0.7}),
+        ("50 %, OWL", {"sparsity": 0.5, "owl": True}),
+        ("70 %, OWL", {"sparsity": 0.7, "owl": True}),
+    )
+}
+
+
+def ours(job: "Job") -> list[Any]:
+    """The modifiers, in order."""
+    import lightning_compress as lc
+
+    grid: dict[str, Any] = {"config_groups": job.config_groups, "ignore": job.ignore}
+    rtn = lc.QuantizationModifier(**grid)
+    gptq = lc.GPTQModifier(**grid, actorder="static", scale_search=job.scale_search)
+    make: dict[str, Callable[[], list[Any]]] = {
+        "rtn": lambda: [rtn],
+        "gptq": lambda: [gptq],
+        "awq": lambda: [lc.AWQModifier(**grid)],
+        "awq+gptq": lambda: [lc.AWQModifier(**grid, quantize=False), gptq],
+        "smoothquant+gptq w8a8": lambda: [
+            lc.SmoothQuantModifier(smoothing_strength=STRENGTH, ignore=job.ignore),
+            lc.GPTQModifier(scheme="W8A8", ignore=job.ignore),
+        ],
+        "sparsegpt": lambda: [_pruner(lc.SparseGPTModifier, job)],
+        "wanda": lambda: [_pruner(lc.WandaPruningModifier, job)],
+        "spinquant+rtn": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"]), rtn],
+        "spinquant+gptq": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"]), gptq],
+        "quip+rtn": lambda: [lc.QuIPModifier(allow_online=True), rtn],
+        "autoround": lambda: [lc.AutoRoundModifier(**grid, scale_search=job.scale_search, iters=job.iters)],
+        "autoround from rtn": lambda: [lc.AutoRoundModifier(**grid, init="rtn", scale_search="minmax")],
+    }
+    return make[job.technique]()
+
+
+def _pruner(modifier: Any, job: "Job") -> Any:
+    owl = {"sparsity_profile": "owl"} if job.owl else {}
+    return modifier(sparsity=job.sparsity, mask_structure=job.mask, ignore=job.ignore, **owl)
+
+
+def of_peer(job: "Job") -> list[Any]:
+    """The recipe of llm-compressor 0.14."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform import AWQModifier, QuIPModifier, SmoothQuantModifier, SpinQuantModifier
+
+    grid: dict[str, Any] = {"config_groups": job.config_groups, "ignore": job.ignore}
+    pruned: dict[str, Any] = {
+        "sparsity": job.sparsity,
+        "mask_structure": {"unstructured": "0:0"}.get(job.mask, job.mask),
+        "targets": ["Linear"],
+        "ignore": ["re:.*lm_head"],
+    }
+    make: dict[str, Callable[[], list[Any]]] = {
+        "rtn": lambda: [QuantizationModifier(**grid)],
+        "gptq": lambda: [GPTQModifier(**grid, actorder="static")],
+        "awq": lambda: [AWQModifier(), QuantizationModifier(**grid)],
+        "awq+gptq": lambda: [AWQModifier(), GPTQModifier(**grid, actorder="static")],
+        "smoothquant+gptq w8a8": lambda: [
+            SmoothQuantModifier(smoothing_strength=STRENGTH),
+            GPTQModifier(targets=["Linear"], scheme="W8A8", ignore=job.ignore),
+        ],
+        "sparsegpt": lambda: [SparseGPTModifier(**pruned)],
+        "wanda": lambda: [WandaPruningModifier(**pruned)],
+        "spinquant+rtn": lambda: [
+            # its deterministic Hadamard knows powers of two only; 576 is none
+            SpinQuantModifier(rotations=["R1", "R2"], transform_type="random-hadamard"),
+            QuantizationModifier(**grid),
+        ],
+        "quip+rtn": lambda: [
+            QuIPModifier(
+                targets="Linear", rotations=["v", "u"], transform_type="hadamard", transform_block_size=job.group
+            ),
+            QuantizationModifier(**grid),
+        ],
+    }
+    if "awq" in job.technique:
+        from llmcompressor.pipelines.cache import IntermediatesCache
+
+        # 0.14.0.1 pins memory unconditionally, and without a GPU that is an error: it would not run here at all
+        IntermediatesCache._pin_intermediate = lambda self, x: x
+    return make[job.technique]()

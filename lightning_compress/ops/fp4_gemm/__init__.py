@@ -1,0 +1,124 @@
+"""y = x W^T with FP4 weights (NVFP4, MXFP4): bf16, fp16 or float32 tokens times E2M1 codes, scaled group by group.
+
+On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, the weight is dequantized for the call.
+Layout, roofline and measured numbers are in the README beside this file.
+
+Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.availability import kernel_runs
+from lightning_compress.ops.fp4_gemm.layout import Layout, dense, to_layout
+from lightning_compress.ops.fp4_gemm.reference import dequantize
+from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE
+
+__all__ = ["Layout", "dequantize", "fp4_gemm", "to_layout"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DENSE_ABOVE = 1024      # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
+
+
+def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) -> Tensor:
+    """The product x W^T, [..., N], in the dtype of x; the gradient goes to x, so that adapters train on packed weights.
+
+    Args:
+        x: [..., K], float16, bfloat16 or float32.
+        planes_NP: int16; this and what follows from :func:`to_layout`.
+        scale_GN: uint8.
+        divisor_N: float32.
+
+    Raises:
+        ValueError: Dtypes, devices or shapes do not fit.
+    """
+    layout = Layout(planes_NP, scale_GN, divisor_N)
+    check(x, layout)
+    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and not torch.compiler.is_compiling():
+        return _forward(x, layout)                               # the dispatcher costs 30 us
+    result: Tensor = _gemm_op(x, *layout)
+    return result
+
+
+def check(x: Tensor, layout: Layout) -> None:
+    """ValueError when the arguments of :func:`fp4_gemm` do not fit."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    kinds = tuple(t.dtype for t in layout)
+    if kinds != (torch.int16, torch.uint8, torch.float32):
+        raise ValueError(
+            f"expected int16 planes, uint8 scales and float32 divisors, got {', '.join(map(str, kinds))}; make them "
+            f"with to_layout"
+        )
+    if any(t.device != x.device for t in layout):
+        raise ValueError(
+            f"x is on {x.device}, the weight on {', '.join(str(t.device) for t in layout)}; put them on one device"
+        )
+    planes_NP, scale_GN, divisor_N = layout
+    N = planes_NP.shape[0] if planes_NP.ndim == 2 else -1
+    if not x.ndim or scale_GN.ndim != 2 or scale_GN.shape[1] != N or divisor_N.shape != (N,):
+        raise ValueError(
+            f"expected x [..., K], planes [N, P], scale [G, N] and divisor [N], got {tuple(x.shape)}, "
+            f"{', '.join(str(tuple(t.shape)) for t in layout)}"
+        )
+    K, G = x.shape[-1], scale_GN.shape[0]
+    if not G or K % G or not K:
+        raise ValueError(f"{G} groups do not divide K={K} columns; pass the x of this layer")
+    P = planes_NP.shape[1]
+    if -(-K // BLOCK) * PLANE != P:
+        raise ValueError(
+            f"x has K={K} columns, the weight {P} words of a row, which hold {P * 4 - BLOCK + 1} to {P * 4} columns; "
+            f"pass the x of this layer"
+        )
+    if not all(t.is_contiguous() for t in layout):
+        raise ValueError("planes, scale and divisor must be contiguous; call .contiguous() once, when loading")
+
+
+def _forward(x: Tensor, layout: Layout) -> Tensor:
+    K, (G, N) = x.shape[-1], layout.scale.shape
+    x_MK = x.reshape(-1, K)
+    if x.is_cuda and len(x_MK) < DENSE_ABOVE and _kernel_runs(x, K // G):
+        from lightning_compress.ops.fp4_gemm.kernel import gemm
+
+        return gemm(x_MK, layout).view(*x.shape[:-1], N)
+    return x @ dense(layout, K, x.dtype).t()
+
+
+def _kernel_runs(x: Tensor, group: int) -> bool:
+    unfit = f"groups of {group} columns are no multiple of 16" if group % 16 else None
+    return kernel_runs(x.device, "FP4 weights are dequantized for every call", unfit)
+
+
+@torch.library.custom_op("lightning_compress::fp4_gemm", mutates_args=())
+def _gemm_op(x: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor) -> Tensor:
+    return _forward(x, Layout(planes, scale, divisor))
+
+
+@_gemm_op.register_fake
+def _(x: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], planes.shape[0])
+
+
+@torch.library.custom_op("lightning_compress::fp4_gemm_backward", mutates_args=())
+def _backward_op(gradient: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor, K: int) -> Tensor:
+    return gradient @ dense(Layout(planes, scale, divisor), K, gradient.dtype)
+
+
+@_backward_op.register_fake
+def _(gradient: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor, K: int) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], K)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+    ctx.K = inputs[0].shape[-1]
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward_op(gradient, *ctx.saved_tensors, ctx.K), None, None, None
+
+
+_gemm_op.register_autograd(_gradient, setup_context=_keep)

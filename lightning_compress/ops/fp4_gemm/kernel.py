@@ -1,0 +1,157 @@
+"""The Triton kernel: out^T = W X^T with FP4 weights, in the design of w4a16_gemm.
+
+One program makes a tile of BLOCK_N features times BLOCK_M tokens. For each block of 128 columns it loads a tile of
+16-bit words and, plane by plane (layout.py), places the bits of its codes in bf16 or fp16 numbers: one shift and one
+mask for two codes, no constant is subtracted; the fourth plane is put together from three pieces. These numbers are
+codes times 2^-126 (bf16) or 2^-14 (fp16); one product with the scale, times 2^127 or 2^15, makes weights of them. Code
+and scale have six significant bits together, so that this product is exact, also in fp16 (scales below 2^-24 of the
+largest of a row lose bits there), and scales need not wait for the sums. What is left, a divisor per row, comes last.
+
+float32 tokens are cut into two parts of TF32, in which the weights are exact.
+
+Programs that share the columns among them write float32 sums each, which are added in a fixed order: results repeat.
+
+Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_compress.ops.fp4_gemm.layout import Layout
+from lightning_compress.ops.w4a16_gemm.launch import Launch, choose
+
+__all__ = ["constants", "fp4_kernel", "gemm"]
+
+
+def gemm(x_MK: Tensor, layout: Layout, launch: Launch | None = None) -> Tensor:
+    """The product x W^T [M, N] in the dtype of x; arguments as ``fp4_gemm`` checks them, groups of 16 n columns."""
+    M, K = x_MK.shape
+    G, N = layout.scale.shape
+    if M == 0:
+        return x_MK.new_empty(0, N)
+    x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    launch = launch or choose(M, N, K, x_MK.dtype, x_MK.device)
+    split = launch.split
+    out = torch.empty((split, M, N), dtype=x_MK.dtype if split == 1 else torch.float32, device=x_MK.device)
+    blocks = triton.cdiv(K, 128)
+    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
+    interpreted = not isinstance(fp4_kernel, triton.JITFunction)
+    fp4_kernel[grid](
+        x_MK, layout.planes, layout.scale, layout.divisor, out, M, N, K, x_MK.stride(0), triton.cdiv(blocks, split),
+        **constants(launch, G, K, x_MK.dtype, interpreted), num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return out[0] if split == 1 else out.sum(0).to(x_MK.dtype)
+
+
+def constants(
+    launch: Launch, groups: int, K: int, dtype: torch.dtype, interpreted: bool = False
+) -> dict[str, int | bool]:
+    """The compile-time arguments of the kernel."""
+    return {
+        "GROUP": K // groups,
+        "WHOLE": K % 128 == 0,
+        "BITS": dtype == torch.float16 or (dtype == torch.bfloat16 and not interpreted),
+        "ASM": not interpreted,
+        "INTERPRETED": interpreted,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+    }
+
+
+@triton.jit
+def fp4_kernel(
+    x_ptr, planes_ptr, scale_ptr, divisor_ptr, out_ptr, M, N, K, stride_x, blocks_per_split,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """GROUP columns, a multiple of 16, have one scale; BITS and ASM say how codes become floats."""
+    row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    split = tl.program_id(2)
+    column_c = tl.arange(0, 32)
+    rows, tokens = row_N < N, token_M < M
+    blocks = tl.cdiv(K, 128)
+
+    words_ptr = planes_ptr + row_N[:, None] * (blocks * 32) + column_c[None, :]
+    tokens_ptr = x_ptr + token_M[None, :] * stride_x + column_c[:, None]
+    sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for b in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
+        words_Nc = tl.load(words_ptr + b * 32, mask=rows[:, None], other=0)
+        for j in tl.static_range(4):
+            k = b * 128 + j * 32
+            if WHOLE:
+                inside = tokens[None, :]
+            else:
+                inside = tokens[None, :] & (k + column_c < K)[:, None]
+            x_cM = tl.load(tokens_ptr + k, mask=inside, other=0.0)
+            if GROUP % 32 == 0:
+                group = _inside(k, K, WHOLE) // GROUP
+                scale_Nc = tl.load(scale_ptr + group * N + row_N, mask=rows, other=8)[:, None]
+            else:                                                # two scales, for 16 columns each
+                group_2 = _inside(k + 16 * tl.arange(0, 2), K, WHOLE) // GROUP
+                scale_N2 = tl.load(scale_ptr + group_2[None, :] * N + row_N[:, None], mask=rows[:, None], other=8)
+                scale_Nc = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (BLOCK_N, 2, 16)), (BLOCK_N, 32))
+            w_Nc = _weights(words_Nc, scale_Nc.to(tl.int32), j, x_ptr.dtype.element_ty, BITS, ASM)
+            if x_ptr.dtype.element_ty == tl.float32:             # weights are exact in TF32, x is in two parts
+                high_cM = (x_cM.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+                sums_NM = tl.dot(w_Nc, high_cM, sums_NM, input_precision="tf32")
+                x_cM -= high_cM
+            if INTERPRETED:                                      # NumPy knows no bf16, and is slow in fp16
+                w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
+            sums_NM = tl.dot(w_Nc, x_cM, sums_NM, input_precision="tf32")
+    divisor_N = tl.load(divisor_ptr + row_N, mask=rows, other=1.0)
+    sums_NM *= (1.0 / divisor_N)[:, None]
+    out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
+    tl.store(out_NM, sums_NM.to(out_ptr.dtype.element_ty), mask=rows[:, None] & tokens[None, :])
+
+
+@triton.jit
+def _inside(k, K, WHOLE: tl.constexpr):
+    """k, or the last column: planes beyond K have no group, and their x is 0."""
+    return k if WHOLE else tl.minimum(k, K - 1)
+
+
+@triton.jit
+def _weights(words_Nc, scale_Nc, J: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Code times scale of plane J, exact: in ``dtype`` with BITS, else in float32."""
+    HALF: tl.constexpr = BITS and dtype == tl.float16
+    if ASM:
+        bits_Nc = tl.inline_asm_elementwise(_placed(J, HALF), "=r,r", [words_Nc], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        w_Nc = words_Nc.to(tl.int32)
+        if J == 3:
+            bits_Nc = ((w_Nc >> 4) & 0xC0) | ((w_Nc >> 5) & 0x100) | ((w_Nc << 1) & 0x8000)
+        else:
+            bits_Nc = (w_Nc << (3 * J)) & 0x81C0
+        if HALF:
+            bits_Nc = (bits_Nc & 0x8000) | ((bits_Nc & 0x1C0) << 3)
+        bits_Nc = bits_Nc.to(tl.int16)
+    if HALF:
+        s_Nc = ((scale_Nc << 7) - 0x400).to(tl.int16).to(tl.float16, bitcast=True)
+        w_Nc = bits_Nc.to(tl.float16, bitcast=True) * s_Nc
+    elif BITS:
+        s_Nc = ((scale_Nc << 4) + 0x6F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        w_Nc = (bits_Nc.to(tl.bfloat16, bitcast=True) * s_Nc).to(tl.bfloat16)
+    else:
+        s_Nc = (((scale_Nc << 4) + 0x6F80) << 16).to(tl.float32, bitcast=True)
+        w_Nc = (bits_Nc.to(tl.int32) << 16).to(tl.float32, bitcast=True) * s_Nc
+    return w_Nc
+
+
+@triton.constexpr_function
+def _placed(j: int, half: bool) -> str:
+    """PTX: element j of both 16-bit halves as bf16 or fp16 numbers; 0xea is (a AND b) OR c."""
+    if j == 3:
+        body = (
+            "shr.b32 t, $1, 4; and.b32 p, t, 0x00c000c0; shr.b32 t, $1, 5; lop3.b32 p, t, 0x01000100, p, 0xea; "
+            "shl.b32 t, $1, 1; lop3.b32 p, t, 0x80008000, p, 0xea; "
+        )
+    else:
+        body = f"shl.b32 t, $1, {3 * j}; and.b32 p, t, 0x81c081c0; "
+    if half:
+        body += "and.b32 t, p, 0x01c001c0; shl.b32 t, t, 3; lop3.b32 $0, p, 0x80008000, t, 0xea; "
+    else:
+        body += "mov.b32 $0, p; "
+    return "{ .reg .b32 t, p; " + body + "}"

@@ -1,0 +1,129 @@
+"""y = x W^T with int4 weights and tokens quantized to 8 bits on the way, FP8 (e4m3) or int8.
+
+On CUDA the Triton kernels quantize tokens and multiply; elsewhere, and where they cannot run, torch does, on the same
+codes. Layout, roofline and measured numbers are in the README beside this file.
+
+Shapes: M tokens, N output features, K input features, G groups of K / G columns, P bytes of a row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.availability import kernel_runs
+from lightning_compress.ops.w4a8_gemm.layout import PLANES, codes, plane_of, to_planes
+from lightning_compress.ops.w4a8_gemm.reference import dequantize
+from lightning_compress.ops.w8a8_gemm import KINDS, quantize_tokens
+
+__all__ = ["dequantize", "to_planes", "w4a8_gemm"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """The product, [..., N], in the dtype of x; the gradient passes the rounding of tokens straight to x.
+
+    Args:
+        x: [..., K], float16, bfloat16 or float32.
+        planes_NP: int8, from :func:`to_planes`.
+        scale_GN: Floating, of a symmetric grid; the checkpoint's scale, transposed and contiguous.
+        kind: Of the codes of tokens: float8_e4m3fn (preset W4AFP8) or int8 (W4A8); see w8a8_gemm's quantize_tokens.
+
+    Raises:
+        ValueError: Dtypes, devices or shapes do not fit.
+    """
+    check(x, planes_NP, scale_GN, kind)
+    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and not torch.compiler.is_compiling():
+        return _forward(x, planes_NP, scale_GN, kind)            # the dispatcher costs 30 us
+    result: Tensor = _gemm_op(x, planes_NP, scale_GN, kind)
+    return result
+
+
+def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> None:
+    """ValueError when the arguments of :func:`w4a8_gemm` do not fit."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    if kind not in KINDS:
+        raise ValueError(f"expected codes of int8 or float8_e4m3fn, got {kind}")
+    if planes_NP.dtype != torch.int8 or not scale_GN.is_floating_point():
+        raise ValueError(
+            f"expected int8 planes and a floating scale, got {planes_NP.dtype} and {scale_GN.dtype}; make the planes "
+            f"with to_planes"
+        )
+    if planes_NP.device != x.device or scale_GN.device != x.device:
+        raise ValueError(
+            f"x is on {x.device}, the weight on {planes_NP.device}, {scale_GN.device}; put them on one device"
+        )
+    if planes_NP.ndim != 2 or scale_GN.ndim != 2 or not x.ndim or scale_GN.shape[1] != planes_NP.shape[0]:
+        raise ValueError(
+            f"expected x [..., K], planes [N, P] and scale [G, N], got {tuple(x.shape)}, {tuple(planes_NP.shape)} and "
+            f"{tuple(scale_GN.shape)}"
+        )
+    K, G, P = x.shape[-1], scale_GN.shape[0], planes_NP.shape[1]
+    if not G or not K or K % G:
+        raise ValueError(f"{G} groups do not divide K={K} columns; pass a scale [G, N] with G a divisor of K")
+    plane = plane_of(K, G)
+    if -(-K // (PLANES * plane)) * plane != P:
+        raise ValueError(
+            f"x has K={K} columns, the weight {P} bytes of a row, each of {PLANES} columns in planes of {plane}; pass "
+            f"the x of this layer"
+        )
+    if not planes_NP.is_contiguous() or not scale_GN.is_contiguous():
+        raise ValueError("planes and scale must be contiguous; call .contiguous() once, when loading")
+
+
+def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> Tensor:
+    K, (G, N) = x.shape[-1], scale_GN.shape
+    codes_MK, scale_M = quantize_tokens(x.reshape(-1, K), kind)
+    if x.is_cuda and _kernel_runs(x, K // G, G):
+        from lightning_compress.ops.w4a8_gemm.kernel import gemm
+
+        y_MN = gemm(codes_MK, scale_M, planes_NP, scale_GN, x.dtype)
+    else:
+        y_MN = (codes_MK.float() @ _dense(planes_NP, scale_GN, K, torch.float32).t() * scale_M[:, None]).to(x.dtype)
+    return y_MN.view(*x.shape[:-1], N)
+
+
+def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
+    unfit = f"groups of {group} columns are no multiple of 32" if groups > 1 and group % 32 else None
+    return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit)
+
+
+def _dense(planes_NP: Tensor, scale_GN: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in ``dtype``."""
+    return dequantize(codes(planes_NP, K, scale_GN.shape[0]), scale_GN.t(), K, torch.float32).to(dtype)
+
+
+@torch.library.custom_op("lightning_compress::w4a8_gemm", mutates_args=())
+def _gemm_op(x: Tensor, planes: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    return _forward(x, planes, scale, kind)
+
+
+@_gemm_op.register_fake
+def _(x: Tensor, planes: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    return x.new_empty(*x.shape[:-1], planes.shape[0])
+
+
+@torch.library.custom_op("lightning_compress::w4a8_gemm_backward", mutates_args=())
+def _backward_op(gradient: Tensor, planes: Tensor, scale: Tensor, K: int) -> Tensor:
+    return gradient @ _dense(planes, scale, K, gradient.dtype)
+
+
+@_backward_op.register_fake
+def _(gradient: Tensor, planes: Tensor, scale: Tensor, K: int) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], K)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, planes, scale, _ = inputs
+    ctx.save_for_backward(planes, scale)
+    ctx.K = x.shape[-1]
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward_op(gradient, *ctx.saved_tensors, ctx.K), None, None, None
+
+
+_gemm_op.register_autograd(_gradient, setup_context=_keep)

@@ -1,0 +1,149 @@
+"""The Triton kernel: out^T = W X^T with int4 weights and tokens in 8 bits, in the design of w4a16_gemm.
+
+One program makes a tile of BLOCK_N features times BLOCK_M tokens. For each block of two planes (layout.py) it loads a
+tile of bytes and makes 8-bit operands of its codes, four at a time: e4m3 of code 2^-9 for FP8 tokens, int8 for int8
+tokens. Group scales multiply the sums of a group, which leave the tensor core at least every 128 columns, since it adds
+e4m3 products with fewer bits than float32 has. Below compute capability 8.9 there is no e4m3: its bits are placed in
+fp16.
+
+Programs that share the columns among them write float32 sums each, which are added in a fixed order: results repeat.
+
+Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_compress.ops.w4a8_gemm.layout import PLANES, plane_of
+from lightning_compress.ops.w4a16_gemm.launch import Launch, rule
+from lightning_compress.ops.w8a8_gemm.kernel import e4m3_half, e4m3_mode
+
+__all__ = ["constants", "gemm", "w4a8_kernel"]
+
+
+def gemm(
+    codes_MK: Tensor, scale_M: Tensor, planes_NP: Tensor, scale_GN: Tensor, dtype: torch.dtype,
+    launch: Launch | None = None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in ``dtype``; codes int8 or float8_e4m3fn, contiguous, the weight as ``w4a8_gemm`` checks it."""
+    (M, K), (G, N) = codes_MK.shape, scale_GN.shape
+    if M == 0:
+        return codes_MK.new_empty(0, N, dtype=dtype)
+    if launch is None:
+        processors = torch.cuda.get_device_properties(codes_MK.device).multi_processor_count
+        launch = rule(M, N, K, torch.bfloat16, processors)
+    split = launch.split
+    out = torch.empty((split, M, N), dtype=dtype if split == 1 else torch.float32, device=codes_MK.device)
+    blocks = triton.cdiv(K, PLANES * plane_of(K, G))
+    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
+    native, interpreted = e4m3_mode(codes_MK.device)
+    w4a8_kernel[grid](
+        codes_MK.view(torch.int8), scale_M, planes_NP, scale_GN, out, M, N, K, triton.cdiv(blocks, split),
+        **constants(launch, G, K, codes_MK.dtype, native, interpreted), num_warps=launch.warps,
+        num_stages=launch.stages,
+    )  # fmt: skip
+    return out[0] if split == 1 else out.sum(0).to(dtype)
+
+
+def constants(
+    launch: Launch, groups: int, K: int, kind: torch.dtype, native: bool, interpreted: bool = False
+) -> dict[str, int | bool]:
+    """The compile-time arguments of the kernel."""
+    plane = plane_of(K, groups)
+    return {
+        "GROUP": 0 if groups == 1 else K // groups,
+        "PLANE": plane,
+        "WHOLE": K % (PLANES * plane) == 0,
+        "INTEGER": kind == torch.int8,
+        "NATIVE": native,
+        "INTERPRETED": interpreted,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+    }
+
+
+@triton.jit
+def w4a8_kernel(
+    codes_ptr, scale_m_ptr, planes_ptr, scale_ptr, out_ptr, M, N, K, blocks_per_split,
+    GROUP: tl.constexpr, PLANE: tl.constexpr, WHOLE: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """GROUP columns, a multiple of PLANE, have one scale (0: a whole row)."""
+    row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    split = tl.program_id(2)
+    column_c = tl.arange(0, PLANE)
+    rows, tokens = row_N < N, token_M < M
+    blocks = tl.cdiv(K, 2 * PLANE)
+    PER_PLANE: tl.constexpr = GROUP > 0 and GROUP % (2 * PLANE) != 0
+    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
+
+    bytes_ptr = planes_ptr + row_N[:, None] * (blocks * PLANE) + column_c[None, :]
+    tokens_ptr = codes_ptr + token_M[None, :] * K + column_c[:, None]
+    sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for b in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
+        bytes_Nc = tl.load(bytes_ptr + b * PLANE, mask=rows[:, None], other=0)
+        part_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+        for j in tl.static_range(2):
+            k = (b * 2 + j) * PLANE
+            if WHOLE:
+                inside = tokens[None, :]
+            else:
+                inside = tokens[None, :] & (k + column_c < K)[:, None]
+            x_cM = tl.load(tokens_ptr + k, mask=inside, other=0)
+            w_Nc = _operand(bytes_Nc, j, INTEGER, INTERPRETED)
+            if PER_PLANE:
+                part_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+            if INTEGER:
+                part_NM = tl.dot(w_Nc, x_cM, part_NM, out_dtype=tl.int32)
+            elif NATIVE:
+                part_NM = tl.dot(w_Nc.to(tl.float8e4nv, bitcast=True), x_cM.to(tl.float8e4nv, bitcast=True), part_NM)
+            else:
+                w_Nc, x_cM = e4m3_half(w_Nc), e4m3_half(x_cM)
+                if INTERPRETED:                                  # NumPy is slow in fp16
+                    w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
+                part_NM = tl.dot(w_Nc, x_cM, part_NM)
+            if PER_PLANE:
+                group = tl.minimum(k, K - 1) // GROUP            # planes beyond K have no group; their x is 0
+                scale_N = tl.load(scale_ptr + group * N + row_N, mask=rows, other=0.0).to(tl.float32)
+                sums_NM += part_NM.to(tl.float32) * scale_N[:, None]
+        if not PER_PLANE:
+            if GROUP > 0:
+                scale_N = tl.load(scale_ptr + b * 2 * PLANE // GROUP * N + row_N, mask=rows, other=0.0).to(tl.float32)
+                sums_NM += part_NM.to(tl.float32) * scale_N[:, None]
+            else:
+                sums_NM += part_NM.to(tl.float32)
+    if GROUP == 0:
+        scale_N = tl.load(scale_ptr + row_N, mask=rows, other=0.0).to(tl.float32)
+        sums_NM *= scale_N[:, None]
+    WORTH: tl.constexpr = 1.0 if INTEGER else 512.0 if NATIVE else 33554432.0    # 2^9; and 2^8 for each side in fp16
+    scale_M = tl.load(scale_m_ptr + token_M, mask=tokens, other=0.0) * WORTH
+    out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
+    out = (sums_NM * scale_M[None, :]).to(out_ptr.dtype.element_ty)
+    tl.store(out_NM, out, mask=rows[:, None] & tokens[None, :])
+
+
+@triton.jit
+def _operand(bytes_Nc, J: tl.constexpr, INTEGER: tl.constexpr, INTERPRETED: tl.constexpr):
+    """int8: the codes of plane J as integers, or as bits of e4m3, times 2^-9."""
+    if INTERPRETED:
+        nibble_Nc = (bytes_Nc.to(tl.int32) >> (4 * J)) & 15
+        sign_Nc = nibble_Nc >> 3
+        w_Nc = (nibble_Nc ^ (sign_Nc * 0xF7) if INTEGER else nibble_Nc + sign_Nc * 0x79).to(tl.int8)
+    else:
+        w_Nc = tl.inline_asm_elementwise(
+            _made(4 * J, INTEGER), "=r,r", [bytes_Nc], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return w_Nc
+
+
+@triton.constexpr_function
+def _made(shift: int, integer: bool) -> str:
+    """PTX: four codes from the half bytes at ``shift``."""
+    body = (
+        f"shr.b32 t, $1, {shift}; and.b32 t, t, 0x0f0f0f0f; shr.b32 s, $1, {shift + 3}; and.b32 s, s, 0x01010101; "
+    )
+    body += "mul.lo.u32 s, s, 0xf7; xor.b32 $0, s, t; " if integer else "mad.lo.u32 $0, s, 0x79, t; "
+    return "{ .reg .b32 s, t; " + body + "}"

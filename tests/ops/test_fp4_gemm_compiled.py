@@ -1,0 +1,47 @@
+"""The kernel compiled for GPUs that are not there: no spills, tensor cores, shared memory within the limit, an
+instruction budget. Needs the extra ``kernels`` (make test-kernels)."""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+
+from lightning_compress.ops.w4a16_gemm.launch import rule
+
+pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
+
+from lightning_compress.ops.fp4_gemm.kernel import constants, fp4_kernel
+from tests.ops.compilation import POINTER, SHARED, compiled, facts
+
+pytestmark = pytest.mark.usefixtures("triton_cache")
+
+CASES = {      # M, columns of a group, dtype; instructions: the most that Triton 3.9.0 made, and 5 %
+    "nvfp4-few": (16, 16, torch.bfloat16, 720),
+    "nvfp4-64": (64, 16, torch.bfloat16, 1040),
+    "nvfp4-many": (512, 16, torch.bfloat16, 1470),
+    "nvfp4-fp16": (16, 16, torch.float16, 820),
+    "mxfp4-few": (16, 32, torch.bfloat16, 690),
+    "mxfp4-many": (512, 32, torch.bfloat16, 1460),
+    "mxfp4-float32": (64, 32, torch.float32, 1370),
+}
+
+
+@pytest.mark.parametrize(("case", "capability"), [*product(CASES, (80, 90)), ("mxfp4-many", 89)], ids=str)
+def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_path):
+    M, group, dtype, budget = CASES[case]
+    launch = rule(M, 4096, 4096, dtype, processors=132)
+    types = {
+        "x_ptr": POINTER[dtype], "planes_ptr": "*i16", "scale_ptr": "*u8", "divisor_ptr": "*fp32",
+        "out_ptr": POINTER[dtype if launch.split == 1 else torch.float32],
+    }  # fmt: skip
+    fixed = constants(launch, 4096 // group, 4096, dtype)
+    kernel = compiled(fp4_kernel, capability, types, fixed, launch.warps, launch.stages, ("M", "blocks_per_split"))
+    found = facts(kernel, tmp_path)
+    assert (found["spills"], found["stack"]) == (0, 0), found
+    assert found["shared"] <= SHARED[capability], found
+    assert found["HGMMA" if capability == 90 else "HMMA"], found       # 64 features of a tile are the rows of wgmma
+    assert not found["conversions"], found                             # of integers to floats: bits are placed
+    assert found["instructions"] <= budget, found
