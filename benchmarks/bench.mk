@@ -10,7 +10,7 @@ BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM
 BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-techniques bench-moved bench-weights bench-callback bench-qat-step \
+.PHONY: bench bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-callback bench-qat-step \
 	bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
@@ -75,6 +75,9 @@ bench-training: $(READY)  ## QAT, distillation and pruning schedules beside one-
 bench-vision: $(READY)  ## Int8 QAT and 90 % sparsity of a convolutional net and a ViT on scikit-learn's digits
 	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_vision.py $(BENCH_ARGS)
+
+bench-packed: $(READY)  ## Packed weights on this CPU beside dense ones, layers and decode (10 minutes)
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_packed_cpu.py $(BENCH_ARGS)
 
 # With a python of its own (BENCH_PYTHON=python3) it needs torch and Triton, and no network: nothing is set up then.
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(READY))  ## The kernels on the CUDA GPU of this machine: checked, then timed; under 8 minutes

@@ -43,7 +43,6 @@ from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
 from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
 from lightning_compress.export.online import attach_all, online_entries, seal, unsealed
-from lightning_compress.export.packing import check_fit, from_json, is_packable, pack, tensor_names, to_json, unpack
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
 from lightning_compress.matching import clean_name
@@ -57,7 +56,8 @@ from lightning_compress.quant.kv_cache import (
     quantized_caches,
 )
 from lightning_compress.quant.matrix import weight_of
-from lightning_compress.quant.packed import PackedLinear, pack_linears
+from lightning_compress.quant.packed import PackedLinear, as_linears, fuse_siblings, pack_linears
+from lightning_compress.quant.packing import check_fit, from_json, is_packable, pack, tensor_names, to_json, unpack
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 from lightning_compress.structure.surgery import record_of, reshape
 
@@ -66,6 +66,7 @@ __all__ = ["load", "save"]
 OWN_FILE = "lightning_compress.json"
 FORMAT_VERSION = 1
 Records = Mapping[str, tuple[nn.Module, Quantized]]
+Stored = Mapping[str, Mapping[str, Tensor]]         # of modules that are packed in memory: their tensors on disk
 
 
 def save(
@@ -101,8 +102,20 @@ def save(
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
     model = getattr(model, "_orig_mod", model)                    # torch.compile's wrapper
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError("a model that was loaded with packed=True cannot be saved; load it without, and save that")
+    with as_linears(model) as stored:
+        _save(model, stored, folder, tokenizer, recipe, overwrite, max_shard_bytes)
+    return Path(folder).expanduser().resolve()
+
+
+def _save(
+    model: nn.Module,
+    stored: Stored,
+    folder: str | Path,
+    tokenizer: Any,
+    recipe: Mapping[str, Any] | None,
+    overwrite: bool,
+    max_shard_bytes: int,
+) -> None:
     records: Records = {
         clean_name(name): (module, record)
         for name, module in quantized_modules(model).items()
@@ -126,18 +139,17 @@ def save(
         records = {n: (module, unpacked(r) if n in bytewise else r) for n, (module, r) in records.items()}
     try:
         with whole_folder(folder, overwrite=overwrite) as partial:
-            _check_weights(model)
+            _check_weights(model, stored)
             for name in reasons:
                 check_fit(name, *records[name])
             _warn_dense(reasons, records)
-            _write(model, records, caches, set(reasons), partial, max_shard_bytes)
+            _write(model, records, caches, stored, set(reasons), partial, max_shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if recipe_yaml is not None:
                 (partial / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise OSError(f"writing {folder} failed and nothing of it is left: {error}; is the disk full?") from error
-    return Path(folder).expanduser().resolve()
 
 
 def load(
@@ -145,27 +157,29 @@ def load(
     model: nn.Module | None = None,
     device: torch.device | str | None = None,
     *,
-    packed: bool = False,
+    packed: bool | None = None,
+    fuse: bool | None = None,
 ) -> nn.Module:
-    """Read what :func:`save` wrote: dequantized weights, and the records that make a model quantized.
-
-    Inputs of modules with quantized activations are fake-quantized again, and the model can be saved again.
+    """Read what :func:`save` wrote: a model that computes on packed weights where that is as quick as dense ones.
 
     Args:
         folder: The folder.
         model: A freshly built dense model to fill, of the dtype that was saved. Needed for all but Hugging Face's
             models; those are built from config.json when it is left out.
         device: Where the model goes; by default it stays on its device (the CPU when it is built here).
-        packed: Let Linears with 4-bit weights and dense inputs compute on packed weights (``quant.packed``), on a GPU
-            about half the memory of bf16 (the packed weight, and its copy in the kernel's layout); all others stay
-            dequantized. Such a model is for inference and adapters: it cannot be saved again.
+        packed: Which quantized Linears compute on packed weights (``quant.packed``). None: those for which the device
+            has a way of its own that is at least as quick as a dense Linear for few tokens. True: all of them. False:
+            none; every weight is dequantized and carries the record that makes it quantized, for further training.
+        fuse: Let packed Linears that multiply the same tensor (q/k/v, gate/up) make one product; the model is called
+            once to find them, which only models of transformers can be (others: ``quant.packed.fuse_siblings``).
+            None: where that is possible.
 
     Returns:
-        ``model``, or the new one, in evaluation mode.
+        ``model``, or the new one, in evaluation mode. Inputs are quantized where the scheme says so.
 
     Raises:
         ValueError: The folder holds no such export, it does not fit ``model``, transformers quantized it in another
-            way, or nothing in it can be ``packed``.
+            way, nothing in it can be ``packed``, or nothing can be fused with ``fuse=True``.
     """
     folder = Path(folder).expanduser().resolve()
     config = read_json(folder / "config.json")
@@ -176,8 +190,9 @@ def load(
             f"load it with a newer version of this package"
         )
     if "online" in own:
-        if packed:
+        if packed or fuse:
             raise ValueError(f"{folder}: rotations run beside its modules, which packed ones do not; leave packed out")
+        packed = False
         config = unsealed(config)
     method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
@@ -193,7 +208,7 @@ def load(
         split(layout)
         names = hugging_face.names_of_experts(layout) | names
     files = TensorFiles(folder)
-    weights, records = {}, {}
+    weights, records, stored = {}, {}, {}
     if "quantization_config" in config:
         for name, scheme in matched(layout, QuantizationConfig.model_validate(config["quantization_config"])).items():
             on_disk = names.get(name, name)
@@ -201,6 +216,8 @@ def load(
             if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
                 continue                                          # a target by class, but these experts stayed dense
             tensors = files.take(on_disk, tensor_names(type(module), scheme))
+            if packed is not False:
+                stored[name] = dict(tensors)
             weight, records[name] = unpack(tensors, type(module), scheme)
             if is_microscaled(scheme.weights):                    # they unpack to bfloat16, whatever the model's dtype
                 weight = weight.to(weight_of(module).dtype)
@@ -226,8 +243,12 @@ def load(
     for name, cache in caches.items():
         attention = model.get_submodule(name)
         attach_cache(attention, _on(cache, next(attention.parameters()).device))
-    if packed and not pack_linears(model):
-        raise ValueError(f"{folder} holds no Linear with 4-bit integer weights and dense inputs; leave packed out")
+    if packed is not False:
+        done = pack_linears(model, stored, served=packed is None)
+        if packed and not done:
+            raise ValueError(f"{folder} holds no quantized Linear with a weight of its own; leave packed out")
+    if fuse is not False:
+        _fuse(model, folder, bool(fuse))
     return model
 
 
@@ -250,13 +271,14 @@ def _write(
     model: nn.Module,
     records: Records,
     caches: Mapping[str, QuantizedCache],
+    stored: Stored,
     dense: set[str],
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
     """Weights and configs, in a folder that is there."""
     packed = {name: pair for name, pair in records.items() if name not in dense}
-    state = _state_on_disk(model, packed)
+    state = _state_on_disk(model, packed, stored)
     for name, cache in caches.items():
         for local in QuantizedCache.tensor_names(cache.args):
             state[f"{name}.{local}"] = getattr(cache, local).detach().cpu()
@@ -305,7 +327,7 @@ def _own(
     return own if dtype is None else own | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def _state_on_disk(model: nn.Module, packed: Records) -> dict[str, Tensor]:
+def _state_on_disk(model: nn.Module, packed: Records, stored: Stored) -> dict[str, Tensor]:
     """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied."""
     name_of = {id(module): name for name, (module, _) in packed.items()}
     packed_at = {
@@ -327,7 +349,8 @@ def _state_on_disk(model: nn.Module, packed: Records) -> dict[str, Tensor]:
             state[key] = value
             continue
         if name not in done:
-            done[name] = pack(name, *packed[name])
+            there = {local: tensor.cpu().contiguous() for local, tensor in stored.get(name, {}).items()}
+            done[name] = there or pack(name, *packed[name])
         state |= {key.removesuffix("weight") + local: tensor for local, tensor in done[name].items()}
     return state
 
@@ -381,10 +404,12 @@ def _warn_dense(reasons: Mapping[str, str], records: Records) -> None:
         )
 
 
-def _check_weights(model: nn.Module) -> None:
-    if away := [clean_name(name) for name, p in model.named_parameters() if p.is_meta]:
+def _check_weights(model: nn.Module, stored: Stored) -> None:
+    away = [clean_name(name) for name, p in model.named_parameters() if p.is_meta]
+    if away := [name for name in away if name.rpartition(".")[0] not in stored]:
         raise ValueError(f"{len(away)} weights are not in memory, such as {away[0]}; load the model without offloading")
-    broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    there = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+    broken = [name for name, p in there if p.is_floating_point() and not p.isfinite().all()]
     if broken:
         listed = ", ".join(clean_name(name) for name in broken[:5])
         raise ValueError(f"NaN or Inf in {len(broken)} parameters, such as {listed}; such a model is not exported")
@@ -398,6 +423,23 @@ def _yaml(recipe: Mapping[str, Any]) -> str:
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _fuse(model: nn.Module, folder: Path, asked: bool) -> None:
+    """Fuse what multiplies the same tensor, found by a call with the dummy inputs of transformers."""
+    fault = None
+    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+        fault = "no Linear of it is packed"
+    elif not hugging_face.is_transformers(model):
+        fault = "it is no model of transformers; call quant.packed.fuse_siblings(model, *example_inputs)"
+    else:
+        try:
+            if not fuse_siblings(model, **hugging_face.example_of(model)):
+                fault = "no packed Linears with equal schemes multiply the same tensor"
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            fault = f"its dummy inputs fail ({error}); call quant.packed.fuse_siblings(model, *example_inputs)"
+    if asked and fault is not None:
+        raise ValueError(f"{folder}: nothing to fuse, {fault}; or leave fuse out")
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

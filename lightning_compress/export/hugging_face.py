@@ -17,11 +17,11 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStra
 from torch import Tensor, nn
 
 from lightning_compress.experts.split import PROJECTIONS, fused_experts
-from lightning_compress.export.packing import tensor_names
 from lightning_compress.export.tensors import read_json
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
+from lightning_compress.quant.packing import tensor_names
 from lightning_compress.quant.record import Quantized
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "add_heads",
     "add_names_on_disk",
     "build",
+    "example_of",
     "is_transformers",
     "mend_layout",
     "names_of_experts",
@@ -275,6 +276,11 @@ def build(folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def example_of(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """Inputs that the model can be called with, on its device."""
+    return {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
 
 
 def _dense_config(config: Any) -> Any:

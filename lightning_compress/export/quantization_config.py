@@ -19,8 +19,8 @@ from compressed_tensors.utils import match_targets
 from compressed_tensors.utils.match import is_match
 from torch import nn
 
-from lightning_compress.export.packing import is_packable
 from lightning_compress.matching import clean_name
+from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.record import Quantized
 
 __all__ = ["cache_only", "matched", "quantization_config"]

@@ -6,7 +6,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.export.packing import check_fit, from_json, pack, tensor_names, to_json, unpack
+from lightning_compress.quant.packing import check_fit, from_json, pack, tensor_names, to_json, unpack
 from lightning_compress.quant.record import Quantized, quantized_of
 
 

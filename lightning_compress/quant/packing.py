@@ -68,7 +68,7 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     packed = compress_words(state, scheme) if in_words else compressor.compress(state, scheme)
     if not is_microscaled(scheme.weights):
         packed["weight_scale"] = record.scale
-    unpacked = compressor.decompress(packed, scheme)["weight"].to(weight.dtype)
+    unpacked = _decompress(compressor, packed, scheme)["weight"].to(weight.dtype)
     assert torch.equal(unpacked, weight), f"{name!r}: {compressor.__name__} does not give back the weight it packed"
     for local in ACTIVATION_NAMES:
         value = getattr(record, local)
@@ -85,7 +85,7 @@ def unpack(tensors: dict[str, Tensor], module_type: type, scheme: QuantizationSc
         module_type: Class of the module that they belong to.
         scheme: Its scheme.
     """
-    state = _compressor(module_type, scheme).decompress(tensors, scheme)
+    state = _decompress(_compressor(module_type, scheme), tensors, scheme)
     scale, shared = state["weight_scale"].detach(), state.get("weight_global_scale")
     if is_microscaled(scheme.weights):
         scale = scale.float() if shared is None else scale.float() / shared
@@ -142,6 +142,17 @@ def _tensor(data: dict[str, Any] | None) -> Tensor | None:
 def _compressor(module_type: type, scheme: QuantizationScheme) -> type[BaseCompressor]:
     chosen = scheme.format or infer_module_format(module_type, scheme).value
     return BaseCompressor.get_value_from_registry(chosen)
+
+
+def _decompress(
+    compressor: type[BaseCompressor], tensors: dict[str, Any], scheme: QuantizationScheme
+) -> dict[str, Tensor]:
+    """What it makes of ``tensors``; of packed zero points it views the transpose as bytes, which must be contiguous."""
+    zero = tensors.get("weight_zero_point")
+    if zero is not None and zero.ndim == 2:
+        tensors = tensors | {"weight_zero_point": zero.t().clone(memory_format=torch.contiguous_format).t()}
+    state: dict[str, Tensor] = compressor.decompress(tensors, scheme)
+    return state
 
 
 def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:

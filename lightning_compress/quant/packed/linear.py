@@ -1,0 +1,168 @@
+"""PackedLinear: a Linear that computes on compressed weights, and keeps them as compressed-tensors stores them.
+
+Its state dict has the names, dtypes and shapes of the checkpoint. What the device at hand computes with (paths.py) is
+made from that at the first call and not saved. Where no path takes a call, a dense weight is made once: float32 on the
+CPU, the dtype of x elsewhere.
+
+Shapes: N output features, K input features, G groups of K / G columns.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from compressed_tensors.quantization import QuantizationScheme
+from torch import Tensor, nn
+
+from lightning_compress.quant.packed.inputs import input_values
+from lightning_compress.quant.packed.layout import check_tensors, fault_of
+from lightning_compress.quant.packed.paths import Call, Path, paths_of
+from lightning_compress.quant.packing import pack, unpack
+from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.schemes import describe
+
+__all__ = ["PackedLinear", "Shared"]
+
+
+class Shared(Protocol):
+    """What a Linear asks of the group that it makes one product with (siblings.py)."""
+
+    def product(self, layer: "PackedLinear", x: Tensor) -> Tensor: ...
+    def forget(self) -> None: ...
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with a weight in any format of compressed-tensors, and inputs quantized where the scheme says so.
+
+    Args:
+        tensors: As the checkpoint names them: ``weight_packed`` or ``weight``, ``weight_scale`` and so on, and
+            ``input_scale``, ``input_zero_point``, ``input_global_scale`` of static inputs.
+        scheme: How they are quantized.
+        bias: [N], or None.
+
+    Raises:
+        ValueError: They do not fit one another, or the scheme is not one for Linears.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = check_tensors(tensors, scheme)
+        self.scheme = scheme
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        self.siblings: Shared | None = None
+        self._prepared: dict[str, tuple[Any, ...]] = {}
+        self._chosen: dict[Call, Path | None] = {}
+
+    @classmethod
+    def from_quantized(cls, module: nn.Module, name: str = "the module") -> Self:
+        """The packed form of a Linear that carries a record; it stays as it is, and the bias is shared.
+
+        Raises:
+            ValueError: The module is no quantized Linear, or its scheme is not one that is exported.
+            RuntimeError: Its weight was changed after compression.
+        """
+        record = quantized_of(module)
+        if not isinstance(module, nn.Linear) or record is None:
+            raise ValueError(f"expected a Linear that was quantized, got {type(module).__name__}; compress it first")
+        if (fault := fault_of(record.scheme)) is not None:
+            raise ValueError(f"PackedLinear holds no {fault}; leave the Linear dense")
+        tensors = {key: value.to(module.weight.device) for key, value in pack(name, module, record).items()}
+        return cls(tensors, record.scheme, module.bias).train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N] in the dtype of x; the gradient goes to x (past the rounding of inputs) and to the bias."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected x [..., {self.in_features}], got {tuple(x.shape)}")
+        y = self.product(x) if self.siblings is None else self.siblings.product(self, x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The result without bias."""
+        path = self.path(Call(x.device.type, x.dtype, x.ndim, x.requires_grad and torch.is_grad_enabled()))
+        if path is not None and x.numel():
+            return path.product(self, x, self._operands(path))
+        args = self.scheme.input_activations
+        if args is not None:
+            calibrated = (self.optional(f"input_{name}") for name in ("scale", "zero_point", "global_scale"))
+            x = input_values(self, x, args, *calibrated)
+        wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+        return F.linear(x.to(wide), self._dense_once(wide)).to(x.dtype)     # bf16 products are slow on old CPUs
+
+    def path(self, call: Call) -> Path | None:
+        """Which way such a call goes; None: it is computed with a dense weight."""
+        if call not in self._chosen:
+            self._chosen[call] = next((path for path in paths_of(self.scheme) if path.takes(self, call)), None)
+        return self._chosen[call]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [N, K], dequantized anew, by default in the dtype that compressed-tensors gives it."""
+        tensors: dict[str, Any] = self.tensors()
+        if "weight_shape" in tensors:                                    # plain numbers, so that it can be traced
+            tensors["weight_shape"] = torch.Size((self.out_features, self.in_features))
+        weight, _ = unpack(tensors, nn.Linear, self.scheme)
+        return weight if dtype is None else weight.to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the checkpoint holds of this weight and its inputs, by local name."""
+        return {name: value for name, value in self._buffers.items() if value is not None}
+
+    def stored(self, name: str) -> Tensor:
+        """One of :meth:`tensors`."""
+        value = self._buffers[name]
+        assert value is not None
+        return value
+
+    def optional(self, name: str) -> Tensor | None:
+        """One of :meth:`tensors`, or None where there is none of that name."""
+        return self._buffers.get(name)
+
+    def forget(self) -> None:
+        """Drop what was made from the tensors: they have changed, or moved."""
+        self._prepared, self._chosen = {}, {}
+
+    def extra_repr(self) -> str:
+        """Sizes, as Linear shows them, and the scheme."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{describe(self.scheme)}"
+        )
+
+    def _operands(self, path: Path) -> tuple[Any, ...]:
+        form = f"{path.name}{' compiled' if torch.compiler.is_compiling() else ''}"
+        if form not in self._prepared:
+            with torch.no_grad(), torch.inference_mode(False):
+                self._prepared = {form: path.prepare(self)}              # only the form that was used last is kept
+        return self._prepared[form]
+
+    def _dense_once(self, dtype: torch.dtype) -> Tensor:
+        if (form := f"dense {dtype}") not in self._prepared:
+            with torch.no_grad(), torch.inference_mode(False):
+                self._prepared = {form: (self.dense().to(dtype),)}
+        dense: Tensor = self._prepared[form][0]
+        return dense
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Tensors of the checkpoint move, and keep their dtypes: ``model.to(torch.bfloat16)`` is for the others."""
+        kept = self.tensors()
+        for name in kept:
+            self._buffers[name] = None
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = fn(value)
+            self._buffers[name] = moved if moved.dtype == value.dtype else value.to(moved.device)
+        self.forget()
+        if self.siblings is not None:
+            self.siblings.forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        if self.siblings is not None:
+            self.siblings.forget()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}, "_chosen": {}}

@@ -1,0 +1,260 @@
+"""The ways to compute the products of a packed Linear, and which schemes may take which, best first.
+
+A path says what it takes, makes its operands once, and multiplies. A new kernel is one class and one line in PATHS;
+what no path takes is computed with a dense weight.
+
+Shapes: M tokens, N output features, K input features, G groups of K / G columns.
+"""
+
+import importlib.util
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationType
+from torch import Tensor
+
+from lightning_compress.ops.fp4_gemm import fp4_gemm
+from lightning_compress.ops.fp4_gemm import to_layout as fp4_layout
+from lightning_compress.ops.w4a8_gemm import to_planes as w4a8_planes
+from lightning_compress.ops.w4a8_gemm import w4a8_gemm
+from lightning_compress.ops.w4a16_gemm import grid_rows, to_planes, w4a16_gemm
+from lightning_compress.ops.w4a16_gemm.cpu import gemm_bf16, prepare_bf16, takes_bf16
+from lightning_compress.ops.w8a8_gemm import cpu as int8_cpu
+from lightning_compress.ops.w8a8_gemm import w8a8_linear
+from lightning_compress.quant.packed.inputs import input_codes
+
+__all__ = ["PATHS", "Call", "Path", "Weights", "paths_of"]
+
+FEW = 16                # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
+
+
+class Call(NamedTuple):
+    """What a path must know of a call: where x is, its dtype and dimensions, and whether its gradient is wanted."""
+
+    device: str
+    dtype: torch.dtype
+    ndim: int
+    gradient: bool
+
+
+class Weights(Protocol):
+    """What a path may ask of a packed Linear."""
+
+    scheme: QuantizationScheme
+    in_features: int
+    out_features: int
+
+    def stored(self, name: str) -> Tensor: ...
+    def optional(self, name: str) -> Tensor | None: ...
+
+
+class Path(Protocol):
+    """One way to compute y = x W^T, the bias left out."""
+
+    name: str
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        """Whether it computes this, at least as quickly as a dense float32 Linear for few tokens."""
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        """Its operands."""
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        """y [..., N], in the dtype of x."""
+
+
+class Int4OnCuda:
+    """The fused kernel; passes the gradient to x."""
+
+    name = "w4a16_gemm"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        return _on_cuda(call)
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        return to_planes(layer.stored("weight_packed")), *grid_rows(*_grid(layer))
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        return w4a16_gemm(x, *operands)
+
+
+class Int4OnCpu:
+    """Torch's own product of bf16 and int4."""
+
+    name = "_weight_int4pack_mm_for_cpu"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        G = layer.stored("weight_scale").shape[-1]
+        return _bf16_on_avx512(call) and takes_bf16(layer.out_features, layer.in_features, G)
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        return prepare_bf16(layer.stored("weight_packed"), *_grid(layer), layer.in_features)
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        return gemm_bf16(x, *operands)
+
+
+class Int8OnCpu:
+    """Torch's own product of bf16 and int8; above a few tokens codes, exact in bf16, are unpacked for the call."""
+
+    name = "_weight_int8pack_mm"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        rows = layer.stored("weight_scale").numel() in (1, layer.out_features)
+        return _bf16_on_avx512(call) and rows and layer.scheme.weights.symmetric
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        shape = torch.Size((layer.out_features, layer.in_features))
+        codes_NK = unpack_from_int32(layer.stored("weight_packed"), layer.scheme.weights.num_bits, shape)
+        return codes_NK.contiguous(), _scale_rows(layer).bfloat16()
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        codes_NK, scale_N = operands
+        x_MK = x.reshape(-1, layer.in_features)
+        if len(x_MK) <= FEW:
+            y_MN = torch.ops.aten._weight_int8pack_mm(x_MK, codes_NK, scale_N)
+        else:
+            y_MN = (x_MK @ codes_NK.to(x.dtype).t()).mul_(scale_N)
+        return y_MN.view(*x.shape[:-1], layer.out_features)
+
+
+class Int8InputsOnCpu:
+    """oneDNN's product of int8 and int8, any dtype of x."""
+
+    name = "qlinear"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        plain = layer.scheme.weights.symmetric and layer.scheme.weights.strategy in ("channel", "tensor")
+        return call.device == "cpu" and not call.gradient and plain and int8_cpu.is_exact()
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        return int8_cpu.prepare(layer.stored("weight").contiguous(), _scale_rows(layer))
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        args = _inputs(layer)
+        codes, scale, zero = input_codes(x, args, layer.optional("input_scale"), layer.optional("input_zero_point"))
+        codes_MK = codes.reshape(-1, layer.in_features)
+        y_MN = int8_cpu.gemm(codes_MK, _by_token(scale, x), None if zero is None else _by_token(zero, x), operands)
+        return y_MN.to(x.dtype).view(*x.shape[:-1], layer.out_features)
+
+
+class EightBitsOnCuda:
+    """The fused kernel of int8 or FP8 weights and inputs; passes the gradient to x.
+
+    Dynamic tokens get a scale each, as compressed-tensors does for x [batch, tokens, K].
+    """
+
+    name = "w8a8_linear"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        args, weights = _inputs(layer), layer.scheme.weights
+        plain = weights.symmetric and weights.strategy in ("channel", "tensor") and args.symmetric
+        tokens = args.dynamic is True and args.strategy == "token" and call.ndim == 3
+        return bool(plain and (tokens or (args.dynamic is False and args.strategy == "tensor"))) and _on_cuda(call)
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        return layer.stored("weight").contiguous(), _scale_rows(layer).float().contiguous()
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        return w8a8_linear(x, operands[0], operands[1], layer.optional("input_scale"))
+
+
+class Int4InputsOnCuda:
+    """The fused kernel of int4 weights and int8 or FP8 tokens; passes the gradient to x."""
+
+    name = "w4a8_gemm"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        args, weights = _inputs(layer), layer.scheme.weights
+        plain = weights.symmetric and weights.strategy in ("channel", "group") and args.symmetric
+        tokens = args.dynamic is True and args.strategy == "token" and call.ndim == 3
+        return bool(plain and tokens) and _on_cuda(call)
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        scale_NG = layer.stored("weight_scale")
+        return w4a8_planes(layer.stored("weight"), layer.in_features, scale_NG.shape[1]), scale_NG.t().contiguous()
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        kind = torch.int8 if _kind(_inputs(layer)) == "int8" else torch.float8_e4m3fn
+        return w4a8_gemm(x, operands[0], operands[1], kind)
+
+
+class Fp4OnCuda:
+    """The fused kernel of NVFP4 or MXFP4 weights and inputs as they are; passes the gradient to x."""
+
+    name = "fp4_gemm"
+
+    def takes(self, layer: Weights, call: Call) -> bool:
+        return _on_cuda(call)
+
+    def prepare(self, layer: Weights) -> tuple[Any, ...]:
+        shared = layer.optional("weight_global_scale")
+        return tuple(fp4_layout(layer.stored("weight_packed"), layer.stored("weight_scale"), shared))
+
+    def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        return fp4_gemm(x, *operands)
+
+
+PATHS: dict[tuple[str, str], tuple[Path, ...]] = {
+    ("int4", ""): (Int4OnCuda(), Int4OnCpu()),
+    ("int8", ""): (Int8OnCpu(),),
+    ("int8", "int8"): (EightBitsOnCuda(), Int8InputsOnCpu()),
+    ("float8", "float8"): (EightBitsOnCuda(),),
+    ("int4", "int8"): (Int4InputsOnCuda(),),
+    ("int4", "float8"): (Int4InputsOnCuda(),),
+    ("mxfloat4", ""): (Fp4OnCuda(),),
+}
+"""By the kind of the weights and of the inputs ("": as they are)."""
+
+
+def paths_of(scheme: QuantizationScheme) -> tuple[Path, ...]:
+    """The paths that a scheme may take, best first; none for those that are computed dense."""
+    return PATHS.get((_kind(scheme.weights), _kind(scheme.input_activations)), ())
+
+
+def _kind(args: QuantizationArgs | None) -> str:
+    if args is None:
+        return ""
+    return f"{'mx' if args.scale_dtype is not None else ''}{QuantizationType(args.type).value}{args.num_bits}"
+
+
+def _inputs(layer: Weights) -> QuantizationArgs:
+    args = layer.scheme.input_activations
+    assert args is not None
+    return args
+
+
+def _grid(layer: Weights) -> tuple[Tensor, Tensor | None]:
+    """Scales [N, G], one for all rows spread over them, and packed zero points."""
+    scale = layer.stored("weight_scale")
+    return (scale if scale.ndim == 2 else scale.expand(layer.out_features, 1)), layer.optional("weight_zero_point")
+
+
+def _by_token(scale: Tensor, x: Tensor) -> Tensor:
+    """float32 [M, 1]."""
+    if scale.numel() * x.shape[-1] != x.numel():
+        scale = scale.expand(*x.shape[:-1], 1)
+    return scale.reshape(-1, 1).float()
+
+
+def _scale_rows(layer: Weights) -> Tensor:
+    return layer.stored("weight_scale").flatten().expand(layer.out_features).contiguous()
+
+
+def _bf16_on_avx512(call: Call) -> bool:
+    """On CPUs without AVX-512 these products may be slower than dense float32 ones."""
+    return call.device == "cpu" and call.dtype == torch.bfloat16 and not call.gradient and _has_avx512()
+
+
+def _on_cuda(call: Call) -> bool:
+    """Where Triton's kernels run."""
+    return call.device == "cuda" and call.dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_kernels()
+
+
+@torch.compiler.assume_constant_result
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)

@@ -1,0 +1,81 @@
+"""Linears of a model that are replaced by packed ones, and back for as long as a checkpoint is written."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.quant.packed.layout import fault_of
+from lightning_compress.quant.packed.linear import PackedLinear
+from lightning_compress.quant.packed.paths import Call
+from lightning_compress.quant.record import Quantized, attach, quantized_of
+
+__all__ = ["as_linears", "is_packable", "pack_linears"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, *, served: bool = False) -> list[str]:
+    """Replace, in place, Linears that carry a record by their packed forms; their names.
+
+    Those that share their weight with another module stay dense.
+
+    Args:
+        model: Any module.
+        stored: By name of the module, tensors of its checkpoint; the others are packed anew.
+        served: Leave those dense for which the device at hand has no path of its own (paths.py), such as float32
+            tokens times 4-bit weights on a CPU: they would compute with a dense copy beside the packed weight.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and is_packable(module) and owners[id(module.get_parameter("weight"))] == 1
+    ]
+    done = []
+    for name in names:
+        module = model.get_submodule(name)
+        packed = _packed(name, module, stored or {})
+        weight = module.get_parameter("weight")
+        if not served or packed.path(Call(weight.device.type, weight.dtype, 3, False)) is not None:
+            model.set_submodule(name, packed)
+            done.append(name)
+    return done
+
+
+def is_packable(module: nn.Module) -> bool:
+    """True for a quantized Linear whose scheme a PackedLinear holds, and whose rows and columns its format takes."""
+    record = quantized_of(module)
+    return type(module) is nn.Linear and record is not None and fault_of(record.scheme) is None
+
+
+def _packed(name: str, module: nn.Module, stored: Mapping[str, Tensors]) -> PackedLinear:
+    record = quantized_of(module)
+    if name not in stored or record is None:
+        return PackedLinear.from_quantized(module, name)
+    bias, weight = getattr(module, "bias", None), module.get_parameter("weight")
+    tensors = {key: value.to(weight.device) for key, value in stored[name].items()}
+    return PackedLinear(tensors, record.scheme, bias).train(module.training)
+
+
+@contextmanager
+def as_linears(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Inside, each PackedLinear is a Linear without memory (meta) that carries a record; their tensors, by name."""
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    try:
+        for name, module in packed.items():
+            model.set_submodule(name, _stand_in(module))
+        yield {name: module.tensors() for name, module in packed.items()}
+    finally:
+        for name, module in packed.items():
+            model.set_submodule(name, module)
+
+
+def _stand_in(packed: PackedLinear) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(packed.in_features, packed.out_features, bias=False)
+    linear.register_parameter("bias", packed.bias)
+    attach(linear, Quantized(packed.scheme, packed.stored("weight_scale")))
+    return linear

@@ -1,0 +1,161 @@
+"""Linears that multiply the same x, such as q, k and v, as one product: one quantization of x, one call, longer rows.
+
+They stay modules of their own, with their names in the state dict. The first that is called computes for all, the
+others take their part, if they get the very same tensor, unchanged; if one ever does not, the group is given up.
+Calls whose gradient is wanted, and those under torch.compile, go each its own way.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.quant.packed.linear import PackedLinear
+
+__all__ = ["Siblings", "fuse_siblings"]
+
+
+def fuse_siblings(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str, ...]]:
+    """Find packed Linears of one module that multiply the same tensor, and let each group make one product.
+
+    The model is called once, to see who gets which tensor. Members of a group have one scheme, equal columns, and
+    equal static scales of inputs.
+
+    Args:
+        model: With :class:`PackedLinear` inside.
+        args: An example of its inputs.
+        kwargs: The same, by name.
+
+    Returns:
+        The names in each group.
+    """
+    seen = _inputs_of(model, args, kwargs)
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name, inputs in seen.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, PackedLinear)
+        if inputs and _stacks(layer):
+            groups[(name.rpartition(".")[0], tuple(map(id, inputs)), _agreement(layer))].append(name)
+    found = [tuple(names) for names in groups.values() if len(names) > 1]
+    for names in found:
+        layers = [model.get_submodule(name) for name in names]
+        siblings = Siblings([layer for layer in layers if isinstance(layer, PackedLinear)])
+        for layer in siblings.layers:
+            layer.siblings = siblings
+    return found
+
+
+class Siblings:
+    """A group; ``product`` is what each member calls.
+
+    Args:
+        layers: Two or more, in the order in which their rows are stacked.
+    """
+
+    def __init__(self, layers: Sequence[PackedLinear]):
+        self.layers = tuple(layers)
+        self.sizes = [layer.out_features for layer in layers]
+        self._stacked: PackedLinear | None = None
+        self._x: Tensor | None = None
+        self._version = 0
+        self._waiting: dict[int, Tensor] = {}
+
+    def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        """x W^T of one member."""
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return layer.product(x)
+        version = 0 if x.is_inference() else x._version
+        if self._waiting and self._x is x and self._version == version and id(layer) in self._waiting:
+            y = self._waiting.pop(id(layer))
+        elif self._waiting:                      # another x while some have not taken their part of the last one
+            self.dissolve()
+            return layer.product(x)
+        else:
+            parts = self.stacked().product(x).split(self.sizes, -1)
+            self._waiting = {id(member): part for member, part in zip(self.layers, parts, strict=True)}
+            self._x, self._version = x, version
+            y = self._waiting.pop(id(layer))
+        if not self._waiting:
+            self._x = None
+        return y
+
+    def stacked(self) -> PackedLinear:
+        """All members as one; their own tensors become views of its tensors, so that there is one copy."""
+        if self._stacked is None:
+            tensors = {}
+            for name, value in self.layers[0].tensors().items():
+                if name == "weight_shape":
+                    tensors[name] = torch.tensor([sum(self.sizes), self.layers[0].in_features])
+                elif _is_shared(name):
+                    tensors[name] = value
+                else:
+                    tensors[name] = torch.cat([layer.stored(name) for layer in self.layers])
+                    self._point_at(name, tensors[name])
+            self._stacked = PackedLinear(tensors, self.layers[0].scheme)
+        return self._stacked
+
+    def forget(self) -> None:
+        """The members' tensors have changed or moved: stack them anew at the next call."""
+        self._stacked, self._x, self._waiting = None, None, {}
+
+    def dissolve(self) -> None:
+        """Each member computes on its own from now on."""
+        self.forget()
+        for layer in self.layers:
+            layer.siblings = None
+
+    def _point_at(self, name: str, whole: Tensor) -> None:
+        parts = whole.split([len(layer.stored(name)) for layer in self.layers])
+        for layer, part in zip(self.layers, parts, strict=True):
+            layer._buffers[name] = part
+            layer.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stacked": None, "_x": None, "_waiting": {}}
+
+
+def _is_shared(name: str) -> bool:
+    """Of the whole group, not of its rows."""
+    return name.startswith("input_") or name == "weight_global_scale"
+
+
+def _stacks(layer: PackedLinear) -> bool:
+    """Whether the rows of its tensors can be followed by those of another."""
+    weights = layer.scheme.weights
+    assert weights is not None
+    whole_words = layer.optional("weight_zero_point") is None or layer.out_features * weights.num_bits % 32 == 0
+    return weights.strategy in ("channel", "group", "tensor_group") and whole_words
+
+
+def _agreement(layer: PackedLinear) -> tuple[Any, ...]:
+    """Equal for layers that may be stacked."""
+    kinds = tuple((name, t.dtype, t.device, t.shape[1:]) for name, t in layer.tensors().items())
+    shared = tuple(tuple(t.flatten().tolist()) for name, t in layer.tensors().items() if _is_shared(name))
+    return layer.scheme.model_dump_json(exclude={"targets"}), layer.in_features, kinds, shared
+
+
+def _inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """The tensors that each packed Linear got, in the order of its calls; none where one was changed in between."""
+    seen: dict[str, list[Tensor]] = {}
+    copies: dict[int, Tensor] = {}
+
+    def note(name: str, inputs: tuple[Any, ...]) -> None:
+        (x,) = inputs
+        if not torch.equal(copies.setdefault(id(x), x.clone()), x):
+            x = x.clone()                                   # changed in place: not the same x any more
+        seen.setdefault(name, []).append(x)
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    handles = [
+        layer.register_forward_pre_hook(lambda _module, inputs, name=name: note(name, inputs))
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
