@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.fake_quant import learned_step, straight_through
+from lightning_compress.ops.gptq_block import Grid, cpu, gptq_block_
+from lightning_compress.ops.gptq_block import reference as gptq_reference
 from lightning_compress.ops.hadamard import hadamard_transform
 from lightning_compress.ops.hadamard import reference as hadamard_reference
 from lightning_compress.ops.hessian import hessian_accumulate_
@@ -81,7 +83,7 @@ def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:
         ValueError: There is no case of such an op.
     """
     makers = {
-        "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
+        "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "gptq_block": gptq_cases, "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
         "hadamard": hadamard_cases, "mask_2of4": mask_cases,
     }  # fmt: skip
     if unknown := [op for op in ops if op not in makers]:
@@ -147,6 +149,38 @@ def hessian_cases(tiny: bool) -> list[Case]:
         return Case("hessian", f"N = {N}, C = {C}", 2 * N * C + 8 * C * C // 2, N * C * (C + 128), 1e-4, make)
 
     return [case(N, C) for N, C in shapes]
+
+
+def gptq_cases(tiny: bool) -> list[Case]:
+    """A block of int4 with bf16 scales; A is refilled within the time, since the op writes into it."""
+    shapes = [(24, 7)] if tiny else [(128, R) for R in (4096, 1024, 6144, 28672)]
+
+    def case(b: int, R: int) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+            random = torch.Generator(device).manual_seed(seed)
+            W = torch.randn(b, R, generator=random, device=device)
+            U = (torch.randn(b, b, generator=random, device=device) * 0.2 / b**0.5).triu(1)
+            scale = (torch.rand(1, R, generator=random, device=device) * 0.1 + 0.3).to(torch.bfloat16).float()
+            group, grid = torch.zeros(b, dtype=torch.int32, device=device), Grid(-8, 7, 0, torch.bfloat16)
+
+            def ours() -> tuple[Tensor, ...]:
+                A, Q, D = W.clone(), torch.empty_like(W), torch.empty_like(W)
+                gptq_block_(A, Q, D, W, U, grid, scale, None, group)
+                return A, Q, D
+
+            def loop() -> tuple[Tensor, ...]:
+                A, Q, D = W.clone(), torch.empty_like(W), torch.empty_like(W)
+                cpu.gptq_block_(A, Q, D, W, U, grid, scale, None, zeros, None, 0, b, 16)
+                return A, Q, D
+
+            zeros = torch.zeros(b, dtype=torch.int32)                # on the CPU: the loop reads it there
+            exact = lambda: gptq_reference.gptq_block(W, W, U, grid, scale, None, group)  # noqa: E731
+            return Trial(ours, {"torch, column by column": loop}, exact)
+
+        # A code that lies in the middle may fall either way in float32, and takes others with it
+        return Case("gptq_block", f"{b} columns, {R} rows", 28 * b * R, b * b * R, 2e-2, make, torch.float32)
+
+    return [case(*shape) for shape in shapes]
 
 
 def w8a8_cases(tiny: bool) -> list[Case]:
