@@ -83,7 +83,8 @@ def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:
         ValueError: There is no case of such an op.
     """
     makers = {
-        "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "gptq_block": gptq_cases, "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
+        "w4a16_gemm": w4a16_cases, "hessian": hessian_cases, "gptq_block": gptq_cases,
+        "w8a8_gemm": w8a8_cases, "fake_quant": fake_quant_cases,
         "hadamard": hadamard_cases, "mask_2of4": mask_cases,
     }  # fmt: skip
     if unknown := [op for op in ops if op not in makers]:
