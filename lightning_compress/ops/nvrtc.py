@@ -1,7 +1,7 @@
 """Kernels in CUDA C++ without a build step: NVRTC compiles them at first use, and the machine code is kept on disk.
 
-By ctypes on libnvrtc and libcuda, whose C interfaces have been the same for years; NVRTC comes with every torch for
-CUDA. torch.cuda._compile_kernel does the same, but is private, keeps nothing on disk, and before it compiles it asks for
+By ctypes on libnvrtc and libcuda, whose C interfaces have been the same for years; NVRTC comes with torch for CUDA.
+torch.cuda._compile_kernel does the same, but is private, keeps nothing on disk, and before it compiles it asks for
 the headers of a CUDA toolkit, which a torch from PyPI lacks; cuda.bindings is one more dependency.
 
 Machine code lies in $XDG_CACHE_HOME/lightning_compress (or ~/.cache/...), named by all that went into it.

@@ -43,7 +43,8 @@ def gptq_block_(
         A_sub = A_bR[i1:i2]
         for j in range(j1, j2):
             if grid is not None:
-                assert scales is not None and groups is not None
+                assert scales is not None
+                assert groups is not None
                 group = groups[j]
                 grid.nearest_(a_rows[j], scales[group], None if zeros is None else zeros[group], q_rows[j])
                 if gone is not None:

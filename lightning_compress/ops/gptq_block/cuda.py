@@ -74,7 +74,7 @@ def gptq_block_(
 
 
 def padded(U_bb: Tensor) -> Tensor:
-    """U with rows that lie contiguous and begin at 16 bytes, zeros filling up the last 32 columns; itself if it is so."""
+    """U with contiguous rows that begin at 16 bytes, zeros filling up the last 32 columns; itself if it is so."""
     b = len(U_bb)
     aligned = U_bb.stride(1) == 1 and U_bb.stride(0) % 4 == 0 and U_bb.data_ptr() % 16 == 0
     if aligned and b % ALIGNED == 0:

@@ -5,7 +5,7 @@
 // A, W, Q and D are [b, R], so that threads of a warp read neighbours. What later columns take over from earlier panels
 // is summed up when they are read (errors wait in shared memory, a column of it for each thread); within a panel each
 // error goes to the columns after it at once. So the code has the length of one panel: all 128 columns unrolled are
-// 8128 multiply-adds in a row, longer than the instruction cache, and take a compiler minutes.
+// 8128 multiply-adds in a row.
 //
 // Compiled by NVRTC without headers; FORMAT, ZERO, KEEP, BF16, FP16, MANTISSA and EXPONENT are given as -D. On a CPU
 // (see the tests) the macros below stand for what only a GPU has. Multiplications and additions must not be contracted
@@ -35,8 +35,8 @@ __device__ __forceinline__ float reciprocal(float x) {                 // off by
 }
 #endif
 
-// a / s, correctly rounded, s in [2^-149, 2^127). The compiler's own division branches, and so nothing is moved past
-// it: 32 of them take 3 times as many instructions. A power of two, which takes s into [1, 2), makes branches needless.
+// a / s, correctly rounded, s in [2^-149, 2^127). The compiler's own division branches, so nothing is moved past it.
+// A power of two, which takes s into [1, 2), makes branches needless.
 __device__ __forceinline__ float quotient(float a, float s) {
     const float power = FROM_BITS(0x7f000000 - (BITS(s) & 0x7f800000));
     a *= power;

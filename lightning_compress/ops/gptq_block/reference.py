@@ -4,7 +4,7 @@
     d_j = w_j - q_j
     a_k = a_k + d_j U_jk                 for all k > j
 
-Shapes: R rows, b columns of the block, G groups of columns that share a scale. All matrices stand on their side, [b, R].
+Shapes: R rows, b columns of the block, G groups of columns that share a scale. Matrices stand on their side, [b, R].
 """
 
 from itertools import product
@@ -36,7 +36,8 @@ def gptq_block(
     for j in range(b):
         q_R = A_bR[j]
         if grid is not None:
-            assert scale_GR is not None and group_b is not None
+            assert scale_GR is not None
+            assert group_b is not None
             group = int(group_b[j])
             zero_R = torch.zeros(R).double() if zero_GR is None else zero_GR[group].double()
             q_R = nearest(q_R, scale_GR[group].double(), zero_R.to(q_R.device), grid)
