@@ -124,7 +124,7 @@ def test_a_model_that_is_not_hugging_faces(tmp_path):
     module = Regression()
     callback = CompressionCallback(QuantizationModifier(scheme="W8A16", group_size=8, targets=["Linear"]))
     quiet(tmp_path, callback).fit(module, Sums())
-    again = load(tmp_path / "compressed", Regression().model)
+    again = load(tmp_path / "compressed", Regression().model, packed=False)
     assert all(torch.equal(again.state_dict()[n], t) for n, t in module.model.state_dict().items())
 
 
@@ -167,7 +167,7 @@ def test_prune_distil_and_quantize_in_one_run(tmp_path):
     assert sum(len(group["params"]) for group in trainer.optimizers[0].param_groups) == len(keys)
     kept = saved["callbacks"]["CompressionCallback"]["recipe"]["modifiers"]
     assert kept["DistillationModifier"]["teacher"] == "<Sequential>"
-    assert torch.equal(load(tmp_path / "compressed", Regression().model)[0].weight, weights)
+    assert torch.equal(load(tmp_path / "compressed", Regression().model, packed=False)[0].weight, weights)
 
 
 def test_a_recipe_that_only_prunes_leaves_a_folder_too(tmp_path):

@@ -53,7 +53,7 @@ def test_any_module_comes_back_exactly(tmp_path, small_net, quantize, scheme_of,
     save(small_net, tmp_path / "out")
     for p in dense.parameters():
         p.data.normal_()
-    again = load(tmp_path / "out", dense)
+    again = load(tmp_path / "out", dense, packed=False)
     assert again is dense
     assert_close(again(x), small_net(x), rtol=0, atol=0)
     assert_close(again.state_dict(), small_net.state_dict(), rtol=0, atol=0)
@@ -95,7 +95,7 @@ def test_modules_that_no_loader_reads_packed_stay_dense_and_are_named(tmp_path, 
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
     x = torch.randn(2, 3, 8, 8)
-    again = load(tmp_path / "out", conv_net())
+    again = load(tmp_path / "out", conv_net(), packed=False)
     assert_close(again(x), model(x), rtol=0, atol=0)
     assert_same_records(model, again)
 
@@ -105,7 +105,7 @@ def test_quantized_inputs_that_plain_loaders_will_skip_are_named(tmp_path, quant
     with pytest.warns(UserWarning, match="will not quantize the inputs of 0, 2"):
         save(model, tmp_path / "out")
     x = torch.randn(2, 3, 8, 8)
-    assert_close(load(tmp_path / "out", conv_net())(x), model(x), rtol=0, atol=0)
+    assert_close(load(tmp_path / "out", conv_net(), packed=False)(x), model(x), rtol=0, atol=0)
 
 
 def test_subclasses_and_unquantized_modules_are_ignored_by_name(tmp_path, quantize, scheme_of):
@@ -128,7 +128,7 @@ def test_an_embedding_may_be_packed(tmp_path, scheme_of):
     model[0].weight.data = round_weight(model[0].weight.data, scale, None, scheme.weights)
     attach(model[0], Quantized(scheme, scale))
     save(model, tmp_path / "out")
-    again = load(tmp_path / "out", nn.Sequential(nn.Embedding(10, 32)))
+    again = load(tmp_path / "out", nn.Sequential(nn.Embedding(10, 32)), packed=False)
     assert torch.equal(again[0].weight, model[0].weight)
 
 
@@ -144,7 +144,7 @@ def test_shared_modules_and_parameters_are_written_once(tmp_path, quantize, sche
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert {n.split(".")[0] for n in names if "weight" in n} == {"0", "3"}
     x = torch.randn(4, 32)
-    assert_close(load(tmp_path / "out", build())(x), model(x), rtol=0, atol=0)
+    assert_close(load(tmp_path / "out", build(), packed=False)(x), model(x), rtol=0, atol=0)
 
 
 def test_a_compiled_model_has_plain_names(tmp_path, small_net, quantize, scheme_of):
@@ -169,8 +169,9 @@ def test_large_weights_go_into_several_files(tmp_path, small_net, tiny_llama, qu
         files = sorted(tmp_path.glob(f"{name}/*.safetensors"))
         assert len(files) > 1
         assert {f.name for f in files} == set(index["weight_map"].values())
-    assert_close(load(tmp_path / "any", copy.deepcopy(small_net)).state_dict(), small_net.state_dict(), rtol=0, atol=0)
-    assert_close(load(tmp_path / "llama").state_dict(), model.state_dict(), rtol=0, atol=0)
+    again = load(tmp_path / "any", copy.deepcopy(small_net), packed=False)
+    assert_close(again.state_dict(), small_net.state_dict(), rtol=0, atol=0)
+    assert_close(load(tmp_path / "llama", packed=False).state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_two_saves_are_equal_byte_for_byte(tmp_path, small_net, tiny_llama, quantize, scheme_of):
@@ -256,7 +257,7 @@ def test_a_model_of_several_parts(tmp_path, quantize, scheme_of):
     vision, text = {"image_size": 32, "patch_size": 16}, {"vocab_size": 64, "eos_token_id": 2, "bos_token_id": 1}
     model = quantize(CLIPModel(CLIPConfig(text_config=sizes | text, vision_config=sizes | vision)), scheme_of("W4A16"))
     save(model, tmp_path / "out")
-    assert_same_records(model, load(tmp_path / "out"))
+    assert_same_records(model, load(tmp_path / "out", packed=False))
 
 
 @pytest.mark.parametrize("where", ["model", "own", "config"])
@@ -312,7 +313,7 @@ def test_a_file_that_cannot_grow_leaves_nothing_and_keeps_the_old(tmp_path):
     assert done.stdout.count("nothing of it is left") == 2
     assert os.listdir(tmp_path) == ["old"]
     assert sorted(os.listdir(tmp_path / "old")) == ["config.json", "model.safetensors"]
-    load(tmp_path / "old", nn.Sequential(nn.Linear(256, 256)))
+    load(tmp_path / "old", nn.Sequential(nn.Linear(256, 256)), packed=False)
 
 
 # -- loading what does not fit ----------------------------------------------------------------------------------------
@@ -325,12 +326,12 @@ def saved(tmp_path, small_net, quantize, scheme_of):
 
 def test_load_needs_the_model_when_it_is_not_hugging_faces(saved):
     with pytest.raises(ValueError, match=r"no Hugging Face model; build the dense model and call load\(folder, m"):
-        load(saved)
+        load(saved, packed=False)
 
 
 def test_load_of_a_folder_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json; is it a folder that save wrote"):
-        load(tmp_path)
+        load(tmp_path, packed=False)
 
 
 def test_load_of_a_model_that_another_method_quantized(tmp_path, tiny_llama):
@@ -338,30 +339,30 @@ def test_load_of_a_model_that_another_method_quantized(tmp_path, tiny_llama):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match=r"was quantized by gptq, expected compressed-tensors; load it with transform"):
-        load(tmp_path)
+        load(tmp_path, packed=False)
 
 
 def test_load_without_the_weights(saved, small_net):
     (saved / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model.safetensors; is it a folder that save wrote, and copied whole"):
-        load(saved, small_net)
+        load(saved, small_net, packed=False)
 
 
 def test_load_into_another_model(saved, small_net):
     with pytest.raises(ValueError, match=r"the model lacks \['3.bias'.*the folder lacks \[\]; build the model as"):
-        load(saved, nn.Sequential(*small_net[:3]))
+        load(saved, nn.Sequential(*small_net[:3]), packed=False)
     with pytest.raises(ValueError, match=r"'5' is quantized, but the files in .* lack its weight"):
-        load(saved, nn.Sequential(*small_net, nn.Linear(8, 8)))
+        load(saved, nn.Sequential(*small_net, nn.Linear(8, 8)), packed=False)
     with pytest.raises(ValueError, match=r"torch.float32 .* in the folder, torch.bfloat16 .* in the model; build it"):
-        load(saved, copy.deepcopy(small_net).to(torch.bfloat16))
+        load(saved, copy.deepcopy(small_net).to(torch.bfloat16), packed=False)
     with pytest.raises(ValueError, match="not on meta"):
-        load(saved, copy.deepcopy(small_net).to("meta"))
+        load(saved, copy.deepcopy(small_net).to("meta"), packed=False)
 
 
 def test_load_of_a_newer_format(saved, small_net):
     (saved / "lightning_compress.json").write_text('{"format_version": 2}')
     with pytest.raises(ValueError, match="has format_version 2, expected 1"):
-        load(saved, small_net)
+        load(saved, small_net, packed=False)
 
 
 def test_load_into_a_hugging_face_model_that_is_there(tmp_path, tiny_llama, quantize, scheme_of):
@@ -370,10 +371,10 @@ def test_load_into_a_hugging_face_model_that_is_there(tmp_path, tiny_llama, quan
     fresh = tiny_llama()
     for p in fresh.parameters():
         p.data.zero_()
-    assert load(tmp_path / "out", fresh) is fresh
+    assert load(tmp_path / "out", fresh, packed=False) is fresh
     assert_close(fresh.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert_same_records(model, fresh)
-    on_cpu = load(tmp_path / "out", device="cpu")
+    on_cpu = load(tmp_path / "out", device="cpu", packed=False)
     assert all(quantized_of(m).scale.device.type == "cpu" for m in quantized_modules(on_cpu).values())
 
 
@@ -383,13 +384,13 @@ def test_only_a_model_of_transformers_is_built(tmp_path, tiny_llama, quantize, s
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
     with pytest.raises(ValueError, match=rf"transformers has no model '{name}'.*build the dense model and call load"):
-        load(tmp_path / "out")
+        load(tmp_path / "out", packed=False)
 
 
 def test_load_in_bfloat16(tmp_path, tiny_llama, quantize, scheme_of):
     model = quantize(tiny_llama(torch.bfloat16), scheme_of("", num_bits=8, group_size=64, symmetric=False))
     save(model, tmp_path / "out")
-    again = load(tmp_path / "out")
+    again = load(tmp_path / "out", packed=False)
     assert again.dtype == torch.bfloat16
     assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert_same_records(model, again)
@@ -411,7 +412,7 @@ def test_a_model_that_was_only_pruned_keeps_its_zeros(tmp_path, small_net):
     small_net[0].weight.data[:, ::2] = 0
     save(small_net, tmp_path / "out", recipe={"prune": {"sparsity": 0.5}})
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "recipe.yaml"]
-    assert_close(load(tmp_path / "out", dense).state_dict(), small_net.state_dict(), rtol=0, atol=0)
+    assert_close(load(tmp_path / "out", dense, packed=False).state_dict(), small_net.state_dict(), rtol=0, atol=0)
 
 
 def test_sizes_that_the_config_does_not_promise_are_named(tmp_path, tiny_llama):
