@@ -71,7 +71,7 @@ def runs(tmp_path_factory):
         dense[case] = logits(model, batches[0])
         compress(model, GPTQModifier(**recipe), batches)
         in_memory[case] = logits(model, batches[0])
-        again = load(save(model, root / case))
+        again = load(save(model, root / case), packed=False)
         assert quantized_modules(again).keys() == quantized_modules(model).keys()
         restored[case] = logits(again, batches[0])
         save_file(batches[0], root / f"{case}.batch")
@@ -119,13 +119,13 @@ def test_plain_modules_come_back_with_their_tables(tmp_path):
 
     model, tokens = build(), torch.randint(24, (4, 6))
     compress(model, QuantizationModifier(**groups(INT4, INT8, TOKENS)), None)
-    again = load(save(model, tmp_path / "plain"), build())
+    again = load(save(model, tmp_path / "plain"), build(), packed=False)
     assert torch.equal(again(tokens), model.eval()(tokens))
     assert "0.weight_packed" in load_file(tmp_path / "plain" / "model.safetensors")
     bag = nn.Sequential(nn.EmbeddingBag(24, 16))
     compress(bag, QuantizationModifier(targets=["EmbeddingBag"], scheme="W4A16", group_size=16), None)
     with pytest.warns(UserWarning, match="no loader reads a packed EmbeddingBag"):
         save(bag, tmp_path / "bag")
-    restored = load(tmp_path / "bag", nn.Sequential(nn.EmbeddingBag(24, 16)))
+    restored = load(tmp_path / "bag", nn.Sequential(nn.EmbeddingBag(24, 16)), packed=False)
     assert torch.equal(restored(tokens), bag.eval()(tokens))
     assert list(quantized_modules(restored)) == ["0"]
