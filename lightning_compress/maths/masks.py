@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_compress.ops.mask_2of4 import mask_2of4
+
 __all__ = ["check_structure", "global_masks", "keep_highest", "keep_mask", "keep_rows", "n_of_m"]
 
 
@@ -129,6 +131,8 @@ def _keep_n_of_m(score_RC: Tensor, n: int, m: int) -> Tensor:
     R, C = score_RC.shape
     if C % m:
         raise ValueError(f"{n}:{m} does not divide {C} columns; ignore the module, or choose another pattern")
+    if (n, m) == (2, 4):
+        return mask_2of4(score_RC)
     lowest = score_RC.reshape(R, C // m, m).argsort(dim=-1, stable=True)[..., : m - n]
     keep = torch.ones(R, C // m, m, dtype=torch.bool, device=score_RC.device)
     return keep.scatter_(-1, lowest, False).reshape(R, C)
