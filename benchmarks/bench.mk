@@ -10,7 +10,7 @@ BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM
 BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-callback bench-qat-step \
+.PHONY: bench bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-scale-search bench-callback bench-qat-step \
 	bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
@@ -65,6 +65,12 @@ $(BENCH_DIR)/models/smollm2-moved/.ready: | $(READY) bench-data
 
 bench-weights: $(READY) bench-moved  ## Every technique on weights off the grid
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_weights.py --material $(BENCH_DIR) $(BENCH_ARGS)
+
+bench-regional: $(READY) bench-data  ## Wanda beside Wanda++ on SmolLM2
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_regional.py --material $(BENCH_DIR) $(BENCH_ARGS)
+
+bench-scale-search: $(READY) bench-data  ## Rounding with scales by extremes, by diag(H) and by H, on SmolLM2
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_scale_search.py --material $(BENCH_DIR) $(BENCH_ARGS)
 
 bench-demo: $(READY)  ## The table of the README: every technique at 4, 3 and 2 bits on the demo's model
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_demo.py $(BENCH_ARGS)

@@ -22,8 +22,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, texts = arguments.material / "models/smollm2", arguments.material / "texts"
     tokenizer = smollm2.load_tokenizer(model)
-    names = smollm2.EVALUATION_TEXTS
-    windows = torch.cat([smollm2.evaluation_windows(tokenizer, texts, name, arguments.windows) for name in names])
+    windows = smollm2.windows_of_all(tokenizer, texts, arguments.windows)
     dense = smollm2.dense_logits(smollm2.load(model), windows)
     print("dense: " + perplexities(dense.losses), flush=True)
     for variant in arguments.variants:

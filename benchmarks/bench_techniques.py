@@ -51,7 +51,7 @@ def main() -> None:
     model, texts = arguments.material / "models/smollm2", arguments.material / "texts"
     tokenizer = smollm2.load_tokenizer(model)
     names = smollm2.EVALUATION_TEXTS
-    windows = torch.cat([smollm2.evaluation_windows(tokenizer, texts, name, arguments.windows) for name in names])
+    windows = smollm2.windows_of_all(tokenizer, texts, arguments.windows)
     dense = cached_dense_logits(model, windows, arguments.material)
     notes = arguments.material / "techniques.json"
     known: Known = json.loads(notes.read_text()) if arguments.resume and notes.exists() else {}

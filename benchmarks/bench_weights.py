@@ -36,7 +36,7 @@ def main() -> None:
     model, texts = arguments.material / "models/smollm2-moved", arguments.material / "texts"
     tokenizer = smollm2.load_tokenizer(model)
     names = smollm2.EVALUATION_TEXTS
-    windows = torch.cat([smollm2.evaluation_windows(tokenizer, texts, name, arguments.windows) for name in names])
+    windows = smollm2.windows_of_all(tokenizer, texts, arguments.windows)
     work = arguments.material / "moved"
     work.mkdir(exist_ok=True)
     dense = cached_dense_logits(model, windows, work)

@@ -46,6 +46,11 @@ def evaluation_windows(tokenizer: Any, texts: Path, name: str, windows: int, len
     return torch.tensor(ids[: windows * length]).view(windows, length)
 
 
+def windows_of_all(tokenizer: Any, texts: Path, windows: int) -> Tensor:
+    """Windows of 512 tokens of every evaluation text, one text behind the other: int64, [texts * windows, 512]."""
+    return torch.cat([evaluation_windows(tokenizer, texts, name, windows) for name in EVALUATION_TEXTS])
+
+
 def window_losses(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean negative log-likelihood (nats per token) of each window: float64, [B]."""
     return torch.stack([token_losses(logits_of(model, window), window).mean() for window in windows])
