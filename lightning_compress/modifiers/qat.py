@@ -241,8 +241,8 @@ class QATModifier(QuantizationArguments, Modifier):
                     W_RC = _dense_matrix(module).clone()
                     quantized = finish(module)
                     Q_RC = as_matrix(module)
-                    facts = weight_facts(W_RC, Q_RC, quantized)
-                    state.ledger.add(name, "qat", error=weight_error(W_RC, Q_RC), **facts)
+                    error = weight_error(W_RC, Q_RC)
+                    state.ledger.add(name, "qat", error=error, **weight_facts(W_RC, Q_RC, quantized, error))
         self._modules, self._norms, self._folded = {}, [], []
         return True
 

@@ -13,18 +13,19 @@ from lightning_compress.quant.schemes import describe
 __all__ = ["sqnr_db", "stored_bytes", "weight_error", "weight_facts"]
 
 
-def weight_facts(W_RC: Tensor, Q_RC: Tensor, quantized: Quantized) -> dict[str, Any]:
+def weight_facts(W_RC: Tensor, Q_RC: Tensor, quantized: Quantized, error: float | None = None) -> dict[str, Any]:
     """Facts for ``Ledger.add`` that need no data: scheme, sqnr_db, bits, params, bytes before and after.
 
     Args:
         W_RC: The dense weight, in the dtype it is stored in.
         Q_RC: The dequantized weight.
         quantized: Its scales.
+        error: :func:`weight_error`, where it is known.
     """
     size = stored_bytes(quantized, *W_RC.shape)
     return {
         "scheme": describe(quantized.scheme),
-        "sqnr_db": sqnr_db(weight_error(W_RC, Q_RC)),
+        "sqnr_db": sqnr_db(weight_error(W_RC, Q_RC) if error is None else error),
         "bits": 8 * size / W_RC.numel(),
         "params": W_RC.numel(),
         "bytes_before": W_RC.numel() * W_RC.element_size(),

@@ -81,7 +81,8 @@ def round_module(
         found = input_scales(observer, W_RC.dtype)
         latent = W_RC.clone() if keep_latent else None
         quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=global_scale, **found)
-        facts = {**weight_facts(W_RC, Q_RC, quantized), "error": weight_error(W_RC, Q_RC)}
+        error = weight_error(W_RC, Q_RC)
+        facts = {**weight_facts(W_RC, Q_RC, quantized, error), "error": error}
         write_matrix(module, Q_RC)
         attach(module, quantized)
         return {**facts, "seconds": time.perf_counter() - start}
