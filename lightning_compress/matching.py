@@ -36,12 +36,14 @@ def select(
     Warns of a target, and of a name or class in ``ignore``, that matches nothing while others do.
 
     Raises:
-        ValueError: A pattern is no regular expression, nothing matches, or everything that matches is ignored.
+        ValueError: A pattern is no regular expression, nothing matches, everything that matches is ignored, or what
+            matches holds packed weights (its class says which other it ``stands_for``).
     """
     targets, ignore = _listed(targets), _listed(ignore)
     check_patterns(targets, field)
     check_patterns(ignore, "ignore")
     named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)}     # of a compiled module, the inner
+    _refuse_packed(named, targets, ignore)
     hits = {t: {n for n, m in named.items() if match_rank(n, m, t)} for t in [*targets, *ignore]}
     matched = [n for n in named if any(n in hits[t] for t in targets)]
     if not matched:
@@ -59,6 +61,20 @@ def select(
             f"such as {matched[0]!r}; narrow it"
         )
     return chosen
+
+
+def _refuse_packed(named: Mapping[str, nn.Module], targets: Sequence[str], ignore: Sequence[str]) -> None:
+    def matches(name: str, module: nn.Module, entries: Sequence[str]) -> bool:
+        return any(entry == getattr(module, "stands_for", None) or match_rank(name, module, entry) for entry in entries)
+
+    stand_ins = {n: m for n, m in named.items() if hasattr(type(m), "stands_for")}
+    packed = [n for n, m in stand_ins.items() if matches(n, m, targets) and not matches(n, m, ignore)]
+    if packed:
+        more = f" and {len(packed) - 1} more hold" if len(packed) > 1 else " holds"
+        raise ValueError(
+            f"{packed[0]!r}{more} packed weights, which cannot be changed; load the folder with packed=False to "
+            f"compress or train it further"
+        )
 
 
 def match_rank(name: str, module: nn.Module, target: str) -> int:

@@ -9,6 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
 from torch.testing import assert_close
 
+from lightning_compress.matching import select
 from lightning_compress.ops.w8a8_gemm.cpu import is_exact
 from lightning_compress.quant.observers import make_observer
 from lightning_compress.quant.packed import PackedLinear, is_packable, pack_linears
@@ -321,3 +322,12 @@ def test_static_inputs_need_their_scale():
     without = {key: value for key, value in packed.tensors().items() if key != "input_scale"}
     with pytest.raises(ValueError, match=r"lacking are \['input_scale'\]"):
         PackedLinear(without, packed.scheme)
+
+
+def test_what_is_packed_is_not_compressed_once_more():
+    model = nn.Sequential(quantized_linear("w4 g32"), nn.Linear(16, 64), quantized_linear("w4 g64"))
+    pack_linears(model)
+    for targets in (["Linear"], ["re:[02]"]):
+        with pytest.raises(ValueError, match="'0' and 1 more hold packed weights.*load the folder with packed=False"):
+            select(model, targets)
+    assert list(select(model, ["Linear"], ["0", "2"])) == ["1"]
