@@ -177,6 +177,10 @@ def test_the_wheel_holds_the_package_its_recipes_and_the_plugin_and_no_more(whee
     recipes = {f"lightning_compress/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "conf/compress").rglob("*.yaml")}
     assert recipes <= names
     assert {"lightning_compress/py.typed", "hydra_plugins/lightning_compress_searchpath.py"} <= names
+    ops = ROOT / "lightning_compress/ops"
+    sources = {p.relative_to(ROOT).as_posix() for pattern in ("*.cu", "*.json") for p in ops.rglob(pattern)}
+    assert sources                                                # read when a kernel is compiled or launched
+    assert sources <= names
     assert "hydra_plugins/__init__.py" not in names               # a namespace package, shared with other plugins
     assert {n for n in names if n.endswith(".yaml")} == recipes   # the demo app's configs stay at home
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"lightning_compress", "hydra_plugins"}
