@@ -44,22 +44,27 @@ def ours(job: "Job") -> list[Any]:
     import lightning_compress as lc
 
     grid: dict[str, Any] = {"config_groups": job.config_groups, "ignore": job.ignore}
-    rtn = lc.QuantizationModifier(**grid)
-    gptq = lc.GPTQModifier(**grid, actorder="static", scale_search=job.scale_search)
+
+    def rtn() -> Any:
+        return lc.QuantizationModifier(**grid)
+
+    def gptq() -> Any:
+        return lc.GPTQModifier(**grid, actorder="static", scale_search=job.scale_search)
+
     make: dict[str, Callable[[], list[Any]]] = {
-        "rtn": lambda: [rtn],
-        "gptq": lambda: [gptq],
+        "rtn": lambda: [rtn()],
+        "gptq": lambda: [gptq()],
         "awq": lambda: [lc.AWQModifier(**grid)],
-        "awq+gptq": lambda: [lc.AWQModifier(**grid, quantize=False), gptq],
+        "awq+gptq": lambda: [lc.AWQModifier(**grid, quantize=False), gptq()],
         "smoothquant+gptq w8a8": lambda: [
             lc.SmoothQuantModifier(smoothing_strength=STRENGTH, ignore=job.ignore),
             lc.GPTQModifier(scheme="W8A8", ignore=job.ignore),
         ],
         "sparsegpt": lambda: [_pruner(lc.SparseGPTModifier, job)],
         "wanda": lambda: [_pruner(lc.WandaPruningModifier, job)],
-        "spinquant+rtn": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), rtn],
-        "spinquant+gptq": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), gptq],
-        "quip+rtn": lambda: [lc.QuIPModifier(allow_online=True, seed=job.subset), rtn],
+        "spinquant+rtn": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), rtn()],
+        "spinquant+gptq": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), gptq()],
+        "quip+rtn": lambda: [lc.QuIPModifier(allow_online=True, seed=job.subset), rtn()],
         "autoround": lambda: [lc.AutoRoundModifier(**grid, scale_search=job.scale_search, iters=job.iters)],
         "autoround from rtn": lambda: [lc.AutoRoundModifier(**grid, init="rtn", scale_search="minmax")],
     }
