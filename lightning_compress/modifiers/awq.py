@@ -46,6 +46,7 @@ __all__ = ["AWQModifier", "Point", "awq_scale", "clipped", "grid", "group_sizes"
 
 CLIPS = tuple(1 - 0.05 * i for i in range(11))
 AT_ONCE = 1 << 24          # weights of candidates that are rounded together: 64 MB
+MANY_ROWS = 64             # of a layer, from which a quarter of them tells good points from bad ones
 
 
 @dataclass(frozen=True)
@@ -380,9 +381,11 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
     ) -> list[float]:
         """The squared error of the layers' own outputs with each s, from second moments; inf where it was given up.
 
-        What comes rung by rung are rows, every fourth one first, where rows have scales of their own.
+        What comes rung by rung are rows, every fourth one first, where rows have scales of their own and are many.
         """
+        matrices = {name: as_matrix(self._modules[name]) for name in fed}
         whole = any(self._grid_of(name).strategy in ("tensor", "block") for name in fed)
+        whole |= any(len(W_RC) < MANY_ROWS for W_RC in matrices.values())
         rows = [slice(None)] if whole else [slice(0, None, 4), slice(1, None, 4), slice(2, None, 4), slice(3, None, 4)]
         known = []
         for name in fed:
@@ -390,8 +393,8 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
             assert shared is not None
             assert shared.moment is not None
             s_KC = torch.stack([spread(pair.consumers[name].index_C, s_J) for s_J in scales])
-            W_RC, H_CC = as_matrix(self._modules[name]), shared.moment.value()[0] * shared.moment.tokens
-            known.append((W_RC, s_KC, self._grid_of(name), H_CC))
+            H_CC = shared.moment.value()[0] * shared.moment.tokens
+            known.append((matrices[name], s_KC, self._grid_of(name), H_CC))
 
         def errors(some: Sequence[int], rung: int) -> list[float]:
             each = [layer_errors(W_RC[rows[rung]], s_KC[list(some)], args, H_CC) for W_RC, s_KC, args, H_CC in known]

@@ -312,6 +312,22 @@ def test_an_awq_target_without_a_parent():
     assert not torch.equal(models[0].a.weight, models[2].a.weight)
 
 
+@pytest.mark.filterwarnings("ignore:found no repeated blocks")
+@pytest.mark.parametrize("rows", [1, 3, 64, 66])
+def test_layers_of_any_height(rows):
+    """The exact error of a layer: all of its rows, or rung by rung; the winner is no worse than rounding."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, rows))
+    model[1].weight.data[3] = 20
+    dense, data = copy.deepcopy(model), [torch.randn(40, 16) for _ in range(3)]
+    plain = copy.deepcopy(model)
+    weights = {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 8}
+    setting = {"config_groups": {"all": {"targets": ["2"], "weights": weights}}}
+    compress(model, AWQModifier(**setting), data)
+    compress(plain, QuantizationModifier(**setting), data)
+    error = [float(sum((net(x) - dense(x)).square().sum() for x in data)) for net in (model, plain)]
+    assert error[0] <= error[1] * (1 + 1e-5)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({}, "expected either scheme"),
     ({"scheme": "W4A16", "n_grid": 0}, "n_grid=0"),
