@@ -103,8 +103,9 @@ def report(known: Known, rows: list[str], dense: smollm2.DenseLogits, arguments:
         *machine.table(head, table),
         "",
         "Symmetric integers in groups of 64, `lm_head` dense; AWQ scales and rounds, in front of GPTQ it only scales; "
-        f"rotation: R1 and R2, random Hadamard; AutoRound begins with GPTQ's solution, {arguments.iters} steps a "
-        "block. KL over the dense model's top 512 classes and the rest.",
+        "rotation: R1 and R2, random Hadamard"
+        + (f"; AutoRound: {arguments.iters} steps a block. " if any("AutoRound" in row for row in rows) else ". ")
+        + "KL over the dense model's top 512 classes and the rest.",
     ]
 
 
