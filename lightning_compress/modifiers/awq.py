@@ -39,7 +39,7 @@ from lightning_compress.smoothing.fold import fold, spread
 from lightning_compress.smoothing.modifier import MappingArguments, rows_of
 from lightning_compress.smoothing.pair import Pair
 from lightning_compress.smoothing.parent import ParentCalls, common_parent, keep_calls
-from lightning_compress.smoothing.race import FIRST_TOKENS, race, rungs
+from lightning_compress.smoothing.race import FIRST_TOKENS, race, rungs, winner
 from lightning_compress.smoothing.statistics import ChannelMean, to_source
 
 __all__ = ["AWQModifier", "Point", "awq_scale", "clipped", "grid", "group_sizes", "rounded_with"]
@@ -351,7 +351,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
                 f"NaN or Inf in what {', '.join(map(repr, fed))} lead to once they are rounded; look at their weights, "
                 f"and at the precision the model runs in (float16 overflows at 65504)"
             )
-        return scales[min(range(len(scales)), key=lambda k: (errors[k] if math.isfinite(errors[k]) else math.inf, k))]
+        return scales[winner(errors)]
 
     def _parent_errors(
         self, pair: Pair, fed: Sequence[str], calls: ParentCalls, scales: Sequence[Tensor]

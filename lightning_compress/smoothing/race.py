@@ -9,7 +9,7 @@ Talwalkar, 2016, arXiv:1502.07943). The first point stays to the end: nothing th
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["FIRST_TOKENS", "race", "rungs"]
+__all__ = ["FIRST_TOKENS", "race", "rungs", "winner"]
 
 FIRST_TOKENS = 512       # of the first rung, at least
 QUARTER = 4
@@ -45,13 +45,10 @@ def race(points: int, errors: Callable[[Sequence[int], int], Sequence[float]], r
         for k, error in zip(some, errors(some, rung), strict=True):
             total[k] = error if rung == 0 else total[k] + error
 
-    def rank(k: int) -> tuple[float, int]:
-        return (total[k] if math.isfinite(total[k]) else math.inf), k          # a tie goes to the first
-
     tried = [0, *range(1, points, 2)]
     run(tried, 0)
     while True:
-        best = min(tried, key=rank)
+        best = winner(total)                                   # those that were not tried are at infinity
         beside = [k for k in (best - 1, best + 1) if 0 < k < points and k not in tried] if best else []
         if not beside:
             break
@@ -59,9 +56,18 @@ def race(points: int, errors: Callable[[Sequence[int], int], Sequence[float]], r
         tried += beside
     for rung in range(1, rounds):
         stay = math.ceil(points / QUARTER**rung)
-        kept = sorted(tried, key=rank)[:stay]
+        kept = sorted(tried, key=lambda k: _rank(total, k))[:stay]
         for k in set(tried) - {0, *kept}:
             total[k] = math.inf
         tried = [0, *sorted(set(kept) - {0})]
         run(tried, rung)
     return total
+
+
+def winner(errors: Sequence[float]) -> int:
+    """The point with the least error: what is not finite never wins, a tie goes to the first."""
+    return min(range(len(errors)), key=lambda k: _rank(errors, k))
+
+
+def _rank(errors: Sequence[float], k: int) -> tuple[float, int]:
+    return (errors[k] if math.isfinite(errors[k]) else math.inf), k
