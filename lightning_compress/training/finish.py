@@ -342,7 +342,7 @@ class Finish:
                 blocks=self.plan.blocks,
                 walk=self.plan.walk,
                 offload_device=self.plan.offload_device,
-                progress=progress,
+                progress=lambda text, done, total: progress("calibration", done, total, text),
                 moe_calibrate_all_experts=self.plan.moe_calibrate_all_experts,
             )
 
