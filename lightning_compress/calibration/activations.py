@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_compress.finite import is_finite, nonfinite
+
 __all__ = [
     "HIDDEN",
     "BatchRunner",
@@ -262,22 +264,13 @@ def put(template: Any, at: int | str | None, hidden: Tensor) -> Any:
 
 
 def check_weights(model: nn.Module) -> None:
-    """ValueError names the parameters that hold NaN or Inf."""
-    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta and not is_finite(p)]
-    if bad:
+    """ValueError names the parameters and buffers that hold NaN or Inf."""
+    if bad := nonfinite(model):
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ValueError(
             f"NaN or Inf in the weights {bad[:5]}{more}, expected finite numbers: training has diverged, or the "
             f"checkpoint is damaged; load a sound one before compressing"
         )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """True when no element is NaN or Inf. One reduction; elements are looked at only when their sum is not finite."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def find_nonfinite(tree: Any, mask: Tensor | None) -> str | None:

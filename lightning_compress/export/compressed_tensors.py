@@ -45,6 +45,7 @@ from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
 from lightning_compress.export.online import attach_all, online_entries, seal, unsealed
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
+from lightning_compress.finite import nonfinite
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
@@ -408,11 +409,11 @@ def _check_weights(model: nn.Module, stored: Stored) -> None:
     away = [clean_name(name) for name, p in model.named_parameters() if p.is_meta]
     if away := [name for name in away if name.rpartition(".")[0] not in stored]:
         raise ValueError(f"{len(away)} weights are not in memory, such as {away[0]}; load the model without offloading")
-    there = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
-    broken = [name for name, p in there if p.is_floating_point() and not p.isfinite().all()]
-    if broken:
+    if broken := nonfinite(model):
         listed = ", ".join(clean_name(name) for name in broken[:5])
-        raise ValueError(f"NaN or Inf in {len(broken)} parameters, such as {listed}; such a model is not exported")
+        raise ValueError(
+            f"NaN or Inf in {len(broken)} parameters or buffers, such as {listed}; such a model is not exported"
+        )
 
 
 def _yaml(recipe: Mapping[str, Any]) -> str:

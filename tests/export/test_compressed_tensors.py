@@ -201,8 +201,12 @@ def test_tokenizer_and_recipe_lie_beside_the_model(tmp_path, small_net, quantize
 def test_nan_is_named(tmp_path, small_net, quantize, scheme_of, value):
     quantize(small_net, scheme_of("W8A8"))
     small_net[3].weight.data[1] = value
-    with pytest.raises(ValueError, match=r"NaN or Inf in 1 parameters, such as 3.weight"):
+    with pytest.raises(ValueError, match=r"NaN or Inf in 1 parameters or buffers, such as 3.weight"):
         save(small_net, tmp_path / "out")
+    model = quantize(conv_net(), scheme_of("W8A8"))
+    model[3].running_mean[3] = value
+    with pytest.raises(ValueError, match=r"NaN or Inf in 1 parameters or buffers, such as 3.running_mean"):
+        save(model, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
