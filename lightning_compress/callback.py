@@ -245,6 +245,7 @@ class CompressionCallback(Callback):
             trainer.max_epochs,
             trainer.max_steps,
             len(trainer.optimizers),
+            manual=not pl_module.automatic_optimization,
         )
         check_windows(trainer, self.lifecycle.modifiers, self.clock.event())
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)

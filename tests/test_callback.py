@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from pydantic import PrivateAttr
@@ -89,7 +90,97 @@ def test_the_clock_is_the_optimizer_that_stepped_most(tmp_path):
 
 def test_max_steps_of_two_optimizers(tmp_path):
     _, callback = recorded(tmp_path, Gan(), max_epochs=-1, max_steps=6)
-    assert callback.clock.total_steps == 3 == callback.clock.global_step
+    assert callback.clock.event().total_steps == 3 == callback.clock.global_step
+
+
+class ByHand(Regression):
+    """Steps each optimizer ``steps`` times in every ``every``-th batch, in manual optimization."""
+
+    def __init__(self, every=1, steps=(1,)):
+        super().__init__()
+        self.automatic_optimization = False
+        self.every, self.steps = every, steps
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=0.01) for _ in self.steps]
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.error(batch))
+        for optimizer, steps in zip(self.optimizers(use_pl_optimizer=True), self.steps, strict=True):
+            for _ in range(steps if batch_idx % self.every == self.every - 1 else 0):
+                optimizer.step()
+
+    def optimizers(self, use_pl_optimizer=True):
+        optimizers = super().optimizers(use_pl_optimizer)
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+
+BY_HAND = {
+    "accumulation": {"every": 4},
+    "five steps a batch": {"steps": (5,)},
+    "one step each": {"steps": (1, 1)},
+    "five of one, one of the other": {"steps": (5, 1)},
+    "one optimizer in a batch, none in three": {"every": 4, "steps": (1, 2)},
+}
+
+
+class Windowed(RecordingModifier):
+    """Records the index at each start of a batch, and the batches in which the window opened and closed."""
+
+    _indices: list[float] = PrivateAttr(default_factory=list)
+    _window: list[int] = PrivateAttr(default_factory=list)
+
+    def on_event(self, state, event, **kwargs):
+        super().on_event(state, event, **kwargs)
+        if event.type_ == "batch_start":
+            self._indices.append(event.current_index)
+
+    def on_start(self, state, event, **kwargs):
+        self._window.append(event.global_batch)
+
+    on_end = on_start
+
+
+@pytest.mark.parametrize("options", BY_HAND.values(), ids=BY_HAND)
+@pytest.mark.parametrize(
+    ("window", "limit", "length"),
+    [
+        ({"start": 1, "end": 2, "unit": "epoch"}, {}, 8),
+        ({"start": 0.25, "end": 0.5, "unit": "fraction"}, {}, 32),
+        ({"start": 0.25, "end": 0.5, "unit": "fraction"}, {"max_epochs": -1}, 32),
+    ],
+    ids=["epochs", "fraction of epochs", "fraction of max_steps"],
+)
+@pytest.mark.filterwarnings("error:.*never start", "error:.*past the end")
+def test_windows_in_manual_optimization_go_by_batches(tmp_path, options, window, limit, length):
+    """Four epochs of eight batches, however many steps a batch holds."""
+    steps = 32 // options.get("every", 1) * sum(options.get("steps", (1,)))
+    run = {"max_epochs": 4} | limit | ({"max_steps": steps} if limit else {})
+    modifier = Windowed(**window)
+    callback = CompressionCallback(modifier, evaluate=False)
+    quiet(tmp_path, callback, **run).fit(ByHand(**options), Sums(batches=8))
+    every = options.get("every", 1) if limit else 1            # max_steps are steps: they go on in jumps
+    assert len(modifier._indices) == 32
+    assert modifier._indices == [pytest.approx(batch // every * every / length) for batch in range(32)]
+    assert modifier._window == [8, 15]                         # the first batch of the window, and the last
+
+
+def test_the_index_in_manual_optimization_survives_a_stop_inside_an_epoch(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if callback.clock.batches == 10:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+                raise KeyError("power cut")
+
+    window = {"start": 1, "end": 2, "unit": "epoch"}
+    callback = CompressionCallback(Windowed(**window), evaluate=False)
+    with pytest.raises(KeyError, match="power cut"):
+        quiet(tmp_path, callback, Stop(), max_epochs=4).fit(ByHand(every=4), Sums(batches=8))
+    modifier = Windowed(**window)
+    resumed = CompressionCallback(modifier, evaluate=False)
+    quiet(tmp_path, resumed, max_epochs=4).fit(ByHand(every=4), Sums(batches=8), ckpt_path=tmp_path / "cut.ckpt")
+    assert modifier._indices == [batch / 8 for batch in range(10, 32)]
+    assert modifier._window == [10, 15]                        # hooks go on again where the run is resumed
 
 
 def test_a_raw_optimizer_gets_its_pre_step(tmp_path):

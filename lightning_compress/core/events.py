@@ -22,12 +22,14 @@ One run, every event in its place::
     FINALIZE
 
 An :class:`Event` carries the clock. Three units measure it: optimizer steps, epochs (steps / steps_per_epoch)
-and the fraction of the whole run (steps / total_steps).
+and the fraction of the whole run (steps / total_steps). In manual optimization a batch may hold no step or several:
+there epochs and fractions are measured in batches.
 """
 
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from fractions import Fraction
 from typing import Literal
 
 __all__ = ["Event", "EventType", "Unit"]
@@ -64,27 +66,31 @@ class Event:
         total_steps: Optimizer steps in the whole run; None where it is unknown.
         batches_per_step: Batches that make one optimizer step (gradient accumulation).
         unit: What :attr:`current_index` counts: ``step``, ``epoch`` or ``fraction`` (of the run).
+        passed: Training batches that are over, the one included in which a step was made. Given in manual optimization
+            alone: epochs and fractions are measured in it, and ``steps_per_epoch`` and ``total_steps`` count batches.
     """
 
     type_: EventType | None = None
     global_step: int = 0
     global_batch: int = 0
     steps_per_epoch: int | None = None
-    total_steps: int | None = None
+    total_steps: float | Fraction | None = None
     batches_per_step: int = 1
     unit: Unit = "step"
+    passed: int | None = None
 
     def in_unit(self, unit: Unit) -> "Event":
         """The same event with its index counted in another unit."""
         return self if unit == self.unit else replace(self, unit=unit)
 
     @property
-    def steps_per_unit(self) -> int:
-        """Optimizer steps in one :attr:`unit`. ValueError where that is unknown."""
+    def steps_per_unit(self) -> float | Fraction:
+        """Optimizer steps (or batches, see ``passed``) in one :attr:`unit`. ValueError where that is unknown."""
         if self.unit == "step":
             return 1
         name = "steps_per_epoch" if self.unit == "epoch" else "total_steps"
-        if not (length := getattr(self, name)):
+        length: float | Fraction | None = getattr(self, name)
+        if not length:
             raise ValueError(
                 f"unit={self.unit!r} needs a known {name}, which this run does not have "
                 f"(an endless loader?); use unit='step', or give the Trainer limit_train_batches / max_steps"
@@ -94,7 +100,8 @@ class Event:
     @property
     def current_index(self) -> float:
         """The clock in this event's :attr:`unit`; 0 before the first step, whatever the unit."""
-        return self.global_step / self.steps_per_unit if self.global_step else 0.0
+        count = self.global_step if self.passed is None or self.unit == "step" else self.passed
+        return float(count / self.steps_per_unit) if count else 0.0
 
     @property
     def epoch(self) -> int:
@@ -121,5 +128,8 @@ class Event:
             return False
         if not update or update <= 0:
             return True
-        before = replace(self, global_step=self.global_step - 1).due_count(begin, update) if self.global_step else 0
-        return self.due_count(begin, update) > before
+        if not now:
+            return self.due_count(begin, update) > 0
+        passed = self.passed - 1 if self.passed else self.passed
+        before = replace(self, global_step=max(self.global_step - 1, 0), passed=passed)
+        return self.due_count(begin, update) > before.due_count(begin, update)

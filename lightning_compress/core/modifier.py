@@ -314,7 +314,8 @@ class Modifier(ModifierInterface, BaseModel):
 
     def check_length(self, event: Event) -> None:
         """Warn of a window that does not fit into the run, where its length is known; asked as training begins."""
-        if self.start is None or event.total_steps is None:
+        kind = "steps" if event.passed is None else "batches"        # of manual optimization; its steps are not known
+        if self.start is None or event.total_steps is None or (kind == "batches" and self.unit == "step"):
             return
         length = event.total_steps / event.in_unit(self.unit).steps_per_unit
         counted = "" if self.unit == "step" else f", {length:g} in unit {self.unit!r}"
@@ -325,7 +326,7 @@ class Modifier(ModifierInterface, BaseModel):
             told = f"end={self.end:g} lies past the end of the run, which covers {share:.0%} of the window"
         else:
             return
-        warnings.warn(f"{self.name}: {told}: the run has {event.total_steps} steps{counted}", stacklevel=2)
+        warnings.warn(f"{self.name}: {told}: the run has {event.total_steps} {kind}{counted}", stacklevel=2)
 
     # -- handlers: override what you need ----------------------------------------------------------------------------
 

@@ -2,10 +2,13 @@
 
 ``trainer.global_step`` counts the steps of every optimizer, and those that fp16 scaling skipped. Here each optimizer
 counts its own steps, in a hook that torch calls after a step was made; the clock is the largest count.
+
+In manual optimization a batch may hold no step or several, so epochs and fractions of the run go by batches there.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from torch.optim import Optimizer
@@ -25,6 +28,9 @@ class StepClock:
         self.batches_per_step = 1
         self.steps_per_epoch: int | None = None
         self.total_steps: int | None = None
+        self.manual = False
+        self.max_steps = -1
+        self._last_step_in = -1                        # the batch in which the last step was made
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -33,24 +39,45 @@ class StepClock:
 
     def event(self, type_: EventType | None = None) -> Event:
         """An event that happens now."""
-        return Event(
-            type_, self.global_step, self.batches, self.steps_per_epoch, self.total_steps, self.batches_per_step
-        )
+        step, batches, accumulate = self.global_step, self.batches, self.batches_per_step
+        if not self.manual:
+            return Event(type_, step, batches, self.steps_per_epoch, self.total_steps, accumulate)
+        closing = type_ in (EventType.OPTIM_POST_STEP, EventType.BATCH_END)
+        stepped = type_ != EventType.BATCH_START and self._last_step_in == batches
+        passed = batches + int(closing or stepped)
+        return Event(type_, step, batches, self.steps_per_epoch, self._total_batches(passed), accumulate, passed=passed)
 
-    def measure(self, batches: float, accumulate: int, epochs: int | None, max_steps: int, optimizers: int) -> None:
-        """Work out the length of an epoch and of the run, in steps of one optimizer.
+    def _total_batches(self, passed: int) -> float | Fraction | None:
+        """Batches of a run in manual optimization; ``max_steps`` ends it where so many steps as until now go on."""
+        if self.max_steps < 0:
+            return self.total_steps
+        steps = sum(self.steps)
+        by_steps = Fraction(passed * self.max_steps, steps) if steps else math.inf
+        return by_steps if self.total_steps is None else min(self.total_steps, by_steps)
+
+    def measure(
+        self,
+        batches: float,
+        accumulate: int,
+        epochs: int | None,
+        max_steps: int,
+        optimizers: int,
+        *,
+        manual: bool = False,
+    ) -> None:
+        """Work out the length of an epoch and of the run, in steps of one optimizer; in manual optimization in batches.
 
         Args:
             batches: Batches in an epoch; infinite for an endless loader.
             accumulate: Batches per step; the last, partial window of an epoch makes a step too.
             epochs: Epochs in the run; None or -1 without a limit.
             max_steps: Limit of the Trainer, which adds up the steps of all optimizers; -1 without a limit.
-            optimizers: How many there are. Manual optimization may step as it likes: one step of each per batch is
-                assumed.
+            optimizers: How many there are.
+            manual: ``training_step`` makes the steps itself.
         """
-        self.batches_per_step = accumulate
+        self.batches_per_step, self.manual, self.max_steps = accumulate, manual, max_steps
         self.steps_per_epoch = math.ceil(batches / accumulate) if math.isfinite(batches) else None
-        limits = [math.ceil(max_steps / max(optimizers, 1))] if max_steps >= 0 else []
+        limits = [math.ceil(max_steps / max(optimizers, 1))] if max_steps >= 0 and not manual else []
         if self.steps_per_epoch is not None and epochs is not None and epochs >= 0:
             limits.append(epochs * self.steps_per_epoch)
         self.total_steps = min(limits, default=None)
@@ -75,6 +102,7 @@ class StepClock:
             def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 before(optimizer)
                 self.steps[index] += 1
+                self._last_step_in = self.batches
                 after(optimizer)
 
             return stepped
