@@ -14,6 +14,7 @@ from torch import nn
 
 __all__ = ["clean_name", "match_rank", "select", "unmatched_message", "warn_of_left_out"]
 
+CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 LEFT_OUT = 0.1         # of the weights: a patch embedding or the first convolution is less, and nobody's mistake
 
 
@@ -120,10 +121,14 @@ def warn_of_left_out(
         return
     kinds = sorted(left.items(), key=lambda kind: -sum(kind[1]))[:3]
     named = ", ".join(f"{len(sizes)} {kind} ({sum(sizes):,})" for kind, sizes in kinds)
+    possible = [kind for kind, _ in kinds if kind in CAN_BE_TARGETS]
+    beyond = [kind for kind, _ in kinds if kind not in CAN_BE_TARGETS]
+    advice = [f"to compress {' and '.join(possible)} too, add them to targets"] if possible else []
+    advice += [f"no modifier compresses the weights of {' or '.join(beyond)}"] if beyond else []
     warnings.warn(
         f"targets={targets} reaches {taken:,} of {taken + lost:,} weights and leaves the others as they are: {named}; "
-        f"add what shall be compressed too to targets (convolutions and the Conv1D of transformers can be; Embedding, "
-        f"not counted here, where quantized), and what shall stay to ignore",
+        f"{'; '.join(advice)}; to leave them as they are without this warning, add them to ignore (embeddings are not "
+        f"counted)",
         stacklevel=3,
     )
 

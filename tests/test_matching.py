@@ -140,7 +140,13 @@ def test_a_class_that_leaves_most_of_the_model_as_it_is_says_so():
     (message,) = left_out(model, ["Linear"])
     assert "reaches 32 of 736 weights" in message                     # 32 + 8 * 8 * 3 + 2 * 4 * 8 * 8
     assert "1 LSTM (512), 1 Conv1d (192)" in message
-    assert "Embedding, not counted here, where quantized" in message
+    assert "to compress Conv1d too, add them to targets; no modifier compresses the weights of LSTM" in message
+
+
+def test_what_no_modifier_can_reach_gets_no_advice_to_target_it():
+    (message,) = left_out(stack(nn.LSTM(8, 8), nn.Linear(8, 4)), ["Linear"])
+    assert "1 LSTM (512); no modifier compresses the weights of LSTM; to leave" in message
+    assert "targets;" not in message
 
 
 @pytest.mark.parametrize(

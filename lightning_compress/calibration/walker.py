@@ -76,10 +76,10 @@ class Walker:
     def walk_with_data(self, blocks: Mapping[str, nn.Module]) -> None:
         """Probe, plan, then segment after segment."""
         if not blocks and self.walk != "whole":
-            warnings.warn(
-                f"found no repeated blocks in {type(self.model).__name__}: it is walked as a whole, which keeps the "
-                f"activations or statistics of all of it at once; name its blocks with blocks=[...] if it has any",
-                stacklevel=2,
+            logger.info(
+                "found no repeated blocks in %s: it is walked as a whole, which keeps the activations or statistics of "
+                "all of it at once; name its blocks with blocks=[...] if it has any",
+                type(self.model).__name__,
             )
         self.total = len(blocks) + 1
         with ExitStack() as stack:

@@ -109,6 +109,7 @@ class Modifier(ModifierInterface, BaseModel):
     _handed_over: bool = PrivateAttr(default=False)
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _hooks: list[tuple[nn.Module, RemovableHandle]] = PrivateAttr(default_factory=list)
+    _warned: set[str] = PrivateAttr(default_factory=set)       # texts of the warnings of set-up
 
     def __init__(self, **arguments: Any) -> None:
         try:
@@ -217,7 +218,9 @@ class Modifier(ModifierInterface, BaseModel):
         if self._initialized:
             raise RuntimeError(f"cannot initialize {self.name} twice; make a new one")
         try:
-            if not (done := self.on_initialize(state, **kwargs)):
+            with _each_warning_once(self._warned):
+                done = self.on_initialize(state, **kwargs)
+            if not done:
                 raise RuntimeError(
                     f"{self.name}.on_initialize returned {done!r}, expected True: it could not prepare the model, "
                     f"and nothing of it stays attached; check its arguments"
@@ -268,6 +271,10 @@ class Modifier(ModifierInterface, BaseModel):
             raise RuntimeError(f"{self.name} got {event.type_} after it was finalized")
         event = event.in_unit(self.unit)
         self.on_event(state, event, **kwargs)
+        if event.type_ == EventType.CALIBRATION_START:            # targets are looked for again, as at set-up
+            with _each_warning_once(self._warned):
+                self.on_calibration_start(state, event, **kwargs)
+            return
         if event.type_ in _CALIBRATION:
             getattr(self, _CALIBRATION[event.type_])(state, event, **kwargs)
             return
@@ -476,6 +483,20 @@ class Modifier(ModifierInterface, BaseModel):
         self._resumed, self._updates, self._over = state["started"], state["updates"], state["ended"]
         self._ended = self._over and not self._started
         self._handed_over = state.get("handed_over", False)
+
+
+@contextmanager
+def _each_warning_once(messages: set[str]) -> Iterator[None]:
+    """Pass on only the warnings whose text is not in ``messages`` yet, when the block ends."""
+    records: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as records:
+            yield
+    finally:
+        for record in records:
+            if str(record.message) not in messages:
+                messages.add(str(record.message))
+                warnings.warn_explicit(record.message, record.category, record.filename, record.lineno)
 
 
 def _readable(modifier: type[Modifier], error: ValidationError) -> str:

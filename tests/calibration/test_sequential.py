@@ -246,10 +246,11 @@ def test_slower_ways_are_told(caplog):
 
 
 @pytest.mark.parametrize("walk", ["auto", "two_pass"])
-def test_a_model_without_blocks_is_walked_as_a_whole(walk):
+def test_a_model_without_blocks_is_walked_as_a_whole(walk, caplog):
     model, watcher = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, 3)), LockstepWatcher()
-    with pytest.warns(UserWarning, match=r"found no repeated blocks in Sequential.*blocks=\[\.\.\.\]"):
+    with caplog.at_level(logging.INFO, logger="lightning_compress"):
         calibrate(*started(watcher, model=model), (batches := make_batches(2, 4, C)), walk=walk)
+    assert "found no repeated blocks in Sequential: it is walked as a whole" in caplog.text
     assert watcher.events[-2] == ("BLOCK_END", "")
     assert watcher.finished == ["0", "2"]
     if walk == "auto":                                         # in lockstep: the second one sees the first one rounded

@@ -590,3 +590,29 @@ def test_an_update_larger_than_the_window_is_refused():
 
     with pytest.raises(ValueError, match="update=5.0 is larger than the window from 1.0 to 4.0 .unit: epoch.*most 3"):
         Sleeping(start=1, end=4, update=5, unit="epoch")
+
+
+def test_a_warning_of_set_up_is_not_repeated_when_calibration_looks_again(recwarn):
+    class Looking(Modifier):
+        def on_initialize(self, state, **kwargs):
+            warnings.warn("targets leave out 1 LSTM", stacklevel=1)
+            return True
+
+        def on_calibration_start(self, state, event, **kwargs):
+            warnings.warn("targets leave out 1 LSTM", stacklevel=1)
+            warnings.warn("a target is new", stacklevel=1)
+
+    lifecycle = Lifecycle([Looking()])
+    lifecycle.initialize(State())
+    lifecycle.emit(State(), Event(E.CALIBRATION_START))
+    assert [str(w.message) for w in recwarn] == ["targets leave out 1 LSTM", "a target is new"]
+
+
+def test_what_set_up_warned_of_before_it_failed_is_not_lost():
+    class Failing(Modifier):
+        def on_initialize(self, state, **kwargs):
+            warnings.warn("odd targets", stacklevel=1)
+            raise ValueError("no targets")
+
+    with pytest.warns(UserWarning, match="odd targets"), pytest.raises(ValueError, match="no targets"):
+        Failing().initialize(State())

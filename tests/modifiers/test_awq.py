@@ -129,7 +129,6 @@ def run(model, name, modifiers, data=None, **arguments):
     return compress(model, modifiers, batches(name) if data is None else data, **arguments)
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 @pytest.mark.parametrize("name", NAMES)
 def test_without_quantizing_the_model_computes_what_it_did(name):
     model = planted(build(name), batches(name)[0])
@@ -236,7 +235,6 @@ def test_the_calls_of_one_block_are_in_memory(monkeypatch):
     assert seen == [0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 def test_the_walk_goes_on_with_what_is_rounded():
     """The second block's statistics come from the first one as it is afterwards."""
     data = batches("relu")
@@ -259,7 +257,6 @@ def test_padding_counts_for_nothing():
         assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 def test_layers_without_a_pair_are_rounded_and_named():
     model = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, C))
     with pytest.warns(UserWarning, match="AWQModifier found no smoothing pair"):
@@ -297,7 +294,6 @@ class Split(nn.Module):
         return self.a(h) * torch.sigmoid(self.b(h))
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 def test_an_awq_target_without_a_parent():
     by_hand = [[["a", "b"], "norm"]]
     with pytest.raises(ValueError, match="AWQ target without a parent: .*'a', 'b'.*'norm' feeds.*loss='layer'"):
@@ -312,7 +308,6 @@ def test_an_awq_target_without_a_parent():
     assert not torch.equal(models[0].a.weight, models[2].a.weight)
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 @pytest.mark.parametrize("rows", [1, 3, 64, 66])
 def test_layers_of_any_height(rows):
     """The exact error of a layer: all of its rows, or rung by rung; the winner is no worse than rounding."""

@@ -20,7 +20,6 @@ from lightning_compress.quant.record import quantized_modules, quantized_of
 from tests.architecture_models import ARCHITECTURES
 
 BOTH = {"targets": ["Embedding", "Linear"], "scheme": "W4A16", "group_size": 8}
-pytestmark = pytest.mark.filterwarnings("ignore:found no repeated blocks")
 
 
 class Tagger(nn.Module):

@@ -30,7 +30,6 @@ def smoothed(name, modifier=SmoothQuantModifier, data=None, **arguments):
     return model, dense, ledger
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("modifier", SMOOTHERS)
 def test_the_model_computes_what_it_did(modifier, name):
@@ -99,7 +98,6 @@ def test_with_outlier_channels_w8a8_gets_better(name, modifier):
     assert change(smooth, dense, held_out) < 0.7 * change(plain, dense, held_out)
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 def test_a_quantizer_behind_it_sees_the_smoothed_inputs():
     """Its statistics come from the folded block, in the one pass that it walks."""
     data = batches("relu")
@@ -129,7 +127,6 @@ def test_by_hand_in_both_notations():
     assert flags["q_proj"] == []
 
 
-@pytest.mark.filterwarnings("ignore:found no repeated blocks")
 def test_what_has_no_pair_is_said():
     model = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, C))
     before = copy.deepcopy(model.state_dict())
