@@ -13,7 +13,6 @@
 What happens at the end (best weights, metric, calibration, metric again, export, report) is in training/finish.py.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -49,6 +48,7 @@ from lightning_compress.training.clock import StepClock
 from lightning_compress.training.finish import Finish, Plan, check_best, check_export
 from lightning_compress.training.finished import earlier_end, new_run
 from lightning_compress.training.requeue import requeue_only, supersede
+from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
 from lightning_compress.training.submodule import choose, is_compiled
 
@@ -143,7 +143,8 @@ class CompressionCallback(Callback):
         self._acting = False                   # in this batch some modifier may act
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
-        self._began = 0.0
+        self._saved_files = SavedFiles()
+        self._unwatch: Callable[[], None] | None = None
         self._seconds: dict[str, float] = {}   # of what was done in the midst of training, for the report
         self._facts: dict[str, Any] = {}
         self._warned_stray_step = False
@@ -172,7 +173,8 @@ class CompressionCallback(Callback):
             )
         if self.done:
             return
-        self._root, self._began, self._trained = pl_module, time.time(), False
+        self._root, self._trained = pl_module, False
+        self._unwatch = self._saved_files.watch(trainer)
         if not self.lifecycle.initialized and not self._initialize_now(trainer, pl_module):
             self._initialize_after_configure_model(trainer, pl_module)
 
@@ -393,7 +395,7 @@ class CompressionCallback(Callback):
         return True
 
     def _ending(self, trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, event: Event) -> Finish:
-        run = (self.plan, self.recipe, event, self._began, self._seconds, self._facts)
+        run = (self.plan, self.recipe, event, self._saved_files, self._seconds, self._facts)
         return Finish(trainer, pl_module, lifecycle, self._state, *run)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -406,6 +408,9 @@ class CompressionCallback(Callback):
 
     def _take_off(self) -> None:
         self.clock.detach()
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         if self._undo is not None:
             self._undo()
             self._undo = None

@@ -4,7 +4,6 @@ Every rank runs this. Both measurements are shared by all ranks; calibration and
 of rank 0, and the others wait and then receive the weights.
 """
 
-import pickle
 import resource
 import tempfile
 import time
@@ -41,6 +40,7 @@ from lightning_compress.report import plots, summary, table
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.samples import first_batches, seeded_view, share_of
+from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import same_shapes
 from lightning_compress.training.submodule import is_compiled
 
@@ -126,7 +126,7 @@ class Finish:
         plan: What to do.
         recipe: As primitives, for the export.
         clock: An event dated now.
-        began: When the run began, in seconds since the epoch.
+        saved_files: The checkpoint files that this process saved.
     """
 
     trainer: Trainer
@@ -136,7 +136,7 @@ class Finish:
     plan: Plan
     recipe: dict[str, Any]
     clock: Event
-    began: float
+    saved_files: SavedFiles
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -242,7 +242,7 @@ class Finish:
         if not self.plan.load_best or not monitored:
             return None, {}
         best = monitored[0]
-        read = self._read_checkpoint(best.best_model_path)
+        read = self.saved_files.read(best.best_model_path, self.trainer)
         if not same_shapes(read["state_dict"], self.pl_module):
             rank_zero_warn(
                 f"the best checkpoint by {best.monitor!r}, {best.best_model_path}, was saved before the model "
@@ -256,19 +256,6 @@ class Finish:
         keys = {c.state_key for c in self.trainer.callbacks if getattr(c, "lifecycle", None) is self.lifecycle}
         saved = [state["modifiers"] for key, state in read.get("callbacks", {}).items() if key in keys]
         return best.best_model_path, saved[0] if saved else {}
-
-    def _read_checkpoint(self, path: str) -> dict[str, Any]:
-        try:
-            return self.trainer.strategy.load_checkpoint(path)
-        except pickle.UnpicklingError as error:
-            # save_hyperparameters may have put objects into it; what this run wrote itself may be unpickled
-            if Path(path).stat().st_mtime >= self.began:
-                loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-                return loaded
-            raise ValueError(
-                f"{path} is from an earlier run and holds more than tensors and plain values, so it is not opened: "
-                f"{error}; set load_best=False, or leave objects out of it: save_hyperparameters(ignore=[...])"
-            ) from error
 
     # -- metric -------------------------------------------------------------------------------------------------------
 
