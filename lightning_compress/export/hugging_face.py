@@ -5,6 +5,7 @@ transformers is imported inside functions only.
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStra
 from torch import Tensor, nn
 
 from lightning_compress.experts.split import PROJECTIONS, fused_experts
-from lightning_compress.export.tensors import read_json
+from lightning_compress.export.tensors import naming, read_json
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 PACKED = CompressionFormat.pack_quantized
+COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")     # keys of a config whose numbers become modules
+BUFFERS = 2**28                          # numbers in the buffers of a model that its files need not account for
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -246,35 +249,87 @@ def warn_of_sizes(model: "PreTrainedModel") -> None:
         )
 
 
-def skeleton(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
-    """The model that config.json describes, without weights; ``dtype`` takes the place of the one there."""
+def skeleton(
+    folder: Path, config: Mapping[str, Any], tensors: int, dtype: torch.dtype | None = None
+) -> "PreTrainedModel":
+    """The model that config.json describes, without weights.
+
+    Args:
+        folder: With the config.json.
+        config: Its content.
+        tensors: How many there are in the folder: no config may describe more layers.
+        dtype: In place of the one there.
+    """
     import transformers
 
-    architecture = (config.get("architectures") or [""])[0]
-    model_class = getattr(transformers, architecture, None) if architecture else None
+    path = folder / "config.json"
+    named = config.get("architectures") or [""]
+    architecture = named[0] if isinstance(named, list) else named
+    model_class = getattr(transformers, architecture, None) if architecture and isinstance(architecture, str) else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
-            f"transformers has no model {architecture!r}, which {folder / 'config.json'} names; "
+            f"transformers has no model {architecture!r}, which {path} names; "
             f"build the dense model and call load(folder, model)"
         )
+    _check_counts(path, config, tensors)
     with torch.device("meta"):
-        settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with naming(path):
+            settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        expected = model_class.config_class
+        if expected is not None and not isinstance(settings, expected):
+            raise ValueError(
+                f"{path}: model_type {config.get('model_type')!r} does not belong to the architecture {architecture!r}"
+            )
         settings.dtype = settings.dtype if dtype is None else dtype
-        model: PreTrainedModel = model_class(_dense_config(settings))
+        with naming(path):
+            model: PreTrainedModel = model_class(_dense_config(settings))
     return model
+
+
+def _check_counts(path: Path, tree: Any, tensors: int) -> None:
+    """ValueError names the key that promises far more layers, experts or labels than the files have tensors."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        _check_counts(path, value, tensors)
+        if COUNTS.search(str(key)):
+            limit = max(1024, tensors) if not str(key).endswith("labels") else 10**6
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int | float) and count > limit:
+                    raise ValueError(
+                        f"{path}: {key} is {count!s:.30}, and the files beside it hold {tensors:,} tensors; copy the "
+                        f"folder anew"
+                    )
+
+
+def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> None:
+    """ValueError before memory is asked for that nothing in the files fills.
+
+    A tied weight may be counted twice; buffers such as masks and tables of positions are made anew.
+    """
+    stored = sum(tensor.numel() for tensor in weights.values())
+    needed = sum(parameter.numel() for parameter in layout.parameters())
+    buffers = sum(buffer.numel() for buffer in layout.buffers())
+    if needed > 2 * stored or buffers > 2 * stored + BUFFERS:
+        raise ValueError(
+            f"{path} describes a model of {needed:,} weights and {buffers:,} numbers in buffers, and the files beside "
+            f"it hold {stored:,}; copy the folder anew"
+        )
 
 
 def build(folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> "PreTrainedModel":
     """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``."""
     from transformers import GenerationConfig
 
-    model, info = type(layout).from_pretrained(
-        None, config=_dense_config(layout.config), state_dict=dict(weights), output_loading_info=True
-    )
+    _check_sizes(folder / "config.json", layout, weights)
+    with naming(folder / "config.json"):
+        model, info = type(layout).from_pretrained(
+            None, config=_dense_config(layout.config), state_dict=dict(weights), output_loading_info=True
+        )
     if bad := {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}:
         raise ValueError(f"{folder} does not fit {type(layout).__name__}: {bad}")
     if model.can_generate() and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with naming(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
