@@ -56,6 +56,7 @@ from lightning_compress.quant.kv_cache import (
     attention_modules,
     cache_of,
     quantized_caches,
+    unread_caches,
 )
 from lightning_compress.quant.matrix import as_matrix, weight_of
 from lightning_compress.quant.packed import PackedLinear, as_linears, fuse_siblings, pack_linears
@@ -318,6 +319,7 @@ def _write(
         ModelCompressor(quantization_config=config).update_config(str(folder))
         if is_transformers and caches:
             hugging_face.add_heads(model, folder)
+            hugging_face.warn_of_caches(unread_caches(model))
         if is_transformers:
             dtype = hugging_face.mend_layout(model, config, packed, folder)
     if is_transformers:
@@ -522,8 +524,10 @@ def _read_caches(layout: nn.Module, scheme: Mapping[str, Any] | None, files: Ten
     if scheme is None:
         return {}
     args = QuantizationArgs.model_validate(scheme)
-    names = QuantizedCache.tensor_names(args)
-    caches = {name: QuantizedCache(args, **files.take(name, names)) for name in attention_modules(layout)}
+    tensor_keys = QuantizedCache.tensor_names(args)
+    modules = list(attention_modules(layout))
+    on_disk = hugging_face.names_on_disk(layout, modules) if hugging_face.is_transformers(layout) else {}
+    caches = {name: QuantizedCache(args, **files.take(on_disk.get(name, name), tensor_keys)) for name in modules}
     for name, cache in caches.items():
         for local, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
             if scale is not None and not (scale.isfinite() & (scale > 0)).all():

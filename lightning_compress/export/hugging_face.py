@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,13 @@ __all__ = [
     "add_names_on_disk",
     "build",
     "example_of",
+    "installed",
     "is_transformers",
     "mend_layout",
     "names_of_experts",
     "names_on_disk",
     "skeleton",
+    "warn_of_caches",
     "warn_of_sizes",
     "write",
 ]
@@ -52,6 +55,11 @@ def is_transformers(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
+
+
+def installed() -> str:
+    """The version of transformers that is installed, for messages: what it can read changes from one to the next."""
+    return f"transformers {version('transformers')}"
 
 
 def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
@@ -130,6 +138,18 @@ def add_heads(model: "PreTrainedModel", folder: Path) -> None:
         _change(folder / "config.json", num_key_value_heads=text.num_attention_heads)
 
 
+def warn_of_caches(unread: Sequence[str]) -> None:
+    """Warn of attention modules whose cache the installed loader leaves as it is, without a word."""
+    if unread:
+        warnings.warn(
+            f"{installed()} with compressed-tensors {version('compressed-tensors')} will load this folder and leave "
+            f"its KV cache as it is, without a word, so that its outputs differ from this model's: compressed-tensors "
+            f"does not find the cache of {', '.join(unread[:3])}, whose keyword transformers 5.24 renamed from "
+            f"past_key_values to cache; load it with transformers below 5.24, or with lightning_compress.load",
+            stacklevel=4,
+        )
+
+
 def mend_layout(
     model: "PreTrainedModel",
     config: QuantizationConfig,
@@ -154,8 +174,8 @@ def mend_layout(
     experts = [packed[name][1].scheme for name in names_of_experts(model) if name in packed]
     if active := [scheme for scheme in experts if scheme.input_activations is not None]:
         warnings.warn(
-            f"transformers 5.23 will not quantize the inputs of {len(active)} projections of experts, so "
-            f"that its outputs differ from this model's; lightning_compress.load restores them",
+            f"{installed()} will not quantize the inputs of {len(active)} projections of experts, so that "
+            f"its outputs differ from this model's; lightning_compress.load restores them",
             stacklevel=4,
         )
     if fault := _merging_fault(model, packed):
@@ -167,7 +187,7 @@ def mend_layout(
         _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
         return None
     if fault:
-        warnings.warn(f"transformers 5.23 will fail to load this folder: {fault}; {advice}", stacklevel=4)
+        warnings.warn(f"{installed()} will fail to load this folder: {fault}; {advice}", stacklevel=4)
     if not bfloat16:
         return None
     _change(folder / "config.json", dtype="bfloat16")
@@ -182,7 +202,7 @@ def mend_layout(
 
 
 def _merging_fault(model: "PreTrainedModel", packed: Mapping[str, tuple[nn.Module, Quantized]]) -> str:
-    """Why transformers 5.23 cannot load weights that it merges on loading, such as experts; empty where it can."""
+    """Why transformers cannot load weights that it merges on loading, such as experts; empty where it can."""
     experts = names_of_experts(model)
     if not _merges_weights(model):
         return ""
@@ -213,7 +233,7 @@ def _merges_weights(model: "PreTrainedModel") -> bool:
 def _layout_fault(
     model: "PreTrainedModel", config: QuantizationConfig, packed: Mapping[str, tuple[nn.Module, Quantized]]
 ) -> str | None:
-    """Why transformers 5.23 cannot lay this model out with packed weights; None when it can."""
+    """Why transformers cannot lay this model out with packed weights; None when it can."""
     for group in config.config_groups.values():
         grouped = group.weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
         if grouped and not group.weights.symmetric and group.format == CompressionFormat.pack_quantized:
