@@ -47,6 +47,7 @@ from lightning_compress.training.checks import (
 from lightning_compress.training.clock import StepClock
 from lightning_compress.training.finish import Finish, Plan, check_best, check_export
 from lightning_compress.training.finished import earlier_end, new_run
+from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.requeue import requeue_only, supersede
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
@@ -470,6 +471,7 @@ class CompressionCallback(Callback):
         own["random"] = random_state.collect_all(own["random"][0])
         if self._state.model is not None:
             write_shapes(checkpoint, self._state.model)            # after teardown, the module's own hook is off
+        write_plain_modules(checkpoint)
         if self.done and checkpoint.pop("averaging_state", None) is not None:
             checkpoint["state_dict"] = checkpoint.pop("current_model_state")
 

@@ -424,14 +424,10 @@ class Modifier(ModifierInterface, BaseModel):
             function: ``(module, args)`` for ``forward_pre``, ``(module, args, output)`` for ``forward``; what it
                 returns replaces the input or the output, as in torch.
             kind: ``forward_pre`` or ``forward``.
-            with_kwargs: ``function`` gets the keyword arguments too, as its third argument.
             with_kwargs: The function takes the call's keyword arguments too, after ``args``, as in torch.
         """
-
-        def unless_paused(*args: Any) -> Any:
-            return None if self._paused else function(*args)
-
-        handle: RemovableHandle = getattr(module, f"register_{kind}_hook")(unless_paused, with_kwargs=with_kwargs)
+        register = getattr(module, f"register_{kind}_hook")
+        handle: RemovableHandle = register(_UnlessPaused(self, function), with_kwargs=with_kwargs)
         self._hooks.append((module, handle))
         return handle
 
@@ -497,6 +493,25 @@ def _each_warning_once(messages: set[str]) -> Iterator[None]:
             if str(record.message) not in messages:
                 messages.add(str(record.message))
                 warnings.warn_explicit(record.message, record.category, record.filename, record.lineno)
+
+
+class _UnlessPaused:
+    """A hook of a modifier. A pickled model leaves the modifier behind, and its hooks then do nothing."""
+
+    def __init__(self, modifier: Modifier | None = None, function: Callable[..., Any] | None = None):
+        self.modifier, self.function = modifier, function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.modifier is None or self.modifier._paused or not self.function else self.function(*args)
+
+    def __copy__(self) -> "_UnlessPaused":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_UnlessPaused":
+        return self                                            # as functions do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _UnlessPaused, ()
 
 
 def _readable(modifier: type[Modifier], error: ValidationError) -> str:

@@ -494,6 +494,16 @@ def test_pausing_one_modifier_leaves_the_other(recording):
     assert calls == ["two"]
 
 
+def test_a_pickled_model_leaves_the_modifier_behind(recording):
+    modifier, layer, calls = recording(), nn.Linear(2, 2), []
+    modifier.hook(layer, lambda m, args: calls.append(1))
+    copied, loaded = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    loaded(torch.ones(1, 2))
+    assert calls == []
+    copied(torch.ones(1, 2))
+    assert calls == [1]
+
+
 def test_hooks_of_some_modules_come_off(recording):
     modifier, a, b = recording(), nn.Linear(2, 2), nn.Linear(2, 2)
     for module in (a, b, a):
