@@ -48,7 +48,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "evaluation": (set(), {"torchmetrics"}),
     "recipe": ({"core"}, {"yaml", "omegaconf"}),
     "training": (
-        {"core", "distributed", "calibration", "structure", "quant", "export", "report", "evaluation"},
+        {"core", "distributed", "calibration", "structure", "experts", "quant", "rotation.online", "export", "report",
+         "evaluation"},
         {"lightning", "rich"},
     ),
     "callback": (
