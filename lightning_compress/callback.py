@@ -129,6 +129,13 @@ class CompressionCallback(Callback):
         if recipe is not None:
             read = read_recipe(recipe)
             modifiers, arguments = read.modifiers, _filled(arguments, read.arguments)
+        for name, modifier in modifiers.items() if isinstance(modifiers, dict) else ():
+            if not isinstance(modifier, Modifier):
+                raise ValueError(
+                    f"modifiers.{name} is {modifier!r}, expected a Modifier; the recipe's entries that are one: "
+                    f"{', '.join(n for n, m in modifiers.items() if isinstance(m, Modifier)) or 'none'}"
+                )
+            modifier.called(name)
         self.lifecycle = Lifecycle(_listed(modifiers))
         self.ledger = Ledger()
         self.recipe = dump_recipe(self.lifecycle.modifiers)
