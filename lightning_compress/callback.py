@@ -42,6 +42,7 @@ from lightning_compress.training.checks import (
     check_strategy,
     check_whole,
     check_windows,
+    tensor_bytes,
     tensor_names,
 )
 from lightning_compress.training.clock import StepClock
@@ -56,6 +57,7 @@ from lightning_compress.training.submodule import choose, is_compiled
 __all__ = ["CompressionCallback"]
 
 E = EventType
+OF_THE_DENSE_MODEL = ("model_bytes_before", "metric_dense")        # facts that a resumed run cannot find out again
 
 
 class CompressionCallback(Callback):
@@ -225,6 +227,7 @@ class CompressionCallback(Callback):
         reshaping = any(m.reshapes for m in self.lifecycle.modifiers)
         if reshaping:
             check_launcher(trainer)
+        self._facts.setdefault("model_bytes_before", tensor_bytes(module))        # before anything is cut
         before = tensor_names(pl_module)
         with nullcontext() if self._windowed else split_while(module):        # who trains wants experts in one tensor
             self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
@@ -271,11 +274,18 @@ class CompressionCallback(Callback):
         self._in_batch = self._trained = True
         if self._windowed or self.lifecycle.acting:
             event = self.clock.event(E.BATCH_START)
+            self._measure_dense(trainer, pl_module, event)
             self._hand_over(trainer, pl_module, event)
             self._batch_state = self._state.but(batch_data=batch, optimizer=trainer.optimizers)
             self.lifecycle.emit(self._batch_state, event)
             self._acting = self.lifecycle.acting             # else the rest of the batch costs nothing
             self._show_hooks(pl_module)
+
+    def _measure_dense(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
+        """Measure the model once, before the first window opens: what training compresses is compared with that."""
+        starting = any(m.start is not None and m.should_start(event) for m in self.lifecycle.modifiers)
+        if starting and "metric_dense" not in self._facts and not self._resumed and not trainer.fast_dev_run:
+            self._ending(trainer, pl_module, self.lifecycle, event).measure_dense()
 
     def _hand_over(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
         """Calibrate now where another modifier trains on from the result."""
@@ -438,6 +448,7 @@ class CompressionCallback(Callback):
             "done": self.done,
             "random": [random_state.collect()],
             "run": self._run,
+            "facts": {name: self._facts[name] for name in OF_THE_DENSE_MODEL if name in self._facts},
         }
         check_plain(state, "CompressionCallback.state_dict()")
         return state
@@ -466,6 +477,7 @@ class CompressionCallback(Callback):
         self.done = state_dict["done"]
         self._random, self._resumed = state_dict.get("random"), True
         self._run = state_dict.get("run", self._run)
+        self._facts |= state_dict.get("facts", {})
         if self.done:
             self.lifecycle.abort()
 

@@ -4,7 +4,6 @@ Every rank runs this. Both measurements are shared by all ranks; calibration and
 of rank 0, and the others wait and then receive the weights.
 """
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,9 @@ from lightning_compress.export.compressed_tensors import save
 from lightning_compress.quant.kv_cache import QuantizedCache, attach_cache, cache_of, quantized_caches
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 from lightning_compress.report import plots, summary, table
+from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.first_rank import alone, send_tensors
+from lightning_compress.training.memory import peak_memory_bytes
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.samples import first_batches, seeded_view, share_of
 from lightning_compress.training.saved_files import SavedFiles
@@ -164,6 +165,13 @@ class Finish:
             self.facts |= compare(before, after, self._total)
         self._warn_of_what_stays_behind()
         self._forget_compiled()
+
+    def measure_dense(self) -> None:
+        """Before a window opens: the metric of the model as training has made it so far; every rank calls this."""
+        with self._undisturbed():
+            values = self._measure("metric dense", ProgressReport(shown=False)).values
+        if values:
+            self.facts["metric_dense"] = {"step": self.clock.global_step, "values": values}
 
     def hand_over(self) -> None:
         """In the midst of training: calibrate those of ``lifecycle`` that others go on from; every rank calls this."""
@@ -441,17 +449,17 @@ class Finish:
 
     def _summary(self) -> dict[str, Any]:
         sums = summary.totals(self.state.ledger)
-        whole = sum(t.numel() * t.element_size() for t in (*self.module.parameters(), *self.module.buffers()))
         saved = (sums["bytes_before"] or 0) - (sums["bytes_after"] or 0) if sums["bytes_after"] is not None else 0
+        files = list(Path(self.facts["export_dir"]).glob("*.safetensors")) if "export_dir" in self.facts else []
+        on_disk = sum(file.stat().st_size for file in files) or None
         device = self.trainer.strategy.root_device
         return {
             "model": type(self.module).__name__,
-            "model_bytes_before": whole,
-            "model_bytes_after": whole - saved,
+            "model_bytes_after": on_disk or tensor_bytes(self.module) - saved,
             "recipe": self.plan.recipe_name or self.recipe,
             "modifiers": self.recipe["modifiers"],
             "seconds": self.seconds,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_memory_bytes(),
             **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}),
             "seed": self.plan.seed,
             "global_step": self.clock.global_step,
