@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 from lightning_compress import (
     CompressionCallback,
@@ -12,6 +13,7 @@ from lightning_compress import (
     ModifierFactory,
     QuantizationModifier,
 )
+from lightning_compress.quant.schemes import assign, describe, from_groups
 from lightning_compress.recipe import dump_recipe, load_recipe, read_recipe, recipe_difference
 from tests.training_runs import RecordingModifier
 
@@ -43,6 +45,14 @@ def test_a_recipe_by_name():
     (modifier,) = load_recipe("gptq_w4")
     assert isinstance(modifier, GPTQModifier)
     assert modifier.scheme == "W4A16"
+
+
+def test_qat_for_vision_calibrates_one_scale_for_all_inputs_of_a_convolution():
+    (modifier,) = load_recipe("qat_w8a8_static")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    for scheme in assign(net, from_groups(modifier.config_groups), modifier.ignore).values():
+        assert describe(scheme) == "W8A8 channel sym static"
+        assert (scheme.input_activations.strategy, scheme.input_activations.symmetric) == ("tensor", False)
 
 
 def test_an_unknown_name_has_near_misses():

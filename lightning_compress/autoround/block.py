@@ -16,7 +16,6 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
 from lightning_compress.autoround.grid import OnGrid
-from lightning_compress.ops.fake_quant import replace_value
 from lightning_compress.quant.fake_quant import fake_quantize_input
 from lightning_compress.quant.matrix import as_matrix, parameter_of, write_matrix
 from lightning_compress.smoothing.parent import counted, first_tensor
@@ -150,5 +149,4 @@ class LearnedBlock:
 
 def _quantized(module: nn.Module, inputs: tuple[Any, ...], args: QuantizationArgs) -> tuple[Any, ...]:
     """The input on its grid, whose gradient passes unchanged: scales from the input itself clip nothing."""
-    value = fake_quantize_input(module, inputs[0].detach(), args, None, None)
-    return (replace_value(inputs[0], value, None), *inputs[1:])
+    return (fake_quantize_input(module, inputs[0], args, None, None), *inputs[1:])

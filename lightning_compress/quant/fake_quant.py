@@ -1,17 +1,24 @@
 """Quantize and dequantize in one go, through compressed-tensors, so that what runs here is what a reload computes.
 
-Without gradients: compressed-tensors works under ``no_grad``.
+Without gradients, since compressed-tensors works under ``no_grad``; those of inputs pass straight through.
+
+Dynamic scales of ``token``: compressed-tensors keeps dimensions 0 and 1 of an input. That is one scale per token of
+[batch, tokens, features], but one scale for all rows of [batch, features], and one per input channel of an image, which
+varies along the sum of the convolution and so has no integer kernel. Here a row has a scale of its own, and so has each
+sample of a convolution. Whatever has three dimensions or more is left to compressed-tensors.
 """
 
 import torch
-from compressed_tensors.quantization import DynamicType, QuantizationArgs
+from compressed_tensors.quantization import DynamicType, QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
+from lightning_compress.ops.fake_quant import replace_value
 from lightning_compress.quant.formats import stored_as
+from lightning_compress.quant.matrix import CONVOLUTIONS
 
-__all__ = ["fake_quantize_input", "latent_of", "round_weight"]
+__all__ = ["fake_quantize_input", "has_rows", "latent_of", "round_weight"]
 
 
 def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
@@ -53,13 +60,40 @@ def fake_quantize_input(
 ) -> Tensor:
     """An activation on its grid: scales from x itself when ``args.dynamic``, else the calibrated ones.
 
-    NVFP4 has both: scales of 16 columns from x itself, and ``global_scale``, [1], from calibration.
+    NVFP4 has both: scales of 16 columns from x itself, and ``global_scale``, [1], from calibration. The gradient of the
+    value goes to x unchanged.
     """
     if x.numel() == 0:
         return x
     if global_scale is None if args.dynamic == DynamicType.LOCAL else scale is None and not args.dynamic:
         raise ValueError(f"static activations of a {type(module).__name__} need a calibrated scale; calibrate it first")
     scale, zero_point, global_scale = (None if t is None else t.to(x.device) for t in (scale, zero_point, global_scale))
+    constant = x.detach()
     if args.dynamic:
-        scale, zero_point = compute_dynamic_scales_and_zp(x, args, module, global_scale)
-    return fake_quantize(x, scale, zero_point, args, global_scale).to(x.dtype)
+        scale, zero_point = _dynamic_scales(module, constant, args, global_scale)
+    value = fake_quantize(constant, scale, zero_point, args, global_scale).to(x.dtype)
+    return replace_value(x, value, None) if x.requires_grad and torch.is_grad_enabled() else value
+
+
+def has_rows(module: nn.Module, x: Tensor, args: QuantizationArgs) -> bool:
+    """Whether x is [rows, features] with a dynamic scale per row, for which compressed-tensors takes one scale."""
+    return _is_by_token(args) and x.ndim == 2 and not isinstance(module, CONVOLUTIONS)
+
+
+def _dynamic_scales(
+    module: nn.Module, x: Tensor, args: QuantizationArgs, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points that broadcast against x."""
+    if _is_by_token(args) and isinstance(module, CONVOLUTIONS):
+        samples = x.shape[0] if x.ndim == len(module.kernel_size) + 2 else 1       # one sample may come without a batch
+    elif has_rows(module, x, args):
+        samples = x.shape[0]
+    else:
+        return compute_dynamic_scales_and_zp(x, args, module, global_scale)
+    scale, zero = compute_dynamic_scales_and_zp(x.reshape(1, samples, -1), args, module)
+    each = (samples,) + (1,) * (x.ndim - 1)
+    return scale.view(each), zero.view(each)
+
+
+def _is_by_token(args: QuantizationArgs) -> bool:
+    return args.dynamic is True and args.strategy == QuantizationStrategy.TOKEN

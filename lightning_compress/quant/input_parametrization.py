@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_compress.ops.fake_quant import HALF_STEP, learned_value, relative_step, replace_value
 from lightning_compress.quant.fake_quant import fake_quantize_input
-from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.matrix import CONVOLUTIONS
+from lightning_compress.quant.record import Quantized, note_rows
 from lightning_compress.quant.scales import integer_range
 
 __all__ = ["FakeQuantizeInput"]
@@ -24,7 +25,7 @@ TENSORS = ("low", "high", "scale", "zero_point")
 
 
 class FakeQuantizeInput(nn.Module):
-    """The input of a layer: dynamic scales (one per token or tensor), or one static scale for the whole tensor.
+    """The input of a layer: dynamic scales (by token, row, image or tensor), or one static scale for the whole tensor.
 
     A static scale follows the extremes of each training batch: forward passes note them, :meth:`take_batch` folds them
     in once the batch is over. So a forward pass may be repeated (activation checkpointing) and changes nothing. Until
@@ -66,8 +67,9 @@ class FakeQuantizeInput(nn.Module):
             low, high = x.detach().float().aminmax()
             self.batch_low.copy_(torch.minimum(self.batch_low, low))
             self.batch_high.copy_(torch.maximum(self.batch_high, high))
+        note_rows(module, x, self.args)
         if self.args.dynamic:                       # the range follows the input, nothing lies outside
-            return replace_value(x, fake_quantize_input(module, x.detach(), self.args, None, None), None)
+            return fake_quantize_input(module, x, self.args, None, None)
         change = self.change if torch.is_grad_enabled() else None
         if change is not None and not self._learned:
             x = x + 0 * change.sum()                # DDP waits for the gradient of every parameter, and gets zero
@@ -78,7 +80,7 @@ class FakeQuantizeInput(nn.Module):
         lowest, highest = integer_range(self.args)
         if change is not None and self._learned:
             moving = relative_step(self.scale.clone(), change, self.scale.dtype)
-            features = x[0].numel() if isinstance(module, nn.Conv1d | nn.Conv2d) and len(x) else x.shape[-1]
+            features = x[0].numel() if isinstance(module, CONVOLUTIONS) and len(x) else x.shape[-1]
             return learned_value(x, value, moving, zero, lowest, highest, self.args.type == "float", features)
         half = HALF_STEP[self.args.type == "float"]
         v = x.detach() / scale if zero is None else x.detach() / scale + zero

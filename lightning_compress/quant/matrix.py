@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_compress.quant.expert import ExpertLinear, tokens_of
 
 __all__ = [
+    "CONVOLUTIONS",
     "as_matrix",
     "input_layout",
     "inputs_as_rows",
@@ -34,6 +35,7 @@ __all__ = [
     "write_matrix",
 ]
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
 
 
@@ -43,7 +45,7 @@ def is_supported(module: nn.Module) -> bool:
         return True
     if not isinstance(_stored(module), nn.Parameter):                      # a computed weight cannot be written
         return False
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed(module)
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_transposed(module)
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -99,12 +101,12 @@ def write_matrix(module: nn.Module, W_RC: Tensor) -> None:
 
 def partitions(module: nn.Module) -> int:
     """P: rows [p * R / P, (p + 1) * R / P) of W multiply partition p of the inputs."""
-    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+    return module.groups if isinstance(module, CONVOLUTIONS) else 1
 
 
 def input_layout(module: nn.Module) -> Hashable:
     """Modules of equal layout turn one input tensor into the same rows."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         window = (module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode)
         return (type(module).__name__, module.groups, *window)
     return "features last"
@@ -121,7 +123,7 @@ def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> 
             where x holds the same tokens flattened into one dimension, or some of them (quant/expert.py); other
             inputs are taken whole.
     """
-    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+    if not isinstance(module, CONVOLUTIONS):
         if mask is not None and x.ndim > 1:
             mask = mask.to(x.device)
             if (tokens_N := tokens_of(x)) is not None:                           # those that the router sent

@@ -7,14 +7,16 @@ model. The module's weight itself holds the dequantized value, (code - zero poin
 from dataclasses import dataclass
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationScheme
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
-from lightning_compress.quant.fake_quant import fake_quantize_input
+from lightning_compress.quant.fake_quant import fake_quantize_input, has_rows
 
-__all__ = ["Quantized", "attach", "detach", "quantized_modules", "quantized_of"]
+__all__ = ["Quantized", "attach", "detach", "note_rows", "quantized_modules", "quantized_of", "saw_rows"]
 
 _ATTRIBUTE = "_lightning_compress_quantized"
+_ROWS = "_lightning_compress_rows"
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,22 @@ def detach(module: nn.Module) -> None:
             del module._forward_pre_hooks[key]
 
 
+def note_rows(module: nn.Module, x: Tensor, args: QuantizationArgs) -> None:
+    """Remember on the module that several rows of [rows, features] got a scale each: plain transformers gives one."""
+    if has_rows(module, x, args) and x.shape[0] > 1 and not torch.compiler.is_compiling():
+        setattr(module, _ROWS, True)
+
+
+def saw_rows(module: nn.Module) -> bool:
+    """Whether :func:`note_rows` noted such an input."""
+    return getattr(module, _ROWS, False)
+
+
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     quantized = quantized_of(module)
     if quantized is None or quantized.scheme.input_activations is None or not args:
         return None
     calibrated = (quantized.input_scale, quantized.input_zero_point, quantized.input_global_scale)
+    note_rows(module, args[0], quantized.scheme.input_activations)
     x = fake_quantize_input(module, args[0], quantized.scheme.input_activations, *calibrated)
     return (x, *args[1:])

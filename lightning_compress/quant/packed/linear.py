@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
-from lightning_compress.quant.packed.inputs import input_values
+from lightning_compress.quant.fake_quant import fake_quantize_input
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.paths import Call, Path, paths_of
 from lightning_compress.quant.packing import pack, unpack
@@ -89,7 +89,7 @@ class PackedLinear(nn.Module):
         args = self.scheme.input_activations
         if args is not None:
             calibrated = (self.optional(f"input_{name}") for name in ("scale", "zero_point", "global_scale"))
-            x = input_values(self, x, args, *calibrated)
+            x = fake_quantize_input(self, x, args, *calibrated)
         wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
         return F.linear(x.to(wide), self._dense_once(wide)).to(x.dtype)     # bf16 products are slow on old CPUs
 

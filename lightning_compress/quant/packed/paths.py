@@ -140,7 +140,7 @@ class Int8InputsOnCpu:
 class EightBitsOnCuda:
     """The fused kernel of int8 or FP8 weights and inputs; passes the gradient to x.
 
-    Dynamic tokens get a scale each, as compressed-tensors does for x [batch, tokens, K].
+    Dynamic tokens get a scale each, as in quant/fake_quant.py for x [batch, tokens, K] and [rows, K].
     """
 
     name = "w8a8_linear"
@@ -148,7 +148,7 @@ class EightBitsOnCuda:
     def takes(self, layer: Weights, call: Call) -> bool:
         args, weights = _inputs(layer), layer.scheme.weights
         plain = weights.symmetric and weights.strategy in ("channel", "tensor") and args.symmetric
-        tokens = args.dynamic is True and args.strategy == "token" and call.ndim == 3
+        tokens = args.dynamic is True and args.strategy == "token" and call.ndim <= 3
         return bool(plain and (tokens or (args.dynamic is False and args.strategy == "tensor"))) and _on_cuda(call)
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
@@ -166,7 +166,7 @@ class Int4InputsOnCuda:
     def takes(self, layer: Weights, call: Call) -> bool:
         args, weights = _inputs(layer), layer.scheme.weights
         plain = weights.symmetric and weights.strategy in ("channel", "group") and args.symmetric
-        tokens = args.dynamic is True and args.strategy == "token" and call.ndim == 3
+        tokens = args.dynamic is True and args.strategy == "token" and call.ndim <= 3
         return bool(plain and tokens) and _on_cuda(call)
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
