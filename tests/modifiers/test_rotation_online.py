@@ -36,6 +36,13 @@ def test_what_runs_beside_a_linear_is_the_matrix(side, n, block):
     expected = linear(x @ M) if side == "input" else linear(x) @ M.t()
     attach_online(linear, online)
     assert_close(linear(x), expected, rtol=0, atol=1e-12)
+    x.requires_grad_()
+    plain = nn.functional.linear(x @ M if side == "input" else x, linear.weight, linear.bias)
+    plain = plain if side == "input" else plain @ M.t()
+    wanted = (x, linear.weight, linear.bias)
+    gradients = (torch.autograd.grad(y.sin().sum(), wanted) for y in (linear(x), plain))
+    for mine, other in zip(*gradients, strict=True):
+        assert_close(mine, other, rtol=0, atol=1e-11)
     assert_close(copy.deepcopy(linear)(x), expected, rtol=0, atol=1e-12)
     detach_online(linear)
     assert not linear._forward_pre_hooks
