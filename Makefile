@@ -8,6 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NEWEST := transformers==5.24.0 compressed-tensors==0.20.1
+NEWEST_VENV := .venv-newest
+NEWEST_READY := $(NEWEST_VENV)/.ready
 
 RECIPE ?= gptq_w4
 ARGS ?=
@@ -16,7 +19,7 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-kernels test-slow test-real test-slurm lint format clean
+.PHONY: help demo test test-newest test-kernels test-slow test-real test-slurm lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -24,6 +27,14 @@ help:  ## this list
 # -- set-up: once, and again when the pins or the dependencies change ---------------------------------------------------------
 $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) scripts/setup.sh $(VENV)
+	@touch $@
+
+# A second environment: the pins of the first, but for the libraries that change fastest.
+$(NEWEST_READY): pyproject.toml constraints.txt scripts/setup.sh Makefile
+	@mkdir -p $(NEWEST_VENV)
+	grep -vE '^(transformers|compressed-tensors)==' constraints.txt > $(NEWEST_VENV)/constraints.txt
+	printf '%s\n' $(NEWEST) >> $(NEWEST_VENV)/constraints.txt
+	CONSTRAINTS=$(NEWEST_VENV)/constraints.txt PYTHON=$(PYTHON) scripts/setup.sh $(NEWEST_VENV)
 	@touch $@
 
 # -- the demo: trains once, later runs compress the model that the first one trained ------------------------------------------
@@ -50,6 +61,10 @@ TEST := OMP_NUM_THREADS=1 HYDRA_FULL_ERROR=1 $(BIN)/python -m pytest
 test: $(READY)  ## the tests that need no GPU, no cluster and no download
 	$(TEST) -m "not (slow or real or slurm or gpu)" $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) tests/ops -k interpreted
+
+test-newest: $(NEWEST_READY)  ## exports, KV caches and reloads with the newest transformers and compressed-tensors
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -m "not (slow or real or slurm or gpu)" \
+		tests/export/test_kv_cache.py tests/export/test_reload.py $(ARGS)
 
 test-kernels: $(READY)  ## the GPU kernels alone, interpreted against float64 and compiled for sm_80 to 100; needs no GPU
 	TRITON_INTERPRET=1 $(TEST) tests/ops -k interpreted $(ARGS)

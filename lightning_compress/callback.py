@@ -13,7 +13,6 @@
 What happens at the end (best weights, metric, calibration, metric again, export, report) is in training/finish.py.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -43,18 +42,22 @@ from lightning_compress.training.checks import (
     check_strategy,
     check_whole,
     check_windows,
+    tensor_bytes,
     tensor_names,
 )
 from lightning_compress.training.clock import StepClock
 from lightning_compress.training.finish import Finish, Plan, check_best, check_export
 from lightning_compress.training.finished import earlier_end, new_run
+from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.requeue import requeue_only, supersede
+from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
 from lightning_compress.training.submodule import choose, is_compiled
 
 __all__ = ["CompressionCallback"]
 
 E = EventType
+OF_THE_DENSE_MODEL = ("model_bytes_before", "metric_dense")        # facts that a resumed run cannot find out again
 
 
 class CompressionCallback(Callback):
@@ -128,6 +131,13 @@ class CompressionCallback(Callback):
         if recipe is not None:
             read = read_recipe(recipe)
             modifiers, arguments = read.modifiers, _filled(arguments, read.arguments)
+        for name, modifier in modifiers.items() if isinstance(modifiers, dict) else ():
+            if not isinstance(modifier, Modifier):
+                raise ValueError(
+                    f"modifiers.{name} is {modifier!r}, expected a Modifier; the recipe's entries that are one: "
+                    f"{', '.join(n for n, m in modifiers.items() if isinstance(m, Modifier)) or 'none'}"
+                )
+            modifier.called(name)
         self.lifecycle = Lifecycle(_listed(modifiers))
         self.ledger = Ledger()
         self.recipe = dump_recipe(self.lifecycle.modifiers)
@@ -143,7 +153,8 @@ class CompressionCallback(Callback):
         self._acting = False                   # in this batch some modifier may act
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
-        self._began = 0.0
+        self._saved_files = SavedFiles()
+        self._unwatch: Callable[[], None] | None = None
         self._seconds: dict[str, float] = {}   # of what was done in the midst of training, for the report
         self._facts: dict[str, Any] = {}
         self._warned_stray_step = False
@@ -172,7 +183,8 @@ class CompressionCallback(Callback):
             )
         if self.done:
             return
-        self._root, self._began, self._trained = pl_module, time.time(), False
+        self._root, self._trained = pl_module, False
+        self._unwatch = self._saved_files.watch(trainer)
         if not self.lifecycle.initialized and not self._initialize_now(trainer, pl_module):
             self._initialize_after_configure_model(trainer, pl_module)
 
@@ -215,6 +227,7 @@ class CompressionCallback(Callback):
         reshaping = any(m.reshapes for m in self.lifecycle.modifiers)
         if reshaping:
             check_launcher(trainer)
+        self._facts.setdefault("model_bytes_before", tensor_bytes(module))        # before anything is cut
         before = tensor_names(pl_module)
         with nullcontext() if self._windowed else split_while(module):        # who trains wants experts in one tensor
             self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
@@ -261,11 +274,18 @@ class CompressionCallback(Callback):
         self._in_batch = self._trained = True
         if self._windowed or self.lifecycle.acting:
             event = self.clock.event(E.BATCH_START)
+            self._measure_dense(trainer, pl_module, event)
             self._hand_over(trainer, pl_module, event)
             self._batch_state = self._state.but(batch_data=batch, optimizer=trainer.optimizers)
             self.lifecycle.emit(self._batch_state, event)
             self._acting = self.lifecycle.acting             # else the rest of the batch costs nothing
             self._show_hooks(pl_module)
+
+    def _measure_dense(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
+        """Measure the model once, before the first window opens: what training compresses is compared with that."""
+        starting = any(m.start is not None and m.should_start(event) for m in self.lifecycle.modifiers)
+        if starting and "metric_dense" not in self._facts and not self._resumed and not trainer.fast_dev_run:
+            self._ending(trainer, pl_module, self.lifecycle, event).measure_dense()
 
     def _hand_over(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
         """Calibrate now where another modifier trains on from the result."""
@@ -393,7 +413,7 @@ class CompressionCallback(Callback):
         return True
 
     def _ending(self, trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, event: Event) -> Finish:
-        run = (self.plan, self.recipe, event, self._began, self._seconds, self._facts)
+        run = (self.plan, self.recipe, event, self._saved_files, self._seconds, self._facts)
         return Finish(trainer, pl_module, lifecycle, self._state, *run)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -406,6 +426,9 @@ class CompressionCallback(Callback):
 
     def _take_off(self) -> None:
         self.clock.detach()
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         if self._undo is not None:
             self._undo()
             self._undo = None
@@ -425,6 +448,7 @@ class CompressionCallback(Callback):
             "done": self.done,
             "random": [random_state.collect()],
             "run": self._run,
+            "facts": {name: self._facts[name] for name in OF_THE_DENSE_MODEL if name in self._facts},
         }
         check_plain(state, "CompressionCallback.state_dict()")
         return state
@@ -453,6 +477,7 @@ class CompressionCallback(Callback):
         self.done = state_dict["done"]
         self._random, self._resumed = state_dict.get("random"), True
         self._run = state_dict.get("run", self._run)
+        self._facts |= state_dict.get("facts", {})
         if self.done:
             self.lifecycle.abort()
 
@@ -465,6 +490,7 @@ class CompressionCallback(Callback):
         own["random"] = random_state.collect_all(own["random"][0])
         if self._state.model is not None:
             write_shapes(checkpoint, self._state.model)            # after teardown, the module's own hook is off
+        write_plain_modules(checkpoint)
         if self.done and checkpoint.pop("averaging_state", None) is not None:
             checkpoint["state_dict"] = checkpoint.pop("current_model_state")
 

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
+import torch
 from torch import nn
 
-__all__ = ["clean_name", "match_rank", "select", "unmatched_message", "warn_of_left_out"]
+__all__ = ["clean_name", "match_rank", "select", "select_weights", "unmatched_message", "warn_of_left_out"]
 
 CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 LEFT_OUT = 0.1         # of the weights: a patch embedding or the first convolution is less, and nobody's mistake
@@ -62,6 +63,38 @@ def select(
             f"such as {matched[0]!r}; narrow it"
         )
     return chosen
+
+
+def select_weights(
+    model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """As :func:`select`, but of what patterns match only modules that hold a matrix themselves.
+
+    So ``re:.*mlp.*`` means the layers of an MLP, not the MLP around them nor its activation function. What is given by
+    its name or its class is taken as it is.
+
+    Raises:
+        ValueError: As in :func:`select`, or a pattern matches no module that holds a matrix.
+    """
+    chosen = select(model, targets, ignore)
+    kept: dict[str, nn.Module] = {}
+    for target in _listed(targets):
+        matched = {name: module for name, module in chosen.items() if match_rank(name, module, target)}
+        held = {n: m for n, m in matched.items() if not target.startswith("re:") or _holds_matrix(m)}
+        if matched and not held:
+            some = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in [*matched.items()][:3])
+            raise ValueError(
+                f"targets={target!r} matches {some}, which hold no matrix of their own; to mean the layers inside, let "
+                f"the pattern match their names too, as in 're:.*mlp.*'"
+            )
+        kept |= held
+    return {name: module for name, module in chosen.items() if name in kept}
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Also where a parametrization computes it, or where it is no Parameter."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False), getattr(module, "weight", None)]
+    return hasattr(module, "parametrizations") or any(isinstance(t, torch.Tensor) and t.ndim > 1 for t in tensors)
 
 
 def _refuse_packed(named: Mapping[str, nn.Module], targets: Sequence[str], ignore: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from pydantic import PrivateAttr
 
-from lightning_compress import CompressionCallback, Modifier
+from lightning_compress import CompressionCallback, GPTQModifier, Modifier
 from lightning_compress.core import State
 from tests.training_runs import RecordingModifier, Regression, Sums, quiet
 
@@ -499,3 +499,9 @@ def test_lightning_cli_names_an_unknown_argument(capsys):
     with pytest.raises(SystemExit):
         LightningCLI(Regression, Sums, run=False, args={"trainer": {"callbacks": [spec]}})
     assert "bitz" in capsys.readouterr().err
+
+
+def test_an_entry_that_no_modifier_answers_to_is_named():
+    """As after ``++callbacks.compress.modifiers.gtpq.group_size=64``, where the recipe calls it gptq."""
+    with pytest.raises(ValueError, match=r"modifiers.gtpq is \{'group_size': 64\}, expected a Modifier; .* one: gptq$"):
+        CompressionCallback({"gptq": GPTQModifier(scheme="W4A16"), "gtpq": {"group_size": 64}})

@@ -1,6 +1,7 @@
 """Every config composes, and recipes stack, change, sweep and complete as the README says."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +286,22 @@ def test_tab_completion_offers_recipes() -> None:
 def test_help_and_searchpath_name_the_recipes() -> None:
     assert "lightning-compress" in app("--info", "searchpath").stdout
     assert "gptq_w4" in app("--help").stdout
+
+
+MODIFIERS = sorted({n for n in lightning_compress.__all__ if n.endswith("Modifier")} - {"Modifier"})
+NEEDED = {
+    "MovementPruningModifier": {"end": 4},
+    "LearnedMaskModifier": {"end": 4},
+    "DepthPruningModifier": {"count": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_strategies_that_spawn_can_send_every_modifier(name: str) -> None:
+    kind = getattr(lightning_compress, name)
+    schemed = {"scheme": "W4A16"} if "scheme" in kind.model_fields else {}
+    callback = CompressionCallback(kind(**schemed, **NEEDED.get(name, {})))
+    sent = pickle.loads(pickle.dumps(callback))
+    assert sent.recipe == callback.recipe
+    assert [type(modifier) for modifier in sent.lifecycle.modifiers] == [kind]
+    assert vars(sent.lifecycle.modifiers[0]) == vars(callback.lifecycle.modifiers[0])

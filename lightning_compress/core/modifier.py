@@ -5,13 +5,15 @@ Arguments are the annotated fields of the class (pydantic validates them and ref
 private: names that begin with an underscore.
 """
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import repr as short
-from typing import Any, ClassVar, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from torch import Tensor, nn
@@ -74,7 +76,9 @@ class Modifier(ModifierInterface, BaseModel):
         ValueError: An argument is unknown (near misses are named) or has a value that it cannot have.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False
+    )
 
     needs_calibration: ClassVar[bool] = False
     """True when it acts on calibration events (CALIBRATION_START, BLOCK_END, ...)."""
@@ -110,15 +114,33 @@ class Modifier(ModifierInterface, BaseModel):
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _hooks: list[tuple[nn.Module, RemovableHandle]] = PrivateAttr(default_factory=list)
     _warned: set[str] = PrivateAttr(default_factory=set)       # texts of the warnings of set-up
+    _entry: str | None = PrivateAttr(default=None)
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, /, **arguments: Any) -> None:
         try:
             super().__init__(**arguments)
         except ValidationError as error:
             raise ValueError(_readable(type(self), error)) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_surprise_of_yaml(cls, arguments: Any) -> Any:
+        """A number is not read from true, nor a text from a number; pydantic would take the first."""
+        for name, value in arguments.items() if isinstance(arguments, dict) else ():
+            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else {Any}
+            if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}:
+                raise ValueError(f"{name}={value}: expected a number (YAML reads yes, no, on, off, true, false so)")
+            if isinstance(value, int) and not isinstance(value, bool) and str in kinds and not kinds - {str, list}:
+                minutes = f", as YAML reads {value // 60}:{value % 60}" if value >= 60 else ""
+                raise ValueError(f"{name}={value}: expected a text, got a number{minutes}; write it in quotes")
+        return arguments
+
     @model_validator(mode="after")
     def _window_is_possible(self) -> "Modifier":
+        window = {"start": self.start, "end": self.end}
+        late = ", ".join(f"{name}={value:g}" for name, value in window.items() if value is not None and value > 1)
+        if late and self.unit == "fraction":
+            raise ValueError(f"{late} lies after the end of the run, which is 1 in unit 'fraction'; 25 % is 0.25")
         if self.update is not None and self.update <= 0:
             raise ValueError(f"update={self.update} must be positive; leave it out to be called at every event")
         if self.start is not None and self.end is not None and self.end <= self.start:
@@ -143,6 +165,17 @@ class Modifier(ModifierInterface, BaseModel):
     def name(self) -> str:
         """The name for messages and checkpoints: the class, and its group when it has one."""
         return f"{type(self).__name__}[{self.group}]" if self.group else type(self).__name__
+
+    def called(self, entry: str) -> None:
+        """Whoever reads the recipe says under which name this modifier stands there."""
+        self._entry = entry
+
+    def override(self, argument: str, value: Any) -> str:
+        """For messages: what to type to set an argument, where a Hydra app is running that named this modifier."""
+        hydra = sys.modules.get("hydra.core.hydra_config")
+        if self._entry is None or hydra is None or not hydra.HydraConfig.initialized():
+            return ""
+        return f"; on the command line: ++callbacks.compress.modifiers.{self._entry}.{argument}={value}"
 
     @property
     def acts_in_window(self) -> bool:
@@ -424,14 +457,10 @@ class Modifier(ModifierInterface, BaseModel):
             function: ``(module, args)`` for ``forward_pre``, ``(module, args, output)`` for ``forward``; what it
                 returns replaces the input or the output, as in torch.
             kind: ``forward_pre`` or ``forward``.
-            with_kwargs: ``function`` gets the keyword arguments too, as its third argument.
             with_kwargs: The function takes the call's keyword arguments too, after ``args``, as in torch.
         """
-
-        def unless_paused(*args: Any) -> Any:
-            return None if self._paused else function(*args)
-
-        handle: RemovableHandle = getattr(module, f"register_{kind}_hook")(unless_paused, with_kwargs=with_kwargs)
+        register = getattr(module, f"register_{kind}_hook")
+        handle: RemovableHandle = register(_UnlessPaused(self, function), with_kwargs=with_kwargs)
         self._hooks.append((module, handle))
         return handle
 
@@ -497,6 +526,37 @@ def _each_warning_once(messages: set[str]) -> Iterator[None]:
             if str(record.message) not in messages:
                 messages.add(str(record.message))
                 warnings.warn_explicit(record.message, record.category, record.filename, record.lineno)
+
+
+class _UnlessPaused:
+    """A hook of a modifier. A pickled model leaves the modifier behind, and its hooks then do nothing."""
+
+    def __init__(self, modifier: Modifier | None = None, function: Callable[..., Any] | None = None):
+        self.modifier, self.function = modifier, function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.modifier is None or self.modifier._paused or not self.function else self.function(*args)
+
+    def __copy__(self) -> "_UnlessPaused":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_UnlessPaused":
+        return self                                            # as functions do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _UnlessPaused, ()
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation names, without those inside of lists and mappings."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return {type(value) for value in inner}
+    if origin is Annotated:
+        return _kinds(inner[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, inner)) - {NoneType}
+    return {origin or annotation}
 
 
 def _readable(modifier: type[Modifier], error: ValidationError) -> str:

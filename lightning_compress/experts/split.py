@@ -27,7 +27,7 @@ from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear, mark_tokens
 from lightning_compress.quant.record import quantized_of
 
-__all__ = ["PROJECTIONS", "fused_experts", "is_split", "join", "split", "split_while", "watched"]
+__all__ = ["PROJECTIONS", "fused_experts", "is_split", "join", "split", "split_while", "unsplit", "watched"]
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ALL, _COUNTS = "_lightning_compress_all_experts", "_lightning_compress_tokens_per_expert"
@@ -73,9 +73,14 @@ def join(model: nn.Module, names: Iterable[str] | None = None) -> None:
         if not is_split(module) or (names is not None and clean_name(name) not in names):
             continue
         if not any(quantized_of(linear) is not None for linear in _linears(module)):
-            for expert in [name for name, _ in module.named_children() if name.isdigit()]:
-                delattr(module, expert)
-            del module.__dict__["forward"]
+            unsplit(module)
+
+
+def unsplit(module: nn.Module) -> None:
+    """Take the children off one module that :func:`is_split`, whatever they carry."""
+    for expert in [name for name, _ in module.named_children() if name.isdigit()]:
+        delattr(module, expert)
+    del module.__dict__["forward"]
 
 
 @contextmanager

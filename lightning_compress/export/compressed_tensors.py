@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import yaml
 from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -42,9 +42,10 @@ from lightning_compress.experts.split import fused_experts, join, split
 from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
 from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
-from lightning_compress.export.online import attach_all, online_entries, seal, unsealed
+from lightning_compress.export.online import attach_all, check_all, online_entries, seal, unsealed
+from lightning_compress.export.own_file import FORMAT_VERSION, read_own
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
-from lightning_compress.export.tensors import TensorFiles, read_json, write_tensors
+from lightning_compress.export.tensors import TensorFiles, naming, read_json, write_tensors
 from lightning_compress.finite import nonfinite
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
@@ -55,17 +56,26 @@ from lightning_compress.quant.kv_cache import (
     attention_modules,
     cache_of,
     quantized_caches,
+    unread_caches,
 )
-from lightning_compress.quant.matrix import weight_of
+from lightning_compress.quant.matrix import as_matrix, weight_of
 from lightning_compress.quant.packed import PackedLinear, as_linears, fuse_siblings, pack_linears
-from lightning_compress.quant.packing import check_fit, from_json, is_packable, pack, tensor_names, to_json, unpack
+from lightning_compress.quant.packing import (
+    check_fit,
+    check_record,
+    from_json,
+    is_packable,
+    pack,
+    tensor_names,
+    to_json,
+    unpack,
+)
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of, saw_rows
 from lightning_compress.structure.surgery import record_of, reshape
 
 __all__ = ["load", "save"]
 
 OWN_FILE = "lightning_compress.json"
-FORMAT_VERSION = 1
 Records = Mapping[str, tuple[nn.Module, Quantized]]
 Stored = Mapping[str, Mapping[str, Tensor]]         # of modules that are packed in memory: their tensors on disk
 
@@ -184,56 +194,61 @@ def load(
             way, nothing in it can be ``packed``, or nothing can be fused with ``fuse=True``.
     """
     folder = Path(folder).expanduser().resolve()
-    config = read_json(folder / "config.json")
-    own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else _own({}, {}, None)
-    if own["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder / OWN_FILE} has format_version {own['format_version']}, expected {FORMAT_VERSION}; "
-            f"load it with a newer version of this package"
-        )
+    config_file, own_file = folder / "config.json", folder / OWN_FILE
+    config, own = read_json(config_file), read_own(own_file)
     if "online" in own:
         if packed or fuse:
             raise ValueError(f"{folder}: rotations run beside its modules, which packed ones do not; leave packed out")
         packed = False
-        config = unsealed(config)
-    method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
-    if method != "compressed-tensors":
-        raise ValueError(f"{folder} was quantized by {method}, expected compressed-tensors; load it with transformers")
+        with naming(config_file):
+            config = unsealed(config)
+    quantization = _quantization_of(config_file, config)
     if model is None and "model_type" not in config:
         raise ValueError(f"{folder} holds no Hugging Face model; build the dense model and call load(folder, model)")
 
+    files = TensorFiles(folder)
     dtype = getattr(torch, own["dtype"]) if "dtype" in own else None
-    layout = model if model is not None else hugging_face.skeleton(folder, config, dtype)
-    reshape(layout, own.get("structure", record_of(layout)))
+    layout = model if model is not None else hugging_face.skeleton(folder, config, len(files.names), dtype)
+    with naming(own_file, "structure"):
+        reshape(layout, own.get("structure", record_of(layout)))
     names = dict(own["names"])
     if hugging_face.is_transformers(layout) and fused_experts(layout):
         split(layout)
         names = hugging_face.names_of_experts(layout) | names
-    files = TensorFiles(folder)
     weights, records, stored = {}, {}, {}
-    if "quantization_config" in config:
-        for name, scheme in matched(layout, QuantizationConfig.model_validate(config["quantization_config"])).items():
+    if quantization:
+        with naming(config_file, "quantization_config"):
+            schemes = matched(layout, QuantizationConfig.model_validate(quantization))
+        for name, scheme in schemes.items():
             on_disk = names.get(name, name)
             module = layout.get_submodule(name)
             if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
                 continue                                          # a target by class, but these experts stayed dense
-            tensors = files.take(on_disk, tensor_names(type(module), scheme))
+            with naming(files.path_of(f"{on_disk}.weight_scale"), repr(name)):
+                tensors = files.take(on_disk, tensor_names(type(module), scheme))
+                weight, records[name] = _unpacked(name, tensors, module, scheme)
             if packed is not False:
                 stored[name] = dict(tensors)
-            weight, records[name] = unpack(tensors, type(module), scheme)
-            if is_microscaled(scheme.weights):                    # they unpack to bfloat16, whatever the model's dtype
-                weight = weight.to(weight_of(module).dtype)
             weights[f"{on_disk}.weight"] = weight
-    caches = _read_caches(layout, config.get("quantization_config", {}).get("kv_cache_scheme"), files)
-    records |= {name: from_json(data) for name, data in own["dense"].items()}
+    with naming(config_file, "kv_cache_scheme"):
+        caches = _read_caches(layout, quantization.get("kv_cache_scheme"), files)
+    for name, data in own["dense"].items():
+        with naming(own_file, f"dense.{name}"):
+            records[name] = from_json(data)
+            check_record(name, as_matrix(layout.get_submodule(name)), records[name])
+    check_all(layout, own.get("online", {}), own_file)
     weights |= files.rest()
 
     if not hugging_face.is_transformers(layout):
+        _check_finite(folder, nonfinite(layout, weights))
         model = _fill(layout, weights)
-    elif model is None:
-        model = hugging_face.build(folder, layout, weights)
     else:
-        model.load_state_dict(hugging_face.build(folder, layout, weights).state_dict())
+        built = hugging_face.build(folder, layout, weights)
+        _check_finite(folder, nonfinite(built))
+        if model is None:
+            model = built
+        else:
+            model.load_state_dict(built.state_dict())
     model = (model if device is None else model.to(device)).eval()
     attach_all(model, own.get("online", {}))
     if any(isinstance(layout.get_submodule(name), ExpertLinear) for name in records):
@@ -246,7 +261,8 @@ def load(
         attention = model.get_submodule(name)
         attach_cache(attention, _on(cache, next(attention.parameters()).device))
     if packed is not False:
-        done = pack_linears(model, stored, served=packed is None)
+        with naming(folder):
+            done = pack_linears(model, stored, served=packed is None)
         if packed and not done:
             raise ValueError(f"{folder} holds no quantized Linear with a weight of its own; leave packed out")
     if fuse is not False:
@@ -304,6 +320,7 @@ def _write(
         ModelCompressor(quantization_config=config).update_config(str(folder))
         if is_transformers and caches:
             hugging_face.add_heads(model, folder)
+            hugging_face.warn_of_caches(unread_caches(model))
         if is_transformers:
             dtype = hugging_face.mend_layout(model, config, packed, folder)
     if is_transformers:
@@ -439,6 +456,42 @@ def _yaml(recipe: Mapping[str, Any]) -> str:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
+def _quantization_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``quantization_config``, empty where nothing is quantized."""
+    quantization = config.get("quantization_config", {})
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{path}: quantization_config must be an object, got {quantization!r:.80}")
+    method = quantization.get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        raise ValueError(
+            f"{path.parent} was quantized by {method!s:.80}, expected compressed-tensors; load it with transformers"
+        )
+    return quantization
+
+
+def _unpacked(
+    name: str, tensors: dict[str, Tensor], module: nn.Module, scheme: QuantizationScheme
+) -> tuple[Tensor, Quantized]:
+    """The dense weight of one module, of the dtype of the model, and its record."""
+    expected = weight_of(module)
+    shape = tensors.get("weight_shape")
+    if shape is not None and shape.tolist() != list(expected.shape):       # before so much memory is asked for
+        raise ValueError(f"its weight_shape is {shape.tolist()!s:.80}, and in the model {list(expected.shape)}")
+    weight, record = unpack(tensors, type(module), scheme)
+    if weight.shape != expected.shape:
+        raise ValueError(f"its weight unpacks to {list(weight.shape)}, and in the model it is {list(expected.shape)}")
+    check_record(name, weight, record)
+    return (weight.to(expected.dtype) if is_microscaled(scheme.weights) else weight), record
+
+
+def _check_finite(folder: Path, broken: list[str]) -> None:
+    if broken:
+        raise ValueError(
+            f"{folder}: NaN or Inf in {len(broken)} parameters or buffers, such as {', '.join(broken[:5])}; the files "
+            f"are damaged, or were written by a version that did not look at buffers"
+        )
+
+
 def _fuse(model: nn.Module, folder: Path, asked: bool) -> None:
     """Fuse what multiplies the same tensor, found by a call with the dummy inputs of transformers."""
     fault = None
@@ -484,8 +537,15 @@ def _read_caches(layout: nn.Module, scheme: Mapping[str, Any] | None, files: Ten
     if scheme is None:
         return {}
     args = QuantizationArgs.model_validate(scheme)
-    names = QuantizedCache.tensor_names(args)
-    return {name: QuantizedCache(args, **files.take(name, names)) for name in attention_modules(layout)}
+    tensor_keys = QuantizedCache.tensor_names(args)
+    modules = list(attention_modules(layout))
+    on_disk = hugging_face.names_on_disk(layout, modules) if hugging_face.is_transformers(layout) else {}
+    caches = {name: QuantizedCache(args, **files.take(on_disk.get(name, name), tensor_keys)) for name in modules}
+    for name, cache in caches.items():
+        for local, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+            if scale is not None and not (scale.isfinite() & (scale > 0)).all():
+                raise ValueError(f"{name}.{local} is not finite and positive everywhere")
+    return caches
 
 
 def _on(record: Any, device: torch.device) -> Any:

@@ -5,8 +5,10 @@ transformers is imported inside functions only.
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStra
 from torch import Tensor, nn
 
 from lightning_compress.experts.split import PROJECTIONS, fused_experts
-from lightning_compress.export.tensors import read_json
+from lightning_compress.export.tensors import naming, read_json
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
@@ -32,16 +34,20 @@ __all__ = [
     "add_names_on_disk",
     "build",
     "example_of",
+    "installed",
     "is_transformers",
     "mend_layout",
     "names_of_experts",
     "names_on_disk",
     "skeleton",
+    "warn_of_caches",
     "warn_of_sizes",
     "write",
 ]
 
 PACKED = CompressionFormat.pack_quantized
+COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")     # keys of a config whose numbers become modules
+BUFFERS = 2**28                          # numbers in the buffers of a model that its files need not account for
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -49,6 +55,11 @@ def is_transformers(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
+
+
+def installed() -> str:
+    """The version of transformers that is installed, for messages: what it can read changes from one to the next."""
+    return f"transformers {version('transformers')}"
 
 
 def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
@@ -127,6 +138,18 @@ def add_heads(model: "PreTrainedModel", folder: Path) -> None:
         _change(folder / "config.json", num_key_value_heads=text.num_attention_heads)
 
 
+def warn_of_caches(unread: Sequence[str]) -> None:
+    """Warn of attention modules whose cache the installed loader leaves as it is, without a word."""
+    if unread:
+        warnings.warn(
+            f"{installed()} with compressed-tensors {version('compressed-tensors')} will load this folder and leave "
+            f"its KV cache as it is, without a word, so that its outputs differ from this model's: compressed-tensors "
+            f"does not find the cache of {', '.join(unread[:3])}, whose keyword transformers 5.24 renamed from "
+            f"past_key_values to cache; load it with transformers below 5.24, or with lightning_compress.load",
+            stacklevel=4,
+        )
+
+
 def mend_layout(
     model: "PreTrainedModel",
     config: QuantizationConfig,
@@ -151,8 +174,8 @@ def mend_layout(
     experts = [packed[name][1].scheme for name in names_of_experts(model) if name in packed]
     if active := [scheme for scheme in experts if scheme.input_activations is not None]:
         warnings.warn(
-            f"transformers 5.23 will not quantize the inputs of {len(active)} projections of experts, so "
-            f"that its outputs differ from this model's; lightning_compress.load restores them",
+            f"{installed()} will not quantize the inputs of {len(active)} projections of experts, so that "
+            f"its outputs differ from this model's; lightning_compress.load restores them",
             stacklevel=4,
         )
     if fault := _merging_fault(model, packed):
@@ -164,7 +187,7 @@ def mend_layout(
         _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
         return None
     if fault:
-        warnings.warn(f"transformers 5.23 will fail to load this folder: {fault}; {advice}", stacklevel=4)
+        warnings.warn(f"{installed()} will fail to load this folder: {fault}; {advice}", stacklevel=4)
     if not bfloat16:
         return None
     _change(folder / "config.json", dtype="bfloat16")
@@ -179,7 +202,7 @@ def mend_layout(
 
 
 def _merging_fault(model: "PreTrainedModel", packed: Mapping[str, tuple[nn.Module, Quantized]]) -> str:
-    """Why transformers 5.23 cannot load weights that it merges on loading, such as experts; empty where it can."""
+    """Why transformers cannot load weights that it merges on loading, such as experts; empty where it can."""
     experts = names_of_experts(model)
     if not _merges_weights(model):
         return ""
@@ -210,7 +233,7 @@ def _merges_weights(model: "PreTrainedModel") -> bool:
 def _layout_fault(
     model: "PreTrainedModel", config: QuantizationConfig, packed: Mapping[str, tuple[nn.Module, Quantized]]
 ) -> str | None:
-    """Why transformers 5.23 cannot lay this model out with packed weights; None when it can."""
+    """Why transformers cannot lay this model out with packed weights; None when it can."""
     for group in config.config_groups.values():
         grouped = group.weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
         if grouped and not group.weights.symmetric and group.format == CompressionFormat.pack_quantized:
@@ -246,35 +269,87 @@ def warn_of_sizes(model: "PreTrainedModel") -> None:
         )
 
 
-def skeleton(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
-    """The model that config.json describes, without weights; ``dtype`` takes the place of the one there."""
+def skeleton(
+    folder: Path, config: Mapping[str, Any], tensors: int, dtype: torch.dtype | None = None
+) -> "PreTrainedModel":
+    """The model that config.json describes, without weights.
+
+    Args:
+        folder: With the config.json.
+        config: Its content.
+        tensors: How many there are in the folder: no config may describe more layers.
+        dtype: In place of the one there.
+    """
     import transformers
 
-    architecture = (config.get("architectures") or [""])[0]
-    model_class = getattr(transformers, architecture, None) if architecture else None
+    path = folder / "config.json"
+    named = config.get("architectures") or [""]
+    architecture = named[0] if isinstance(named, list) else named
+    model_class = getattr(transformers, architecture, None) if architecture and isinstance(architecture, str) else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
-            f"transformers has no model {architecture!r}, which {folder / 'config.json'} names; "
+            f"transformers has no model {architecture!r}, which {path} names; "
             f"build the dense model and call load(folder, model)"
         )
+    _check_counts(path, config, tensors)
     with torch.device("meta"):
-        settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with naming(path):
+            settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        expected = model_class.config_class
+        if expected is not None and not isinstance(settings, expected):
+            raise ValueError(
+                f"{path}: model_type {config.get('model_type')!r} does not belong to the architecture {architecture!r}"
+            )
         settings.dtype = settings.dtype if dtype is None else dtype
-        model: PreTrainedModel = model_class(_dense_config(settings))
+        with naming(path):
+            model: PreTrainedModel = model_class(_dense_config(settings))
     return model
+
+
+def _check_counts(path: Path, tree: Any, tensors: int) -> None:
+    """ValueError names the key that promises far more layers, experts or labels than the files have tensors."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        _check_counts(path, value, tensors)
+        if COUNTS.search(str(key)):
+            limit = max(1024, tensors) if not str(key).endswith("labels") else 10**6
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int | float) and count > limit:
+                    raise ValueError(
+                        f"{path}: {key} is {count!s:.30}, and the files beside it hold {tensors:,} tensors; copy the "
+                        f"folder anew"
+                    )
+
+
+def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> None:
+    """ValueError before memory is asked for that nothing in the files fills.
+
+    A tied weight may be counted twice; buffers such as masks and tables of positions are made anew.
+    """
+    stored = sum(tensor.numel() for tensor in weights.values())
+    needed = sum(parameter.numel() for parameter in layout.parameters())
+    buffers = sum(buffer.numel() for buffer in layout.buffers())
+    if needed > 2 * stored or buffers > 2 * stored + BUFFERS:
+        raise ValueError(
+            f"{path} describes a model of {needed:,} weights and {buffers:,} numbers in buffers, and the files beside "
+            f"it hold {stored:,}; copy the folder anew"
+        )
 
 
 def build(folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> "PreTrainedModel":
     """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``."""
     from transformers import GenerationConfig
 
-    model, info = type(layout).from_pretrained(
-        None, config=_dense_config(layout.config), state_dict=dict(weights), output_loading_info=True
-    )
+    _check_sizes(folder / "config.json", layout, weights)
+    with naming(folder / "config.json"):
+        model, info = type(layout).from_pretrained(
+            None, config=_dense_config(layout.config), state_dict=dict(weights), output_loading_info=True
+        )
     if bad := {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}:
         raise ValueError(f"{folder} does not fit {type(layout).__name__}: {bad}")
     if model.can_generate() and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with naming(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

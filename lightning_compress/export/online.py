@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from lightning_compress.export.tensors import read_json
+from lightning_compress.export.tensors import naming, read_json
 from lightning_compress.matching import clean_name
+from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.rotation.online import attach_online, online_from_json, online_modules, online_to_json
 
-__all__ = ["attach_all", "online_entries", "seal", "unsealed"]
+__all__ = ["attach_all", "check_all", "online_entries", "seal", "unsealed"]
 
 REFUSAL = "online rotations: lightning_compress.load"         # pydantic shortens longer ones
 NOBODYS = "WithOnlineRotations"
@@ -45,6 +47,15 @@ def unsealed(config: Mapping[str, Any]) -> dict[str, Any]:
     if REFUSAL in quantization["config_groups"]:                                  # nothing was quantized
         return config
     return config | {"quantization_config": quantization | {"quantization_status": "compressed"}}
+
+
+def check_all(layout: nn.Module, entries: Mapping[str, Any], path: Path) -> None:
+    """ValueError names the file and the module when a rotation does not fit a module of the model."""
+    for name, data in entries.items():
+        with naming(path, f"online.{name}"):
+            R, C = as_matrix(layout.get_submodule(name)).shape
+            for online in online_from_json(data):
+                online.apply(torch.zeros(1, C if online.side == "input" else R))
 
 
 def attach_all(model: nn.Module, entries: Mapping[str, Any]) -> None:

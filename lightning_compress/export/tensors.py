@@ -1,7 +1,13 @@
-"""Named tensors in the safetensors files of a folder: one file, or several and an index, named as Hugging Face does."""
+"""Named tensors in the safetensors files of a folder: one file, or several and an index, named as Hugging Face does.
+
+Nothing that is read is believed: an index names files beside it only, and whatever fails is an error with the file's
+name (:func:`naming`).
+"""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["TensorFiles", "read_json", "write_tensors"]
+__all__ = ["TensorFiles", "naming", "read_json", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
+BESIDE = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
@@ -72,13 +79,25 @@ class TensorFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).exists() else []
+        weight_map = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
         self.names: dict[str, str] = {}
-        for file in files or ["model.safetensors"]:
+        for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}; is it a folder that save wrote, and copied whole?")
-            with safe_open(folder / file, framework="pt") as opened:
-                self.names |= dict.fromkeys(opened.keys(), file)
+            with naming(folder / file), safe_open(folder / file, framework="pt") as opened:
+                names = list(opened.keys())
+            if twice := [name for name in names if name in self.names]:
+                raise ValueError(f"{twice[0]!r} is in {folder / file} and in {self.names[twice[0]]}; which one is it?")
+            self.names |= dict.fromkeys(names, file)
+        if wrong := [name for name, file in weight_map.items() if self.names.get(name) != file]:
+            raise ValueError(
+                f"{folder / INDEX}: weight_map says that {wrong[0]!r} is in {weight_map[wrong[0]]}, which does not "
+                f"hold it; copy the folder anew"
+            )
+
+    def path_of(self, name: str) -> Path:
+        """The file with this tensor, or where one is missing, the first file."""
+        return self.folder / self.names.get(name, next(iter(self.names.values()), "model.safetensors"))
 
     def check(self, module: str, local_names: tuple[str, ...]) -> None:
         """ValueError when a tensor of a packed module is missing (scales of activations may be)."""
@@ -99,14 +118,51 @@ class TensorFiles:
         return {name: self._read(name) for name in list(self.names)}
 
     def _read(self, name: str) -> Tensor:
-        with safe_open(self.folder / self.names.pop(name), framework="pt") as opened:
+        path = self.folder / self.names.pop(name)
+        with naming(path, repr(name)), safe_open(path, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
 
 
+@contextmanager
+def naming(path: Path, key: str = "") -> Iterator[None]:
+    """Whatever fails inside becomes a ValueError that names a file, and what in it.
+
+    For what reads damaged files and raises what it comes upon: safetensors, compressed-tensors, transformers.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path.parent) in str(error):
+            raise
+        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+        reason = f"{kind}{' '.join(str(error).split()):.600}"
+        where = f"{path}, {key}" if key else f"{path}"
+        raise ValueError(f"{where}: {reason}; is it a folder that save wrote, and copied whole?") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError when the file is not there."""
+    """The object in a JSON file; ValueError when the file is not there, or holds anything else."""
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}; is it a folder that save wrote?")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON in UTF-8: {error}; copy the folder anew") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object; copy the folder anew")
     return content
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """File by tensor; ValueError where it names a file that does not lie beside the index."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: weight_map must be an object of file names by tensor, got {weight_map!r:.80}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not BESIDE.fullmatch(file):
+            raise ValueError(
+                f"{path}: weight_map gives {file!r:.200} for {name!r}, expected the name of a .safetensors file in the "
+                f"same folder"
+            )
+    return weight_map

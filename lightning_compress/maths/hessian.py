@@ -11,6 +11,7 @@ Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all ot
 
 import weakref
 from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 
 from lightning_compress.ops.hessian import hessian_accumulate_, mirror_
 
-__all__ = ["InputMoment", "MomentPool", "Shared", "groups_as_partitions"]
+__all__ = ["InputMoment", "MomentPool", "PerShared", "Shared", "groups_as_partitions"]
 
 
 def groups_as_partitions(X_PNC: Tensor, g: int) -> Tensor:
@@ -97,6 +98,16 @@ class Shared:
             self.moment.sum_PCC += self.held_out.sum_PCC
             self.moment.tokens += self.held_out.tokens
             self.held_out = None
+
+
+T = TypeVar("T")
+
+
+class PerShared(weakref.WeakKeyDictionary[Shared, T]):
+    """Results for each statistic, kept for as long as the statistic lives; a pickled one is empty."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PerShared, ()
 
 
 class MomentPool:

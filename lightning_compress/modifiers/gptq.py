@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
@@ -35,7 +34,7 @@ from lightning_compress.gptq.held_out import DAMPENINGS, Choice, choose
 from lightning_compress.gptq.refinement import is_refinable
 from lightning_compress.gptq.solver import ScaleSearch, Solver, damped
 from lightning_compress.maths.factor import Factor, factorize_each
-from lightning_compress.maths.hessian import MomentPool, Shared
+from lightning_compress.maths.hessian import MomentPool, PerShared, Shared
 from lightning_compress.maths.pruning import share_of_zeros, zeros_stay
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.embeddings import Embeddings
@@ -129,7 +128,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
     _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
     _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
-    _prepared: "WeakKeyDictionary[Shared, _Prepared | None]" = PrivateAttr(default_factory=WeakKeyDictionary)
+    _prepared: PerShared[_Prepared | None] = PrivateAttr(default_factory=PerShared)
 
     @field_validator("actorder", mode="before")
     @classmethod

@@ -94,8 +94,8 @@ class KVCacheModifier(Modifier):
         if not modules:
             raise ValueError(
                 f"this {type(model).__name__} has no attention module whose keys and values can be quantized: expected "
-                f"a model of transformers, with a cache (past_key_values) and k_proj and v_proj in a module whose "
-                f"class is called attention; leave the KV cache out of the recipe"
+                f"a model of transformers, with a cache (past_key_values, or cache) and k_proj and v_proj in a module "
+                f"whose class is called attention; leave the KV cache out of the recipe"
             )
         if done := [name for name, module in modules.items() if cache_of(module) is not None]:
             raise ValueError(f"the KV cache of {done[0]!r} is quantized already; start from the dense model")

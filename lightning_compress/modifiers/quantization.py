@@ -11,7 +11,6 @@ scales that are chosen by what the output of the layer loses:
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
 
 from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, PrivateAttr
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.maths.hessian import MomentPool, Shared, groups_as_partitions
+from lightning_compress.maths.hessian import MomentPool, PerShared, groups_as_partitions
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.matrix import (
@@ -71,7 +70,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
     _moments: dict[str, InputMoment] = PrivateAttr(default_factory=dict)
     _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
-    _forms: "WeakKeyDictionary[Shared, Tensor]" = PrivateAttr(default_factory=WeakKeyDictionary)
+    _forms: PerShared[Tensor] = PrivateAttr(default_factory=PerShared)
     _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
 
     @property

@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -28,7 +27,7 @@ from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.maths.factor import Factor, energy, factorize_each
 from lightning_compress.maths.gathering import Gathering
-from lightning_compress.maths.hessian import Shared
+from lightning_compress.maths.hessian import PerShared, Shared
 from lightning_compress.maths.masks import keep_highest, keep_rows
 from lightning_compress.maths.owl import OutlierSurvey
 from lightning_compress.maths.pruning import PruningArguments, never_saw_data, share_of_zeros
@@ -152,7 +151,7 @@ class SparseGPTModifier(PruningArguments, Modifier):
     _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
     _survey: OutlierSurvey | None = PrivateAttr(default=None)
     _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)         # of single modules, where they differ
-    _solved: WeakKeyDictionary[Shared, tuple[Tensor, list[Factor]]] = PrivateAttr(default_factory=WeakKeyDictionary)
+    _solved: PerShared[tuple[Tensor, list[Factor]]] = PrivateAttr(default_factory=PerShared)
 
     @model_validator(mode="after")
     def _block_holds_patterns(self) -> "SparseGPTModifier":

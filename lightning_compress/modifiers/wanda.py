@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -29,7 +28,7 @@ from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.maths.factor import added_diagonal
 from lightning_compress.maths.gathering import Gathering
-from lightning_compress.maths.hessian import Shared
+from lightning_compress.maths.hessian import PerShared, Shared
 from lightning_compress.maths.masks import keep_rows
 from lightning_compress.maths.owl import OutlierSurvey
 from lightning_compress.maths.pruning import PruningArguments, never_saw_data, share_of_zeros
@@ -103,7 +102,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
     _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
     _survey: OutlierSurvey | None = PrivateAttr(default=None)
     _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)         # of single modules, where they differ
-    _moments: WeakKeyDictionary[Shared, Tensor] = PrivateAttr(default_factory=WeakKeyDictionary)
+    _moments: PerShared[Tensor] = PrivateAttr(default_factory=PerShared)
 
     @model_validator(mode="after")
     def _rounds_are_asked_for(self) -> "WandaPruningModifier":

@@ -8,10 +8,18 @@ from compressed_tensors.quantization import QuantizationScheme
 from pydantic import BaseModel, model_validator
 from torch import nn
 
-from lightning_compress.matching import select
+from lightning_compress.matching import select_weights
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import is_observed
-from lightning_compress.quant.schemes import assign, describe, from_groups, from_presets, is_special
+from lightning_compress.quant.schemes import (
+    GroupSize,
+    GroupSizeError,
+    assign,
+    describe,
+    from_groups,
+    from_presets,
+    is_special,
+)
 
 __all__ = ["QuantizationArguments"]
 
@@ -23,7 +31,8 @@ class QuantizationArguments(BaseModel):
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
         ignore: The same, for what is left out.
         scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row. Of a list each module gets the
+            first that divides its columns; ``auto``: [128, 64, 32, -1], where the preset has groups.
         config_groups: Schemes in full, as in the ``quantization_config`` of compressed-tensors, in place of ``scheme``.
     """
 
@@ -37,16 +46,16 @@ class QuantizationArguments(BaseModel):
     targets: str | list[str] = ["Linear"]
     ignore: str | list[str] = []
     scheme: str | dict[str, str | list[str]] | None = None
-    group_size: int | None = None
+    group_size: GroupSize | None = None
     config_groups: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _scheme_is_known(self) -> "QuantizationArguments":
-        given = self.model_fields_set
         if (self.scheme is None) == (self.config_groups is None):
             came = "neither" if self.scheme is None else "both"
             raise ValueError(f"expected either scheme (such as 'W4A16') or config_groups, got {came}")
-        if "targets" in given and not isinstance(self.scheme, str):
+        usual = type(self).model_fields["targets"].default          # recipes as dumped, and LightningCLI, spell it out
+        if not isinstance(self.scheme, str) and self.targets not in (usual, *usual):
             field = "config_groups" if self.scheme is None else "scheme as a mapping"
             raise ValueError(f"targets and {field} exclude each other: the targets stand inside; leave targets out")
         if self.group_size is not None and self.scheme is None:
@@ -78,10 +87,23 @@ class QuantizationArguments(BaseModel):
         ignore = [self.ignore] if isinstance(self.ignore, str) else self.ignore
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                       # assign will say it again
-            names = {name for scheme in self.schemes for name in select(state.model, scheme.targets, ignore)}
+            names = {name for scheme in self.schemes for name in select_weights(state.model, scheme.targets, ignore)}
         return dict.fromkeys(sorted(names), "quantize")
 
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.schemes.assign`."""
         ignore = [self.ignore] if isinstance(self.ignore, str) else self.ignore
-        return assign(model, self.schemes, ignore, self.embeddings)
+        try:
+            return assign(model, self.schemes, ignore, self.embeddings)
+        except GroupSizeError as error:
+            override = getattr(self, "override", None)           # of a modifier that Hydra built
+            if override is None or (argument := self._group_size_of(error.scheme)) is None:
+                raise
+            raise ValueError(f"{error}{override(argument, error.size)}") from None
+
+    def _group_size_of(self, scheme: QuantizationScheme) -> str | None:
+        """The argument that holds the group size of one of :attr:`schemes`."""
+        if self.config_groups is None:
+            return "group_size"
+        named = zip(self.config_groups, self.schemes, strict=True)
+        return next((f"config_groups.{name}.weights.group_size" for name, own in named if own is scheme), None)

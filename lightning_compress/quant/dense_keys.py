@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["ORIGINAL", "original_weight", "parametrization_of", "put_on", "remove_hook", "take_off"]
+__all__ = ["ORIGINAL", "original_weight", "parametrization_of", "put_on", "remove_hook", "take_off", "unparametrize"]
 
 ORIGINAL, PARTS = "parametrizations.weight.original", "parametrizations.weight."
 P = TypeVar("P", bound=nn.Module)
@@ -60,6 +60,17 @@ def take_off(module: nn.Module, kind: type[nn.Module], leave_parametrized: bool)
         (module._load_state_dict_pre_hooks, _dense_keys_in),
     ):
         remove_hook(hooks, function)
+
+
+def unparametrize(module: nn.Module) -> None:
+    """Make the dense weight an ordinary parameter again, the same object.
+
+    Not by ``remove_parametrizations``: registering anew calls ``set_`` on the parameter, and its gradient then no
+    longer reaches the hooks that DDP has put on it.
+    """
+    module._parameters = {"weight": module.get_parameter(ORIGINAL), **module._parameters}
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
 
 
 def remove_hook(hooks: dict[int, Any], function: Any) -> None:

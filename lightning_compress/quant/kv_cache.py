@@ -26,10 +26,12 @@ __all__ = [
     "cache_of",
     "detach_cache",
     "quantized_caches",
+    "unread_caches",
     "with_stand_in",
 ]
 
 _ATTRIBUTE = "_lightning_compress_cache"
+_KEYWORDS = ("cache", "past_key_values", "past_key_value")       # of transformers from 5.24, from 4.56, and before
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -61,8 +63,29 @@ class QuantizedCache:
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules whose keys and values a loader quantizes: by dotted name, as compressed-tensors tells them."""
-    return {clean_name(name): module for name, module in model.named_modules() if is_cached_attention_module(module)}
+    """Attention modules that hand keys and values to a cache, by dotted name.
+
+    The rule is that of compressed-tensors, plus the keyword of transformers 5.24: a class called attention, with k_proj
+    or v_proj, or one projection of both, whose ``forward`` takes a cache.
+    """
+    modules = ((clean_name(name), module) for name, module in model.named_modules())
+    return {name: module for name, module in modules if is_cached_attention_module(module) or _takes_cache(module)}
+
+
+def unread_caches(model: nn.Module) -> list[str]:
+    """Attention modules with a record whose cache the installed compressed-tensors would leave as it is."""
+    return [name for name, module in quantized_caches(model).items() if not is_cached_attention_module(module)]
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    projections = any(hasattr(module, name) for name in ("k_proj", "v_proj", "qkv_proj", "kv_b_proj"))
+    return "attention" in type(module).__name__.lower() and projections and _keyword(module) is not None
+
+
+def _keyword(module: nn.Module) -> str | None:
+    """The name under which ``forward`` takes its cache; None where it takes none."""
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in _KEYWORDS if name in parameters), None)
 
 
 def attach_cache(module: nn.Module, record: QuantizedCache) -> None:
@@ -99,9 +122,10 @@ def with_stand_in(module: nn.Module, kwargs: Mapping[str, Any], change: Change) 
         kwargs: Of the call.
         change: (keys, values) [B, H, T, D] each, to the ones that are used.
     """
-    parameters = inspect.signature(module.forward).parameters
-    name = "past_key_values" if "past_key_values" in parameters else "past_key_value"
-    return {**kwargs, name: _StandIn(kwargs.get(name), change)}
+    name = _keyword(module) or _KEYWORDS[-1]
+    there = next((kwargs[keyword] for keyword in _KEYWORDS if kwargs.get(keyword) is not None), None)
+    others = {key: value for key, value in kwargs.items() if key not in _KEYWORDS}
+    return {**others, name: _StandIn(there, change)}
 
 
 class _StandIn:

@@ -24,7 +24,17 @@ from lightning_compress.quant.matrix import as_matrix, weight_of
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.words import compress_words
 
-__all__ = ["ACTIVATION_NAMES", "check_fit", "from_json", "is_packable", "pack", "tensor_names", "to_json", "unpack"]
+__all__ = [
+    "ACTIVATION_NAMES",
+    "check_fit",
+    "check_record",
+    "from_json",
+    "is_packable",
+    "pack",
+    "tensor_names",
+    "to_json",
+    "unpack",
+]
 
 ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
 """What a static activation scheme adds to the names of a module's tensors."""
@@ -111,6 +121,36 @@ def check_fit(name: str, module: nn.Module, record: Quantized) -> None:
     _on_grid(name, as_matrix(module).detach(), record)
 
 
+def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
+    """RuntimeError when scales do not have the shape that the strategy wants, or are not finite and positive."""
+    args: QuantizationArgs = record.scheme.weights
+    R, C = weight_RC.shape
+    blocks = args.block_structure or [1, 1]
+    expected = {
+        QuantizationStrategy.TENSOR: (1,),
+        QuantizationStrategy.CHANNEL: (R, 1),
+        QuantizationStrategy.GROUP: (R, C // (args.group_size or C)),
+        QuantizationStrategy.TENSOR_GROUP: (R, C // (args.group_size or C)),
+        QuantizationStrategy.BLOCK: tuple(-(-n // b) for n, b in zip((R, C), blocks, strict=True)),
+    }.get(args.strategy)
+    if expected is None:
+        raise ValueError(f"{name!r}: cannot export weights of strategy {args.strategy!r}; use tensor, channel or group")
+    if has_global_scale(args) and record.global_scale is None:
+        raise RuntimeError(f"{name!r}: its scheme is NVFP4, but its record has no global scale")
+    for what, value in (("scale", record.scale), ("zero point", record.zero_point)):
+        if value is not None and tuple(value.shape) != expected:
+            raise RuntimeError(
+                f"{name!r}: its {what} has shape {tuple(value.shape)}, expected {expected} "
+                f"({QuantizationStrategy(args.strategy).value})"
+            )
+    if not args.symmetric and record.zero_point is None:
+        raise RuntimeError(f"{name!r}: its scheme is asymmetric, but its record has no zero point")
+    for what in ("scale", "global_scale", "input_scale", "input_global_scale"):
+        value = getattr(record, what)
+        if value is not None and not ((wide := _wide(value)).isfinite() & (wide > 0)).all():
+            raise RuntimeError(f"{name!r}: its {what} is not finite and positive everywhere")
+
+
 def to_json(record: Quantized) -> dict[str, Any]:
     """The record in JSON types: the scheme, and each tensor as dtype, shape and flat values (decimal, exact)."""
     tensors = {key: getattr(record, key) for key in TENSOR_FIELDS}
@@ -163,7 +203,7 @@ def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:
     +-255, where two codes may share one bfloat16 value and the nearest code (18 of 65,408 pairs) may give the value
     next to it; those are moved by one code.
     """
-    _check_record(name, weight_RC, record)
+    check_record(name, weight_RC, record)
     args: QuantizationArgs = record.scheme.weights
     wide_RC, scale = _wide(weight_RC), _wide(record.scale)
     if is_microscaled(args):
@@ -192,31 +232,3 @@ def _off_grid(name: str, weight_RC: Tensor, again_RC: Tensor) -> str:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
-    """The scale has the shape that the strategy wants, and is finite and positive."""
-    args: QuantizationArgs = record.scheme.weights
-    R, C = weight_RC.shape
-    blocks = args.block_structure or [1, 1]
-    expected = {
-        QuantizationStrategy.TENSOR: (1,),
-        QuantizationStrategy.CHANNEL: (R, 1),
-        QuantizationStrategy.GROUP: (R, C // (args.group_size or C)),
-        QuantizationStrategy.TENSOR_GROUP: (R, C // (args.group_size or C)),
-        QuantizationStrategy.BLOCK: tuple(-(-n // b) for n, b in zip((R, C), blocks, strict=True)),
-    }.get(args.strategy)
-    if expected is None:
-        raise ValueError(f"{name!r}: cannot export weights of strategy {args.strategy!r}; use tensor, channel or group")
-    if has_global_scale(args) and record.global_scale is None:
-        raise RuntimeError(f"{name!r}: its scheme is NVFP4, but its record has no global scale")
-    for what, value in (("scale", record.scale), ("zero point", record.zero_point)):
-        if value is not None and tuple(value.shape) != expected:
-            raise RuntimeError(
-                f"{name!r}: its {what} has shape {tuple(value.shape)}, expected {expected} "
-                f"({QuantizationStrategy(args.strategy).value})"
-            )
-    if not args.symmetric and record.zero_point is None:
-        raise RuntimeError(f"{name!r}: its scheme is asymmetric, but its record has no zero point")
-    if not (record.scale.isfinite() & (record.scale > 0)).all():
-        raise RuntimeError(f"{name!r}: some of its scales are not finite and positive")

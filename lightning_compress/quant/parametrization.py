@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from lightning_compress.ops.fake_quant import learned_step, relative_step, straight_through
 from lightning_compress.quant.dense_keys import (
-    ORIGINAL,
     original_weight,
     parametrization_of,
     put_on,
     remove_hook,
     take_off,
+    unparametrize,
 )
 from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.input_parametrization import FakeQuantizeInput
@@ -244,9 +244,6 @@ class Lifted:
 def lift(module: nn.Module) -> Lifted:
     """Take fake-quantization off for a while: the dense weight is an ordinary parameter again, the same object.
 
-    Not by ``remove_parametrizations``: registering anew calls ``set_`` on the parameter, whose gradient then no more
-    reaches the hooks that DDP has put on it.
-
     Raises:
         ValueError: Something else is on the weight too.
     """
@@ -259,9 +256,7 @@ def lift(module: nn.Module) -> Lifted:
             f"can hand it over; leave one of the two out"
         )
     lifted = Lifted(type(module), parts, fake)
-    module._parameters = {"weight": module.get_parameter(ORIGINAL), **module._parameters}
-    del module._modules["parametrizations"]
-    module.__class__ = lifted.kind.__bases__[0]
+    unparametrize(module)
     return lifted
 
 

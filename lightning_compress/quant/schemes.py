@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import (
@@ -22,26 +22,52 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from lightning_compress.matching import match_rank, select, warn_of_left_out
+from lightning_compress.matching import match_rank, select_weights, warn_of_left_out
 from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is_one_table
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import CONVOLUTIONS, SUPPORTED, as_matrix, is_embedding, is_supported, weight_of
 from lightning_compress.quant.record import quantized_of
 
-__all__ = ["assign", "describe", "from_groups", "from_presets", "group_fits", "is_special", "presets"]
+__all__ = [
+    "AUTO_SIZES", "GroupSize", "SizedByModule", "assign", "describe", "from_groups", "from_presets", "group_fits",
+    "is_special", "presets",
+]  # fmt: skip
 
 BITS = range(2, 9)
+AUTO_SIZES = (128, 64, 32, -1)
+"""What ``group_size="auto"`` tries. Groups of 16 would store 2 bits more for each weight where scales are float32."""
+
+GroupSize = int | Literal["auto"] | list[int]
+"""Columns that share a scale; -1: all of a row; several: the first that divides a module's columns; ``auto``: of
+:data:`AUTO_SIZES`."""
+
+
+class SizedByModule(QuantizationScheme):
+    """A scheme whose weights get their group size module by module; :func:`assign` gives each module a plain scheme.
+
+    Args:
+        sizes: The first that divides a module's columns counts; -1 for one scale per row.
+    """
+
+    sizes: tuple[int, ...]
+
+    def sized(self, columns: int) -> QuantizationScheme:
+        """The scheme of a module with so many columns; where no size divides them, that of the first size."""
+        size = next((size for size in self.sizes if size == -1 or columns % size == 0), self.sizes[0])
+        fields = {name: getattr(self, name) for name in QuantizationScheme.model_fields}
+        assert self.weights is not None
+        return QuantizationScheme(**{**fields, "weights": _grouped(self.weights, size)})
 
 
 def from_presets(
-    scheme: str | Mapping[str, str | Sequence[str]], targets: Sequence[str], group_size: int | None = None
+    scheme: str | Mapping[str, str | Sequence[str]], targets: Sequence[str], group_size: GroupSize | None = None
 ) -> list[QuantizationScheme]:
     """Schemes from a preset name (for ``targets``), or from a mapping of preset names to targets.
 
     Args:
         scheme: ``"W4A16"``, or ``{"W4A16": ["Linear"], "W8A16": ["re:.*down_proj"]}``.
         targets: Targets of a plain preset name.
-        group_size: Takes the place of the preset's; -1 for one scale per row.
+        group_size: Takes the place of the preset's; ``"auto"`` leaves presets without groups as they are.
 
     Raises:
         ValueError: A preset is unknown (near misses are listed), or not supported.
@@ -91,19 +117,49 @@ def assign(
     chosen: dict[str, tuple[int, QuantizationScheme]] = {}
     modules: dict[str, nn.Module] = {}
     for scheme in schemes:
-        for name, module in select(model, scheme.targets, ignore).items():
+        for name, module in select_weights(model, scheme.targets, ignore).items():
             modules[name] = module
             rank = max(match_rank(name, module, target) for target in scheme.targets)
             if name not in chosen or rank > chosen[name][0]:
                 chosen[name] = (rank, scheme)
     assigned = {name: chosen[name][1] for name in modules}
     _check_modules(model, modules, assigned, embeddings)
-    for scheme in schemes:
+    assigned = _sized(modules, assigned)
+    for scheme in {id(s): s for s in assigned.values()}.values():
         group_fits({n: as_matrix(modules[n]).shape[1] for n, s in assigned.items() if s is scheme}, scheme)
     _check_grouped_inputs(modules, assigned)
     _warn_of_unseen_inputs(model, assigned)
     warn_of_left_out(model, modules, [target for scheme in schemes for target in scheme.targets], ignore)
     return assigned
+
+
+def _sized(
+    modules: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]
+) -> dict[str, QuantizationScheme]:
+    """The schemes with a group size for each module; modules of one scheme and size share one object."""
+    sized: dict[tuple[int, int | None], QuantizationScheme] = {}
+    assigned = {}
+    for name, scheme in schemes.items():
+        if isinstance(scheme, SizedByModule):
+            plain = scheme.sized(as_matrix(modules[name]).shape[1])
+            assert plain.weights is not None
+            scheme = sized.setdefault((id(scheme), plain.weights.group_size), plain)
+        assigned[name] = scheme
+    return assigned
+
+
+class GroupSizeError(ValueError):
+    """A group size that does not divide the columns of a module.
+
+    Args:
+        message: What came, and what to do.
+        scheme: Whose group size it is.
+        size: One that fits all modules of the scheme; None where it has no other.
+    """
+
+    def __init__(self, message: str, scheme: QuantizationScheme, size: int | None):
+        super().__init__(message)
+        self.scheme, self.size = scheme, size
 
 
 def group_fits(columns: Mapping[str, int], scheme: QuantizationScheme) -> None:
@@ -120,24 +176,23 @@ def group_fits(columns: Mapping[str, int], scheme: QuantizationScheme) -> None:
         if not misfits:
             continue
         inputs = args is not scheme.weights
-        if is_special(scheme):
-            advice = "the format knows no other size: choose another scheme for them"
-        else:
-            advice = _fitting(size, math.gcd(*columns.values()), misfits)
+        fits = None if is_special(scheme) or inputs else _fitting(size, math.gcd(*columns.values()))
+        advice = "the format knows no other size: choose another scheme for them"
+        if fits is not None:
+            one = f"group_size={fits}" if fits != -1 else "group_size=-1 (one scale per row)"
+            advice = f"use {one}, group_size='auto' (each module gets what fits it)"
         what = "is larger than" if all(c < size for c in misfits.values()) else "does not divide"
-        raise ValueError(
+        raise GroupSizeError(
             f"{'input_activations: ' if inputs else ''}group_size={size} {what} the input columns of "
-            f"{_named([f'{n!r} ({c})' for n, c in misfits.items()])}; {advice}, or add them to ignore"
+            f"{_named([f'{n!r} ({c})' for n, c in misfits.items()])}; {advice}, or add them to ignore",
+            scheme,
+            fits,
         )
 
 
-def _fitting(size: int, common: int, misfits: Mapping[str, int]) -> str:
-    """A group size near ``size`` that divides all columns: a power of two where that loses less than half."""
-    divisors = [d for d in range(2, min(size, common) + 1) if common % d == 0]
-    if not divisors:
-        return "use one scale per row (group_size=-1)"
-    powers = [d for d in divisors if d & (d - 1) == 0]
-    return f"use group_size={powers[-1] if powers and 2 * powers[-1] >= divisors[-1] else divisors[-1]}"
+def _fitting(size: int, common: int) -> int:
+    """The largest usual group size below ``size`` that divides all columns, or -1."""
+    return next((d for d in (64, 32, 16) if d < size and common % d == 0), -1)
 
 
 def describe(scheme: QuantizationScheme) -> str:
@@ -146,6 +201,8 @@ def describe(scheme: QuantizationScheme) -> str:
     assert weights is not None
     wide = "16" if inputs is None else str(inputs.num_bits) if inputs.type == "int" else f"fp{inputs.num_bits}"
     grain = f"g{weights.group_size}" if weights.group_size else _strategy(weights)
+    if isinstance(scheme, SizedByModule):
+        grain = "/".join("channel" if size == -1 else f"g{size}" for size in scheme.sizes)
     if weights.block_structure is not None:
         grain = "x".join(map(str, weights.block_structure))
     static = " static" if inputs is not None and not inputs.dynamic else ""
@@ -163,7 +220,7 @@ def is_special(scheme: QuantizationScheme) -> bool:
     return any(is_microscaled(a) or a.block_structure is not None for a in args)
 
 
-def _preset(name: str, targets: list[str], group_size: int | None) -> QuantizationScheme:
+def _preset(name: str, targets: list[str], group_size: GroupSize | None) -> QuantizationScheme:
     if name.upper() not in PRESET_SCHEMES:
         near = get_close_matches(name.upper(), PRESET_SCHEMES, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(presets())}"
@@ -176,16 +233,38 @@ def _preset(name: str, targets: list[str], group_size: int | None) -> Quantizati
     return scheme if group_size is None else _regrouped(scheme, name, group_size)
 
 
-def _regrouped(scheme: QuantizationScheme, name: str, group_size: int) -> QuantizationScheme:
+def _regrouped(scheme: QuantizationScheme, name: str, group_size: GroupSize) -> QuantizationScheme:
     assert scheme.weights is not None
-    if scheme.weights.type != "int":
-        raise ValueError(f"group_size={group_size} does not apply to {name!r}, no integer scheme; leave it out")
-    if group_size != -1 and group_size < 1:
-        raise ValueError(f"group_size={group_size} must be positive, or -1 for one scale per row")
-    rows = group_size == -1
-    grain = {"strategy": "channel" if rows else "group", "group_size": None if rows else group_size}
-    given = scheme.weights.model_dump(exclude_unset=True)
-    return scheme.model_copy(update={"weights": QuantizationArgs(**{**given, **grain})})
+    is_integer = scheme.weights.type == "int"
+    if group_size == "auto" and not (is_integer and _strategy(scheme.weights) == "group"):
+        return scheme
+    if not is_integer:
+        raise ValueError(f"group_size={group_size} does not apply to {name!r}, which has no integers; leave it out")
+    return _with_sizes(scheme, group_size)
+
+
+def _with_sizes(scheme: QuantizationScheme, group_size: GroupSize) -> QuantizationScheme:
+    """The scheme with another group size, or with several to choose from."""
+    assert scheme.weights is not None
+    sizes = AUTO_SIZES if group_size == "auto" else group_size if isinstance(group_size, list) else [group_size]
+    if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or (s != -1 and s < 1) for s in sizes):
+        raise ValueError(
+            f"group_size={group_size!r} must be positive, or -1 for one scale per row; or 'auto'; or a list of sizes, "
+            f"of which each module gets the first that divides its columns, such as [64, 32, -1]"
+        )
+    weights = _grouped(scheme.weights, int(sizes[0]))
+    if len(sizes) == 1:
+        return scheme.model_copy(update={"weights": weights})
+    fields = {name: getattr(scheme, name) for name in QuantizationScheme.model_fields}
+    return SizedByModule(**{**fields, "weights": weights}, sizes=tuple(sizes))
+
+
+def _grouped(weights: QuantizationArgs, size: int) -> QuantizationArgs:
+    """The same grid with ``size`` columns to a scale, or with one scale per row (-1)."""
+    rows = size == -1
+    grain = {"strategy": "channel" if rows else "group", "group_size": None if rows else size}
+    given = weights.model_dump(exclude_unset=True)
+    return QuantizationArgs(**{**given, **grain, **({"actorder": None} if rows else {})})
 
 
 def _group(name: str, group: Any) -> QuantizationScheme:
@@ -210,6 +289,14 @@ def _parse(where: str, group: Mapping[str, Any]) -> QuantizationScheme:
     if "targets" not in group:
         raise ValueError(f"{where}: targets is missing; name what it shall apply to, such as ['Linear']")
     fields: dict[str, Any] = {**group, "targets": _listed(group["targets"])}
+    sizes = None
+    if isinstance(given := group.get("weights"), Mapping) and isinstance(given.get("group_size"), str | list):
+        sizes = given["group_size"]
+        fields["weights"] = {**given, "group_size": AUTO_SIZES[0]}
+        if given.get("strategy", "group") != "group" or given.get("type", "int") != "int":
+            raise ValueError(f"{where}.weights: group_size={sizes!r} needs type: int and strategy: group")
+        if isinstance(sizes, str) and sizes != "auto":
+            raise ValueError(f"{where}.weights: group_size={sizes!r}, expected a number, a list of numbers or 'auto'")
     for part in ("weights", "input_activations", "output_activations"):
         given = fields.get(part)
         if given is None or isinstance(given, QuantizationArgs):
@@ -225,8 +312,9 @@ def _parse(where: str, group: Mapping[str, Any]) -> QuantizationScheme:
         except (ValidationError, NotImplementedError) as error:
             raise ValueError(f"{where}.{part}: {_plain(error)}") from error
     try:
-        return QuantizationScheme(**fields)
-    except (ValidationError, NotImplementedError) as error:
+        scheme = QuantizationScheme(**fields)
+        return scheme if sizes is None else _with_sizes(scheme, sizes)
+    except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{where}: {_plain(error)}") from error
 
 

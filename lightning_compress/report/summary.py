@@ -5,7 +5,9 @@
     model               name of the model
     recipe              name of the recipe, or the recipe itself
     metric              {name: {"before", "after", "difference", "standard_error"}}, the difference paired over tokens
-    model_bytes_before  of the whole model, what was not compressed included, and model_bytes_after
+    metric_dense        {"step", "values"}: the same metric before training began to compress, where it did
+    model_bytes_before  of the model with all its weights, before anything was cut
+    model_bytes_after   of the weight files as written; without an export, of the weights at their bits
     seconds             {phase: seconds}
     peak_memory_bytes   highest memory use of the process, in bytes
     seed, versions      versions is {package: version}; left out, it is looked up

@@ -1,13 +1,18 @@
 """The run on one screen: metric before and after, each technique with its totals, the worst modules, what was flagged.
 
-The same cells go through rich, where it is installed and the output is a terminal, or into plain text.
+Tables fit 80 columns, figures are never broken: names of techniques, schemes and modules fold where there is no room.
 """
 
+import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from lightning_compress.core.ledger import Ledger, Row
 from lightning_compress.report.summary import totals
@@ -16,6 +21,9 @@ __all__ = ["render", "show"]
 
 WORST = 5              # modules with the largest error that are shown one by one
 NAMED = 3              # modules that are named for each flag
+SHORT = 0.01           # seconds; a phase below is not worth a figure
+WIDTH = 80             # columns of a log, and of a terminal that does not tell
+STACKED = ("median error", "worst error")                            # headers in two lines
 WORDS = ("metric", "module", "technique", "scheme", "flags")        # columns that are no figures
 
 
@@ -29,34 +37,44 @@ class Section:
     footer: Sequence[str] = ()
 
 
-def render(ledger: Ledger, facts: Mapping[str, Any]) -> str:
+def render(ledger: Ledger, facts: Mapping[str, Any], width: int = WIDTH) -> str:
     """The report as plain text, lines ending where their text ends. ``facts`` as in report/summary.py."""
-    return "\n".join(_lines(_sections(ledger, facts), _notes(ledger, facts))) + "\n"
+    text = io.StringIO()
+    _print(Console(file=text, width=width), ledger, facts)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
 def show(ledger: Ledger, facts: Mapping[str, Any], file: TextIO | None = None) -> None:
-    """Print the report to ``file`` (default: the screen)."""
+    """Print the report to ``file`` (default: the screen), as wide as a terminal is."""
     file = sys.stdout if file is None else file
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
+    if file.isatty():
+        _print(Console(file=file), ledger, facts)
+    else:
         print(render(ledger, facts), end="", file=file)
-        return
-    if not file.isatty():                     # a log: rich would cut lines to 80 columns
-        print(render(ledger, facts), end="", file=file)
-        return
-    console = Console(file=file)
+
+
+def _print(console: Console, ledger: Ledger, facts: Mapping[str, Any]) -> None:
     for section in _sections(ledger, facts):
-        table = Table(title=section.title, title_justify="left", title_style="bold", show_footer=bool(section.footer))
+        table = Table(
+            box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_footer=bool(section.footer)
+        )  # fmt: skip
         for number, name in enumerate(section.header):
-            foot = section.footer[number] if section.footer else ""
-            table.add_column(name, foot, justify="left" if name in WORDS else "right", overflow="fold")
+            words = name in WORDS
+            table.add_column(
+                "\n".join(name.split()) if name in STACKED else name,
+                section.footer[number] if section.footer else "",
+                justify="left" if words else "right",
+                overflow="fold",
+                no_wrap=not words,
+                min_width=min(40, max((len(row[0]) for row in section.rows), default=1)) if name == "module" else None,
+            )
         for row in section.rows:
             table.add_row(*row)
+        console.print(f"\n{section.title}", style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print(table)
+    console.print()
     for note in _notes(ledger, facts):
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _sections(ledger: Ledger, facts: Mapping[str, Any]) -> list[Section]:
@@ -65,6 +83,8 @@ def _sections(ledger: Ledger, facts: Mapping[str, Any]) -> list[Section]:
 
 
 def _metrics(facts: Mapping[str, Any]) -> Section:
+    """With what was measured before training began to compress, where it did."""
+    dense = facts.get("metric_dense") or {"step": None, "values": {}}
     rows = []
     for name, entry in (facts.get("metric") or {}).items():
         before, after = entry.get("before"), entry.get("after")
@@ -73,25 +93,27 @@ def _metrics(facts: Mapping[str, Any]) -> Section:
             change = after - before
         error = entry.get("standard_error")
         paired = _number(change, "+") + ("" if error is None else f" ± {_number(error, digits=2)}")
-        rows.append([name, _number(before, digits=6), _number(after, digits=6), paired])
-    what = " of ".join(str(facts[key]) for key in ("recipe", "model") if isinstance(facts.get(key), str))
-    return Section(what or "metric", ["metric", "before", "after", "difference ± standard error"], rows)
+        first = [_number(dense["values"].get(name), digits=6)] if dense["values"] else []
+        rows.append([name, *first, _number(before, digits=6), _number(after, digits=6), paired])
+    title = " of ".join(str(facts[key]) for key in ("recipe", "model") if isinstance(facts.get(key), str))
+    figures = ["before", "after", "difference ± standard error"]
+    if dense["values"]:
+        figures = [f"dense, step {dense['step']}", "trained", "after", "after - trained"]
+    return Section(title or "metric", ["metric", *figures], rows)
 
 
 def _techniques(ledger: Ledger) -> Section:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in ledger:
         groups.setdefault((row.technique, row.scheme or ""), []).append(row)
-    header = ["technique", "scheme", "modules", "weights", "bits/weight", "before", "after", "median error",
-              "worst error", "seconds"]  # fmt: skip
+    header = ["technique", "scheme", "modules", "bits", "before", "after", "median error", "worst error"]
     rows = [[*name, *_aggregate(group)] for name, group in groups.items()]
-    whole = totals(ledger)
-    bits, seconds = whole["bits_per_weight"], _sum(row.seconds for row in ledger)
+    sums = totals(ledger)
     footer = [
-        "total", "", str(whole["modules"]), _count(whole["params"]), _number(bits), _size(whole["bytes_before"]),
-        _size(whole["bytes_after"]), "", "", _number(seconds),
+        "total", "", str(sums["modules"]), _number(sums["bits_per_weight"]), _size(sums["bytes_before"]),
+        _size(sums["bytes_after"]), "", "",
     ] if len(rows) > 1 else []  # fmt: skip
-    return Section("modules", header, rows, footer)
+    return Section("modules, bits per weight, sizes of their weights, errors of their outputs", header, rows, footer)
 
 
 def _aggregate(rows: Sequence[Row]) -> list[str]:
@@ -100,13 +122,11 @@ def _aggregate(rows: Sequence[Row]) -> list[str]:
     weighed = [(row.bits * row.params, row.params) for row in rows if row.bits is not None and row.params]
     return [
         str(len(rows)),
-        _count(_sum(row.params for row in rows)),
         _number(sum(b for b, _ in weighed) / sum(p for _, p in weighed) if weighed else None),
         _size(_sum(row.bytes_before for row in rows)),
         _size(_sum(row.bytes_after for row in rows)),
-        _number(median(errors) if errors else None),
-        _number(max(errors, default=None)),
-        _number(_sum(row.seconds for row in rows)),
+        _number(median(errors) if errors else None, digits=3),
+        _number(max(errors, default=None), digits=3),
     ]
 
 
@@ -115,7 +135,8 @@ def _worst(ledger: Ledger) -> Section:
     rows = [
         [row.module, row.technique, _number(row.error), _number(row.sqnr_db), "; ".join(row.flags)] for row in ranked
     ]
-    return Section("largest errors", ["module", "technique", "error", "SQNR dB", "flags"], rows)
+    title = "largest errors, |(W - Q) X|² / |W X|² (without data |W - Q|² / |W|²)"
+    return Section(title, ["module", "technique", "error", "SQNR dB", "flags"], rows)
 
 
 def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
@@ -124,31 +145,17 @@ def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
         notes.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
     if facts.get("model_bytes_before") and facts.get("model_bytes_after"):
-        notes.append(f"whole model: {_size(facts['model_bytes_before'])} -> {_size(facts['model_bytes_after'])}")
+        where = " on disk" if facts.get("export_dir") else ""
+        sizes = f"{_size(facts['model_bytes_before'])} -> {_size(facts['model_bytes_after'])}{where}"
+        notes.append(f"model with all its weights: {sizes}")
     if seconds := facts.get("seconds"):
-        notes.append("seconds: " + ", ".join(f"{phase} {_number(spent)}" for phase, spent in seconds.items()))
+        long = {phase: spent for phase, spent in seconds.items() if spent >= SHORT}
+        notes.append("seconds: " + ", ".join(f"{phase} {_number(spent)}" for phase, spent in long.items()))
     if (peak := facts.get("peak_memory_bytes")) is not None:
         notes.append(f"peak memory: {_size(peak)}")
     if (folder := facts.get("export_dir")) is not None:
         notes.append(f"compressed model: {folder}")
     return notes
-
-
-# -- plain text -------------------------------------------------------------------------------------------------------
-
-
-def _lines(sections: Iterable[Section], notes: Sequence[str]) -> list[str]:
-    lines: list[str] = []
-    for section in sections:
-        table = [section.header, *section.rows, *([section.footer] if section.footer else [])]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += ["", section.title]
-        for number, row in enumerate(table):
-            if number == 1 or (section.footer and number == len(table) - 1):
-                lines.append("  ".join("-" * width for width in widths))
-            cells = zip(section.header, row, widths, strict=True)
-            lines.append("  ".join(c.ljust(w) if name in WORDS else c.rjust(w) for name, c, w in cells).rstrip())
-    return [*lines, "", *notes] if notes else lines
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
@@ -158,11 +165,6 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 def _number(value: Any, sign: str = "", digits: int = 4) -> str:
     return "" if value is None else format(value, f"{sign}.{digits}g") if isinstance(value, int | float) else str(value)
-
-
-def _count(value: float | None) -> str:
-    """1,234,567 as 1.235 M."""
-    return _scaled(value, 1000, ("", " K", " M", " G", " T"))
 
 
 def _size(value: float | None) -> str:

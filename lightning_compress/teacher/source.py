@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -83,7 +84,10 @@ def _from_folder(path: Path, model: nn.Module) -> nn.Module:
             f"teacher={str(path)!r} is a folder, and {kind} has no from_pretrained: expected a Hugging Face folder "
             f"with a config.json; give a checkpoint of the model, or a module"
         )
-    loaded: nn.Module = build(path, local_files_only=True)
+    try:
+        loaded: nn.Module = build(path, local_files_only=True)
+    except UnpicklingError:
+        raise _objects_error(path) from None
     return loaded
 
 
@@ -119,14 +123,19 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             raise ValueError(f"teacher={str(path)!r} is no whole safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"teacher={str(path)!r} cannot be read without unpickling code, which is refused ({error}); "
-            f"save its state_dict, or safetensors"
-        ) from error
+    except Exception:
+        raise _objects_error(path) from None
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         raise ValueError(
             f"teacher={str(path)!r} holds a {type(content).__name__}, expected a state_dict or a Lightning checkpoint"
         )
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+
+
+def _objects_error(path: Path) -> ValueError:
+    """In place of torch's own error, which advises to switch the check off."""
+    return ValueError(
+        f"teacher={str(path)!r} is damaged, or holds objects, which can run code and are not read; expected tensors "
+        f"and plain values: save the teacher's state_dict, or a safetensors file"
+    )

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.core.events import Event
 from lightning_compress.core.modifier import Modifier
@@ -19,6 +20,7 @@ __all__ = [
     "check_strategy",
     "check_whole",
     "check_windows",
+    "tensor_bytes",
     "tensor_names",
 ]
 
@@ -33,6 +35,12 @@ def averages(callback: Callback) -> bool:
 def tensor_names(module: nn.Module) -> list[str]:
     """Names of parameters and buffers, in the order in which averaging pairs them."""
     return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers; those of lazy modules are not known yet and count as 0."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
 
 
 def check_strategy(trainer: Trainer) -> None:

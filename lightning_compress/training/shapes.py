@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.structure.surgery import record_of, reshape
+from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.submodule import choose
 
 __all__ = ["carry_shapes", "check_launcher", "read_shapes", "same_shapes", "write_shapes"]
@@ -68,6 +69,7 @@ def carry_shapes(root: LightningModule, name: str | None) -> Callable[[], None]:
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         write_shapes(checkpoint, choose(root, name)[1])
+        write_plain_modules(checkpoint)
         save(checkpoint)
 
     def undo() -> None:

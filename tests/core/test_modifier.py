@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -494,6 +495,16 @@ def test_pausing_one_modifier_leaves_the_other(recording):
     assert calls == ["two"]
 
 
+def test_a_pickled_model_leaves_the_modifier_behind(recording):
+    modifier, layer, calls = recording(), nn.Linear(2, 2), []
+    modifier.hook(layer, lambda m, args: calls.append(1))
+    copied, loaded = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    loaded(torch.ones(1, 2))
+    assert calls == []
+    copied(torch.ones(1, 2))
+    assert calls == [1]
+
+
 def test_hooks_of_some_modules_come_off(recording):
     modifier, a, b = recording(), nn.Linear(2, 2), nn.Linear(2, 2)
     for module in (a, b, a):
@@ -616,3 +627,40 @@ def test_what_set_up_warned_of_before_it_failed_is_not_lost():
 
     with pytest.warns(UserWarning, match="odd targets"), pytest.raises(ValueError, match="no targets"):
         Failing().initialize(State())
+
+
+class Numbers(Modifier):
+    count: int | None = None
+    size: int | Literal["auto"] | list[int] | None = None
+    pattern: str = "unstructured"
+    names: str | list[str] = []
+    flag: bool = False
+    either: bool | float = 0.5
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": True}, "count=True: expected a number"),
+        ({"size": False}, "size=False: expected a number"),
+        ({"start": True}, "start=True: expected a number"),
+        ({"pattern": 124}, "pattern=124: expected a text, got a number, as YAML reads 2:4; write it in quotes"),
+        ({"names": 3}, "names=3: expected a text, got a number; write it in quotes"),
+        ({"start": float("nan")}, "start=nan: Input should be a finite number"),
+        ({"start": 0, "end": float("inf")}, "end=inf: Input should be a finite number"),
+        ({"unit": "fraction", "start": 25, "end": 75}, "start=25, end=75 lies after the end of the run, which is 1 in"),
+        ({"self": 3}, "unknown argument 'self'"),
+        ({"cls": 3}, "unknown argument 'cls'"),
+    ],
+)
+def test_what_yaml_makes_of_a_slip_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Numbers(**arguments)
+
+
+def test_what_is_meant_passes():
+    made = Numbers(count=3, size="auto", flag=True, either=True, unit="fraction", start=0.25, end=1)
+    assert (made.count, made.size, made.flag, made.either, made.end) == (3, "auto", True, True, 1.0)

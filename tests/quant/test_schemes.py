@@ -183,7 +183,7 @@ def test_targets_that_do_not_work(targets, ignore, message):
     [
         (
             48,
-            r"group_size=48 does not divide the input columns of 'up' \(64\), 'head' \(64\); use group_size=32, or",
+            r"group_size=48 does not divide the input columns of 'up' \(64\), 'head' \(64\); use group_size=32, ",
         ),
         (
             128,
@@ -198,7 +198,7 @@ def test_groups_that_do_not_divide(size, message):
 
 def test_columns_without_a_common_divisor():
     model = nn.Sequential(nn.Linear(7, 3), nn.Linear(5, 3))
-    with pytest.raises(ValueError, match=r"use one scale per row \(group_size=-1\), or add them to ignore"):
+    with pytest.raises(ValueError, match=r"use group_size=-1 \(one scale per row\), .* or add them to ignore"):
         assign(model, from_presets("W4A16", ["Linear"]), [])
 
 
@@ -241,12 +241,75 @@ def test_a_model_that_is_quantized_already():
 
 @pytest.mark.parametrize(
     ("columns", "asked", "advice"),
-    [(576, 128, "group_size=64"), (96, 64, "group_size=32"), (36, 32, "group_size=18"), (7, 4, "one scale per row")],
+    [(576, 128, "group_size=64"), (96, 64, "group_size=32"), (784, 128, "group_size=16"), (36, 32, "group_size=-1"),
+     (30, 128, "group_size=-1"), (7, 4, "group_size=-1")],
 )
 def test_the_size_that_is_suggested_lies_near_the_one_asked_for(columns, asked, advice):
     (scheme,) = from_presets("W4A16", ["Linear"], asked)
     with pytest.raises(ValueError, match=f"use {advice}"):
         group_fits({"a": columns}, scheme)
+
+
+def test_auto_gives_each_module_the_largest_usual_size_that_divides_its_columns():
+    model = nn.ModuleDict({str(n): nn.Linear(n, 2) for n in (256, 192, 576, 160, 784, 30)})
+    assigned = assign(model, from_presets("W4A16", ["Linear"], "auto"), [])
+    assert {name: describe(scheme) for name, scheme in assigned.items()} == {
+        "256": "W4A16 g128 sym", "192": "W4A16 g64 sym", "576": "W4A16 g64 sym", "160": "W4A16 g32 sym",
+        "784": "W4A16 channel sym", "30": "W4A16 channel sym",
+    }  # fmt: skip
+    assert assigned["192"] is assigned["576"]                       # one object, so that exports write one group
+    assert type(assigned["256"]) is QuantizationScheme
+
+
+def test_sizes_of_the_users_and_inside_of_groups():
+    model = nn.ModuleDict({str(n): nn.Linear(n, 2) for n in (256, 48, 30)})
+    weights = {"num_bits": 3, "symmetric": False, "strategy": "group", "group_size": [64, 16, -1], "actorder": "static"}
+    (scheme,) = from_groups({"w3": {"targets": ["Linear"], "weights": weights}})
+    assert describe(scheme) == "W3A16 g64/g16/channel asym"
+    assert [describe(s) for s in assign(model, [scheme], []).values()] == [
+        "W3A16 g64 asym", "W3A16 g16 asym", "W3A16 channel asym"
+    ]  # fmt: skip
+    (scheme,) = from_presets("W4A16", ["Linear"], [64, 16])
+    with pytest.raises(ValueError, match=r"group_size=64 is larger than .* of '30' \(30\); use group_size=-1"):
+        assign(model, [scheme], [])
+
+
+def test_auto_leaves_presets_without_groups_as_they_are():
+    for name in ("W8A8", "NVFP4A16", "FP8_BLOCK", "MXFP4A16"):
+        assert from_presets(name, ["Linear"], "auto") == from_presets(name, ["Linear"])
+
+
+@pytest.mark.parametrize("size", [0, -2, [], [64, 0], ["64"], [True]])
+def test_what_is_no_group_size(size):
+    with pytest.raises(ValueError, match="must be positive, or -1 for one scale per row; or 'auto'; or a list"):
+        from_presets("W4A16", ["Linear"], size)
+    if size != [] and not isinstance(size, int):
+        with pytest.raises(ValueError, match=r"config_groups\['g'\]: group_size=.* must be positive"):
+            from_groups({"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": size}}})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"group_size": "outo"}, "group_size='outo', expected a number, a list of numbers or 'auto'"),
+        ({"group_size": "auto", "strategy": "channel"}, "group_size='auto' needs type: int and strategy: group"),
+        ({"group_size": "auto", "type": "float"}, "group_size='auto' needs type: int and strategy: group"),
+    ],
+)
+def test_group_sizes_that_a_group_cannot_have(weights, message):
+    with pytest.raises(ValueError, match=message):
+        from_groups({"g": {"targets": ["Linear"], "weights": {"num_bits": 4, **weights}}})
+
+
+def test_a_pattern_means_the_layers_inside_of_what_it_matches():
+    attention = nn.ModuleDict({"q": nn.Linear(32, 32), "norm": nn.LayerNorm(32), "act": nn.ReLU()})
+    model = nn.ModuleDict({"attn": attention, "mlp": nn.ModuleDict({"up": nn.Linear(32, 8)})})
+    assert list(assign(model, from_presets("W4A16", ["re:.*attn.*"], 32), [])) == ["attn.q"]
+    with pytest.raises(ValueError, match=r"targets='re:mlp\$' matches 'mlp' \(ModuleDict\), which hold no matrix of"):
+        assign(model, from_presets("W4A16", ["re:mlp$", "Linear"], 32), [])
+    model["attn"]["lstm"] = nn.LSTM(32, 8)
+    with pytest.raises(ValueError, match=r"cannot quantize 'attn.lstm' \(LSTM\)"):         # nothing silently
+        assign(model, from_presets("W4A16", ["re:.*attn.*"], 32), [])
 
 
 def test_formats_of_one_group_size_say_so():

@@ -1,10 +1,7 @@
 """The report on the screen: the same cells plain and by rich."""
 
-import builtins
 import io
 import re
-
-import pytest
 
 from lightning_compress.core.ledger import Ledger
 from lightning_compress.report import table
@@ -12,8 +9,8 @@ from lightning_compress.report import table
 
 def lines_of(text: str, title: str) -> list[str]:
     """Lines of the section called ``title``, header first."""
-    block = text.split(f"\n{title}\n")[1].split("\n\n")[0]
-    return [line for line in block.splitlines() if not set(line) <= set("- ")]
+    block = text.split(f"\n{title}", 1)[1].split("\n", 1)[1].split("\n\n")[0]
+    return [line for line in block.splitlines() if not set(line) <= set("─ ")]
 
 
 def test_the_metric_before_and_after_with_its_paired_error(ledger, facts):
@@ -23,11 +20,36 @@ def test_the_metric_before_and_after_with_its_paired_error(ledger, facts):
 
 
 def test_each_technique_and_the_total(ledger, facts):
-    header, gptq, rtn, total = (re.split(r"\s{2,}", line) for line in lines_of(table.render(ledger, facts), "modules"))
-    assert header[2:7] == ["modules", "weights", "bits/weight", "before", "after"]
-    assert gptq == ["gptq", "W4A16 g128", "8", "16 K", "4.25", "31.25 KiB", "8.062 KiB", "0.007", "0.04", "4"]
-    assert rtn[:5] == ["rtn", "W8A16", "1", "8 K", "8.5"]
-    assert total == ["total", "9", "24 K", "5.667", "46.88 KiB", "16.36 KiB", "4"]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in lines_of(table.render(ledger, facts), "modules")]
+    above, header, gptq, rtn, total = lines
+    assert above == ["median", "worst"]
+    assert header == ["technique", "scheme", "modules", "bits", "before", "after", "error", "error"]
+    assert gptq == ["gptq", "W4A16 g128", "8", "4.25", "31.25 KiB", "8.062 KiB", "0.007", "0.04"]
+    assert rtn[:4] == ["rtn", "W8A16", "1", "8.5"]
+    assert total == ["total", "9", "5.667", "46.88 KiB", "16.36 KiB"]
+
+
+def test_what_training_compressed_is_shown_beside_the_dense_model(ledger, facts):
+    facts["metric_dense"] = {"step": 200, "values": {"perplexity": 5.125}}
+    header, row = lines_of(table.render(ledger, facts), "gptq_w4 of LlamaForCausalLM")
+    assert re.split(r"\s{2,}", header) == ["metric", "dense, step 200", "trained", "after", "after - trained"]
+    assert re.split(r"\s{2,}", row.strip()) == ["perplexity", "5.125", "5.3", "5.3125", "+0.0125 ± 0.0031"]
+
+
+def test_everything_but_a_path_fits_80_columns_and_no_figure_is_broken(facts):
+    ledger = Ledger()
+    for block in range(30):
+        ledger.add(
+            f"model.layers.{block}.self_attn.q_proj", "gptq", scheme="W4A16 g128", error=1.5e-5 * (block + 1),
+            sqnr_db=17.236, bits=4.254, params=10**7, bytes_before=2 * 10**7, bytes_after=6 * 10**6,
+        )  # fmt: skip
+    ledger.add("lm_head", "logarithmic_equalization", scheme="W8A8_ASYM tensor", error=0.5, bits=8.125, params=10**6)
+    facts["metric"]["a_metric_with_a_long_name"] = facts["metric"]["perplexity"]
+    text = table.render(ledger, facts)
+    assert max(len(line) for line in text.splitlines() if not line.startswith("compressed model")) <= 80
+    for figure in ("0.00045", "0.000435", "572.2 MiB", "171.7 MiB", "+0.0125 ± 0.0031", "17.24"):
+        assert re.search(rf"(^|\s){re.escape(figure)}(\s|$)", text, re.MULTILINE), figure
+    assert "model.layers.29.self_attn.q_proj " in text             # the worst, in one piece
 
 
 def test_the_worst_modules_come_first_and_only_five(ledger, facts):
@@ -48,7 +70,8 @@ def test_every_flag_is_told(ledger, facts):
 
 def test_the_notes(ledger, facts):
     assert table.render(ledger, facts).endswith(
-        "\nwhole model: 8 MiB -> 3 MiB\nseconds: calibration 12.5, export 0.25\npeak memory: 3 GiB\n"
+        "\nmodel with all its weights: 8 MiB -> 3 MiB on disk\n"
+        "seconds: calibration 12.5, export 0.25\npeak memory: 3 GiB\n"
         "compressed model: compressed\n"
     )
 
@@ -73,31 +96,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_rich_shows_the_same_cells(ledger, facts, monkeypatch):
-    pytest.importorskip("rich")
+def test_a_terminal_shows_the_same_cells(ledger, facts, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     screen = Terminal()
     table.show(ledger, facts, screen)
     text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
-    assert "│" in text
-    for line in table.render(ledger, facts).splitlines():
+    for line in table.render(ledger, facts, width=200).splitlines():
         for cell in re.split(r"\s{2,}", line):
-            assert set(cell) <= set("- ") or cell in text, cell
+            assert set(cell) <= set("─ ") or cell in text, cell
 
 
-def test_a_log_gets_plain_text_and_so_does_a_terminal_without_rich(ledger, facts, monkeypatch):
+def test_a_log_gets_plain_text(ledger, facts):
     log = io.StringIO()
     table.show(ledger, facts, log)
     assert log.getvalue() == table.render(ledger, facts)
-
-    real = builtins.__import__
-
-    def no_rich(name, *args, **kwargs):
-        if name.startswith("rich"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_rich)
-    screen = Terminal()
-    table.show(ledger, facts, screen)
-    assert screen.getvalue() == table.render(ledger, facts)
+    assert "\x1b" not in log.getvalue()

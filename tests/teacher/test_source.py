@@ -130,7 +130,7 @@ def test_files_that_are_no_teacher_are_refused(tmp_path):
 
     refuse("nowhere.ckpt", "no such file or folder; 'self' distils from the model itself")
     torch.save({"state_dict": network()}, tmp_path / "pickle.ckpt")
-    refuse("pickle.ckpt", "cannot be read without unpickling code, which is refused")
+    refuse("pickle.ckpt", "is damaged, or holds objects, which can run code and are not read")
     torch.save([1, 2], tmp_path / "list.pt")
     refuse("list.pt", "holds a list, expected a state_dict or a Lightning checkpoint")
     (tmp_path / "cut.safetensors").write_bytes(b"\x80\x00\x00\x00\x00\x00\x00\x00{}")
@@ -153,7 +153,7 @@ class Evil:
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": network().state_dict(), "extra": Evil()}, "evil.ckpt")
-    with pytest.raises(ValueError, match="cannot be read without unpickling code, which is refused"):
+    with pytest.raises(ValueError, match="is damaged, or holds objects, which can run code and are not read"):
         build_teacher("evil.ckpt", network())
     assert not (tmp_path / "owned").exists()
 
@@ -181,3 +181,14 @@ def test_a_lightning_module_as_the_model_is_copied_without_its_trainer(tmp_path)
     teacher = build_teacher("self", module)
     assert teacher._trainer is None
     assert torch.equal(teacher(X), module(X))
+
+
+def test_a_folder_of_pickled_objects_is_refused_without_torchs_advice(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaForCausalLM(config()).config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    torch.save({"model.norm.weight": nn.Linear(1, 1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="is damaged, or holds objects") as caught:
+        build_teacher(str(tmp_path), transformers.LlamaForCausalLM(config()))
+    assert "weights_only" not in str(caught.value)

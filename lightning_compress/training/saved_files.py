@@ -1,0 +1,72 @@
+"""Checkpoint files that this process saved. They may be unpickled, and no other file is.
+
+A date says nothing: whoever sends a file chooses its date, and the path of the best file is read from a checkpoint too.
+So each file is noted when it is saved, by inode, size and time of change, and looked at again before it is read.
+"""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+__all__ = ["SavedFiles"]
+
+
+class SavedFiles:
+    """The checkpoint files that this process saved, as they were right after that."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[int, ...]] = {}
+
+    def watch(self, trainer: Trainer) -> Callable[[], None]:
+        """Note whatever ``trainer`` saves from now on, and return what ends this."""
+        writer = trainer.strategy.checkpoint_io
+        save = writer.save_checkpoint
+
+        def save_and_note(checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
+            save(checkpoint, path, *args, **kwargs)
+            self.note(path)
+
+        vars(writer)["save_checkpoint"] = save_and_note             # on this object only
+
+        def undo() -> None:
+            if vars(writer).get("save_checkpoint") is save_and_note:
+                del vars(writer)["save_checkpoint"]
+
+        return undo
+
+    def note(self, path: str | Path) -> None:
+        """Note a file that was just saved; not one that is remote, or that AsyncCheckpointIO writes later."""
+        place = Path(path).resolve()
+        if place.is_file():
+            self._files[place] = _state(place)
+
+    def __contains__(self, path: str | Path) -> bool:
+        place = Path(path).resolve()
+        return place in self._files and place.is_file() and self._files[place] == _state(place)
+
+    def read(self, path: str, trainer: Trainer) -> dict[str, Any]:
+        """Read a checkpoint: tensors and plain values, and objects too where this process saved the file.
+
+        Raises:
+            ValueError: Another process saved it, and it holds objects.
+        """
+        try:
+            return trainer.strategy.load_checkpoint(path, weights_only=True)
+        except pickle.UnpicklingError:
+            if path not in self:
+                raise ValueError(
+                    f"{path} was not saved by this process and holds more than tensors and plain values, so it is not "
+                    f"opened: objects in a checkpoint can run code; compress the last weights with load_best=False, "
+                    f"or leave objects out of checkpoints: save_hyperparameters(ignore=[...])"
+                ) from None
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        return loaded
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
