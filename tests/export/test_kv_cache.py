@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -16,8 +17,8 @@ from lightning_compress.modifiers.kv_cache import KVCacheModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant import kv_cache
-from lightning_compress.quant.kv_cache import attention_modules, cache_of, detach_cache
-from tests.architecture_models import ARCHITECTURES
+from lightning_compress.quant.kv_cache import attention_modules, cache_of, detach_cache, unread_caches
+from tests.architecture_models import ARCHITECTURES, GROUPED, PICTURE
 
 IDS = torch.arange(24).reshape(2, 12)
 GRIDS = [(f, s) for f in ("fp8", "int8", "int4") for s in ("tensor", "head", "token")]
@@ -69,7 +70,8 @@ def exported(tmp_path_factory, tiny_llama, read_by_transformers):
 def test_plain_transformers_and_our_load_give_the_logits_of_the_model_in_memory(exported, tiny_llama, case, weights):
     root, models, read = exported
     name = f"{case} {weights}"
-    assert_close(read[name], logits(models[name]), rtol=0, atol=1e-5)
+    if not unread_caches(models[name]):                    # transformers 5.24 hides them from compressed-tensors 0.20
+        assert_close(read[name], logits(models[name]), rtol=0, atol=1e-5)
     assert_close(logits(load(root / name, packed=False)), logits(models[name]), rtol=0, atol=0)
     if weights == "dense":
         assert (logits(models[name]) - logits(tiny_llama())).std() > 1e-4                   # it does something
@@ -86,7 +88,8 @@ def test_plain_transformers_and_our_load_give_the_logits_of_the_model_in_memory(
 def test_a_model_whose_config_has_no_heads_of_keys(exported):
     """compressed-tensors asks for num_key_value_heads, which OPT's config does not have."""
     root, models, read = exported
-    assert_close(read["opt"], logits(models["opt"]), rtol=0, atol=1e-5)
+    if not unread_caches(models["opt"]):
+        assert_close(read["opt"], logits(models["opt"]), rtol=0, atol=1e-5)
     assert_close(logits(load(root / "opt")), logits(models["opt"]), rtol=0, atol=0)
     assert (logits(models["opt"]) - logits(ARCHITECTURES["opt"].build())).abs().max() > 1e-2
     assert json.loads((root / "opt" / "config.json").read_text())["num_key_value_heads"] == 4
@@ -181,6 +184,30 @@ def test_the_ledger_says_it(tiny_llama):
         assert [(r.module, r.scheme) for r in ledger] == [(f"model.layers.{i}.self_attn", scheme) for i in range(2)]
 
 
+def test_renamed_on_disk(tmp_path):
+    """Gemma 3 has language_model.model.layers on the disk and model.language_model.layers in memory."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {**GROUPED, "head_dim": 8, "num_hidden_layers": 1}
+    vision = {**PICTURE, "num_hidden_layers": 1}
+    special = {"image_token_index": 45, "boi_token_index": 46, "eoi_token_index": 47, "mm_tokens_per_image": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, **special)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    batch = {"input_ids": IDS, "token_type_ids": 0 * IDS}
+    compress(model, KVCacheModifier(), [batch])
+    save(model, tmp_path / "out")
+    assert "language_model.model.layers.0.self_attn.k_scale" in load_file(tmp_path / "out" / "model.safetensors")
+    assert_close(logits(load(tmp_path / "out"), **batch), logits(model, **batch), rtol=0, atol=0)
+
+
+def test_a_cache_that_the_installed_loader_does_not_find(tmp_path, tiny_llama, monkeypatch):
+    model = quantized(tiny_llama(), False)
+    monkeypatch.setattr("lightning_compress.quant.kv_cache.is_cached_attention_module", lambda module: False)
+    with pytest.warns(UserWarning, match=r"transformers 5\..* leave its KV cache as it is.*model\.layers\.0\.self_at"):
+        save(model, tmp_path / "out")
+    assert_close(logits(load(tmp_path / "out")), logits(model), rtol=0, atol=0)
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +230,8 @@ def test_what_loaders_do_with_an_encoder_decoder():
     """The reason of the refusal: what stands in the place of an EncoderDecoderCache cannot take keys."""
     model, scheme = ARCHITECTURES["bart"].build(), QuantizationArgs(num_bits=8)
     model.config.num_key_value_heads = 4
+    if not any(is_cached_attention_module(module) for module in model.modules()):
+        pytest.skip("this transformers hides its caches from compressed-tensors")
     apply_quantization_config(model, QuantizationConfig(config_groups={}, kv_cache_scheme=scheme))
     with pytest.raises(AttributeError, match="EncoderDecoderCache"):
         model(input_ids=IDS, decoder_input_ids=IDS)
