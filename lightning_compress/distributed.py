@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["active", "all_reduce_", "broadcast_", "rank", "split_by_cost", "world_size"]
+__all__ = ["active", "all_reduce_", "broadcast_", "gather", "rank", "split_by_cost", "world_size"]
 
 _OPS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
 
@@ -62,6 +62,15 @@ def broadcast_(tensors: Sequence[Tensor], source: int) -> None:
             sent = _on_the_wire(tensor)
             dist.broadcast(sent, src=source)
             tensor.copy_(sent)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order, on every rank; they are pickled. Every rank calls this."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _on_the_wire(tensor: Tensor) -> Tensor:

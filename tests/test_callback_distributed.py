@@ -9,7 +9,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import CompressionCallback, QuantizationModifier, compress
 from lightning_compress.core import Event, State
+from lightning_compress.rotation.online import Online, attach_online
 from lightning_compress.training.finish import Finish, Plan
+from lightning_compress.training.sharing import ties
 from tests.training_runs import Regression, RoundingModifier, Sums, quiet
 
 DDP = {"strategy": "ddp_fork", "devices": 2}
@@ -74,6 +76,18 @@ def test_what_workers_cannot_send_back_is_named(tmp_path, scheme, group_size, to
         warnings.simplefilter("always")
         end._warn_of_what_stays_behind()
     assert any("not the quantization of activations" in str(w.message) for w in caught) == told
+
+
+def test_rotations_and_untied_weights_that_workers_cannot_send_back_are_named(tmp_path):
+    module = Regression()
+    module.model[2] = torch.nn.Linear(8, 8)
+    module.model[2].weight = module.model[0].weight
+    end = Finish(quiet(tmp_path, **DDP), module, None, State(model=module.model), Plan(), {}, Event(), 0.0)
+    end.ties_before = ties(module.model)
+    module.model[2].weight = torch.nn.Parameter(module.model[0].weight.detach().clone())
+    attach_online(module.model[0], Online("input", (1,) * 8))
+    with pytest.warns(UserWarning, match="not the rotations that run beside modules, nor that weights were untied"):
+        end._warn_of_what_stays_behind()
 
 
 def test_a_failure_on_rank_0_ends_the_others(tmp_path):

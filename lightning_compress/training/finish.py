@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from lightning_compress.distributed import world_size
 from lightning_compress.evaluation import Measurement, compare, evaluate
 from lightning_compress.export.atomic import check_target
 from lightning_compress.export.compressed_tensors import save
-from lightning_compress.quant.kv_cache import QuantizedCache, attach_cache, cache_of, quantized_caches
-from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
+from lightning_compress.quant.kv_cache import quantized_caches
+from lightning_compress.quant.record import quantized_modules, quantized_of
 from lightning_compress.report import plots, summary, table
+from lightning_compress.rotation.online import online_modules
 from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.memory import peak_memory_bytes
@@ -43,6 +44,7 @@ from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.samples import first_batches, seeded_view, share_of
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import same_shapes
+from lightning_compress.training.sharing import share, ties
 from lightning_compress.training.submodule import is_compiled
 
 __all__ = ["Finish", "Plan", "check_export"]
@@ -140,6 +142,7 @@ class Finish:
     saved_files: SavedFiles
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    ties_before: int = 0
 
     @property
     def module(self) -> nn.Module:
@@ -148,6 +151,7 @@ class Finish:
 
     def compress(self) -> None:
         """Load the best weights, measure, calibrate, finalize, measure."""
+        self.ties_before = ties(self.module)
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         with self._undisturbed(), ProgressReport(shown) as progress:
             with self._timed("load best"):
@@ -159,7 +163,7 @@ class Finish:
             before = self._measure("metric before", progress)
             with self._timed("calibration"):
                 alone(lambda: self._calibrate(self.lifecycle.after_training, progress), "calibration")
-                self._share()
+                share(self.module, self.pl_module.device)
             self.lifecycle.finalize(self.state)
             after = self._measure("metric after", progress)
             self.facts |= compare(before, after, self._total)
@@ -391,36 +395,23 @@ class Finish:
         plugin = self.trainer.precision_plugin
         return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
 
-    def _share(self) -> None:
-        """What rank 0 has made of the model goes to all ranks: weights, buffers, and the records of quantization."""
-        if world_size() == 1:
-            return
-        send_tensors(self.module)
-        made, caches = alone(lambda: (self._records(), self._caches()), "sending scales")
-        if not self.trainer.is_global_zero:
-            for name, record in made.items():
-                attach(self.module.get_submodule(name), _moved(record, self.pl_module.device))
-            for name, cache in caches.items():
-                attach_cache(self.module.get_submodule(name), _moved(cache, self.pl_module.device))
-
     def _warn_of_what_stays_behind(self) -> None:
         """Spawned workers send back weights and nothing else."""
         launcher = type(self.trainer.strategy.launcher)
-        spawned = any(c.__name__ == "_MultiProcessingLauncher" for c in launcher.__mro__)
+        if not any(c.__name__ == "_MultiProcessingLauncher" for c in launcher.__mro__):
+            return
         records = [quantized_of(m) for m in quantized_modules(self.module).values()]
-        if spawned and any(r is not None and r.scheme.input_activations is not None for r in records):
+        lost = {
+            "the quantization of activations": any(r and r.scheme.input_activations is not None for r in records),
+            "the quantization of the KV cache": bool(quantized_caches(self.module)),
+            "the rotations that run beside modules": bool(online_modules(self.module)),
+            "that weights were untied (both get the values of one)": ties(self.module) < self.ties_before,
+        }
+        if named := [what for what, is_lost in lost.items() if is_lost]:
             rank_zero_warn(
-                "the main process gets the compressed weights back from its workers, but not the quantization of "
-                "activations; what is exported has both: load(folder, model) before testing"
+                f"the main process gets the compressed weights back from its workers, but not {', nor '.join(named)}; "
+                f"what is exported has all: load(folder, model) before testing"
             )
-
-    def _records(self) -> dict[str, Quantized]:
-        records = {name: quantized_of(module) for name, module in quantized_modules(self.module).items()}
-        return {name: _moved(record, torch.device("cpu")) for name, record in records.items() if record is not None}
-
-    def _caches(self) -> dict[str, QuantizedCache]:
-        caches = {name: cache_of(module) for name, module in quantized_caches(self.module).items()}
-        return {name: _moved(cache, torch.device("cpu")) for name, cache in caches.items() if cache is not None}
 
     # -- what is left behind ------------------------------------------------------------------------------------------
 
@@ -480,9 +471,3 @@ class Finish:
 def _first_tensor(batch: Any) -> int | None:
     """The identity of a batch: that of its first tensor, which moving to the device where it lies does not change."""
     return next((id(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
-
-
-def _moved(record: Any, device: torch.device) -> Any:
-    """The same record, its tensors on another device."""
-    tensors = {f.name: getattr(record, f.name) for f in fields(record) if isinstance(getattr(record, f.name), Tensor)}
-    return replace(record, **{name: tensor.to(device) for name, tensor in tensors.items()})

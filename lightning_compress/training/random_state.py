@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_compress import distributed
@@ -34,11 +33,7 @@ def collect() -> dict[str, Any]:
 
 def collect_all(own: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of all ranks; every rank calls this."""
-    if distributed.world_size() == 1:
-        return [own]
-    states: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(states, own)
-    return states
+    return distributed.gather(own)
 
 
 def restore(states: list[dict[str, Any]]) -> None:
