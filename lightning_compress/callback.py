@@ -32,6 +32,7 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.experts.split import split_while
+from lightning_compress.interruption import check_uninterrupted
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import random_state, resume
 from lightning_compress.training.checks import (
@@ -235,6 +236,7 @@ class CompressionCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done and self._state.model is not None:
+            check_uninterrupted(self._state.model)
             check_whole(self._state.model)               # not in setup: configure_model comes after it
             if self.plan.blocks is not None:
                 find_blocks(self._state.model, self.plan.blocks)         # names that match nothing are told now

@@ -12,6 +12,8 @@ from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.modes import random_state_kept
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.experts.split import split_while
+from lightning_compress.export.guard import guard_save_pretrained
+from lightning_compress.interruption import check_uninterrupted, marked_when_interrupted
 
 __all__ = ["compress"]
 
@@ -55,14 +57,16 @@ def compress(
         What was done to each module.
 
     Raises:
-        ValueError: No batches although a modifier needs them, none in ``batches``, what modifiers and the walk refuse.
+        ValueError: No batches although a modifier needs them, none in ``batches``, a model whose compression was
+            interrupted before, what modifiers and the walk refuse.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected an nn.Module")
     lifecycle = Lifecycle(_listed(modifiers))
     taken = _take(batches, max_batches)
     state = State(model=model, ledger=Ledger())
-    with random_state_kept(), split_while(model):
+    check_uninterrupted(model)
+    with random_state_kept(), split_while(model), marked_when_interrupted(model, lambda: len(state.ledger)):
         torch.manual_seed(seed)
         try:
             lifecycle.initialize(state)
@@ -83,6 +87,7 @@ def compress(
         except BaseException:
             lifecycle.abort()
             raise
+    guard_save_pretrained(model)
     return state.ledger
 
 

@@ -42,11 +42,13 @@ from lightning_compress.experts.split import fused_experts, join, split
 from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
 from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
+from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.export.online import attach_all, check_all, online_entries, seal, unsealed
 from lightning_compress.export.own_file import FORMAT_VERSION, read_own
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
 from lightning_compress.export.tensors import TensorFiles, naming, read_json, write_tensors
 from lightning_compress.finite import nonfinite
+from lightning_compress.interruption import check_uninterrupted
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
@@ -108,11 +110,13 @@ def save(
         The folder's absolute path.
 
     Raises:
-        ValueError: The model holds NaN, the folder exists or cannot be written, the recipe is no plain data.
+        ValueError: The model holds NaN, its compression was interrupted, the folder exists or cannot be written, the
+            recipe is no plain data.
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
     model = getattr(model, "_orig_mod", model)                    # torch.compile's wrapper
+    check_uninterrupted(model)
     with as_linears(model) as stored:
         _save(model, stored, folder, tokenizer, recipe, overwrite, max_shard_bytes)
     return Path(folder).expanduser().resolve()
@@ -267,6 +271,7 @@ def load(
             raise ValueError(f"{folder} holds no quantized Linear with a weight of its own; leave packed out")
     if fuse is not False:
         _fuse(model, folder, bool(fuse))
+    guard_save_pretrained(model)
     return model
 
 

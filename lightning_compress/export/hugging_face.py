@@ -67,7 +67,7 @@ def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_
     config = model.config
     before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}      # save_pretrained sets them
     try:
-        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
+        type(model).save_pretrained(model, folder, state_dict=state, max_shard_size=max_shard_bytes)
     finally:
         for key, value in before.items():
             setattr(config, key, value)

@@ -33,6 +33,8 @@ from lightning_compress.distributed import world_size
 from lightning_compress.evaluation import Measurement, compare, evaluate
 from lightning_compress.export.atomic import check_target
 from lightning_compress.export.compressed_tensors import save
+from lightning_compress.export.guard import guard_save_pretrained
+from lightning_compress.interruption import marked_when_interrupted
 from lightning_compress.quant.kv_cache import quantized_caches
 from lightning_compress.quant.record import quantized_modules, quantized_of
 from lightning_compress.report import plots, summary, table
@@ -167,6 +169,7 @@ class Finish:
             self.lifecycle.finalize(self.state)
             after = self._measure("metric after", progress)
             self.facts |= compare(before, after, self._total)
+        guard_save_pretrained(self.module)
         self._warn_of_what_stays_behind()
         self._forget_compiled()
 
@@ -331,7 +334,7 @@ class Finish:
         if not any(m.needs_calibration for m in modifiers):
             return
         batches = self._calibration_batches() if any(m.needs_data for m in modifiers) else None
-        with self._precision():
+        with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
             calibrate(
                 lifecycle,
                 self.state,
