@@ -41,6 +41,7 @@ from lightning_compress.structure.groups import (
 )
 from lightning_compress.structure.order import shape_conflict
 from lightning_compress.structure.surgery import cut_tensors, record_of
+from lightning_compress.structure.trial import check_cut
 
 __all__ = ["StructuredPruningModifier"]
 
@@ -237,6 +238,7 @@ class StructuredPruningModifier(Modifier):
         if not groups:
             raise ValueError(f"every target makes the output of the model ({', '.join(outputs)}): nothing to prune")
         self._take(groups)
+        check_cut(state.model, groups, [units_to_keep(g.dense, self.ratio, self.round_to) for g in groups], args, kwargs)
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 

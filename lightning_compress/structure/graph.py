@@ -105,7 +105,7 @@ def _groups(
             out = bool(graph.is_out_channel_pruning_fn(dep.handler))
             if out and isinstance(layer, (nn.Linear, *CONVS)):
                 covered.add(path)
-            index = _by_unit(places, torch.tensor(item.root_idxs), size, path)
+            index = _by_unit(places, torch.tensor(item.root_idxs), size, path, name)
             slices += _slices(path, layer, index, out)
         groups.append(Group(name, size, tuple(slices)))
     return groups, outputs
@@ -116,11 +116,13 @@ def _is_whole(found: Any, graph: Any) -> bool:
     return all(item.dep.target.outputs or not graph.is_out_channel_pruning_fn(item.dep.handler) for item in found)
 
 
-def _by_unit(places: Tensor, roots: Tensor, size: int, path: str) -> Tensor:
+def _by_unit(places: Tensor, roots: Tensor, size: int, path: str, maker: str) -> Tensor:
     """The places of each channel, [U, K]."""
     order = torch.argsort(roots, stable=True)
     if len(roots) % size or not torch.equal(roots[order], torch.arange(size).repeat_interleave(len(roots) // size)):
-        raise ValueError(f"cannot prune through {path!r}: channels enter it unequally often; ignore its maker")
+        raise ValueError(
+            f"cannot prune through {path!r}: the channels of {maker!r} enter it unequally often; add {maker!r} to ignore"
+        )
     return places[order].view(size, -1)
 
 
