@@ -238,7 +238,8 @@ class StructuredPruningModifier(Modifier):
         if not groups:
             raise ValueError(f"every target makes the output of the model ({', '.join(outputs)}): nothing to prune")
         self._take(groups)
-        check_cut(state.model, groups, [units_to_keep(g.dense, self.ratio, self.round_to) for g in groups], args, kwargs)
+        counts = [units_to_keep(group.dense, self.ratio, self.round_to) for group in groups]
+        check_cut(state.model, groups, counts, args, kwargs)
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from typing import Any
 from lightning_compress.core.ledger import Ledger, Row
 from lightning_compress.report.files import whole_file
 
-__all__ = ["installed_versions", "totals", "write"]
+__all__ = ["headline", "installed_versions", "totals", "write"]
 
 PACKAGES = ("lightning-compress", "lightning", "torch", "compressed-tensors", "transformers", "safetensors")
 
@@ -49,6 +49,11 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
         table = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         table.writeheader()
         table.writerows({**asdict(row), "flags": "; ".join(row.flags)} for row in ledger)
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """``gptq_w4 of LlamaForCausalLM``, as far as it is known."""
+    return " of ".join(str(facts[key]) for key in ("recipe", "model") if isinstance(facts.get(key), str))
 
 
 def totals(ledger: Ledger) -> dict[str, Any]:

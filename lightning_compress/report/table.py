@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_compress.core.ledger import Ledger, Row
-from lightning_compress.report.summary import totals
+from lightning_compress.report.summary import headline, totals
 
 __all__ = ["render", "show"]
 
@@ -95,11 +95,10 @@ def _metrics(facts: Mapping[str, Any]) -> Section:
         paired = _number(change, "+") + ("" if error is None else f" ± {_number(error, digits=2)}")
         first = [_number(dense["values"].get(name), digits=6)] if dense["values"] else []
         rows.append([name, *first, _number(before, digits=6), _number(after, digits=6), paired])
-    title = " of ".join(str(facts[key]) for key in ("recipe", "model") if isinstance(facts.get(key), str))
     figures = ["before", "after", "difference ± standard error"]
     if dense["values"]:
         figures = [f"dense, step {dense['step']}", "trained", "after", "after - trained"]
-    return Section(title or "metric", ["metric", *figures], rows)
+    return Section(headline(facts) or "metric", ["metric", *figures], rows)
 
 
 def _techniques(ledger: Ledger) -> Section:

@@ -121,7 +121,8 @@ def _by_unit(places: Tensor, roots: Tensor, size: int, path: str, maker: str) ->
     order = torch.argsort(roots, stable=True)
     if len(roots) % size or not torch.equal(roots[order], torch.arange(size).repeat_interleave(len(roots) // size)):
         raise ValueError(
-            f"cannot prune through {path!r}: the channels of {maker!r} enter it unequally often; add {maker!r} to ignore"
+            f"cannot prune through {path!r}: the channels of {maker!r} enter it unequally often; add {maker!r} to "
+            f"ignore"
         )
     return places[order].view(size, -1)
 

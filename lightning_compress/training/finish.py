@@ -431,7 +431,7 @@ class Finish:
         self.facts |= self._summary()
         ledger = self.state.ledger
         summary.write(reported, ledger, self.facts)
-        plots.error_per_module(ledger, reported / "error_per_module.png")
+        plots.error_per_module(ledger, reported / "error_per_module.png", summary.headline(self.facts))
         table.show(ledger, self.facts)
         self._log()
 

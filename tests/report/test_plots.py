@@ -56,3 +56,23 @@ def test_kinds_are_the_last_word_of_a_name(ledger):
     ledger.add("blocks.3", "rtn")
     ledger.add("0", "rtn")
     assert [plots._kind(row) for row in ledger] == ["blocks (rtn)", "0 (rtn)"]
+
+
+def test_many_modules_are_named_by_their_blocks(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    ledger = Ledger()
+    for block in range(12):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            ledger.add(f"model.layers.{block}.self_attn.{name}", "gptq", error=0.01)
+    ledger.add("lm_head", "gptq", error=0.02)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: figures.append(self) or path.write_bytes(b""))
+    plots.error_per_module(ledger, tmp_path / "error.png", "gptq_w4 of LlamaForCausalLM")
+    (axes,) = figures[0].axes
+    assert axes.get_title() == "gptq_w4 of LlamaForCausalLM"
+    assert axes.get_ylabel() == "relative error |(W - Q) X|² / |W X|²"
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == [*(f"layers.{block}" for block in range(12)), "lm_head"]
+    assert [round(place) for place in axes.get_xticks()] == [*range(0, 48, 4), 48]
