@@ -273,6 +273,8 @@ class CompressionCallback(Callback):
         if self.done:
             return
         self._restore_random()                 # inside an epoch here: a loader that began anew has drawn its order
+        if not self._trained:
+            self._ending(trainer, pl_module, self.lifecycle, self.clock.event()).check_input(batch)
         self._in_batch = self._trained = True
         if self._windowed or self.lifecycle.acting:
             event = self.clock.event(E.BATCH_START)

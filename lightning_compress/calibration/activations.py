@@ -1,4 +1,4 @@
-"""What flows through a model while it calibrates: how a batch enters, what is kept of it, whether it is finite.
+"""What flows through a model while it calibrates: what is kept of a batch, whether it is finite.
 
 A block's call is kept as its arguments with the hidden state taken out (:data:`HIDDEN` marks the place) and the hidden
 state apart: that is replaced by the block's output as the walk goes on. The other arguments (masks, position
@@ -7,7 +7,6 @@ embeddings) are kept by reference, each object once, however many blocks and bat
 Shapes: B batch, T tokens, C channels.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_compress.calibration.inputs import run_model
 from lightning_compress.finite import is_finite, nonfinite
 
 __all__ = [
@@ -133,10 +133,7 @@ class KeptCalls:
 
 
 class BatchRunner:
-    """Runs a model on a calibration batch.
-
-    The default way in: a mapping gives the keyword arguments that the model's ``forward`` names (labels are left out);
-    of a tuple or list the first item goes in; anything else goes in as it is.
+    """Runs a model on a calibration batch, by default as :mod:`lightning_compress.calibration.inputs` says.
 
     Args:
         model: The model.
@@ -144,52 +141,10 @@ class BatchRunner:
     """
 
     def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any] | None = None):
-        self.model, self.forward = model, forward
+        self.model, self.forward = model, forward or run_model
 
     def __call__(self, batch: Any) -> Any:
-        batch = tree_move(batch, device_of(self.model))
-        return self.forward(self.model, batch) if self.forward is not None else self._default(batch)
-
-    def _default(self, batch: Any) -> Any:
-        if isinstance(batch, (tuple, list)):
-            if not batch:
-                raise ValueError(f"a calibration batch is an empty {type(batch).__name__}; expected the input first")
-            return self._default(batch[0])
-        arguments = self._keywords(batch) if isinstance(batch, Mapping) else None
-        try:
-            return self.model(batch) if arguments is None else self.model(**arguments)
-        except (TypeError, RuntimeError, AttributeError, IndexError) as error:
-            error.add_note(
-                f"This was {type(self.model).__name__} on a calibration batch: it got "
-                f"{f'its {_shape(batch)}' if arguments is None else f'the keywords {sorted(arguments)}'}. If it takes "
-                f"something else, say how it is called: calibration_step(self, batch, batch_idx) in the "
-                f"LightningModule, or forward=lambda model, batch: ... for compress(); or give it other batches: "
-                f"calibration_dataloader() in the LightningDataModule."
-            )
-            raise
-
-    def _keywords(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters.values()
-        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        config = getattr(self.model, "config", None)
-        if named:
-            # an encoder-decoder makes its decoder's input out of labels
-            needs_labels = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
-            chosen = {k: v for k, v in batch.items() if k in named and (k != "labels" or needs_labels)}
-        else:
-            chosen = {k: v for k, v in batch.items() if k != "labels"}
-        if not chosen:
-            raise ValueError(
-                f"{type(self.model).__name__}.forward takes none of the batch's keys {sorted(map(str, batch))}, but "
-                f"{sorted(named)}; rename them, or pass forward=lambda model, batch: ..."
-            )
-        if hasattr(config, "use_cache") and "use_cache" in named:
-            chosen["use_cache"] = False
-        return chosen
-
-
-def _shape(value: Any) -> str:
-    return f"tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        return self.forward(self.model, tree_move(batch, device_of(self.model)))
 
 
 def small_sample(batch: Any) -> Any:

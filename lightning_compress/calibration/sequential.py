@@ -27,6 +27,7 @@ from torch import nn
 
 from lightning_compress.calibration.activations import BatchRunner, check_weights
 from lightning_compress.calibration.blocks import find_blocks
+from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.survey import survey
 from lightning_compress.calibration.walker import WALKS, Walk, Walker
@@ -82,6 +83,8 @@ def calibrate(
     _check_batches(lifecycle.modifiers, batches)
     found = {} if walk == "whole" else find_blocks(model, blocks)
     taken = [] if batches is None else list(batches)
+    if taken and forward is None and any(m.needs_data for m in _calibrating(lifecycle.modifiers)):
+        check_batch(model, taken[0])
     runner = BatchRunner(model, forward)
     walker = Walker(lifecycle, state, clock, taken, runner, walk, _device(device), _device(offload_device), progress)
     # weights that training goes on with stay one tensor: who takes over knows nothing of the experts in it

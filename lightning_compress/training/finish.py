@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -23,7 +25,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from lightning_compress.calibration.activations import BatchRunner
+from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
 from lightning_compress.calibration.sequential import calibrate
 from lightning_compress.calibration.walker import WALKS, Walk
 from lightning_compress.core.events import Event
@@ -43,7 +45,7 @@ from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.memory import peak_memory_bytes
 from lightning_compress.training.progress import ProgressReport
-from lightning_compress.training.samples import first_batches, seeded_view, share_of
+from lightning_compress.training.samples import SideBySide, first_batches, seeded_view, share_of
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import same_shapes
 from lightning_compress.training.sharing import share, ties
@@ -180,6 +182,27 @@ class Finish:
         if values:
             self.facts["metric_dense"] = {"step": self.clock.global_step, "values": values}
 
+    def check_input(self, batch: Any) -> None:
+        """Compare what will calibrate with the model's ``forward``, as the first training batch begins; it is not run.
+
+        Args:
+            batch: A training batch as the model gets it; a ``calibration_dataloader`` is asked for one of its own.
+
+        Raises:
+            ValueError: The model cannot take it.
+        """
+        needy = any(m.needs_calibration and m.needs_data for m in self.lifecycle.modifiers)
+        if needy and not hasattr(self.pl_module, "calibration_step") and not isinstance(batch, Iterator):
+            alone(lambda: self._check_input(batch), "looking at the first calibration batch")
+
+    def _check_input(self, batch: Any) -> None:
+        with self._undisturbed():
+            own = self._calibration_loader()
+            batches = [self._to_device(b) for b in first_batches(own, 1)] if own is not None else [batch]
+        if not batches:
+            raise ValueError("the calibration loader is empty, expected at least one batch")
+        check_batch(self.module, batches[0], IN_TRAINER)
+
     def hand_over(self) -> None:
         """In the midst of training: calibrate those of ``lifecycle`` that others go on from; every rank calls this."""
         with self._undisturbed():
@@ -283,7 +306,7 @@ class Finish:
                 self.pl_module,
                 self.module,
                 loaders,
-                forward=lambda module, batch: BatchRunner(module)(batch),
+                forward=partial(run_model, advice=IN_TRAINER),
                 limits=limits,
                 transfer=self._to_device,
                 context=self.trainer.precision_plugin.val_step_context,
@@ -302,14 +325,18 @@ class Finish:
         source = trainer.datamodule if trainer.datamodule is not None else self.pl_module
         if loaders is None and trainer.limit_val_batches != 0 and is_overridden("val_dataloader", source):
             loaders = tree_map(self._share_of, source.val_dataloader())     # a language model needs no validation_step
+        known = [int(n) if n != float("inf") else None for n in loop.max_batches]
+        if trainer.val_dataloaders is not None and not loop._is_sequential:    # a batch holds one of every loader
+            assert loop._combined_loader is not None
+            loaders = SideBySide(loop._combined_loader)
+            known = [None if None in known else max(n or 0 for n in known)]
         listed = list(loaders.values()) if isinstance(loaders, dict) else loaders
         listed = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
         if not listed:
             rank_zero_info("no validation loader: the report will have no metric before and after")
-        known = [int(n) if n != float("inf") else None for n in loop.max_batches] if trainer.val_dataloaders else []
         limits = known if len(known) == len(listed) else [None] * len(listed)
         cap = 1 if trainer.fast_dev_run else self.plan.eval_batches
-        sizes = [len(loader) if hasattr(loader, "__len__") else None for loader in listed]
+        sizes = [sized_len(loader) for loader in listed]
         limits = [size if limit is None else limit for limit, size in zip(limits, sizes, strict=True)]
         return list(listed), [cap if n is None else n if cap is None else min(n, cap) for n in limits]
 
@@ -334,6 +361,8 @@ class Finish:
         if not any(m.needs_calibration for m in modifiers):
             return
         batches = self._calibration_batches() if any(m.needs_data for m in modifiers) else None
+        if batches and not hasattr(self.pl_module, "calibration_step"):
+            check_batch(self.module, batches[0], IN_TRAINER)             # again: perhaps nothing was trained
         with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
             calibrate(
                 lifecycle,
@@ -350,12 +379,10 @@ class Finish:
 
     def _calibration_batches(self) -> list[Any]:
         """Batches as the model gets them, kept on the offload device."""
-        trainer, wanted = self.trainer, 1 if self.trainer.fast_dev_run else self.plan.calibration_batches
-        own = getattr(trainer.datamodule, "calibration_dataloader", None) or getattr(
-            self.pl_module, "calibration_dataloader", None
-        )
+        wanted = 1 if self.trainer.fast_dev_run else self.plan.calibration_batches
+        own = self._calibration_loader()
         if own is not None:
-            loader, which = own(), "the first of calibration_dataloader()"
+            loader, which = own, "the first of calibration_dataloader()"
         else:
             loader, which = seeded_view(self._train_loader(), wanted, self.plan.seed)
         batches = [self._offloaded(self._to_device(batch)) for batch in first_batches(loader, wanted)]
@@ -366,6 +393,12 @@ class Finish:
         rank_zero_info(f"calibrating on {len(batches)} batches: {which}")
         self.facts |= {"calibration_batches": len(batches), "calibration_samples": which}
         return batches
+
+    def _calibration_loader(self) -> Any:
+        """A new loader of the user's ``calibration_dataloader``, or None."""
+        owners = (self.trainer.datamodule, self.pl_module)
+        own = [getattr(owner, "calibration_dataloader", None) for owner in owners]
+        return next((make() for make in own if make is not None), None)
 
     def _offloaded(self, batch: Any) -> Any:
         """Batches for a ``calibration_step`` stay on the device: their tensors tell it which batch they are."""
@@ -385,11 +418,11 @@ class Finish:
             )
         return source.dataloader()
 
-    def _forward(self, batches: Sequence[Any]) -> Callable[[nn.Module, Any], Any] | None:
-        """The user's ``calibration_step(batch, batch_idx)``, or None for the default way into the model."""
+    def _forward(self, batches: Sequence[Any]) -> Callable[[nn.Module, Any], Any]:
+        """The user's ``calibration_step(batch, batch_idx)``, or the default way into the model."""
         step = getattr(self.pl_module, "calibration_step", None)
         if step is None:
-            return None
+            return partial(run_model, advice=IN_TRAINER)
         index = {_first_tensor(batch): i for i, batch in enumerate(batches)}
         return lambda module, batch: step(batch, index.get(_first_tensor(batch), 0))
 
@@ -423,7 +456,8 @@ class Finish:
             again = is_resumed(self.trainer)
             try:
                 save(self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=again)
-                self.facts["export_dir"] = str(folder)
+                if not self.trainer.fast_dev_run:              # that folder is deleted
+                    self.facts["export_dir"] = str(folder)
             except ValueError as error:
                 if quantized_modules(self.module):
                     raise

@@ -10,19 +10,23 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-__all__ = ["first_batches", "seeded_view", "share_of"]
+__all__ = ["SideBySide", "first_batches", "seeded_view", "share_of"]
 
 
 def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], str]:
     """A loader of ``batches`` batches for calibration, and a sentence on which samples they hold.
 
     Args:
-        loader: A training loader, or a dict, list or tuple of such (then batches are structured in the same way).
+        loader: A training loader, a CombinedLoader, or a dict, list or tuple of such (then batches are structured in
+            the same way).
         batches: How many are wanted.
         seed: Of the choice.
     """
+    if isinstance(loader, CombinedLoader):
+        return seeded_view(loader.iterables, batches, seed)
     if isinstance(loader, Mapping):
         parts = {key: seeded_view(part, batches, seed) for key, part in loader.items()}
         views = {key: part for key, (part, _) in parts.items()}
@@ -81,6 +85,16 @@ def _unindexable(loader: Any) -> str | None:
     if isinstance(loader.dataset, IterableDataset):
         return "an iterable dataset"
     return "a batch sampler of its own" if loader.batch_size is None else None
+
+
+class SideBySide:
+    """The batches of a CombinedLoader without their numbers."""
+
+    def __init__(self, loader: CombinedLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, _, _ in iter(self.loader))
 
 
 class _Together:

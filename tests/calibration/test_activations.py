@@ -1,4 +1,3 @@
-import re
 from collections import UserDict, namedtuple
 
 import pytest
@@ -18,53 +17,7 @@ from lightning_compress.calibration.activations import (
     token_mask,
 )
 
-
-class Echo(nn.Module):
-    """Returns what it was called with."""
-
-    def forward(self, *args, **kwargs):
-        return args, kwargs
-
-
-class Named(Echo):
-    def forward(self, input_ids, attention_mask=None, labels=None, use_cache=None, **kwargs):
-        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "use_cache": use_cache}
-        return named | kwargs
-
-
-class Config:
-    def __init__(self, **values):
-        self.__dict__.update(values)
-
-
 # -- how a batch enters -----------------------------------------------------------------------------------------------
-
-
-def test_mappings_give_the_arguments_that_forward_names():
-    given = UserDict({"input_ids": 1, "labels": 2, "special_tokens_mask": 3})
-    assert BatchRunner(Named())(given) == {"input_ids": 1, "attention_mask": None, "labels": None, "use_cache": None}
-
-
-def test_a_cache_is_turned_off_where_there_is_one():
-    model = Named()
-    model.config = Config(use_cache=True)
-    assert BatchRunner(model)({"input_ids": 1})["use_cache"] is False
-
-
-def test_labels_make_the_input_of_an_encoder_decoder():
-    model = Named()
-    model.config = Config(is_encoder_decoder=True)
-    assert BatchRunner(model)({"input_ids": 1, "labels": 2})["labels"] == 2
-    assert BatchRunner(model)({"input_ids": 1, "labels": 2, "decoder_input_ids": 3})["labels"] is None
-
-
-def test_other_batches():
-    run = BatchRunner(Echo())
-    assert run((5, 6)) == ((5,), {})
-    assert run([{"x": 5, "labels": 1}, 6]) == ((), {"x": 5})
-    assert run(5) == ((5,), {})
-    with pytest.raises(ValueError, match="a calibration batch is an empty tuple"):
-        run(())
 
 
 def test_tensors_go_where_the_model_is():
@@ -176,15 +129,3 @@ def test_a_small_sample_is_one_row_and_of_ids_a_few(batch, shapes):
 )
 def test_no_sample_is_cut_where_it_is_not_clear_how(batch):
     assert small_sample(batch) is None
-
-
-@pytest.mark.parametrize(
-    ("batch", "got"),
-    [([torch.zeros(2, 3)], r"its tensor \[2, 3\]"), ({"input": torch.zeros(2, 3)}, r"the keywords \['input'\]")],
-)
-def test_a_batch_that_the_model_cannot_take_says_how_to_give_another(batch, got):
-    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised:
-        BatchRunner(nn.Linear(4, 2))(batch)
-    (note,) = raised.value.__notes__
-    assert re.search(rf"Linear on a calibration batch: it got {got}", note)
-    assert "calibration_step" in note

@@ -1,0 +1,150 @@
+"""Batches and loaders of other shapes: what the model cannot take is refused before training."""
+
+import pytest
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_compress import CompressionCallback
+from tests.training_runs import Regression, RoundingModifier, Sums, quiet
+
+ROWS = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Rows(Regression):
+    """Trains and validates on the rows of a batch, whatever they are called; counts the batches of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained, self.validated = 0, []
+
+    def error(self, batch):
+        while not isinstance(batch, torch.Tensor):
+            batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+        return self.model(batch).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        self.trained += 1
+        return self.error(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(sorted(batch) if isinstance(batch, dict) else len(batch))
+        self.log("val/error", self.error(batch))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+def named(**names):
+    return DataLoader([{**dict.fromkeys(names, row), "label": 1} for row in ROWS], 4)
+
+
+def rows():
+    return DataLoader(ROWS, 4)
+
+
+def fit(folder, module, *loaders, **options):
+    callback = CompressionCallback(RoundingModifier(), calibration_batches=2)
+    quiet(folder, callback, num_sanity_val_steps=0, **options).fit(module, *loaders)
+    return callback
+
+
+class Asked(Rows):
+    """Brings a loader of its own, which the model cannot take."""
+
+    def calibration_dataloader(self):
+        return named(image=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "loader", "keys"),
+    [
+        (Rows, lambda: named(image=1), ["image", "label"]),
+        (Rows, lambda: {"a": rows(), "b": rows()}, ["a", "b"]),
+        (Rows, lambda: CombinedLoader({"a": rows(), "b": rows()}, "max_size_cycle"), ["a", "b"]),
+        (Asked, rows, ["image", "label"]),
+    ],
+    ids=["names of its own", "a dict of loaders", "a CombinedLoader", "calibration_dataloader"],
+)
+def test_what_the_model_cannot_take_is_refused_before_the_first_step(tmp_path, module, loader, keys):
+    module = module()
+    with pytest.raises(ValueError, match="Sequential.forward takes none of the batch's keys") as raised:
+        fit(tmp_path, module, loader())
+    assert f"{keys}, but ['input']: write calibration_step(self, batch, batch_idx)" in str(raised.value)
+    assert "calibration_dataloader()" in str(raised.value)
+    assert module.trained == 0
+
+
+def test_what_is_said_is_also_what_helps(tmp_path):
+    class Step(Rows):
+        def calibration_step(self, batch, batch_idx):
+            return self.model(batch["a"])
+
+    class Own(Rows):
+        def calibration_dataloader(self):
+            return rows()
+
+    for number, module in enumerate((Step(), Own())):
+        callback = fit(tmp_path / str(number), module, CombinedLoader({"a": rows(), "b": rows()}, "min_size"))
+        assert callback.done
+        assert module.is_rounded()
+        assert module.trained == 4
+
+
+def test_nothing_is_asked_where_nothing_calibrates_on_data(tmp_path):
+    callback = CompressionCallback(RoundingModifier(data=False))
+    quiet(tmp_path, callback).fit(Rows(), named(image=1))
+    assert callback.done
+
+
+def test_keys_that_are_left_out_are_named_as_training_begins(tmp_path):
+    class Stops(Rows):
+        def training_step(self, batch, batch_idx):
+            raise KeyError("first step")
+
+    named_once = pytest.warns(UserWarning, match=r"leaves the keys \['label'\] of a batch out")
+    with named_once, pytest.raises(KeyError, match="first step"):
+        fit(tmp_path, Stops(), named(input=1))
+
+
+@pytest.mark.parametrize(
+    ("loader", "limit", "batches"),
+    [
+        (lambda: DataLoader(Stream(), 4), {}, [4] * 4),
+        (lambda: DataLoader(Stream(), 4), {"limit_val_batches": 2}, [4] * 2),
+        (lambda: [rows(), DataLoader(Stream(), 4)], {"limit_val_batches": 3}, [4] * 6),
+        (lambda: CombinedLoader({"a": rows(), "b": rows()}, "max_size"), {}, [["a", "b"]] * 4),
+        (lambda: CombinedLoader({"a": rows(), "b": rows()}, "max_size"), {"limit_val_batches": 3}, [["a", "b"]] * 3),
+        (lambda: CombinedLoader([rows(), rows()], "sequential"), {}, [4] * 8),
+    ],
+    ids=["no length", "no length, limited", "two", "side by side", "side by side, limited", "one after the other"],
+)
+def test_validation_loaders_are_measured_as_the_trainer_validates(tmp_path, loader, limit, batches):
+    class Several(Rows):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    module = Several()
+    fit(tmp_path, module, rows(), loader(), **limit)
+    assert module.validated == batches * 3                     # by the Trainer, and before and after compression
+
+
+def test_a_combined_loader_is_calibrated_on_where_nothing_is_trained(tmp_path):
+    class Step(Rows):
+        def calibration_step(self, batch, batch_idx):
+            assert sorted(batch) == ["a", "b"]
+            return self.model(batch["a"])
+
+    module = Step()
+    loader = CombinedLoader({"a": rows(), "b": rows()}, "max_size_cycle")
+    assert fit(tmp_path, module, loader, limit_train_batches=0).done
+    assert module.is_rounded()
+
+
+def test_a_folder_that_is_deleted_is_not_named(tmp_path, capsys):
+    quiet(tmp_path, CompressionCallback(RoundingModifier()), fast_dev_run=True).fit(Regression(), Sums())
+    assert "compressed model" not in capsys.readouterr().out
+    quiet(tmp_path, CompressionCallback(RoundingModifier())).fit(Regression(), Sums())
+    assert f"compressed model: {tmp_path / 'compressed'}" in capsys.readouterr().out.replace("\n", "")
