@@ -54,13 +54,15 @@ include benchmarks/bench.mk
 include scripts/slurm/slurm.mk
 
 # -- checks -----------------------------------------------------------------------------------------------------------------
-# One thread: the tests' models are tiny, and two cores shared by two runs are slower with more.
+# One thread each: the tests' models are tiny. Two processes share the files (WORKERS=0: one process, for a debugger).
 TEST := OMP_NUM_THREADS=1 HYDRA_FULL_ERROR=1 $(BIN)/python -m pytest
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 # Kernels twice: compiled, with all the others; and in Triton's interpreter, which must be chosen before Triton is imported.
 test: $(READY)  ## the tests that need no GPU, no cluster and no download
-	$(TEST) -m "not (slow or real or slurm or gpu)" $(ARGS)
-	TRITON_INTERPRET=1 $(TEST) tests/ops -k interpreted
+	$(TEST) $(PARALLEL) -m "not (slow or real or slurm or gpu)" $(ARGS)
+	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) tests/ops -k interpreted
 
 test-newest: $(NEWEST_READY)  ## exports, KV caches and reloads with the newest transformers and compressed-tensors
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -m "not (slow or real or slurm or gpu)" \
