@@ -177,7 +177,7 @@ def _perplexity(
     return Measurement(
         values={"perplexity": perplexity, "nll": math.log(perplexity)},
         nll=torch.cat(nlls),
-        lengths=torch.tensor([len(n) for n in nlls]),
+        lengths=torch.tensor([len(n) for n in nlls], dtype=torch.int64),
         batches=done,
     )
 

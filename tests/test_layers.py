@@ -203,6 +203,35 @@ def test_nothing_at_module_level_changes(module):
     assert not wrong, f"{module}: " + "; ".join(wrong)
 
 
+FLOATS = {
+    "FloatTensor", "Tensor", "empty", "empty_strided", "eye", "finfo", "full", "get_default_dtype", "linspace",
+    "logspace", "normal", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+NUMBERS = {"arange", "randint", "randperm"}            # of whole numbers they are int64, whatever the default dtype is
+NAMES_NO_DTYPE = {
+    "core.precision": "it sets the default dtype and puts it back",
+    "rotation.norms": "the user's module is tried on numbers of the dtype that it is used to",
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_new_tensor_says_its_dtype(module):
+    """Torch's default dtype belongs to the user: ``Trainer(precision="bf16-true")`` makes it bfloat16."""
+    silent = []
+    for node in ast.walk(TREES[module]):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.")):
+            continue
+        name, named = ast.unparse(node.func).removeprefix("torch."), any(k.arg == "dtype" for k in node.keywords)
+        fraction = any(isinstance(n, ast.Constant) and isinstance(n.value, float) for n in ast.walk(node))
+        positional = name == "finfo" and bool(node.args)
+        if (name in FLOATS or (name in NUMBERS and fraction)) and not named and not positional:
+            silent.append(f"line {node.lineno}: {ast.unparse(node)}")
+    if module.removeprefix(f"{PACKAGE}.") not in NAMES_NO_DTYPE:
+        assert not silent, f"{module}: name the dtype: " + "; ".join(silent)
+    else:
+        assert silent, f"{module} may leave the list"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_alone(module):
     """Names in ``__all__`` exist, and each public module says which are public."""

@@ -102,7 +102,7 @@ class LearnedBlock:
         Raises:
             ValueError: The block's output has no gradient.
         """
-        unit = sum(size.numbers for size in self._sizes.values()) / max(self.power, torch.finfo().tiny)
+        unit = sum(size.numbers for size in self._sizes.values()) / max(self.power, torch.finfo(torch.float32).tiny)
         return self.gradients_of(error, unit)
 
     def gradients_of(self, value: Tensor, unit: float = 1.0, again: bool = False) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from lightning_compress.calibration.capture import run_to_stop, stop
 from lightning_compress.calibration.lockstep import run_in_lockstep
 from lightning_compress.calibration.probe import Probe, nonfinite_error
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
+from lightning_compress.core.precision import model_precision
 
 __all__ = ["Group", "Stages", "one_pass_obstacle"]
 
@@ -123,7 +124,8 @@ class Stages:
 
     def _replay(self, group: Group, run: Callable[[int], object], batch: int) -> object:
         self.turn(batch, f"{group.title}: once more, batch {batch + 1}/{len(self.masks)}")
-        return run(batch)
+        with model_precision():
+            return run(batch)
 
     def _look(
         self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]

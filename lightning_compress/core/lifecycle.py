@@ -2,7 +2,7 @@
 
 The lifecycle checks that events come in an order that can be, hands each to the modifiers in recipe order, and
 keeps what a checkpoint needs. It knows neither Lightning nor calibration: whoever drives the run calls
-:meth:`Lifecycle.emit`.
+:meth:`Lifecycle.emit`. Whatever the precision of the run, handlers find float32 as default dtype, and no autocast.
 """
 
 from collections import Counter
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.precision import plain_precision
 from lightning_compress.core.state import State
 
 __all__ = ["Lifecycle"]
@@ -63,6 +64,7 @@ class Lifecycle:
     def finalized(self) -> bool:
         return all(m.finalized for m in self.modifiers)
 
+    @plain_precision()
     def initialize(self, state: State, event: Event | None = None, **kwargs: Any) -> None:
         """Initialize every modifier; when one fails, hooks of all come off and the error goes on.
 
@@ -101,6 +103,7 @@ class Lifecycle:
             if (why := modifier.conflict(other, state, earlier=other_place < place)) is not None:
                 raise ValueError(f"{key} cannot work beside {other_key}: {why}")
 
+    @plain_precision()
     def finalize(self, state: State, **kwargs: Any) -> None:
         """Finalize every modifier; when one fails, hooks of all come off and the error goes on."""
         with self._hooks_off_on_error():
@@ -108,6 +111,7 @@ class Lifecycle:
                 modifier.finalize(state, **kwargs)
         self.last = None
 
+    @plain_precision()
     def emit(self, state: State, event: Event, only: Sequence[Modifier] | None = None, **kwargs: Any) -> None:
         """Hand an event to the modifiers, in order.
 
@@ -196,12 +200,14 @@ class Lifecycle:
     def state_dict(self) -> dict[str, Any]:
         return {key: modifier.state_dict() for key, modifier in zip(self.keys(), self.modifiers, strict=True)}
 
+    @plain_precision()
     def weights_loaded(self, state: dict[str, Any]) -> None:
         """The weights of a checkpoint are back in the model; ``state`` is what :meth:`state_dict` gave then."""
         for key, modifier in zip(self.keys(), self.modifiers, strict=True):
             if key in state:
                 modifier.on_weights_loaded(state[key])
 
+    @plain_precision()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint holds other modifiers than this recipe."""
         if list(state) != self.keys():

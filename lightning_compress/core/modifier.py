@@ -15,11 +15,13 @@ from reprlib import repr as short
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
+import torch
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.events import Event, EventType, Unit
+from lightning_compress.core.precision import plain_precision
 from lightning_compress.core.state import State
 
 __all__ = ["Modifier", "ModifierInterface"]
@@ -452,6 +454,8 @@ class Modifier(ModifierInterface, BaseModel):
     ) -> RemovableHandle:
         """Call ``function`` at every forward of ``module`` until :meth:`remove_hooks`, except while paused.
 
+        It finds float32 as default dtype and no autocast, whatever the model runs in (compiled: as they are).
+
         Args:
             module: Where the hook goes.
             function: ``(module, args)`` for ``forward_pre``, ``(module, args, output)`` for ``forward``; what it
@@ -535,7 +539,12 @@ class _UnlessPaused:
         self.modifier, self.function = modifier, function
 
     def __call__(self, *args: Any) -> Any:
-        return None if self.modifier is None or self.modifier._paused or not self.function else self.function(*args)
+        if self.modifier is None or self.modifier._paused or not self.function:
+            return None
+        if torch.compiler.is_compiling():                      # dynamo cannot trace a change of the default dtype
+            return self.function(*args)
+        with plain_precision():
+            return self.function(*args)
 
     def __copy__(self) -> "_UnlessPaused":
         return self

@@ -92,7 +92,7 @@ def names_on_disk(model: "PreTrainedModel", names: Sequence[str]) -> dict[str, s
         return {name: name for name in names}
     fused = names_of_experts(model)
     names = [name for name in names if name not in fused]
-    marked = {f"{name}.weight": torch.tensor(place) for place, name in enumerate(names)}
+    marked = {f"{name}.weight": torch.tensor(place, dtype=torch.int64) for place, name in enumerate(names)}
     renamed = revert_weight_conversion(model, marked)
     return {names[int(mark)]: key.removesuffix(".weight") for key, mark in renamed.items()} | fused
 

@@ -55,7 +55,7 @@ def check_all(layout: nn.Module, entries: Mapping[str, Any], path: Path) -> None
         with naming(path, f"online.{name}"):
             R, C = as_matrix(layout.get_submodule(name)).shape
             for online in online_from_json(data):
-                online.apply(torch.zeros(1, C if online.side == "input" else R))
+                online.apply(torch.zeros(1, C if online.side == "input" else R, dtype=torch.float32))
 
 
 def attach_all(model: nn.Module, entries: Mapping[str, Any]) -> None:

@@ -82,5 +82,5 @@ def _some_rows(rows: int, partitions: int, solver: Solver, wanted: int) -> Tenso
         return torch.arange(rows)
     within = rows // partitions
     take = min(within, max(1, wanted // partitions))
-    chosen = torch.linspace(0, within - 1, take).round().long()
+    chosen = torch.linspace(0, within - 1, take, dtype=torch.float32).round().long()
     return (torch.arange(partitions)[:, None] * within + chosen).flatten()

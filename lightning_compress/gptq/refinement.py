@@ -105,7 +105,7 @@ def refit_scales(
         v_Rg, s_R = V_RC[:, columns], scale_RG[:, group]
         slope_R = (v_Rg * P_RC[:, columns]).sum(1)
         curvature_R = ((v_Rg @ H_CC[columns, columns]) * v_Rg).sum(1)
-        wanted_R = (s_R + slope_R / curvature_R.clamp(min=torch.finfo().tiny)).to(dtype).float()
+        wanted_R = (s_R + slope_R / curvature_R.clamp(min=torch.finfo(torch.float32).tiny)).to(dtype).float()
         step_R = wanted_R - s_R
         gain_R = step_R * (2 * slope_R - step_R * curvature_R)
         step_R = step_R.where((gain_R > 0) & (wanted_R > SMALLEST * s_R) & wanted_R.isfinite(), 0.0)

@@ -19,12 +19,13 @@ __all__ = ["gumbel", "hard_mask", "patterns", "prior_shift", "soft_mask"]
 def patterns(n: int, m: int) -> Tensor:
     """All masks of M weights that keep N: float32 [K, M], in the order of ``itertools.combinations``."""
     kept = list(combinations(range(m), n))
-    return torch.zeros(len(kept), m).scatter_(1, torch.tensor(kept), 1.0)
+    return torch.zeros(len(kept), m, dtype=torch.float32).scatter_(1, torch.tensor(kept, dtype=torch.int64), 1.0)
 
 
 def gumbel(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     """Gumbel noise, float32, the same for the same seed and device."""
-    u = torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    u = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
     return -torch.log(-torch.log(u.clamp(1e-20, 1 - 1e-7)))
 
 

@@ -196,11 +196,11 @@ def _jacobsthal(q: int) -> Tensor:
     assert power is not None
     p, k = power
     elements = list(product(range(p), repeat=k))                              # polynomials, highest coefficient first
-    place = torch.tensor([p**i for i in reversed(range(k))])
+    place = torch.tensor([p**i for i in reversed(range(k))], dtype=torch.int64)
     modulus = _irreducible(p, k)
     squares = {_times(a, a, modulus, p) for a in elements if any(a)}
     chi = torch.tensor([0.0 if not any(a) else 1.0 if a in squares else -1.0 for a in elements], dtype=torch.float64)
-    A = torch.tensor(elements)
+    A = torch.tensor(elements, dtype=torch.int64)
     return chi[((A[:, None] - A[None]) % p * place).sum(-1)]
 
 

@@ -19,7 +19,11 @@ from torch.nn.functional import pad
 
 from lightning_compress.ops.hessian import hessian_accumulate_, mirror_
 
-__all__ = ["InputMoment", "MomentPool", "PerShared", "Shared", "groups_as_partitions"]
+__all__ = ["InputMoment", "MomentPool", "NonFiniteMomentError", "PerShared", "Shared", "groups_as_partitions"]
+
+
+class NonFiniteMomentError(ValueError):
+    """H is not finite: the inputs are not, or their squares lie beyond float32."""
 
 
 def groups_as_partitions(X_PNC: Tensor, g: int) -> Tensor:
@@ -41,23 +45,31 @@ class InputMoment:
 
     def __init__(self, partitions: int, columns: int, device: torch.device | str = "cpu"):
         with torch.inference_mode(False):                      # it outlives the calibration pass
-            self.sum_PCC = torch.zeros(partitions, columns, columns, device=device)
+            self.sum_PCC = torch.zeros(partitions, columns, columns, device=device, dtype=torch.float32)
         self.tokens = 0
 
     def update(self, X_PNC: Tensor) -> None:
         """Take N more tokens; any floating dtype, added up in float32.
 
         Raises:
-            ValueError: They hold NaN or Inf (or squares beyond float32).
+            NonFiniteMomentError: They hold NaN or Inf, or their squares lie beyond float32.
+            ValueError: They have another number of columns.
         """
-        P, N, _ = X_PNC.shape
+        P, N, C = X_PNC.shape
+        if (expected := (len(self.sum_PCC), self.sum_PCC.shape[2])) != (P, C):
+            raise ValueError(f"{P} x {C} input columns, expected {expected[0]} x {expected[1]} as in the inputs before")
         if P == 1:
             hessian_accumulate_(self.sum_PCC[0], X_PNC[0])
         else:
             self.sum_PCC.baddbmm_(X_PNC.mT.float(), X_PNC.float())
         self.tokens += N
         if not torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()):        # any NaN or Inf reaches the diagonal
-            raise ValueError("inputs hold NaN or Inf")
+            if not torch.isfinite(X_PNC).all():
+                raise NonFiniteMomentError("holds NaN or Inf")
+            raise NonFiniteMomentError(
+                f"holds numbers up to {X_PNC.abs().max().item():.3g}, whose squares add up beyond float32; scale its "
+                f"inputs down, or add it to ignore"
+            )
 
     def take(self) -> Tensor:
         """:meth:`value` in the memory of the sum: the statistic is of no use any more, but for ``tokens``."""
@@ -136,7 +148,8 @@ class MomentPool:
             rows: Makes X [P, N, C] of x; called only when the statistic needs it.
 
         Raises:
-            ValueError: x holds NaN or Inf (names module and batch), or modules that shared their inputs no longer do.
+            NonFiniteMomentError: x holds NaN or Inf, or squares beyond float32; names the module and its input.
+            ValueError: x has another number of columns, or modules that shared their inputs no longer do.
         """
         key = (id(x), layout)
         shared, indices = self._find(key, x)
@@ -157,8 +170,10 @@ class MomentPool:
         moment = own.moment if own.held_out is None or own.inputs % 2 == 0 else own.held_out
         try:
             moment.update(X_PNC)
+        except NonFiniteMomentError as error:
+            raise NonFiniteMomentError(f"input {own.inputs} (counted from 0) of {name!r} {error}") from error
         except ValueError as error:
-            raise ValueError(f"the input of {name!r} holds NaN or Inf in calibration batch {own.inputs + 1}") from error
+            raise ValueError(f"input {own.inputs} (counted from 0) of {name!r}: {error}") from error
         seen.add(own.inputs)
         self._remember(key, x, own, own.inputs)
         own.inputs += 1

@@ -27,6 +27,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core.precision import plain_precision
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.maths.hessian import MomentPool
 from lightning_compress.quant.arguments import QuantizationArguments
@@ -132,7 +133,7 @@ def clipped(W_RC: Tensor, args: QuantizationArgs, H_CC: Tensor) -> Tensor:
     g = group_columns(args, C)
     H_Ggg = torch.stack([H_CC[i : i + g, i : i + g] for i in range(0, C, g)])
     limit_RG1 = W_RC.float().abs().unflatten(1, (-1, g)).amax(-1, keepdim=True)
-    best_RG = torch.full((R, C // g), math.inf, device=W_RC.device)
+    best_RG = torch.full((R, C // g), math.inf, device=W_RC.device, dtype=torch.float32)
     result = W_RC.clone()
     for clip in CLIPS:
         cut_RC = W_RC if clip == 1 else _cut(W_RC, limit_RG1 * clip, g)
@@ -305,6 +306,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         pool, replay = MomentPool(), state.replay
         assert replay is not None
 
+        @plain_precision()
         def observe(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = only_input(name, inputs)
             mask = self.token_mask

@@ -53,8 +53,8 @@ class DepthPruningModifier(Modifier):
     protect: int = Field(default=0, ge=0)
 
     _path: str = PrivateAttr(default="")
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0))       # of 1 - cos, of each block, float64 [L]
-    _seen: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0))       # tokens of each block, int64 [L]
+    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.float64))   # of 1 - cos, [L] blocks
+    _seen: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.int64))     # tokens of each, [L]
     _in_batch: bool = PrivateAttr(default=False)
     _cut: bool = PrivateAttr(default=False)
     _before: int = PrivateAttr(default=0)                                     # parameters

@@ -301,7 +301,8 @@ class DistillationModifier(Modifier):
         def ask() -> Any:
             return teacher.ask(args, kwargs)
 
-        total = torch.zeros((), device=state.loss.device if state.loss is not None else None)
+        assert state.loss is not None
+        total = torch.zeros((), device=state.loss.device, dtype=torch.float32)
         answer = None if self._recall is not None else ask()
         if self.divergence is not None:
             ours = logits_of(student, self.class_dim)

@@ -56,7 +56,8 @@ class MaskLogits(nn.Module):
         self.logits = nn.Parameter(logits)
         self.S_KM, self.transposed = S_KM, is_transposed(module)
         self.active = False
-        self.kappa, self.tau = torch.ones(()), torch.ones(())       # tensors: numbers would compile anew each step
+        # tensors: numbers would compile anew each step
+        self.kappa, self.tau = (torch.ones((), dtype=torch.float32) for _ in range(2))
         self.seed = 0
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class LearnedMaskModifier(Modifier):
             W_RC = self._weights.matrices()[name]
             shape = (W_RC.shape[0], W_RC.shape[1] // self.pattern[1], len(S_KM))
             generator = torch.Generator().manual_seed(_seed(self.seed, 0, place))
-            logits = self.init_std * torch.randn(shape, generator=generator)
+            logits = self.init_std * torch.randn(shape, generator=generator, dtype=torch.float32)
             if name in priors:
                 logits += self.init_std * self.prior_strength * prior_shift(priors[name].cpu(), S_KM)
             put_on(module, MaskLogits(module, S_KM, logits.to(W_RC.device)))
@@ -274,7 +275,7 @@ class LearnedMaskModifier(Modifier):
 
     def _regularize(self, state: State, event: Event) -> None:
         assert state.loss is not None
-        total = torch.zeros((), device=state.loss.device)
+        total = torch.zeros((), device=state.loss.device, dtype=torch.float32)
         for module in self._weights.modules.values():
             logits, weight = _logits(module), original_weight(module)
             total = total + (weight.float() * logits.like(logits.soft(), weight).float()).square().sum()

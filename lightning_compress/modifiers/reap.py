@@ -52,7 +52,8 @@ class ExpertSaliency:
             weight_NK: The router's weights of these.
             expert: ``expert(e, x)`` [n, H] is what expert e makes of tokens [n, H].
         """
-        gate_NK = weight_NK.double() / weight_NK.double().sum(1, keepdim=True).clamp_min(torch.finfo().tiny)
+        least = torch.finfo(torch.float32).tiny
+        gate_NK = weight_NK.double() / weight_NK.double().sum(1, keepdim=True).clamp_min(least)
         for e in range(len(self.sum_E)):
             tokens, place = torch.where(index_NK == e)
             if len(tokens):

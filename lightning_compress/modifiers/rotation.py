@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Generator, Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core.precision import model_precision
 from lightning_compress.matching import match_rank, select
 from lightning_compress.quant.matrix import inputs_as_rows
 from lightning_compress.rotation.discover import Found, discover
@@ -121,12 +122,15 @@ class RotationModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         model = _model(state)
-        self._plan(model, discover(model).followed)
+        with model_precision():
+            found = discover(model)
+        self._plan(model, found.followed)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         model = _model(state)
-        self._found = discover(model)
+        with model_precision():
+            self._found = discover(model)
         self._pending = self._plan(model, self._found.followed)
         if not self.learn:
             self._rotate(state)
@@ -180,7 +184,8 @@ class RotationModifier(Modifier):
         assert found is not None
         assert plan is not None
         self._found = self._pending = None
-        fused = fuse(model, plan.turns, plan.norms, found.run, self.tolerance, lambda: put_beside(model, plan.beside))
+        run = model_precision()(found.run)
+        fused = fuse(model, plan.turns, plan.norms, run, self.tolerance, lambda: put_beside(model, plan.beside))
         self._report(state, plan, fused, time.perf_counter() - start)
 
     def _plan(self, model: nn.Module, followed: Followed) -> Plan:

@@ -248,7 +248,7 @@ class SparseGPTModifier(PruningArguments, Modifier):
             flag=f"damping raised to {dampening:g}" if dampening != self.dampening_frac else None,
             scheme=self.mask_structure,
             sparsity=share_of_zeros(Q_RC),
-            error=max(0.0, error) / max(total, torch.finfo().tiny),
+            error=max(0.0, error) / max(total, torch.finfo(torch.float32).tiny),
             sqnr_db=sqnr_db(weight_error(W_RC, Q_RC)),
             params=W_RC.numel(),
             tokens=shared.moment.tokens,

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.precision import model_precision
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
 from lightning_compress.matching import select
@@ -230,7 +231,8 @@ class StructuredPruningModifier(Modifier):
     def _follow_channels(self, state: State, args: Any, kwargs: Any) -> None:
         assert state.model is not None
         targets = self._channel_targets(state.model)
-        groups, outputs = find_channels(state.model, targets, args, kwargs)
+        with model_precision():
+            groups, outputs = find_channels(state.model, targets, args, kwargs)
         if named := [name for name in outputs if name in (self.targets or [])]:
             raise ValueError(f"target {named[0]!r} makes the output of the model, whose size is given; leave it out")
         for name in outputs:
@@ -318,7 +320,8 @@ class StructuredPruningModifier(Modifier):
         if self.importance == "magnitude":
             tensors = _tensors(model)
             matrices = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
-            return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), torch.zeros(group.units)).sqrt()
+            none = torch.zeros(group.units, dtype=torch.float32)
+            return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), none).sqrt()
         if not self._seen.get(group.name):
             raise ValueError(
                 f"{self.name}: importance={self.importance!r}, but {group.name!r} saw no batch before the cut; give a "

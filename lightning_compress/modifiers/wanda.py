@@ -225,7 +225,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
             "wanda",
             scheme=self.mask_structure,
             sparsity=share_of_zeros(one.Q_RC),
-            error=max(0.0, error) / max(total, torch.finfo().tiny),
+            error=max(0.0, error) / max(total, torch.finfo(torch.float32).tiny),
             sqnr_db=sqnr_db(weight_error(one.W_RC, one.Q_RC)),
             params=one.W_RC.numel(),
             tokens=one.tokens,
@@ -233,7 +233,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
             **({} if flag is None else {"flag": flag}),
         )
         self.remove_hooks(one.module)
-        one.W_RC = one.Q_RC = one.H_PCC = torch.empty(0)
+        one.W_RC = one.Q_RC = one.H_PCC = torch.empty(0, dtype=torch.float32)
 
     def _prune_block(self, state: State, found: Mapping[str, "Pruned"]) -> None:
         """Wanda++: all modules of a block together."""
@@ -299,7 +299,7 @@ class Pruned:
     name: str
     module: nn.Module
     shared: Shared
-    W_RC: Tensor = field(default_factory=lambda: torch.empty(0))
-    H_PCC: Tensor = field(default_factory=lambda: torch.empty(0))
-    Q_RC: Tensor = field(default_factory=lambda: torch.empty(0))
+    W_RC: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
+    H_PCC: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
+    Q_RC: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
     tokens: int = 0

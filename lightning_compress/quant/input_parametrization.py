@@ -55,9 +55,10 @@ class FakeQuantizeInput(nn.Module):
         self.args, self.constant = args, constant
         self.observing = not args.dynamic
         self.frozen, self.batches = False, 0
-        self.change = nn.Parameter(torch.zeros(1, device=like.device)) if learned and not args.dynamic else None
+        zero = torch.zeros(1, device=like.device, dtype=torch.float32)
+        self.change = nn.Parameter(zero) if learned and not args.dynamic else None
         for name in ("low", "high", "batch_low", "batch_high"):
-            self.register_buffer(name, torch.zeros(1, device=like.device), persistent=False)
+            self.register_buffer(name, torch.zeros(1, device=like.device, dtype=torch.float32), persistent=False)
         self.register_buffer("scale", torch.ones(1, device=like.device, dtype=like.dtype), persistent=False)
         self.register_buffer("zero_point", torch.zeros(1, device=like.device, dtype=torch.int8), persistent=False)
         self._forget_batch()

@@ -61,7 +61,7 @@ class Observer(ABC):
         """
         low, high = (float(v) for v in x.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"its input holds NaN or Inf in calibration batch {self.batches + 1}")
+            raise ValueError(f"its input {self.batches} (counted from 0) holds NaN or Inf")
         self._take(x.detach(), low, high)
         self.batches += 1
 
@@ -87,7 +87,7 @@ class Observer(ABC):
 
     def global_scale(self) -> Tensor:
         """g of NVFP4, float32 [1]."""
-        low, high = (torch.tensor(v) for v in self.bounds())
+        low, high = (torch.tensor(v, dtype=torch.float32) for v in self.bounds())
         return global_scale_of(low, high)
 
 
@@ -141,7 +141,8 @@ class HistogramObserver(Observer):
 
     def _quantized(self, x: Tensor, factor: float) -> Tensor:
         """On the grid that covers the shrunken extremes; float32."""
-        scale, zero = calculate_qparams(*(torch.tensor([factor * v]) for v in (self.low, self.high)), self.args)
+        ends = (torch.tensor([factor * v], dtype=torch.float32) for v in (self.low, self.high))
+        scale, zero = calculate_qparams(*ends, self.args)
         return fake_quantize(x.float(), scale, zero, self.args)
 
 

@@ -127,7 +127,7 @@ def search(
         As :func:`minmax`. A scale that the search would round to zero stays at its min-max value.
     """
     R, C = W_RC.shape
-    importance_C = torch.ones(C, device=W_RC.device) if importance_C is None else importance_C
+    importance_C = torch.ones(C, device=W_RC.device, dtype=torch.float32) if importance_C is None else importance_C
     if is_microscaled(args):
         return _sweep(W_RC, args, importance_C, power, global_scale, H_Ggg), None
     if args.strategy == QuantizationStrategy.BLOCK:
@@ -140,7 +140,8 @@ def search(
     # [G, R, g]: one importance for all rows of a slice, so that a weighted sum is one matrix-vector product
     t_GRg = (W_RC.view(R, G, g) / expand(scale, R, args)[:, :, None]).float().transpose(0, 1).contiguous()
     z_GR = None if zero is None else expand(zero, R, args).t().float().contiguous()
-    factor_GR, shift_GR = torch.ones(G, R, device=W_RC.device), torch.zeros(G, R, device=W_RC.device)
+    factor_GR = torch.ones(G, R, device=W_RC.device, dtype=torch.float32)
+    shift_GR = torch.zeros_like(factor_GR)
     groups, rows = max(1, CHUNK // (R * g)), max(1, CHUNK // g)
     pieces = [(slice(i, i + groups), slice(r, r + rows)) for i in range(0, G, groups) for r in range(0, R, rows)]
 
@@ -229,7 +230,8 @@ def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
 
     No row depends on what the others hold.
     """
-    best_f, best_shift = (fill(errors.rows, device=errors.device) for fill in (torch.ones, torch.zeros))
+    best_f = torch.ones(errors.rows, device=errors.device, dtype=torch.float32)
+    best_shift = torch.zeros_like(best_f)
     best = errors(1.0, 0.0)                                       # the min-max scale: nothing worse is ever taken
 
     def take(f: float | Tensor, shift: float | Tensor, of: Tensor | None = None) -> Tensor:
@@ -249,7 +251,7 @@ def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
         at_end = take(f, 0.0)
         f *= ratio
     patience = 3 * at_end                                         # heavy tails: on, where errors still fall
-    while (patience > 0).any() and f > torch.finfo().eps:
+    while (patience > 0).any() and f > torch.finfo(torch.float32).eps:
         patience = (patience - 1).masked_fill_(take(f, 0.0, patience > 0), 3)
         f *= ratio
     for root in (2,) if errors.power == 2 else (2, 4):

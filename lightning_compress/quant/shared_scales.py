@@ -43,7 +43,7 @@ class GlobalScales:
         if name not in self._found:
             together = self._fused_with(name)
             ends = [torch.stack(as_matrix(self._modules[n]).float().aminmax()) for n in together]
-            low, high = (torch.stack(ends) * torch.tensor([-1.0, 1.0], device=ends[0].device)).amax(0)
+            low, high = (torch.stack(ends) * ends[0].new_tensor([-1.0, 1.0])).amax(0)
             self._found |= dict.fromkeys(together, global_scale_of(-low, high))
         return self._found[name]
 

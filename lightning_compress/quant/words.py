@@ -24,7 +24,8 @@ def compress_words(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> d
     tensors = {name: value for name, value in state.items() if name not in ("weight", "weight_zero_point")}
     zero = state.get("weight_zero_point")
     codes = quantize(state["weight"], state["weight_scale"], zero, args, dtype=torch.int8)
-    tensors |= {"weight_packed": pack(codes, args.num_bits), "weight_shape": torch.tensor(codes.shape)}
+    shape = torch.tensor(codes.shape, dtype=torch.int64)
+    tensors |= {"weight_packed": pack(codes, args.num_bits), "weight_shape": shape}
     if not args.symmetric and zero is not None:
         in_words = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
         tensors["weight_zero_point"] = pack(zero, args.num_bits, 0) if in_words else zero

@@ -41,11 +41,11 @@ class TokenSample:
     def __init__(self, size: int, generator: Generator):
         self.size, self.generator = size, generator
         self._kept: Tensor | None = None
-        self._keys = torch.empty(0)
+        self._keys = torch.empty(0, dtype=torch.float32)
 
     def update(self, x_NC: Tensor) -> None:
         """Take note of [N, C]; what is kept lies on the CPU in float32."""
-        keys = torch.cat([self._keys, torch.rand(len(x_NC), generator=self.generator)])
+        keys = torch.cat([self._keys, torch.rand(len(x_NC), generator=self.generator, dtype=torch.float32)])
         rows = x_NC.detach().float().cpu()
         kept = rows if self._kept is None else torch.cat([self._kept, rows])
         best = keys.topk(min(self.size, len(keys))).indices

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_compress.core.precision import model_precision
+
 __all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "keep_calls"]
 
 SAME = 1e-2              # of the largest output: what rounding may differ by; a call that is cut wrongly is far beyond
@@ -52,7 +54,7 @@ class ParentCalls:
         total = 0.0
         for i in batches:
             args, kwargs = self.arguments[i]
-            both = first_tensor(self.module(*args, **kwargs)), self.outputs[i]
+            both = self._run(args, kwargs), self.outputs[i]
             output, dense = (counted(tensor, self.masks[i]).float() for tensor in both)
             total += float((output - dense).square().sum().double())
         return total
@@ -89,12 +91,16 @@ class ParentCalls:
         """Whether the parent answers the first call as is written here, up to rounding."""
         args, kwargs = self.arguments[0]
         try:
-            found = first_tensor(self.module(*args, **kwargs))
+            found = self._run(args, kwargs)
         except Exception:  # made for whole batches
             return False
         expected = self.outputs[0]
         same = found.shape == expected.shape
         return same and bool((found - expected).abs().max() <= SAME * expected.abs().max())
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        with model_precision():
+            return first_tensor(self.module(*args, **kwargs))
 
     def tokens(self) -> list[int]:
         """How many count, by batch."""
@@ -148,7 +154,7 @@ def keep_calls(
 def first_tensor(output: Any) -> Tensor:
     """The first floating tensor of an output."""
     found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return found[0] if found else torch.zeros(0)
+    return found[0] if found else torch.zeros(0, dtype=torch.float32)
 
 
 def counted(output: Tensor, mask: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ class ChannelStatistic(ABC):
     reduce: dict[str, str] = {}
 
     def __init__(self, columns: int, device: torch.device | None = None):
-        self.held_C = torch.zeros(columns, device=device)
+        self.held_C = torch.zeros(columns, device=device, dtype=torch.float32)
         self.tokens = 0
 
     def update(self, x_NC: Tensor) -> None:
@@ -72,5 +72,5 @@ def to_source(parts: Iterable[tuple[Tensor, Tensor]], J: int, how: Literal["amax
         how: What to make of several values for one channel.
     """
     indices, values = zip(*[(i[i >= 0].to(v.device), v[i.to(v.device) >= 0]) for i, v in parts], strict=True)
-    value_J = torch.zeros(J, device=values[0].device)
+    value_J = torch.zeros(J, device=values[0].device, dtype=torch.float32)
     return value_J.scatter_reduce_(0, torch.cat(indices), torch.cat(values).float(), how, include_self=False)

@@ -116,8 +116,9 @@ def _is_frozen(unit: nn.Module, frozen: set[int]) -> bool:
 def _factor(channels_J: Tensor, R: int, digit: int) -> Tensor:
     """2^e_j for channel j = channels_J[i], e_j by a digit of i; 1 for all other channels, [R]."""
     digits = torch.arange(len(channels_J), device=channels_J.device) // len(EXPONENTS) ** digit % len(EXPONENTS)
-    factor_R = torch.ones(R, device=channels_J.device)
-    factor_R[channels_J] = torch.exp2(torch.tensor(EXPONENTS, device=channels_J.device)[digits].float())
+    factor_R = torch.ones(R, device=channels_J.device, dtype=torch.float32)
+    exponents = torch.tensor(EXPONENTS, device=channels_J.device, dtype=torch.float32)
+    factor_R[channels_J] = torch.exp2(exponents[digits])
     return factor_R
 
 
@@ -270,8 +271,8 @@ def _axes(unit: nn.Module, calls: Sequence[Call], index_C: Tensor, J: int) -> di
     call = max(calls, key=lambda c: x.numel() if (x := _main(c)) is not None else 0)
     x = _main(call)
     assert x is not None
-    exponents = torch.tensor(EXPONENTS, device=x.device)[torch.arange(J, device=x.device) % len(EXPONENTS)]
-    s_J = torch.exp2(exponents.float())
+    exponents = torch.tensor(EXPONENTS, device=x.device, dtype=torch.float32)
+    s_J = torch.exp2(exponents[torch.arange(J, device=x.device) % len(EXPONENTS)])
     divided = x / torch.where(index_C >= 0, s_J[index_C.clamp(min=0)], 1.0).to(x.dtype)
     args = tuple(divided if a is x else a for a in call.args)
     kwargs = {key: divided if value is x else value for key, value in call.kwargs.items()}

@@ -94,7 +94,7 @@ def _groups(
             continue
         slices: list[Slice] = []
         for item in found:
-            dep, places = item.dep, torch.tensor(item.idxs)
+            dep, places = item.dep, torch.tensor(item.idxs, dtype=torch.int64)
             layer = dep.target.module
             if isinstance(layer, nn.Parameter):
                 path = next(n for n, p in model.named_parameters() if p is layer)
@@ -105,7 +105,8 @@ def _groups(
             out = bool(graph.is_out_channel_pruning_fn(dep.handler))
             if out and isinstance(layer, (nn.Linear, *CONVS)):
                 covered.add(path)
-            index = _by_unit(places, torch.tensor(item.root_idxs), size, path, name)
+            roots = torch.tensor(item.root_idxs, dtype=torch.int64)
+            index = _by_unit(places, roots, size, path, name)
             slices += _slices(path, layer, index, out)
         groups.append(Group(name, size, tuple(slices)))
     return groups, outputs

@@ -110,7 +110,7 @@ class AnswerCache:
         rows = [next(iter(answer.values())).shape[0] for answer in answers]
         tensors = {part: torch.cat([answer[part] for answer in answers]) for part in answers[0]}
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(self._pending)), dtype=torch.uint8).view(len(answers), -1)
-        tensors["ends"] = torch.tensor(rows).cumsum(0)
+        tensors["ends"] = torch.tensor(rows, dtype=torch.int64).cumsum(0)
         name = f"{_host()}-{os.getpid()}-{secrets.token_hex(8)}.safetensors"
         try:
             with whole_file(self.folder / name) as partial:

@@ -45,6 +45,7 @@ class NeedyModifier(TargetModifier):
         (TargetModifier, {"block_size": "many"}, "TargetModifier: block_size='many': .*integer"),
         (TargetModifier, {"block_size": "many", "zzz": 1}, "(?s)block_size='many'.*\n.*'zzz'"),
         (TargetModifier, {"unit": "steps"}, "unit='steps': .*'step', 'epoch' or 'fraction'"),
+        (TargetModifier, {"start": torch.inf}, "start=inf: Input should be a finite number"),
         (TargetModifier, {"update": 0}, "update=0.0 must be positive; leave it out"),
         (TargetModifier, {"start": 5, "end": 3}, r"end=3.0 must lie after start=5.0 \(unit: step\); leave end out"),
         (TargetModifier, {"start": 5, "end": 5}, "end=5.0 must lie after start=5.0"),   # such a window never opens

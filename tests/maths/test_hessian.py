@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_compress.maths.hessian import InputMoment, MomentPool
+from lightning_compress.maths.hessian import InputMoment, MomentPool, NonFiniteMomentError
 from tests.quantization_runs import correlated
 
 
@@ -145,8 +145,19 @@ def test_nan_and_inf_name_module_and_batch(bad):
     feed(pool, "model.down", torch.randn(5, 8))
     x = torch.randn(5, 8)
     x[3, 2] = bad
-    with pytest.raises(ValueError, match=r"the input of 'model\.down' holds NaN or Inf in calibration batch 2"):
+    with pytest.raises(ValueError, match=r"input 1 \(counted from 0\) of 'model\.down' holds NaN or Inf"):
         feed(pool, "model.down", x)
+
+
+def test_squares_beyond_float32_and_another_width_are_said_as_they_are():
+    pool = MomentPool()
+    feed(pool, "a", torch.randn(5, 8))
+    with pytest.raises(NonFiniteMomentError, match=r"input 1 \(counted from 0\) of 'a' holds numbers up to 1e\+20"):
+        feed(pool, "a", torch.full((2, 8), 1e20))
+    pool = MomentPool()
+    feed(pool, "a", torch.randn(5, 8))
+    with pytest.raises(ValueError, match=r"input 1 \(counted from 0\) of 'a': 1 x 6 input columns, expected 1 x 8"):
+        feed(pool, "a", torch.randn(5, 6))
 
 
 def test_no_tokens_is_no_data():

@@ -54,12 +54,13 @@ def to_layout(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | No
     if scale_NG.dtype == torch.uint8:
         largest_N1 = scale_NG.int().amax(1, keepdim=True).clamp_(min=1)
         byte_NG = (scale_NG.int() - largest_N1 + TOP) << 3
-        divisor_N = torch.ldexp(torch.ones(N, device=scale_NG.device), 128 - largest_N1[:, 0])
+        divisor_N = torch.ldexp(torch.ones(N, device=scale_NG.device, dtype=torch.float32), 128 - largest_N1[:, 0])
     else:
         fraction, exponent = torch.frexp(scale_NG.float())       # s = fraction 2^exponent, 1/2 <= fraction < 1
         byte_NG = (exponent - 1 + TOP - E4M3_TOP) << 3 | (fraction * 16).int() & 7
         byte_NG = torch.where(scale_NG.float() == 0, 0, byte_NG)
-        one = torch.ones(1, device=scale_NG.device) if global_scale is None else global_scale.reshape(1)
+        one = torch.ones(1, device=scale_NG.device, dtype=torch.float32)
+        one = one if global_scale is None else global_scale.reshape(1)
         divisor_N = (one * 2.0 ** (1 - E4M3_TOP)).expand(N).contiguous()
     gone_NG = byte_NG < 8
     codes_NK = unpack(weight_packed).int().masked_fill(gone_NG.repeat_interleave(K // G, 1), 0)
@@ -74,7 +75,7 @@ def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:
     first, second, third = (w_NB1c << shift for shift in (0, 3, 6))
     last = (w_NB1c >> 4 & 0xC0) | (w_NB1c >> 5 & 0x100) | (w_NB1c << 1 & 0x8000)
     bits_NBjc = torch.cat([first, second, third, last], 2)
-    values = torch.tensor(VALUES, device=layout.planes.device)
+    values = torch.tensor(VALUES, device=layout.planes.device, dtype=torch.float32)
     code_NK = (values[bits_NBjc >> 6 & 7] * (1 - (bits_NBjc >> 14 & 2))).flatten(1)[:, :K]
     byte_NG = layout.scale.t().int()
     s_NG = torch.ldexp(1 + (byte_NG & 7).float() / 8, (byte_NG >> 3) - TOP + 1) / layout.divisor[:, None]

@@ -39,7 +39,7 @@ def gptq_block(
             assert scale_GR is not None
             assert group_b is not None
             group = int(group_b[j])
-            zero_R = torch.zeros(R).double() if zero_GR is None else zero_GR[group].double()
+            zero_R = torch.zeros(R, dtype=torch.float64) if zero_GR is None else zero_GR[group].double()
             q_R = nearest(q_R, scale_GR[group].double(), zero_R.to(q_R.device), grid)
         if keep_bR is not None:
             q_R = torch.where(keep_bR[j], q_R, 0.0)

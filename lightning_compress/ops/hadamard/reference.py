@@ -13,7 +13,7 @@ __all__ = ["hadamard_transform", "sylvester"]
 
 def hadamard_transform(x: Tensor, base_mm: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """y [..., n] in float64."""
-    base_mm = torch.ones(1, 1, device=x.device) if base_mm is None else base_mm
+    base_mm = torch.ones(1, 1, device=x.device, dtype=torch.float64) if base_mm is None else base_mm
     H_nn = torch.kron(base_mm.double(), sylvester(x.shape[-1] // len(base_mm)).to(x.device))
     return x.double() @ H_nn * scale
 

@@ -45,7 +45,7 @@ def _aligned(H_CC: Tensor, X_NC: Tensor) -> bool:
 def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch) -> None:
     N, C = X_NC.shape
     split = launch.split
-    out = H_CC if split == 1 else torch.zeros(split, C, C, device=H_CC.device)
+    out = H_CC if split == 1 else torch.zeros(split, C, C, device=H_CC.device, dtype=H_CC.dtype)
     interpreted = not isinstance(hessian_kernel, triton.JITFunction)
     x, h = X_NC, out
     if launch.descriptors:

@@ -191,7 +191,7 @@ def _by_scaled_mm(
         return torch._scaled_mm(codes_MK, weight_NK.t(), *rows, out_dtype=dtype)
     if not by_row:
         return torch._scaled_mm(codes_MK, weight_NK.t(), scale_M, scale_N, out_dtype=dtype)
-    one = torch.ones(1, device=codes_MK.device)
+    one = torch.ones(1, device=codes_MK.device, dtype=torch.float32)
     sums_MN = torch._scaled_mm(codes_MK, weight_NK.t(), one, one, out_dtype=torch.float32)
     return (sums_MN * scale_N * scale_M[:, None]).to(dtype)
 

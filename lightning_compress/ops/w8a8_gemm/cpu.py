@@ -25,7 +25,7 @@ def is_exact() -> bool:
     codes_MK[::2] = -128
     weight_NK = codes_MK[:2]
     sums_MN = (codes_MK.double() @ weight_NK.double().t()).float()
-    ones_N = torch.ones(2)
+    ones_N = torch.ones(2, dtype=torch.float32)
     packed = torch.ops.onednn.qlinear_prepack(weight_NK, None)
     zero_N = torch.zeros(2, dtype=torch.int32)
     ways = [_laid_out(codes_MK, packed, ones_N, zero_N), torch._int_mm(codes_MK, weight_NK.t()).float()]

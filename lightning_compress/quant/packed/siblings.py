@@ -87,7 +87,7 @@ class Siblings:
             tensors = {}
             for name, value in self.layers[0].tensors().items():
                 if name == "weight_shape":
-                    tensors[name] = torch.tensor([sum(self.sizes), self.layers[0].in_features])
+                    tensors[name] = torch.tensor([sum(self.sizes), self.layers[0].in_features], dtype=torch.int64)
                 elif _is_shared(name):
                     tensors[name] = value
                 else:

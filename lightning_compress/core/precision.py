@@ -1,0 +1,70 @@
+"""Torch's default dtype and autocast: the user's while the user's model runs, float32 and none for what we work out.
+
+``Trainer(precision="bf16-true")`` makes bfloat16 the default dtype of all that it encloses, and mixed precision turns
+on autocast, in which a product of float32 matrices comes out in bfloat16. Statistics, scales and errors must not
+depend on either: handlers and hooks of modifiers run inside :func:`plain_precision`, and what runs the model from
+there enters :func:`model_precision`.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["model_precision", "plain_precision"]
+
+KINDS = ("cpu", "cuda")                                                        # devices with an autocast of their own
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """The default dtype, and the dtype of autocast by kind of device; None where it is off."""
+
+    default: torch.dtype
+    autocast: tuple[torch.dtype | None, ...] = (None,) * len(KINDS)
+
+    @staticmethod
+    def now() -> "_Precision":
+        autocast = (torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in KINDS)
+        return _Precision(torch.get_default_dtype(), tuple(autocast))
+
+
+PLAIN = _Precision(torch.float32)
+_OUTSIDE: ContextVar[_Precision | None] = ContextVar("precision outside of plain_precision", default=None)
+
+
+@contextmanager
+def plain_precision() -> Iterator[None]:
+    """float32 is the default dtype inside, and nothing is cast automatically; nests."""
+    before = _Precision.now()
+    with ExitStack() as stack:
+        if _OUTSIDE.get() is None:
+            stack.callback(_OUTSIDE.reset, _OUTSIDE.set(before))
+        stack.enter_context(_changed(before, PLAIN))
+        yield
+
+
+@contextmanager
+def model_precision() -> Iterator[None]:
+    """Inside, the precision is what it was outside of :func:`plain_precision`; without one nothing changes."""
+    before = _Precision.now()
+    with _changed(before, _OUTSIDE.get() or before):
+        yield
+
+
+@contextmanager
+def _changed(before: _Precision, wanted: _Precision) -> Iterator[None]:
+    if before == wanted:
+        yield
+        return
+    with ExitStack() as stack:
+        if before.default != wanted.default:
+            stack.callback(torch.set_default_dtype, before.default)
+            torch.set_default_dtype(wanted.default)
+        for kind, was, dtype in zip(KINDS, before.autocast, wanted.autocast, strict=True):
+            if was != dtype:
+                cached = torch.is_autocast_cache_enabled()
+                stack.enter_context(torch.autocast(kind, dtype or was, enabled=dtype is not None, cache_enabled=cached))
+        yield

@@ -1,0 +1,193 @@
+"""Every modifier in every precision of the Trainer: what comes out is what the same weights give without a Trainer.
+
+16-mixed is not among them: torch has no autocast to float16 on the CPU of this suite.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_compress as lc
+from lightning_compress.callback import CompressionCallback
+from lightning_compress.quant.packing import TENSOR_FIELDS
+from lightning_compress.quant.record import quantized_modules, quantized_of
+
+DTYPES = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+    "bf16-mixed": torch.float32,
+}
+BATCHES, IDS = 2, torch.randint(0, 32, (2, 4, 12), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def llama(kind: str = "Llama", **settings: Any) -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, tie_word_embeddings=False, **settings)
+    return spread(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
+
+
+def mixture() -> nn.Module:
+    return llama("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
+    norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    return net
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Weights far enough apart for a model that answers."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 8
+    return model
+
+
+def made(name: str, **arguments: Any) -> Any:
+    """What makes such a modifier."""
+    return lambda: getattr(lc, f"{name}Modifier")(**arguments)
+
+
+W4 = {"scheme": "W4A16", "group_size": 16}
+AFTER = {                                              # what acts after training: model, modifier
+    "gptq-w4": (llama, made("GPTQ", **W4, ignore=["lm_head"])),
+    "gptq-w8a8": (llama, made("GPTQ", scheme="W8A8")),
+    "gptq-refine": (llama, made("GPTQ", **W4, refine=True, dampening_frac="auto")),
+    "rtn-fp8": (llama, made("Quantization", scheme="FP8")),
+    "rtn-nvfp4": (llama, made("Quantization", scheme="NVFP4")),
+    "rtn-mse": (llama, made("Quantization", **W4, scale_search="mse")),
+    "rtn-imatrix": (llama, made("Quantization", **W4, scale_search="imatrix")),
+    "rtn-hessian": (llama, made("Quantization", **W4, scale_search="hessian")),
+    "rtn-w8a8-mixture": (mixture, made("Quantization", scheme="W8A8")),
+    "rtn-w8a8-images": (convolutions, made("Quantization", scheme="W8A8", targets=["Conv2d"])),
+    "awq": (llama, made("AWQ", **W4)),
+    "smoothquant": (llama, made("SmoothQuant")),
+    "equalization": (llama, made("LogarithmicEqualization")),
+    "autoround": (llama, made("AutoRound", **W4, iters=3)),
+    "sparsegpt": (llama, made("SparseGPT", sparsity=0.5)),
+    "wanda": (llama, made("WandaPruning", sparsity=0.5)),
+    "wanda-refined": (llama, made("WandaPruning", mask_structure="2:4", regional_rounds=1, regional_steps=2)),
+    "magnitude": (llama, made("MagnitudePruning", final_sparsity=0.5)),
+    "structured": (llama, made("StructuredPruning", ratio=0.25, importance="activation")),
+    "structured-channels": (convolutions, made("StructuredPruning", ratio=0.25, dimension="channels")),
+    "depth": (llama, made("DepthPruning", count=1)),
+    "batch-norm": (convolutions, made("FoldBatchNorm")),
+    "kv-cache": (llama, made("KVCache")),
+    "reap": (mixture, made("REAP", sparsity=0.25)),
+    "rotation": (llama, made("Rotation")),
+    "spinquant": (llama, made("SpinQuant")),
+    "quip": (llama, made("QuIP", rotations=["R1", "R2"])),
+    "rotation-learned": (llama, made("Rotation", learn=True, learn_steps=2)),
+}
+
+
+SET_UP = {"batch-norm"}                                # acts before the Trainer casts the model
+
+
+def batches_of(model: nn.Module) -> Tensor:
+    return IMAGES if isinstance(model, nn.Sequential) else IDS
+
+
+class Module(LightningModule):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Tensor, _index: int) -> Tensor:
+        answer = self.model(batch)
+        return getattr(answer, "logits", answer).float().square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(batches_of(self.model), batch_size=None)
+
+    calibration_dataloader = train_dataloader
+
+
+def in_trainer(model: nn.Module, modifier: Any, precision: Any, folder: Path, epochs: int = 0) -> nn.Module:
+    callback = CompressionCallback(modifier, calibration_batches=BATCHES, evaluate=False, load_best=False)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        precision=precision, max_epochs=epochs, callbacks=[callback], default_root_dir=folder,
+        enable_checkpointing=False, **quiet,
+    )  # fmt: skip
+    trainer.fit(Module(model))
+    return model
+
+
+def by_hand(model: nn.Module, modifier: Any) -> nn.Module:
+    batches = batches_of(model)
+    dtype = next(model.parameters()).dtype
+    lc.compress(model, modifier, list(batches.to(dtype) if batches.is_floating_point() else batches))
+    return model
+
+
+def contents(model: nn.Module) -> dict[str, Tensor]:
+    """Weights, buffers, and all tensors of the records of quantization."""
+    records = {name: quantized_of(module) for name, module in quantized_modules(model).items()}
+    kept = {f"{name} {f}": getattr(record, f) for name, record in records.items() for f in TENSOR_FIELDS}
+    return {**model.state_dict(), **{name: value for name, value in kept.items() if value is not None}}
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = contents(one), contents(other)
+    assert ours.keys() == theirs.keys()
+    differ = [n for n, t in ours.items() if t.dtype != theirs[n].dtype or not torch.equal(t, theirs[n])]
+    assert not differ, f"{len(differ)} of {len(ours)} tensors differ, such as {differ[:3]}"
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def pairs(rows: Iterable[str], columns: Iterable[Any], quick: Any) -> list[Any]:
+    """All of them; slow but for one column, and for the modifiers that stand for the others."""
+    few = {"gptq-w4", "rtn-imatrix", "smoothquant", "sparsegpt"}
+    marks = {(r, c): () if c == quick or r in few else pytest.mark.slow for r, c in product(rows, columns)}
+    return [pytest.param(r, c, marks=mark, id=f"{r}-{c}") for (r, c), mark in marks.items()]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "precision"), pairs(AFTER, DTYPES, "bf16-true"))
+def test_a_trainer_in_this_precision_gives_what_compress_gives(name, precision, tmp_path):
+    build, modifier = AFTER[name]
+    dtype = DTYPES[precision]
+    expected = by_hand(build(), modifier()).to(dtype) if name in SET_UP else by_hand(build().to(dtype), modifier())
+    assert_same(in_trainer(build(), modifier(), precision, tmp_path), expected)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "dtype"), pairs(AFTER, [torch.bfloat16, torch.float64], None))
+def test_the_default_dtype_changes_nothing(name, dtype):
+    build, modifier = AFTER[name]
+    expected, model = by_hand(build(), modifier()), build()
+    with default_dtype(dtype), warnings.catch_warnings():
+        by_hand(model, modifier())
+    assert_same(model, expected)
