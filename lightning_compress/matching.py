@@ -13,9 +13,14 @@ from difflib import get_close_matches
 import torch
 from torch import nn
 
-__all__ = ["clean_name", "match_rank", "select", "select_weights", "unmatched_message", "warn_of_left_out"]
+__all__ = [
+    "Names", "clean_name", "listed", "match_rank", "select", "select_weights", "unmatched_message", "warn_of_left_out",
+]  # fmt: skip
 
 CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
+Names = str | list[str]
+"""The type of ``targets`` and ``ignore`` in every modifier: one entry, or several."""
+
 LEFT_OUT = 0.1         # of the weights: a patch embedding or the first convolution is less, and nobody's mistake
 
 
@@ -41,7 +46,7 @@ def select(
         ValueError: A pattern is no regular expression, nothing matches, everything that matches is ignored, or what
             matches holds packed weights (its class says which other it ``stands_for``).
     """
-    targets, ignore = _listed(targets), _listed(ignore)
+    targets, ignore = listed(targets), listed(ignore)
     check_patterns(targets, field)
     check_patterns(ignore, "ignore")
     named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)}     # of a compiled module, the inner
@@ -66,7 +71,7 @@ def select(
 
 
 def select_weights(
-    model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str] = ()
+    model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str] = (), *, field: str = "targets"
 ) -> dict[str, nn.Module]:
     """As :func:`select`, but of what patterns match only modules that hold a matrix themselves.
 
@@ -76,15 +81,15 @@ def select_weights(
     Raises:
         ValueError: As in :func:`select`, or a pattern matches no module that holds a matrix.
     """
-    chosen = select(model, targets, ignore)
+    chosen = select(model, targets, ignore, field=field)
     kept: dict[str, nn.Module] = {}
-    for target in _listed(targets):
+    for target in listed(targets):
         matched = {name: module for name, module in chosen.items() if match_rank(name, module, target)}
         held = {n: m for n, m in matched.items() if not target.startswith("re:") or _holds_matrix(m)}
         if matched and not held:
             some = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in [*matched.items()][:3])
             raise ValueError(
-                f"targets={target!r} matches {some}, which hold no matrix of their own; to mean the layers inside, let "
+                f"{field}={target!r} matches {some}, which hold no matrix of their own; to mean the layers inside, let "
                 f"the pattern match their names too, as in 're:.*mlp.*'"
             )
         kept |= held
@@ -134,7 +139,7 @@ def warn_of_left_out(
         targets: As given.
         ignore: As given.
     """
-    targets, ignore = _listed(targets), _listed(ignore)
+    targets, ignore = listed(targets), listed(ignore)
     classes = {c.__name__ for m in model.modules() for c in type(m).__mro__}
     if "Linear" not in targets or not set(targets) <= classes:
         return
@@ -185,5 +190,6 @@ def unmatched_message(targets: Sequence[str], named: dict[str, nn.Module], field
     return f"{field}={list(targets)} matches none of the model's {len(named)} modules; {hint}"
 
 
-def _listed(entries: str | Sequence[str]) -> list[str]:
+def listed(entries: str | Sequence[str]) -> list[str]:
+    """The entries as a list; a single one may stand without."""
     return [entries] if isinstance(entries, str) else list(entries)

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.matching import clean_name, match_rank, select, warn_of_left_out
+import lightning_compress
+from lightning_compress import (
+    ConstantPruningModifier,
+    FreezeModifier,
+    MagnitudePruningModifier,
+    QuantizationModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+    compress,
+)
+from lightning_compress.matching import Names, clean_name, match_rank, select, warn_of_left_out
 
 
 class GatedLinear(nn.Linear):
@@ -172,3 +182,32 @@ def test_a_tied_weight_counts_once_and_as_reached():
     model = stack(nn.Linear(8, 8), nn.Bilinear(8, 1, 8))
     model[1].weight = model[0].weight
     assert not left_out(model, ["Linear"])
+
+
+@pytest.mark.parametrize("name", [n for n in lightning_compress.__all__ if n.endswith("Modifier") and n != "Modifier"])
+def test_every_modifier_takes_one_target_without_a_list(name):
+    """As most recipes of llm-compressor write it: ``targets="Linear"``."""
+    fields = getattr(lightning_compress, name).model_fields
+    names = {field: fields[field].annotation for field in ("targets", "ignore") if field in fields}
+    assert all(annotation in (Names, Names | None) for annotation in names.values()), names
+
+
+def test_one_target_without_a_list_is_one_target():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[0].weight.data[0] = 0
+    ledger = compress(model, [
+        ConstantPruningModifier(targets="Linear", ignore="2"), FreezeModifier(targets="2"),
+        MagnitudePruningModifier(targets="Linear", ignore="0", final_sparsity=0.5),
+    ])  # fmt: skip
+    assert {(row.module, row.sparsity) for row in ledger} == {("0", 0.25), ("2", 0.5)}
+
+
+@pytest.mark.parametrize("modifier", [
+    MagnitudePruningModifier(targets="re:.*mlp.*"), SparseGPTModifier(targets="re:.*mlp.*"),
+    WandaPruningModifier(sparsity={"re:.*mlp.*": 0.5}), QuantizationModifier(targets="re:.*mlp.*", scheme="W8A8"),
+])  # fmt: skip
+def test_a_pattern_that_matches_a_container_means_its_layers(modifier):
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LayerNorm(8))
+    model = nn.ModuleDict({"mlp": mlp, "head": nn.Linear(8, 2)})
+    ledger = compress(model, modifier, [torch.randn(8, 4)], forward=lambda model, x: model["mlp"](x))
+    assert [row.module for row in ledger] == ["mlp.0"]

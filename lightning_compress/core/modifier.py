@@ -8,7 +8,7 @@ private: names that begin with an underscore.
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import repr as short
@@ -167,6 +167,12 @@ class Modifier(ModifierInterface, BaseModel):
     def name(self) -> str:
         """The name for messages and checkpoints: the class, and its group when it has one."""
         return f"{type(self).__name__}[{self.group}]" if self.group else type(self).__name__
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of these arguments that differ from their default, which LightningCLI and dumped recipes spell out."""
+        fields = type(self).model_fields
+        usual = {name: fields[name].get_default(call_default_factory=True) for name in names}
+        return sorted(name for name, value in usual.items() if getattr(self, name) != value)
 
     def called(self, entry: str) -> None:
         """Whoever reads the recipe says under which name this modifier stands there."""

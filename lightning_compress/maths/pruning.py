@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.matching import match_rank, select, warn_of_left_out
+from lightning_compress.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.maths.masks import check_structure, n_of_m
 from lightning_compress.quant.matrix import as_matrix, is_supported
 
@@ -34,8 +34,8 @@ class PruningArguments(BaseModel):
         share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
     """
 
-    targets: str | list[str] = ["Linear"]
-    ignore: str | list[str] = []
+    targets: Names = ["Linear"]
+    ignore: Names = []
     sparsity: float | dict[str, float] | None = None
     mask_structure: str = "unstructured"
     sparsity_profile: Literal["owl"] | None = None
@@ -51,7 +51,7 @@ class PruningArguments(BaseModel):
             raise ValueError(f"mask_structure={self.mask_structure!r}, expected 'unstructured', or 'N:M' such as '2:4'")
         check_structure(self.mask_structure)
         if isinstance(self.sparsity, dict):
-            if "targets" in self.model_fields_set:
+            if self.targets not in (["Linear"], "Linear"):
                 raise ValueError("targets and sparsity as a mapping exclude each other: the targets stand in it")
             if not self.sparsity:
                 raise ValueError("sparsity={} names no targets; expected such as {'Linear': 0.5}")
@@ -64,8 +64,9 @@ class PruningArguments(BaseModel):
     @model_validator(mode="after")
     def _profile_is_possible(self) -> "PruningArguments":
         if self.sparsity_profile is None:
-            if given := self.model_fields_set & {"owl_m", "owl_lmbda"}:
-                raise ValueError(f"{', '.join(sorted(given))} without sparsity_profile='owl' would do nothing")
+            fields = type(self).model_fields
+            if given := [name for name in ("owl_lmbda", "owl_m") if getattr(self, name) != fields[name].default]:
+                raise ValueError(f"{', '.join(given)} without sparsity_profile='owl' would do nothing")
             return self
         if self.pattern is not None or isinstance(self.sparsity, dict):
             came = f"mask_structure={self.mask_structure!r}" if self.pattern is not None else "sparsity as a mapping"
@@ -91,7 +92,8 @@ class PruningArguments(BaseModel):
             ValueError: Nothing matches, a weight is no matrix, or M does not divide its columns (they are named).
         """
         named = list(self.sparsity) if isinstance(self.sparsity, dict) else self.targets
-        modules = select(model, named, self.ignore, field="sparsity" if isinstance(self.sparsity, dict) else "targets")
+        field = "sparsity" if isinstance(self.sparsity, dict) else "targets"
+        modules = select_weights(model, named, self.ignore, field=field)
         if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_supported(m)]:
             raise ValueError(
                 f"cannot prune {', '.join(other[:5])}: expected Linear, Conv1d, Conv2d or the Conv1D of transformers, "

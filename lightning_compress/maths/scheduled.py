@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.matching import match_rank, select, warn_of_left_out
+from lightning_compress.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.maths.masked import MaskedWeights, has_matrix
 from lightning_compress.maths.masks import check_structure, global_masks, keep_mask
 from lightning_compress.maths.schedules import Schedule, progress, value_at
@@ -32,8 +32,8 @@ class ScheduledSparsity(BaseModel):
     """
 
     start: float | None = None                                      # that of the modifier
-    targets: list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: list[str] = Field(default_factory=list)
+    targets: Names = ["Linear"]
+    ignore: Names = []
     init_sparsity: float = 0.0
     final_sparsity: float = 0.5
     layer_sparsity: dict[str, float] = Field(default_factory=dict)
@@ -61,7 +61,7 @@ class ScheduledSparsity(BaseModel):
         """While training, one modifier chooses a module's masks: :meth:`lightning_compress.core.Modifier.claims`."""
         if self.start is None:
             return {}
-        return dict.fromkeys(select(state.model, self.targets, self.ignore), "choose masks while training for")
+        return dict.fromkeys(select_weights(state.model, self.targets, self.ignore), "choose masks while training for")
 
     def find(self, model: nn.Module) -> MaskedWeights:
         """The targets, with no masks yet.
@@ -69,7 +69,7 @@ class ScheduledSparsity(BaseModel):
         Raises:
             ValueError: Nothing matches, or a weight is no matrix, or the structure does not divide it (all are named).
         """
-        modules = select(model, self.targets, self.ignore)
+        modules = select_weights(model, self.targets, self.ignore)
         if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not has_matrix(m)]:
             raise ValueError(
                 f"cannot prune {', '.join(other[:5])}: expected modules with a weight of two or more dimensions; add "

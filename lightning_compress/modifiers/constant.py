@@ -7,12 +7,12 @@ or trained through fake-quantization. The mask is read off the weights when the 
 import warnings
 from typing import Any
 
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import select
+from lightning_compress.matching import Names, select_weights
 from lightning_compress.maths.masked import MaskedWeights
 
 __all__ = ["ConstantPruningModifier"]
@@ -30,19 +30,19 @@ class ConstantPruningModifier(Modifier):
     needs_calibration = True
     keeps_shapes = "start"
 
-    targets: list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: list[str] = Field(default_factory=list)
+    targets: Names = ["Linear"]
+    ignore: Names = []
     start: float | None = 0.0
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
 
     def touches(self, state: State) -> set[str]:
         assert state.model is not None
-        return set(select(state.model, self.targets, self.ignore))
+        return set(select_weights(state.model, self.targets, self.ignore))
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
-        self._weights = MaskedWeights(select(state.model, self.targets, self.ignore))
+        self._weights = MaskedWeights(select_weights(state.model, self.targets, self.ignore))
         return True
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -7,13 +7,13 @@ DDP's buckets and the graph stay as they are. Learning rates stay with Lightning
 
 from typing import Any
 
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 from torch import nn
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import select
+from lightning_compress.matching import Names, listed, select
 
 __all__ = ["FreezeModifier"]
 
@@ -27,8 +27,8 @@ class FreezeModifier(Modifier):
         start: When they freeze; the default is the first batch.
     """
 
-    targets: list[str] = Field(default_factory=list)
-    ignore: list[str] = Field(default_factory=list)
+    targets: Names = []
+    ignore: Names = []
     start: float | None = 0.0
 
     _parameters: dict[str, nn.Parameter] = PrivateAttr(default_factory=dict)
@@ -47,7 +47,8 @@ class FreezeModifier(Modifier):
             if parameter.requires_grad and id(parameter) not in spared
         }
         if not self._parameters:
-            raise ValueError(f"FreezeModifier: targets={self.targets} hold no parameter that trains; check the names")
+            targets = listed(self.targets)
+            raise ValueError(f"FreezeModifier: targets={targets} hold no parameter that trains; check the names")
         return True
 
     def on_update(self, state: State, event: Event, **kwargs: Any) -> None:

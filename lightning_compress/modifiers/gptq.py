@@ -177,7 +177,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         weights = scheme.weights
         assert weights is not None
         order = weights.actorder
-        if order is not None and "actorder" in self.model_fields_set and self.actorder not in ("static", "weight"):
+        if order is not None and self.actorder not in ("static", "weight"):
             raise ValueError(f"actorder={self.actorder} of the modifier contradicts actorder={order!r} of the scheme")
         return scheme.model_copy(update={"weights": weights.model_copy(update={"actorder": order or self.actorder})})
 

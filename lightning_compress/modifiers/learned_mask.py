@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import select, warn_of_left_out
+from lightning_compress.matching import Names, select_weights, warn_of_left_out
 from lightning_compress.maths.gumbel import gumbel, hard_mask, patterns, prior_shift, soft_mask
 from lightning_compress.maths.masked import MaskedWeights, has_matrix, trained_weight
 from lightning_compress.maths.masks import check_structure, keep_mask, n_of_m
@@ -116,8 +116,8 @@ class LearnedMaskModifier(Modifier):
     keeps_shapes = "set-up"
     parametrizes = True
 
-    targets: list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: list[str] = Field(default_factory=list)
+    targets: Names = ["Linear"]
+    ignore: Names = []
     start: float | None = 0.0
     mask_structure: str = "2:4"
     prior: str | Path | None = "magnitude"
@@ -162,7 +162,7 @@ class LearnedMaskModifier(Modifier):
 
     def claims(self, state: State) -> dict[str, str]:
         assert state.model is not None
-        return dict.fromkeys(select(state.model, self.targets, self.ignore), "choose masks while training for")
+        return dict.fromkeys(select_weights(state.model, self.targets, self.ignore), "choose masks while training for")
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         assert self.end is not None
@@ -177,7 +177,7 @@ class LearnedMaskModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Put the logits on, before there are optimizers."""
         assert state.model is not None
-        self._weights = MaskedWeights(select(state.model, self.targets, self.ignore))
+        self._weights = MaskedWeights(select_weights(state.model, self.targets, self.ignore))
         self._check(state.model)
         warn_of_left_out(state.model, self._weights.modules, self.targets, self.ignore)
         priors = self._priors()

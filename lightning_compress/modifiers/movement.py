@@ -93,7 +93,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
                 "there is no movement to measure (MagnitudePruningModifier prunes then)"
             )
         other = HARD_ONLY if self.mode == "soft" else SOFT_ONLY
-        if given := sorted(self.model_fields_set & other):
+        if given := self.changed(other):
             decides = "threshold and regularization decide what goes" if self.mode == "soft" else "the schedule decides"
             raise ValueError(f"{', '.join(given)} would do nothing with mode={self.mode!r}: {decides}; leave it out")
         return self

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.experts.split import fused_experts, is_split, join
-from lightning_compress.matching import clean_name, select
+from lightning_compress.matching import Names, clean_name, select
 from lightning_compress.structure.config import check_states
 from lightning_compress.structure.surgery import cut_tensors
 
@@ -112,7 +112,7 @@ class REAPModifier(Modifier):
     reshapes: ClassVar[bool] = True
 
     sparsity: float = Field(default=0.25)
-    ignore: str | list[str] = []
+    ignore: Names = []
 
     _saliencies: dict[str, ExpertSaliency] = PrivateAttr(default_factory=dict)
 

@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.core.precision import model_precision
-from lightning_compress.matching import match_rank, select
+from lightning_compress.matching import Names, listed, match_rank, select
 from lightning_compress.quant.matrix import inputs_as_rows
 from lightning_compress.rotation.discover import Found, discover
 from lightning_compress.rotation.follow import Followed
@@ -80,8 +80,8 @@ class RotationModifier(Modifier):
     learn_rate: float = Field(default=0.02, gt=0)
     learn_tokens: int = Field(default=512, ge=1)
     learn_bits: int = Field(default=4, ge=2, le=8)
-    targets: list[str] = ["Linear"]
-    ignore: list[str] = ["re:.*lm_head"]
+    targets: Names = ["Linear"]
+    ignore: Names = ["re:.*lm_head"]
 
     _found: Found | None = PrivateAttr(default=None)
     _pending: Plan | None = PrivateAttr(default=None)                   # with ``learn``: what waits for the data
@@ -174,7 +174,7 @@ class RotationModifier(Modifier):
         self._samples = {}
 
     def _is_ignored(self, name: str) -> bool:
-        return any(match_rank(name, nn.Identity(), entry) for entry in self.ignore)
+        return any(match_rank(name, nn.Identity(), entry) for entry in listed(self.ignore))
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
         """All is done before the first module is ready, so that those behind may finish module by module."""

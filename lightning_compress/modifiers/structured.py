@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import PrivateAttr, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,7 +23,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.precision import model_precision
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
-from lightning_compress.matching import select
+from lightning_compress.matching import Names, listed, select
 from lightning_compress.maths.importance import input_energy, strongest, unit_gate_gradient, unit_square_sum
 from lightning_compress.maths.schedules import Schedule, progress, value_at
 from lightning_compress.structure.blocks import find_heads, find_mlps, head_counts
@@ -79,8 +79,8 @@ class StructuredPruningModifier(Modifier):
     reshapes = True
 
     dimension: Literal["mlp", "heads", "channels"] = "mlp"
-    targets: list[str] | None = None
-    ignore: list[str] = Field(default_factory=list)
+    targets: Names | None = None
+    ignore: Names = []
     ratio: float = 0.25
     importance: Literal["magnitude", "taylor", "activation"] = "magnitude"
     schedule: Schedule = "linear"
@@ -233,7 +233,7 @@ class StructuredPruningModifier(Modifier):
         targets = self._channel_targets(state.model)
         with model_precision():
             groups, outputs = find_channels(state.model, targets, args, kwargs)
-        if named := [name for name in outputs if name in (self.targets or [])]:
+        if named := [name for name in outputs if name in listed(self.targets or [])]:
             raise ValueError(f"target {named[0]!r} makes the output of the model, whose size is given; leave it out")
         for name in outputs:
             state.ledger.add(name, "structured", flag="left whole: it makes the output of the model")

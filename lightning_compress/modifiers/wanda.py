@@ -106,9 +106,9 @@ class WandaPruningModifier(PruningArguments, Modifier):
 
     @model_validator(mode="after")
     def _rounds_are_asked_for(self) -> "WandaPruningModifier":
-        given = self.model_fields_set & {"regional_steps", "regional_rate", "regional_seed"}
+        given = self.changed({"regional_steps", "regional_rate", "regional_seed"})
         if given and not self.regional_rounds:
-            raise ValueError(f"{', '.join(sorted(given))} without regional_rounds would do nothing; give such as 5")
+            raise ValueError(f"{', '.join(given)} without regional_rounds would do nothing; give such as 5")
         return self
 
     @property

@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from pydantic import BaseModel, model_validator
 from torch import nn
 
-from lightning_compress.matching import select_weights
+from lightning_compress.matching import Names, listed, select_weights
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.schemes import (
@@ -43,8 +43,8 @@ class QuantizationArguments(BaseModel):
     embeddings: ClassVar[Embeddings] = "refused"
     """What becomes of embeddings among the targets."""
 
-    targets: str | list[str] = ["Linear"]
-    ignore: str | list[str] = []
+    targets: Names = ["Linear"]
+    ignore: Names = []
     scheme: str | dict[str, str | list[str]] | None = None
     group_size: GroupSize | None = None
     config_groups: dict[str, Any] | None = None
@@ -74,7 +74,7 @@ class QuantizationArguments(BaseModel):
         if self.config_groups is not None:
             return from_groups(self.config_groups)
         assert self.scheme is not None
-        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        targets = listed(self.targets)
         return from_presets(self.scheme, targets, self.group_size)
 
     @property
@@ -84,7 +84,7 @@ class QuantizationArguments(BaseModel):
 
     def claims(self, state: Any) -> dict[str, str]:
         """One quantizer for each module: :meth:`lightning_compress.core.Modifier.claims`."""
-        ignore = [self.ignore] if isinstance(self.ignore, str) else self.ignore
+        ignore = listed(self.ignore)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                       # assign will say it again
             names = {name for scheme in self.schemes for name in select_weights(state.model, scheme.targets, ignore)}
@@ -92,7 +92,7 @@ class QuantizationArguments(BaseModel):
 
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.schemes.assign`."""
-        ignore = [self.ignore] if isinstance(self.ignore, str) else self.ignore
+        ignore = listed(self.ignore)
         try:
             return assign(model, self.schemes, ignore, self.embeddings)
         except GroupSizeError as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, EventType, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.matching import select
+from lightning_compress.matching import Names, select
 from lightning_compress.quant.matrix import as_matrix, inputs_as_rows, is_supported, only_input
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.smoothing.finder import PairFinder
@@ -74,8 +74,8 @@ class SmoothingModifier(MappingArguments, Modifier):
     own_pass: ClassVar[bool] = True
     technique: ClassVar[str]
 
-    targets: str | list[str] = ["Linear"]
-    ignore: str | list[str] = []
+    targets: Names = ["Linear"]
+    ignore: Names = []
 
     _targets: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _finder: PairFinder | None = PrivateAttr(default=None)

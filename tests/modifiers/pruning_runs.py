@@ -10,7 +10,7 @@ REFUSED = [
     ({"sparsity": -0.5}, r"sparsity=-0.5 must lie in \[0, 1\)"),
     ({"sparsity": {"Linear": 1.0}}, r"sparsity=1.0 must lie in \[0, 1\)"),
     ({"sparsity": {}}, "names no targets"),
-    ({"sparsity": {"Linear": 0.5}, "targets": ["Linear"]}, "exclude each other"),
+    ({"sparsity": {"Linear": 0.5}, "targets": ["re:.*"]}, "exclude each other"),
     ({"mask_structure": "3:2"}, "expected 0 < N < M"),
     ({"mask_structure": "2:4", "sparsity": 0.7}, "has sparsity 0.5, but 0.7 was asked for"),
     ({"mask_structure": "channel"}, "expected 'unstructured', or 'N:M'"),

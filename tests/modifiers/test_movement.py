@@ -315,7 +315,7 @@ def test_the_ledger_says_what_was_done():
     [
         ({}, "needs a window of training"),
         ({"start": None, "end": 4}, "needs a window of training"),
-        ({"end": 4, "mode": "soft", "final_sparsity": 0.5}, "final_sparsity would do nothing with mode='soft'"),
+        ({"end": 4, "mode": "soft", "final_sparsity": 0.6}, "final_sparsity would do nothing with mode='soft'"),
         ({"end": 4, "threshold": 0.2}, "threshold would do nothing with mode='hard': the schedule decides"),
         ({"end": 4, "mode": "soft", "threshold": 1.0}, "threshold=1.0: Input should be less than 1"),
         ({"end": 4, "mode": "firm"}, "mode='firm'"),
