@@ -11,6 +11,7 @@ A recipe is a file of ``conf/compress`` (named ``gptq_w4``), a file of the user'
 else may stand in a ``_target_``: a file that someone sent names modifiers, it does not call functions.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -26,6 +27,8 @@ from lightning_compress.core.modifier import Modifier
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "read_recipe", "recipe_difference"]
 
 OWN = "lightning_compress."
+DEPTH = 40                 # of mappings and lists inside of each other; the deepest recipe of the package has 7
+ENTRIES = 100_000          # with every alias written out
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,17 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
         source: The name of a recipe of this package, the path of a YAML file, or what such a file holds.
 
     Raises:
-        ValueError: There is no such recipe (near misses are listed), it is no recipe, a ``_target_`` is no modifier
-            of this package, or an argument is wrong.
+        ValueError: There is no such recipe (near misses are listed), it is not a recipe, a ``_target_`` is not a
+            modifier of this package, or an argument is wrong.
     """
     if isinstance(source, Mapping):
         return _build(source, "the recipe")
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"expected the name of a recipe, the path of a YAML file or a mapping, got {source!r}"
+        )
     path = _locate(source)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    return _build(content, str(path))
+    return _build(_parsed(path), str(path))
 
 
 def dump_recipe(modifiers: Sequence[Modifier]) -> dict[str, Any]:
@@ -126,11 +129,83 @@ def _folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf" / "compress"
 
 
+class _Loader(yaml.SafeLoader):
+    """Of YAML 1.1 what reads as it looks: no key twice, no number in base 8 or 60, no digits with underscores."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands here twice; the last would win", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        is_int, text = node.tag.endswith(":int"), self.construct_scalar(node)
+        value = self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+        if "_" in text or ":" in text or re.fullmatch(r"[-+]?0[0-9]+", text):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text} would be read as {value}; write that, or {text!r} in quotes", node.start_mark
+            )
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+
+def _parsed(path: Path) -> Any:
+    """What a file holds; ValueError names it, whatever is wrong."""
+    try:
+        return yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}); save it in that encoding") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not a recipe: hundreds of mappings and lists stand in each other") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:      # !!int x, !!bool x ...
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+
+
+def _check_size(content: Any, origin: str) -> None:
+    """ValueError for what stands inside of itself, is nested too deep, or is too large with its aliases written out."""
+    measured: dict[int, tuple[Any, int, int]] = {}          # with the object, so that its id stays taken
+    around: set[int] = set()
+
+    def measure(value: Any) -> tuple[int, int]:
+        """Its entries, and how many mappings and lists stand in each other."""
+        if isinstance(value, str | bytes) or not isinstance(value, Mapping | Sequence):
+            return 1, 0
+        if id(value) in around:
+            raise ValueError(f"{origin} is not a recipe: an alias in it stands inside of what it names")
+        if id(value) not in measured:
+            around.add(id(value))
+            inner = [measure(item) for item in (value.values() if isinstance(value, Mapping) else value)]
+            around.remove(id(value))
+            entries, depth = 1 + sum(n for n, _ in inner), 1 + max((d for _, d in inner), default=0)
+            measured[id(value)] = value, entries, depth
+            if depth > DEPTH or entries > ENTRIES:
+                raise ValueError(
+                    f"{origin} is not a recipe: with its aliases written out it has more than {ENTRIES:,} entries, or "
+                    f"more than {DEPTH} mappings and lists in each other"
+                )
+        return measured[id(value)][1:]
+
+    try:
+        measure(content)
+    except RecursionError:
+        raise ValueError(f"{origin} is not a recipe: hundreds of mappings and lists stand in each other") from None
+
+
 # -- what is in it ----------------------------------------------------------------------------------------------------
 
 
 def _build(content: Any, origin: str) -> Recipe:
-    arguments = _descend(content, origin)
+    _check_size(content, origin)
+    arguments = _named_arguments(_descend(content, origin), origin)
     if "defaults" in arguments:
         raise ValueError(f"{origin} has a defaults list, which only Hydra resolves: use +compress=... there")
     _refuse_interpolation(arguments, origin)
@@ -154,7 +229,7 @@ def _descend(content: Any, origin: str) -> dict[str, Any]:
             content = content[key]
     if not isinstance(content, Mapping) or "modifiers" not in content:
         keys = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{origin} is no recipe: expected modifiers under compress, found {keys}")
+        raise ValueError(f"{origin} is not a recipe: expected modifiers under compress, found {keys}")
     return dict(content)
 
 
@@ -163,7 +238,7 @@ def _modifier(entry: Any, place: str) -> Modifier:
         return entry
     if not isinstance(entry, Mapping):
         raise ValueError(f"{place} is {entry!r}, expected a mapping such as {{type: GPTQModifier, scheme: W4A16}}")
-    arguments = dict(entry)
+    arguments = _named_arguments(entry, place)
     arguments.pop("_convert_", None)
     target = arguments.pop("_target_", None)
     type_ = arguments.pop("type", None)
@@ -174,9 +249,15 @@ def _modifier(entry: Any, place: str) -> Modifier:
     for name, value in arguments.items():
         _refuse_targets(value, f"{place}.{name}")
     try:
-        return ModifierFactory.create(str(type_), **arguments)
+        return ModifierFactory.find(str(type_))(**arguments)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+
+
+def _named_arguments(entry: Mapping[Any, Any], place: str) -> dict[str, Any]:
+    if other := [key for key in entry if not isinstance(key, str)]:
+        raise ValueError(f"{place}: {other[0]!r} is not the name of an argument; write names as text")
+    return dict(entry)
 
 
 def _named_by(target: Any, place: str) -> str:

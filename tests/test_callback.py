@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from pydantic import PrivateAttr
 
+import lightning_compress
 from lightning_compress import CompressionCallback, GPTQModifier, Modifier
 from lightning_compress.core import State
 from tests.training_runs import RecordingModifier, Regression, Sums, quiet
@@ -505,3 +506,30 @@ def test_an_entry_that_no_modifier_answers_to_is_named():
     """As after ``++callbacks.compress.modifiers.gtpq.group_size=64``, where the recipe calls it gptq."""
     with pytest.raises(ValueError, match=r"modifiers.gtpq is \{'group_size': 64\}, expected a Modifier; .* one: gptq$"):
         CompressionCallback({"gptq": GPTQModifier(scheme="W4A16"), "gtpq": {"group_size": 64}})
+
+
+GROUPS = {"w3": {"targets": ["Linear"], "weights": {"num_bits": 3, "strategy": "group", "group_size": "auto"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("GPTQModifier", {"config_groups": GROUPS, "actorder": None}),
+        ("QuantizationModifier", {"scheme": {"W4A16": ["re:.*0"], "W8A16": "re:.*2"}, "group_size": [64, -1]}),
+        ("AWQModifier", {"config_groups": GROUPS}),
+        ("WandaPruningModifier", {"sparsity": {"re:.*0": 0.5, "Linear": 0.25}}),
+        ("SparseGPTModifier", {"mask_structure": "2:4"}),
+        ("MovementPruningModifier", {"end": 1.0, "unit": "fraction", "mode": "soft"}),
+        ("ConstantPruningModifier", {"targets": "Linear"}),
+    ],
+)
+def test_lightning_cli_builds_nested_modifiers_with_all_their_defaults(name, arguments):
+    nested = {"a": {"class_path": f"lightning_compress.{name}", "init_args": arguments}}
+    spec = {"class_path": "lightning_compress.CompressionCallback", "init_args": {"modifiers": nested}}
+    cli = LightningCLI(
+        Regression, Sums, run=False, save_config_callback=None,
+        args={"trainer": {"callbacks": [spec], "logger": False, "accelerator": "cpu"}},
+    )  # fmt: skip
+    callback = next(c for c in cli.trainer.callbacks if isinstance(c, CompressionCallback))
+    (modifier,) = callback.lifecycle.modifiers
+    assert modifier.model_dump() == getattr(lightning_compress, name)(**arguments).model_dump()

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -125,11 +126,11 @@ def test_a_name_of_ours_that_is_no_modifier_is_unknown():
 
 def test_yaml_tags_are_not_obeyed(tmp_path):
     path = written(tmp_path, "modifiers: {a: !!python/object/apply:os.getcwd []}")
-    with pytest.raises(ValueError, match=r"mine\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"mine\.yaml is not valid YAML"):
         load_recipe(path)
 
 
-# -- what is no recipe ------------------------------------------------------------------------------------------------
+# -- what is not a recipe ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,62 @@ def test_what_is_wrong_is_named(recipe, message):
         load_recipe(recipe)
 
 
+LAUGHS = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+CHAIN = "a0: &a0 []\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 3000))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modifiers: {a: {type: Recording, start: 010}}", r"010 would be read as 8; write that, or '010' in quotes"),
+        ("modifiers: {a: {type: Recording, start: 1:20}}", "1:20 would be read as 80"),
+        ("modifiers: {a: {type: Recording, start: 1_0}}", "1_0 would be read as 10"),
+        ("modifiers: {a: {type: Recording, start: 1:20.5}}", "1:20.5 would be read as 80.5"),
+        ("modifiers: {a: {type: Recording, group: 2:4}}", "2:4 would be read as 124; write that, or '2:4' in quotes"),
+        ("modifiers: {a: {type: Recording, start: .nan}}", "start=nan: Input should be a finite number"),
+        ("modifiers: {a: {type: Recording, start: yes}}", "start=True: expected a number"),
+        ("modifiers: {a: {type: Recording}, a: {}}", "the key 'a' stands here twice; the last would win"),
+        ("{modifiers: {a: {type: Recording}}, modifiers: {}}", "the key 'modifiers' stands here twice"),
+        ("modifiers: {a: {type: Recording, allow_registered: false}}", "unknown argument 'allow_registered'"),
+        ("modifiers: {a: {type: Recording, type_: x}}", "unknown argument 'type_'"),
+        ("modifiers: {a: {type: Recording, self: x}}", "unknown argument 'self'"),
+        ("modifiers: {a: {type: Recording, null: 3}}", "modifiers.a: None is not the name of an argument"),
+        ("{3: 3, modifiers: {a: {type: Recording}}}", "3 is not the name of an argument"),
+        ("modifiers: {a: {type: Recording, start: !!int x}}", "is not valid YAML: invalid literal for int"),
+        ("modifiers: {a: &c {type: Recording, again: *c}}", "an alias in it stands inside of what it names"),
+        ("modifiers: {a: " + "[" * 5000 + "]" * 5000 + "}", "hundreds of mappings and lists stand in each other"),
+        ("modifiers: {a: " + "[" * 50 + "]" * 50 + "}", "more than 40 mappings and lists in each other"),
+        (LAUGHS, "more than 100,000 entries"),
+        (CHAIN, "40 mappings and lists in each other"),
+    ],
+)  # fmt: skip
+def test_yaml_that_does_not_read_as_it_looks(tmp_path, text, message):
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_recipe(path)
+    assert "mine.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_another_encoding_is_named_with_the_file(tmp_path, encoding):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("modifiers: {a: {type: Recording, group: große}}".encode(encoding))
+    with pytest.raises(ValueError, match=r"mine\.yaml is not in UTF-8 .*; save it in that encoding"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("source", [None, 3, []])
+def test_what_cannot_be_a_source(source):
+    with pytest.raises(ValueError, match="expected the name of a recipe, the path of a YAML file or a mapping, got"):
+        read_recipe(source)
+
+
+def test_aliases_and_merges_of_usual_size_are_fine(tmp_path):
+    text = "modifiers: {a: &a {type: Recording, start: 1, end: 0x10}, b: {<<: *a, start: 2, group: 'ß'}}"
+    first, second = load_recipe(written(tmp_path, text))
+    assert (first.start, second.start, second.end, second.group) == (1, 2, 16, "ß")
+
+
 # -- there and back ---------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +220,64 @@ def test_a_dumped_recipe_builds_the_same_modifiers(tmp_path):
     assert dumped["modifiers"]["RecordingModifier[x]"] == {
         "type": "Recording", "group": "x", "start": 1.0, "unit": "step"
     }  # fmt: skip
+
+
+GROUPS = {"w3": {"targets": ["Linear"], "weights": {"num_bits": 3, "strategy": "group", "group_size": "auto"}}}
+QUANTIZERS = ["AutoRoundModifier", "AWQModifier", "GPTQModifier", "QATModifier", "QuantizationModifier"]
+PRUNERS = ["SparseGPTModifier", "WandaPruningModifier"]
+FORMS = [
+    *((name, {"config_groups": GROUPS}) for name in QUANTIZERS),
+    *((name, {"scheme": {"W4A16": ["re:.*up"], "W8A16": "re:.*down"}, "group_size": [64, -1]}) for name in QUANTIZERS),
+    *((name, {"scheme": "W4A16", "targets": "re:.*up"}) for name in QUANTIZERS),
+    *((name, {"sparsity": {"re:.*up": 0.5, "Linear": 0.25}}) for name in PRUNERS),
+    *((name, {"sparsity": 0.7, "sparsity_profile": "owl", "owl_m": 3.0}) for name in PRUNERS),
+    ("MagnitudePruningModifier", {"targets": "Linear", "layer_sparsity": {"re:.*up": 0.8}}),
+    ("MovementPruningModifier", {"end": 1.0, "unit": "fraction"}),
+    ("MovementPruningModifier", {"end": 9, "mode": "soft", "threshold": 0.2}),
+    ("SmoothQuantModifier", {"mappings": [[["re:.*q_proj"], "re:.*norm"]]}),
+    ("RotationModifier", {}),
+    ("KVCacheModifier", {}),
+    ("DepthPruningModifier", {"layers": [1], "start": 0}),
+    ("DistillationModifier", {"hidden": {"layers.0": "layers.1"}, "hidden_weight": 0.5}),
+    ("FreezeModifier", {"targets": "re:.*embed"}),
+    ("ConstantPruningModifier", {"targets": "Linear", "ignore": "re:.*head"}),
+    ("WandaPruningModifier", {"regional_rounds": 2, "regional_rate": 1e-5}),
+    ("StructuredPruningModifier", {"dimension": "channels", "input_shape": [1, 3, 8, 8]}),
+]
+
+
+def alternatives(form):
+    """Modifiers with one argument changed: each other value of a Literal, a bool turned around; those that build."""
+    name, arguments = form
+    cls = ModifierFactory.find(name)
+    for field, info in cls.model_fields.items():
+        if field in arguments:
+            continue
+        kinds = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        for value in (True, False) if info.annotation is bool else kinds:
+            try:
+                yield cls(**arguments, **{field: value})
+            except ValueError:
+                continue                                            # two arguments that exclude each other
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_whatever_builds_is_written_out_and_read_back(tmp_path, form):
+    made = [ModifierFactory.find(form[0])(**form[1]), *alternatives(form)]
+    assert len(made) > 1
+    dumped = dump_recipe(made)
+    again = load_recipe(written(tmp_path, yaml.safe_dump(dumped, sort_keys=False)))
+    assert [m.model_dump() for m in again] == [m.model_dump() for m in made]
+    assert dump_recipe(again) == dumped
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONF.glob("*.yaml")))
+def test_every_recipe_is_written_out_and_read_back(tmp_path, name):
+    dumped = CompressionCallback(recipe=name).recipe
+    path = written(tmp_path, yaml.safe_dump(dumped, sort_keys=False))
+    again = CompressionCallback(recipe=str(path))
+    assert again.recipe == dumped
+    assert [m.model_dump() for m in again.lifecycle.modifiers] == [m.model_dump() for m in load_recipe(name)]
 
 
 def test_differences_are_lines():

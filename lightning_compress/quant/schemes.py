@@ -288,7 +288,10 @@ def _parse(where: str, group: Mapping[str, Any]) -> QuantizationScheme:
     _known_keys(where, group, QuantizationScheme)
     if "targets" not in group:
         raise ValueError(f"{where}: targets is missing; name what it shall apply to, such as ['Linear']")
-    fields: dict[str, Any] = {**group, "targets": _listed(group["targets"])}
+    targets = group["targets"]
+    if not isinstance(targets, str | Sequence) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{where}: targets is {targets!r}, expected names, patterns or classes, such as ['Linear']")
+    fields: dict[str, Any] = {**group, "targets": _listed(targets)}
     sizes = None
     if isinstance(given := group.get("weights"), Mapping) and isinstance(given.get("group_size"), str | list):
         sizes = given["group_size"]
@@ -304,12 +307,15 @@ def _parse(where: str, group: Mapping[str, Any]) -> QuantizationScheme:
         if not isinstance(given, Mapping):
             raise ValueError(f"{where}.{part} must be a mapping such as {{num_bits: 4, group_size: 64}}, got {given!r}")
         _known_keys(f"{where}.{part}", given, QuantizationArgs)
+        for key in ("num_bits", "group_size"):
+            if isinstance(given.get(key), bool):
+                raise ValueError(f"{where}.{part}: {key}={given[key]}: expected a number")
         order = given.get("actorder")
         if isinstance(order, str) and order.lower() in ("group", "dynamic"):
             raise ValueError(f"{where}.{part}: {no_group_order(order)}")
         try:
             fields[part] = QuantizationArgs(**given)
-        except (ValidationError, NotImplementedError) as error:
+        except (ValidationError, NotImplementedError, TypeError) as error:
             raise ValueError(f"{where}.{part}: {_plain(error)}") from error
     try:
         scheme = QuantizationScheme(**fields)
