@@ -6,6 +6,7 @@ A folder holds
     config.json                the model's own (Hugging Face) plus ``quantization_config``
     generation_config.json     and the tokenizer's files, where there are such
     recipe.yaml                the recipe, where one was given
+    export_manifest.json       the names of these files, and of the run that wrote them
     lightning_compress.json    only where needed: what compressed-tensors has no place for
 
 Two kinds of quantized modules stay dense on disk, their weights on the grid: those whose packed form no loader reads
@@ -90,6 +91,7 @@ def save(
     recipe: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a compressed model; the model stays as it is, and what is written appears whole or not at all.
 
@@ -103,8 +105,11 @@ def save(
         folder: Where to; made together with missing parents.
         tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to lie beside the model.
         recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
-        overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk.
+        overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk. A folder
+            that this function did not write, or that holds other files too, is never replaced.
         max_shard_bytes: Weights above this go into several files with an index.
+        origin: Kept in export_manifest.json: ``run``, the name of the run, and whatever else says where the model is
+            from. What is replaced must be of the same run.
 
     Returns:
         The folder's absolute path.
@@ -118,7 +123,7 @@ def save(
     model = getattr(model, "_orig_mod", model)                    # torch.compile's wrapper
     check_uninterrupted(model)
     with as_linears(model) as stored:
-        _save(model, stored, folder, tokenizer, recipe, overwrite, max_shard_bytes)
+        _save(model, stored, folder, tokenizer, recipe, overwrite, max_shard_bytes, origin)
     return Path(folder).expanduser().resolve()
 
 
@@ -130,6 +135,7 @@ def _save(
     recipe: Mapping[str, Any] | None,
     overwrite: bool,
     max_shard_bytes: int,
+    origin: Mapping[str, Any] | None,
 ) -> None:
     records: Records = {
         clean_name(name): (module, record)
@@ -153,7 +159,7 @@ def _save(
         bytewise = odd.keys() - reasons.keys()
         records = {n: (module, unpacked(r) if n in bytewise else r) for n, (module, r) in records.items()}
     try:
-        with whole_folder(folder, overwrite=overwrite) as partial:
+        with whole_folder(folder, overwrite=overwrite, origin=origin) as partial:
             _check_weights(model, stored)
             for name in reasons:
                 check_fit(name, *records[name])

@@ -1,10 +1,11 @@
 """Write a file so that it is there whole or not at all: write beside, fsync, rename."""
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lightning_compress.leftovers import partial_path, remove_leftovers
 
 __all__ = ["whole_file"]
 
@@ -13,11 +14,13 @@ __all__ = ["whole_file"]
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, with its suffix; it becomes ``path`` when the block ends without an error.
 
-    Folders that are missing are made. An older file stays as it is until then.
+    Folders that are missing are made. An older file stays as it is until then. What killed processes have left of
+    this file half-written is removed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.partial-{secrets.token_hex(4)}{target.suffix}")
+    remove_leftovers(target.parent, target)
+    partial = partial_path(target, suffix=target.suffix)
     try:
         yield partial
         descriptor = os.open(partial, os.O_RDONLY)

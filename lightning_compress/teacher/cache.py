@@ -14,8 +14,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -27,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_compress.leftovers import host_name, remove_leftovers
 from lightning_compress.report.files import whole_file
 
 __all__ = ["AnswerCache"]
 
 OPEN_SHARDS = 128                      # mapped at a time; a process may open 1024 files on most machines
-DAY = 86400.0
 
 
 class AnswerCache:
@@ -63,7 +61,7 @@ class AnswerCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cache_dir={str(folder)!r} cannot be made: {error}; choose another") from error
-        self._remove_partial()
+        remove_leftovers(self.folder)
         self.refresh()
 
     def __len__(self) -> int:
@@ -111,7 +109,7 @@ class AnswerCache:
         tensors = {part: torch.cat([answer[part] for answer in answers]) for part in answers[0]}
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(self._pending)), dtype=torch.uint8).view(len(answers), -1)
         tensors["ends"] = torch.tensor(rows, dtype=torch.int64).cumsum(0)
-        name = f"{_host()}-{os.getpid()}-{secrets.token_hex(8)}.safetensors"
+        name = f"{host_name()}-{os.getpid()}-{secrets.token_hex(8)}.safetensors"
         try:
             with whole_file(self.folder / name) as partial:
                 save_file(tensors, partial, metadata={"identity": self.identity})
@@ -168,28 +166,3 @@ class AnswerCache:
             self._open[name] = safe_open(self.folder / name, "pt").__enter__()
         self._open.move_to_end(name)
         return self._open[name]
-
-    def _remove_partial(self) -> None:
-        """Remove what a process that was killed has left half-written; a living one's file is let be."""
-        for path in self.folder.glob(".*.partial-*"):
-            host, process, *_ = [*path.name.removeprefix(".").split("-"), ""]
-            try:
-                old = time.time() - path.stat().st_mtime > DAY
-                if old or (host == _host() and process.isdigit() and not _lives(int(process))):
-                    path.unlink(missing_ok=True)
-            except OSError:                                      # its writer has just finished it
-                continue
-
-
-def _host() -> str:
-    return "".join(c for c in socket.gethostname() if c.isalnum()) or "host"
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
