@@ -47,9 +47,11 @@ from lightning_compress.training.checks import (
     tensor_names,
 )
 from lightning_compress.training.clock import StepClock
-from lightning_compress.training.finish import Finish, Plan, check_best, check_export
+from lightning_compress.training.finish import Finish, Plan, check_best, is_resumed
 from lightning_compress.training.finished import earlier_end, new_run
+from lightning_compress.training.first_rank import alone
 from lightning_compress.training.hyperparameters import write_plain_modules
+from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.requeue import requeue_only, supersede
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
@@ -155,6 +157,8 @@ class CompressionCallback(Callback):
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
         self._saved_files = SavedFiles()
+        self._outputs: Outputs | None = None   # where this fit writes; None in a fast_dev_run
+        self._lock = FolderLock()
         self._unwatch: Callable[[], None] | None = None
         self._seconds: dict[str, float] = {}   # of what was done in the midst of training, for the report
         self._facts: dict[str, Any] = {}
@@ -240,9 +244,21 @@ class CompressionCallback(Callback):
             check_whole(self._state.model)               # not in setup: configure_model comes after it
             if self.plan.blocks is not None:
                 find_blocks(self._state.model, self.plan.blocks)         # names that match nothing are told now
+        self._outputs = None
         if not self.done and not trainer.fast_dev_run:
-            check_export(trainer, self.plan)             # not in setup: only now it is known whether a run is resumed
+            self._prepare_outputs(trainer)               # not in setup: only now it is known whether a run is resumed
             check_best(trainer, self.plan, self.lifecycle)
+
+    def _prepare_outputs(self, trainer: Trainer) -> None:
+        """Resolve and check where this run writes, and keep other runs out."""
+        outputs = self._outputs = Outputs.of(trainer, self.plan.export_dir)
+
+        def prepare() -> None:
+            for path in outputs.locks:
+                self._lock.acquire(path, self._run)
+            outputs.check(resumed=is_resumed(trainer), run=self._run)
+
+        alone(prepare, "looking at export_dir")
 
     # -- the training loop --------------------------------------------------------------------------------------------
 
@@ -392,33 +408,34 @@ class CompressionCallback(Callback):
         end = self._ending(trainer, pl_module, self.lifecycle, event)
         with requeue_only(trainer, save_first=trained and not trainer.fast_dev_run):
             end.compress()
-            end.write()
             self.done = True                   # before compressed.ckpt is saved: who resumes from it is done
-            end.promote()
-            supersede(trainer)
+            end.leave()
+            if self._outputs is not None:
+                supersede(trainer, self._outputs.checkpoint)
 
     def _take_earlier_end(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """A run that had come to its end before is resumed where its training ended: nothing is made twice."""
-        if self._trained or trainer.fast_dev_run:
+        if self._trained or self._outputs is None:
             return False
-        earlier = earlier_end(trainer, self.plan, self.state_key, self.state_dict())
-        if earlier is None:
+        read = earlier_end(self._outputs, self.state_key, self.state_dict())
+        if read is None:
             return False
-        path, read = earlier
+        path = self._outputs.checkpoint
         pl_module.on_load_checkpoint(read)
         pl_module.load_state_dict(read["state_dict"], strict=pl_module.strict_loading)
         self.load_state_dict(read["callbacks"][self.state_key])
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             trainer.checkpoint_callback.best_model_path = str(path)
         rank_zero_info(
-            f"this run was compressed and exported before, into {self.plan.export_folder(trainer)}: the model is that "
+            f"this run was compressed and exported before, into {self._outputs.export}: the model is that "
             f"of {path} now, and nothing is exported again (delete that file to have it done anew)"
         )
         return True
 
     def _ending(self, trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, event: Event) -> Finish:
-        run = (self.plan, self.recipe, event, self._saved_files, self._seconds, self._facts)
-        return Finish(trainer, pl_module, lifecycle, self._state, *run)
+        run = (self.plan, self.recipe, event, self._saved_files, self._outputs, self._run)
+        done = (self.clock.state_dict(), self._seconds, self._facts)
+        return Finish(trainer, pl_module, lifecycle, self._state, *run, *done)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget_batch()
@@ -430,6 +447,7 @@ class CompressionCallback(Callback):
 
     def _take_off(self) -> None:
         self.clock.detach()
+        self._lock.release()
         if self._unwatch is not None:
             self._unwatch()
             self._unwatch = None

@@ -2,8 +2,8 @@
 
     .<name>.<purpose>-<host>-<process>-<random><suffix>        beside the place where <name><suffix> will be
 
-The name says who writes. What a dead process of this host has left is removed at once; what is of another host, or of an
-unknown process, when it is a day old. What a living process writes stays.
+The name says who writes. What a dead process of this host has left is removed at once; what is of another host, or of
+an unknown process, when it is a day old. What a living process writes stays.
 """
 
 import os

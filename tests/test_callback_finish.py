@@ -1,14 +1,17 @@
 """What happens at the end of training, and that it happens exactly once, however training ends."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    Callback,
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.utils.data import DataLoader
@@ -269,6 +272,106 @@ def test_scalars_reach_every_logger(tmp_path):
         header = (next((tmp_path / logger.name).glob("*/metrics.csv"))).read_text().splitlines()[0]
         assert "compress/val/mse_before" in header
         assert "compress/val/mse_after" in header
+
+
+# -- what fails at the end costs nothing else -------------------------------------------------------------------------
+
+
+class Strict(Logger):
+    """Raises on a step that falls, on a value that is not finite, and on anything after its end."""
+
+    name, version = "strict", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.ended = [], False
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        assert not self.ended
+        assert step >= max((s for s, _ in self.rows), default=0)
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+        self.rows.append((step, metrics))
+
+    def finalize(self, status):
+        self.ended = True
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+REPORTING = ["report.summary.write", "report.plots.error_per_module", "report.table.show", "logger"]
+
+
+@pytest.mark.parametrize("fails", REPORTING)
+def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, fails):
+    first, second = Strict(), Strict()
+    if fails == "logger":
+
+        def log(metrics, step):
+            return full_disk() if "compress/modules" in metrics else None
+
+        monkeypatch.setattr(first, "log_metrics", log)
+    else:
+        monkeypatch.setattr(f"lightning_compress.{fails}", full_disk)
+    with pytest.warns(UserWarning, match=r"is not complete, while the compressed model is: OSError.*No space left"):
+        quiet(tmp_path, rounding(), logger=[first, second]).fit(Regression(), Sums())
+    assert {"compressed", "compressed.ckpt"} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "report" / "summary.json").exists() == (fails != "report.summary.write")
+    assert any("compress/val/mse_after" in metrics for _, metrics in second.rows)
+
+
+def test_an_export_that_fails_leaves_checkpoint_and_report(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_compress.training.finish.save", full_disk)
+        keeping = ModelCheckpoint(tmp_path / "kept", save_last=True)
+        with pytest.raises(OSError, match="No space left") as caught:
+            quiet(tmp_path, rounding(), keeping).fit(Regression(), Sums())
+    assert caught.value.__notes__ == ["the compressed model, weights stored dense, is in compressed.ckpt"]
+    assert Regression.load_from_checkpoint(tmp_path / "compressed.ckpt").is_rounded()
+    assert (tmp_path / "report" / "summary.json").exists()
+    quiet(tmp_path, rounding()).fit(Regression(), Sums(), ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert (tmp_path / "compressed" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_that_fails_leaves_export_and_report(tmp_path, monkeypatch):
+    trainer = quiet(tmp_path, rounding(), enable_checkpointing=False)
+    monkeypatch.setattr(trainer, "save_checkpoint", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(Regression(), Sums())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compressed", "report"]
+
+
+def test_loggers_get_the_result_once_at_the_last_step_and_only_numbers(tmp_path):
+    """Also of a run that was interrupted, resumed, and resumed again when all was done."""
+
+    class Odd(RoundingModifier):
+        def on_calibration_end(self, state, event, **kwargs):
+            super().on_calibration_end(state, event, **kwargs)
+            state.ledger.add("model", "rounding", params=1, bits=float("nan"))
+
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3:
+                raise KeyError("power cut")
+
+    def fit(*callbacks, **options):
+        logger = Strict()
+        keeping = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=1)
+        trainer = quiet(tmp_path, CompressionCallback(Odd()), keeping, *callbacks, logger=logger, log_every_n_steps=1)
+        trainer.fit(Regression(), Sums(), **options)
+        return [(step, metrics) for step, metrics in logger.rows if any(key.startswith("compress/") for key in metrics)]
+
+    with pytest.raises(KeyError):
+        fit(Stops())
+    ((step, metrics),) = fit(ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert step == 4
+    assert {"compress/val/mse_before", "compress/val/mse_after", "compress/modules"} <= metrics.keys()
+    assert "compress/bits_per_weight" not in metrics
+    assert fit(ckpt_path=tmp_path / "kept" / "last.ckpt") == []
 
 
 # -- strategies, and where it goes ------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Stopping and going on: what a checkpoint holds, and that a resumed run is the same run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from pydantic import PrivateAttr
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_compress import CompressionCallback
@@ -182,18 +184,54 @@ def test_a_changed_recipe_can_be_allowed(tmp_path):
     assert module.is_rounded()
 
 
-def test_what_the_same_run_exported_before_may_be_replaced(tmp_path):
-    """A requeued job whose run had reached its end writes into the same folder."""
-    path = interrupted(tmp_path, RecordingModifier())
-    folder = tmp_path / "compressed"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
+def exported_weights(folder):
+    return load_file(folder / "model.safetensors")["0.weight"]
+
+
+def test_only_what_the_same_run_exported_before_is_replaced(tmp_path):
+    """A run that goes on with more epochs writes into the same folder, and another run's checkpoint does not."""
+
+    def fit(folder, epochs=1, **options):
+        callback = CompressionCallback(RecordingModifier(), export_dir=options.pop("export_dir", None))
+        keeping = ModelCheckpoint(folder / "kept", save_last=True)
+        quiet(folder, callback, keeping, max_epochs=epochs).fit(Regression(), Sums(), **options)
+        return exported_weights(folder / "compressed")
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = fit(one)
     with pytest.raises(ValueError, match="exists and is not empty: give another export_dir"):
-        quiet(tmp_path, CompressionCallback(RecordingModifier()), max_epochs=2).fit(Regression(), Sums())
-    callback = CompressionCallback(RecordingModifier())
-    quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums(), ckpt_path=path)
-    assert callback.done
+        fit(one)
+    more = fit(one, 2, ckpt_path=one / "kept" / "last.ckpt")
+    assert not torch.equal(first, more)
+    fit(two)
+    with pytest.raises(ValueError, match=r"one/compressed was not written by this run, so that it is not replaced"):
+        fit(one, 2, ckpt_path=two / "kept" / "last.ckpt")
+    assert torch.equal(exported_weights(one / "compressed"), more)
+    (one / "compressed" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"one/compressed holds notes.txt, which this package did not write"):
+        fit(one, 3, ckpt_path=one / "kept" / "last.ckpt")
+    assert torch.equal(exported_weights(one / "compressed"), more)
+
+
+def test_an_export_of_an_earlier_end_of_the_run_is_not_taken_for_this_one(tmp_path):
+    """Killed after compressed.ckpt of the second end, before its export: the export of the first end is still there."""
+
+    def fit(epochs, **options):
+        callback, module = CompressionCallback(RoundingModifier()), Regression()
+        quiet(tmp_path, callback, ModelCheckpoint(tmp_path / "kept", save_last=True), max_epochs=epochs).fit(
+            module, Sums(), **options
+        )
+
+    last = tmp_path / "kept" / "last.ckpt"
+    fit(1)
+    shutil.copytree(tmp_path / "compressed", tmp_path / "first")
+    fit(2, ckpt_path=last)
+    second = (tmp_path / "compressed" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "compressed")
+    shutil.copytree(tmp_path / "first", tmp_path / "compressed")
+    (tmp_path / "compressed" / "model.safetensors").write_bytes(b"of the first end")
+    fit(2, ckpt_path=last)
+    assert (tmp_path / "compressed" / "model.safetensors").read_bytes() == second
 
 
 def test_training_a_plain_module_is_untouched_by_a_sleeping_modifier(tmp_path):

@@ -1,8 +1,8 @@
 """Write a folder so that it is there whole or not at all: write beside, fsync, rename.
 
 While it is written it is called ``.<name>.partial-<host>-<process>-<random>`` and lies beside its place, on the same
-file system, so that the last step is one rename. An older export changes places with it in one step where the system can
-do that (Linux); elsewhere it steps aside first, and gets its name back at the next start if the process is killed then.
+file system, so that the last step is one rename. An older export changes places with it in one step where the system
+can (Linux); elsewhere it steps aside first, and gets its name back at the next start if the process is killed then.
 An error or an interrupt removes what is half-written; what a killed process leaves is removed by the next one.
 
 ``export_manifest.json`` names the files of a folder and the run that wrote it. Nothing else is ever replaced:

@@ -4,6 +4,7 @@ Every rank runs this. Both measurements are shared by all ranks; calibration and
 of rank 0, and the others wait and then receive the weights.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,6 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
 from lightning_compress.evaluation import Measurement, compare, evaluate
-from lightning_compress.export.atomic import check_target
 from lightning_compress.export.compressed_tensors import save
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.interruption import marked_when_interrupted
@@ -44,6 +44,7 @@ from lightning_compress.rotation.online import online_modules
 from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.memory import peak_memory_bytes
+from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.samples import SideBySide, first_batches, seeded_view, share_of
 from lightning_compress.training.saved_files import SavedFiles
@@ -51,7 +52,7 @@ from lightning_compress.training.shapes import same_shapes
 from lightning_compress.training.sharing import share, ties
 from lightning_compress.training.submodule import is_compiled
 
-__all__ = ["Finish", "Plan", "check_export"]
+__all__ = ["Finish", "Plan", "check_best", "is_resumed"]
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,6 @@ class Plan:
         if self.walk not in WALKS:
             raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
 
-    def export_folder(self, trainer: Trainer) -> Path:
-        return Path(self.export_dir) if self.export_dir else Path(trainer.default_root_dir) / "compressed"
-
-
-def check_export(trainer: Trainer, plan: Plan) -> None:
-    """ValueError now, not after hours of training, when the export could not be written.
-
-    A run that is resumed may replace what an earlier end of the same run exported.
-    """
-    alone(lambda: _check_folder(plan.export_folder(trainer), is_resumed(trainer)), "looking at export_dir")
-
 
 def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle) -> None:
     """ValueError when the best checkpoint will hold weights without the scales that they were trained with."""
@@ -112,15 +102,6 @@ def is_resumed(trainer: Trainer) -> bool:
     return path is not None and not Path(path).name.startswith((".lr_find", ".scale_batch_size"))
 
 
-def _check_folder(folder: Path, resumed: bool) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not resumed:
-        raise ValueError(
-            f"{folder} exists and is not empty: give another export_dir (or another default_root_dir), or remove it; "
-            f"only a run that is resumed replaces what it exported"
-        )
-    check_target(folder, overwrite=resumed)
-
-
 @dataclass
 class Finish:
     """One end of one run.
@@ -134,6 +115,9 @@ class Finish:
         recipe: As primitives, for the export.
         clock: An event dated now.
         saved_files: The checkpoint files that this process saved.
+        outputs: Where to write; None: into a folder that is then deleted.
+        run: The name of the run.
+        clock_state: The callback's clock as numbers; with ``run`` it says which end of which run this is.
     """
 
     trainer: Trainer
@@ -144,6 +128,9 @@ class Finish:
     recipe: dict[str, Any]
     clock: Event
     saved_files: SavedFiles
+    outputs: Outputs | None
+    run: str
+    clock_state: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     ties_before: int = 0
@@ -223,29 +210,40 @@ class Finish:
         if is_compiled(self.pl_module):
             torch.compiler.reset()             # compiled code does not see hooks that came later: compile it anew
 
-    def write(self) -> None:
-        """Export and report, from rank 0; a fast_dev_run writes into a folder that is then deleted."""
-        with ExitStack() as stack:
-            if self.trainer.fast_dev_run:
-                root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                folder, reported = root / "compressed", root / "report"
-            else:
-                folder = self.plan.export_folder(self.trainer)
-                reported = Path(self.trainer.default_root_dir) / "report"
-            alone(lambda: self._write(folder, reported), "the export")
+    def leave(self) -> None:
+        """Write ``compressed.ckpt``, then the export, then the report; every rank calls this.
 
-    def promote(self) -> None:
-        """Save ``compressed.ckpt``, and make it what ``ckpt_path="best"`` means; every rank calls this."""
-        if self.trainer.fast_dev_run:
+        In this order, so that what fails costs none of what was computed: the checkpoint needs nothing but room, and
+        the export has only data from it. A report, a figure or a logger that fails is a warning.
+        """
+        failure = None
+        try:
+            self._promote()
+        except Exception as error:
+            if world_size() > 1:
+                raise                          # the other ranks still wait in it
+            failure = error
+        with ExitStack() as stack:
+            outputs = self.outputs
+            if outputs is None:
+                root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt")
+            alone(lambda: self._write(outputs), "the export")
+        if failure is not None:
+            raise failure
+
+    def _promote(self) -> None:
+        """Save ``compressed.ckpt``, and make it what ``ckpt_path="best"`` means."""
+        if self.outputs is None:
             return
-        path = Path(self.trainer.default_root_dir) / "compressed.ckpt"
+        path = self.outputs.checkpoint
         pointed = self.trainer.checkpoint_callback
-        said = f"the compressed model, weights stored dense, is in {path}"
+        note = f"the compressed model, weights stored dense, is in {path}"
         if isinstance(pointed, ModelCheckpoint):
             before, pointed.best_model_path = pointed.best_model_path, str(path)     # also for who resumes from it
-            said += f', which ckpt_path="best" now means{f" (it was {before})" if before else ""}'
+            note += f', which ckpt_path="best" now means{f" (it was {before})" if before else ""}'
         self.trainer.save_checkpoint(path, weights_only=False)
-        rank_zero_info(said)
+        rank_zero_info(note)
 
     # -- around it ----------------------------------------------------------------------------------------------------
 
@@ -281,6 +279,14 @@ class Finish:
             return None, {}
         best = monitored[0]
         read = self.saved_files.read(best.best_model_path, self.trainer)
+        keys = {c.state_key for c in self.trainer.callbacks if getattr(c, "lifecycle", None) is self.lifecycle}
+        states = [state for key, state in read.get("callbacks", {}).items() if key in keys]
+        if states and states[0].get("run", self.run) != self.run:
+            rank_zero_warn(
+                f"the best checkpoint by {best.monitor!r}, {best.best_model_path}, was overwritten by another run, so "
+                f"that the last weights are compressed instead: give each run a folder of its own for its checkpoints"
+            )
+            return None, {}
         if not same_shapes(read["state_dict"], self.pl_module):
             rank_zero_warn(
                 f"the best checkpoint by {best.monitor!r}, {best.best_model_path}, was saved before the model "
@@ -291,9 +297,7 @@ class Finish:
         self.pl_module.load_state_dict(read["state_dict"], strict=self.pl_module.strict_loading)
         score = "" if best.best_model_score is None else f", {float(best.best_model_score):.6g}"
         rank_zero_info(f"compressing the best weights by {best.monitor!r}{score}, from {best.best_model_path}")
-        keys = {c.state_key for c in self.trainer.callbacks if getattr(c, "lifecycle", None) is self.lifecycle}
-        saved = [state["modifiers"] for key, state in read.get("callbacks", {}).items() if key in keys]
-        return best.best_model_path, saved[0] if saved else {}
+        return best.best_model_path, states[0]["modifiers"] if states else {}
 
     # -- metric -------------------------------------------------------------------------------------------------------
 
@@ -451,23 +455,35 @@ class Finish:
 
     # -- what is left behind ------------------------------------------------------------------------------------------
 
-    def _write(self, folder: Path, reported: Path) -> None:
-        with self._timed("export"):
-            again = is_resumed(self.trainer)
-            try:
-                save(self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=again)
-                if not self.trainer.fast_dev_run:              # that folder is deleted
-                    self.facts["export_dir"] = str(folder)
-            except ValueError as error:
-                if quantized_modules(self.module):
-                    raise
-                rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
-        self.facts |= self._summary()
-        ledger = self.state.ledger
-        summary.write(reported, ledger, self.facts)
-        plots.error_per_module(ledger, reported / "error_per_module.png", summary.headline(self.facts))
-        table.show(ledger, self.facts)
-        self._log()
+    def _write(self, outputs: Outputs) -> None:
+        try:
+            with self._timed("export"):
+                self._export(outputs.export)
+        finally:
+            self.facts |= self._summary()
+            ledger, folder = self.state.ledger, outputs.report
+            with _as_warning("the report"):
+                summary.write(folder, ledger, self.facts)
+            with _as_warning("the figure"):
+                plots.error_per_module(ledger, folder / "error_per_module.png", summary.headline(self.facts))
+            with _as_warning("the table"):
+                table.show(ledger, self.facts)
+            self._log()
+
+    def _export(self, folder: Path) -> None:
+        origin = {"run": self.run, "clock": self.clock_state}
+        again = is_resumed(self.trainer)
+        try:
+            save(
+                self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=again, origin=origin
+            )
+            if self.outputs is not None:                       # else that folder is deleted
+                self.facts["export_dir"] = str(folder)
+        except Exception as error:
+            if quantized_modules(self.module) or not isinstance(error, ValueError):
+                error.add_note("the compressed model, weights stored dense, is in compressed.ckpt")
+                raise
+            rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
 
     def _tokenizer(self) -> Any:
         """The one of the datamodule or of the LightningModule, where it can be saved."""
@@ -500,9 +516,19 @@ class Finish:
         scalars |= {f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in self.seconds.items()}
         for name, entry in self.facts["metric"].items():
             scalars |= {f"{name}_before": entry["before"], f"{name}_after": entry["after"]}
+        finite = {f"compress/{name}": value for name, value in scalars.items() if math.isfinite(value)}
         for logger in self.trainer.loggers:
-            logger.log_metrics({f"compress/{n}": v for n, v in scalars.items()}, step=self.trainer.global_step)
-            logger.save()
+            with _as_warning(f"what {type(logger).__name__} logs of it"):
+                logger.log_metrics(finite, step=self.trainer.global_step)
+                logger.save()
+
+
+@contextmanager
+def _as_warning(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{what} is not complete, while the compressed model is: {type(error).__name__}: {error}")
 
 
 def _first_tensor(batch: Any) -> int | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
-from lightning_compress.training.finish import Plan
+from lightning_compress.export.atomic import origin_of
 from lightning_compress.training.first_rank import alone
+from lightning_compress.training.outputs import Outputs
 
 __all__ = ["earlier_end", "new_run"]
 
@@ -23,25 +23,25 @@ def new_run() -> str:
     return secrets.token_hex(8)
 
 
-def earlier_end(trainer: Trainer, plan: Plan, key: str, own: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """``compressed.ckpt`` and what it holds, if this very run has made it from this very model; every rank calls this.
+def earlier_end(outputs: Outputs, key: str, own: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``compressed.ckpt`` holds, if this very run has made it from this very model; every rank calls this.
 
     Args:
-        trainer: In its fit.
-        plan: Where the export is.
+        outputs: Where it and the export are.
         key: The callback's key in a checkpoint.
         own: The callback's state now.
     """
-    path = Path(trainer.default_root_dir) / "compressed.ckpt"
-    if not alone(lambda: _made_from(_read(path), plan.export_folder(trainer), key, own), "looking at compressed.ckpt"):
+    path = outputs.checkpoint
+    if not alone(lambda: _made_from(_read(path), outputs.export, key, own), "looking at compressed.ckpt"):
         return None
-    return path, _read(path)
+    return _read(path)
 
 
-def _made_from(read: Mapping[str, Any], exported: Path, key: str, own: Mapping[str, Any]) -> bool:
+def _made_from(read: Mapping[str, Any], folder: Path, key: str, own: Mapping[str, Any]) -> bool:
     then = read.get("callbacks", {}).get(key, {})
     same = all(then.get(name) == own[name] for name in ("run", "clock", "recipe"))
-    return bool(then) and then["done"] and same and (exported / "model.safetensors").exists()
+    exported = origin_of(folder) == {name: own[name] for name in ("run", "clock")}
+    return bool(then) and then["done"] and same and exported
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -56,13 +56,11 @@ def requeue_only(trainer: Trainer, *, save_first: bool) -> Iterator[None]:
         signal.signal(signum, former)
 
 
-def supersede(trainer: Trainer) -> None:
-    """The last ``hpc_ckpt_N.ckpt``, if any, becomes the same file as ``compressed.ckpt``; every rank calls this."""
-    if trainer.fast_dev_run:
-        return
+def supersede(trainer: Trainer, compressed: Path) -> None:
+    """The last ``hpc_ckpt_N.ckpt``, if any, becomes the same file as ``compressed``; every rank calls this."""
     folder = _folder(trainer)
     if trainer.is_global_zero and (number := _last(folder)):
-        compressed, beside = folder / "compressed.ckpt", folder / "superseding.ckpt"      # no N in this name
+        beside = folder / "superseding.ckpt"               # no N in this name
         beside.unlink(missing_ok=True)
         try:
             os.link(compressed, beside)
