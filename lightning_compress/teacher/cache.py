@@ -2,11 +2,11 @@
 
     folder/<identity>/<host>-<process>-<random>.safetensors      shards of many samples, each written once
 
-A sample's answer is a few tensors with one row per token. A shard holds the keys of its samples, where each ends, and
-the rows of all of them one after another. Shards are there whole or not at all, and no two writers share one, so ranks
-and runs may share a folder; what others have written is seen at :meth:`AnswerCache.refresh`. What identifies the
-answers (the teacher, how many logits are kept) names the sub-folder, so answers of another teacher are never taken for
-these.
+A sample's answer is a few tensors with one row per token. A shard holds the keys of its samples, where each ends, a
+CRC-32 of each, and the rows of all of them one after another. Shards are there whole or not at all, and no two writers
+share one, so ranks and runs may share a folder; what others have written is seen at :meth:`AnswerCache.refresh`. What
+identifies the answers (the teacher, how many logits are kept) names the sub-folder, so answers of another teacher are
+never taken for these. An answer whose CRC is another one is not taken either: its shard is named and passed over.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from lightning_compress.report.files import whole_file
 __all__ = ["AnswerCache"]
 
 OPEN_SHARDS = 128                      # mapped at a time; a process may open 1024 files on most machines
+TABLES = ("keys", "ends", "checks")    # of a shard, beside the parts of its answers
 
 
 class AnswerCache:
@@ -52,7 +54,7 @@ class AnswerCache:
         self.limit, self.shard = limit, shard
         self.full = False
         self.bytes = 0                                          # on disk, of all ranks
-        self._places: dict[bytes, tuple[str, int, int]] = {}    # shard, first row, row after the last
+        self._places: dict[bytes, tuple[str, int, int, int]] = {}     # shard, first row, row after the last, CRC
         self._shards: set[str] = set()
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._pending: dict[bytes, dict[str, Tensor]] = {}
@@ -71,20 +73,30 @@ class AnswerCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._pending or key in self._places
 
-    def get(self, key: bytes) -> dict[str, Tensor]:
-        """The answer to a sample; KeyError when it is not there."""
-        if key in self._pending:
-            return self._pending[key]
-        name, first, last = self._places[key]
-        shard = self._mapped(name)
-        return {part: shard.get_slice(part)[first:last] for part in shard.keys() if part not in ("keys", "ends")}  # noqa: SIM118
+    def get(self, key: bytes) -> dict[str, Tensor] | None:
+        """The answer to a sample; None when it is not there, or damaged: its shard is then named and passed over."""
+        if key in self._pending or key not in self._places:
+            return self._pending.get(key)
+        name, first, last, check = self._places[key]
+        try:
+            shard = self._mapped(name)
+            answer = {part: shard.get_slice(part)[first:last] for part in shard.keys() if part not in TABLES}  # noqa: SIM118
+            fault = None if _check(key, answer) == check else "an answer is not the one that was written"
+        except (IndexError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            fault = str(error)
+        if fault is None:
+            return answer
+        self._pass_over(name, fault)
+        self._open.pop(name, None)
+        self._places = {known: place for known, place in self._places.items() if place[0] != name}
+        return None
 
     def put(self, key: bytes, answer: Mapping[str, Tensor]) -> None:
         """Keep an answer, its tensors with one row per token; does nothing when it is known, or the cache is full."""
         if key in self or self.full:
             return
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in answer.items()}
-        size = sum(tensor.nbytes for tensor in kept.values()) + len(key) + 8
+        size = sum(tensor.nbytes for tensor in kept.values()) + len(key) + 16
         if self.bytes + self._pending_bytes + size > self.limit:
             self.full = True
             self.flush()
@@ -109,6 +121,8 @@ class AnswerCache:
         tensors = {part: torch.cat([answer[part] for answer in answers]) for part in answers[0]}
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(self._pending)), dtype=torch.uint8).view(len(answers), -1)
         tensors["ends"] = torch.tensor(rows, dtype=torch.int64).cumsum(0)
+        checks = [_check(key, answer) for key, answer in self._pending.items()]
+        tensors["checks"] = torch.tensor(checks, dtype=torch.int64)
         name = f"{host_name()}-{os.getpid()}-{secrets.token_hex(8)}.safetensors"
         try:
             with whole_file(self.folder / name) as partial:
@@ -144,20 +158,27 @@ class AnswerCache:
         path = self.folder / name
         try:
             with safe_open(path, "pt") as shard:
-                said = (shard.metadata() or {}).get("identity")
-                keys, ends = shard.get_tensor("keys"), shard.get_tensor("ends")
+                identity = (shard.metadata() or {}).get("identity")
+                keys, ends, checks = (shard.get_tensor(table) for table in TABLES)
             size = path.stat().st_size
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"{path} is no whole file of a teacher cache ({error}): passed over; remove it", stacklevel=3)
+            self._pass_over(name, str(error))
             return
-        if said != self.identity:
-            warnings.warn(f"{path} holds the answers of another teacher ({said}): passed over", stacklevel=3)
+        if identity != self.identity:
+            warnings.warn(f"{path} holds the answers of another teacher ({identity}): passed over", stacklevel=3)
+            return
+        if (fault := _fault(keys, ends, checks)) is not None:
+            self._pass_over(name, fault)
             return
         self.bytes += size
         first = 0
-        for key, last in zip(keys, ends.tolist(), strict=True):
-            self._places.setdefault(key.numpy().tobytes(), (name, first, last))
+        for key, last, check in zip(keys, ends.tolist(), checks.tolist(), strict=True):
+            self._places.setdefault(key.numpy().tobytes(), (name, first, last, check))
             first = last
+
+    def _pass_over(self, name: str, fault: str) -> None:
+        path = self.folder / name
+        warnings.warn(f"{path} is not a whole file of a teacher cache ({fault}): passed over; remove it", stacklevel=3)
 
     def _mapped(self, name: str) -> Any:
         if name not in self._open:
@@ -166,3 +187,25 @@ class AnswerCache:
             self._open[name] = safe_open(self.folder / name, "pt").__enter__()
         self._open.move_to_end(name)
         return self._open[name]
+
+
+def _check(key: bytes, answer: Mapping[str, Tensor]) -> int:
+    """CRC-32 of an answer: its key, and the name, dtype, shape and bytes of each part."""
+    total = zlib.crc32(key)
+    for part in sorted(answer):
+        tensor = answer[part]
+        total = zlib.crc32(f"{part} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), total)
+    return total
+
+
+def _fault(keys: Tensor, ends: Tensor, checks: Tensor) -> str | None:
+    """What is wrong with the tables of a shard."""
+    if keys.dtype != torch.uint8 or keys.dim() != 2:
+        return f"its keys are {keys.dtype} {list(keys.shape)}, expected uint8 [samples, bytes]"
+    for table, values in (("ends", ends), ("checks", checks)):
+        if values.dtype != torch.int64 or values.shape != keys.shape[:1]:
+            return f"its {table} are {values.dtype} {list(values.shape)}, expected int64 [{len(keys)}]"
+    if (ends.diff(prepend=torch.zeros(1, dtype=torch.int64)) < 0).any():
+        return "its ends do not ascend from 0"
+    return None

@@ -18,7 +18,7 @@ from lightning_compress.teacher.fingerprint import real_lengths, sample_keys
 
 __all__ = ["Recall"]
 
-KEY = 24                                 # bytes on disk of a sample's key, and of where its rows end
+KEY = 32                                 # bytes on disk of a sample's key, of where its rows end, and of its CRC
 FEW = 0.1                                # a later epoch with fewer hits than this ends the writing, with a warning
 
 
@@ -55,20 +55,24 @@ class Recall:
         lengths = real_lengths(padding) if cut and isinstance(padding, Tensor) else None
         inputs = {name: value for name, value in named.items() if name != "labels"}
         keys = sample_keys(inputs, batch, lengths)
-        known = [key in self.cache for key in keys]
-        self.epochs[-1][0] += sum(known)
-        self.epochs[-1][1] += batch - sum(known)
+        known = [self.cache.get(key) for key in keys]
+        hits = sum(answer is not None for answer in known)
+        self.epochs[-1][0] += hits
+        self.epochs[-1][1] += batch - hits
         fresh: Mapping[str, Tensor] = {}
-        if not all(known):
+        if hits < batch:
             fresh = ask()
             rows = [_cut(fresh, i, lengths) for i in range(batch)]
             if not self._estimated:
                 self._estimate(rows, batches_per_epoch)
             for key, row in zip(keys, rows, strict=True):
                 self.cache.put(key, row)
-        found = [self.cache.get(key) if key in self.cache else _cut(fresh, i, lengths) for i, key in enumerate(keys)]
+        answers = [
+            answer or self.cache.get(key) or _cut(fresh, i, lengths)
+            for i, (key, answer) in enumerate(zip(keys, known, strict=True))
+        ]
         tokens = math.prod(shape[1:])
-        return {part: _padded([answer[part] for answer in found], tokens) for part in found[0]}
+        return {part: _padded([answer[part] for answer in answers], tokens) for part in answers[0]}
 
     def close_epoch(self) -> None:
         """Write the rest, add up over ranks, see what they have written, and warn where the cache does not help.

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lightning_compress.teacher import cache as module
 from lightning_compress.teacher.cache import AnswerCache
@@ -49,8 +50,7 @@ def test_answers_come_back_from_memory_from_disk_and_in_another_process_life(tmp
         assert key(i) in again
         assert same(again.get(key(i)), answer(i, sizes[i]))
     assert key(99) not in again
-    with pytest.raises(KeyError):
-        again.get(key(99))
+    assert again.get(key(99)) is None
 
 
 def test_what_is_known_is_not_written_twice(tmp_path):
@@ -94,7 +94,7 @@ def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
 
 
 def test_the_limit_holds_and_is_told_once(tmp_path):
-    cache = AnswerCache(tmp_path, IDENTITY, 500)
+    cache = AnswerCache(tmp_path, IDENTITY, 550)
     for i in range(5):
         cache.put(key(i), answer(i))
     said = r"is full: 5 samples take 0.00 of cache_limit_gib=\S+; .* Raise the limit"
@@ -180,7 +180,7 @@ def test_a_damaged_file_and_one_of_another_teacher_are_named_and_passed_over(tmp
     cache.close()
     whole = cache.folder / files(cache)[0]
     (cache.folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-40])
-    with pytest.warns(UserWarning, match=r"cut.safetensors is no whole file of a teacher cache .*passed over"):
+    with pytest.warns(UserWarning, match=r"cut.safetensors is not a whole file of a teacher cache .*passed over"):
         again = AnswerCache(tmp_path, IDENTITY, 1e9)
     assert len(again) == 1
     (cache.folder / "cut.safetensors").unlink()
@@ -192,6 +192,64 @@ def test_a_damaged_file_and_one_of_another_teacher_are_named_and_passed_over(tmp
     moved.rename(cache.folder / "moved.safetensors")
     with pytest.warns(UserWarning, match="holds the answers of another teacher"):
         assert key(2) not in AnswerCache(tmp_path, IDENTITY, 1e9)
+
+
+def nan(tensors):
+    tensors["rest"][4, 1] = torch.nan
+
+
+def bit(tensors):
+    tensors["index"].view(torch.uint8)[-1, 0] ^= 4
+
+
+DAMAGE = {
+    "ends descend": lambda t: t["ends"].copy_(t["ends"].flip(0)),
+    "ends negative": lambda t: t["ends"].neg_(),
+    "ends beyond the rows": lambda t: t["ends"].add_(10**6),
+    "ends moved by one": lambda t: t["ends"].add_(1),
+    "ends of floats": lambda t: t.update(ends=t["ends"].double()),
+    "too few ends": lambda t: t.update(ends=t["ends"][1:].clone()),
+    "keys of floats": lambda t: t.update(keys=t["keys"].float()),
+    "no checks": lambda t: t.pop("checks"),
+    "NaN": nan,
+    "one bit": bit,
+    "a part is missing": lambda t: t.pop("index"),
+    "a part is too narrow": lambda t: t.update(rest=t["rest"][:, 1:].clone()),
+    "a part of one number": lambda t: t.update(rest=torch.tensor(1.0)),
+    "a part of another type": lambda t: t.update(index=t["index"].long()),
+    "rows shifted": lambda t: t.update(rest=t["rest"].roll(1, 0)),
+    "keys exchanged": lambda t: t.update(keys=t["keys"].flip(0)),
+}
+
+
+def read_all(folder, numbers):
+    cache = AnswerCache(folder, IDENTITY, 1e9)
+    return cache, {i: cache.get(key(i)) for i in numbers}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_answer_is_never_taken(tmp_path, kind):
+    """Its file is named, once, and the rest of the cache stays in use."""
+    cache = AnswerCache(tmp_path, IDENTITY, 1e9)
+    sizes = {1: 3, 2: 1, 3: 2}
+    for i, tokens in sizes.items():
+        cache.put(key(i), answer(i, tokens))
+    cache.close()
+    (name,) = files(cache)
+    cache.put(key(9), answer(9))
+    cache.close()
+    tensors = load_file(cache.folder / name)
+    DAMAGE[kind](tensors)
+    save_file(tensors, cache.folder / name, metadata={"identity": cache.identity})
+    with pytest.warns(UserWarning, match=rf"{name} is not a whole file of a teacher cache .*passed over") as told:
+        again, answers = read_all(tmp_path, sizes)
+    assert len(told) == 1
+    assert all(answers[i] is None or same(answers[i], answer(i, tokens)) for i, tokens in sizes.items())
+    assert key(3) not in again
+    assert same(again.get(key(9)), answer(9))
+    again.put(key(3), answer(3, 2))
+    again.close()
+    assert same(again.get(key(3)), answer(3, 2))
 
 
 def test_a_file_says_whose_answers_it_holds(tmp_path):
