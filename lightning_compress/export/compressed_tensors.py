@@ -251,7 +251,7 @@ def load(
 
     if not hugging_face.is_transformers(layout):
         _check_finite(folder, nonfinite(layout, weights))
-        model = _fill(layout, weights)
+        model = _fill(folder, layout, weights)
     else:
         built = hugging_face.build(folder, layout, weights)
         _check_finite(folder, nonfinite(built))
@@ -520,21 +520,21 @@ def _fuse(model: nn.Module, folder: Path, asked: bool) -> None:
         raise ValueError(f"{folder}: nothing to fuse, {fault}; or leave fuse out")
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def _fill(folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """Copy ``weights`` into the parameters and buffers of ``model``; ValueError when they do not fit."""
     own = {clean_name(key): value for key, value in model.state_dict().items()}
     filled = {own[key].data_ptr() for key in weights if key in own}
     missing = [key for key, value in own.items() if key not in weights and value.data_ptr() not in filled]   # not tied
     if (unknown := sorted(weights.keys() - own.keys())) or missing:
         raise ValueError(
-            f"the folder does not fit this {type(model).__name__}: the model lacks {unknown[:5]}, "
+            f"{folder} does not fit this {type(model).__name__}: the model lacks {unknown[:5]}, "
             f"the folder lacks {missing[:5]}; build the model as it was when it was saved"
         )
     for key, value in weights.items():
         there = own[key]
         if (there.shape, there.dtype) != (value.shape, value.dtype) or there.is_meta:
             raise ValueError(
-                f"{key!r} is {value.dtype} {tuple(value.shape)} in the folder, {there.dtype} {tuple(there.shape)} on "
+                f"{key!r} is {value.dtype} {tuple(value.shape)} in {folder}, {there.dtype} {tuple(there.shape)} on "
                 f"{there.device} in the model; build it with the same sizes and dtype (model.to(...)), not on meta"
             )
     with torch.no_grad():
