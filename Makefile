@@ -19,7 +19,7 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-newest test-kernels test-slow test-real test-slurm lint format clean
+.PHONY: help demo test test-newest fuzz test-kernels test-slow test-real test-slurm lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ test: $(READY)  ## the tests that need no GPU, no cluster and no download
 test-newest: $(NEWEST_READY)  ## exports, KV caches and reloads with the newest transformers and compressed-tensors
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -m "not (slow or real or slurm or gpu)" \
 		tests/export/test_kv_cache.py tests/export/test_reload.py $(ARGS)
+
+fuzz: $(READY)  ## damaged files for every reader of the package, 30 seconds (ARGS="--seconds 600")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.driver $(ARGS)
 
 test-kernels: $(READY)  ## the GPU kernels alone, interpreted against float64 and compiled for sm_80 to 100; needs no GPU
 	TRITON_INTERPRET=1 $(TEST) tests/ops -k interpreted $(ARGS)

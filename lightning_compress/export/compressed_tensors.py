@@ -485,9 +485,10 @@ def _unpacked(
 ) -> tuple[Tensor, Quantized]:
     """The dense weight of one module, of the dtype of the model, and its record."""
     expected = weight_of(module)
-    shape = tensors.get("weight_shape")
-    if shape is not None and shape.tolist() != list(expected.shape):       # before so much memory is asked for
-        raise ValueError(f"its weight_shape is {shape.tolist()!s:.80}, and in the model {list(expected.shape)}")
+    shape = tensors["weight_shape"].tolist() if "weight_shape" in tensors else None
+    shape = list(tensors["weight"].shape) if "weight" in tensors else shape
+    if shape is not None and shape != list(expected.shape):                # before so much memory is asked for
+        raise ValueError(f"its weight is {shape!s:.80} in the file, and in the model {list(expected.shape)}")
     weight, record = unpack(tensors, type(module), scheme)
     if weight.shape != expected.shape:
         raise ValueError(f"its weight unpacks to {list(weight.shape)}, and in the model it is {list(expected.shape)}")

@@ -46,7 +46,7 @@ class _Part(BaseModel):
 
 
 class _Tensor(_Part):
-    dtype: Float | Literal["float8_e4m3fn", "int8", "int16", "int32", "int64", "uint8"]
+    dtype: Literal[Float, "float8_e4m3fn", "int8", "int16", "int32", "int64", "uint8"]
     shape: Shape
     values: list[int | float]
 

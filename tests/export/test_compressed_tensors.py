@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -358,7 +358,7 @@ def test_load_into_another_model(saved, small_net):
         load(saved, nn.Sequential(*small_net[:3]), packed=False)
     with pytest.raises(ValueError, match=r"'5' is quantized, but the files in .* lack its weight"):
         load(saved, nn.Sequential(*small_net, nn.Linear(8, 8)), packed=False)
-    with pytest.raises(ValueError, match=r"torch.float32 .* in the folder, torch.bfloat16 .* in the model; build it"):
+    with pytest.raises(ValueError, match=r"torch.float32 .* in /.*out, torch.bfloat16 .* in the model; build it"):
         load(saved, copy.deepcopy(small_net).to(torch.bfloat16), packed=False)
     with pytest.raises(ValueError, match="not on meta"):
         load(saved, copy.deepcopy(small_net).to("meta"), packed=False)
@@ -368,6 +368,54 @@ def test_load_of_a_newer_format(saved, small_net):
     (saved / "lightning_compress.json").write_text('{"format_version": 2}')
     with pytest.raises(ValueError, match="has format_version 2, expected 1"):
         load(saved, small_net, packed=False)
+
+
+def rewrite(folder, **changed):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name]) for name, change in changed.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("3.bias", lambda t: t * torch.nan, "NaN or Inf in 1 parameters or buffers, such as 3.bias"),
+        ("3.running_var", lambda t: t - torch.inf, "NaN or Inf in 1 parameters or buffers, such as 3.running_var"),
+        ("0.weight_scale", lambda t: -t, "model.safetensors, '0': '0': its scale is not finite and positive"),
+        ("0.weight_scale", lambda t: t * torch.nan, "model.safetensors, '0': '0': its scale is not finite"),
+        ("0.weight_scale", lambda t: t[1:].clone(), "model.safetensors, '0': "),
+        ("0.weight", lambda t: t[1:].clone(), r"'0': its weight is \[31, 64\] in the file, and in the model"),
+    ],
+    ids=["NaN bias", "Inf variance", "negative scale", "NaN scale", "too few scales", "too few rows"],
+)
+def test_load_of_numbers_that_cannot_be(saved, small_net, name, change, message):
+    """The model that was given stays as it is."""
+    rewrite(saved, **{name: change})
+    before = copy.deepcopy(small_net.state_dict())
+    with pytest.raises(ValueError, match=rf"{saved}.*{message}"):
+        load(saved, small_net, packed=False)
+    assert_close(small_net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hidden_layers": 10**12}, r"num_hidden_layers is 1000000000000, and the files beside it hold \d+ te"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000, and the files"),
+        ({"vocab_size": 10**12}, r"describes a model of [\d,]{15,} weights and .* hold [\d,]+; copy"),
+        ({"num_hidden_layers": "two"}, "config.json: "),
+        ({"hidden_act": "nothing"}, "config.json: KeyError: 'nothing'"),
+        ({"architectures": ["OPTForCausalLM"]}, "'llama' does not belong to the architecture 'OPTForCausalLM'"),
+        ({"quantization_config": []}, r"config.json: quantization_config must be an object, got \[\]"),
+        ({"quantization_config": {"config_groups": 3}}, "config.json, quantization_config: "),
+    ],
+    ids=["layers", "labels", "vocabulary", "a word", "activation", "architecture", "a list", "groups"],
+)
+def test_load_of_a_config_that_does_not_fit(tmp_path, tiny_llama, quantize, scheme_of, settings, message):
+    save(quantize(tiny_llama(), scheme_of("W4A16"), ["lm_head"]), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match=rf"{path.parent}.*{message}"):
+        load(path.parent)
 
 
 def test_load_into_a_hugging_face_model_that_is_there(tmp_path, tiny_llama, quantize, scheme_of):
