@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers.structured import StructuredPruningModifier
     from lightning_compress.modifiers.wanda import WandaPruningModifier
     from lightning_compress.oneshot import compress
+    from lightning_compress.quant.packed import dequantize
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "StructuredPruningModifier",
     "WandaPruningModifier",
     "compress",
+    "dequantize",
     "load",
     "save",
 ]
@@ -105,6 +107,7 @@ _HOME = MappingProxyType(
         "StructuredPruningModifier": "modifiers.structured",
         "WandaPruningModifier": "modifiers.wanda",
         "compress": "oneshot",
+        "dequantize": "quant.packed",
         "load": "export.compressed_tensors",
         "save": "export.compressed_tensors",
     }

@@ -226,7 +226,8 @@ def _off_grid(name: str, weight_RC: Tensor, again_RC: Tensor) -> str:
     off = again_RC != weight_RC
     return (
         f"{name!r}: {int(off.sum())} of {off.numel()} weights do not lie on the grid of its record (largest gap "
-        f"{(again_RC - weight_RC).abs().max().item():.3g}): the weight was changed after compression; compress it again"
+        f"{(again_RC - weight_RC).abs().max().item():.3g}): the weight was changed after compression, as by training "
+        f"or merging an adapter; call lightning_compress.dequantize(model), which keeps it, then compress it again"
     )
 
 

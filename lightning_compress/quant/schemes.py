@@ -391,6 +391,7 @@ def _bits_fault(args: QuantizationArgs) -> str | None:
 def _check_dense(model: nn.Module) -> None:
     """ValueError when a model, or part of it, is quantized already."""
     again = "; quantizing twice adds up the errors of both: start from the dense model"
+    anew = ", or call lightning_compress.dequantize(model) where its weights were trained or merged since"
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is not None:
         method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
@@ -399,7 +400,7 @@ def _check_dense(model: nn.Module) -> None:
     schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
     done = [repr(n) for n, m in model.named_modules() if quantized_of(m) is not None or schemes[n] is not None]
     if done:
-        raise ValueError(f"the model is quantized already, in {_named(done)}{again}")
+        raise ValueError(f"the model is quantized already, in {_named(done)}{again}{anew}")
 
 
 def _check_modules(

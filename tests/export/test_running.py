@@ -121,8 +121,8 @@ def test_siblings_make_one_product(folders, monkeypatch):
     assert len(made) == 2 * (2 + 2)                                    # q/k/v, o, gate/up, down
     expected = logits(apart)
     assert (found - expected).norm() < 1e-3 * expected.norm()
-    key = layer.self_attn.k_proj.weight
-    assert key.untyped_storage().data_ptr() == layer.self_attn.q_proj.weight.untyped_storage().data_ptr()   # one copy
+    query, key = (layer.self_attn.get_submodule(name).stored("weight") for name in ("q_proj", "k_proj"))
+    assert key.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()                           # one copy
     state = apart.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in fused.state_dict().items())
     assert torch.equal(logits(copy.deepcopy(fused)), found)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.quant.fake_quant import fake_quantize_input
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.paths import Call, Path, paths_of
+from lightning_compress.quant.packed.weight import PackedWeight
 from lightning_compress.quant.packing import pack, unpack
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.quant.schemes import describe
@@ -32,14 +33,17 @@ class Shared(Protocol):
     def forget(self) -> None: ...
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """y = x W^T + b with a weight in any format of compressed-tensors, and inputs quantized where the scheme says so.
+
+    It is a Linear to those who ask, such as peft, but its ``weight`` can only be read (weight.py).
 
     Args:
         tensors: As the checkpoint names them: ``weight_packed`` or ``weight``, ``weight_scale`` and so on, and
             ``input_scale``, ``input_zero_point``, ``input_global_scale`` of static inputs.
         scheme: How they are quantized.
         bias: [N], or None.
+        dtype: Of the dense weight that it stands for; by default that of the bias or of the scale.
 
     Raises:
         ValueError: They do not fit one another, or the scheme is not one for Linears.
@@ -47,13 +51,24 @@ class PackedLinear(nn.Module):
 
     stands_for: ClassVar[str] = "Linear"                       # to those who look for targets
 
-    def __init__(self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, bias: Tensor | None = None):
-        super().__init__()
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        scheme: QuantizationScheme,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)
         self.out_features, self.in_features = check_tensors(tensors, scheme)
         self.scheme = scheme
         for name, value in tensors.items():
-            self.register_buffer(name, value)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+            self._buffers[name] = value                # register_buffer refuses "weight", which is a property here
+        parameter = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        self.register_parameter("bias", parameter)
+        scale = tensors["weight_scale"].dtype
+        self.dtype = dtype or (scale if bias is None else bias.dtype)
+        if self.dtype not in (torch.float16, torch.bfloat16, torch.float64):
+            self.dtype = torch.float32
         self.siblings: Shared | None = None
         self._prepared: dict[str, tuple[Any, ...]] = {}
         self._chosen: dict[Call, Path | None] = {}
@@ -72,7 +87,7 @@ class PackedLinear(nn.Module):
         if (fault := fault_of(record.scheme)) is not None:
             raise ValueError(f"PackedLinear holds no {fault}; leave the Linear dense")
         tensors = {key: value.to(module.weight.device) for key, value in pack(name, module, record).items()}
-        return cls(tensors, record.scheme, module.bias).train(module.training)
+        return cls(tensors, record.scheme, module.bias, module.weight.dtype).train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] in the dtype of x; the gradient goes to x (past the rounding of inputs) and to the bias."""
@@ -98,6 +113,12 @@ class PackedLinear(nn.Module):
         if call not in self._chosen:
             self._chosen[call] = next((path for path in paths_of(self.scheme) if path.takes(self, call)), None)
         return self._chosen[call]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dense weight [N, K], to be read; its numbers are made when they are needed."""
+        device = self.stored("weight_scale").device
+        return PackedWeight((self.out_features, self.in_features), self.dtype, device, lambda: self.dense(self.dtype))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K], dequantized anew, by default in the dtype that compressed-tensors gives it."""
@@ -152,6 +173,7 @@ class PackedLinear(nn.Module):
         for name in kept:
             self._buffers[name] = None
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, value in kept.items():
             moved = fn(value)
             self._buffers[name] = moved if moved.dtype == value.dtype else value.to(moved.device)

@@ -57,7 +57,7 @@ def _packed(name: str, module: nn.Module, stored: Mapping[str, Tensors]) -> Pack
         return PackedLinear.from_quantized(module, name)
     bias, weight = getattr(module, "bias", None), module.get_parameter("weight")
     tensors = {key: value.to(weight.device) for key, value in stored[name].items()}
-    return PackedLinear(tensors, record.scheme, bias).train(module.training)
+    return PackedLinear(tensors, record.scheme, bias, weight.dtype).train(module.training)
 
 
 @contextmanager

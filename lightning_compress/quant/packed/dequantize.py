@@ -1,0 +1,44 @@
+"""A quantized model as a dense one that may be quantized again."""
+
+import torch
+from torch import nn
+
+from lightning_compress.quant.kv_cache import detach_cache, quantized_caches
+from lightning_compress.quant.packed.linear import PackedLinear
+from lightning_compress.quant.record import detach, quantized_modules
+
+__all__ = ["dequantize"]
+
+
+def dequantize(model: nn.Module) -> list[str]:
+    """Forget, in place, that a model is quantized: weights keep their values, and inputs are no longer rounded.
+
+    Call it where weights have left their grid, as by merging an adapter or by training, before ``compress`` puts them
+    on one again. Rotations that run beside modules stay, since the weights hold their other half.
+
+    Args:
+        model: What ``compress`` or ``load`` returned. Packed Linears become ``nn.Linear``, in the dtype of the model.
+
+    Returns:
+        Names of the modules, and of those whose KV cache was quantized.
+    """
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for name, module in packed.items():
+        if not name:
+            raise ValueError("the model is a packed Linear itself and cannot be replaced; put it into a module")
+        model.set_submodule(name, _linear(module))
+    records, caches = quantized_modules(model), quantized_caches(model)
+    for module in records.values():
+        detach(module)
+    for module in caches.values():
+        detach_cache(module)
+    return [*packed, *records, *caches]
+
+
+@torch.no_grad()
+def _linear(packed: PackedLinear) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(packed.in_features, packed.out_features, bias=False)
+    linear.weight = nn.Parameter(packed.dense(packed.dtype))
+    linear.register_parameter("bias", packed.bias)
+    return linear.train(packed.training)
