@@ -368,8 +368,11 @@ def _state_on_disk(model: nn.Module, packed: Records, stored: Stored) -> dict[st
     experts = _experts_on_disk(model, packed)
     done: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    first: dict[int, Tensor] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
         key = clean_name(key)
+        if isinstance(value, Tensor):
+            value = _apart(value, first)
         if key in experts:
             state |= experts[key]
             continue
@@ -383,6 +386,17 @@ def _state_on_disk(model: nn.Module, packed: Records, stored: Stored) -> dict[st
             done[name] = there or pack(name, *packed[name])
         state |= {key.removesuffix("weight") + local: tensor for local, tensor in done[name].items()}
     return state
+
+
+def _apart(value: Tensor, first: dict[int, Tensor]) -> Tensor:
+    """The tensor without gradient; a copy where it shares its memory without being tied (one Parameter).
+
+    Writers keep one of equal views, and a model that is built anew does not share them.
+    """
+    if value.is_meta or not value.numel():
+        return value.detach()
+    earlier = first.setdefault(value.untyped_storage().data_ptr(), value)
+    return value.detach() if earlier is value else value.detach().clone()
 
 
 def _experts_on_disk(model: nn.Module, packed: Records) -> dict[str, dict[str, Tensor]]:

@@ -9,10 +9,12 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.quant.matrix import is_transposed
+from lightning_compress.sharing import check_unshared
 
-__all__ = ["MaskedWeights", "check_parametrizations", "has_matrix", "trained_weight"]
+__all__ = ["MaskedWeights", "check_own_weights", "check_parametrizations", "has_matrix", "trained_weight"]
 
 
 def trained_weight(module: nn.Module) -> nn.Parameter:
@@ -48,6 +50,12 @@ def check_parametrizations(modules: Mapping[str, nn.Module]) -> None:
 def has_matrix(module: nn.Module) -> bool:
     """Whether it has a weight that can be seen as [R, C]."""
     return isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() > 1
+
+
+def check_own_weights(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """ValueError names a module whose trained weight another module shares."""
+    weights = {n: trained_weight(m) for n, m in modules.items() if "weight" in m._parameters or is_parametrized(m)}
+    check_unshared(model, modules, weights)
 
 
 class MaskedWeights:

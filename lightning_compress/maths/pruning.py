@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_compress.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.maths.masks import check_structure, n_of_m
 from lightning_compress.quant.matrix import as_matrix, is_supported
+from lightning_compress.sharing import check_unshared
 
 __all__ = ["PruningArguments", "never_saw_data", "share_of_zeros", "zeros_stay"]
 
@@ -89,7 +90,8 @@ class PruningArguments(BaseModel):
         """The modules to prune, by dotted name.
 
         Raises:
-            ValueError: Nothing matches, a weight is no matrix, or M does not divide its columns (they are named).
+            ValueError: Nothing matches, a weight is no matrix, another module shares it, or M does not divide its
+                columns (they are named).
         """
         named = list(self.sparsity) if isinstance(self.sparsity, dict) else self.targets
         field = "sparsity" if isinstance(self.sparsity, dict) else "targets"
@@ -106,6 +108,7 @@ class PruningArguments(BaseModel):
                     f"mask_structure={self.mask_structure!r} does not divide the columns of {', '.join(unfit[:5])}; "
                     f"add them to ignore, or choose another pattern"
                 )
+        check_unshared(model, modules, {name: m.weight for name, m in modules.items() if "weight" in m._parameters})
         warn_of_left_out(model, modules, named, self.ignore)
         return modules
 

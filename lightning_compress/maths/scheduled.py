@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.matching import Names, match_rank, select_weights, warn_of_left_out
-from lightning_compress.maths.masked import MaskedWeights, has_matrix
+from lightning_compress.maths.masked import MaskedWeights, check_own_weights, has_matrix
 from lightning_compress.maths.masks import check_structure, global_masks, keep_mask
 from lightning_compress.maths.schedules import Schedule, progress, value_at
 
@@ -83,6 +83,7 @@ class ScheduledSparsity(BaseModel):
                 unfit.append(f"{name} ({error})")
         if unfit:
             raise ValueError(f"mask_structure={self.mask_structure!r} does not fit: {'; '.join(unfit[:5])}")
+        check_own_weights(model, modules)
         warn_of_left_out(model, modules, self.targets, self.ignore)
         return found
 

@@ -28,7 +28,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.matching import Names, select_weights, warn_of_left_out
 from lightning_compress.maths.gumbel import gumbel, hard_mask, patterns, prior_shift, soft_mask
-from lightning_compress.maths.masked import MaskedWeights, has_matrix, trained_weight
+from lightning_compress.maths.masked import MaskedWeights, check_own_weights, has_matrix, trained_weight
 from lightning_compress.maths.masks import check_structure, keep_mask, n_of_m
 from lightning_compress.maths.schedules import progress, value_at
 from lightning_compress.quant.dense_keys import original_weight, parametrization_of, put_on, take_off
@@ -201,21 +201,13 @@ class LearnedMaskModifier(Modifier):
 
     def _check(self, model: nn.Module) -> None:
         m = self.pattern[1]
-        owners: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
-                owners.setdefault(id(weight), []).append(name)
         for name, module in self._weights.modules.items():
             if not has_matrix(module):
                 raise ValueError(
                     f"cannot learn a mask for {name} ({type(module).__name__}): expected a weight of two or more "
                     f"dimensions; add it to ignore"
                 )
-            if len(shared := owners.get(id(module._parameters.get("weight")), [])) > 1:
-                raise ValueError(
-                    f"{' and '.join(shared)} share one weight, which cannot have a mask of its own; add them to "
-                    f"ignore"
-                )
+        check_own_weights(model, self._weights.modules)
         widths = {name: W_RC.shape[1] for name, W_RC in self._weights.matrices().items()}
         if unfit := [f"{name} ({C})" for name, C in widths.items() if C % m]:
             raise ValueError(

@@ -27,6 +27,7 @@ from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import CONVOLUTIONS, SUPPORTED, as_matrix, is_embedding, is_supported, weight_of
 from lightning_compress.quant.record import quantized_of
+from lightning_compress.sharing import owners_of, shared_message
 
 __all__ = [
     "AUTO_SIZES", "GroupSize", "SizedByModule", "assign", "describe", "from_groups", "from_presets", "group_fits",
@@ -421,20 +422,12 @@ def _check_modules(
         more = " (embeddings: QuantizationModifier, GPTQModifier or QATModifier)" if tables & odd.keys() else ""
         raise ValueError(f"cannot quantize {named}: expected {SUPPORTED}{more}; narrow targets, or add them to ignore")
     check_embeddings(schemes, modules)
-    owners: dict[int, dict[str, nn.Module]] = {}                # parameter -> the modules that hold it, by its names
-    for owner_name, owner in model.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), {})[f"{owner_name}.{name}".removeprefix(".")] = owner
+    owners = owners_of(model)
     for name, module in modules.items():
         held = owners.get(id(module.weight), {})
-        others = [repr(n) for n, owner in held.items() if owner is not module]
+        others = [n for n, owner in held.items() if owner is not module]
         if others and not (embeddings == "shared" and is_one_table(held.values(), modules, schemes)):
-            both = [repr(n) for n, m in modules.items() if m.weight is module.weight]
-            raise ValueError(
-                f"the weight of {name!r} is shared with {_named(others)}, which would change with it; add "
-                f"{' and '.join(both)} to ignore, or untie the two: give one of them a copy, as in head.weight = "
-                f"nn.Parameter(head.weight.detach().clone()), and set tie_word_embeddings=False in the model's config"
-            )
+            raise ValueError(shared_message(name, others, [n for n, m in modules.items() if m in held.values()]))
     check_finite(modules)
 
 

@@ -6,13 +6,13 @@ and 1.6 s on the first block, 2 runs and 0.2 s on each other.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_compress.sharing import shared_parameters
 from lightning_compress.smoothing.fold import change_by_folding
 from lightning_compress.smoothing.mappings import Mapped, resolve
 from lightning_compress.smoothing.pair import Pair
@@ -37,10 +37,7 @@ class PairFinder:
 
     def __init__(self, model: nn.Module, targets: Mapping[str, nn.Module], mappings: Sequence[Mapped] | None = None):
         self.targets, self.mappings = targets, mappings
-        owners: Counter[int] = Counter()
-        for module in model.modules():
-            owners.update({id(p) for p in module.parameters(recurse=False)})
-        self.frozen = {parameter for parameter, count in owners.items() if count > 1}            # tied weights
+        self.frozen = shared_parameters(model)
         self._learned: dict[tuple[Any, ...], list[Pair]] = {}
 
     def pairs(self, prefix: str, modules: Mapping[str, nn.Module], replay: Callable[[int], Any]) -> list[Pair]:
