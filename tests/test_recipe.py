@@ -228,6 +228,7 @@ PRUNERS = ["SparseGPTModifier", "WandaPruningModifier"]
 FORMS = [
     *((name, {"config_groups": GROUPS}) for name in QUANTIZERS),
     *((name, {"scheme": {"W4A16": ["re:.*up"], "W8A16": "re:.*down"}, "group_size": [64, -1]}) for name in QUANTIZERS),
+    *((name, {"scheme": {"weights": {"num_bits": 4}}, "targets": ["re:.*up"]}) for name in QUANTIZERS),
     *((name, {"scheme": "W4A16", "targets": "re:.*up"}) for name in QUANTIZERS),
     *((name, {"sparsity": {"re:.*up": 0.5, "Linear": 0.25}}) for name in PRUNERS),
     *((name, {"sparsity": 0.7, "sparsity_profile": "owl", "owl_m": 3.0}) for name in PRUNERS),

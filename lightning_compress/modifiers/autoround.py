@@ -55,7 +55,8 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
         ignore: The same, for what is left out.
         scheme: A preset of integers (``W4A16``, ``W2A16`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
+            sizes for one that fits each module.
         config_groups: Schemes in full, in place of ``scheme``.
         iters: Steps for each block; 0 leaves it as it began.
         lr: Of the first step, falling to 0. None: from ``rtn`` 1 / ``iters``, so that V can just get to its bound; from

@@ -156,7 +156,8 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
         ignore: The same, for what is left out.
         scheme: A preset (``W4A16``, ``W3A16`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
+            sizes for one that fits each module.
         config_groups: Schemes in full, in place of ``scheme``.
         quantize: Round the targets when their scales are folded. False: only scale (and clip) for a later modifier,
             such as GPTQ, which takes the same scheme.

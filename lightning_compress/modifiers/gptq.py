@@ -81,7 +81,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
         ignore: The same, for what is left out.
         scheme: A preset (``W4A16``, ``W8A8`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
+            sizes for one that fits each module.
         config_groups: Schemes in full, in place of ``scheme``.
         block_size: Columns after which errors reach all columns still to come; changes speed, not results.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal. ``auto``: of 0.01, 0.03, 0.1 and

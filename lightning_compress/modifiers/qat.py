@@ -53,7 +53,8 @@ class QATModifier(QuantizationArguments, Modifier):
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
         ignore: The same, for what is left out.
         scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
+            sizes for one that fits each module.
         config_groups: Schemes in full, in place of ``scheme``.
         gradient: ``lsq``: the optimizer trains the scales too. ``ste``: it does not, scales follow the weights.
         scale_search: Scales at ``start``: from each group's extremes (``minmax``), or those with the least

@@ -44,7 +44,8 @@ class QuantizationModifier(QuantizationArguments, Modifier):
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
         ignore: The same, for what is left out.
         scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row.
+        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
+            sizes for one that fits each module.
         config_groups: Schemes in full, in place of ``scheme``.
         scale_search: ``minmax``: scales from each group's extremes. ``mse``: clip where that lowers sum |w - q|^2.4.
             ``imatrix``: where it lowers sum_j E[x_j^2] (w_j - q_j)^2; needs data. ``hessian``: where it lowers

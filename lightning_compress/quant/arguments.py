@@ -17,6 +17,7 @@ from lightning_compress.quant.schemes import (
     assign,
     describe,
     from_groups,
+    from_inline,
     from_presets,
     is_special,
 )
@@ -30,7 +31,8 @@ class QuantizationArguments(BaseModel):
     Args:
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
         ignore: The same, for what is left out.
-        scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
+        scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), a mapping of presets to their targets, or one
+            scheme in full: ``{weights: {num_bits: 4, group_size: auto}}``.
         group_size: Takes the place of the preset's group size; -1 for one scale per row. Of a list each module gets the
             first that divides its columns; ``auto``: [128, 64, 32, -1], where the preset has groups.
         config_groups: Schemes in full, as in the ``quantization_config`` of compressed-tensors, in place of ``scheme``.
@@ -45,7 +47,7 @@ class QuantizationArguments(BaseModel):
 
     targets: Names = ["Linear"]
     ignore: Names = []
-    scheme: str | dict[str, str | list[str]] | None = None
+    scheme: str | dict[str, str | list[str] | dict[str, Any] | None] | None = None
     group_size: GroupSize | None = None
     config_groups: dict[str, Any] | None = None
 
@@ -55,11 +57,12 @@ class QuantizationArguments(BaseModel):
             came = "neither" if self.scheme is None else "both"
             raise ValueError(f"expected either scheme (such as 'W4A16') or config_groups, got {came}")
         usual = type(self).model_fields["targets"].default          # recipes as dumped, and LightningCLI, spell it out
-        if not isinstance(self.scheme, str) and self.targets not in (usual, *usual):
+        if not (isinstance(self.scheme, str) or self._is_inline) and self.targets not in (usual, *usual):
             field = "config_groups" if self.scheme is None else "scheme as a mapping"
             raise ValueError(f"targets and {field} exclude each other: the targets stand inside; leave targets out")
-        if self.group_size is not None and self.scheme is None:
-            raise ValueError("group_size and config_groups exclude each other: write group_size inside of the groups")
+        if self.group_size is not None and (self.scheme is None or self._is_inline):
+            field = "config_groups" if self.scheme is None else "a scheme in full"
+            raise ValueError(f"group_size and {field} exclude each other: write group_size inside, under weights")
         for scheme in self.schemes:
             if not self.every_format and is_special(scheme):
                 raise ValueError(
@@ -74,8 +77,16 @@ class QuantizationArguments(BaseModel):
         if self.config_groups is not None:
             return from_groups(self.config_groups)
         assert self.scheme is not None
+        if self._is_inline:
+            assert isinstance(self.scheme, dict)
+            return from_inline(self.scheme, listed(self.targets))
         targets = listed(self.targets)
-        return from_presets(self.scheme, targets, self.group_size)
+        presets: Any = self.scheme                                   # values that are mappings are refused there
+        return from_presets(presets, targets, self.group_size)
+
+    @property
+    def _is_inline(self) -> bool:
+        return isinstance(self.scheme, dict) and "weights" in self.scheme
 
     @property
     def has_static_inputs(self) -> bool:
@@ -104,6 +115,6 @@ class QuantizationArguments(BaseModel):
     def _group_size_of(self, scheme: QuantizationScheme) -> str | None:
         """The argument that holds the group size of one of :attr:`schemes`."""
         if self.config_groups is None:
-            return "group_size"
+            return "scheme.weights.group_size" if self._is_inline else "group_size"
         named = zip(self.config_groups, self.schemes, strict=True)
         return next((f"config_groups.{name}.weights.group_size" for name, own in named if own is scheme), None)

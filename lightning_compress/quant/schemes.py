@@ -30,8 +30,8 @@ from lightning_compress.quant.record import quantized_of
 from lightning_compress.sharing import owners_of, shared_message
 
 __all__ = [
-    "AUTO_SIZES", "GroupSize", "SizedByModule", "assign", "describe", "from_groups", "from_presets", "group_fits",
-    "is_special", "presets",
+    "AUTO_SIZES", "GroupSize", "GroupSizeError", "SizedByModule", "assign", "describe", "from_groups", "from_inline",
+    "from_presets", "group_fits", "is_special", "presets",
 ]  # fmt: skip
 
 BITS = range(2, 9)
@@ -76,7 +76,22 @@ def from_presets(
     named = {scheme: targets} if isinstance(scheme, str) else scheme
     if not named:
         raise ValueError("scheme={} holds no preset; write {'W4A16': ['Linear']}")
+    for name, given in named.items():
+        if not isinstance(given, str | Sequence):
+            raise ValueError(f"scheme[{name!r}] is {given!r}, expected targets, such as ['Linear']")
     return [_preset(name, _listed(t), group_size) for name, t in named.items()]
+
+
+def from_inline(scheme: Mapping[str, Any], targets: Sequence[str]) -> list[QuantizationScheme]:
+    """The one scheme that is spelled out: ``{"weights": {"num_bits": 4, ...}, "input_activations": ...}``.
+
+    Raises:
+        ValueError: As in :func:`from_groups`.
+    """
+    made = _parse("scheme", {"targets": targets, **scheme})
+    if fault := _fault(made):
+        raise ValueError(f"scheme: {fault}")
+    return [made]
 
 
 def from_groups(groups: Mapping[str, Any]) -> list[QuantizationScheme]:

@@ -26,12 +26,23 @@ def test_one_scheme_or_many():
         ({"config_groups": GROUPS, "targets": ["re:.*"]}, "targets and config_groups exclude each other"),
         ({"scheme": {"W4A16": ["a"]}, "targets": "re:.*"}, "targets and scheme as a mapping exclude each other"),
         ({"config_groups": GROUPS, "group_size": 32}, "group_size and config_groups exclude each other"),
+        ({"scheme": {"weights": {"num_bits": 4}}, "group_size": 32}, "group_size and a scheme in full exclude each"),
+        ({"scheme": {"weights": {"num_bits": 4}, "inputs": None}}, "scheme: unknown key 'inputs'"),
+        ({"scheme": {"weights": None}}, "scheme: it quantizes no weights"),
+        ({"scheme": {"W4A16": {"num_bits": 4}}}, r"scheme\['W4A16'\] is .*, expected targets, such as \['Linear'\]"),
         ({"scheme": "W4A17"}, "unknown scheme 'W4A17'; did you mean W4A16"),
     ],
 )
 def test_faults_come_when_the_arguments_do(arguments, message):
     with pytest.raises(ValueError, match=message):
         QuantizationArguments(**arguments)
+
+
+def test_a_scheme_in_full_is_that_of_config_groups():
+    """As in llm-compressor, where ``scheme`` may be a QuantizationScheme's mapping."""
+    inline = {"weights": {"num_bits": 4, "group_size": "auto"}, "input_activations": {"num_bits": 8, "dynamic": True}}
+    (made,) = QuantizationArguments(scheme=inline, targets="re:.*up").schemes
+    assert [made] == QuantizationArguments(config_groups={"g": {"targets": ["re:.*up"], **inline}}).schemes
 
 
 def test_static_inputs_need_data():
@@ -44,6 +55,7 @@ def test_static_inputs_need_data():
     ("arguments", "size", "typed"),
     [
         ({"scheme": "W4A16"}, 128, "gptq.group_size=64"),
+        ({"scheme": {"weights": GROUPS["g"]["weights"]}}, 32, "gptq.scheme.weights.group_size=16"),
         ({"config_groups": {"w3": GROUPS["g"]}}, 32, "gptq.config_groups.w3.weights.group_size=16"),
     ],
 )
