@@ -140,7 +140,7 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("build", "arguments", "message"), UNFIT, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("build", "arguments", "message"), UNFIT, ids=lambda v: getattr(v, "__name__", str(v)[:40]))
 def test_models_that_do_not_fit_are_refused_at_set_up(build, arguments, message):
     with pytest.raises(ValueError, match=message):
         initialized(build(), DepthPruningModifier(**{"start": 0, **arguments}))

@@ -323,7 +323,7 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("build", "arguments", "message"), UNFIT, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("build", "arguments", "message"), UNFIT, ids=lambda v: getattr(v, "__name__", str(v)[:40]))
 def test_models_that_do_not_fit_are_refused_at_set_up(build, arguments, message):
     model = build()
     before = {name: p.shape for name, p in model.named_parameters()}

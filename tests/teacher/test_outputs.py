@@ -29,7 +29,10 @@ def test_logits_of_any_output(output):
     assert torch.equal(logits_of(output, 1), LOGITS.movedim(1, -1))
 
 
-@pytest.mark.parametrize("output", [None, {"features": LOGITS}, (), SimpleNamespace(logits=None), "text"], ids=str)
+NO_LOGITS = [None, {"features": LOGITS}, (), SimpleNamespace(logits=None), "text"]
+
+
+@pytest.mark.parametrize("output", NO_LOGITS, ids=lambda output: type(output).__name__)
 def test_no_logits_are_told(output):
     with pytest.raises(ValueError, match="found no logits in an output of type"):
         logits_of(output)
