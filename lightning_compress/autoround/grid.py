@@ -22,6 +22,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from lightning_compress.quant.fake_quant import wide
 from lightning_compress.quant.scales import expand, group_columns, integer_range
 
 __all__ = ["ROUNDING", "SHRINK", "LearnedGrid", "OnGrid"]
@@ -47,10 +48,10 @@ class OnGrid:
     args: QuantizationArgs
 
     def value(self) -> Tensor:
-        """(c - z) s, worked out in float32, in the dtype of the scale, [R, C]."""
+        """(c - z) s, worked out in float32 or wider, in the dtype of the scale, [R, C]."""
         R, C = self.codes_RC.shape
-        s_RG1 = expand(self.scale, R, self.args).float()[..., None]
-        blocks = self.codes_RC.float().unflatten(1, (-1, group_columns(self.args, C)))
+        s_RG1 = wide(expand(self.scale, R, self.args))[..., None]
+        blocks = self.codes_RC.to(s_RG1.dtype).unflatten(1, (-1, group_columns(self.args, C)))
         return (blocks * s_RG1).flatten(1).to(self.scale.dtype)
 
 

@@ -39,7 +39,7 @@ from lightning_compress.maths.pruning import share_of_zeros, zeros_stay
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.facts import weight_facts
-from lightning_compress.quant.fake_quant import latent_of
+from lightning_compress.quant.fake_quant import latent_of, on_stored_grid
 from lightning_compress.quant.matrix import (
     as_matrix,
     input_layout,
@@ -341,7 +341,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
         module, scheme = self._modules[name], self._schemes.pop(name)
         W_RC = as_matrix(module)
         assert scheme.weights is not None
-        latent = None if A_RC is None else latent_of(A_RC, Q_RC.to(W_RC.dtype), scale, zero_point, scheme.weights)
+        Q_RC = on_stored_grid(Q_RC, scale, zero_point, scheme.weights, W_RC.dtype)
+        latent = None if A_RC is None else latent_of(A_RC, Q_RC, scale, zero_point, scheme.weights)
         found = input_scales(self._observers.get(name), W_RC.dtype)
         shared = self._globals.of(name)
         quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=shared, **found)

@@ -15,14 +15,19 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
 from lightning_compress.ops.fake_quant import replace_value
-from lightning_compress.quant.formats import stored_as
+from lightning_compress.quant.formats import is_microscaled, stored_as
 from lightning_compress.quant.matrix import CONVOLUTIONS
 
-__all__ = ["fake_quantize_input", "has_rows", "latent_of", "round_weight"]
+__all__ = ["fake_quantize_input", "has_rows", "latent_of", "on_stored_grid", "round_weight", "wide"]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
-    """The nearest point of the grid for every weight, worked out in float32, in the dtype of W.
+    """The nearest point of the grid for every weight, worked out in float32 or wider, in the dtype of W.
 
     Args:
         W_RC: [R, C].
@@ -31,7 +36,16 @@ def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: Q
         args: Bits, type, symmetry, strategy.
     """
     zero = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
-    return stored_as(fake_quantize(W_RC.float(), scale.float(), zero, args), args, W_RC.dtype)
+    return stored_as(fake_quantize(wide(W_RC), wide(scale), zero, args), args, W_RC.dtype)
+
+
+def on_stored_grid(
+    Q_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs, dtype: torch.dtype
+) -> Tensor:
+    """Q in ``dtype``: float32 products of code and scale are not yet those that a float64 reader computes."""
+    if dtype != torch.float64 or is_microscaled(args):
+        return Q_RC.to(dtype)
+    return round_weight(Q_RC.to(dtype), scale, zero_point, args)
 
 
 def latent_of(

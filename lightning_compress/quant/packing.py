@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from torch import Tensor, nn
 
-from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.fake_quant import round_weight, wide
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.matrix import as_matrix, weight_of
 from lightning_compress.quant.record import Quantized
@@ -68,7 +68,7 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     weight = weight_of(module)
     scheme = record.scheme
     compressor = _compressor(type(module), scheme)
-    state = {"weight": _on_grid(name, weight, record), "weight_scale": _wide(record.scale)}
+    state = {"weight": _on_grid(name, weight, record), "weight_scale": wide(record.scale)}
     if record.zero_point is not None:
         state["weight_zero_point"] = record.zero_point
     if record.global_scale is not None:
@@ -147,7 +147,7 @@ def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
         raise RuntimeError(f"{name!r}: its scheme is asymmetric, but its record has no zero point")
     for what in ("scale", "global_scale", "input_scale", "input_global_scale"):
         value = getattr(record, what)
-        if value is not None and not ((wide := _wide(value)).isfinite() & (wide > 0)).all():
+        if value is not None and not ((found := wide(value)).isfinite() & (found > 0)).all():
             raise RuntimeError(f"{name!r}: its {what} is not finite and positive everywhere")
 
 
@@ -205,7 +205,7 @@ def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:
     """
     check_record(name, weight_RC, record)
     args: QuantizationArgs = record.scheme.weights
-    wide_RC, scale = _wide(weight_RC), _wide(record.scale)
+    wide_RC, scale = wide(weight_RC), wide(record.scale)
     if is_microscaled(args):
         again_RC = round_weight(weight_RC, record.scale, None, args)
         if torch.equal(again_RC, weight_RC):
@@ -218,7 +218,7 @@ def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:
             return wide_RC
         if attempt == 0:
             step_RC = dequantize(torch.ones_like(wide_RC), scale, None, args)
-            wide_RC = wide_RC + _wide(weight_RC - again_RC).sign() * step_RC
+            wide_RC = wide_RC + wide(weight_RC - again_RC).sign() * step_RC
     raise RuntimeError(_off_grid(name, weight_RC, again_RC))
 
 
@@ -229,7 +229,3 @@ def _off_grid(name: str, weight_RC: Tensor, again_RC: Tensor) -> str:
         f"{(again_RC - weight_RC).abs().max().item():.3g}): the weight was changed after compression, as by training "
         f"or merging an adapter; call lightning_compress.dequantize(model), which keeps it, then compress it again"
     )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
