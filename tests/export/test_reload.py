@@ -8,6 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.modifiers.quantization import QuantizationModifier
+from lightning_compress.oneshot import compress
+from lightning_compress.quant.packed import PackedLinear
+from tests.architecture_models import ARCHITECTURES
 
 LLAMA = {
     "w4a16": {"name": "W4A16"},
@@ -183,3 +187,20 @@ def test_what_transformers_cannot_load_is_said(tmp_path, tiny_llama, quantize, s
             assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
         with pytest.raises(RuntimeError):
             type(model).from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "whisper", "mamba"])
+def test_models_that_cannot_be_called_with_tokens_alone_are_loaded_packed(tmp_path, name):
+    """The trial call that looks for siblings fails for them, and Mamba reads a weight instead of calling its Linear."""
+    architecture = ARCHITECTURES[name]
+    model, batches = architecture.build(), architecture.batches(1)
+    compress(model, QuantizationModifier(scheme="W8A8", ignore=["re:lm_head", "re:proj_out"]), batches)
+    loaded = load(save(model, tmp_path / "out"))
+    with torch.no_grad():
+        out, expected = loaded(**batches[0]), model(**batches[0])
+    key = "logits_per_image" if name == "clip" else "logits"
+    assert any(isinstance(module, PackedLinear) for module in loaded.modules())
+    assert (out[key] - expected[key]).norm() < 0.05 * expected[key].norm()
+    if name != "mamba":
+        with pytest.raises(ValueError, match="nothing to fuse, its dummy inputs fail"):
+            load(tmp_path / "out", fuse=True)
