@@ -25,6 +25,7 @@ Files are written in a fixed order and hold no time: two saves of one model are 
 """
 
 import json
+import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ from lightning_compress.quant.kv_cache import (
     unread_caches,
 )
 from lightning_compress.quant.matrix import as_matrix, weight_of
-from lightning_compress.quant.packed import PackedLinear, as_linears, fuse_siblings, pack_linears
+from lightning_compress.quant.packed import PackedLinear, Packing, as_linears, fuse_siblings, pack_linears
 from lightning_compress.quant.packing import (
     check_fit,
     check_record,
@@ -77,6 +78,8 @@ from lightning_compress.quant.record import Quantized, attach, quantized_modules
 from lightning_compress.structure.surgery import record_of, reshape
 
 __all__ = ["load", "save"]
+
+log = logging.getLogger(__name__)
 
 OWN_FILE = "lightning_compress.json"
 Records = Mapping[str, tuple[nn.Module, Quantized]]
@@ -181,6 +184,7 @@ def load(
     *,
     packed: bool | None = None,
     fuse: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Read what :func:`save` wrote: a model that computes on packed weights where that is as quick as dense ones.
 
@@ -195,6 +199,8 @@ def load(
         fuse: Let packed Linears that multiply the same tensor (q/k/v, gate/up) make one product; the model is called
             once to find them, which only models of transformers can be (others: ``quant.packed.fuse_siblings``).
             None: where that is possible.
+        dtype: That of the Hugging Face model that is built, and of its scales; by default the one that was saved. In
+            bfloat16 a CPU has packed products for weights of 4 and 8 bits that float32 lacks.
 
     Returns:
         ``model``, or the new one, in evaluation mode. Inputs are quantized where the scheme says so.
@@ -216,9 +222,15 @@ def load(
     if model is None and "model_type" not in config:
         raise ValueError(f"{folder} holds no Hugging Face model; build the dense model and call load(folder, model)")
 
+    if dtype is not None and (model is not None or not dtype.is_floating_point):
+        raise ValueError(
+            f"dtype={dtype} is for a model of transformers that is built here, and floating; hand in a model of that "
+            f"dtype instead, or leave dtype out"
+        )
+
     files = TensorFiles(folder)
-    dtype = getattr(torch, own["dtype"]) if "dtype" in own else None
-    layout = model if model is not None else hugging_face.skeleton(folder, config, len(files.names), dtype)
+    built_as = dtype or (getattr(torch, own["dtype"]) if "dtype" in own else None)
+    layout = model if model is not None else hugging_face.skeleton(folder, config, len(files.names), built_as)
     with naming(own_file, "structure"):
         reshape(layout, own.get("structure", record_of(layout)))
     names = dict(own["names"])
@@ -235,7 +247,7 @@ def load(
             if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
                 continue                                          # a target by class, but these experts stayed dense
             with naming(files.path_of(f"{on_disk}.weight_scale"), repr(name)):
-                tensors = files.take(on_disk, tensor_names(type(module), scheme))
+                tensors = _scales_as(dtype, files.take(on_disk, tensor_names(type(module), scheme)), scheme)
                 weight, records[name] = _unpacked(name, tensors, module, scheme)
             if packed is not False:
                 stored[name] = dict(tensors)
@@ -272,8 +284,9 @@ def load(
         attach_cache(attention, _on(cache, next(attention.parameters()).device))
     if packed is not False:
         with naming(folder):
-            done = pack_linears(model, stored, served=packed is None)
-        if packed and not done:
+            packing = pack_linears(model, stored, served=packed is None)
+        _say(packing, packed)
+        if packed and not packing.names:
             raise ValueError(f"{folder} holds no quantized Linear with a weight of its own; leave packed out")
     if fuse is not False:
         _fuse(model, folder, bool(fuse))
@@ -516,6 +529,24 @@ def _check_finite(folder: Path, broken: list[str]) -> None:
             f"{folder}: NaN or Inf in {len(broken)} parameters or buffers, such as {', '.join(broken[:5])}; the files "
             f"are damaged, or were written by a version that did not look at buffers"
         )
+
+
+def _scales_as(
+    dtype: torch.dtype | None, tensors: dict[str, Tensor], scheme: QuantizationScheme
+) -> dict[str, Tensor]:
+    """Scales of the model's dtype in another one, as transformers reads them; those with a format of their own stay."""
+    if dtype is None or is_microscaled(scheme.weights):
+        return tensors
+    return tensors | {name: tensors[name].to(dtype) for name in ("weight_scale", "input_scale") if name in tensors}
+
+
+def _say(packing: Packing, asked: bool | None) -> None:
+    """What was packed and what not: a warning where another dtype would pack more, and nobody asked for this one."""
+    better = [f"load(folder, dtype={dtype}) packs {count} of them" for dtype, count in packing.faster.items()]
+    if better and asked is None:
+        warnings.warn(f"{packing}; {better[0]}, packed=False keeps all dense without this warning", stacklevel=3)
+    elif packing.names or packing.dense:
+        log.info("%s", packing)
 
 
 def _fuse(model: nn.Module, folder: Path, asked: bool) -> None:

@@ -1,6 +1,7 @@
 """What ``load`` returns computes on packed weights: logits, tokens, saving, Trainer.test, sharding, fused siblings."""
 
 import copy
+import warnings
 
 import lightning
 import pytest
@@ -21,6 +22,9 @@ IDS = torch.arange(24).reshape(2, 12)
 LINEARS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
 NAMES = [f"{layer}.{name}" for layer in (0, 1) for name in LINEARS]
 needs_int8 = pytest.mark.skipif(not is_exact(), reason="this CPU has no VNNI: int8 products are made dense")
+needs_bf16 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU has no packed products in bfloat16"
+)
 pytestmark = pytest.mark.filterwarnings("ignore:config.json says dtype bfloat16")
 
 
@@ -231,3 +235,46 @@ def test_a_model_of_its_own_is_packed_too(tmp_path):
     assert_close(again(x), model.eval()(x))
     with pytest.raises(ValueError, match="no model of transformers; call quant.packed.fuse_siblings"):
         load(tmp_path / "out", build(), packed=True, fuse=True)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "W8A8", "FP8", "NVFP4A16"])
+def test_another_dtype_is_that_of_plain_transformers(folders, scheme):
+    """Bit for bit: weights and scales are rounded to it where transformers rounds them."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folders[scheme], dtype=torch.bfloat16)
+    mine = load(folders[scheme], packed=False, dtype=torch.bfloat16)
+    assert {p.dtype for p in mine.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(mine), logits(plain))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = load(folders[scheme], packed=True, dtype=torch.bfloat16)
+    assert (logits(packed) - logits(plain)).norm() < 0.02 * logits(plain).norm()
+
+
+@needs_bf16
+def test_what_another_dtype_would_pack_is_said(folders, tmp_path):
+    message = (
+        r"packed 0 of 14 quantized modules; 14 stay dense: this cpu has no packed product in float32; "
+        r"load\(folder, dtype=torch.bfloat16\) packs 14 of them, packed=False keeps all dense without this warning"
+    )
+    with pytest.warns(UserWarning, match=message):
+        load(folders["W4A16"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert packed_names(load(folders["W4A16"], dtype=torch.bfloat16)) == NAMES
+        load(folders["W4A16"], packed=False)
+    again = save(load(folders["W4A16"], dtype=torch.bfloat16), tmp_path / "again")
+    assert torch.equal(logits(load(again)), logits(load(folders["W4A16"], dtype=torch.bfloat16)))
+
+
+def test_what_was_packed_is_logged(folders, caplog):
+    with caplog.at_level("INFO"):
+        load(folders["W4A16"], packed=True)
+    assert "packed 14 of 14 quantized modules" in caplog.text
+
+
+def test_a_dtype_is_for_models_that_are_built_here(folders, tiny_llama):
+    for model, dtype in ((tiny_llama(), torch.bfloat16), (None, torch.int8)):
+        with pytest.raises(ValueError, match=rf"dtype={dtype} is for a model of transformers that is built here"):
+            load(folders["W4A16"], model, dtype=dtype)

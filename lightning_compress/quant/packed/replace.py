@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,36 @@ from torch import Tensor, nn
 from lightning_compress.quant.packed.layout import fault_of
 from lightning_compress.quant.packed.linear import PackedLinear
 from lightning_compress.quant.packed.paths import Call
-from lightning_compress.quant.record import Quantized, attach, quantized_of
+from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 
-__all__ = ["as_linears", "is_packable", "pack_linears"]
+__all__ = ["Packing", "as_linears", "is_packable", "pack_linears"]
 
 Tensors = Mapping[str, Tensor]
 
 
-def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, *, served: bool = False) -> list[str]:
-    """Replace, in place, Linears that carry a record by their packed forms; their names.
+@dataclass(frozen=True)
+class Packing:
+    """What :func:`pack_linears` did.
+
+    Args:
+        names: Modules that are packed now.
+        dense: Quantized modules that stay dense, and why.
+        faster: How many of them would be packed if the model were of that dtype.
+    """
+
+    names: tuple[str, ...]
+    dense: Mapping[str, str]
+    faster: Mapping[torch.dtype, int]
+
+    def __str__(self) -> str:
+        """Such as ``packed 0 of 210 quantized modules; 210 stay dense: this cpu has no packed product in float32``."""
+        reasons = Counter(self.dense.values())
+        why = ", ".join(f"{count} stay dense: {reason}" for reason, count in reasons.items())
+        return f"packed {len(self.names)} of {len(self.names) + len(self.dense)} quantized modules{why and '; '}{why}"
+
+
+def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, *, served: bool = False) -> Packing:
+    """Replace, in place, Linears that carry a record by their packed forms.
 
     Those that share their weight with another module stay dense.
 
@@ -29,20 +51,24 @@ def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, 
             tokens times 4-bit weights on a CPU: they would compute with a dense copy beside the packed weight.
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name and is_packable(module) and owners[id(module.get_parameter("weight"))] == 1
-    ]
-    done = []
-    for name in names:
-        module = model.get_submodule(name)
-        packed = _packed(name, module, stored or {})
-        weight = module.get_parameter("weight")
-        if not served or packed.path(Call(weight.device.type, weight.dtype, 3, False)) is not None:
-            model.set_submodule(name, packed)
-            done.append(name)
-    return done
+    names, dense, faster = [], {}, Counter[torch.dtype]()
+    for name, module in quantized_modules(model).items():
+        if not name or not is_packable(module):
+            dense[name] = "only Linears inside of a model are packed"
+        elif owners[id(module.get_parameter("weight"))] > 1:
+            dense[name] = "their weight is shared"
+        else:
+            packed, weight = _packed(name, module, stored or {}), module.get_parameter("weight")
+            call = Call(weight.device.type, weight.dtype, 3, False)
+            if not served or packed.path(call) is not None:
+                model.set_submodule(name, packed)
+                names.append(name)
+                continue
+            kind = str(weight.dtype).removeprefix("torch.")
+            dense[name] = f"this {weight.device.type} has no packed product in {kind}"
+            if packed.path(call._replace(dtype=torch.bfloat16)) is not None:
+                faster[torch.bfloat16] += 1
+    return Packing(tuple(names), dense, faster)
 
 
 def is_packable(module: nn.Module) -> bool:

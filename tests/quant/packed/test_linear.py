@@ -269,8 +269,8 @@ def test_linears_of_a_model_are_replaced():
     model = nn.Sequential(quantized_linear("w4 g32", 64), nn.ReLU(), quantized_linear("w8 g32", 7), nn.Linear(7, 3))
     x = torch.randn(1, 5, 64)
     expected = model(x)
-    assert pack_linears(copy.deepcopy(model), served=True) == []          # float32 tokens: no way of their own
-    assert pack_linears(model) == ["0", "2"]
+    assert pack_linears(copy.deepcopy(model), served=True).names == ()          # float32 tokens: no way of their own
+    assert pack_linears(model).names == ("0", "2")
     assert [type(m) for m in model] == [PackedLinear, nn.ReLU, PackedLinear, nn.Linear]
     assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -278,7 +278,9 @@ def test_linears_of_a_model_are_replaced():
 def test_a_shared_weight_stays_dense():
     model = nn.ModuleList([quantized_linear("w4 g32", 64), nn.Embedding(64, 64)])
     model[1].weight = model[0].weight
-    assert pack_linears(model) == []
+    packing = pack_linears(model)
+    assert packing.names == ()
+    assert str(packing) == "packed 0 of 1 quantized modules; 1 stay dense: their weight is shared"
 
 
 def test_what_does_not_fit_is_refused():
