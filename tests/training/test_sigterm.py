@@ -1,0 +1,70 @@
+"""SIGTERM after training: the run ends at once with code 143, nothing half-written stays, and it can be resumed."""
+
+import os
+import signal
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_compress import CompressionCallback
+from tests.training_runs import Regression, RoundingModifier, Sums, quiet
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class InCalibration(RoundingModifier):
+    def on_calibration_end(self, state, event, **kwargs):
+        terminate()
+        super().on_calibration_end(state, event, **kwargs)
+
+
+def fit(folder, modifier, **options):
+    module, keeping = Regression(), ModelCheckpoint(folder / "kept", save_last=True)
+    callback = CompressionCallback(modifier, allow_recipe_change=True)
+    quiet(folder, callback, keeping, max_epochs=1).fit(module, Sums(), **options)
+    return module
+
+
+def interrupted_in_export(monkeypatch):
+    from lightning_compress.export import compressed_tensors
+
+    write = compressed_tensors._write
+
+    def terminated(*arguments):
+        write(*arguments)
+        terminate()
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(compressed_tensors, "_write", terminated)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+@pytest.mark.parametrize("where", ["calibration", "export"])
+def test_it_stops_there_and_then(tmp_path, monkeypatch, where):
+    former = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        if where == "export":
+            interrupted_in_export(patched)
+        with pytest.raises(SystemExit) as caught:
+            fit(tmp_path, InCalibration() if where == "calibration" else RoundingModifier())
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == former
+    assert (tmp_path / "compressed.ckpt").exists() == (where == "export")
+    assert not (tmp_path / "compressed").exists()
+    assert not list(tmp_path.rglob(".*"))
+    assert fit(tmp_path, RoundingModifier(), ckpt_path=tmp_path / "kept" / "last.ckpt").is_rounded()
+    assert (tmp_path / "compressed").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+def test_a_handler_of_the_users_own_stays(tmp_path):
+    seen = []
+    former = signal.signal(signal.SIGTERM, lambda *_: seen.append("theirs"))
+    try:
+        with pytest.raises(SystemExit):
+            fit(tmp_path, InCalibration())
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert seen == ["theirs"]
