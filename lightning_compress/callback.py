@@ -32,6 +32,7 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.experts.split import split_while
+from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.interruption import check_uninterrupted
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import random_state, resume
@@ -47,7 +48,7 @@ from lightning_compress.training.checks import (
     tensor_names,
 )
 from lightning_compress.training.clock import StepClock
-from lightning_compress.training.finish import Finish, Plan, check_best, is_resumed
+from lightning_compress.training.finish import Finish, Plan, check_best, check_device, is_resumed, processors
 from lightning_compress.training.finished import earlier_end, new_run
 from lightning_compress.training.first_rank import alone
 from lightning_compress.training.hyperparameters import write_plain_modules
@@ -55,6 +56,7 @@ from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.requeue import requeue_only, supersede
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
+from lightning_compress.training.sigterm import stopped_by_sigterm
 from lightning_compress.training.submodule import choose, is_compiled
 
 __all__ = ["CompressionCallback"]
@@ -244,6 +246,9 @@ class CompressionCallback(Callback):
             check_whole(self._state.model)               # not in setup: configure_model comes after it
             if self.plan.blocks is not None:
                 find_blocks(self._state.model, self.plan.blocks)         # names that match nothing are told now
+            model, beside = self._state.model, processors(trainer, pl_module)
+            alone(lambda: rehearse(model, beside), "looking at what will be exported")
+            check_device(self.plan)
         self._outputs = None
         if not self.done and not trainer.fast_dev_run:
             self._prepare_outputs(trainer)               # not in setup: only now it is known whether a run is resumed
@@ -406,7 +411,8 @@ class CompressionCallback(Callback):
             return
         event = self.clock.event()
         end = self._ending(trainer, pl_module, self.lifecycle, event)
-        with requeue_only(trainer, save_first=trained and not trainer.fast_dev_run):
+        save_first = trained and not trainer.fast_dev_run
+        with requeue_only(trainer, save_first=save_first), stopped_by_sigterm(trainer):
             end.compress()
             self.done = True                   # before compressed.ckpt is saved: who resumes from it is done
             end.leave()

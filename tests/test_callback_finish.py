@@ -1,6 +1,8 @@
 """What happens at the end of training, and that it happens exactly once, however training ends."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +274,79 @@ def test_scalars_reach_every_logger(tmp_path):
         header = (next((tmp_path / logger.name).glob("*/metrics.csv"))).read_text().splitlines()[0]
         assert "compress/val/mse_before" in header
         assert "compress/val/mse_after" in header
+
+
+# -- what lies beside the model, and what is wrong is told before training --------------------------------------------
+
+
+class Processor:
+    """Writes files of its name, as tokenizers and processors do."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def save_pretrained(self, folder):
+        for name in self.names:
+            Path(folder, f"{name}.json").write_text(str(self.names))
+
+
+def test_processors_are_exported_as_well_as_tokenizers(tmp_path):
+    module, data = Regression(), Sums()
+    data.tokenizer, module.tokenizer = Processor("tokenizer"), Processor("passed over")
+    module.processor, module.feature_extractor = Processor("processor", "tokenizer"), nn.Linear(1, 1)
+    module.image_processor = Processor("preprocessor_config")
+    quiet(tmp_path, rounding()).fit(module, data)
+    names = {path.name: path.read_text() for path in (tmp_path / "compressed").glob("*.json")}
+    assert names.keys() == {
+        "config.json", "export_manifest.json", "processor.json", "tokenizer.json", "preprocessor_config.json"
+    }  # fmt: skip
+    assert names["tokenizer.json"] == "('processor', 'tokenizer')"           # the processor's own counts
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_told_before_training(tmp_path):
+    class Unsavable(Regression):
+        tokenizer = Processor("no/such/folder")
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("trained")
+
+    with pytest.raises(ValueError, match=r"this Processor cannot be saved, so that nothing could be exported"):
+        quiet(tmp_path, rounding()).fit(Unsavable(), Sums())
+
+
+WRONG = [
+    ("calibration_batches", 2.5, "is a float, expected a whole number"),
+    ("calibration_batches", "16", "is a str, expected a whole number"),
+    ("calibration_batches", True, "is a bool, expected a whole number"),
+    ("calibration_batches", None, "is a NoneType, expected a whole number"),
+    ("calibration_batches", 0, "expected at least 1"),
+    ("eval_batches", 1.5, "is a float, expected a whole number"),
+    ("eval_batches", 0, "expected at least 1"),
+    ("seed", True, "is a bool, expected a whole number"),
+    ("seed", "x", "is a str, expected a whole number"),
+    ("seed", -1, "expected at least 0"),
+    ("seed", 2**63, "less than 2"),
+    ("evaluate", "no", "is a str, expected True or False"),
+    ("load_best", 1, "is a int, expected True or False"),
+    ("moe_calibrate_all_experts", None, "is a NoneType, expected True or False"),
+    ("export_dir", 3, "is a int, expected a path"),
+    ("walk", "slow", "expected 'auto'"),
+    ("offload_device", "gpu", "expected a device such as"),
+    ("offload_device", "meta", "expected a device such as"),
+    ("offload_device", None, "expected a device such as"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "message"), WRONG)
+def test_arguments_of_a_wrong_type_are_refused_at_once(argument, value, message):
+    with pytest.raises(ValueError, match=rf"^{argument}={re.escape(repr(value))}.*{message}"):
+        rounding(**{argument: value})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_device_that_is_missing_is_told_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"offload_device='cuda' is not on this machine"):
+        quiet(tmp_path, rounding(offload_device="cuda")).fit(Regression(), Sums())
 
 
 # -- what fails at the end costs nothing else -------------------------------------------------------------------------

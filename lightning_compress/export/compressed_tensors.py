@@ -28,7 +28,7 @@ import json
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.export.online import attach_all, check_all, online_entries, seal, unsealed
 from lightning_compress.export.own_file import FORMAT_VERSION, read_own
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
+from lightning_compress.export.rehearsal import check_processors
 from lightning_compress.export.tensors import TensorFiles, naming, read_json, write_tensors
 from lightning_compress.finite import nonfinite
 from lightning_compress.interruption import check_uninterrupted
@@ -106,7 +107,7 @@ def save(
             pruned or distilled) the weights are written as they are, zeros included, and there is no
             ``quantization_config``: the sparse formats of compressed-tensors are gone from its version 0.20.
         folder: Where to; made together with missing parents.
-        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to lie beside the model.
+        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to lie beside the model, or a list.
         recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
         overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk. A folder
             that this function did not write, or that holds other files too, is never replaced.
@@ -125,8 +126,10 @@ def save(
     """
     model = getattr(model, "_orig_mod", model)                    # torch.compile's wrapper
     check_uninterrupted(model)
+    listed = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
+    check_processors(listed)
     with as_linears(model) as stored:
-        _save(model, stored, folder, tokenizer, recipe, overwrite, max_shard_bytes, origin)
+        _save(model, stored, folder, listed, recipe, overwrite, max_shard_bytes, origin)
     return Path(folder).expanduser().resolve()
 
 
@@ -134,7 +137,7 @@ def _save(
     model: nn.Module,
     stored: Stored,
     folder: str | Path,
-    tokenizer: Any,
+    processors: Sequence[Any],
     recipe: Mapping[str, Any] | None,
     overwrite: bool,
     max_shard_bytes: int,
@@ -169,8 +172,8 @@ def _save(
             _warn_dense(reasons, records)
             _warn_rows(model, {name: pair for name, pair in records.items() if name not in reasons})
             _write(model, records, caches, stored, set(reasons), partial, max_shard_bytes)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
+            for processor in processors:
+                processor.save_pretrained(partial)
             if recipe_yaml is not None:
                 (partial / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -43,6 +43,7 @@ __all__ = [
     "warn_of_caches",
     "warn_of_sizes",
     "write",
+    "write_configs",
 ]
 
 PACKED = CompressionFormat.pack_quantized
@@ -73,6 +74,23 @@ def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_
             setattr(config, key, value)
     if getattr(config, "tie_word_embeddings", False) and not _is_tied(model):
         _change(folder / "config.json", tie_word_embeddings=False)
+
+
+def write_configs(model: "PreTrainedModel", folder: str | Path) -> None:
+    """``save_pretrained`` without weights and without its progress bar."""
+    from transformers.utils import logging
+
+    config = model.config
+    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}      # save_pretrained sets them
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        type(model).save_pretrained(model, folder, state_dict={})
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _is_tied(model: "PreTrainedModel") -> bool:

@@ -52,7 +52,7 @@ from lightning_compress.training.shapes import same_shapes
 from lightning_compress.training.sharing import share, ties
 from lightning_compress.training.submodule import is_compiled
 
-__all__ = ["Finish", "Plan", "check_best", "is_resumed"]
+__all__ = ["Finish", "Plan", "check_best", "check_device", "is_resumed", "processors"]
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,52 @@ class Plan:
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
+        """Hydra hands on what a command line says: types are looked at, too."""
+        for name in ("calibration_batches", "eval_batches", "seed"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole and not (name == "eval_batches" and value is None):
+                raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected a whole number")
+        for name in ("load_best", "evaluate", "moe_calibrate_all_experts"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected True or False")
+        if not isinstance(self.export_dir, str | Path | None):
+            raise ValueError(f"export_dir={self.export_dir!r} is a {type(self.export_dir).__name__}, expected a path")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: expected at least 0, and less than 2**63")
         if self.calibration_batches < 1:
             raise ValueError(f"calibration_batches={self.calibration_batches}: expected at least 1")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ValueError(f"eval_batches={self.eval_batches}: expected at least 1; evaluate=False measures nothing")
         if self.walk not in WALKS:
             raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
+        try:
+            known = torch.device(self.offload_device).type != "meta"       # which keeps no values
+        except (RuntimeError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"offload_device={self.offload_device!r}: expected a device such as 'cpu' or 'cuda'")
+
+
+def check_device(plan: Plan) -> None:
+    """ValueError now when activations cannot be kept where the user said."""
+    try:
+        torch.empty(1, dtype=torch.float32, device=plan.offload_device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"offload_device={plan.offload_device!r} is not on this machine: {error}") from error
+
+
+def processors(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
+    """What lies beside the model: attributes of the datamodule or of the LightningModule that can be saved.
+
+    A processor comes last: it holds a tokenizer and an image processor of its own, and its files count.
+    """
+    exported = []
+    for name in ("feature_extractor", "image_processor", "tokenizer", "processor"):
+        candidates = [getattr(owner, name, None) for owner in (trainer.datamodule, pl_module)]
+        savable = [c for c in candidates if hasattr(c, "save_pretrained") and not isinstance(c, nn.Module)]
+        exported += savable[:1]
+    return exported
 
 
 def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle) -> None:
@@ -473,10 +513,9 @@ class Finish:
     def _export(self, folder: Path) -> None:
         origin = {"run": self.run, "clock": self.clock_state}
         again = is_resumed(self.trainer)
+        beside = processors(self.trainer, self.pl_module)
         try:
-            save(
-                self.module, folder, tokenizer=self._tokenizer(), recipe=self.recipe, overwrite=again, origin=origin
-            )
+            save(self.module, folder, tokenizer=beside, recipe=self.recipe, overwrite=again, origin=origin)
             if self.outputs is not None:                       # else that folder is deleted
                 self.facts["export_dir"] = str(folder)
         except Exception as error:
@@ -484,12 +523,6 @@ class Finish:
                 error.add_note("the compressed model, weights stored dense, is in compressed.ckpt")
                 raise
             rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
-
-    def _tokenizer(self) -> Any:
-        """The one of the datamodule or of the LightningModule, where it can be saved."""
-        owners = (self.trainer.datamodule, self.pl_module)
-        found = [getattr(owner, "tokenizer", None) for owner in owners]
-        return next((t for t in found if hasattr(t, "save_pretrained")), None)
 
     def _summary(self) -> dict[str, Any]:
         sums = summary.totals(self.state.ledger)

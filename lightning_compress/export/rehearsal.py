@@ -1,0 +1,50 @@
+"""Save all of an export but its weights, into a folder that is deleted: what cannot be saved is found early."""
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_compress.export import hugging_face
+
+__all__ = ["check_processors", "rehearse"]
+
+
+def rehearse(model: nn.Module, processors: Sequence[Any]) -> None:
+    """ValueError when the config, the generation config, a tokenizer or a processor cannot be saved."""
+    check_processors(processors)
+    with tempfile.TemporaryDirectory() as folder:
+        if hugging_face.is_transformers(model):
+            try:
+                hugging_face.write_configs(model, folder)
+            except Exception as error:
+                kind = type(model).__name__
+                if isinstance(getattr(model, "_tied_weights_keys", None), list):
+                    raise ValueError(
+                        f"{kind}._tied_weights_keys is a list, and transformers 5 saves only models with a dict there: "
+                        f"name the source of each tied weight, such as "
+                        f"{{'lm_head.weight': 'model.embed_tokens.weight'}}"
+                    ) from error
+                raise ValueError(
+                    f"the configs of this {kind} cannot be saved, so that nothing could be exported at the end: {error}"
+                ) from error
+        for processor in processors:
+            try:
+                processor.save_pretrained(folder)
+            except Exception as error:
+                raise ValueError(
+                    f"this {type(processor).__name__} cannot be saved, so that nothing could be exported at the end: "
+                    f"{type(error).__name__}: {error}; mend it, or keep it under another name than those that are "
+                    f"exported (tokenizer, processor, image_processor, feature_extractor)"
+                ) from error
+
+
+def check_processors(processors: Sequence[Any]) -> None:
+    """ValueError for what is neither a tokenizer nor a processor."""
+    for processor in processors:
+        if not hasattr(processor, "save_pretrained"):
+            raise ValueError(
+                f"tokenizer={processor!r} is a {type(processor).__name__}, expected a tokenizer or processor with "
+                f"save_pretrained, such as AutoTokenizer.from_pretrained(...), or a list of them"
+            )
