@@ -26,10 +26,10 @@ def check_tasks(world_size: int, environ: Mapping[str, str]) -> None:
     """
     if "SLURM_NTASKS" not in environ or "TORCHELASTIC_RUN_ID" in environ:
         return
-    tasks = int(environ["SLURM_NTASKS"])
+    tasks = _number("SLURM_NTASKS", environ)
     in_step = "SLURM_STEP_ID" in environ  # srun sets it; the batch script itself has none
     if environ.get("SLURM_JOB_NAME") in _INTERACTIVE:
-        if in_step and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if in_step and _number("SLURM_STEP_NUM_TASKS", environ) > 1:
             raise ValueError(
                 f"srun started {tasks} tasks in a job named {environ['SLURM_JOB_NAME']!r}, for which Lightning ignores "
                 "SLURM: each task would train and export alone; name the step, srun --job-name=train ..."
@@ -47,3 +47,13 @@ def check_tasks(world_size: int, environ: Mapping[str, str]) -> None:
             f"Trainer(devices={environ.get('SLURM_NTASKS_PER_NODE', '<tasks per node>')}, "
             f"num_nodes={environ.get('SLURM_NNODES', '<nodes>')})"
         )
+
+
+def _number(name: str, environ: Mapping[str, str]) -> int:
+    value = environ.get(name, "1")
+    if not value.strip().isdecimal():
+        raise ValueError(
+            f"{name}={value!r} is not a number of tasks, which SLURM sets it to: start the run with srun, or take the "
+            f"variable out of the environment (unset {name})"
+        )
+    return int(value)

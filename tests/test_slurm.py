@@ -55,6 +55,14 @@ def test_tasks_that_would_train_alone_are_refused():
         check_tasks(1, step_of(2))
 
 
+@pytest.mark.parametrize("value", ["2(x3)", "", "two"])
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"])
+def test_a_number_that_is_not_one_is_named(name: str, value: str):
+    environ = step_of(2, SLURM_JOB_NAME="interactive") | {name: value}
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not a number of tasks")):
+        check_tasks(2, environ)
+
+
 def test_a_step_that_lightning_ignores_is_refused():
     with pytest.raises(ValueError, match=r"named 'interactive', for which Lightning ignores.*srun --job-name=train"):
         check_tasks(1, step_of(2, SLURM_JOB_NAME="interactive"))
