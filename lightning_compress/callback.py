@@ -39,6 +39,7 @@ from lightning_compress.training import random_state, resume
 from lightning_compress.training.checks import (
     averages,
     check_averaging,
+    check_lightning,
     check_order,
     check_plain,
     check_strategy,
@@ -165,6 +166,7 @@ class CompressionCallback(Callback):
         self._seconds: dict[str, float] = {}   # of what was done in the midst of training, for the report
         self._facts: dict[str, Any] = {}
         self._warned_stray_step = False
+        self._knows_checkpoint = False         # one with a state of this callback was loaded
         self._undo: Callable[[], None] | None = None
         self._undo_shapes: Callable[[], None] | None = None
         self._random: list[dict[str, Any]] | None = None       # of each rank, from a checkpoint; until it is restored
@@ -176,6 +178,7 @@ class CompressionCallback(Callback):
     # -- INITIALIZE ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_lightning(trainer, pl_module)
         self._stage = stage
         self._take_off()
         self._undo_shapes = carry_shapes(pl_module, self.module)
@@ -443,6 +446,14 @@ class CompressionCallback(Callback):
         done = (self.clock.state_dict(), self._seconds, self._facts)
         return Finish(trainer, pl_module, lifecycle, self._state, *run, *done)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._root is None and not self.done and not self._knows_checkpoint:
+            rank_zero_warn(
+                "CompressionCallback has compressed nothing: it acts at the end of trainer.fit, which was not called "
+                "(perhaps because of train=False), and no checkpoint of a run with it was loaded; to compress a model "
+                "as it is, fit with Trainer(max_epochs=0), on the command line trainer.max_epochs=0"
+            )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget_batch()
         self.lifecycle.abort()
@@ -487,6 +498,7 @@ class CompressionCallback(Callback):
         Raises:
             ValueError: The checkpoint was written with another recipe, and ``allow_recipe_change`` is not set.
         """
+        self._knows_checkpoint = True
         if self._stage not in (None, "fit"):
             if self.lifecycle.initialized and not self.lifecycle.finalized:    # cut short, now tested
                 self.lifecycle.weights_loaded(state_dict["modifiers"])

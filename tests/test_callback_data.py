@@ -1,11 +1,15 @@
 """Batches and loaders of other shapes: what the model cannot take is refused before training."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_compress import CompressionCallback
+from lightning_compress import CompressionCallback, GPTQModifier
 from tests.training_runs import Regression, RoundingModifier, Sums, quiet
 
 ROWS = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
@@ -148,3 +152,51 @@ def test_a_folder_that_is_deleted_is_not_named(tmp_path, capsys):
     assert "compressed model" not in capsys.readouterr().out
     quiet(tmp_path, CompressionCallback(RoundingModifier())).fit(Regression(), Sums())
     assert f"compressed model: {tmp_path / 'compressed'}" in capsys.readouterr().out.replace("\n", "")
+
+
+# -- what is no model, no fit, no Trainer of lightning.pytorch --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "net", "layer"])
+def test_a_linear_probe(tmp_path, name):
+    class Probe(Regression):
+        def __init__(self):
+            super().__init__()
+            del self.model
+            setattr(self, name, nn.Linear(8, 1))
+
+        def forward(self, x):
+            return getattr(self, name)(x)
+
+    module = Probe()
+    modifier = GPTQModifier(scheme="W8A16", group_size=-1)
+    quiet(tmp_path, CompressionCallback(modifier, calibration_batches=2)).fit(module, Sums())
+    fresh = Probe()
+    fresh.load_state_dict(torch.load(tmp_path / "compressed.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(fresh(ROWS), module(ROWS))
+    assert set(load_file(tmp_path / "compressed" / "model.safetensors")) >= {f"{name}.weight_packed", f"{name}.bias"}
+
+
+def test_a_test_without_a_fit_says_that_nothing_was_compressed(tmp_path):
+    module, data = Regression(), Sums()
+    told = "has compressed nothing: it acts at the end of trainer.fit.*trainer.max_epochs=0"
+    with pytest.warns(UserWarning, match=told):
+        quiet(tmp_path, CompressionCallback(RoundingModifier())).test(module, data, verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*compressed nothing")
+        trainer = quiet(tmp_path, CompressionCallback(RoundingModifier()), max_epochs=0)
+        trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
+        assert module.is_rounded()
+        again = quiet(tmp_path, CompressionCallback(RoundingModifier()))
+        again.test(Regression(), data, ckpt_path=tmp_path / "compressed.ckpt", verbose=False)
+
+
+def test_objects_of_pytorch_lightning_are_named(tmp_path):
+    pl = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[CompressionCallback(RoundingModifier())],
+                         default_root_dir=tmp_path, max_epochs=1, enable_checkpointing=False)  # fmt: skip
+    with pytest.raises(ValueError, match="is a Trainer of pytorch_lightning.*write import lightning.pytorch as pl"):
+        trainer.fit(BoringModel())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -15,6 +15,7 @@ from lightning_compress.core.modifier import Modifier
 __all__ = [
     "averages",
     "check_averaging",
+    "check_lightning",
     "check_order",
     "check_plain",
     "check_strategy",
@@ -41,6 +42,17 @@ def tensor_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers; those of lazy modules are not known yet and count as 0."""
     tensors = (*module.parameters(), *module.buffers())
     return sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
+
+
+def check_lightning(trainer: Any, pl_module: Any) -> None:
+    """Both are those of ``lightning.pytorch``: pytorch_lightning has classes of its own under the same names."""
+    for given, expected in ((trainer, Trainer), (pl_module, LightningModule)):
+        if not isinstance(given, expected):
+            raise ValueError(
+                f"{type(given).__name__} is a {expected.__name__} of pytorch_lightning, expected one of "
+                f"lightning.pytorch, which is the same under another name: write import lightning.pytorch as pl (or "
+                f"from lightning.pytorch import {expected.__name__}) in place of import pytorch_lightning as pl"
+            )
 
 
 def check_strategy(trainer: Trainer) -> None:
