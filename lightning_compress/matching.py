@@ -15,6 +15,7 @@ from torch import nn
 
 __all__ = [
     "Names", "clean_name", "listed", "match_rank", "select", "select_weights", "unmatched_message", "warn_of_left_out",
+    "without_parallel",
 ]  # fmt: skip
 
 CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
@@ -27,6 +28,13 @@ LEFT_OUT = 0.1         # of the weights: a patch embedding or the first convolut
 def clean_name(name: str) -> str:
     """The name without what ``torch.compile`` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def without_parallel(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel or DistributedDataParallel, which put ``module.`` before all names."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def select(
@@ -50,6 +58,11 @@ def select(
     check_patterns(targets, field)
     check_patterns(ignore, "ignore")
     named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)}     # of a compiled module, the inner
+    if not named:
+        raise ValueError(
+            f"the model is a {type(model).__name__} without modules inside, and {field} choose among those by name and "
+            f"class: compress nn.Sequential(model), which shares its weights"
+        )
     _refuse_packed(named, targets, ignore)
     hits = {t: {n for n, m in named.items() if match_rank(n, m, t)} for t in [*targets, *ignore]}
     matched = [n for n in named if any(n in hits[t] for t in targets)]

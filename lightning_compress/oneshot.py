@@ -14,13 +14,15 @@ from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.experts.split import split_while
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.interruption import check_uninterrupted, marked_when_interrupted
+from lightning_compress.matching import without_parallel
+from lightning_compress.recipe import read_recipe
 
 __all__ = ["compress"]
 
 
 def compress(
     model: nn.Module,
-    modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier],
+    modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | str,
     batches: Iterable[Any] | None = None,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -38,8 +40,10 @@ def compress(
     >>> compress(model, GPTQModifier(scheme="W4A16"), loader, max_batches=16)
 
     Args:
-        model: Any module; it is changed in place, its modes and the random state are as before afterwards.
-        modifiers: One, several in the order they shall act in, or several by name.
+        model: Any module, or DataParallel around it; it is changed in place, its modes and the random state are as
+            before afterwards.
+        modifiers: One, several in the order in which they act, several by name, or the name of a recipe
+            (``"gptq_w4"``) or the path of a recipe file.
         batches: Calibration batches, such as a DataLoader; None for recipes that need no data.
         forward: ``forward(model, batch)`` runs the model on a batch; by default a mapping gives keyword arguments, of a
             tuple or list the first item is the input, and anything else is the input.
@@ -62,6 +66,7 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected an nn.Module")
+    model = without_parallel(model)
     lifecycle = Lifecycle(_listed(modifiers))
     taken = _take(batches, max_batches)
     state = State(model=model, ledger=Ledger())
@@ -91,10 +96,18 @@ def compress(
     return state.ledger
 
 
-def _listed(modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier]) -> list[Modifier]:
-    if isinstance(modifiers, Modifier):
-        return [modifiers]
-    return list(modifiers.values()) if isinstance(modifiers, Mapping) else list(modifiers)
+def _listed(modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | str) -> list[Modifier]:
+    if isinstance(modifiers, str):
+        recipe = read_recipe(modifiers)
+        if recipe.arguments:
+            raise ValueError(
+                f"the recipe {modifiers!r} sets {recipe.arguments} for CompressionCallback: give compress() "
+                f"load_recipe({modifiers!r}), and what it takes of these as arguments"
+            )
+        return recipe.modifiers
+    if isinstance(modifiers, Mapping):
+        return list(modifiers.values())
+    return [modifiers] if isinstance(modifiers, Modifier | type) else list(modifiers)
 
 
 def _take(batches: Iterable[Any] | None, max_batches: int | None) -> list[Any] | None:

@@ -46,13 +46,15 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"compressed_tensors", "pydantic", "safetensors", "transformers", "yaml"},
     ),
     "report": ({"core.ledger", "leftovers"}, {"rich", "matplotlib"}),
-    "oneshot": ({"core", "calibration", "experts", "export.guard", "interruption"}, set()),
+    "oneshot": (
+        {"core", "calibration", "matching", "experts", "export.guard", "interruption", "recipe"}, set()
+    ),
     "slurm": (set(), set()),
     "evaluation": (set(), {"torchmetrics"}),
     "recipe": ({"core"}, {"yaml", "omegaconf"}),
     "training": (
-        {"core", "distributed", "calibration", "structure", "experts", "quant", "rotation.online", "export", "report",
-         "evaluation", "interruption", "leftovers"},
+        {"core", "matching", "distributed", "calibration", "structure", "experts", "quant", "rotation.online", "export",
+         "report", "evaluation", "interruption", "leftovers"},
         {"lightning", "rich"},
     ),
     "callback": (

@@ -1,8 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_compress import GPTQModifier, QuantizationModifier, load, save
 from lightning_compress.core import Ledger, Modifier
 from lightning_compress.oneshot import compress
 from tests.calibration_models import C, Layered, LockstepWatcher, Watcher, make_batches, seeded
@@ -135,6 +138,41 @@ def test_it_is_no_model_and_no_modifier():
         compress("model", Watcher())
     with pytest.raises(ValueError, match="expected a Modifier"):
         compress(seeded(Layered), ["gptq"])
+
+
+def test_a_modifier_class_and_a_recipe_by_name(tmp_path):
+    model, data = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), [torch.randn(4, 8)]
+    with pytest.raises(ValueError, match=r"got the class GPTQModifier: write GPTQModifier\(\.\.\.\)"):
+        compress(model, GPTQModifier, data)
+    entry = "{_target_: lightning_compress.QuantizationModifier, scheme: W8A16, group_size: -1}"
+    (tmp_path / "mine.yaml").write_text(f"modifiers:\n  rtn: {entry}\n")
+    assert [row.module for row in compress(model, str(tmp_path / "mine.yaml"), data)] == ["0", "1"]
+    (tmp_path / "more.yaml").write_text((tmp_path / "mine.yaml").read_text() + "walk: whole\n")
+    with pytest.raises(ValueError, match=r"sets \{'walk': 'whole'\} for CompressionCallback: give compress\(\)"):
+        compress(model, str(tmp_path / "more.yaml"), data)
+    with pytest.raises(ValueError, match="gptq_w5"):
+        compress(model, "gptq_w5", data)
+
+
+def test_one_bare_layer_is_refused_and_in_a_sequential_compressed(tmp_path):
+    linear, data = nn.Linear(8, 4), [torch.randn(4, 8)]
+    modifier = partial(QuantizationModifier, scheme="W8A16", group_size=-1)
+    with pytest.raises(ValueError, match=r"is a Linear without modules inside.*compress nn.Sequential\(model\)"):
+        compress(linear, modifier(), data)
+    dense = linear.weight.clone()
+    compress(nn.Sequential(linear), modifier(), data)
+    assert not torch.equal(linear.weight, dense)
+
+
+def test_data_parallel_is_compressed_and_saved_as_the_model_inside(tmp_path):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), [torch.randn(4, 8)]
+    wrapped = nn.DataParallel(model)
+    ledger = compress(wrapped, QuantizationModifier(scheme="W8A16", group_size=-1), data)
+    assert [row.module for row in ledger] == ["0", "1"]
+    save(wrapped, tmp_path / "out")
+    loaded = load(tmp_path / "out", nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)))
+    assert torch.equal(loaded(data[0]), model(data[0]))
 
 
 def test_hooks_come_off_when_it_fails():

@@ -49,6 +49,9 @@ class Lifecycle:
         if not modifiers:
             raise ValueError("no modifiers: expected at least one, such as GPTQModifier(scheme='W4A16')")
         for modifier in modifiers:
+            if isinstance(modifier, type):
+                name = modifier.__name__
+                raise ValueError(f"expected a Modifier, got the class {name}: write {name}(...)")
             if not isinstance(modifier, Modifier):
                 raise ValueError(f"expected a Modifier, got {type(modifier).__name__}: {modifier!r}")
         if len({id(m) for m in modifiers}) < len(modifiers):

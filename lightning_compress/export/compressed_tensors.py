@@ -52,7 +52,7 @@ from lightning_compress.export.rehearsal import check_processors
 from lightning_compress.export.tensors import TensorFiles, naming, read_json, write_tensors
 from lightning_compress.finite import nonfinite
 from lightning_compress.interruption import check_uninterrupted
-from lightning_compress.matching import clean_name
+from lightning_compress.matching import clean_name, without_parallel
 from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.kv_cache import (
@@ -124,7 +124,7 @@ def save(
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
-    model = getattr(model, "_orig_mod", model)                    # torch.compile's wrapper
+    model = without_parallel(getattr(model, "_orig_mod", model))                    # torch.compile's wrapper
     check_uninterrupted(model)
     listed = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
     check_processors(listed)

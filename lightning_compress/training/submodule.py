@@ -1,12 +1,14 @@
 """Which module of a LightningModule is the model: not its metrics, losses and teachers.
 
 In this order: the one that the user names; the one child that is a transformers.PreTrainedModel; ``model``, ``net`` or
-``backbone``; the only child that has parameters.
+``backbone``; the only child that has parameters. Where that is one bare layer, the LightningModule itself is the model.
 """
 
 from difflib import get_close_matches
 
 from torch import nn
+
+from lightning_compress.matching import without_parallel
 
 __all__ = ["choose", "is_compiled", "uncompiled"]
 
@@ -41,12 +43,12 @@ def choose(root: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
         )
     module = uncompiled(children[found[0]])
     leaf = next(module.children(), None) is None
-    return ("", root) if leaf and not usual and not pretrained else (found[0], module)
+    return ("", root) if leaf and len(weighted) == 1 else (found[0], module)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile`` wraps around it."""
-    return getattr(module, "_orig_mod", module) if _is(module, "OptimizedModule") else module
+    """The module inside what ``torch.compile`` or DataParallel wraps around it."""
+    return without_parallel(getattr(module, "_orig_mod", module) if _is(module, "OptimizedModule") else module)
 
 
 def is_compiled(root: nn.Module) -> bool:

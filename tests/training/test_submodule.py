@@ -48,6 +48,19 @@ def test_then_the_usual_names(name):
     assert choose(module) == (name, getattr(module, name))
 
 
+@pytest.mark.parametrize("name", ["model", "net", "backbone", "layer"])
+def test_one_bare_layer_means_the_module_around_it(name):
+    module = root(accuracy=MeanMetric(), **{name: nn.Linear(2, 2)})
+    assert choose(module) == ("", module)
+    several = root(model=nn.Linear(2, 2), encoder=body())
+    assert choose(several) == ("model", several.model)
+
+
+def test_what_data_parallel_holds_is_the_model():
+    module = root(model=nn.DataParallel(body()))
+    assert choose(module) == ("model", module.model.module)
+
+
 def test_of_two_pretrained_models_the_usual_name_decides():
     module = root(teacher=FakeLlama(), model=FakeLlama())
     assert choose(module) == ("model", module.model)
