@@ -1,10 +1,12 @@
 """Every recipe of the package runs as it is on four usual models, or refuses one for a reason that stands here."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
@@ -22,8 +24,8 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    convolutions = [m for i, o in ((3, 8), (8, 16)) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())]
-    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * 4 * 4, 36), nn.ReLU(), nn.Linear(36, 10))
+    convolutions = [m for i, o in ((3, 32), (32, 64)) for m in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64 * 4 * 4, 48), nn.ReLU(), nn.Linear(48, 10))
 
 
 def vit() -> nn.Module:
@@ -48,18 +50,17 @@ NO_BLOCKS = "cannot tell which list of blocks is meant, found none"
 NO_CACHE = "has no attention module whose keys and values can be quantized"
 NO_EXPERTS = "has no experts in one tensor"
 NO_TOKENS = "has no nn.Embedding, so that its residual stream does not begin with token ids"
-NO_MLP = "found no MLP .* use dimension='channels'"
 NO_ATTENTION = "matches none of the model's 10 modules"
 ODD_COLUMNS = "group_size=16 does not divide .* the format knows no other size"
 
 REFUSED = {
     "mlp": {
         "depth_1": NO_BLOCKS, "kv_fp8": NO_CACHE, "mixed_w8a8_w4": NO_ATTENTION, "reap_25": NO_EXPERTS,
-        "rotate": NO_TOKENS, "structured_25": NO_MLP,
+        "rotate": NO_TOKENS,
     },
     "cnn": {
         "depth_1": NO_BLOCKS, "kv_fp8": NO_CACHE, "mixed_w8a8_w4": NO_ATTENTION, "reap_25": NO_EXPERTS,
-        "rotate": NO_TOKENS, "structured_25": NO_MLP, "nvfp4": ODD_COLUMNS,
+        "rotate": NO_TOKENS,
     },
     "vit": {"kv_fp8": NO_CACHE, "reap_25": NO_EXPERTS, "rotate": NO_TOKENS, "nvfp4": ODD_COLUMNS},
     "llama": {"reap_25": NO_EXPERTS},
@@ -103,15 +104,16 @@ def test_several_group_sizes_reload_in_plain_transformers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_patterns_that_match_containers_reload_in_plain_transformers(tmp_path):
-    groups = {
-        "mlp": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 4, "strategy": "group", "group_size": "auto"}},
-        "attention": {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 8, "strategy": "channel"}},
-    }
+def test_the_groups_of_the_docs_run_on_a_llama_and_reload_in_plain_transformers(tmp_path):
+    docs = (Path(__file__).parents[1] / "docs" / "modifiers.md").read_text()
+    (example,) = re.findall(r"```yaml\n(config_groups:.*?)```", docs, re.DOTALL)
     torch.manual_seed(0)
     model, batch = llama().eval(), MODELS["llama"][1]()
-    ledger = compress(model, QuantizationModifier(config_groups=groups))
-    assert {row.scheme for row in ledger.rows} == {"W4A16 g64 sym", "W4A16 g128 sym", "W8A16 channel sym"}
+    ledger = compress(model, QuantizationModifier(**yaml.safe_load(example)))
+    assert {(row.module.split(".")[3], row.scheme) for row in ledger} == {
+        ("mlp", "W3A16 g64 sym"), ("mlp", "W3A16 g128 sym"), ("self_attn", "W8A16 channel sym")
+    }  # fmt: skip
+    assert len(ledger.rows) == 14
     save(model, tmp_path / "out")
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(plain(**batch).logits, model(**batch).logits)

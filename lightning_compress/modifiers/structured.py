@@ -46,6 +46,7 @@ from lightning_compress.structure.trial import check_cut
 
 __all__ = ["StructuredPruningModifier"]
 
+Dimension = Literal["auto", "mlp", "heads", "channels"]
 UNITS = {"mlp": "neurons", "heads": "key/value heads", "channels": "channels"}
 
 
@@ -55,7 +56,8 @@ class StructuredPruningModifier(Modifier):
     Args:
         dimension: ``mlp``: neurons of the MLPs of transformer blocks. ``heads``: their attention heads, key/value heads
             with all queries that share them. ``channels``: outputs of Linears and convolutions in any network, with
-            everything that hangs on them (needs the package torch-pruning).
+            everything that hangs on them (needs the package torch-pruning). ``auto``: ``mlp`` where there are MLPs of
+            transformer blocks, else ``channels``.
         targets: For ``channels`` the layers whose outputs are pruned, by default Linears and convolutions; for the
             others the MLPs or attentions, by default all.
         ignore: What to leave out of ``targets``.
@@ -78,7 +80,7 @@ class StructuredPruningModifier(Modifier):
     needs_calibration = True
     reshapes = True
 
-    dimension: Literal["mlp", "heads", "channels"] = "mlp"
+    dimension: Dimension = "mlp"
     targets: Names | None = None
     ignore: Names = []
     ratio: float = 0.25
@@ -88,6 +90,7 @@ class StructuredPruningModifier(Modifier):
     round_to: int = 1
     input_shape: list[int] | None = None
 
+    _kind: Dimension = PrivateAttr(default="mlp")                         # dimension, with auto settled by the model
     _groups: dict[str, Group] = PrivateAttr(default_factory=dict)
     _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)          # of the statistic, [U]
     _seen: dict[str, int] = PrivateAttr(default_factory=dict)             # tokens, or steps
@@ -102,7 +105,8 @@ class StructuredPruningModifier(Modifier):
             raise ValueError(f"ratio={self.ratio} must lie in [0, 1): it is the share of the units that goes")
         if self.round_to < 1:
             raise ValueError(f"round_to={self.round_to} must be at least 1")
-        if self.input_shape is not None and self.dimension != "channels":
+        self._kind = self.dimension
+        if self.input_shape is not None and self.dimension not in ("auto", "channels"):
             raise ValueError(f"input_shape is for dimension='channels'; {self.dimension!r} needs no forward pass")
         if self.importance == "taylor" and self.start is None:
             raise ValueError("importance='taylor' needs gradients: give start, after some steps of training")
@@ -120,7 +124,7 @@ class StructuredPruningModifier(Modifier):
 
     @property
     def needs_data(self) -> bool:
-        followed = self.dimension != "channels" or self.input_shape is not None
+        followed = self._kind not in ("auto", "channels") or self.input_shape is not None
         return self.start is None and (self.importance == "activation" or not followed)
 
     @property
@@ -133,14 +137,15 @@ class StructuredPruningModifier(Modifier):
         """Find what hangs together, and refuse what cannot be done, before any training."""
         assert state.model is not None
         model = state.model
+        self._settle(model)
         self._before, self._steps = sum(p.numel() for p in model.parameters()), len(record_of(model))
-        known = self.dimension != "channels" or self.input_shape is not None
+        known = self._kind != "channels" or self.input_shape is not None
         if world_size() > 1 and self.start is not None and not (self.start == 0 and self.end is None and known):
             raise ValueError(
                 f"{self.name}: several processes train this model, whose shapes cannot change once DDP has wrapped it: "
                 f"prune at set-up with start=0 and no end (and input_shape for channels)"
             )
-        if self.dimension == "channels":
+        if self._kind == "channels":
             check_installed()
             if is_transformers(model):
                 raise ValueError(
@@ -162,11 +167,17 @@ class StructuredPruningModifier(Modifier):
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         assert state.model is not None
-        if self.dimension == "channels" or other.keeps_shapes == "never":
+        self._settle(state.model)
+        if self._kind == "channels" or other.keeps_shapes == "never":
             return shape_conflict(self, other, other.touches(state), earlier)
         tensors = {piece.tensor for group in self._block_groups(state.model) for piece in group.slices}
         shared = other.touches(state) & {name.rpartition(".")[0] for name in tensors}
         return shape_conflict(self, other, shared, earlier)
+
+    def _settle(self, model: nn.Module) -> None:
+        """``auto`` becomes ``mlp`` or ``channels``."""
+        if self._kind == "auto":
+            self._kind = "mlp" if is_transformers(model) or find_mlps(model) else "channels"
 
     def _channel_targets(self, model: nn.Module) -> dict[str, nn.Module]:
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -177,19 +188,20 @@ class StructuredPruningModifier(Modifier):
         return chosen
 
     def _block_groups(self, model: nn.Module) -> list[Group]:
-        found = find_mlps(model) if self.dimension == "mlp" else find_heads(model)
+        found = find_mlps(model) if self._kind == "mlp" else find_heads(model)
         if not found:
             what = "MLP (such as gate_proj, up_proj, down_proj, or fc1, fc2)"
-            if self.dimension == "heads":
+            if self._kind == "heads":
                 what = "attention with q_proj, k_proj, v_proj, o_proj and a head_dim"
-            raise ValueError(f"found no {what} in this {type(model).__name__}; use dimension='channels'")
+            typed = self.override("dimension", "channels")
+            raise ValueError(f"found no {what} in this {type(model).__name__}; use dimension='channels'{typed}")
         if self.targets is None and not self.ignore:
             return found
         names = [g.name for g in found]
         chosen = select(model, self.targets or names, self.ignore)
         if not (kept := [g for g in found if g.name in chosen]):
             raise ValueError(
-                f"targets={self.targets} matches no {self.dimension} group: a target names the module that holds one, "
+                f"targets={self.targets} matches no {self._kind} group: a target names the module that holds one, "
                 f"such as {names[0]!r} or {type(model.get_submodule(names[0])).__name__!r}"
             )
         return kept
@@ -200,10 +212,10 @@ class StructuredPruningModifier(Modifier):
         self._groups = {group.name: group for group in groups}
 
     def _check_size(self, name: str, units: int) -> None:
-        what, kept = UNITS[self.dimension], units_to_keep(units, self.ratio, self.round_to)
+        what, kept = UNITS[self._kind], units_to_keep(units, self.ratio, self.round_to)
         if kept < 1:
             raise ValueError(f"ratio={self.ratio} leaves none of the {units} {what} of {name!r}; take less")
-        if self.dimension == "heads" and abs(self.ratio * units - round(self.ratio * units)) > 1e-6:
+        if self._kind == "heads" and abs(self.ratio * units - round(self.ratio * units)) > 1e-6:
             whole = ", ".join(f"{i / units:.4g}" for i in range(1, units))
             raise ValueError(
                 f"ratio={self.ratio} cuts through the {units} {what} of {name!r}, which go whole, with all queries "
@@ -248,7 +260,7 @@ class StructuredPruningModifier(Modifier):
     def _observe(self, state: State) -> None:
         """Hooks that follow channels and watch activations; gradients come with OPTIM_PRE_STEP."""
         assert state.model is not None
-        if self.dimension == "channels" and not self._groups:
+        if self._kind == "channels" and not self._groups:
             self.hook(state.model, self._first_forward(state), with_kwargs=True)
         else:
             self._watch(state.model)
@@ -410,7 +422,7 @@ class StructuredPruningModifier(Modifier):
             self._seen.pop(name, None)
 
     def _attributes(self, model: nn.Module, kept: list[tuple[Group, Tensor]]) -> dict[str, dict[str, int]]:
-        if self.dimension != "heads":
+        if self._kind != "heads":
             return {}
         return {g.name: head_counts(model.get_submodule(g.name), len(units), g.units) for g, units in kept}
 
@@ -418,7 +430,7 @@ class StructuredPruningModifier(Modifier):
         """New values of the config of a transformers model."""
         fields: dict[str, int] = {}
         for group, units in kept if is_transformers(model) else ():
-            if self.dimension == "mlp":
+            if self._kind == "mlp":
                 fields |= mlp_fields(model.config, group.units, len(units))
             else:
                 dim: int = model.get_submodule(group.name).head_dim  # type: ignore[assignment]
@@ -426,7 +438,7 @@ class StructuredPruningModifier(Modifier):
         return fields
 
     def _report(self, state: State, model: nn.Module) -> None:
-        tensors, what = _tensors(model), UNITS[self.dimension]
+        tensors, what = _tensors(model), UNITS[self._kind]
         said = f"the model: {self._before} -> {sum(p.numel() for p in model.parameters())} parameters"
         for group in self._groups.values():
             if group.units < group.dense:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from lightning_compress import compress
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.modifiers.structured import StructuredPruningModifier
 from tests.modifiers.training_loop import train
@@ -344,3 +345,23 @@ def test_without_the_library_channels_are_refused_and_the_message_says_what_to_i
     with pytest.raises(ImportError, match=r"pip install 'lightning-compress\[structured\]'"):
         initialized(perceptron(), StructuredPruningModifier(dimension="channels", start=0))
     initialized(llama(), StructuredPruningModifier(dimension="mlp", start=0))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_auto_takes_mlps_where_there_are_some_and_channels_elsewhere():
+    block = nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = block
+
+        def forward(self, x):
+            return self.mlp["fc2"](self.mlp["fc1"](x).relu())
+
+    model, batch = nn.Sequential(Block(), nn.Linear(8, 4)), torch.randn(4, 8)
+    compress(model, StructuredPruningModifier(dimension="auto", ratio=0.5), [batch])
+    assert [model[0].mlp["fc1"].out_features, model[1].in_features] == [8, 8]
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    compress(model, StructuredPruningModifier(dimension="auto", ratio=0.5), [batch])
+    assert [model[0].out_features, model[2].out_features] == [8, 4]
