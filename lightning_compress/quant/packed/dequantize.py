@@ -28,10 +28,10 @@ def dequantize(model: nn.Module) -> list[str]:
             raise ValueError("the model is a packed Linear itself and cannot be replaced; put it into a module")
         model.set_submodule(name, _linear(module))
     records, caches = quantized_modules(model), quantized_caches(model)
-    for module in records.values():
-        detach(module)
-    for module in caches.values():
-        detach_cache(module)
+    for layer in records.values():
+        detach(layer)
+    for attention in caches.values():
+        detach_cache(attention)
     return [*packed, *records, *caches]
 
 
