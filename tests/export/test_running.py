@@ -278,3 +278,24 @@ def test_a_dtype_is_for_models_that_are_built_here(folders, tiny_llama):
     for model, dtype in ((tiny_llama(), torch.bfloat16), (None, torch.int8)):
         with pytest.raises(ValueError, match=rf"dtype={dtype} is for a model of transformers that is built here"):
             load(folders["W4A16"], model, dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("packed", [False, True])
+def test_onnx_runtime_computes_the_same_for_dynamic_scales(tmp_path, packed):
+    for needed in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    import onnxruntime
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)).eval()
+
+    net, x = build(), torch.randn(4, 1, 8, 8)
+    compress(net, QuantizationModifier(scheme="W8A8", targets=["Linear", "Conv2d"]), [x])
+    net = load(save(net, tmp_path / "net"), build(), packed=packed)
+    batch = ({0: torch.export.Dim("batch", min=2)},)
+    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False, dynamic_shapes=batch)
+    session, other = onnxruntime.InferenceSession(tmp_path / "net.onnx"), torch.randn(7, 1, 8, 8)
+    (y,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    assert_close(torch.from_numpy(y), net(other).detach(), rtol=1e-5, atol=1e-6)
