@@ -67,6 +67,11 @@ def select(
     hits = {t: {n for n, m in named.items() if match_rank(n, m, t)} for t in [*targets, *ignore]}
     matched = [n for n in named if any(n in hits[t] for t in targets)]
     if not matched:
+        if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+            raise ValueError(
+                f"{field}={targets} match nothing, since the model is scripted (torch.jit), so that its layers have "
+                f"lost their classes: compress the model that was scripted"
+            )
         raise ValueError(unmatched_message(targets, named, field))
     for target in targets:
         if not hits[target]:

@@ -127,12 +127,13 @@ def watched(model: nn.Module, all_experts: bool = False) -> Iterator[None]:
 
 def _fault(module: nn.Module) -> str | None:
     """None: no fused experts; else why they cannot be split, empty where they can."""
-    down, both = (module._parameters.get(name) for name in ("down_proj", "gate_up_proj"))
+    own = dict(module.named_parameters(recurse=False))         # not _parameters: a scripted module has another kind
+    down, both = own.get("down_proj"), own.get("gate_up_proj")
     if down is None or down.ndim != 3:
         return None
     if both is None:
         return "they have no gate_up_proj of gate and up in one tensor"
-    if getattr(module, "has_bias", "gate_up_proj_bias" in module._parameters):
+    if getattr(module, "has_bias", "gate_up_proj_bias" in own):
         return "they have biases"
     ordered = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
     E, H, inner = down.shape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_compress.quant.matrix import is_transposed
+from lightning_compress.quant.matrix import check_weights_work, is_transposed
 from lightning_compress.sharing import check_unshared
 
 __all__ = ["MaskedWeights", "check_own_weights", "check_parametrizations", "has_matrix", "trained_weight"]
@@ -69,6 +69,7 @@ class MaskedWeights:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
+        check_weights_work(modules, "prune", in_place=True)
         check_parametrizations(modules)
         self.modules = dict(modules)
         self.masks: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_compress.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.maths.masks import check_structure, n_of_m
-from lightning_compress.quant.matrix import as_matrix, is_supported
+from lightning_compress.quant.matrix import as_matrix, check_weights_work, is_supported
 from lightning_compress.sharing import check_unshared
 
 __all__ = ["PruningArguments", "never_saw_data", "share_of_zeros", "zeros_stay"]
@@ -96,6 +96,7 @@ class PruningArguments(BaseModel):
         named = list(self.sparsity) if isinstance(self.sparsity, dict) else self.targets
         field = "sparsity" if isinstance(self.sparsity, dict) else "targets"
         modules = select_weights(model, named, self.ignore, field=field)
+        check_weights_work(modules, "prune")
         if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_supported(m)]:
             raise ValueError(
                 f"cannot prune {', '.join(other[:5])}: expected Linear, Conv1d, Conv2d or the Conv1D of transformers, "

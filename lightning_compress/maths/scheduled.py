@@ -11,6 +11,7 @@ from lightning_compress.matching import Names, match_rank, select_weights, warn_
 from lightning_compress.maths.masked import MaskedWeights, check_own_weights, has_matrix
 from lightning_compress.maths.masks import check_structure, global_masks, keep_mask
 from lightning_compress.maths.schedules import Schedule, progress, value_at
+from lightning_compress.quant.matrix import check_weights_work
 
 __all__ = ["ScheduledSparsity"]
 
@@ -70,6 +71,7 @@ class ScheduledSparsity(BaseModel):
             ValueError: Nothing matches, or a weight is no matrix, or the structure does not divide it (all are named).
         """
         modules = select_weights(model, self.targets, self.ignore)
+        check_weights_work(modules, "prune", in_place=True)
         if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not has_matrix(m)]:
             raise ValueError(
                 f"cannot prune {', '.join(other[:5])}: expected modules with a weight of two or more dimensions; add "

@@ -32,7 +32,7 @@ from lightning_compress.distributed import all_reduce_
 from lightning_compress.maths.hessian import MomentPool
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.matrix import as_matrix, input_layout, only_input, write_matrix
+from lightning_compress.quant.matrix import as_matrix, check_weights_work, input_layout, only_input, write_matrix
 from lightning_compress.quant.rounding import round_module
 from lightning_compress.quant.scales import group_columns, minmax
 from lightning_compress.smoothing.finder import PairFinder
@@ -208,8 +208,9 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
-        schemes = self.assign(state.model)
-        self.finder(state.model, {name: state.model.get_submodule(name) for name in schemes})
+        modules = {name: state.model.get_submodule(name) for name in self.assign(state.model)}
+        check_weights_work(modules, "smooth", in_place=True)
+        self.finder(state.model, modules)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -26,7 +26,7 @@ from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.batch_norm import fold_all
 from lightning_compress.quant.embeddings import Embeddings, check_trainable
 from lightning_compress.quant.facts import weight_error, weight_facts
-from lightning_compress.quant.matrix import as_matrix
+from lightning_compress.quant.matrix import as_matrix, check_weights_work
 from lightning_compress.quant.parametrization import (
     FakeQuantize,
     Lifted,
@@ -152,6 +152,7 @@ class QATModifier(QuantizationArguments, Modifier):
         records = _taken_off(model)
         try:
             schemes = self.assign(model)
+            check_weights_work({name: model.get_submodule(name) for name in schemes}, "train", in_place=True)
             _check_records(records, schemes)
             check_trainable({name: model.get_submodule(name) for name in schemes})
         except BaseException:

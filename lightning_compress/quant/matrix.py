@@ -11,7 +11,7 @@ features), N tokens (a convolution: places of the window), P partitions (groups 
 own inputs; 1 for all others).
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lightning_compress.quant.expert import ExpertLinear, tokens_of
 __all__ = [
     "CONVOLUTIONS",
     "as_matrix",
+    "check_weights_work",
     "input_layout",
     "inputs_as_rows",
     "is_embedding",
@@ -37,6 +38,65 @@ __all__ = [
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bool = False) -> None:
+    """ValueError names a module whose weight cannot be read or written, and says why and what to do.
+
+    Args:
+        modules: What a modifier will change, by dotted name.
+        verb: What it does to them, such as ``quantize``.
+        in_place: It does arithmetic in place, which tensors made under ``torch.inference_mode`` do not allow.
+    """
+    faults = {name: fault for name, module in modules.items() if (fault := _weight_fault(module, in_place))}
+    for name, fault in faults.items():
+        alike = [other for other, same in faults.items() if same == fault and other != name]
+        more = f" (and {len(alike)} more: {', '.join(map(repr, alike[:3]))})" if alike else ""
+        raise ValueError(f"cannot {verb} {name!r} ({type(modules[name]).__name__}){more}: {fault}, or add it to ignore")
+
+
+def _weight_fault(module: nn.Module, in_place: bool) -> str | None:
+    """Why the weight is none to work with, and what to do; None too where the module has no weight at all."""
+    if isinstance(module, ExpertLinear) or isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
+        return None                                                            # whoever asks looks at those himself
+    own = module._parameters
+    if "weight" not in own:
+        return _computed(module)
+    weight = own["weight"]
+    if weight is None:
+        return "its weight is None; give it one"
+    if weight.is_meta:
+        return "its weight is on the meta device, so it has no values; load the weights first"
+    if not weight.numel():
+        return f"its weight has shape {list(weight.shape)}, so there is nothing in it; leave the layer out"
+    if weight.dtype not in FLOATS:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"its weight is {dtype}, expected float16, bfloat16, float32 or float64; start from the dense model"
+    copied = "give it a copy: module.weight = nn.Parameter(module.weight.detach().clone())"
+    if any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
+        return f"the elements of its weight share memory (an expanded tensor); {copied}"
+    if in_place and weight.is_inference():
+        return f"its weight was made under torch.inference_mode and cannot be changed in place; {copied}"
+    return None
+
+
+def _computed(module: nn.Module) -> str | None:
+    """Why ``weight`` is not a Parameter of its own; None where there is no such thing."""
+    own = module._parameters
+    if "weight_g" in own:
+        return "torch.nn.utils.weight_norm computes its weight; call torch.nn.utils.remove_weight_norm(module) first"
+    if "weight_orig" in own and "weight_mask" in module._buffers:
+        return "torch.nn.utils.prune computes its weight; call torch.nn.utils.prune.remove(module, 'weight') first"
+    if "weight_orig" in own:
+        return "torch.nn.utils.spectral_norm computes its weight; call torch.nn.utils.remove_spectral_norm first"
+    weight = getattr(module, "weight", None)
+    if callable(weight) and not isinstance(weight, Tensor):
+        return "its weight is a method, as in modules that torch.ao has quantized; start from the float model"
+    if isinstance(weight, Tensor):
+        kind = "a buffer" if "weight" in module._buffers else "a plain attribute"
+        return f"its weight is {kind}, not a Parameter; register it: module.weight = nn.Parameter(weight)"
+    return None
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -25,7 +25,15 @@ from torch import nn
 from lightning_compress.matching import match_rank, select_weights, warn_of_left_out
 from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is_one_table
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.matrix import CONVOLUTIONS, SUPPORTED, as_matrix, is_embedding, is_supported, weight_of
+from lightning_compress.quant.matrix import (
+    CONVOLUTIONS,
+    SUPPORTED,
+    as_matrix,
+    check_weights_work,
+    is_embedding,
+    is_supported,
+    weight_of,
+)
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.sharing import owners_of, shared_message
 
@@ -425,6 +433,7 @@ def _check_modules(
     schemes: Mapping[str, QuantizationScheme],
     embeddings: Embeddings,
 ) -> None:
+    check_weights_work(modules, "quantize")
     tables = {n for n, m in modules.items() if is_embedding(m)}
     odd = {n: m for n, m in modules.items() if not is_supported(m) and (n not in tables or embeddings == "refused")}
     named = _named([f"{n!r} ({type(m).__name__})" for n, m in odd.items()])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, EventType, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.matching import Names, select
-from lightning_compress.quant.matrix import as_matrix, inputs_as_rows, is_supported, only_input
+from lightning_compress.quant.matrix import as_matrix, check_weights_work, inputs_as_rows, is_supported, only_input
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.smoothing.finder import PairFinder
 from lightning_compress.smoothing.fold import fold
@@ -145,6 +145,7 @@ class SmoothingModifier(MappingArguments, Modifier):
 
     def _find(self, model: nn.Module) -> dict[str, nn.Module]:
         found = select(model, self.targets, self.ignore)
+        check_weights_work(found, "smooth", in_place=True)
         odd = [f"{name!r} ({type(module).__name__})" for name, module in found.items() if not is_supported(module)]
         if odd:
             raise ValueError(f"cannot smooth the inputs of {', '.join(odd[:5])}: expected layers with a weight matrix")

@@ -2,11 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
+from torch.nn.utils import prune, spectral_norm, weight_norm
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+import lightning_compress as lc
 from lightning_compress.quant.matrix import (
     as_matrix,
+    check_weights_work,
     input_layout,
     inputs_as_rows,
     is_embedding,
@@ -126,3 +130,83 @@ def test_unfold_order_is_the_order_of_the_weight():
     x = torch.arange(8.0).view(1, 2, 2, 2)
     assert torch.equal(inputs_as_rows(conv, x)[0, 0], x.flatten())
     assert_close(F.linear(inputs_as_rows(conv, x)[0], as_matrix(conv)).flatten(), conv(x).detach().flatten())
+
+
+def with_weight(weight: torch.Tensor | None, register: str | None = "parameter") -> nn.Linear:
+    layer = nn.Linear(32, 32)
+    del layer.weight
+    if register == "parameter":
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    elif register == "buffer":
+        layer.register_buffer("weight", weight)
+    else:
+        layer.weight = weight
+    return layer
+
+
+def under_inference_mode() -> nn.Linear:
+    with torch.inference_mode():
+        return nn.Linear(32, 32)
+
+
+def dynamic(layer: nn.Linear) -> nn.Module:
+    return quantize_dynamic(nn.Sequential(layer))[0]
+
+
+W = torch.ones(32, 32)
+ODD = {                                                # what it says of the weight; how to make it
+    "weight_norm computes its weight; call torch.nn.utils.remove_weight_norm": lambda: weight_norm(nn.Linear(32, 32)),
+    "spectral_norm computes its weight; call torch.nn.utils.remove_spectral": lambda: spectral_norm(nn.Linear(32, 32)),
+    "prune computes its weight; call torch.nn.utils.prune.remove": lambda: prune.identity(nn.Linear(32, 32), "weight"),
+    "its weight is a buffer, not a Parameter": lambda: with_weight(W, "buffer"),
+    "its weight is a plain attribute, not a Parameter": lambda: with_weight(W, "attribute"),
+    "its weight is a method, as in modules that torch.ao": lambda: dynamic(nn.Linear(32, 32)),
+    "its weight is on the meta device": lambda: nn.Linear(32, 32, device="meta"),
+    r"its weight has shape \[0, 32\], so there is nothing in it": lambda: with_weight(W[:0]),
+    "its weight is complex64, expected float16, bfloat16": lambda: with_weight(W.to(torch.complex64)),
+    "its weight is float8_e4m3fn, expected": lambda: with_weight(W.to(torch.float8_e4m3fn)),
+    "its weight is int8, expected": lambda: with_weight(W.to(torch.int8)),
+    "the elements of its weight share memory": lambda: with_weight(W[:1].expand(32, 32)),
+}
+WRITERS = [
+    lambda: lc.QuantizationModifier(scheme="W8A16", group_size=-1),
+    lambda: lc.GPTQModifier(scheme="W8A16", group_size=-1),
+    lambda: lc.AWQModifier(scheme="W4A16", group_size=16),
+    lambda: lc.AutoRoundModifier(scheme="W4A16", group_size=16),
+    lambda: lc.QATModifier(scheme="W8A16", group_size=-1, start=0),
+    lc.SmoothQuantModifier,
+    lambda: lc.SparseGPTModifier(sparsity=0.5),
+    lambda: lc.WandaPruningModifier(sparsity=0.5),
+    lambda: lc.MagnitudePruningModifier(final_sparsity=0.5),
+    lambda: lc.MovementPruningModifier(final_sparsity=0.5, end=2),
+    lambda: lc.LearnedMaskModifier(end=2),
+    lambda: lc.ConstantPruningModifier(start=0),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("message", ODD)
+def test_every_modifier_says_why_a_weight_is_none_to_work_with(message):
+    for writer in WRITERS:
+        layer, modifier = ODD[message](), writer()
+        with pytest.raises(ValueError, match=rf"cannot (quantize|smooth|prune) '0' \(Linear\): .*{message}"):
+            lc.compress(nn.Sequential(layer, nn.ReLU(), nn.Linear(32, 32)), modifier, [torch.randn(4, 32)])
+
+
+def test_a_weight_of_inference_mode_is_refused_by_those_that_change_it_in_place():
+    layer = under_inference_mode()
+    check_weights_work({"a": layer}, "quantize")
+    with pytest.raises(ValueError, match="cannot prune 'a' .Linear.: its weight was made under torch.inference_mode"):
+        check_weights_work({"a": layer}, "prune", in_place=True)
+
+
+def test_layers_with_the_same_fault_are_named_together():
+    layers = {name: nn.Linear(2, 2, device="meta") for name in "abc"}
+    with pytest.raises(ValueError, match=r"cannot prune 'a' \(Linear\) \(and 2 more: 'b', 'c'\): its weight is on"):
+        check_weights_work(layers, "prune")
+
+
+def test_a_scripted_model_is_refused_as_such():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="match nothing, since the model is scripted"):
+        lc.compress(scripted, lc.QuantizationModifier(scheme="W8A16", group_size=-1))
