@@ -88,6 +88,8 @@ class CompressionCallback(Callback):
         allow_recipe_change: Resume from a checkpoint that was written with another recipe.
         seed: Of the calibration samples, and of whatever is random while calibrating.
         moe_calibrate_all_experts: As in :func:`lightning_compress.compress`.
+        verify: Whether plain transformers, in a process of its own, answers a batch from the exported folder as the
+            model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
 
     Raises:
         ValueError: Neither or both of ``modifiers`` and ``recipe`` are given, or one of them is wrong.
@@ -116,6 +118,7 @@ class CompressionCallback(Callback):
         allow_recipe_change: bool = False,
         seed: int = 0,
         moe_calibrate_all_experts: bool = False,
+        verify: bool | str = "auto",
     ):
         arguments: dict[str, Any] = {
             "module": module,
@@ -130,6 +133,7 @@ class CompressionCallback(Callback):
             "allow_recipe_change": allow_recipe_change,
             "seed": seed,
             "moe_calibrate_all_experts": moe_calibrate_all_experts,
+            "verify": verify,
         }
         if (modifiers is None) == (recipe is None):
             both = "both" if modifiers is not None else "neither"

@@ -14,6 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 Compose = Callable[..., DictConfig]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_verification() -> Iterator[None]:
+    """``verify="auto"`` starts no process (seconds each) in these tests; True does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_compress.export.verify.AUTO_BYTES", -1)
+        yield
+
+
 @pytest.fixture
 def app_config(tmp_path: Path) -> Iterator[Compose]:
     """``app_config("+compress=gptq_w4", ...)``: the config of a run in ``tmp_path``."""

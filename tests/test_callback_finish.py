@@ -1,5 +1,6 @@
 """What happens at the end of training, and that it happens exactly once, however training ends."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -494,3 +495,30 @@ def test_blocks_that_match_nothing_are_told_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"blocks=\['layrs'\] matches none"):
         quiet(tmp_path, rounding(blocks=["layrs"])).fit(module, Sums())
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+# -- the exported folder is read back ----------------------------------------------------------------------------------
+
+
+def test_a_folder_that_answers_otherwise_is_a_warning_and_stands_in_the_report(tmp_path, monkeypatch):
+    seen = []
+
+    def answers(model, folder, run):
+        seen.append((folder, run().shape, (folder / "config.json").exists()))
+        return 0.9, "it answers otherwise"
+
+    monkeypatch.setattr("lightning_compress.export.verify.answers", answers)
+    trainer = quiet(tmp_path, rounding(verify=True))
+    with pytest.warns(UserWarning, match="it answers otherwise"):
+        trainer.fit(Regression(), Sums())
+    (folder, shape, written) = seen[0]
+    assert (len(seen), folder, written) == (1, tmp_path / "compressed", True)
+    assert shape[0] > 1                                                       # one calibration batch
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert summary["verify"] == {"difference": 0.9, "fault": "it answers otherwise"}
+    assert not list(tmp_path.glob(".compressed*"))
+
+
+def test_verify_is_one_of_three():
+    with pytest.raises(ValueError, match="verify='always': expected 'auto', True or False"):
+        rounding(verify="always")

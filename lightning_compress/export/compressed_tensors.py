@@ -50,6 +50,7 @@ from lightning_compress.export.own_file import FORMAT_VERSION, read_own
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
 from lightning_compress.export.rehearsal import check_processors
 from lightning_compress.export.tensors import TensorFiles, naming, read_json, write_tensors
+from lightning_compress.export.verify import answers
 from lightning_compress.finite import nonfinite
 from lightning_compress.interruption import check_uninterrupted
 from lightning_compress.matching import clean_name, without_parallel
@@ -96,6 +97,7 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
     origin: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> Path:
     """Write a compressed model; the model stays as it is, and what is written appears whole or not at all.
 
@@ -114,13 +116,15 @@ def save(
         max_shard_bytes: Weights above this go into several files with an index.
         origin: Kept in export_manifest.json: ``run``, the name of the run, and whatever else says where the model is
             from. What is replaced must be of the same run.
+        verify: Let plain transformers, in a process of its own, answer the model's ``dummy_inputs`` from the folder
+            (some 10 seconds); the folder stays when its answers are not the model's.
 
     Returns:
         The folder's absolute path.
 
     Raises:
         ValueError: The model holds NaN, its compression was interrupted, the folder exists or cannot be written, the
-            recipe is no plain data.
+            recipe is no plain data; or, with ``verify``, what is wrong with the folder.
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
@@ -130,7 +134,10 @@ def save(
     check_processors(listed)
     with as_linears(model) as stored:
         _save(model, stored, folder, listed, recipe, overwrite, max_shard_bytes, origin)
-    return Path(folder).expanduser().resolve()
+    path = Path(folder).expanduser().resolve()
+    if verify and (fault := answers(model, path)[1]):
+        raise ValueError(fault)
+    return path
 
 
 def _save(

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from lightning_compress.calibration.activations import BatchRunner
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
 from lightning_compress.calibration.sequential import calibrate
 from lightning_compress.calibration.walker import WALKS, Walk
@@ -34,6 +35,7 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
 from lightning_compress.evaluation import Measurement, compare, evaluate
+from lightning_compress.export import verify
 from lightning_compress.export.compressed_tensors import save
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.interruption import marked_when_interrupted
@@ -69,6 +71,7 @@ class Plan:
     offload_device: str = "cpu"
     seed: int = 0
     moe_calibrate_all_experts: bool = False
+    verify: bool | Literal["auto"] = "auto"
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class Plan:
             raise ValueError(f"calibration_batches={self.calibration_batches}: expected at least 1")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ValueError(f"eval_batches={self.eval_batches}: expected at least 1; evaluate=False measures nothing")
+        if self.verify not in ("auto", True, False):
+            raise ValueError(f"verify={self.verify!r}: expected 'auto', True or False")
         if self.walk not in WALKS:
             raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
         try:
@@ -174,6 +179,7 @@ class Finish:
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     ties_before: int = 0
+    sample: Any = None
 
     @property
     def module(self) -> nn.Module:
@@ -407,6 +413,7 @@ class Finish:
         batches = self._calibration_batches() if any(m.needs_data for m in modifiers) else None
         if batches and not hasattr(self.pl_module, "calibration_step"):
             check_batch(self.module, batches[0], IN_TRAINER)             # again: perhaps nothing was trained
+        self.sample = batches[0] if batches else None
         with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
             calibrate(
                 lifecycle,
@@ -518,11 +525,25 @@ class Finish:
             save(self.module, folder, tokenizer=beside, recipe=self.recipe, overwrite=again, origin=origin)
             if self.outputs is not None:                       # else that folder is deleted
                 self.facts["export_dir"] = str(folder)
+                self._verify(folder)
         except Exception as error:
             if quantized_modules(self.module) or not isinstance(error, ValueError):
                 error.add_note("the compressed model, weights stored dense, is in compressed.ckpt")
                 raise
             rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
+
+    def _verify(self, folder: Path) -> None:
+        """Let plain transformers answer one batch from the folder; other answers than the model's are a warning."""
+        if not verify.is_wanted(self.module, folder, self.plan.verify):
+            return
+        with self._undisturbed(), self._timed("verify"):
+            forward = self._forward([] if self.sample is None else [self.sample])
+            runner = BatchRunner(self.module, forward)
+            run = None if self.sample is None else (lambda: runner(self.sample))
+            gap, fault = verify.answers(self.module, folder, run)
+        self.facts["verify"] = {"difference": gap, "fault": fault}
+        if fault:
+            rank_zero_warn(fault)
 
     def _summary(self) -> dict[str, Any]:
         sums = summary.totals(self.state.ledger)

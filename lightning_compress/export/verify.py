@@ -1,0 +1,154 @@
+"""Does an exported folder answer as the model that was saved? Plain transformers reads it in a new process.
+
+The process knows neither this package nor this process's state: it sees what a user of the folder sees. It runs on the
+CPU, on the inputs of one call of the model in memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_compress.export import hugging_face
+from lightning_compress.export.online import online_entries
+
+__all__ = ["answers", "is_wanted"]
+
+TOLERANCE = 0.02            # of the logits' norm; bfloat16 on two devices differs by less, random experts by about 1
+SECONDS = 600
+AUTO_BYTES = 2 * 10**9
+READER = """
+import json, sys, torch, transformers
+from safetensors.torch import load_file, save_file
+folder, work = sys.argv[1:]
+call = json.load(open(f"{work}/call.json"))
+model = getattr(transformers, call["class"]).from_pretrained(folder)
+with torch.no_grad():
+    out = model.eval()(**load_file(f"{work}/inputs"), **call["settings"])
+save_file({"out": out[call["key"]].float().contiguous()}, f"{work}/out")
+"""
+
+
+def is_wanted(model: nn.Module, folder: Path, wish: bool | str) -> bool:
+    """Whether to look: as wished, or (``auto``) where a class of transformers reads the folder and it is below 2 GB."""
+    import transformers
+
+    readable = hugging_face.is_transformers(model) and hasattr(transformers, type(model).__name__)
+    if wish == "auto":
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return readable and not online_entries(model) and size <= AUTO_BYTES
+    return bool(wish)
+
+
+def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None) -> tuple[float | None, str]:
+    """How far the answers of the folder are from the model's, and what is wrong with that; empty where nothing is.
+
+    Args:
+        model: As it was saved.
+        folder: The export.
+        run: Calls the model once on a batch; None: transformers' dummy inputs are taken.
+    """
+    if not hugging_face.is_transformers(model):
+        return None, f"{folder} is not verified: a {type(model).__name__} is not a model of transformers"
+    try:
+        call = _recorded_call(model, run or (lambda: model(**hugging_face.example_of(model))))
+        gap = _difference(model, folder, call)
+    except Exception as error:
+        return None, f"{folder} is not verified: {error}; lightning_compress.load reads what other loaders do not"
+    if gap <= TOLERANCE:
+        return gap, ""
+    garbage = ", as those of a model with random weights" if gap > 0.5 else ""
+    return gap, (
+        f"{hugging_face.installed()} loads {folder} without an error and answers otherwise: its logits are off by "
+        f"{100 * gap:.3g} % of their norm{garbage}; lightning_compress.load answers as this model does"
+    )
+
+
+def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
+    """The keyword arguments with which ``run`` calls the model, and its output as ``output``.
+
+    Args:
+        model: It is in evaluation mode inside.
+        run: Calls the model once.
+    """
+    calls: list[dict[str, Any] | None] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        names = [model.main_input_name] if len(args) == 1 and hasattr(model, "main_input_name") else []
+        simple = all(isinstance(v, Tensor | bool | int | float | str | None) for v in (*args, *kwargs.values()))
+        named = dict(zip(names, args, strict=False)) | kwargs
+        calls.append(named | {"output": output} if simple and len(names) == len(args) else None)
+
+    modes = {module: module.training for module in model.modules()}
+    handle = model.register_forward_hook(record, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model.eval()
+            run()
+    finally:
+        handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not calls or calls[0] is None:
+        raise ValueError("the model was not called with tensors and numbers by name, which another process could take")
+    return calls[0]
+
+
+def _difference(model: nn.Module, folder: Path, call: Mapping[str, Any]) -> float:
+    """How far the logits of the folder are from those of the model: the norm of the difference by that of the logits.
+
+    Args:
+        model: A model of transformers, as it was saved.
+        folder: The export.
+        call: As :func:`_recorded_call` gave it.
+
+    Raises:
+        ValueError: The folder does not load, or does not take these inputs; says what the loader said.
+    """
+    expected, key = _largest(call["output"])
+    tensors = {name: value.cpu().contiguous() for name, value in call.items() if isinstance(value, Tensor)}
+    settings = {name: value for name, value in call.items() if name != "output" and name not in tensors}
+    with tempfile.TemporaryDirectory() as work:
+        save_file(tensors, f"{work}/inputs")
+        words = {"class": type(model).__name__, "key": key, "settings": settings}
+        Path(work, "call.json").write_text(json.dumps(words), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-c", READER, str(folder), work],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        if done.returncode:
+            reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+            raise ValueError(f"{hugging_face.installed()} does not load {folder}, or does not run it: {reason}")
+        got = load_file(f"{work}/out")["out"]
+    if got.shape != expected.shape:
+        raise ValueError(f"{folder} answers {tuple(got.shape)} numbers, the model in memory {tuple(expected.shape)}")
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _largest(output: Any) -> tuple[Tensor, str]:
+    """The largest tensor of floats among the outputs, such as the logits, and its name."""
+    if not isinstance(output, Mapping):
+        raise ValueError(f"the model returns a {type(output).__name__}, expected outputs of transformers, by name")
+    tensors = {k: v for k, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    if not tensors:
+        raise ValueError(f"the model returns {sorted(output)}, and no tensor of floats among them")
+    key = max(tensors, key=lambda name: (name.startswith("logits"), tensors[name].numel()))
+    return tensors[key].detach().float().cpu(), key
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without GPU, without the network, and without what would make it a rank of a run."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in ranks and not key.startswith("SLURM_")}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
