@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from lightning_compress import AutoRoundModifier, QuantizationModifier, compress, save
+from lightning_compress import AutoRoundModifier, CompressionCallback, QuantizationModifier, compress, save
 from lightning_compress.recipe import load_recipe
+from tests.training_runs import quiet
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "conf" / "compress").glob("*.yaml"))
 
@@ -117,3 +120,31 @@ def test_the_groups_of_the_docs_run_on_a_llama_and_reload_in_plain_transformers(
     save(model, tmp_path / "out")
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(plain(**batch).logits, model(**batch).logits)
+
+
+class Classifier(LightningModule):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("recipe", ["structured_25", "distill_cached"])
+def test_recipes_that_look_at_the_first_batch_train_as_they_are(tmp_path, monkeypatch, recipe, kind):
+    monkeypatch.chdir(tmp_path)                                        # distill_cached writes teacher_cache there
+    make, batch = MODELS[kind]
+    loader = DataLoader(TensorDataset(batch(), torch.randint(10, (8,))), batch_size=4)
+    model = make()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    quiet(tmp_path, CompressionCallback(recipe=recipe), max_epochs=2).fit(Classifier(model), loader)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    assert (0.5 * before < after < 0.85 * before) if recipe == "structured_25" else after == before
+    assert (tmp_path / "compressed" / "model.safetensors").exists()
