@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_compress import AutoRoundModifier, AWQModifier, GPTQModifier, SmoothQuantModifier, compress
 from lightning_compress.calibration import calibrate
 from tests.calibration_models import LockstepWatcher, Watcher, inputs_of, started
 
@@ -109,3 +110,41 @@ def test_the_decoder_has_a_mask_of_its_own():
         calibrate(*started(watcher, model=copy.deepcopy(model)), batches)
         wanted = [None if bool(mask.all()) else mask.bool().tolist() for mask in masks]
         assert [None if mask is None else mask.tolist() for mask in watcher.masks] == wanted
+
+
+# -- batches of several lengths ---------------------------------------------------------------------------------------
+
+LENGTHS = (40, 12, 5) * 4
+TECHNIQUES = {
+    "GPTQ": lambda: GPTQModifier(scheme="W4A16", group_size=32, ignore=["lm_head"]),
+    "AWQ": lambda: AWQModifier(scheme="W8A16", group_size=-1, ignore=["lm_head"]),
+    "AWQ by the layer": lambda: AWQModifier(scheme="W8A16", group_size=-1, ignore=["lm_head"], loss="layer"),
+    "SmoothQuant": lambda: SmoothQuantModifier(),
+    "AutoRound": lambda: AutoRoundModifier(scheme="W4A16", group_size=32, ignore=["lm_head"], iters=5, batch_size=16),
+}
+
+
+@pytest.mark.parametrize("make_modifier", TECHNIQUES.values(), ids=TECHNIQUES)
+def test_batches_of_several_lengths_count_as_one_padded_batch_in_any_order(make_modifier):
+    """Counted is every token once, so neither padding nor the last batch has a weight of its own."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 64, (1, length), generator=generator) for length in LENGTHS]
+    alone = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    wide = [{k: nn.functional.pad(t, (0, 40 - t.shape[1])) for k, t in batch.items()} for batch in alone]
+    padded = [{key: torch.cat([batch[key] for batch in wide]) for key in wide[0]}]
+
+    def compressed(batches):
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, pad_token_id=0, **sizes))
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, :4] *= 20             # so that scales are not decided by rounding
+        ledger = compress(model, make_modifier(), batches)
+        assert {row.tokens for row in ledger} == {sum(LENGTHS)}
+        return model.state_dict()
+
+    expected = compressed(alone)
+    for batches in (padded, alone[::-1]):
+        for name, weight in compressed(batches).items():
+            changed = (weight - expected[name]).abs() > 1e-4 * expected[name].abs().max()
+            assert changed.float().mean() < 0.002, name              # numbers on the edge between two codes
