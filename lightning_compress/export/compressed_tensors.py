@@ -295,7 +295,7 @@ def load(
     if packed is not False:
         with naming(folder):
             packing = pack_linears(model, stored, served=packed is None)
-        _say(packing, packed)
+        _say(packing, advise=packed is None and model is not layout)
         if packed and not packing.names:
             raise ValueError(f"{folder} holds no quantized Linear with a weight of its own; leave packed out")
     if fuse is not False:
@@ -550,10 +550,10 @@ def _scales_as(
     return tensors | {name: tensors[name].to(dtype) for name in ("weight_scale", "input_scale") if name in tensors}
 
 
-def _say(packing: Packing, asked: bool | None) -> None:
-    """What was packed and what not: a warning where another dtype would pack more, and nobody asked for this one."""
+def _say(packing: Packing, advise: bool) -> None:
+    """What was packed and what not: a warning where ``load`` could build a model that packs more."""
     better = [f"load(folder, dtype={dtype}) packs {count} of them" for dtype, count in packing.faster.items()]
-    if better and asked is None:
+    if better and advise:
         warnings.warn(f"{packing}; {better[0]}, packed=False keeps all dense without this warning", stacklevel=3)
     elif packing.names or packing.dense:
         log.info("%s", packing)

@@ -274,6 +274,12 @@ def test_what_was_packed_is_logged(folders, caplog):
     assert "packed 14 of 14 quantized modules" in caplog.text
 
 
+def test_no_dtype_is_advised_for_a_model_that_was_handed_in(folders, tiny_llama):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folders["W4A16"], tiny_llama())
+
+
 def test_a_dtype_is_for_models_that_are_built_here(folders, tiny_llama):
     for model, dtype in ((tiny_llama(), torch.bfloat16), (None, torch.int8)):
         with pytest.raises(ValueError, match=rf"dtype={dtype} is for a model of transformers that is built here"):
