@@ -5,6 +5,7 @@ Those that act while training are run for two steps: what they leave is exported
 16-mixed is not among them: torch has no autocast to float16 on the CPU of this suite.
 """
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -242,3 +244,70 @@ def test_a_float64_model_is_rounded_as_a_float64_reader_multiplies(name, argumen
     loaded = load(tmp_path / "saved", net(), packed=False)
     assert_same(loaded, model)
     assert torch.equal(loaded(batches[0]), model(batches[0]))
+
+
+def records_are_finite(model: nn.Module) -> bool:
+    """Scales above 0 and finite, in the weight and in the record."""
+    records = [quantized_of(module) for module in quantized_modules(model).values()]
+    scales = [getattr(record, name) for record in records for name in SCALES]
+    return all(bool((scale.isfinite() & (scale.float() > 0)).all()) for scale in scales if scale is not None)
+
+
+SCALES = ("scale", "global_scale", "input_scale", "input_global_scale")
+DEAD = [("Quantization", "NVFP4"), ("Quantization", "FP8"), ("GPTQ", "NVFP4"), ("GPTQ", "W8A8")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "scheme"), DEAD)
+def test_experts_that_see_zeros_or_nothing_get_finite_scales_and_a_flag(name, scheme, tmp_path):
+    model = mixture()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.gate_up_proj[0, :32] = 0             # silu(0) * up: what down_proj gets is 0
+    ignore, batches = ["lm_head", "re:.*gate$"], [IDS[0][:1, :2]]              # two tokens: some experts get none
+    batches.append(torch.arange(32)[None])                                     # ... but the first one does get some
+    ledger = lc.compress(model, made(name, scheme=scheme, ignore=ignore)(), batches, moe_calibrate_all_experts=True)
+    flagged = [row.module for row in ledger if any("its input was 0 throughout" in flag for flag in row.flags)]
+    assert flagged == ["model.layers.0.mlp.experts.0.down_proj"]
+    assert records_are_finite(model)
+    save(model, tmp_path / "saved")
+    with torch.no_grad():
+        assert load(tmp_path / "saved")(input_ids=IDS[0]).logits.isfinite().all()
+
+
+FP16 = ["gptq-w4", "gptq-w8a8", "rtn-imatrix", "rtn-fp8", "rtn-nvfp4", "awq", "smoothquant", "sparsegpt"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", [0.0, -3.0], ids=["large", "negative means"])
+@pytest.mark.parametrize("name", FP16)
+def test_float16_activations_of_30000_and_negative_means_leave_finite_weights(name, bias):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 16)).half()
+    net[0].weight.data.fill_(1.0 if bias else 1e4)
+    net[0].bias.data.fill_(bias)
+    net[1].weight.data.mul_(0.02)
+    modifier = AFTER[name][1]()
+    if "ignore" in modifier.model_fields_set:
+        modifier.ignore = []
+    lc.compress(net, modifier, [torch.randn(64, 32).half() for _ in range(3)], walk="whole")
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+    assert records_are_finite(net)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Quantization", "GPTQ"])
+@pytest.mark.parametrize("arguments", [W4, {"scheme": "W8A8"}], ids=["W4A16", "W8A8"])
+def test_every_tensor_of_a_model_of_several_dtypes_keeps_its_own(name, arguments, tmp_path):
+    model = llama().to(torch.bfloat16)
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
+    model.lm_head.weight.data = model.lm_head.weight.data.float()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    lc.compress(model, made(name, **arguments, ignore=["lm_head"])(), list(IDS))
+    save(model, tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    for key in ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"):
+        assert stored[key].dtype == before[key].dtype
+        assert torch.equal(stored[key], before[key])
+    assert {t.dtype for n, t in stored.items() if n.endswith("weight_scale")} == {torch.bfloat16}
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(model.state_dict()[n].dtype == t.dtype for n, t in before.items())

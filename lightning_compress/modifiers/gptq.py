@@ -51,7 +51,7 @@ from lightning_compress.quant.matrix import (
 )
 from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
 from lightning_compress.quant.record import Quantized, attach
-from lightning_compress.quant.rounding import check_dense, input_scales, round_embeddings, round_module
+from lightning_compress.quant.rounding import DEAD_INPUT, check_dense, input_scales, round_embeddings, round_module
 from lightning_compress.quant.schemes import no_group_order
 from lightning_compress.quant.shared_scales import GlobalScales
 
@@ -304,6 +304,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
             said = "one calibration batch: nothing held out to choose the damping or refinement by"
         shared.join()
         H_PCC = shared.moment.take()
+        dead = not H_PCC.any()
         factors, dampening = factorize_each(H_PCC, choice.dampening, by_size, retry=self.on_failure == "retry")
         if factors is None:
             if self.on_failure == "round":
@@ -317,6 +318,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         raised = dampening != choice.dampening
         flags = [
             said,
+            DEAD_INPUT if dead else None,
             f"damping {'raised to ' if raised else ''}{dampening:g}" if raised or auto else None,
             {(True, True): "refined", (True, False): "not refined"}.get((self.refine, choice.refine)),
         ]

@@ -30,7 +30,7 @@ from lightning_compress.quant.matrix import (
     partitions,
 )
 from lightning_compress.quant.observers import InputMoment, Observer, ObserverName, is_observed, make_observer
-from lightning_compress.quant.rounding import round_embeddings, round_module
+from lightning_compress.quant.rounding import DEAD_INPUT, round_embeddings, round_module
 from lightning_compress.quant.scales import group_columns
 from lightning_compress.quant.shared_scales import GlobalScales
 
@@ -170,7 +170,8 @@ class QuantizationModifier(QuantizationArguments, Modifier):
             facts = round_module(
                 name, module, scheme, self.scale_search, observer, shared, importance_PC, H_PGgg=form
             )
-            state.ledger.add(name, "rtn", tokens=tokens, **facts)
+            dead = observer is not None and observer.is_dead
+            state.ledger.add(name, "rtn", flag=DEAD_INPUT if dead else None, tokens=tokens, **facts)
 
     def _form(self, state: State, name: str) -> tuple[Tensor | None, int | None]:
         """With ``hessian``, E[x x^T] of each group of columns, [P, G, g, g], and its tokens; None before it saw any."""

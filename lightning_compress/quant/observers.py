@@ -69,6 +69,11 @@ class Observer(ABC):
     def _take(self, x: Tensor, low: float, high: float) -> None:
         """One activation, and its extremes, which are finite."""
 
+    @property
+    def is_dead(self) -> bool:
+        """True when it saw data, and all of it was 0: the scale then stands in for one."""
+        return self.batches > 0 and self.bounds() == (0.0, 0.0)
+
     def bounds(self) -> tuple[float, float]:
         """The lowest and the highest value that the grid covers."""
         return self.low, self.high

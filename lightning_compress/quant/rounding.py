@@ -21,6 +21,7 @@ from lightning_compress.quant.schemes import check_finite
 from lightning_compress.quant.shared_scales import GlobalScales
 
 __all__ = [
+    "DEAD_INPUT",
     "check_dense",
     "find_scales",
     "has_one_pass",
@@ -30,6 +31,7 @@ __all__ = [
     "round_module",
 ]
 
+DEAD_INPUT = "its input was 0 throughout calibration: no data chose its scales"
 MSE_POWER = 2.4          # of the GPTQ code: punishes the few large errors more than p = 2
 
 
