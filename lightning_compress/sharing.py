@@ -83,5 +83,5 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
 def _range(tensor: Tensor) -> tuple[int, int]:
     """The first byte, and the one behind the last."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    begin = tensor.storage_offset() * tensor.element_size()
-    return begin, begin + (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()
+    begin = int(tensor.storage_offset()) * tensor.element_size()
+    return begin, begin + (sum((size - 1) * int(stride) for size, stride in steps) + 1) * tensor.element_size()

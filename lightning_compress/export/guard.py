@@ -22,7 +22,7 @@ def guard_save_pretrained(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a model, and of its parts, look at what would be lost, each time it is called."""
     for module in model.modules():
         if callable(getattr(type(module), "save_pretrained", None)):
-            module.save_pretrained = MethodType(save_pretrained, module)
+            vars(module)["save_pretrained"] = MethodType(save_pretrained, module)
 
 
 # Its name is that of the method: a pickled model, whose bound methods pickle by name, then gets back the class's own.

@@ -196,8 +196,10 @@ def mend_layout(
             f"its outputs differ from this model's; lightning_compress.load restores them",
             stacklevel=4,
         )
+    outcome = "fail to load this folder"
     if fault := _merging_fault(model, packed):
-        pass
+        outcome += ", or load it with random experts, without an error, and answer garbage"
+        advice += "; save(..., verify=True) tells which"
     elif (fault := _layout_fault(model, config, packed) or "") and several:
         advice += "; with one scheme for the whole model, and no activations, transformers does too"
     elif fault or (bfloat16 and not several):
@@ -205,7 +207,7 @@ def mend_layout(
         _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
         return None
     if fault:
-        warnings.warn(f"{installed()} will fail to load this folder: {fault}; {advice}", stacklevel=4)
+        warnings.warn(f"{installed()} will {outcome}: {fault}; {advice}", stacklevel=4)
     if not bfloat16:
         return None
     _change(folder / "config.json", dtype="bfloat16")

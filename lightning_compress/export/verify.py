@@ -82,7 +82,7 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     calls: list[dict[str, Any] | None] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        names = [model.main_input_name] if len(args) == 1 and hasattr(model, "main_input_name") else []
+        names = [str(model.main_input_name)] if len(args) == 1 and hasattr(model, "main_input_name") else []
         simple = all(isinstance(v, Tensor | bool | int | float | str | None) for v in (*args, *kwargs.values()))
         named = dict(zip(names, args, strict=False)) | kwargs
         calls.append(named | {"output": output} if simple and len(names) == len(args) else None)

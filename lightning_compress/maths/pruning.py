@@ -109,7 +109,8 @@ class PruningArguments(BaseModel):
                     f"mask_structure={self.mask_structure!r} does not divide the columns of {', '.join(unfit[:5])}; "
                     f"add them to ignore, or choose another pattern"
                 )
-        check_unshared(model, modules, {name: m.weight for name, m in modules.items() if "weight" in m._parameters})
+        plain = {name: module for name, module in modules.items() if "weight" in module._parameters}
+        check_unshared(model, modules, {name: module.get_parameter("weight") for name, module in plain.items()})
         warn_of_left_out(model, modules, named, self.ignore)
         return modules
 

@@ -506,6 +506,8 @@ class Finish:
         try:
             with self._timed("export"):
                 self._export(outputs.export)
+            if "export_dir" in self.facts:
+                self._verify(outputs.export)
         finally:
             self.facts |= self._summary()
             ledger, folder = self.state.ledger, outputs.report
@@ -525,7 +527,6 @@ class Finish:
             save(self.module, folder, tokenizer=beside, recipe=self.recipe, overwrite=again, origin=origin)
             if self.outputs is not None:                       # else that folder is deleted
                 self.facts["export_dir"] = str(folder)
-                self._verify(folder)
         except Exception as error:
             if quantized_modules(self.module) or not isinstance(error, ValueError):
                 error.add_note("the compressed model, weights stored dense, is in compressed.ckpt")
