@@ -78,25 +78,18 @@ def make_own(folder: Path) -> None:
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
-RECIPES = {
-    "gptq.yaml": (
-        "modifiers:\n  gptq:\n    type: gptq\n    targets: [Linear]\n    ignore: ['re:.*head']\n    scheme: W4A16\n"
-    ),
-    "stack.yaml": (
-        "modifiers:\n  prune:\n    type: magnitude_pruning\n    targets: [Linear]\n    final_sparsity: 0.5\n"
-        "    start: 0\n    end: 4\n    update: 1\n  qat:\n    type: qat\n    targets: [Linear]\n    scheme: W4A16\n"
-    ),
-}
+RECIPES = Path(__file__).parents[2] / "conf" / "compress"
 TOKENS = (
     "[", "]", "{", "}", ":", "- ", "\n", "  ", "&a ", "*a", "!!python/object:os.system", "null", "010", "1:20", ".nan",
-    "<<: *a", "modifiers:", "type: gptq", "_target_: os.system", "${oc.env:HOME}", "re:(", "\t", "'", "é", "2:4",
+    "<<: *a", "modifiers:", "type: GPTQModifier", "_target_: os.system", "${oc.env:HOME}", "re:(", "\t", "'", "é",
+    "2:4",
 )  # fmt: skip
 
 
 def make_recipes(folder: Path) -> None:
     folder.mkdir(parents=True)
-    for name, text in RECIPES.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for path in RECIPES.glob("*.yaml"):
+        (folder / path.name).write_bytes(path.read_bytes())
 
 
 def damage_recipe(rng: random.Random, folder: Path) -> str:
@@ -158,5 +151,6 @@ def read_cache(folder: Path) -> None:
 READERS = (
     Reader("load", make_llama, damage, lambda folder: load(folder) and None),
     Reader("load_into", make_own, damage, lambda folder: load(folder, conv_net()) and None),
+    Reader("recipe", make_recipes, damage_recipe, read_one_recipe),
     Reader("cache", make_cache, damage, read_cache),
 )
