@@ -11,6 +11,7 @@ from lightning_compress import CompressionCallback, QuantizationModifier, compre
 from lightning_compress.core import Event, State
 from lightning_compress.rotation.online import Online, attach_online
 from lightning_compress.training.finish import Finish, Plan
+from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.sharing import ties
 from tests.training_runs import Regression, RoundingModifier, Sums, quiet
 
@@ -67,11 +68,16 @@ def test_quantized_activations_reach_every_rank(tmp_path):
     assert (tmp_path / "compressed" / "model.safetensors").exists()
 
 
+def ending(folder, module):
+    settings = (State(model=module.model), Plan(), {}, Event(), SavedFiles())
+    return Finish(quiet(folder, **DDP), module, None, *settings, outputs=None, run="run", clock_state={})
+
+
 @pytest.mark.parametrize(("scheme", "group_size", "told"), [("W8A8", None, True), ("W4A16", 8, False)])
 def test_what_workers_cannot_send_back_is_named(tmp_path, scheme, group_size, told):
     module = Regression()
     compress(module.model, QuantizationModifier(scheme=scheme, group_size=group_size, targets=["Linear"]))
-    end = Finish(quiet(tmp_path, **DDP), module, None, State(model=module.model), Plan(), {}, Event(), 0.0)
+    end = ending(tmp_path, module)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         end._warn_of_what_stays_behind()
@@ -82,7 +88,7 @@ def test_rotations_and_untied_weights_that_workers_cannot_send_back_are_named(tm
     module = Regression()
     module.model[2] = torch.nn.Linear(8, 8)
     module.model[2].weight = module.model[0].weight
-    end = Finish(quiet(tmp_path, **DDP), module, None, State(model=module.model), Plan(), {}, Event(), 0.0)
+    end = ending(tmp_path, module)
     end.ties_before = ties(module.model)
     module.model[2].weight = torch.nn.Parameter(module.model[0].weight.detach().clone())
     attach_online(module.model[0], Online("input", (1,) * 8))
