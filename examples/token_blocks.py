@@ -1,7 +1,8 @@
 """Streams of tokens, cut into blocks of one length and handed out as batches: the part that the demo's data share."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count as count_from
 from typing import Literal
 
 import lightning
@@ -34,18 +35,53 @@ class Blocks(Dataset[dict[str, Tensor]]):
 class Draws(Sampler[int]):
     """``count`` of ``size`` indices, drawn anew each epoch, the same on every rank.
 
-    Under DDP Lightning replaces a RandomSampler by one over the whole data set, and wraps any other sampler.
+    The order follows from the number of the epoch, so that a resumed run goes on with the order of the next one.
+    Under DDP Lightning replaces a RandomSampler by one over the whole data set, and wraps any other sampler, which then
+    never hears of ``set_epoch``.
+
+    Args:
+        size: Indices to draw from.
+        count: Indices of an epoch.
+        epoch: Gives the number of the epoch that begins; None: counted from 0.
+        seed: Of the first epoch's order, and so of all.
     """
 
-    def __init__(self, size: int, count: int, seed: int = 0) -> None:
-        self.size, self.count = size, count
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, size: int, count: int, epoch: Callable[[], int] | None = None, seed: int = 0) -> None:
+        counter = count_from(0)
+        self.size, self.count, self.seed = size, count, seed
+        self.epoch = epoch or (lambda: next(counter))
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        yield from torch.randperm(self.size, generator=self.generator)[: self.count].tolist()
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epoch()):
+            torch.randperm(self.size, generator=generator)
+        yield from torch.randperm(self.size, generator=generator)[: self.count].tolist()
+
+
+class ResumableLoader(DataLoader[dict[str, Tensor]]):
+    """A loader without workers that goes on within an epoch: Lightning saves the state of a loader that has one.
+
+    torchdata's StatefulDataLoader does the same with workers.
+    """
+
+    given = first = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        first, self.first = self.first, 0      # at the first batch: Lightning makes iterators that it does not use
+        assert self.batch_sampler is not None
+        for place, indices in enumerate(self.batch_sampler):
+            if place >= first:
+                self.given = place + 1
+                yield self.collate_fn([self.dataset[index] for index in indices])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["given"] % len(self)                 # after the last batch the next epoch begins
 
 
 class TokenBlocks(lightning.LightningDataModule):
@@ -101,8 +137,11 @@ class TokenBlocks(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         blocks = self.parts["train"]
-        sampler = Draws(len(blocks), min(len(blocks), self.wanted["train"]))
-        return DataLoader(blocks, self.batch_size, sampler=sampler, drop_last=len(blocks) >= self.batch_size)
+        sampler = Draws(len(blocks), min(len(blocks), self.wanted["train"]), self._epoch)
+        return ResumableLoader(blocks, self.batch_size, sampler=sampler, drop_last=len(blocks) >= self.batch_size)
+
+    def _epoch(self) -> int:
+        return 0 if self.trainer is None else self.trainer.current_epoch
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(self.parts["val"], self.batch_size)

@@ -63,7 +63,8 @@ from lightning_compress.training.submodule import choose, is_compiled
 __all__ = ["CompressionCallback"]
 
 E = EventType
-OF_THE_DENSE_MODEL = ("model_bytes_before", "metric_dense")        # facts that a resumed run cannot find out again
+# what a resumed run cannot find out again
+EARLIER_FACTS = ("model_bytes_before", "metric_dense", "batches_repeated_on_resume")
 
 
 class CompressionCallback(Callback):
@@ -292,6 +293,16 @@ class CompressionCallback(Callback):
         )
         check_windows(trainer, self.lifecycle.modifiers, self.clock.event())
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
+        if self._resumed:
+            resume.restore_loaders(trainer)
+            if repeated := resume.repeated_batches(trainer):
+                self._facts["batches_repeated_on_resume"] = self._facts.get("batches_repeated_on_resume", 0) + repeated
+                rank_zero_warn(
+                    f"this run is resumed after batch {repeated} of an epoch, and its training loader has no state: it "
+                    f"begins the epoch anew, so that {repeated} batches come again and as many at the end are left "
+                    f"out; resume from the end of an epoch, or use a loader with a state, such as "
+                    f"torchdata's StatefulDataLoader"
+                )
         if self._resumed and resume.after_last_batch(trainer):
             self._restore_random()
             resume.begin_epoch(trainer)
@@ -491,7 +502,7 @@ class CompressionCallback(Callback):
             "done": self.done,
             "random": [random_state.collect()],
             "run": self._run,
-            "facts": {name: self._facts[name] for name in OF_THE_DENSE_MODEL if name in self._facts},
+            "facts": {name: self._facts[name] for name in EARLIER_FACTS if name in self._facts},
         }
         check_plain(state, "CompressionCallback.state_dict()")
         return state

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,50 @@ def test_a_run_that_a_signal_ends_does_not_look_done(app_config: Any, library: s
         time.sleep(0.1)
     process.terminate()
     assert process.wait(120) == 143
+
+
+STACK = ["+compress=[distill,magnitude_cubic,qat_w4]", "trainer.max_epochs=3", "test=false"]
+KILL = "+callbacks.kill._target_=tests.support.killing.KillBefore"
+KILLED = {"at an epoch's end": (5, []), "inside an epoch": (7, ["+trainer.val_check_interval=0.5"])}
+
+
+@pytest.fixture(scope="module")
+def attempt() -> Iterator[Callable[..., int]]:
+    """``attempt(folder, *overrides)``: a run of train.py in a process of its own; the signal that ended it."""
+    command = [sys.executable, "-m", "tests.support.app_runs"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as runner:
+        assert runner.stdin is not None
+        assert runner.stdout is not None
+
+        def attempted(folder: Path, *overrides: str) -> int:
+            folder.mkdir(exist_ok=True)
+            runner.stdin.write(json.dumps([overrides, str(folder)]) + "\n")
+            runner.stdin.flush()
+            answer = json.loads(runner.stdout.readline())
+            assert not answer["failed"], answer["failed"]
+            return int(answer["signal"])
+
+        yield attempted
+        runner.stdin.close()
+
+
+@pytest.mark.parametrize("moment", KILLED)
+def test_a_killed_run_of_the_app_resumes_with_the_same_bits(
+    library: str, tmp_path: Path, attempt: Callable[..., int], moment: str
+) -> None:
+    """Four steps an epoch; the last checkpoint is that of step 4, or with a validation in between of step 6."""
+    step, changes = KILLED[moment]
+    overrides = [*TINY, *STACK, library, *changes]
+    assert attempt(tmp_path / "whole", *overrides) == 0
+    killed = tmp_path / "killed"
+    assert attempt(killed, *overrides, KILL, f"+callbacks.kill.step={step}") == signal.SIGKILL
+    last = killed / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == step - 1
+    assert attempt(killed, *overrides, f"ckpt_path={last}") == 0
+    files = [folder / "compressed" / "model.safetensors" for folder in (tmp_path / "whole", killed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -1,13 +1,36 @@
-"""Resuming after the last batch of an epoch, where Lightning 2.6 needs help.
+"""Resuming within an epoch, and after the last batch of one, where Lightning 2.6 needs help.
+
+Lightning saves the states of loaders that have one, and forgets to load them where the loaders were made before the
+checkpoint was restored: any use of ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` does that.
 
 A checkpoint that was saved at the end of an epoch's last batch (``every_n_train_steps``) resumes at the next epoch.
 Lightning does not count that one as begun: its ``on_train_epoch_start`` never comes, and whoever resumes once more,
 from a checkpoint inside it, trains the epoch from its first batch again.
 """
 
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
 
-__all__ = ["after_last_batch", "begin_epoch"]
+__all__ = ["after_last_batch", "begin_epoch", "repeated_batches", "restore_loaders"]
+
+
+def restore_loaders(trainer: Trainer) -> None:
+    """Load the states of loaders that Lightning has left out; asked in on_train_start."""
+    loop = trainer.fit_loop
+    if loop._combined_loader is not None and loop._combined_loader_states_to_load:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
+        if loop._data_fetcher is not None:
+            iter(loop._data_fetcher)           # the iterator that is there began without the state
+
+
+def repeated_batches(trainer: Trainer) -> int:
+    """How many batches of the epoch that is resumed will come again, since a loader has no state; else 0."""
+    loop = trainer.fit_loop
+    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    if after_last_batch(trainer) or all(isinstance(loader, _Stateful) for loader in loaders):
+        return 0
+    return int(loop.epoch_loop.batch_progress.current.ready)
 
 
 def after_last_batch(trainer: Trainer) -> bool:
