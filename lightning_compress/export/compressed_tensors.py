@@ -48,7 +48,7 @@ from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.export.online import attach_all, check_all, online_entries, seal, unsealed
 from lightning_compress.export.own_file import FORMAT_VERSION, read_own
 from lightning_compress.export.quantization_config import cache_only, matched, quantization_config
-from lightning_compress.export.rehearsal import check_processors
+from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.export.tensors import TensorFiles, naming, read_json, write_tensors
 from lightning_compress.export.verify import answers
 from lightning_compress.finite import nonfinite
@@ -131,7 +131,6 @@ def save(
     model = without_parallel(getattr(model, "_orig_mod", model))                    # torch.compile's wrapper
     check_uninterrupted(model)
     listed = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
-    check_processors(listed)
     with as_linears(model) as stored:
         _save(model, stored, folder, listed, recipe, overwrite, max_shard_bytes, origin)
     path = Path(folder).expanduser().resolve()
@@ -162,6 +161,7 @@ def _save(
             "transformers quantized this model when it loaded it; load its folder with lightning_compress.load instead "
             "and save what that returns"
         )
+    rehearse(model, processors)
     caches = _caches(model)
     recipe_yaml = None if recipe is None else _yaml(recipe)
     reasons = _dense_on_disk(model, records)

@@ -315,7 +315,7 @@ def skeleton(
     with torch.device("meta"):
         with naming(path):
             settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        expected = model_class.config_class
+        expected = model_class.config_class  # type: ignore[attr-defined]
         if expected is not None and not isinstance(settings, expected):
             raise ValueError(
                 f"{path}: model_type {config.get('model_type')!r} does not belong to the architecture {architecture!r}"

@@ -305,6 +305,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         shared.join()
         H_PCC = shared.moment.take()
         dead = not H_PCC.any()
+        dead = not H_PCC.any()
         factors, dampening = factorize_each(H_PCC, choice.dampening, by_size, retry=self.on_failure == "retry")
         if factors is None:
             if self.on_failure == "round":

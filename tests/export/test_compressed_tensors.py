@@ -477,3 +477,11 @@ def test_sizes_that_the_config_does_not_promise_are_named(tmp_path, tiny_llama):
     mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight[:96])
     with pytest.warns(UserWarning, match=r"3 weights do not have the sizes.*gate_proj.weight \(96, 128\), by th"):
         save(model, tmp_path / "out")
+
+
+def test_tied_weights_as_a_list_are_refused_by_save(tmp_path, tiny_llama):
+    model = tiny_llama(tie_word_embeddings=True)
+    model._tied_weights_keys = ["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\._tied_weights_keys is a list, and transformers 5 saves"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
