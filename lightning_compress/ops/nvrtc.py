@@ -4,20 +4,22 @@ By ctypes on libnvrtc and libcuda, whose C interfaces have been the same for yea
 torch.cuda._compile_kernel does the same, but is private, keeps nothing on disk, and before it compiles it asks for
 the headers of a CUDA toolkit, which a torch from PyPI lacks; cuda.bindings is one more dependency.
 
-Machine code lies in $XDG_CACHE_HOME/lightning_compress (or ~/.cache/...), named by all that went into it.
+Machine code lies in $XDG_CACHE_HOME/lightning_compress (or ~/.cache/...), named by all that went into it
+(code_cache.py).
 """
 
 import ctypes
 import hashlib
 import importlib.util
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lightning_compress.ops.code_cache import CodeCache
 
 __all__ = ["Kernel", "UnavailableError", "compiled", "load", "library"]
 
@@ -101,17 +103,10 @@ def compiled(source: str, options: Sequence[str]) -> bytes:
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     all_of_it = "\0".join([source, *options, f"{major.value}.{minor.value}"])
-    place = _folder() / f"{hashlib.sha256(all_of_it.encode()).hexdigest()}.cubin"
-    if place.is_file():
-        return place.read_bytes()
-    code = _compile(nvrtc, source, options)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, place)                             # there whole, or not at all
-    except OSError:                                              # a disk that cannot be written: compiled every time
-        pass
+    kept, key = CodeCache(_folder()), hashlib.sha256(all_of_it.encode()).hexdigest()
+    if (code := kept.read(key)) is None:
+        code = _compile(nvrtc, source, options)
+        kept.write(key, code)
     return code
 
 
