@@ -56,6 +56,7 @@ class MaskLogits(nn.Module):
         self.logits = nn.Parameter(logits)
         self.S_KM, self.transposed = S_KM, is_transposed(module)
         self.active = False
+        self.in_batch = False                                       # of training; also what runs without gradients
         # tensors: numbers would compile anew each step
         self.kappa, self.tau = (torch.ones((), dtype=torch.float32) for _ in range(2))
         self.seed = 0
@@ -65,7 +66,8 @@ class MaskLogits(nn.Module):
             # DDP waits for the gradient of every parameter, and gets zeros
             unused = 0 * self.logits.sum().to(weight.dtype) if torch.is_grad_enabled() else None
             return weight.view_as(weight) if unused is None else weight + unused     # a view: no second owner of it
-        mask = self.soft() if torch.is_grad_enabled() else self.hard()       # modes say nothing: see from_pretrained
+        soft = self.in_batch or torch.is_grad_enabled()      # modes say nothing: see from_pretrained
+        mask = self.soft() if soft else self.hard()
         return weight * self.like(mask, weight)
 
     def soft(self) -> Tensor:
@@ -237,8 +239,11 @@ class LearnedMaskModifier(Modifier):
         match event.type_:
             case EventType.BATCH_START:
                 self._final = {}                                    # training goes on, after a test in between
+                self._set_in_batch(True)
                 if learning:
                     self._draw(event)
+            case EventType.BATCH_END:
+                self._set_in_batch(False)
             case EventType.LOSS_CALCULATED if learning and self.regularization:
                 self._regularize(state, event)
             case EventType.OPTIM_PRE_STEP if learning:
@@ -248,6 +253,16 @@ class LearnedMaskModifier(Modifier):
                 self._weights.apply_to_gradients()
             case EventType.OPTIM_POST_STEP:
                 self._weights.apply_to_weights()
+
+    def _set_in_batch(self, in_batch: bool) -> None:
+        """Reentrant gradient checkpointing runs the first pass of a training batch without gradients."""
+        for module in self._weights.modules.values():
+            if (logits := parametrization_of(module, MaskLogits)) is not None:
+                logits.in_batch = in_batch
+
+    def interrupt(self) -> None:
+        self._set_in_batch(False)
+        super().interrupt()
 
     def _draw(self, event: Event) -> None:
         """This batch's temperature, scale and noise."""

@@ -96,7 +96,8 @@ def _apply(model: nn.Module, structure: _Structure) -> None:
             untied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             setattr(model.get_submodule(path), attribute, untied)
     for name, tied in structure.tied.items():
-        model.get_submodule(name).config.tie_word_embeddings = tied
+        config: Any = model.get_submodule(name).config
+        config.tie_word_embeddings = tied
 
 
 def _outline(model: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

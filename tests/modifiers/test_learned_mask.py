@@ -395,3 +395,37 @@ def test_weights_that_cannot_have_a_mask_are_named():
     with pytest.raises(ValueError, match="the weight of '2' is shared with '3.weight'"):
         started(model, targets=["2"])
     assert list(model.state_dict()) == list(copy.deepcopy(model).state_dict())
+
+
+def test_reentrant_gradient_checkpointing_trains_the_same_masks(tmp_path):
+    """Its first pass runs without gradients, and is the soft mask's all the same; validation sees the hard one."""
+    from torch.utils.checkpoint import checkpoint
+
+    import lightning_compress
+    from tests.training_runs import Regression, Sums, quiet
+
+    def losses(reentrant):
+        class Checkpointed(Regression):
+            def forward(self, x):
+                x = x.requires_grad_(torch.is_grad_enabled())
+                return checkpoint(self.model, x, use_reentrant=True) if reentrant else self.model(x)
+
+            def training_step(self, batch, batch_idx):
+                told.append(float((loss := self.error(batch)).detach()))
+                return loss
+
+            def on_validation_batch_end(self, *args):
+                told.append(bool((self.model[0].weight == 0).float().mean() == 0.5))
+
+        told = []
+        torch.manual_seed(0)
+        masks = lightning_compress.LearnedMaskModifier(start=0, end=6, init_std=1.0, ignore=["2"])
+        callback = lightning_compress.CompressionCallback(masks, evaluate=False)
+        folder = tmp_path / str(reentrant)
+        options = {"max_epochs": 2, "num_sanity_val_steps": 2, "val_check_interval": 2}
+        quiet(folder, callback, **options).fit(Checkpointed(), Sums(shuffle=False))
+        return told
+
+    plain = losses(reentrant=False)
+    assert plain.count(True) == 16 + 2                                     # with those before training
+    assert losses(reentrant=True) == plain
