@@ -39,7 +39,7 @@ RECIPES = {
     "gemma2.beside": groups(INT4, INT8),
     "gpt2.beside": groups(INT8, INT4),
     "bert.beside": groups(INT4, INT8),
-    "opt.beside activations": groups(INT8, INT8, TOKENS),
+    "opt.beside activations": groups(INT8, INT8, TOKENS) | {"ignore": ["re:.*fc[12]$"]},       # those get rows
     "t5.with the layers": ALONE | {"ignore": ["re:.*relative_attention_bias"]},
 }
 DENSE = {
