@@ -316,7 +316,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
     path = saving.best_model_path if "kept" in saving.best_model_path else next((tmp_path / "kept").glob("*.ckpt"))
     callback = CompressionCallback(FreezeModifier(targets=["0"]))
     with pytest.raises(KeyError, match="contains only the model"):
-        quiet(tmp_path, callback, max_epochs=2).fit(regression(), Sums(), ckpt_path=path)
+        quiet(tmp_path / "resumed", callback, max_epochs=2).fit(regression(), Sums(), ckpt_path=path)
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "2:4", "qat"])

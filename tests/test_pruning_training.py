@@ -237,7 +237,6 @@ def test_a_stack_of_distillation_movement_and_quantization(tmp_path):
     [
         ({"end": 10}, "end=10 lies past the end of the run, which covers 80% of the window: the run has 8 steps"),
         ({"end": 4, "unit": "epoch"}, "end=4 lies past .* covers 50% of .* has 8 steps, 2 in unit 'epoch'"),
-        ({"end": 2, "unit": "fraction"}, "end=2 lies past .* covers 50% .* has 8 steps, 1 in unit 'fraction'"),
         ({"start": 8, "end": 9}, "start=8 is not before the end of the run, so it will never start: .* 8 steps"),
     ],
     ids=str,

@@ -20,7 +20,9 @@ CASES = {
         SmoothQuantModifier(targets=t, ignore=i), GPTQModifier(scheme="W8A8", targets=t, ignore=i),
     ]),
     "equalized_w8a8": ("opt", lambda m, t, i: [
-        LogarithmicEqualizationModifier(targets=t, ignore=i), GPTQModifier(scheme="W8A8", targets=t, ignore=i),
+        LogarithmicEqualizationModifier(targets=t, ignore=i),
+        # plain transformers takes one scale for all rows that fc1 and fc2 of OPT get, [batch * tokens, features]
+        GPTQModifier(scheme="W8A8", targets=t, ignore=[*i, "re:.*fc[12]$"]),
     ]),
     "awq_w4": ("gemma3", lambda m, t, i: [AWQModifier(config_groups=m, ignore=i, n_grid=5)]),
     "awq_gptq_w4": ("phi3", lambda m, t, i: [
