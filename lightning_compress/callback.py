@@ -511,9 +511,20 @@ class CompressionCallback(Callback):
         """Take back what :meth:`state_dict` gave; only fit resumes, validate and test load weights alone.
 
         Raises:
-            ValueError: The checkpoint was written with another recipe, and ``allow_recipe_change`` is not set.
+            ValueError: The checkpoint was written with another recipe, and ``allow_recipe_change`` is not set; or its
+                state is not one that this version writes.
         """
         self._knows_checkpoint = True
+        try:
+            self._load_state_dict(state_dict)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint holds a state of CompressionCallback that cannot be read "
+                f"({type(error).__name__}: {error}): it is damaged, or another version of lightning-compress wrote it; "
+                f"resume with that version, or load the weights alone and train from step 0"
+            ) from error
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage not in (None, "fit"):
             if self.lifecycle.initialized and not self.lifecycle.finalized:    # cut short, now tested
                 self.lifecycle.weights_loaded(state_dict["modifiers"])
@@ -524,9 +535,10 @@ class CompressionCallback(Callback):
                 "the recipe differs from that of the checkpoint:\n  " + "\n  ".join(changes) + "\n"
                 "resume with the recipe of the first run, or set allow_recipe_change=True"
             )
+        states = dict(state_dict["modifiers"].items())
         for key, modifier in zip(self.lifecycle.keys(), self.lifecycle.modifiers, strict=True):
-            if key in state_dict["modifiers"]:
-                modifier.load_state_dict(state_dict["modifiers"][key])
+            if key in states:
+                modifier.load_state_dict(states[key])
         self.clock.load_state_dict(state_dict["clock"])
         self.ledger.load_state_dict(state_dict["ledger"])
         self.done = state_dict["done"]

@@ -268,3 +268,19 @@ def test_batches_that_a_loader_without_a_state_repeats_are_named(tmp_path, state
     assert len(told) == (not stateful)
     summary = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert summary.get("batches_repeated_on_resume") == (None if stateful else 2)
+
+
+DAMAGE = [{"clock": None}, {"modifiers": []}, {"recipe": 3}, {"ledger": [3]}, {"done": ...}]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+def test_a_state_that_is_not_ours_is_one_clear_error(damage):
+    callback = CompressionCallback(RoundingModifier())
+    state = callback.state_dict()
+    for key, value in damage.items():
+        if value is ...:
+            del state[key]
+        else:
+            state[key] = value
+    with pytest.raises(ValueError, match="a state of CompressionCallback that cannot be read"):
+        CompressionCallback(RoundingModifier()).load_state_dict(state)

@@ -19,7 +19,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStra
 from torch import Tensor, nn
 
 from lightning_compress.experts.split import PROJECTIONS, fused_experts
-from lightning_compress.export.tensors import naming, read_json
+from lightning_compress.export.tensors import TensorFiles, naming, read_json
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
@@ -41,6 +41,7 @@ __all__ = [
     "names_on_disk",
     "skeleton",
     "warn_of_caches",
+    "warn_of_dropped",
     "warn_of_sizes",
     "write",
     "write_configs",
@@ -48,6 +49,7 @@ __all__ = [
 
 PACKED = CompressionFormat.pack_quantized
 COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")     # keys of a config whose numbers become modules
+COMPUTED = re.compile(r"(inv_freq|(attn|attention)\.(masked_)?bias|position_index|num_batches_tracked|version)$")
 BUFFERS = 2**28                          # numbers in the buffers of a model that its files need not account for
 
 
@@ -268,6 +270,33 @@ def _layout_fault(
     except AttributeError as error:                       # T5: it reaches for the weights of its attention's Linears
         return f"{type(model).__name__} cannot be initialized with packed weights: {error}"
     return None
+
+
+def warn_of_dropped(model: "PreTrainedModel") -> None:
+    """Name the weights of the source folder that this class does not load, such as layers that predict more tokens.
+
+    transformers passes over them without a word where the class lists them in ``_keys_to_ignore_on_load_unexpected``;
+    the export cannot hold what was never loaded. Buffers that the class computes anew are not named.
+    """
+    folder = Path(getattr(model.config, "_name_or_path", "") or "")
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    if not patterns or not str(folder) or not folder.is_dir():
+        return
+    try:
+        names = TensorFiles(folder).names
+    except (OSError, ValueError):              # no safetensors there, or no longer whole: not what is being saved
+        return
+    dropped = [
+        name
+        for name in sorted(names)
+        if any(re.search(pattern, name) for pattern in patterns) and not COMPUTED.search(name)
+    ]
+    if dropped:
+        warnings.warn(
+            f"{folder} holds {len(dropped)} tensors that {type(model).__name__} does not load, such as {dropped[0]}; "
+            f"the export lacks them: a server that uses them (multi-token prediction) needs those of the dense model",
+            stacklevel=5,
+        )
 
 
 def warn_of_sizes(model: "PreTrainedModel") -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_compress.core.events import Event, EventType
@@ -397,7 +397,11 @@ def _read(path: Path, weights: MaskedWeights) -> dict[str, Tensor]:
             f"prior={str(path)!r}: expected 'magnitude', a .safetensors file, or a folder that holds model.safetensors"
         )
     read = {}
-    with safe_open(file, framework="pt") as stored:
+    try:
+        opened = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"prior={str(path)!r}: {file.name} is not a whole safetensors file: {error}") from error
+    with opened as stored:
         names = set(stored.keys())
         for name, W_RC in weights.matrices().items():
             if f"{name}.weight" not in names:

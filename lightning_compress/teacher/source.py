@@ -69,8 +69,7 @@ def _copy(model: nn.Module, source: str | Path) -> nn.Module:
 
 def _from_folder(path: Path, model: nn.Module) -> nn.Module:
     """A model of the class that the folder's config names, else of the student's class."""
-    config = path / "config.json"
-    named = (json.loads(config.read_text()).get("architectures") or [""])[0] if config.is_file() else ""
+    named = _class_named(path / "config.json")
     build = getattr(type(model), "from_pretrained", None)
     if named and named != type(model).__name__:
         try:
@@ -88,7 +87,23 @@ def _from_folder(path: Path, model: nn.Module) -> nn.Module:
         loaded: nn.Module = build(path, local_files_only=True)
     except UnpicklingError:
         raise _objects_error(path) from None
+    except Exception as error:                 # whatever transformers and safetensors raise on a damaged folder
+        raise ValueError(f"teacher={str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     return loaded
+
+
+def _class_named(config: Path) -> str:
+    """The first of the ``architectures`` of a config.json; empty where there is none."""
+    if not config.is_file():
+        return ""
+    try:
+        data = json.loads(config.read_text(encoding="utf-8"))
+        name = (data.get("architectures") or [""])[0]
+    except (AttributeError, KeyError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise ValueError(f"teacher: {config} is not the config of a model: {type(error).__name__}: {error}") from error
+    if not isinstance(name, str):
+        raise ValueError(f"teacher: {config} names {name!r} in architectures, expected the name of a class")
+    return name
 
 
 def _load_weights(teacher: nn.Module, path: Path) -> None:

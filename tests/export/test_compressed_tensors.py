@@ -485,3 +485,21 @@ def test_tied_weights_as_a_list_are_refused_by_save(tmp_path, tiny_llama):
     with pytest.raises(ValueError, match=r"LlamaForCausalLM\._tied_weights_keys is a list, and transformers 5 saves"):
         save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_the_class_never_loads_are_named(tmp_path, tiny_llama):
+    """Layers that predict more tokens (MTP) lie beside many models; from_pretrained passes over them."""
+    from transformers import AutoModelForCausalLM
+
+    from lightning_compress import QuantizationModifier, compress
+
+    source = tmp_path / "source"
+    tiny_llama().save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    extra = {"mtp.layers.0.weight": torch.ones(2), "mtp.layers.0.inv_freq": torch.ones(2)}
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model._keys_to_ignore_on_load_unexpected = ["mtp.*"]
+    compress(model, QuantizationModifier(scheme="W8A16", group_size=-1, ignore=["lm_head"]))
+    with pytest.warns(UserWarning, match=r"holds 1 tensors that LlamaForCausalLM does not load, such as mtp.layers.0"):
+        save(model, tmp_path / "out")

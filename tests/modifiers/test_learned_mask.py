@@ -309,6 +309,9 @@ def test_priors_that_cannot_be(tmp_path):
     save_file({"0.weight": torch.ones(4, 16), "2.weight": torch.ones(8, 32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"0.weight is \(4, 16\) as a matrix, and in this model \(32, 16\)"):
         started(network(), prior=tmp_path / "other.safetensors")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"half.safetensors is not a whole safetensors file"):
+        started(network(), prior=tmp_path / "half.safetensors")
 
 
 # -- with others ------------------------------------------------------------------------------------------------------

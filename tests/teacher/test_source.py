@@ -192,3 +192,28 @@ def test_a_folder_of_pickled_objects_is_refused_without_torchs_advice(tmp_path):
     with pytest.raises(ValueError, match="is damaged, or holds objects") as caught:
         build_teacher(str(tmp_path), transformers.LlamaForCausalLM(config()))
     assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "config.json is not the config of a model: AttributeError"),
+        ('{"archi', "config.json is not the config of a model: JSONDecodeError"),
+        ('{"architectures": 3}', "config.json is not the config of a model: TypeError"),
+        ('{"architectures": [3]}', "names 3 in architectures, expected the name of a class"),
+    ],
+    ids=["list", "half", "number", "names"],
+)
+def test_a_damaged_config_of_a_teacher_is_named(tmp_path, text, told):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        build_teacher(str(tmp_path), nn.Linear(2, 2))
+
+
+def test_a_damaged_folder_of_a_teacher_is_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaForCausalLM(config()).save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"teacher='.*' cannot be loaded: Safetensor"):
+        build_teacher(str(tmp_path), transformers.LlamaForCausalLM(config()))
