@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -189,7 +189,10 @@ class Finish:
     def compress(self) -> None:
         """Load the best weights, measure, calibrate, finalize, measure."""
         self.ties_before = ties(self.module)
-        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        bar = self.trainer.progress_bar_callback
+        if isinstance(bar, RichProgressBar):
+            bar.teardown(self.trainer, self.pl_module, "fit")    # else it is live until fit ends, and draws over ours
+        shown = self.trainer.is_global_zero and bar is not None
         with self._undisturbed(), ProgressReport(shown) as progress:
             with self._timed("load best"):
                 path, saved = alone(self._load_best, "loading the best checkpoint")

@@ -1,8 +1,12 @@
 """Progress of the work after training: one bar on a terminal, a line now and then elsewhere."""
 
+import logging
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,17 +40,17 @@ class ProgressReport:
         self._bar = _bar(console) if shown and console.is_terminal else None
         self._phase: str | None = None
         self._began = self._last = clock()
+        self._entered = ExitStack()
 
     def __enter__(self) -> "ProgressReport":
         if self._bar is not None:
-            self._bar.start()
+            self._entered.enter_context(_log_lines_above(self._bar))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._entered.close()
 
     def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
         """Show where the work is.
@@ -84,6 +88,29 @@ class ProgressReport:
         return f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
+@contextmanager
+def _log_lines_above(bar: Progress) -> Iterator[None]:
+    """Show the bar; what log handlers write to the terminal meanwhile goes above it, as rich does for ``print``.
+
+    A handler keeps the stream of its making, past rich's. Its line would go behind the bar, which then stays.
+    """
+    moved: list[tuple[logging.StreamHandler[Any], Any]] = []
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    with bar:
+        for handler in {handler for logger in loggers for handler in logger.handlers}:
+            if isinstance(handler, logging.StreamHandler) and _is_terminal(handler.stream):
+                moved.append((handler, handler.setStream(sys.stdout)))
+        try:
+            yield
+        finally:
+            for handler, stream in moved:
+                handler.setStream(stream)
+
+
+def _is_terminal(stream: Any) -> bool:
+    return bool(getattr(stream, "isatty", lambda: False)())
+
+
 def _bar(console: Console) -> Progress:
     """One row that fits the width of the terminal: the text gives way, the figures do not."""
     return Progress(
@@ -93,7 +120,8 @@ def _bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console,                       # a console of its own: Lightning's bar may be live
+        console=console,
+        redirect_stderr=_is_terminal(sys.stderr),                # a file of errors keeps its lines
         refresh_per_second=REDRAWS_PER_SECOND,
         speed_estimate_period=HOUR,            # a block may take longer than rich's default window of 30 s
         transient=True,

@@ -1,6 +1,7 @@
 """Progress on a terminal and in a pipe: one row, few redraws, time left, nothing that stays on the screen."""
 
 import io
+import logging
 import os
 import pty
 import re
@@ -120,6 +121,30 @@ def test_a_terminal_shows_one_row_within_80_columns_and_keeps_nothing():
     assert last_screen(text) == []
 
 
+def test_log_lines_go_above_the_bar_and_the_handler_gets_its_stream_back():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out, piped = Terminal(), io.StringIO()
+    logger = logging.getLogger("an_app")
+    handlers = [logging.StreamHandler(out), logging.StreamHandler(piped)]
+    logger.handlers[:], logger.propagate = handlers, False
+    try:
+        with ProgressReport(True, Console(file=out, force_terminal=True, width=80)) as progress:
+            progress("calibration", 1, 2)
+            progress._bar.refresh()
+            logger.warning("a line of the app")
+            progress._bar.refresh()
+        logger.warning("another")
+    finally:
+        logger.handlers.clear()
+    assert "calibration" in out.getvalue()
+    assert last_screen(out.getvalue()) == ["a line of the app", "another"]
+    assert piped.getvalue() == "a line of the app\nanother\n"
+    assert [handler.stream for handler in handlers] == [out, piped]
+
+
 def test_ten_thousand_updates_on_a_terminal_are_drawn_a_few_times():
     script = """
     import time
@@ -142,6 +167,7 @@ def test_calibration_on_a_terminal_costs_no_more_than_in_a_pipe(tmp_path):
     import sys, time
     import lightning as L
     import torch
+    from lightning.pytorch.callbacks import RichProgressBar
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
     from lightning_compress import CompressionCallback, GPTQModifier
@@ -175,9 +201,15 @@ def test_calibration_on_a_terminal_costs_no_more_than_in_a_pipe(tmp_path):
     L.Trainer(max_epochs=0, logger=False, accelerator="cpu", enable_checkpointing=False, default_root_dir=sys.argv[2],
               callbacks=[CompressionCallback(GPTQModifier(scheme="W8A16", group_size=-1))]).fit(Module(), data)
     print("cpu", time.process_time() - began)
+    L.Trainer(max_epochs=1, logger=False, accelerator="cpu", enable_checkpointing=False,
+              default_root_dir=sys.argv[2] + "/rich", callbacks=[RichProgressBar(), CompressionCallback(
+                  GPTQModifier(scheme="W8A16", group_size=-1))]).fit(Module(), data)
     """
     text = in_terminal(script, "4", str(tmp_path))
-    cpu = float(text.rsplit("cpu", 1)[1])
+    plain, rich = text.split("\ncpu")
+    cpu = float(rich.split()[0])
     assert cpu < 30                            # 0.6 s of work; one row of the bar for each layer and batch took 102 s
-    screen = last_screen(text)
-    assert not [line for line in screen if re.search(r"batch \d+/16", line)], screen
+    for text in (plain, rich):                 # Lightning's rich bar is live until the end of fit, over what it finds
+        screen = last_screen(text)
+        assert not [line for line in screen if re.search(r"batch \d+/16|\d:\d\d left", line)], screen
+        assert [line.split(":")[0] for line in screen][-1] == "compressed model", screen
