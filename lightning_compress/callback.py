@@ -32,8 +32,10 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.experts.split import split_while
+from lightning_compress.export.experts import planned_fault
 from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.interruption import check_uninterrupted
+from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import random_state, resume
 from lightning_compress.training.checks import (
@@ -246,7 +248,17 @@ class CompressionCallback(Callback):
         before = tensor_names(pl_module)
         with nullcontext() if self._windowed else split_while(module):        # who trains wants experts in one tensor
             self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
+            self._warn_of_readers(module)
         check_averaging(trainer, name, reshaping, tensor_names(pl_module) != before)
+
+    def _warn_of_readers(self, module: nn.Module) -> None:
+        """What plain transformers is known not to read is told before the run, not after it."""
+        schemes: dict[str, Any] = {}
+        for modifier in self.lifecycle.modifiers:
+            if isinstance(modifier, QuantizationArguments):
+                schemes |= modifier.planned
+        if fault := planned_fault(module, schemes):
+            rank_zero_warn(fault)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done and self._state.model is not None:

@@ -44,6 +44,7 @@ from lightning_compress.experts.split import fused_experts, join, split
 from lightning_compress.export import hugging_face
 from lightning_compress.export.atomic import whole_folder
 from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
+from lightning_compress.export.experts import experts_first, names_of_experts
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.export.online import attach_all, check_all, online_entries, seal, unsealed
 from lightning_compress.export.own_file import FORMAT_VERSION, read_own
@@ -246,7 +247,7 @@ def load(
     names = dict(own["names"])
     if hugging_face.is_transformers(layout) and fused_experts(layout):
         split(layout)
-        names = hugging_face.names_of_experts(layout) | names
+        names = names_of_experts(layout) | names
     weights, records, stored = {}, {}, {}
     if quantization:
         with naming(config_file, "quantization_config"):
@@ -350,6 +351,7 @@ def _write(
         config = quantization_config(model, packed) if packed or args is None else cache_only(args)
         config.kv_cache_scheme = args
         if is_transformers:
+            experts_first(model, config, {name: record.scheme for name, (_, record) in packed.items()})
             hugging_face.add_names_on_disk(model, config)
         ModelCompressor(quantization_config=config).update_config(str(folder))
         if is_transformers and caches:
@@ -428,7 +430,7 @@ def _experts_on_disk(model: nn.Module, packed: Records) -> dict[str, dict[str, T
     found: dict[str, dict[str, Tensor]] = {}
     if not any(isinstance(module, ExpertLinear) for module, _ in packed.values()):
         return found
-    for name, on_disk in hugging_face.names_of_experts(model).items():
+    for name, on_disk in names_of_experts(model).items():
         linear = model.get_submodule(name)
         assert isinstance(linear, ExpertLinear)
         local = pack(name, *packed[name]) if name in packed else {"weight": linear.weight.detach()}

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
 from torch import Tensor, nn
 
-from lightning_compress.experts.split import PROJECTIONS, fused_experts
+from lightning_compress.export.experts import fault_of_experts, installed, names_of_experts
 from lightning_compress.export.tensors import TensorFiles, naming, read_json
 from lightning_compress.matching import clean_name
 from lightning_compress.quant.expert import ExpertLinear
@@ -34,10 +33,8 @@ __all__ = [
     "add_names_on_disk",
     "build",
     "example_of",
-    "installed",
     "is_transformers",
     "mend_layout",
-    "names_of_experts",
     "names_on_disk",
     "skeleton",
     "warn_of_caches",
@@ -58,11 +55,6 @@ def is_transformers(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
-
-
-def installed() -> str:
-    """The version of transformers that is installed, for messages: what it can read changes from one to the next."""
-    return f"transformers {version('transformers')}"
 
 
 def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
@@ -117,31 +109,6 @@ def names_on_disk(model: "PreTrainedModel", names: Sequence[str]) -> dict[str, s
     return {names[int(mark)]: key.removesuffix(".weight") for key, mark in renamed.items()} | fused
 
 
-def names_of_experts(model: "PreTrainedModel") -> dict[str, str]:
-    """The names on disk of the projections of experts that lie in one tensor, by their names in the split model.
-
-    They are found by letting transformers take marked tensors [E, 2, 1] and [E, 1, 1] apart. Empty where it leaves
-    them whole on the disk.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    marked: dict[str, Tensor] = {}
-    owners: list[str] = []
-    for name, module in fused_experts(model).items():
-        experts = len(module.get_parameter("down_proj"))
-        for fused, parts in {"gate_up_proj": PROJECTIONS[:2], "down_proj": PROJECTIONS[2:]}.items():
-            first = len(owners)
-            owners += [f"{name}.{expert}.{part}" for expert in range(experts) for part in parts]
-            marks = torch.arange(first, len(owners), dtype=torch.float64)
-            marked[f"{name}.{fused}"] = marks.reshape(experts, len(parts), 1)
-    if not marked:
-        return {}
-    apart = revert_weight_conversion(model, marked)
-    if any(mark.numel() != 1 for mark in apart.values()):
-        return {}
-    return {owners[int(mark)]: key.removesuffix(".weight") for key, mark in apart.items()}
-
-
 def add_names_on_disk(model: "PreTrainedModel", config: QuantizationConfig) -> None:
     """Ignored modules under both their names: transformers matches the model's own, vLLM those on disk."""
     on_disk = names_on_disk(model, config.ignore)
@@ -191,23 +158,25 @@ def mend_layout(
     several = len(groups) != 1 or groups[0].input_activations is not None or config.kv_cache_scheme is not None
     bfloat16 = model.dtype != torch.bfloat16 and any(is_microscaled(group.weights) for group in groups)
     advice = "the folder is as it should be, and lightning_compress.load reads it"
-    experts = [packed[name][1].scheme for name in names_of_experts(model) if name in packed]
+    schemes = {name: record.scheme for name, (_, record) in packed.items()}
+    experts = [schemes[name] for name in names_of_experts(model) if name in schemes]
     if active := [scheme for scheme in experts if scheme.input_activations is not None]:
         warnings.warn(
             f"{installed()} will not quantize the inputs of {len(active)} projections of experts, so that "
             f"its outputs differ from this model's; lightning_compress.load restores them",
             stacklevel=4,
         )
-    outcome = "fail to load this folder"
-    if fault := _merging_fault(model, packed):
-        outcome += ", or load it with random experts, without an error, and answer garbage"
-        advice += "; save(..., verify=True) tells which"
-    elif (fault := _layout_fault(model, config, packed) or "") and several:
-        advice += "; with one scheme for the whole model, and no activations, transformers does too"
-    elif fault or (bfloat16 and not several):
-        path = folder / "config.json"
-        _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
-        return None
+    outcome, fault = fault_of_experts(model, schemes, config)
+    if fault:
+        advice += "; save(..., verify=True) tries it"
+    else:
+        outcome, fault = "fail to load this folder", _layout_fault(model, config, packed)
+        if fault and several:
+            advice += "; with one scheme for the whole model, and no activations, transformers does too"
+        elif fault or (bfloat16 and not several):
+            path = folder / "config.json"
+            _change(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
+            return None
     if fault:
         warnings.warn(f"{installed()} will {outcome}: {fault}; {advice}", stacklevel=4)
     if not bfloat16:
@@ -223,39 +192,10 @@ def mend_layout(
     return dtype
 
 
-def _merging_fault(model: "PreTrainedModel", packed: Mapping[str, tuple[nn.Module, Quantized]]) -> str:
-    """Why transformers cannot load weights that it merges on loading, such as experts; empty where it can."""
-    experts = names_of_experts(model)
-    if not _merges_weights(model):
-        return ""
-    if not experts or not packed.keys() >= experts.keys():
-        return f"it takes the weights that it merges in a {type(model).__name__}, such as experts, for quantized ones"
-    schemes = [packed[name][1].scheme for name in experts]
-    if any(scheme.model_dump() != schemes[0].model_dump() for scheme in schemes):
-        return "it unpacks all experts alike, and here they have several schemes"
-    weights = schemes[0].weights
-    assert weights is not None
-    rows = weights.strategy in (QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR)
-    plain = weights.symmetric and not is_microscaled(weights)
-    if not plain or not (rows if weights.type == "float" else infer_module_format(nn.Linear, schemes[0]) == PACKED):
-        return "of the formats of experts it unpacks packed integers without zero points, and FP8 by row or by tensor"
-    return ""
-
-
-def _merges_weights(model: "PreTrainedModel") -> bool:
-    """True when transformers, on loading, builds some weights out of several on disk: experts of a mixture."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:
-        return False
-    return any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model, add_legacy=False))
-
-
 def _layout_fault(
     model: "PreTrainedModel", config: QuantizationConfig, packed: Mapping[str, tuple[nn.Module, Quantized]]
-) -> str | None:
-    """Why transformers cannot lay this model out with packed weights; None when it can."""
+) -> str:
+    """Why transformers cannot lay this model out with packed weights; empty when it can."""
     for group in config.config_groups.values():
         grouped = group.weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
         if grouped and not group.weights.symmetric and group.format == CompressionFormat.pack_quantized:
@@ -269,7 +209,7 @@ def _layout_fault(
         layout.initialize_weights()
     except AttributeError as error:                       # T5: it reaches for the weights of its attention's Linears
         return f"{type(model).__name__} cannot be initialized with packed weights: {error}"
-    return None
+    return ""
 
 
 def warn_of_dropped(model: "PreTrainedModel") -> None:

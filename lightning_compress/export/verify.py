@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_compress.export import hugging_face
+from lightning_compress.export.experts import installed
 from lightning_compress.export.online import online_entries
 
 __all__ = ["answers", "is_wanted"]
@@ -67,7 +68,7 @@ def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None
         return gap, ""
     garbage = ", as those of a model with random weights" if gap > 0.5 else ""
     return gap, (
-        f"{hugging_face.installed()} loads {folder} without an error and answers otherwise: its logits are off by "
+        f"{installed()} loads {folder} without an error and answers otherwise: its logits are off by "
         f"{100 * gap:.3g} % of their norm{garbage}; lightning_compress.load answers as this model does"
     )
 
@@ -129,7 +130,7 @@ def _difference(model: nn.Module, folder: Path, call: Mapping[str, Any]) -> floa
         )
         if done.returncode:
             reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
-            raise ValueError(f"{hugging_face.installed()} does not load {folder}, or does not run it: {reason}")
+            raise ValueError(f"{installed()} does not load {folder}, or does not run it: {reason}")
         got = load_file(f"{work}/out")["out"]
     if got.shape != expected.shape:
         raise ValueError(f"{folder} answers {tuple(got.shape)} numbers, the model in memory {tuple(expected.shape)}")

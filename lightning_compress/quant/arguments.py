@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from compressed_tensors.quantization import QuantizationScheme
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, PrivateAttr, model_validator
 from torch import nn
 
 from lightning_compress.matching import Names, listed, select_weights
@@ -50,6 +50,8 @@ class QuantizationArguments(BaseModel):
     scheme: str | dict[str, str | list[str] | dict[str, Any] | None] | None = None
     group_size: GroupSize | None = None
     config_groups: dict[str, Any] | None = None
+
+    _planned: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _scheme_is_known(self) -> "QuantizationArguments":
@@ -101,11 +103,17 @@ class QuantizationArguments(BaseModel):
             names = {name for scheme in self.schemes for name in select_weights(state.model, scheme.targets, ignore)}
         return dict.fromkeys(sorted(names), "quantize")
 
+    @property
+    def planned(self) -> dict[str, QuantizationScheme]:
+        """What :meth:`assign` found last."""
+        return dict(self._planned)
+
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.schemes.assign`."""
         ignore = listed(self.ignore)
         try:
-            return assign(model, self.schemes, ignore, self.embeddings)
+            self._planned = assign(model, self.schemes, ignore, self.embeddings)
+            return dict(self._planned)
         except GroupSizeError as error:
             override = getattr(self, "override", None)           # of a modifier that Hydra built
             if override is None or (argument := self._group_size_of(error.scheme)) is None:
