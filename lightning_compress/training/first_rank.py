@@ -5,6 +5,7 @@ ranks wait in a gloo group of their own whose timeout is a year; when rank 0 fai
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -49,7 +50,8 @@ def _result(work: Callable[[], T], what: str, group: Any) -> T:
         try:
             result = work()
         except BaseException as error:
-            dist.broadcast_object_list([False, f"{type(error).__name__}: {error}"], src=0, group=group)
+            with suppress(RuntimeError):       # the others may be gone, as when SIGTERM came to all: this error counts
+                dist.broadcast_object_list([False, f"{type(error).__name__}: {error}"], src=0, group=group)
             raise
         dist.broadcast_object_list([True, result], src=0, group=group)
         return result

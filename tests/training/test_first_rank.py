@@ -1,5 +1,7 @@
 """Work of rank 0 alone."""
 
+import os
+import threading
 import time
 from datetime import timedelta
 
@@ -57,6 +59,24 @@ def test_a_failure_reaches_all(tmp_path):
     zero, one = two_processes(failing, tmp_path)
     assert zero == ("ArithmeticError", "singular")
     assert one == ("RuntimeError", "calibration failed on rank 0: ArithmeticError: singular")
+
+
+def deserted(rank):
+    def work():
+        time.sleep(1)
+        raise SystemExit(143)
+
+    if rank == 1:
+        threading.Timer(0.3, os._exit, (0,)).start()           # ended while it waits
+    try:
+        alone(work, "calibration")
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_rank_0_keeps_its_own_error_when_the_others_are_gone(tmp_path):
+    torch.save(None, tmp_path / "1.pt")
+    assert two_processes(deserted, tmp_path) == [143, None]
 
 
 def sharing(rank):

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress import CompressionCallback
+from tests.support.two_ranks import run_two_ranks
 from tests.training_runs import Regression, RoundingModifier, Sums, quiet
 
 
@@ -68,3 +71,25 @@ def test_a_handler_of_the_users_own_stays(tmp_path):
     finally:
         signal.signal(signal.SIGTERM, former)
     assert seen == ["theirs"]
+
+
+class InCalibrationOfAll(RoundingModifier):
+    folder: str
+
+    def on_calibration_end(self, state, event, **kwargs):
+        os.kill(int(Path(self.folder, "rank 1").read_text()), signal.SIGTERM)
+        time.sleep(0.5)
+        terminate()
+        raise AssertionError("it went on")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+def test_two_ranks_stop_with_that_code_and_without_a_hang(tmp_path):
+    def work(rank):
+        (tmp_path / f"rank {rank}").write_text(str(os.getpid()))
+        callback = CompressionCallback(InCalibrationOfAll(folder=str(tmp_path)))
+        quiet(tmp_path, callback, strategy="ddp", devices=2, max_epochs=1).fit(Regression(), Sums())
+
+    for end in run_two_ranks(work, tmp_path, 20):
+        assert end.splitlines()[-1].endswith("SIGTERMException: 143")
+    assert not (tmp_path / "compressed").exists()
