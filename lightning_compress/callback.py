@@ -57,6 +57,7 @@ from lightning_compress.training.first_rank import alone
 from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.requeue import requeue_only, supersede
+from lightning_compress.training.samples import OwnBatches
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
 from lightning_compress.training.sigterm import stopped_by_sigterm
@@ -167,6 +168,7 @@ class CompressionCallback(Callback):
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
         self._saved_files = SavedFiles()
+        self._own_batches = OwnBatches()
         self._outputs: Outputs | None = None   # where this fit writes; None in a fast_dev_run
         self._lock = FolderLock()
         self._unwatch: Callable[[], None] | None = None
@@ -470,7 +472,7 @@ class CompressionCallback(Callback):
 
     def _ending(self, trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, event: Event) -> Finish:
         run = (self.plan, self.recipe, event, self._saved_files, self._outputs, self._run)
-        done = (self.clock.state_dict(), self._seconds, self._facts)
+        done = (self.clock.state_dict(), self._own_batches, self._seconds, self._facts)
         return Finish(trainer, pl_module, lifecycle, self._state, *run, *done)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

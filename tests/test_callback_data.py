@@ -97,6 +97,32 @@ def test_what_is_said_is_also_what_helps(tmp_path):
         assert module.trained == 4
 
 
+@pytest.mark.parametrize("step", [False, True])
+def test_an_own_loader_is_looked_at_before_training_and_loses_no_batch(tmp_path, step):
+    class Own(Rows):
+        handed_out, asked = None, 0
+
+        def calibration_dataloader(self):
+            self.asked += 1
+            return self.handed_out
+
+    class OwnStep(Own):
+        def calibration_step(self, batch, batch_idx):
+            return self.model(batch)
+
+    module = OwnStep() if step else Own()
+    with pytest.raises(ValueError, match=r"Own(Step)?.calibration_dataloader\(\) returned None, expected a DataLoader"):
+        fit(tmp_path / "none", module, rows())
+    assert module.trained == 0
+    module = OwnStep() if step else Own()
+    module.handed_out = iter([ROWS[:4], ROWS[4:8]])
+    modifier = RoundingModifier()
+    callback = CompressionCallback(modifier, calibration_batches=2)
+    quiet(tmp_path / "iterator", callback, num_sanity_val_steps=0).fit(module, rows())
+    assert module.asked == 1
+    assert torch.equal(torch.cat(modifier._seen), ROWS[:8])
+
+
 def test_nothing_is_asked_where_nothing_calibrates_on_data(tmp_path):
     callback = CompressionCallback(RoundingModifier(data=False))
     quiet(tmp_path, callback).fit(Rows(), named(image=1))

@@ -48,7 +48,7 @@ from lightning_compress.training.first_rank import alone, send_tensors
 from lightning_compress.training.memory import peak_memory_bytes
 from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.progress import ProgressReport
-from lightning_compress.training.samples import SideBySide, first_batches, seeded_view, share_of
+from lightning_compress.training.samples import OwnBatches, SideBySide, first_batches, seeded_view, share_of
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.shapes import same_shapes
 from lightning_compress.training.sharing import share, ties
@@ -163,6 +163,7 @@ class Finish:
         outputs: Where to write; None: into a folder that is then deleted.
         run: The name of the run.
         clock_state: The callback's clock as numbers; with ``run`` it says which end of which run this is.
+        own_batches: Of the user's ``calibration_dataloader``; kept by the callback from the look at the first to the end.
     """
 
     trainer: Trainer
@@ -176,6 +177,7 @@ class Finish:
     outputs: Outputs | None
     run: str
     clock_state: dict[str, Any]
+    own_batches: OwnBatches = field(default_factory=OwnBatches)
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     ties_before: int = 0
@@ -228,16 +230,17 @@ class Finish:
             ValueError: The model cannot take it.
         """
         needy = any(m.needs_calibration and m.needs_data for m in self.lifecycle.modifiers)
-        if needy and not hasattr(self.pl_module, "calibration_step") and not isinstance(batch, Iterator):
+        if needy:
             alone(lambda: self._check_input(batch), "looking at the first calibration batch")
 
     def _check_input(self, batch: Any) -> None:
         with self._undisturbed():
-            own = self._calibration_loader()
-            batches = [self._to_device(b) for b in first_batches(own, 1)] if own is not None else [batch]
+            own = self.own_batches.first(self._owners())
+            batches = [batch] if own is None else [self._to_device(b) for b in own]
         if not batches:
             raise ValueError("the calibration loader is empty, expected at least one batch")
-        check_batch(self.module, batches[0], IN_TRAINER)
+        if not hasattr(self.pl_module, "calibration_step") and not isinstance(batches[0], Iterator):
+            check_batch(self.module, batches[0], IN_TRAINER)
 
     def hand_over(self) -> None:
         """In the midst of training: calibrate those of ``lifecycle`` that others go on from; every rank calls this."""
@@ -434,7 +437,7 @@ class Finish:
     def _calibration_batches(self) -> list[Any]:
         """Batches as the model gets them, kept on the offload device."""
         wanted = 1 if self.trainer.fast_dev_run else self.plan.calibration_batches
-        own = self._calibration_loader()
+        own = self.own_batches.loader(self._owners())
         if own is not None:
             loader, which = own, "the first of calibration_dataloader()"
         else:
@@ -448,11 +451,9 @@ class Finish:
         self.facts |= {"calibration_batches": len(batches), "calibration_samples": which}
         return batches
 
-    def _calibration_loader(self) -> Any:
-        """A new loader of the user's ``calibration_dataloader``, or None."""
-        owners = (self.trainer.datamodule, self.pl_module)
-        own = [getattr(owner, "calibration_dataloader", None) for owner in owners]
-        return next((make() for make in own if make is not None), None)
+    def _owners(self) -> tuple[Any, ...]:
+        """Who may have a ``calibration_dataloader``."""
+        return self.trainer.datamodule, self.pl_module
 
     def _offloaded(self, batch: Any) -> Any:
         """Batches for a ``calibration_step`` stay on the device: their tensors tell it which batch they are."""

@@ -6,14 +6,15 @@ augmentation inside the dataset stays on; give the datamodule a ``calibration_da
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-__all__ = ["SideBySide", "first_batches", "seeded_view", "share_of"]
+__all__ = ["OwnBatches", "SideBySide", "first_batches", "seeded_view", "share_of"]
 
 
 def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], str]:
@@ -67,6 +68,46 @@ def share_of(loader: Any, rank: int, ranks: int) -> Any:
 def first_batches(loader: Iterable[Any], batches: int) -> list[Any]:
     """At most ``batches`` batches of a loader."""
     return list(islice(iter(loader), batches))
+
+
+class OwnBatches:
+    """Batches of the user's ``calibration_dataloader``. A look at the first loses none, not even of an iterator."""
+
+    def __init__(self) -> None:
+        self._looked_at: Iterable[Any] | None = None
+
+    def first(self, owners: Sequence[Any]) -> list[Any] | None:
+        """The first batch in a list, empty where there is none; None where none of the owners has the method."""
+        loader = _asked(owners)
+        if loader is None:
+            return None
+        begun = iter(loader)
+        head = list(islice(begun, 1))
+        self._looked_at = chain(head, begun) if begun is loader else loader
+        return head
+
+    def loader(self, owners: Sequence[Any]) -> Iterable[Any] | None:
+        """What was looked at and not used yet, else a new loader; None where none of the owners has the method."""
+        looked_at, self._looked_at = self._looked_at, None
+        return _asked(owners) if looked_at is None else looked_at
+
+
+def _asked(owners: Sequence[Any]) -> Iterable[Any] | None:
+    """What the first ``calibration_dataloader`` among the owners returns; ValueError for what holds no batches."""
+    for owner in owners:
+        if (make := getattr(owner, "calibration_dataloader", None)) is not None:
+            loader = make()
+            if not isinstance(loader, Iterable) or isinstance(loader, Tensor | Mapping | str):
+                raise ValueError(
+                    f"{type(owner).__name__}.calibration_dataloader() returned {_a(loader)}, expected a DataLoader, a "
+                    f"list or an iterator of batches; without that method samples of the training set calibrate"
+                )
+            return loader
+    return None
+
+
+def _a(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _population(loader: DataLoader[Any], seed: int) -> Sequence[int]:

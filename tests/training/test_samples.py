@@ -1,9 +1,10 @@
 """Which samples calibrate."""
 
+import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
 
-from lightning_compress.training.samples import first_batches, seeded_view, share_of
+from lightning_compress.training.samples import OwnBatches, first_batches, seeded_view, share_of
 
 ROWS = torch.arange(40)
 
@@ -79,3 +80,29 @@ def test_several_loaders_go_side_by_side():
     assert "a: 4 of 40" in said
     view, _ = seeded_view(list(loaders.values()), 2, 0)
     assert isinstance(first_batches(view, 1)[0], list)
+
+
+class Owner:
+    def __init__(self, *returned):
+        self.returned = list(returned)
+
+    def calibration_dataloader(self):
+        return self.returned.pop(0)
+
+
+@pytest.mark.parametrize("make", [list, iter, lambda rows: DataLoader(rows, None)], ids=["list", "iterator", "loader"])
+def test_a_look_at_the_first_own_batch_loses_none(make):
+    own, owners = OwnBatches(), [object(), Owner(make([1, 2, 3]), make([4, 5]))]
+    assert own.first(owners) == [1]
+    assert first_batches(own.loader(owners), 9) == [1, 2, 3]
+    assert first_batches(own.loader(owners), 9) == [4, 5]
+    assert OwnBatches().first([object()]) is OwnBatches().loader([object()]) is None
+    assert OwnBatches().first([Owner([])]) == []
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"), [(None, "None"), (torch.ones(2), "a Tensor"), ({"a": [1]}, "a dict"), (3, "a int")]
+)
+def test_what_holds_no_batches_is_named(returned, told):
+    with pytest.raises(ValueError, match=rf"Owner.calibration_dataloader\(\) returned {told}, expected a DataLoader"):
+        OwnBatches().first([Owner(returned)])
