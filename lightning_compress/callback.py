@@ -274,7 +274,7 @@ class CompressionCallback(Callback):
         self._outputs = None
         if not self.done and not trainer.fast_dev_run:
             self._prepare_outputs(trainer)               # not in setup: only now it is known whether a run is resumed
-            check_best(trainer, self.plan, self.lifecycle)
+            check_best(trainer, self.plan, self.lifecycle, self._saved_files)
 
     def _prepare_outputs(self, trainer: Trainer) -> None:
         """Resolve and check where this run writes, and keep other runs out."""

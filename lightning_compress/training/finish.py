@@ -125,8 +125,11 @@ def processors(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
     return exported
 
 
-def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle) -> None:
-    """ValueError when the best checkpoint will hold weights without the scales that they were trained with."""
+def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle, saved_files: SavedFiles) -> None:
+    """ValueError when the best checkpoint will hold weights without the scales that they were trained with.
+
+    Warns when a resumed run's best so far will not be opened at its end.
+    """
     bare = [c for c in _model_checkpoints(trainer) if c.monitor and c.save_weights_only] if plan.load_best else []
     for modifier in lifecycle.modifiers if bare else ():
         if modifier.best_needs_state:
@@ -135,6 +138,18 @@ def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle) -> None:
                 f"what {modifier.name} has learned beside them: leave save_weights_only out, or compress the last "
                 f"weights with load_best=False"
             )
+    for best in _best_checkpoints(trainer)[:1] if plan.load_best else ():
+        if saved_files.will_refuse(best.best_model_path):
+            rank_zero_warn(
+                f"the best checkpoint so far, {best.best_model_path}, was saved by another process and holds more than "
+                f"tensors and plain values, so it will not be opened: unless this run saves a better one, it ends with "
+                f"an error before it compresses; to compress the last weights set load_best=False"
+            )
+
+
+def _best_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Those that have kept a best one by a metric."""
+    return [c for c in _model_checkpoints(trainer) if c.monitor and c.best_model_path]
 
 
 def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
@@ -163,7 +178,7 @@ class Finish:
         outputs: Where to write; None: into a folder that is then deleted.
         run: The name of the run.
         clock_state: The callback's clock as numbers; with ``run`` it says which end of which run this is.
-        own_batches: Of the user's ``calibration_dataloader``; kept by the callback from the look at the first to the end.
+        own_batches: Of the user's ``calibration_dataloader``; kept by the callback, as the first is looked at early.
     """
 
     trainer: Trainer
@@ -326,7 +341,7 @@ class Finish:
 
     def _load_best(self) -> tuple[str | None, dict[str, Any]]:
         """The path that was loaded and the modifiers' state of then; None when no ModelCheckpoint follows a metric."""
-        monitored = [c for c in _model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
+        monitored = _best_checkpoints(self.trainer)
         if not self.plan.load_best or not monitored:
             return None, {}
         best = monitored[0]

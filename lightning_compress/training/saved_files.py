@@ -48,6 +48,18 @@ class SavedFiles:
         place = Path(path).resolve()
         return place in self._files and place.is_file() and self._files[place] == _state(place)
 
+    def will_refuse(self, path: str | Path) -> bool:
+        """Whether :meth:`read` will refuse this file as it is now; tensors are not read."""
+        if path in self or not Path(path).is_file():
+            return False
+        try:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            return True
+        except Exception:                      # said when it is read, if it is then still the best
+            return False
+        return False
+
     def read(self, path: str, trainer: Trainer) -> dict[str, Any]:
         """Read a checkpoint: tensors and plain values, and objects too where this process saved the file.
 
