@@ -155,8 +155,6 @@ def _save(
         for name, module in quantized_modules(model).items()
         if (record := quantized_of(module)) is not None
     }
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("the model carries PEFT adapters; merge them into its weights, compress that, then save")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "transformers quantized this model when it loaded it; load its folder with lightning_compress.load instead "

@@ -8,11 +8,12 @@ from torch import nn
 
 from lightning_compress.export import hugging_face
 
-__all__ = ["check_processors", "rehearse"]
+__all__ = ["check_adapters", "check_processors", "rehearse"]
 
 
 def rehearse(model: nn.Module, processors: Sequence[Any]) -> None:
-    """ValueError when the config, the generation config, a tokenizer or a processor cannot be saved."""
+    """ValueError for PEFT adapters, and when a config, the generation config, a tokenizer or processor cannot be saved."""
+    check_adapters(model)
     check_processors(processors)
     with tempfile.TemporaryDirectory() as folder:
         if hugging_face.is_transformers(model):
@@ -38,6 +39,17 @@ def rehearse(model: nn.Module, processors: Sequence[Any]) -> None:
                     f"{type(error).__name__}: {error}; mend it, or keep it under another name than those that are "
                     f"exported (tokenizer, processor, image_processor, feature_extractor)"
                 ) from error
+
+
+def check_adapters(model: nn.Module) -> None:
+    """ValueError for PEFT adapters, whether transformers or ``get_peft_model`` put them in."""
+    peft = [n for n, m in model.named_modules() if any(c.__module__.partition(".")[0] == "peft" for c in type(m).__mro__)]
+    if peft or getattr(model, "_hf_peft_config_loaded", False):
+        at = f" ({peft[0]!r}, ...)" if peft and peft[0] else ""
+        raise ValueError(
+            f"the model carries PEFT adapters{at}; merge them into its weights (merge_and_unload), compress that, then "
+            f"save"
+        )
 
 
 def check_processors(processors: Sequence[Any]) -> None:

@@ -43,6 +43,17 @@ def test_tied_weights_in_a_list_are_named():
         rehearse(model, [])
 
 
+def test_adapters_are_named():
+    class LoraLinear(nn.Linear):
+        pass
+
+    LoraLinear.__module__ = "peft.tuners.lora.layer"
+    model = nn.Sequential(nn.Linear(1, 1), type("Scaled", (LoraLinear,), {})(1, 1))
+    with pytest.raises(ValueError, match=r"carries PEFT adapters \('1', ...\); merge them into its weights"):
+        rehearse(model, [])
+    rehearse(model[:1], [])
+
+
 def test_what_is_not_a_tokenizer_or_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"this Unsavable cannot be saved.*TypeError: not JSON serializable"):
         rehearse(nn.Linear(1, 1), [Unsavable()])
