@@ -203,9 +203,15 @@ def unmatched_message(targets: Sequence[str], named: dict[str, nn.Module], field
     """What to say when nothing matches: near misses among names and classes."""
     classes = sorted({type(m).__name__ for m in named.values()})
     known = [*classes, *named]
-    near = [hit for t in targets for hit in get_close_matches(t.removeprefix("re:"), known, n=3, cutoff=0.5)]
+    near = [hit for t in targets for hit in _near(t.removeprefix("re:"), known)]
     hint = f"did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else f"its classes are {classes}"
     return f"{field}={list(targets)} matches none of the model's {len(named)} modules; {hint}"
+
+
+def _near(target: str, known: Sequence[str]) -> list[str]:
+    """Misspelled, or a part of a name; a word of three letters has no other near misses."""
+    parts = [name for name in known if len(target) > 2 and target.lower() in name.lower()]
+    return (get_close_matches(target, known, n=3) or parts)[:3]
 
 
 def listed(entries: str | Sequence[str]) -> list[str]:

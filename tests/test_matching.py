@@ -99,6 +99,10 @@ def test_nothing_matches_and_the_near_misses_are_named(model):
         select(model, "Linaer")
     with pytest.raises(ValueError, match=r"did you mean .*'lm_head'"):
         select(model, ["lm_haed"])
+    with pytest.raises(ValueError, match=r"did you mean 'GatedLinear'\?"):
+        select(model, ["gated"])
+    with pytest.raises(ValueError, match=r"none of the model's 2 modules; its classes are \['Linear', 'ReLU'\]"):
+        select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["GRU"])
     with pytest.raises(ValueError, match=r"its classes are \['GatedLinear', 'LayerNorm', 'Linear', 'Module"):
         select(model, "zzz")
     with pytest.raises(ValueError, match=r"targets=\[\] matches none"):

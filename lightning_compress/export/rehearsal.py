@@ -12,7 +12,7 @@ __all__ = ["check_adapters", "check_processors", "rehearse"]
 
 
 def rehearse(model: nn.Module, processors: Sequence[Any]) -> None:
-    """ValueError for PEFT adapters, and when a config, the generation config, a tokenizer or processor cannot be saved."""
+    """ValueError for PEFT adapters, and when a config, a tokenizer or a processor cannot be saved."""
     check_adapters(model)
     check_processors(processors)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,13 +43,17 @@ def rehearse(model: nn.Module, processors: Sequence[Any]) -> None:
 
 def check_adapters(model: nn.Module) -> None:
     """ValueError for PEFT adapters, whether transformers or ``get_peft_model`` put them in."""
-    peft = [n for n, m in model.named_modules() if any(c.__module__.partition(".")[0] == "peft" for c in type(m).__mro__)]
+    peft = [name for name, module in model.named_modules() if _is_of_peft(type(module))]
     if peft or getattr(model, "_hf_peft_config_loaded", False):
         at = f" ({peft[0]!r}, ...)" if peft and peft[0] else ""
         raise ValueError(
             f"the model carries PEFT adapters{at}; merge them into its weights (merge_and_unload), compress that, then "
             f"save"
         )
+
+
+def _is_of_peft(kind: type) -> bool:
+    return any(base.__module__.partition(".")[0] == "peft" for base in kind.__mro__)
 
 
 def check_processors(processors: Sequence[Any]) -> None:

@@ -35,7 +35,7 @@ from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.matrix import as_matrix, check_weights_work, input_layout, only_input, write_matrix
 from lightning_compress.quant.rounding import round_module
 from lightning_compress.quant.scales import group_columns, minmax
-from lightning_compress.smoothing.finder import PairFinder
+from lightning_compress.smoothing.finder import PairFinder, no_pairs
 from lightning_compress.smoothing.fold import fold, spread
 from lightning_compress.smoothing.modifier import MappingArguments, rows_of
 from lightning_compress.smoothing.pair import Pair
@@ -242,8 +242,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
             warnings.warn(f"{self.name}: {', '.join(unseen)} never saw data and were {done}", stacklevel=2)
         elif not self._scaled:
             warnings.warn(
-                f"{self.name} found no smoothing pair: none of {', '.join(list(self._modules)[:5])} ... is fed by a "
-                f"norm or a linear layer alone, so that this is rounding to nearest",
+                f"{no_pairs(self.name, self._modules)}, so that this is rounding to nearest",
                 stacklevel=2,
             )
         self._schemes, self._modules, self._means, self._finder = {}, {}, {}, None

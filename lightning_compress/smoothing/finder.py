@@ -19,11 +19,17 @@ from lightning_compress.smoothing.pair import Pair
 from lightning_compress.smoothing.tracing import sources_of, trace
 from lightning_compress.smoothing.units import find_units, record
 
-__all__ = ["INVARIANT", "PairFinder"]
+__all__ = ["INVARIANT", "PairFinder", "no_pairs"]
 
 logger = logging.getLogger(__name__)
 
 INVARIANT = 1e-5         # how much folding may change an output, ||change|| / ||output||
+
+
+def no_pairs(modifier: str, targets: Mapping[str, nn.Module]) -> str:
+    """What to say when there is nothing to smooth."""
+    named = ", ".join(map(repr, list(targets)[:5])) + (", ..." if len(targets) > 5 else "")
+    return f"{modifier} found no smoothing pair: no norm or linear layer is the only thing that feeds one of {named}"
 
 
 class PairFinder:

@@ -16,7 +16,7 @@ from lightning_compress.distributed import all_reduce_
 from lightning_compress.matching import Names, select
 from lightning_compress.quant.matrix import as_matrix, check_weights_work, inputs_as_rows, is_supported, only_input
 from lightning_compress.quant.record import quantized_of
-from lightning_compress.smoothing.finder import PairFinder
+from lightning_compress.smoothing.finder import PairFinder, no_pairs
 from lightning_compress.smoothing.fold import fold
 from lightning_compress.smoothing.mappings import Mapped, parse, unmatched
 from lightning_compress.smoothing.pair import Pair
@@ -136,8 +136,7 @@ class SmoothingModifier(MappingArguments, Modifier):
             state.ledger.add(name, self.technique, flag="no smoothing pair; left as it was")
         if not self._smoothed:
             warnings.warn(
-                f"{self.name} found no smoothing pair: none of {', '.join(list(self._targets)[:5])} ... is fed by a "
-                f"norm or a linear layer alone; nothing was changed",
+                f"{no_pairs(self.name, self._targets)}; nothing was changed",
                 stacklevel=2,
             )
         self._targets, self._statistics, self._finder, self._smoothed = {}, {}, None, 0
