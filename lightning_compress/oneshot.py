@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Literal
 
@@ -71,7 +72,9 @@ def compress(
     taken = _take(batches, max_batches)
     state = State(model=model, ledger=Ledger())
     check_uninterrupted(model)
-    with random_state_kept(), split_while(model), marked_when_interrupted(model, lambda: len(state.ledger)):
+    windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)     # they want experts in one tensor
+    mixtures = nullcontext() if windowed else split_while(model)
+    with random_state_kept(), mixtures, marked_when_interrupted(model, lambda: len(state.ledger)):
         torch.manual_seed(seed)
         try:
             lifecycle.initialize(state)
