@@ -274,12 +274,16 @@ def load(
         _check_finite(folder, nonfinite(layout, weights))
         model = _fill(folder, layout, weights)
     else:
-        built = hugging_face.build(folder, layout, weights)
-        _check_finite(folder, nonfinite(built))
+        own_names = set() if model is None else {*model.state_dict()} & {*weights}
+        built = hugging_face.build(folder, layout, weights, own_names)
         if model is None:
+            _check_finite(folder, nonfinite(built))
             model = built
         else:
-            model.load_state_dict(built.state_dict())
+            state = built.state_dict()
+            added = {name: weights[name] for name in own_names - state.keys()}      # a buffer or head that it was given
+            _check_finite(folder, nonfinite(model, state | added))
+            model.load_state_dict(state | added)
     model = (model if device is None else model.to(device)).eval()
     attach_all(model, own.get("online", {}))
     if any(isinstance(layout.get_submodule(name), ExpertLinear) for name in records):

@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lightning_compress.export.experts import fault_of_experts, installed, names_of_experts
 from lightning_compress.export.tensors import TensorFiles, naming, read_json
 from lightning_compress.matching import clean_name
-from lightning_compress.quant.expert import ExpertLinear
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.packing import tensor_names
 from lightning_compress.quant.record import Quantized
@@ -202,9 +201,10 @@ def _layout_fault(
             return "compressed-tensors 0.20 lays zero points out unpacked, and packed ones are refused for their shape"
     with torch.device("meta"):
         layout = type(model)(copy.deepcopy(model.config))
+    there = dict(layout.named_modules())        # not the projections of experts, nor what was added to this one model
     for name, (module, record) in packed.items():
-        if not isinstance(module, ExpertLinear) and "weight" not in tensor_names(type(module), record.scheme):
-            del layout.get_submodule(name).weight
+        if name in there and "weight" not in tensor_names(type(module), record.scheme):
+            del there[name].weight
     try:
         layout.initialize_weights()
     except AttributeError as error:                       # T5: it reaches for the weights of its attention's Linears
@@ -325,8 +325,17 @@ def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, Te
         )
 
 
-def build(folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> "PreTrainedModel":
-    """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``."""
+def build(
+    folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor], extra: Collection[str] = ()
+) -> "PreTrainedModel":
+    """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``.
+
+    Args:
+        folder: Where they are from.
+        layout: A model of that class and config.
+        weights: All of them.
+        extra: Names that the class may lack: what was added to the model that is filled.
+    """
     from transformers import GenerationConfig
 
     _check_sizes(folder / "config.json", layout, weights)
@@ -334,8 +343,12 @@ def build(folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]
         model, info = type(layout).from_pretrained(
             None, config=_dense_config(layout.config), state_dict=dict(weights), output_loading_info=True
         )
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if name not in extra]
     if bad := {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}:
-        raise ValueError(f"{folder} does not fit {type(layout).__name__}: {bad}")
+        raise ValueError(
+            f"{folder} does not fit {type(layout).__name__}: {bad}; where something was added to the model before "
+            f"it was saved, add it to a dense one too and call load(folder, model)"
+        )
     if model.can_generate() and (folder / "generation_config.json").exists():
         with naming(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)

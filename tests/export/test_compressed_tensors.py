@@ -503,3 +503,20 @@ def test_weights_that_the_class_never_loads_are_named(tmp_path, tiny_llama):
     compress(model, QuantizationModifier(scheme="W8A16", group_size=-1, ignore=["lm_head"]))
     with pytest.warns(UserWarning, match=r"holds 1 tensors that LlamaForCausalLM does not load, such as mtp.layers.0"):
         save(model, tmp_path / "out")
+
+
+def test_what_was_added_to_a_model_comes_back_in_one_that_has_it_too(tmp_path, tiny_llama, quantize, scheme_of):
+    def build(value):
+        model = tiny_llama()
+        model.register_buffer("steps", torch.full((3,), value))
+        model.reward = nn.Linear(128, 64)
+        return model
+
+    model = quantize(build(2.0), scheme_of("W4A16"), ["re:.*lm_head"])
+    save(model, tmp_path / "out")
+    again = load(tmp_path / "out", build(0.0), packed=False)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert quantized_modules(again).keys() == quantized_modules(model).keys() >= {"reward"}
+    with pytest.raises(ValueError, match=r"'reward.weight_packed', .*where something was added to the model"):
+        load(tmp_path / "out")

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionCallback
 from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.modifiers.constant import ConstantPruningModifier
 from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
@@ -166,3 +167,15 @@ def test_a_run_says_before_it_begins_what_plain_transformers_will_not_read(modif
     told = [str(w.message) for w in caught if "will not read what this run exports" in str(w.message)]
     assert len(told) == bool(said)
     assert said in "".join(told)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("modifier", [QATModifier(ignore=OTHERS, **W4), ConstantPruningModifier()])
+def test_what_trains_leaves_experts_as_they_are_without_a_trainer_too(modifier):
+    """It took a view of an expert for a layer with a weight of its own, and failed for want of a Parameter."""
+    model = mixture("Olmoe")
+    attention = model.model.layers[0].self_attn.q_proj
+    before, dense = model.model.layers[0].mlp.experts.down_proj.clone(), attention.weight.clone()
+    compress(model, modifier, None)
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj, before)
+    assert torch.equal(attention.weight, dense) == isinstance(modifier, ConstantPruningModifier)
