@@ -36,6 +36,7 @@ from lightning_compress.export.experts import planned_fault
 from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.interruption import check_uninterrupted
 from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.record import quantized_modules
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import random_state, resume
 from lightning_compress.training.checks import (
@@ -67,7 +68,7 @@ __all__ = ["CompressionCallback"]
 
 E = EventType
 # what a resumed run cannot find out again
-EARLIER_FACTS = ("model_bytes_before", "metric_dense", "batches_repeated_on_resume")
+EARLIER_FACTS = ("model_bytes_before", "metric_dense", "batches_repeated_on_resume", "beside_weights")
 
 
 class CompressionCallback(Callback):
@@ -561,6 +562,16 @@ class CompressionCallback(Callback):
         self._facts |= state_dict.get("facts", {})
         if self.done:
             self.lifecycle.abort()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what a compressed model lacks that gets its weights in a new process."""
+        own = checkpoint["callbacks"].get(self.state_key, {})
+        beside = own.get("facts", {}).get("beside_weights", ())
+        if beside and self._stage != "fit" and not self.done and not quantized_modules(pl_module):
+            rank_zero_warn(
+                f"this checkpoint holds the compressed weights, but not {', nor '.join(beside)}: the model runs "
+                f"without; to have all, take load(folder, model) of the exported folder, and give no ckpt_path"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all ranks, and undo weight averaging where the model is compressed.

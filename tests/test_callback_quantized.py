@@ -18,6 +18,7 @@ from tests.training_runs import Regression, Sums, quiet
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, TOKENS = 64, 24
+W8A8, W4A16 = {"scheme": "W8A8"}, {"scheme": "W4A16", "group_size": 8}
 
 
 class LanguageModel(LightningModule):
@@ -126,6 +127,28 @@ def test_a_model_that_is_not_hugging_faces(tmp_path):
     quiet(tmp_path, callback).fit(module, Sums())
     again = load(tmp_path / "compressed", Regression().model, packed=False)
     assert all(torch.equal(again.state_dict()[n], t) for n, t in module.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("scheme", "lacking"), [(W8A8, True), (W4A16, False)])
+def test_what_a_checkpoint_does_not_hold_is_said_in_a_new_process(tmp_path, scheme, lacking, recwarn):
+    def mse(folder, module, **options):
+        trainer = quiet(folder, CompressionCallback(QuantizationModifier(**scheme)))
+        return trainer.test(module, Sums(), verbose=False, **options)[0]["test/mse"]
+
+    trainer, module = quiet(tmp_path, CompressionCallback(QuantizationModifier(**scheme))), Regression()
+    trainer.fit(module, Sums())
+    measured = trainer.test(module, Sums(), verbose=False)[0]["test/mse"]
+    fresh, checkpoint = Regression(), tmp_path / "compressed.ckpt"
+    bare = mse(tmp_path / "fresh", fresh, ckpt_path=checkpoint)
+    told = [str(w.message) for w in recwarn if "this checkpoint holds the compressed weights" in str(w.message)]
+    assert len(told) == lacking
+    assert all("but not the quantization of activations: the model runs without" in text for text in told)
+    assert (bare != measured) == lacking
+    fresh.model = load(tmp_path / "compressed", Regression().model, packed=False)
+    assert mse(tmp_path / "whole", fresh) == measured
+    recwarn.clear()
+    mse(tmp_path / "both", fresh, ckpt_path=checkpoint)
+    assert not [w for w in recwarn if "this checkpoint holds" in str(w.message)]
 
 
 def test_bf16_true(tmp_path):

@@ -503,21 +503,28 @@ class Finish:
 
     def _warn_of_what_stays_behind(self) -> None:
         """Spawned workers send back weights and nothing else."""
+        beside = self._beside_weights()
+        self.facts["beside_weights"] = list(beside)
         launcher = type(self.trainer.strategy.launcher)
         if not any(c.__name__ == "_MultiProcessingLauncher" for c in launcher.__mro__):
             return
+        if ties(self.module) < self.ties_before:
+            beside.append("that weights were untied (both get the values of one)")
+        if beside:
+            rank_zero_warn(
+                f"the main process gets the compressed weights back from its workers, but not {', nor '.join(beside)}; "
+                f"what is exported has all: load(folder, model) before testing"
+            )
+
+    def _beside_weights(self) -> list[str]:
+        """What the model has and its weights do not hold."""
         records = [quantized_of(m) for m in quantized_modules(self.module).values()]
-        lost = {
+        held = {
             "the quantization of activations": any(r and r.scheme.input_activations is not None for r in records),
             "the quantization of the KV cache": bool(quantized_caches(self.module)),
             "the rotations that run beside modules": bool(online_modules(self.module)),
-            "that weights were untied (both get the values of one)": ties(self.module) < self.ties_before,
         }
-        if named := [what for what, is_lost in lost.items() if is_lost]:
-            rank_zero_warn(
-                f"the main process gets the compressed weights back from its workers, but not {', nor '.join(named)}; "
-                f"what is exported has all: load(folder, model) before testing"
-            )
+        return [what for what, is_there in held.items() if is_there]
 
     # -- what is left behind ------------------------------------------------------------------------------------------
 
