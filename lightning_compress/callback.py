@@ -175,6 +175,7 @@ class CompressionCallback(Callback):
         self._unwatch: Callable[[], None] | None = None
         self._seconds: dict[str, float] = {}   # of what was done in the midst of training, for the report
         self._facts: dict[str, Any] = {}
+        self._dense_is_known = False           # a window has opened: the model is no longer dense
         self._warned_stray_step = False
         self._knows_checkpoint = False         # one with a state of this callback was loaded
         self._undo: Callable[[], None] | None = None
@@ -341,8 +342,12 @@ class CompressionCallback(Callback):
 
     def _measure_dense(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
         """Measure the model once, before the first window opens: what training compresses is compared with that."""
-        starting = any(m.start is not None and m.should_start(event) for m in self.lifecycle.modifiers)
-        if starting and "metric_dense" not in self._facts and not self._resumed and not trainer.fast_dev_run:
+        if self._dense_is_known:
+            return
+        if not any(m.start is not None and m.should_start(event) for m in self.lifecycle.modifiers):
+            return
+        self._dense_is_known = True
+        if self.plan.evaluate and not trainer.fast_dev_run:
             self._ending(trainer, pl_module, self.lifecycle, event).measure_dense()
 
     def _hand_over(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
@@ -560,6 +565,7 @@ class CompressionCallback(Callback):
         self._random, self._resumed = state_dict.get("random"), True
         self._run = state_dict.get("run", self._run)
         self._facts |= state_dict.get("facts", {})
+        self._dense_is_known = any(state["started"] for state in states.values())
         if self.done:
             self.lifecycle.abort()
 
