@@ -362,7 +362,7 @@ def _write(
         if is_transformers:
             dtype = hugging_face.mend_layout(model, config, packed, folder)
     if is_transformers:
-        hugging_face.warn_of_sizes(model)
+        hugging_face.warn_of_misfits(model)
         hugging_face.warn_of_dropped(model)
     own = _own({name: records[name][1] for name in records if name in dense}, on_disk, dtype)
     if entries := online_entries(model):

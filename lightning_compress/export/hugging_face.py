@@ -38,7 +38,7 @@ __all__ = [
     "skeleton",
     "warn_of_caches",
     "warn_of_dropped",
-    "warn_of_sizes",
+    "warn_of_misfits",
     "write",
     "write_configs",
 ]
@@ -239,8 +239,8 @@ def warn_of_dropped(model: "PreTrainedModel") -> None:
         )
 
 
-def warn_of_sizes(model: "PreTrainedModel") -> None:
-    """Warn of weights whose sizes are not those that config.json promises, such as after pruning whole channels."""
+def warn_of_misfits(model: "PreTrainedModel") -> None:
+    """Warn of weights that are not those that the class has by config.json: their sizes, and which there are."""
     with torch.device("meta"):
         promised = type(model)(_dense_config(model.config)).state_dict()
     own = {clean_name(name): tensor.shape for name, tensor in model.state_dict().items()}
@@ -255,6 +255,19 @@ def warn_of_sizes(model: "PreTrainedModel") -> None:
             f"config promises ({'; '.join(wrong[:3])}); set the config's sizes to those of the model before save, or "
             f"build the model as it is and call lightning_compress.load(folder, model)",
             stacklevel=4,
+        )
+    kind = type(model).__name__
+    _warn_of_names(own.keys() - promised.keys(), f"pass over what a {kind} does not have by its config")
+    _warn_of_names(promised.keys() - own.keys(), f"initialize anew what this {kind} lacks")
+
+
+def _warn_of_names(names: Collection[str], outcome: str) -> None:
+    if names:
+        warnings.warn(
+            f"transformers will load this folder without an error, and {outcome}: {', '.join(sorted(names)[:5])} "
+            f"({len(names)} tensors), so that its answers may differ; build the model as it is and call "
+            f"lightning_compress.load(folder, model), or let its config say so before save",
+            stacklevel=5,
         )
 
 

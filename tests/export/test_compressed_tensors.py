@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -513,10 +514,23 @@ def test_what_was_added_to_a_model_comes_back_in_one_that_has_it_too(tmp_path, t
         return model
 
     model = quantize(build(2.0), scheme_of("W4A16"), ["re:.*lm_head"])
-    save(model, tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"and pass over what .*: reward.bias, reward.weight, steps \(3 tensors\)"):
+        save(model, tmp_path / "out")
     again = load(tmp_path / "out", build(0.0), packed=False)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert quantized_modules(again).keys() == quantized_modules(model).keys() >= {"reward"}
     with pytest.raises(ValueError, match=r"'reward.weight_packed', .*where something was added to the model"):
         load(tmp_path / "out")
+
+
+def test_weights_that_the_class_would_initialize_anew_are_named(tmp_path, tiny_llama):
+    model = tiny_llama()
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 2
+    with pytest.warns(UserWarning, match=r"and initialize anew what this LlamaForCausalLM lacks: model.*1\."):
+        save(model, tmp_path / "out")
+    model.config.num_hidden_layers = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(model, tmp_path / "right")
