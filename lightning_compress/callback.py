@@ -298,6 +298,8 @@ class CompressionCallback(Callback):
                 "weights off their grid; to compress again, train from a dense checkpoint with a new callback"
             )
             return
+        if not is_resumed(trainer):            # what was loaded is where Lightning's tuner began
+            self._random, self._resumed = None, False
         self._check_module(pl_module)
         self.clock.measure(
             trainer.num_training_batches,

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from pydantic import PrivateAttr
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_compress import CompressionCallback
+from lightning_compress import CompressionCallback, MagnitudePruningModifier
 from tests.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
 
 STEP = "SLpPE"
@@ -284,3 +285,20 @@ def test_a_state_that_is_not_ours_is_one_clear_error(damage):
             state[key] = value
     with pytest.raises(ValueError, match="a state of CompressionCallback that cannot be read"):
         CompressionCallback(RoundingModifier()).load_state_dict(state)
+
+
+def test_a_tuner_before_the_fit_changes_no_bit_of_it(tmp_path):
+    class Tunable(Regression):
+        lr = 0.05
+
+    weights = []
+    for tuned in (False, True):
+        torch.manual_seed(0)
+        module, pruning = Tunable(), MagnitudePruningModifier(final_sparsity=0.5, start=0, end=8)
+        trainer = quiet(tmp_path / str(tuned), CompressionCallback(pruning, evaluate=False), max_epochs=3)
+        if tuned:
+            Tuner(trainer).lr_find(module, Sums(), num_training=5)
+        torch.manual_seed(1)
+        trainer.fit(module, Sums())
+        weights.append(module.model[0].weight.detach().clone())
+    assert torch.equal(*weights)
