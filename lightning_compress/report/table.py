@@ -74,7 +74,7 @@ def _print(console: Console, ledger: Ledger, facts: Mapping[str, Any]) -> None:
         console.print(table)
     console.print()
     for note in _notes(ledger, facts):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(note, markup=False, highlight=False, soft_wrap=not note.startswith("seconds"))  # paths stay whole
 
 
 def _sections(ledger: Ledger, facts: Mapping[str, Any]) -> list[Section]:
@@ -143,6 +143,9 @@ def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
     for flag, modules in totals(ledger)["flags"].items():
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
         notes.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
+    if (share := totals(ledger)["sparsity"]) is not None:
+        pruned = {row.module for row in ledger if row.sparsity is not None}
+        notes.append(f"zeros: {_number(100 * share, digits=3)} % of the weights of {len(pruned)} pruned modules")
     if facts.get("model_bytes_before") and facts.get("model_bytes_after"):
         where = " on disk" if facts.get("export_dir") else ""
         sizes = f"{_size(facts['model_bytes_before'])} -> {_size(facts['model_bytes_after'])}{where}"

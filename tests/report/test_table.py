@@ -76,6 +76,14 @@ def test_the_notes(ledger, facts):
     )
 
 
+def test_the_seconds_break_between_words(ledger, facts):
+    facts["seconds"] = {"load best": 0.02005, "metric before": 6.795, "calibration": 35.64, "metric after": 10.65}
+    facts["export_dir"] = "/a/long/folder" * 8
+    text = table.render(ledger, facts)
+    assert "\nseconds: load best 0.02005, metric before 6.795, calibration 35.64, metric after\n10.65\n" in text
+    assert text.endswith(f"\ncompressed model: {facts['export_dir']}\n")
+
+
 def test_what_is_unknown_is_left_out():
     assert table.render(Ledger(), {}) == "\n"
     ledger = Ledger()
@@ -111,3 +119,11 @@ def test_a_log_gets_plain_text(ledger, facts):
     table.show(ledger, facts, log)
     assert log.getvalue() == table.render(ledger, facts)
     assert "\x1b" not in log.getvalue()
+
+
+def test_what_pruning_left_out_is_on_the_screen():
+    ledger = Ledger()
+    ledger.add("a", "magnitude", sparsity=0.5, params=300)
+    ledger.add("b", "magnitude", sparsity=0.1, params=100)
+    ledger.add("a", "qat", scheme="W4A16", bits=4.5, params=300, bytes_before=1200, bytes_after=170)
+    assert "\nzeros: 40 % of the weights of 2 pruned modules\n" in table.render(ledger, {})
