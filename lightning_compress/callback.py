@@ -248,7 +248,7 @@ class CompressionCallback(Callback):
         reshaping = any(m.reshapes for m in self.lifecycle.modifiers)
         if reshaping:
             check_launcher(trainer)
-        self._facts.setdefault("model_bytes_before", tensor_bytes(module))        # before anything is cut
+        self._facts.setdefault("model_bytes_before", tensor_bytes(module, trainer.precision))   # before anything is cut
         before = tensor_names(pl_module)
         with nullcontext() if self._windowed else split_while(module):        # who trains wants experts in one tensor
             self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))

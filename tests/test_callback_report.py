@@ -34,13 +34,13 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-2)
 
 
-def fit(folder: Path, *modifiers) -> tuple[Net, dict]:
+def fit(folder: Path, *modifiers, precision="32-true") -> tuple[Net, dict]:
     torch.manual_seed(0)
     module = Net()
     callback = CompressionCallback(list(modifiers))
     trainer = L.Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=folder,
-        enable_checkpointing=False, num_sanity_val_steps=0, callbacks=[callback],
+        enable_checkpointing=False, num_sanity_val_steps=0, callbacks=[callback], precision=precision,
     )  # fmt: skip
     trainer.fit(module, DATA, DATA)
     return module, json.loads((folder / "report" / "summary.json").read_text())
@@ -102,3 +102,9 @@ def test_a_run_without_a_metric_looks_for_one_once_at_most(tmp_path, monkeypatch
         default_root_dir=tmp_path, callbacks=[callback],
     ).fit(Net(), DATA)  # fmt: skip
     assert len(calls) == evaluate
+
+
+def test_the_size_before_is_that_in_the_precision_that_trains(tmp_path):
+    """The Trainer converts after setup: halved weights must not look like compression."""
+    _, summary = fit(tmp_path, QuantizationModifier(scheme="W8A16", group_size=-1), precision="bf16-true")
+    assert summary["model_bytes_before"] == 2 * (16 * 32 + 32 + 32 + 1)

@@ -25,6 +25,7 @@ __all__ = [
     "tensor_names",
 ]
 
+TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -38,10 +39,20 @@ def tensor_names(module: nn.Module) -> list[str]:
     return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
 
 
-def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers; those of lazy modules are not known yet and count as 0."""
+def tensor_bytes(module: nn.Module, precision: str | None = None) -> int:
+    """Bytes of all parameters and buffers; those of lazy modules are not known yet and count as 0.
+
+    Args:
+        module: The model.
+        precision: The Trainer's, where the model is not yet in it: ``bf16-true`` is given to it after ``setup``.
+    """
+    dtype = TRUE_DTYPES.get(precision or "")
     tensors = (*module.parameters(), *module.buffers())
-    return sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
+    return sum(
+        t.numel() * (dtype.itemsize if dtype is not None and t.is_floating_point() else t.element_size())
+        for t in tensors
+        if not is_lazy(t)
+    )
 
 
 def check_lightning(trainer: Any, pl_module: Any) -> None:
