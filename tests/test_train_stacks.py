@@ -100,5 +100,5 @@ def test_a_teacher_copied_from_the_first_weights_is_the_same_one_on_resume(
     resumed = app_config("+compress=distill", *TINY, library, *keep, f"ckpt_path={last}")
     assert "train/loss" in app.train(resumed)
     other = app_config("+compress=distill", *TINY, library, *keep, f"ckpt_path={last}", "seed=7")
-    with pytest.raises(ValueError, match="with teacher='self' the model must be built with the same weights"):
+    with pytest.raises(ValueError, match="teacher='self' is the model as it is built, so build it with the same"):
         app.train(other)

@@ -373,8 +373,8 @@ class DistillationModifier(Modifier):
         if state["teacher"] and self._teacher_hash and state["teacher"] != self._teacher_hash:
             raise ValueError(
                 f"the checkpoint was trained with the teacher {state['teacher'][:12]}, this run has "
-                f"{self._teacher_hash[:12]}: resume with the same teacher (with teacher='self' the model must be built "
-                f"with the same weights as in the first run)"
+                f"{self._teacher_hash[:12]}: resume with the same teacher (teacher='self' is the model as it is built, "
+                f"so build it with the same weights: the same seed before it is built, or the same pretrained file)"
             )
         self._restored = dict(state["teacher_weights"])
         if self._hidden is not None and state["projections"] is not None:

@@ -139,7 +139,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
-        raise _objects_error(path) from None
+        taken = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'teacher.pt')"
+        hint = f" (of a checkpoint that you made yourself, with a network among its hyperparameters: {taken})"
+        raise _objects_error(path, hint) from None
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         raise ValueError(
@@ -148,9 +150,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
 
 
-def _objects_error(path: Path) -> ValueError:
+def _objects_error(path: Path, hint: str = "") -> ValueError:
     """In place of torch's own error, which advises to switch the check off."""
     return ValueError(
         f"teacher={str(path)!r} is damaged, or holds objects, which can run code and are not read; expected tensors "
-        f"and plain values: save the teacher's state_dict, or a safetensors file"
+        f"and plain values: save the teacher's state_dict, or a safetensors file{hint}"
     )
