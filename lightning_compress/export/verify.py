@@ -58,7 +58,10 @@ def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None
         run: Calls the model once on a batch; None: transformers' dummy inputs are taken.
     """
     if not hugging_face.is_transformers(model):
-        return None, f"{folder} is not verified: a {type(model).__name__} is not a model of transformers"
+        return None, (
+            f"{folder} is not verified: a {type(model).__name__} is not a model of transformers, and no other process "
+            f"can build it; compare lightning_compress.load(folder, a freshly built one) with it on a batch"
+        )
     try:
         call = _recorded_call(model, run or (lambda: model(**hugging_face.example_of(model))))
         gap = _difference(model, folder, call)

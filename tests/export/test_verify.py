@@ -52,7 +52,9 @@ def test_when_it_is_wanted(tmp_path, tiny_llama, monkeypatch):
 
 def test_what_cannot_be_read_so(tmp_path, tiny_llama):
     assert answers(nn.Linear(2, 2), tmp_path) == (
-        None, f"{tmp_path} is not verified: a Linear is not a model of transformers"
+        None,
+        f"{tmp_path} is not verified: a Linear is not a model of transformers, and no other process can build it; "
+        "compare lightning_compress.load(folder, a freshly built one) with it on a batch",
     )
     gap, fault = answers(tiny_llama(), tmp_path, lambda: None)
     assert gap is None
