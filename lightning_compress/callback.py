@@ -170,6 +170,7 @@ class CompressionCallback(Callback):
         self._stage: str | None = None
         self._saved_files = SavedFiles()
         self._own_batches = OwnBatches()
+        self._receiver: LightningModule | None = None          # whom a checkpoint is being loaded into
         self._outputs: Outputs | None = None   # where this fit writes; None in a fast_dev_run
         self._lock = FolderLock()
         self._unwatch: Callable[[], None] | None = None
@@ -547,9 +548,12 @@ class CompressionCallback(Callback):
             ) from error
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        receiver, self._receiver = self._receiver, None
         if self._stage not in (None, "fit"):
             if self.lifecycle.initialized and not self.lifecycle.finalized:    # cut short, now tested
                 self.lifecycle.weights_loaded(state_dict["modifiers"])
+            elif not self.done and receiver is not None:
+                self._say_what_is_missing(state_dict, receiver)
             return
         changes = recipe_difference(state_dict["recipe"], self.recipe)
         if changes and not self.allow_recipe_change:
@@ -572,10 +576,21 @@ class CompressionCallback(Callback):
             self.lifecycle.abort()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say what a compressed model lacks that gets its weights in a new process."""
-        own = checkpoint["callbacks"].get(self.state_key, {})
-        beside = own.get("facts", {}).get("beside_weights", ())
-        if beside and self._stage != "fit" and not self.done and not quantized_modules(pl_module):
+        """Lightning calls this right before :meth:`load_state_dict`."""
+        self._receiver = pl_module
+
+    def _say_what_is_missing(self, state: dict[str, Any], module: LightningModule) -> None:
+        """What a model lacks that gets its weights in a new process, to be validated or tested."""
+        if not state["done"]:
+            states = zip(self.lifecycle.modifiers, map(state["modifiers"].get, self.lifecycle.keys()), strict=True)
+            if begun := [m.name for m, then in states if m.best_needs_state and then and then["started"]]:
+                rank_zero_warn(
+                    f"this checkpoint is of a run that has not compressed its model yet: what runs now are its dense "
+                    f"weights, without what {' and '.join(begun)} makes of them; resume the run with trainer.fit, or "
+                    f"take its compressed.ckpt"
+                )
+        beside = state.get("facts", {}).get("beside_weights", ())
+        if beside and not quantized_modules(module):
             rank_zero_warn(
                 f"this checkpoint holds the compressed weights, but not {', nor '.join(beside)}: the model runs "
                 f"without; to have all, take load(folder, model) of the exported folder, and give no ckpt_path"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_compress import CompressionCallback, MagnitudePruningModifier
+from lightning_compress import CompressionCallback, MagnitudePruningModifier, QATModifier
 from tests.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
 
 STEP = "SLpPE"
@@ -285,6 +285,22 @@ def test_a_state_that_is_not_ours_is_one_clear_error(damage):
             state[key] = value
     with pytest.raises(ValueError, match="a state of CompressionCallback that cannot be read"):
         CompressionCallback(RoundingModifier()).load_state_dict(state)
+
+
+def test_a_checkpoint_of_unfinished_training_says_what_it_lacks_in_a_new_process(tmp_path, recwarn):
+    def callback(start):
+        return CompressionCallback(QATModifier(scheme="W4A16", group_size=8, start=start))
+
+    for start in (0, 99):
+        folder = tmp_path / str(start)
+        keeping = ModelCheckpoint(folder / "kept", save_last=True)
+        quiet(folder, callback(start), keeping).fit(Regression(), Sums())
+        recwarn.clear()
+        trainer = quiet(folder / "fresh", callback(start))
+        trainer.test(Regression(), Sums(), ckpt_path=folder / "kept" / "last.ckpt", verbose=False)
+        told = [str(w.message) for w in recwarn if "has not compressed its model yet" in str(w.message)]
+        assert len(told) == (start == 0)
+        assert all("without what QATModifier makes of them; resume the run" in text for text in told)
 
 
 def test_a_tuner_before_the_fit_changes_no_bit_of_it(tmp_path):
