@@ -90,6 +90,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     own = saved["callbacks"]["CompressionCallback"]
     assert own.pop("run") == trained["callbacks"]["CompressionCallback"]["run"]
+    own["facts"].pop("batches_repeated_on_resume", None)      # that a run was killed is a fact of its own
     own["ledger"] = [{name: value for name, value in row.items() if name != "seconds"} for row in own["ledger"]]
     summary = json.loads((folder / "report" / "summary.json").read_text())
     return {
