@@ -125,7 +125,7 @@ def save(
 
     Raises:
         ValueError: The model holds NaN, its compression was interrupted, the folder exists or cannot be written, the
-            recipe is no plain data; or, with ``verify``, what is wrong with the folder.
+            recipe is not plain data; or, with ``verify``, what is wrong with the folder.
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
