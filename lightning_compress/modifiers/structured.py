@@ -41,7 +41,7 @@ from lightning_compress.structure.groups import (
     without_layers,
 )
 from lightning_compress.structure.order import shape_conflict
-from lightning_compress.structure.surgery import cut_tensors, record_of
+from lightning_compress.structure.surgery import cut_tensors, record_of, tensors_of
 from lightning_compress.structure.trial import check_cut
 
 __all__ = ["StructuredPruningModifier"]
@@ -232,7 +232,7 @@ class StructuredPruningModifier(Modifier):
         if not is_transformers(model):
             return
         kept = [(g, torch.arange(units_to_keep(g.dense, self.ratio, self.round_to))) for g in self._groups.values()]
-        tensors = _tensors(model)
+        tensors = tensors_of(model)
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         for name, along in cut_of(kept, {n: t.shape for n, t in tensors.items()}).items():
             for dim, places in along.items():
@@ -318,7 +318,7 @@ class StructuredPruningModifier(Modifier):
         self._steps = len(steps)
 
     def _add_gradients(self, model: nn.Module) -> None:
-        tensors = _tensors(model)
+        tensors = tensors_of(model)
         for name, group in self._groups.items():
             pieces = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
             gates = [
@@ -330,7 +330,7 @@ class StructuredPruningModifier(Modifier):
     def _scores(self, model: nn.Module, group: Group) -> Tensor:
         """Importance of each unit, float [U], on the CPU."""
         if self.importance == "magnitude":
-            tensors = _tensors(model)
+            tensors = tensors_of(model)
             matrices = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
             none = torch.zeros(group.units, dtype=torch.float32)
             return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), none).sqrt()
@@ -404,7 +404,7 @@ class StructuredPruningModifier(Modifier):
             if count < group.units:
                 kept.append((group, strongest(self._scores(model, group), count)))
         if kept:
-            tensors = _tensors(model)
+            tensors = tensors_of(model)
             cut = cut_of(kept, {name: t.shape for name, t in tensors.items()})
             attributes = self._attributes(model, kept)
             cut_tensors(model, cut, _optimizers(state), attributes, self._config(model, kept))
@@ -438,7 +438,7 @@ class StructuredPruningModifier(Modifier):
         return fields
 
     def _report(self, state: State, model: nn.Module) -> None:
-        tensors, what = _tensors(model), UNITS[self._kind]
+        tensors, what = tensors_of(model), UNITS[self._kind]
         said = f"the model: {self._before} -> {sum(p.numel() for p in model.parameters())} parameters"
         for group in self._groups.values():
             if group.units < group.dense:
@@ -467,14 +467,6 @@ class StructuredPruningModifier(Modifier):
             self._groups = {g.name: g for g in group_from_state(state["groups"])}
         self._sums, self._seen = dict(state["sums"]), dict(state["seen"])
         self._late, self._before, self._steps = state["late"], state["before"], state["steps"]
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones under every name."""
-    return {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
 
 
 def _weights_of(tensors: dict[str, Tensor], group: Group) -> int:

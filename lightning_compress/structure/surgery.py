@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.structure.groups import Cut
 
-__all__ = ["change_attributes", "cut_layers", "cut_tensors", "record_of", "reshape"]
+__all__ = ["change_attributes", "cut_layers", "cut_tensors", "record_of", "reshape", "tensors_of"]
 
 RECORD = "_lightning_compress_structure"
 Step = dict[str, Any]
@@ -23,6 +23,14 @@ Step = dict[str, Any]
 def record_of(model: nn.Module) -> list[Step]:
     """The cuts that were made in this model, in order; empty for a dense one."""
     return list(model.__dict__.get(RECORD, []))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones under every name."""
+    return {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
 
 
 def cut_tensors(

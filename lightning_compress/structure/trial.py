@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.structure.groups import Group, cut_of
-from lightning_compress.structure.surgery import cut_tensors
+from lightning_compress.structure.surgery import cut_tensors, tensors_of
 
 __all__ = ["check_cut"]
 
@@ -55,10 +55,7 @@ def _failure(
 ) -> Exception | None:
     """What goes wrong when the first units of the groups stay; None when nothing does."""
     trial = copy.deepcopy(model)
-    tensors = {
-        **dict(trial.named_buffers(remove_duplicate=False)),
-        **dict(trial.named_parameters(remove_duplicate=False)),
-    }
+    tensors = tensors_of(trial)
     try:
         kept = [(group, torch.arange(count)) for group, count in pairs]
         _check_inside(pairs, tensors)
