@@ -29,7 +29,6 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ from lightning_compress.quant.packing import (
     to_json,
     unpack,
 )
-from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of, saw_rows
+from lightning_compress.quant.record import Quantized, attach, moved, quantized_modules, quantized_of, saw_rows
 from lightning_compress.structure.surgery import record_of, reshape
 
 __all__ = ["load", "save"]
@@ -290,11 +289,11 @@ def load(
         split(model)
     for name, record in records.items():
         module = model.get_submodule(name)
-        attach(module, _on(record, weight_of(module).device))
+        attach(module, moved(record, weight_of(module).device))
     join(model)
     for name, cache in caches.items():
         attention = model.get_submodule(name)
-        attach_cache(attention, _on(cache, next(attention.parameters()).device))
+        attach_cache(attention, moved(cache, next(attention.parameters()).device))
     if packed is not False:
         with naming(folder):
             packing = pack_linears(model, stored, served=packed is None)
@@ -618,8 +617,3 @@ def _read_caches(layout: nn.Module, scheme: Mapping[str, Any] | None, files: Ten
             if scale is not None and not (scale.isfinite() & (scale > 0)).all():
                 raise ValueError(f"{name}.{local} is not finite and positive everywhere")
     return caches
-
-
-def _on(record: Any, device: torch.device) -> Any:
-    tensors = {key: value for key, value in vars(record).items() if isinstance(value, Tensor)}
-    return replace(record, **{key: value.to(device) for key, value in tensors.items()})

@@ -4,7 +4,7 @@ The record is a plain Python attribute, neither parameter nor buffer: the keys o
 model. The module's weight itself holds the dequantized value, (code - zero point) * scale, in its own dtype.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quant.fake_quant import fake_quantize_input, has_rows
 
-__all__ = ["Quantized", "attach", "detach", "note_rows", "quantized_modules", "quantized_of", "saw_rows"]
+__all__ = ["Quantized", "attach", "detach", "moved", "note_rows", "quantized_modules", "quantized_of", "saw_rows"]
 
 _ATTRIBUTE = "_lightning_compress_quantized"
 _ROWS = "_lightning_compress_rows"
@@ -44,6 +44,12 @@ class Quantized:
     latent: Tensor | None = None
     global_scale: Tensor | None = None
     input_global_scale: Tensor | None = None
+
+
+def moved(record: Any, device: torch.device) -> Any:
+    """The same record (this one, or that of a KV cache), its tensors on another device."""
+    tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+    return replace(record, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def attach(module: nn.Module, quantized: Quantized) -> None:

@@ -5,17 +5,17 @@ scales. All ranks first build the same tensors and compare them, and only then a
 waits for a tensor which no other rank has waits for ever.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress.distributed import gather, world_size
 from lightning_compress.distributed import rank as rank_of_process
 from lightning_compress.experts.split import is_split, join, split
 from lightning_compress.quant.kv_cache import attach_cache, cache_of, quantized_caches
-from lightning_compress.quant.record import attach, quantized_modules, quantized_of
+from lightning_compress.quant.record import attach, moved, quantized_modules, quantized_of
 from lightning_compress.rotation.online import attach_online, online_modules
 from lightning_compress.structure.surgery import record_of, reshape
 from lightning_compress.training.first_rank import alone, send_tensors
@@ -111,8 +111,8 @@ def _records(model: nn.Module) -> dict[str, dict[str, Any]]:
     caches = {name: cache_of(module) for name, module in quantized_caches(model).items()}
     return {
         "split": {name: True for name, module in model.named_modules() if is_split(module)},
-        "quantized": {name: _moved(record, torch.device("cpu")) for name, record in quantized.items()},
-        "caches": {name: _moved(record, torch.device("cpu")) for name, record in caches.items()},
+        "quantized": {name: moved(record, torch.device("cpu")) for name, record in quantized.items()},
+        "caches": {name: moved(record, torch.device("cpu")) for name, record in caches.items()},
         "online": dict(online_modules(model)),
     }
 
@@ -121,16 +121,10 @@ def _attach(model: nn.Module, records: dict[str, dict[str, Any]], device: torch.
     if records["split"]:
         split(model)
     for name, record in records["quantized"].items():
-        attach(model.get_submodule(name), _moved(record, device))
+        attach(model.get_submodule(name), moved(record, device))
     for name, record in records["caches"].items():
-        attach_cache(model.get_submodule(name), _moved(record, device))
+        attach_cache(model.get_submodule(name), moved(record, device))
     for name, sides in records["online"].items():
         for online in sides:
             attach_online(model.get_submodule(name), online)
     join(model)                                    # those that carry no record
-
-
-def _moved(record: Any, device: torch.device) -> Any:
-    """The same record, its tensors on another device."""
-    tensors = {f.name: getattr(record, f.name) for f in fields(record) if isinstance(getattr(record, f.name), Tensor)}
-    return replace(record, **{name: tensor.to(device) for name, tensor in tensors.items()})
