@@ -218,9 +218,9 @@ def warn_of_dropped(model: "PreTrainedModel") -> None:
     transformers passes over them without a word where the class lists them in ``_keys_to_ignore_on_load_unexpected``;
     the export cannot hold what was never loaded. Buffers that the class computes anew are not named.
     """
-    folder = Path(getattr(model.config, "_name_or_path", "") or "")
+    source = getattr(model.config, "_name_or_path", "")
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    if not patterns or not str(folder) or not folder.is_dir():
+    if not patterns or not source or not (folder := Path(source)).is_dir():
         return
     try:
         names = TensorFiles(folder).names

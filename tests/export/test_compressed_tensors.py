@@ -534,3 +534,15 @@ def test_weights_that_the_class_would_initialize_anew_are_named(tmp_path, tiny_l
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save(model, tmp_path / "right")
+
+
+def test_a_model_from_no_folder_is_not_held_against_the_current_one(tmp_path, tiny_llama, monkeypatch, recwarn):
+    from lightning_compress.export.hugging_face import warn_of_dropped
+
+    save_file({"mtp.layers.0.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    model._keys_to_ignore_on_load_unexpected = ["mtp.*"]
+    assert model.config._name_or_path == ""
+    warn_of_dropped(model)
+    assert not recwarn.list
