@@ -46,7 +46,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from lightning.pytorch.loggers import Logger
 
     from lightning_compress import CompressionCallback
-    from lightning_compress.slurm import check_tasks
+    from lightning_compress.training.slurm import check_tasks
 
     check_compress(cfg)
     logging.getLogger("lightning").handlers.clear()  # Hydra's logging shows its messages: else each comes twice

@@ -198,7 +198,7 @@ def measure(
 def timed_modifier(clock: StageClock, group: int, stack: ExitStack) -> Any:
     """The package's GPTQModifier, its steps marked on the clock; and its solver's, until the stack is left."""
     from lightning_compress import GPTQModifier
-    from lightning_compress.gptq.solver import Solver
+    from lightning_compress.modifiers.gptq.solver import Solver
 
     def marked(function: Callable[..., Any], stage: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,8 @@
     CALIBRATION_...    on_train_end; on_fit_end where training was skipped and on_train_end never came
     FINALIZE           the same, after calibration
 
-What happens at the end (best weights, metric, calibration, metric again, export, report) is in training/finish.py.
+What happens at the end (best weights, metric, calibration, metric again, export, report) is in
+training/post_training.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,18 +28,18 @@ from torch.optim import Optimizer
 
 from lightning_compress.calibration.blocks import find_blocks
 from lightning_compress.core.events import Event, EventType
+from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.core.ledger import Ledger
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.experts.split import split_while
 from lightning_compress.export.experts import planned_fault
 from lightning_compress.export.rehearsal import rehearse
-from lightning_compress.interruption import check_uninterrupted
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.split_experts import split_while
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
-from lightning_compress.training import random_state, resume
+from lightning_compress.training import mid_epoch_resume, random_state
 from lightning_compress.training.checks import (
     averages,
     check_averaging,
@@ -52,16 +53,16 @@ from lightning_compress.training.checks import (
     tensor_names,
 )
 from lightning_compress.training.clock import StepClock
-from lightning_compress.training.finish import Finish, Plan, check_best, check_device, is_resumed, processors
-from lightning_compress.training.finished import earlier_end, new_run
-from lightning_compress.training.first_rank import alone
 from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.outputs import FolderLock, Outputs
-from lightning_compress.training.requeue import requeue_only, supersede
+from lightning_compress.training.post_training import Finish, Plan, check_best, check_device, is_resumed, processors
+from lightning_compress.training.pruned_checkpoints import carry_shapes, check_launcher, write_shapes
+from lightning_compress.training.rank_zero import alone
+from lightning_compress.training.resume_finished import earlier_end, new_run
 from lightning_compress.training.samples import OwnBatches
 from lightning_compress.training.saved_files import SavedFiles
-from lightning_compress.training.shapes import carry_shapes, check_launcher, write_shapes
 from lightning_compress.training.sigterm import stopped_by_sigterm
+from lightning_compress.training.slurm_requeue import requeue_only, supersede
 from lightning_compress.training.submodule import choose, is_compiled
 
 __all__ = ["CompressionCallback"]
@@ -313,8 +314,8 @@ class CompressionCallback(Callback):
         check_windows(trainer, self.lifecycle.modifiers, self.clock.event())
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
         if self._resumed:
-            resume.restore_loaders(trainer)
-            if repeated := resume.repeated_batches(trainer):
+            mid_epoch_resume.restore_loaders(trainer)
+            if repeated := mid_epoch_resume.repeated_batches(trainer):
                 self._facts["batches_repeated_on_resume"] = self._facts.get("batches_repeated_on_resume", 0) + repeated
                 rank_zero_warn(
                     f"this run is resumed after batch {repeated} of an epoch, and its training loader has no state: it "
@@ -322,9 +323,9 @@ class CompressionCallback(Callback):
                     f"out; resume from the end of an epoch, or use a loader with a state, such as "
                     f"torchdata's StatefulDataLoader"
                 )
-        if self._resumed and resume.after_last_batch(trainer):
+        if self._resumed and mid_epoch_resume.after_last_batch(trainer):
             self._restore_random()
-            resume.begin_epoch(trainer)
+            mid_epoch_resume.begin_epoch(trainer)
         self._resumed = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

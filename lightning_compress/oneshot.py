@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.modes import random_state_kept
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
-from lightning_compress.experts.split import split_while
+from lightning_compress.core.interruption import check_uninterrupted, marked_when_interrupted
 from lightning_compress.export.guard import guard_save_pretrained
-from lightning_compress.interruption import check_uninterrupted, marked_when_interrupted
-from lightning_compress.matching import without_parallel
+from lightning_compress.layers.matching import without_parallel
+from lightning_compress.quant.split_experts import split_while
 from lightning_compress.recipe import read_recipe
 
 __all__ = ["compress"]

@@ -24,8 +24,8 @@ from lightning_compress import (
     save,
 )
 from lightning_compress.quant.record import quantized_modules
-from tests.architecture_models import ARCHITECTURES
-from tests.plain_reader import read_by_transformers
+from tests.support.architecture_models import ARCHITECTURES
+from tests.support.plain_reader import read_by_transformers
 
 LAYERS = ["Linear", "Conv1D", "Conv1d", "Conv2d"]
 HEADS = ["re:.*(lm_head|predictions.decoder|lm_head.decoder|vocab_projector|proj_out)$"]      # tied to the embedding

@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 import lightning_compress
 from lightning_compress import CompressionCallback, GPTQModifier, Modifier
 from lightning_compress.core import State
-from tests.training_runs import RecordingModifier, Regression, Sums, quiet
+from tests.support.training_runs import RecordingModifier, Regression, Sums, quiet
 
 STEP, ACCUMULATE = "SLpPE", "SLE"
 
@@ -478,7 +478,9 @@ def test_lightning_cli_builds_it(tmp_path):
     spec = {
         "class_path": "lightning_compress.CompressionCallback",
         "init_args": {
-            "modifiers": {"a": {"class_path": "tests.training_runs.RecordingModifier", "init_args": {"start": 2}}},
+            "modifiers": {
+                "a": {"class_path": "tests.support.training_runs.RecordingModifier", "init_args": {"start": 2}}
+            },
             "module": "model",
             "blocks": ["Linear"],
             "calibration_batches": 3,

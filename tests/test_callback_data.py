@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress import CompressionCallback, GPTQModifier
-from tests.training_runs import Regression, RoundingModifier, Sums, quiet
+from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
 
 ROWS = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 

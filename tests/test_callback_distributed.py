@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import CompressionCallback, QuantizationModifier, compress
 from lightning_compress.core import Event, State
-from lightning_compress.rotation.online import Online, attach_online
-from lightning_compress.training.finish import Finish, Plan
+from lightning_compress.modifiers.rotation.online import Online, attach_online
+from lightning_compress.training.broadcast import ties
+from lightning_compress.training.post_training import Finish, Plan
 from lightning_compress.training.saved_files import SavedFiles
-from lightning_compress.training.sharing import ties
-from tests.training_runs import Regression, RoundingModifier, Sums, quiet
+from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
 
 DDP = {"strategy": "ddp_fork", "devices": 2}
 

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionCallback, GPTQModifier, QuantizationModifier, load
-from lightning_compress.modifiers.distillation import DistillationModifier
+from lightning_compress.modifiers.distillation.modifier import DistillationModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.recipe import load_recipe
-from tests.training_runs import Regression, Sums, quiet
+from tests.support.training_runs import Regression, Sums, quiet
 
 transformers = pytest.importorskip("transformers")
 

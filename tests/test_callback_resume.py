@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionCallback, MagnitudePruningModifier, QATModifier
-from tests.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
+from tests.support.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
 
 STEP = "SLpPE"
 

@@ -24,8 +24,8 @@ from lightning_compress import (
     save,
 )
 from lightning_compress.structure.surgery import record_of
-from tests.structure_runs import images, llama, residuals, tokens
-from tests.training_runs import Regression, Sums, quiet
+from tests.support.structure_runs import images, llama, residuals, tokens
+from tests.support.training_runs import Regression, Sums, quiet
 
 
 def channels(**arguments):

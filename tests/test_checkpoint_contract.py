@@ -22,7 +22,7 @@ from lightning_compress import (
     MagnitudePruningModifier,
     QATModifier,
 )
-from tests.training_runs import RecordingModifier, Regression, Sums, quiet
+from tests.support.training_runs import RecordingModifier, Regression, Sums, quiet
 
 INT4 = {"scheme": "W4A16", "group_size": 8}
 

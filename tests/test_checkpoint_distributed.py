@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_compress import CompressionCallback, DistillationModifier, MagnitudePruningModifier, QATModifier
-from tests.training_runs import RecordingModifier, Regression, Sums, quiet
+from tests.support.training_runs import RecordingModifier, Regression, Sums, quiet
 
 DDP = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 2}
 STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}

@@ -47,7 +47,7 @@ def attempt() -> Iterator[Attempt]:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     runner = subprocess.Popen(
-        [sys.executable, "-m", "tests.kill_runs"],
+        [sys.executable, "-m", "tests.support.kill_runs"],
         cwd=root, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert runner.stdin is not None

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -14,55 +15,22 @@ PACKAGE = "lightning_compress"
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
+INDEX = ROOT / "docs" / "index.md"
+
+
+def rules(heading: str) -> dict[str, list[set[str]]]:
+    """A table of docs/index.md: the name in the first column -> the names in each of the others."""
+    section = INDEX.read_text().split(f"\n{heading}\n", 1)[1]
+    rows = re.findall(r"^\|(.*)\|$", section.split("\n#", 1)[0], re.MULTILINE)[2:]
+    cells = [[set(re.findall(r"[\w.]+", cell.replace("nothing", ""))) for cell in row.split("|")] for row in rows]
+    return {name: [*others] for first, *others in cells for name in first}
+
+
 # Layer -> other layers of this package that it may import, and packages from outside. A layer is the first name below
 # the package: a folder or a file. torch and the standard library are free to all.
-LAYERS: dict[str, tuple[set[str], set[str]]] = {
-    "core": (set(), {"pydantic"}),
-    "ops": (set(), {"triton"}),
-    "matching": (set(), set()),
-    "finite": (set(), set()),
-    "sharing": (set(), set()),
-    "interruption": (set(), set()),
-    "distributed": (set(), set()),
-    "leftovers": (set(), set()),
-    "quant": ({"ops", "matching", "sharing"}, {"compressed_tensors", "pydantic"}),
-    "maths": ({"ops", "matching", "sharing", "quant.matrix"}, {"pydantic"}),
-    "gptq": ({"maths", "ops", "quant"}, {"compressed_tensors"}),
-    "rotation": ({"maths", "matching", "quant"}, set()),
-    "experts": ({"matching", "quant"}, set()),
-    "calibration": ({"core", "matching", "distributed", "experts", "finite"}, set()),
-    "teacher": ({"distributed", "leftovers", "report.files", "structure"}, {"safetensors", "transformers"}),
-    "smoothing": ({"core", "matching", "sharing", "distributed", "quant.matrix", "quant.record"}, {"pydantic"}),
-    "structure": (set(), {"torch_pruning"}),
-    "autoround": ({"gptq", "maths", "ops", "quant", "smoothing.parent"}, {"compressed_tensors"}),
-    "regional": ({"autoround"}, set()),
-    "modifiers": (
-        {"core", "maths", "quant", "ops", "matching", "distributed", "autoround", "gptq", "regional", "rotation",
-         "smoothing", "structure", "teacher", "experts"},
-        {"compressed_tensors", "pydantic", "safetensors"},
-    ),
-    "export": (
-        {"quant", "matching", "rotation.online", "structure", "experts", "finite", "interruption", "leftovers"},
-        {"compressed_tensors", "pydantic", "safetensors", "transformers", "yaml"},
-    ),
-    "report": ({"core.ledger", "leftovers"}, {"rich", "matplotlib"}),
-    "oneshot": (
-        {"core", "calibration", "matching", "experts", "export.guard", "interruption", "recipe"}, set()
-    ),
-    "slurm": (set(), set()),
-    "evaluation": (set(), {"torchmetrics"}),
-    "recipe": ({"core"}, {"yaml", "omegaconf"}),
-    "training": (
-        {"core", "matching", "distributed", "calibration", "structure", "experts", "quant", "rotation.online", "export",
-         "report", "evaluation", "interruption", "leftovers"},
-        {"lightning", "rich"},
-    ),
-    "callback": (
-        {"core", "matching", "distributed", "calibration", "quant", "export", "report", "oneshot", "evaluation",
-         "recipe", "training", "experts", "interruption"},
-        {"lightning", "torchmetrics", "yaml", "omegaconf"},
-    ),
-}  # fmt: skip
+LAYERS = rules("## Who may import whom")
+# Room -> other rooms of modifiers/ that it may import; a technique of one file is a room, too.
+ROOMS = rules("### Between techniques")
 
 
 def module_of(path: Path) -> str:
@@ -106,7 +74,7 @@ def _at_import(node: ast.AST) -> Iterator[ast.AST]:
 @pytest.mark.parametrize("module", [m for m in MODULES if m != PACKAGE])
 def test_imports_follow_the_layers(module):
     layer = layer_of(module)
-    assert layer in LAYERS, f"{module}: a new layer {layer!r}; say here and in docs/index.md what it may import"
+    assert layer in LAYERS, f"{module}: a new layer {layer!r}; say in the table of docs/index.md what it may import"
     inside, outside = LAYERS[layer]
     wrong = []
     for name, line in imports(module):
@@ -114,7 +82,7 @@ def test_imports_follow_the_layers(module):
         if top != PACKAGE:
             fine = top in {"torch", *outside} or _is_stdlib(top)
         elif layer_of(name) == layer:
-            fine = layer != "modifiers" or name == module or name == f"{PACKAGE}.modifiers"
+            fine = True
         else:
             fine = any(name == f"{PACKAGE}.{a}" or name.startswith(f"{PACKAGE}.{a}.") for a in inside)
         if not fine:
@@ -134,11 +102,15 @@ def test_the_front_door_is_lazy():
     assert not outside, outside
 
 
-def test_modifiers_never_import_each_other():
+def room_of(module: str) -> str:
+    return module.split(".")[2] if module.startswith(f"{PACKAGE}.modifiers.") else ""
+
+
+def test_a_technique_imports_another_one_only_where_the_list_says_so():
     for module in MODULES:
-        if module.startswith(f"{PACKAGE}.modifiers."):
-            others = [n for n, _ in imports(module) if n.startswith(f"{PACKAGE}.modifiers.") and n != module]
-            assert not others, f"{module} imports {others}"
+        rooms = {room_of(name) for name, _ in imports(module)} - {"", room_of(module)}
+        if room := room_of(module):
+            assert rooms <= ROOMS.get(room, [set()])[0], f"{module} imports {rooms}"
 
 
 def test_there_is_no_import_cycle():
@@ -214,7 +186,7 @@ FLOATS = {
 NUMBERS = {"arange", "randint", "randperm"}            # of whole numbers they are int64, whatever the default dtype is
 NAMES_NO_DTYPE = {
     "core.precision": "it sets the default dtype and puts it back",
-    "rotation.norms": "the user's module is tried on numbers of the dtype that it is used to",
+    "modifiers.rotation.norms": "the user's module is tried on numbers of the dtype that it is used to",
 }
 
 
@@ -248,7 +220,7 @@ def test_a_module_imports_alone(module):
 
 def test_no_file_of_the_package_writes_print_or_reads_the_environment_for_its_maths():
     for module in MODULES:
-        if layer_of(module) in {"core", "ops", "maths", "quant", "modifiers", "matching"}:
+        if layer_of(module) in {"core", "layers", "layerwise", "modifiers", "ops", "pruning", "quant"}:
             for node in ast.walk(TREES[module]):
                 called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
                 assert called not in {"print", "eval", "exec"}, f"{module}:{node.lineno} calls {called}"

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from lightning_compress import GPTQModifier, QuantizationModifier, load, save
 from lightning_compress.core import Ledger, Modifier
 from lightning_compress.oneshot import compress
-from tests.calibration_models import C, Layered, LockstepWatcher, Watcher, make_batches, seeded
+from tests.support.calibration_models import C, Layered, LockstepWatcher, Watcher, make_batches, seeded
 
 
 class WeightRounder(Modifier):

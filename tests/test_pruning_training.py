@@ -22,7 +22,7 @@ from lightning_compress import (
     QATModifier,
     load,
 )
-from tests.training_runs import Regression, Sums, quiet
+from tests.support.training_runs import Regression, Sums, quiet
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
 FIRST = {"targets": ["0"]}                                           # 8 x 8 weights; the other layer is 1 x 8
@@ -298,7 +298,7 @@ from pathlib import Path
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_compress import CompressionCallback
 from tests.test_pruning_training import module, pruning
-from tests.training_runs import Sums, quiet
+from tests.support.training_runs import Sums, quiet
 
 made = {}
 for kind in ("magnitude", "movement", "learned"):

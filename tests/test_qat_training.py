@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_compress import CompressionCallback, GPTQModifier, MagnitudePruningModifier, QATModifier, load
 from lightning_compress.quant.record import quantized_modules
-from tests.training_runs import Regression, Sums, quiet
+from tests.support.training_runs import Regression, Sums, quiet
 
 STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 4}
@@ -311,7 +311,7 @@ from lightning_compress import CompressionCallback
 from lightning_compress.quant.record import quantized_modules, quantized_of
 from lightning.pytorch.strategies import DDPStrategy
 from tests.test_qat_training import STATIC, X, from_gptq, module, qat
-from tests.training_runs import Sums, quiet
+from tests.support.training_runs import Sums, quiet
 
 folder = Path(sys.argv[1])
 model, data = module(), Sums(batches=8)

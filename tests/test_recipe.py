@@ -16,7 +16,7 @@ from lightning_compress import (
 )
 from lightning_compress.quant.schemes import assign, describe, from_groups
 from lightning_compress.recipe import dump_recipe, load_recipe, read_recipe, recipe_difference
-from tests.training_runs import RecordingModifier
+from tests.support.training_runs import RecordingModifier
 
 CONF = Path(__file__).parents[1] / "conf" / "compress"
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 from lightning_compress import AutoRoundModifier, CompressionCallback, QuantizationModifier, compress, save
 from lightning_compress.recipe import load_recipe
-from tests.training_runs import quiet
+from tests.support.training_runs import quiet
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "conf" / "compress").glob("*.yaml"))
 

@@ -14,7 +14,7 @@ import lightning_compress as lc
 from lightning_compress import CompressionCallback
 from tests.support.template_app import DenseNet, DigitsData, DigitsModule
 from tests.support.template_reader import fixed_batch
-from tests.training_runs import quiet
+from tests.support.training_runs import quiet
 
 INT4 = {"scheme": "W4A16", "group_size": 16}
 RECIPES = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_compress.calibration.inputs import run_model
-from lightning_compress.finite import is_finite, nonfinite
+from lightning_compress.layers.finite import is_finite, nonfinite
 
 __all__ = [
     "HIDDEN",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lightning_compress.matching import clean_name, select
+from lightning_compress.layers.matching import clean_name, select
 
 __all__ = ["find_blocks", "modules_of_block", "modules_outside"]
 

@@ -27,12 +27,12 @@ from torch import nn
 
 from lightning_compress.calibration.activations import BatchRunner, check_weights
 from lightning_compress.calibration.blocks import find_blocks
+from lightning_compress.calibration.dense_survey import survey
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
-from lightning_compress.calibration.survey import survey
 from lightning_compress.calibration.walker import WALKS, Walk, Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
-from lightning_compress.experts.split import split_while, watched
+from lightning_compress.quant.split_experts import split_while, watched
 
 __all__ = ["calibrate"]
 

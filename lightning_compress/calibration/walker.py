@@ -23,12 +23,12 @@ from lightning_compress.calibration.activations import (
     token_mask,
     tree_move,
 )
+from lightning_compress.calibration.block_passes import Group, Stages, one_pass_obstacle
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
 from lightning_compress.calibration.placement import on_device, streamed
 from lightning_compress.calibration.plan import Plan, make_plan, whole
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
-from lightning_compress.calibration.stages import Group, Stages, one_pass_obstacle
 from lightning_compress.core import Event, EventType, Lifecycle, State
 
 __all__ = ["WALKS", "Walk", "Walker"]

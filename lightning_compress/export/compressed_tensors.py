@@ -39,9 +39,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lightning_compress.experts.split import fused_experts, join, split
+from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.export import hugging_face
-from lightning_compress.export.atomic import whole_folder
 from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
 from lightning_compress.export.experts import experts_first, names_of_experts
 from lightning_compress.export.guard import guard_save_pretrained
@@ -51,10 +50,11 @@ from lightning_compress.export.quantization_config import cache_only, matched, q
 from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.export.tensors import TensorFiles, naming, read_json, write_tensors
 from lightning_compress.export.verify import answers
-from lightning_compress.finite import nonfinite
-from lightning_compress.interruption import check_uninterrupted
-from lightning_compress.matching import clean_name, without_parallel
-from lightning_compress.quant.expert import ExpertLinear
+from lightning_compress.files.atomic_folder import whole_folder
+from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress.layers.finite import nonfinite
+from lightning_compress.layers.matching import clean_name, without_parallel
+from lightning_compress.layers.matrix import as_matrix, weight_of
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.kv_cache import (
     QuantizedCache,
@@ -64,7 +64,6 @@ from lightning_compress.quant.kv_cache import (
     quantized_caches,
     unread_caches,
 )
-from lightning_compress.quant.matrix import as_matrix, weight_of
 from lightning_compress.quant.packed import PackedLinear, Packing, as_linears, fuse_siblings, pack_linears
 from lightning_compress.quant.packing import (
     check_fit,
@@ -77,6 +76,7 @@ from lightning_compress.quant.packing import (
     unpack,
 )
 from lightning_compress.quant.record import Quantized, attach, moved, quantized_modules, quantized_of, saw_rows
+from lightning_compress.quant.split_experts import fused_experts, join, split
 from lightning_compress.structure.surgery import record_of, reshape
 
 __all__ = ["load", "save"]

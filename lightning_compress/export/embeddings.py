@@ -16,7 +16,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
 
-from lightning_compress.quant.matrix import is_embedding
+from lightning_compress.layers.matrix import is_embedding
 from lightning_compress.quant.packing import is_packable, tensor_names
 from lightning_compress.quant.record import Quantized
 

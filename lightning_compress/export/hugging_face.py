@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress.export.experts import fault_of_experts, installed, names_of_experts
 from lightning_compress.export.tensors import TensorFiles, naming, read_json
-from lightning_compress.matching import clean_name
+from lightning_compress.layers.matching import clean_name
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.packing import tensor_names
 from lightning_compress.quant.record import Quantized

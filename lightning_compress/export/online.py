@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from lightning_compress.export.tensors import naming, read_json
-from lightning_compress.matching import clean_name
-from lightning_compress.quant.matrix import as_matrix
-from lightning_compress.rotation.online import attach_online, online_from_json, online_modules, online_to_json
+from lightning_compress.layers.matching import clean_name
+from lightning_compress.layers.matrix import as_matrix
+from lightning_compress.modifiers.rotation.online import attach_online, online_from_json, online_modules, online_to_json
 
 __all__ = ["attach_all", "check_all", "online_entries", "seal", "unsealed"]
 

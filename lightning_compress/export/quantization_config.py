@@ -19,7 +19,7 @@ from compressed_tensors.utils import match_targets
 from compressed_tensors.utils.match import is_match
 from torch import nn
 
-from lightning_compress.matching import clean_name
+from lightning_compress.layers.matching import clean_name
 from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.record import Quantized
 

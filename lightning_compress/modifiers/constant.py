@@ -12,8 +12,8 @@ from pydantic import PrivateAttr
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import Names, select_weights
-from lightning_compress.maths.masked import MaskedWeights
+from lightning_compress.layers.matching import Names, select_weights
+from lightning_compress.pruning.masked import MaskedWeights
 
 __all__ = ["ConstantPruningModifier"]
 

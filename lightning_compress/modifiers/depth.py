@@ -19,10 +19,10 @@ from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
-from lightning_compress.maths.importance import block_influence
+from lightning_compress.pruning.importance import block_influence
 from lightning_compress.structure.blocks import find_layers
 from lightning_compress.structure.config import check_states, is_transformers, layer_fields
-from lightning_compress.structure.order import shape_conflict
+from lightning_compress.structure.final_shapes import shape_conflict
 from lightning_compress.structure.surgery import cut_layers
 
 __all__ = ["DepthPruningModifier"]

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.matching import Names, listed, select
+from lightning_compress.layers.matching import Names, listed, select
 
 __all__ = ["FreezeModifier"]
 

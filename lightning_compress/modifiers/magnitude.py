@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.maths.masked import MaskedWeights
-from lightning_compress.maths.masks import n_of_m
-from lightning_compress.maths.scheduled import ScheduledSparsity
+from lightning_compress.pruning.masked import MaskedWeights
+from lightning_compress.pruning.masks import n_of_m
+from lightning_compress.pruning.scheduled import ScheduledSparsity
 
 __all__ = ["MagnitudePruningModifier"]
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.maths.masked import MaskedWeights
-from lightning_compress.maths.scheduled import ScheduledSparsity
+from lightning_compress.pruning.masked import MaskedWeights
+from lightning_compress.pruning.scheduled import ScheduledSparsity
 
 __all__ = ["MovementPruningModifier", "movement", "soft_step"]
 

@@ -21,12 +21,11 @@ from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.matching import clean_name
+from lightning_compress.layers.matching import clean_name
+from lightning_compress.layers.matrix import as_matrix, check_weights_work
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.batch_norm import fold_all
 from lightning_compress.quant.embeddings import Embeddings, check_trainable
-from lightning_compress.quant.facts import weight_error, weight_facts
-from lightning_compress.quant.matrix import as_matrix, check_weights_work
 from lightning_compress.quant.parametrization import (
     FakeQuantize,
     Lifted,
@@ -39,6 +38,7 @@ from lightning_compress.quant.parametrization import (
 )
 from lightning_compress.quant.record import Quantized, attach, detach, quantized_modules, quantized_of
 from lightning_compress.quant.schemes import describe
+from lightning_compress.quant.weight_metrics import weight_error, weight_facts
 
 __all__ = ["QATModifier"]
 

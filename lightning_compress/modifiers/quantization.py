@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.maths.hessian import MomentPool, PerShared, groups_as_partitions
-from lightning_compress.quant.arguments import QuantizationArguments
-from lightning_compress.quant.embeddings import Embeddings
-from lightning_compress.quant.matrix import (
+from lightning_compress.layers.matrix import (
     as_matrix,
     input_layout,
     inputs_as_rows,
@@ -29,6 +26,9 @@ from lightning_compress.quant.matrix import (
     only_input,
     partitions,
 )
+from lightning_compress.layerwise.input_hessian import MomentPool, PerShared, groups_as_partitions
+from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import InputMoment, Observer, ObserverName, is_observed, make_observer
 from lightning_compress.quant.rounding import DEAD_INPUT, round_embeddings, round_module
 from lightning_compress.quant.scales import group_columns

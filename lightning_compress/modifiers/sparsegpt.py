@@ -1,6 +1,6 @@
 """SparseGPT: prune column after column, each time moving the error onto the columns still to come.
 
-Frantar & Alistarh, 2023, arXiv:2301.00774; here with the factor of H that GPTQ uses (maths/factor.py), no inverse:
+Frantar & Alistarh, 2023, arXiv:2301.00774; here with the factor of H that GPTQ uses (layerwise/factor.py), no inverse:
 
     v_F     = w_F + (W_<t - Q_<t) H_<t,F (H_FF)^-1      weights from column t on, made up for all that was pruned so far
             = w_F + (a_F - w_F) (U_FF)^-1               a_F: the same but for the errors of F itself
@@ -9,7 +9,7 @@ Frantar & Alistarh, 2023, arXiv:2301.00774; here with the factor of H that GPTQ 
 
 The mask of a block of 128 columns is chosen when the sweep reaches it, over all rows of the block (``scope="block"``,
 as in the paper) or row by row; that of N:M every M columns. What the sweep leaves is refitted on its support
-(maths/support.py): earlier columns make up for later ones as well.
+(layerwise/least_squares_refit.py): earlier columns make up for later ones as well.
 
 Shapes: R rows, C columns (inputs), b columns of a block, P partitions of a grouped convolution.
 """
@@ -25,18 +25,18 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.maths.factor import Factor, energy, factorize_each
-from lightning_compress.maths.gathering import Gathering
-from lightning_compress.maths.hessian import PerShared, Shared
-from lightning_compress.maths.masks import keep_highest, keep_rows
-from lightning_compress.maths.owl import OutlierSurvey
-from lightning_compress.maths.pruning import PruningArguments, never_saw_data, share_of_zeros
-from lightning_compress.maths.support import refit
+from lightning_compress.layers.matrix import as_matrix, write_matrix
+from lightning_compress.layerwise.factor import Factor, energy, factorize_each
+from lightning_compress.layerwise.hessian_collector import Gathering
+from lightning_compress.layerwise.input_hessian import PerShared, Shared
+from lightning_compress.layerwise.least_squares_refit import refit
+from lightning_compress.layerwise.owl import OutlierSurvey
 from lightning_compress.ops.gptq_block import SUB_BLOCK, gptq_block_
-from lightning_compress.quant.facts import sqnr_db, weight_error
-from lightning_compress.quant.matrix import as_matrix, write_matrix
+from lightning_compress.pruning.arguments import PruningArguments, never_saw_data, share_of_zeros
+from lightning_compress.pruning.masks import keep_highest, keep_rows
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.quant.schemes import check_finite
+from lightning_compress.quant.weight_metrics import sqnr_db, weight_error
 
 __all__ = ["SparseGPTModifier", "prune_columns"]
 

@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from pydantic import BaseModel, PrivateAttr, model_validator
 from torch import nn
 
-from lightning_compress.matching import Names, listed, select_weights
+from lightning_compress.layers.matching import Names, listed, select_weights
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.schemes import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_compress.quant.matrix import is_supported
+from lightning_compress.layers.matrix import is_supported
 from lightning_compress.quant.record import quantized_of
 
 __all__ = ["Folding", "find_foldings", "fold", "fold_all"]

@@ -12,7 +12,7 @@ from typing import Literal
 from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
 
-from lightning_compress.quant.matrix import is_embedding
+from lightning_compress.layers.matrix import is_embedding
 
 __all__ = ["Embeddings", "check_embeddings", "check_trainable", "is_one_table", "sharers"]
 

@@ -14,9 +14,9 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
+from lightning_compress.layers.matrix import CONVOLUTIONS
 from lightning_compress.ops.fake_quant import replace_value
 from lightning_compress.quant.formats import is_microscaled, stored_as
-from lightning_compress.quant.matrix import CONVOLUTIONS
 
 __all__ = ["fake_quantize_input", "has_rows", "latent_of", "on_stored_grid", "round_weight", "wide"]
 

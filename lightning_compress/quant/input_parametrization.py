@@ -13,9 +13,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor, nn
 
+from lightning_compress.layers.matrix import CONVOLUTIONS
 from lightning_compress.ops.fake_quant import HALF_STEP, learned_value, relative_step, replace_value
 from lightning_compress.quant.fake_quant import fake_quantize_input
-from lightning_compress.quant.matrix import CONVOLUTIONS
 from lightning_compress.quant.record import Quantized, note_rows
 from lightning_compress.quant.scales import integer_range
 

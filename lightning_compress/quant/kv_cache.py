@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from torch import Tensor, nn
 
-from lightning_compress.matching import clean_name
+from lightning_compress.layers.matching import clean_name
 from lightning_compress.quant.fake_quant import fake_quantize_input
 
 __all__ = [

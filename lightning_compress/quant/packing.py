@@ -18,11 +18,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from torch import Tensor, nn
 
+from lightning_compress.layers.matrix import as_matrix, weight_of
 from lightning_compress.quant.fake_quant import round_weight, wide
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.matrix import as_matrix, weight_of
+from lightning_compress.quant.pack_int32 import compress_words
 from lightning_compress.quant.record import Quantized
-from lightning_compress.quant.words import compress_words
 
 __all__ = [
     "ACTIVATION_NAMES",

@@ -7,7 +7,7 @@ else. Scales are therefore kept by whoever put this on (:meth:`FakeQuantize.stat
 What the layer computes with is what :func:`finish` leaves behind, bit for bit: a weight on the grid and a
 :class:`~lightning_compress.quant.record.Quantized`.
 
-Shapes: R rows, C columns, G groups, as in quant/matrix.py.
+Shapes: R rows, C columns, G groups, as in layers/matrix.py.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
-from lightning_compress.ops.fake_quant import learned_step, relative_step, straight_through
-from lightning_compress.quant.dense_keys import (
+from lightning_compress.layers.dense_keys import (
     original_weight,
     parametrization_of,
     put_on,
@@ -26,9 +25,10 @@ from lightning_compress.quant.dense_keys import (
     take_off,
     unparametrize,
 )
+from lightning_compress.layers.matrix import as_matrix, is_transposed, write_matrix
+from lightning_compress.ops.fake_quant import learned_step, relative_step, straight_through
 from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.input_parametrization import FakeQuantizeInput
-from lightning_compress.quant.matrix import as_matrix, is_transposed, write_matrix
 from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import integer_range
@@ -66,7 +66,7 @@ class FakeQuantize(nn.Module):
         change: With ``lsq`` the parameter behind the scale, in its shape: scale = start (1 + change).
     """
 
-    keeps_zeros = True                                              # see maths/masked.py
+    keeps_zeros = True                                              # see pruning/masked.py
 
     scale: Tensor
     zero_point: Tensor | None

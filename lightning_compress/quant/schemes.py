@@ -22,10 +22,8 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from lightning_compress.matching import match_rank, select_weights, warn_of_left_out
-from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is_one_table
-from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.matrix import (
+from lightning_compress.layers.matching import match_rank, select_weights, warn_of_left_out
+from lightning_compress.layers.matrix import (
     CONVOLUTIONS,
     SUPPORTED,
     as_matrix,
@@ -34,8 +32,10 @@ from lightning_compress.quant.matrix import (
     is_supported,
     weight_of,
 )
+from lightning_compress.layers.tied_weights import owners_of, shared_message
+from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is_one_table
+from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.record import quantized_of
-from lightning_compress.sharing import owners_of, shared_message
 
 __all__ = [
     "AUTO_SIZES", "GroupSize", "GroupSizeError", "SizedByModule", "assign", "describe", "from_groups", "from_inline",

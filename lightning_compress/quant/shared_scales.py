@@ -10,8 +10,8 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
+from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.quant.formats import global_scale_of, has_global_scale
-from lightning_compress.quant.matrix import as_matrix
 
 __all__ = ["GlobalScales"]
 

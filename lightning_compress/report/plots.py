@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_compress.core.ledger import Ledger, Row
-from lightning_compress.report.files import whole_file
+from lightning_compress.files.atomic_file import whole_file
 
 __all__ = ["error_per_module"]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.core.ledger import Ledger, Row
-from lightning_compress.report.files import whole_file
+from lightning_compress.files.atomic_file import whole_file
 
 __all__ = ["headline", "installed_versions", "totals", "write"]
 

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_compress.experts.split import is_split, unsplit
-from lightning_compress.quant.dense_keys import unparametrize
+from lightning_compress.layers.dense_keys import unparametrize
+from lightning_compress.quant.split_experts import is_split, unsplit
 
 __all__ = ["plain_copy", "write_plain_modules"]
 

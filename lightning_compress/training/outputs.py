@@ -16,8 +16,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_compress.export.atomic import check_target
-from lightning_compress.leftovers import host_name, is_running
+from lightning_compress.files.atomic_folder import check_target
+from lightning_compress.files.leftovers import host_name, is_running
 
 __all__ = ["FolderLock", "Outputs"]
 

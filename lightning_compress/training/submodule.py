@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from lightning_compress.matching import without_parallel
+from lightning_compress.layers.matching import without_parallel
 
 __all__ = ["choose", "is_compiled", "uncompiled"]
 

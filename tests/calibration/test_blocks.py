@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from lightning_compress.calibration.blocks import find_blocks, modules_of_block, modules_outside
-from tests.calibration_models import Biased, C, EncoderDecoder, Layered, Mixer, Stages
+from tests.support.calibration_models import Biased, C, EncoderDecoder, Layered, Mixer, Stages
 
 transformers = pytest.importorskip("transformers")
 

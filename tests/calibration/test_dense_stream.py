@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_compress.calibration import calibrate
 from lightning_compress.core import Event, State
-from tests.calibration_models import Watcher, started
+from tests.support.calibration_models import Watcher, started
 
 
 class Block(nn.Module):

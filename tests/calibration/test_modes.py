@@ -61,7 +61,7 @@ def test_a_compiled_model_runs_its_hooks():
 import torch
 from torch import nn
 from lightning_compress.oneshot import compress
-from tests.calibration_models import Layered, LockstepWatcher, make_batches, seeded
+from tests.support.calibration_models import Layered, LockstepWatcher, make_batches, seeded
 
 batches = make_batches(2, 2, 5, 8)
 plain = LockstepWatcher(); compress(seeded(Layered), plain, batches)

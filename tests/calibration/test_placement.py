@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration import calibrate
-from tests.calibration_models import (
+from tests.support.calibration_models import (
     C,
     EncoderDecoder,
     Layered,

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_compress.calibration import calibrate
 from lightning_compress.core import Event, Modifier
-from tests.calibration_models import (
+from tests.support.calibration_models import (
     Biased,
     C,
     Dense,

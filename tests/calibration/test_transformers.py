@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_compress import AutoRoundModifier, AWQModifier, GPTQModifier, SmoothQuantModifier, compress
 from lightning_compress.calibration import calibrate
-from tests.calibration_models import LockstepWatcher, Watcher, inputs_of, started
+from tests.support.calibration_models import LockstepWatcher, Watcher, inputs_of, started
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,12 +7,12 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from torch import Tensor, nn
 
-from lightning_compress.matching import select
+from lightning_compress.layers.matching import select
+from lightning_compress.layers.matrix import as_matrix, write_matrix
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.matrix import as_matrix, write_matrix
 from lightning_compress.quant.record import Quantized, attach
 from lightning_compress.quant.scales import minmax
-from tests import plain_reader
+from tests.support import plain_reader
 
 
 def make_scheme(name: str, targets: Sequence[str] = ("Linear",), **weights) -> QuantizationScheme:

@@ -18,7 +18,7 @@ from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant import kv_cache
 from lightning_compress.quant.kv_cache import attention_modules, cache_of, detach_cache, unread_caches
-from tests.architecture_models import ARCHITECTURES, GROUPED, PICTURE
+from tests.support.architecture_models import ARCHITECTURES, GROUPED, PICTURE
 
 IDS = torch.arange(24).reshape(2, 12)
 GRIDS = [(f, s) for f in ("fp8", "int8", "int4") for s in ("tensor", "head", "token")]

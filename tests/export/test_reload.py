@@ -11,7 +11,7 @@ from lightning_compress.export.compressed_tensors import load, save
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.packed import PackedLinear
-from tests.architecture_models import ARCHITECTURES
+from tests.support.architecture_models import ARCHITECTURES
 
 LLAMA = {
     "w4a16": {"name": "W4A16"},

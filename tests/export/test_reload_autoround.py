@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from lightning_compress import AutoRoundModifier, compress, load, save
 from lightning_compress.quant.record import quantized_modules
-from tests.smoothing_models import batches, build, ignore, output, targets
+from tests.support.smoothing_models import batches, build, ignore, output, targets
 
 CASES = {
     "w2": ("llama", {"num_bits": 2, "group_size": 16}),

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from lightning_compress import GPTQModifier, QuantizationModifier, compress, load, save
 from lightning_compress.quant.record import quantized_modules
-from tests.architecture_models import ARCHITECTURES
-from tests.plain_reader import read_by_transformers
+from tests.support.architecture_models import ARCHITECTURES
+from tests.support.plain_reader import read_by_transformers
 
 INT4 = {"num_bits": 4, "group_size": 16}
 INT8 = {"num_bits": 8, "strategy": "channel"}

@@ -12,7 +12,7 @@ from lightning_compress import (
     compress,
     save,
 )
-from tests.smoothing_models import batches, build, change, ignore, output, planted, targets
+from tests.support.smoothing_models import batches, build, change, ignore, output, planted, targets
 
 BITS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 CASES = {

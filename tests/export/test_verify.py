@@ -9,7 +9,7 @@ from lightning_compress.export.compressed_tensors import save
 from lightning_compress.export.verify import answers, is_wanted
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
-from tests.architecture_models import ARCHITECTURES
+from tests.support.architecture_models import ARCHITECTURES
 
 IDS = torch.arange(24).reshape(2, 12)
 

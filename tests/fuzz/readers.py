@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_compress import QuantizationModifier, compress, load, save
+from lightning_compress.modifiers.distillation.answer_cache import AnswerCache
 from lightning_compress.recipe import read_recipe
-from lightning_compress.teacher.cache import AnswerCache
 from tests.fuzz.mutations import mutated_bytes, mutated_json
 
 __all__ = ["READERS", "Reader"]

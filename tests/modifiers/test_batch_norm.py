@@ -18,8 +18,8 @@ from lightning_compress import (
 )
 from lightning_compress.core import Lifecycle, State
 from lightning_compress.quant.batch_norm import fold_all
-from tests.modifiers.training_loop import train
 from tests.quant.test_batch_norm import lived
+from tests.support.training_loop import train
 
 GROUPS = {
     "g": {

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from lightning_compress import compress
 from lightning_compress.core import Lifecycle, State
 from lightning_compress.modifiers.depth import DepthPruningModifier
-from tests.modifiers.training_loop import train
-from tests.structure_runs import llama, residuals, tokens
+from tests.support.structure_runs import llama, residuals, tokens
+from tests.support.training_loop import train
 
 
 class Block(nn.Module):

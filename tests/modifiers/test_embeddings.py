@@ -17,7 +17,7 @@ from lightning_compress import (
 from lightning_compress.calibration import calibrate
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.quant.record import quantized_modules, quantized_of
-from tests.architecture_models import ARCHITECTURES
+from tests.support.architecture_models import ARCHITECTURES
 
 BOTH = {"targets": ["Embedding", "Linear"], "scheme": "W4A16", "group_size": 8}
 

@@ -5,7 +5,7 @@ import torch
 
 from lightning_compress.core import Lifecycle, State
 from lightning_compress.modifiers.freeze import FreezeModifier
-from tests.modifiers.training_loop import network, train
+from tests.support.training_loop import network, train
 
 
 @pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.AdamW])

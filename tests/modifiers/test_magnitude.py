@@ -12,12 +12,12 @@ from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.modifiers.constant import ConstantPruningModifier
-from lightning_compress.modifiers.gptq import GPTQModifier
-from lightning_compress.modifiers.learned_mask import LearnedMaskModifier
+from lightning_compress.modifiers.gptq.modifier import GPTQModifier
+from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.modifiers.movement import MovementPruningModifier
 from lightning_compress.oneshot import compress
-from tests.modifiers.training_loop import network, train
+from tests.support.training_loop import network, train
 
 OPTIMIZERS = {
     "sgd momentum decay": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05),

@@ -6,11 +6,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
-from lightning_compress.modifiers.distillation import DistillationModifier
+from lightning_compress.modifiers.distillation.modifier import DistillationModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.modifiers.movement import MovementPruningModifier, soft_step
 from lightning_compress.modifiers.qat import QATModifier
-from tests.modifiers.training_loop import network, train
+from tests.support.training_loop import network, train
 
 
 def sparsity(module: nn.Module) -> float:

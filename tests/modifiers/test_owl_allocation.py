@@ -6,8 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress import GPTQModifier, SparseGPTModifier, WandaPruningModifier, compress
-from lightning_compress.maths.owl import allocate, outlier_share
-from tests.quantization_runs import correlated
+from lightning_compress.layerwise.owl import allocate, outlier_share
+from tests.support.quantization_runs import correlated
 
 
 def network() -> nn.Sequential:

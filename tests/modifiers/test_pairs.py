@@ -19,7 +19,7 @@ from lightning_compress import (
     StructuredPruningModifier,
 )
 from lightning_compress.core import Lifecycle, State
-from tests.modifiers.training_loop import network, train
+from tests.support.training_loop import network, train
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}

@@ -15,12 +15,12 @@ from lightning_compress import (
     load,
     save,
 )
-from lightning_compress.gptq.columns import round_columns
-from lightning_compress.maths.factor import factorize
+from lightning_compress.layerwise.factor import factorize
+from lightning_compress.modifiers.gptq.columns import round_columns
 from lightning_compress.quant.record import quantized_modules
 from lightning_compress.quant.scales import minmax
-from tests.modifiers.pruning_runs import kept_per_group, problem
-from tests.quantization_runs import correlated
+from tests.support.pruning_runs import kept_per_group, problem
+from tests.support.quantization_runs import correlated
 
 SYMMETRIC = {"scheme": "W4A16", "group_size": 32}
 ASYMMETRIC = {"scheme": "W4A16_ASYM", "group_size": 32}

@@ -23,11 +23,11 @@ from lightning_compress import (
 )
 from lightning_compress.calibration import calibrate
 from lightning_compress.core import Event, EventType, Lifecycle, State
+from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.modifiers.constant import ConstantPruningModifier
-from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.parametrization import fake_quantize_of
 from lightning_compress.quant.record import quantized_modules, quantized_of
-from tests.modifiers.training_loop import network, train
+from tests.support.training_loop import network, train
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(5))
 STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}

@@ -11,12 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_compress import compress
 from lightning_compress.core import Lifecycle, State
+from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.quant import scales
-from lightning_compress.quant.matrix import as_matrix
 from lightning_compress.quant.record import quantized_of
-from tests.architecture_models import ARCHITECTURES
-from tests.quantization_runs import attention, batches, calibrate, correlated, weights
+from tests.support.architecture_models import ARCHITECTURES
+from tests.support.quantization_runs import attention, batches, calibrate, correlated, weights
 
 GRAINS = [{"group_size": 16}, {"strategy": "channel"}, {"strategy": "tensor"}]
 

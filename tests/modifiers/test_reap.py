@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from lightning_compress import GPTQModifier, REAPModifier, compress, save
 from lightning_compress.modifiers.reap import ExpertSaliency, experts_to_keep
-from tests.architecture_models import ARCHITECTURES
+from tests.support.architecture_models import ARCHITECTURES
 
 MIXTURES = {
     "mixtral": ("num_local_experts", {}),

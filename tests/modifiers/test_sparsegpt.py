@@ -7,14 +7,14 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from lightning_compress import GPTQModifier, compress
-from lightning_compress.maths.factor import factorize
-from lightning_compress.maths.masks import keep_mask
-from lightning_compress.maths.support import refit
+from lightning_compress.layers.matrix import as_matrix
+from lightning_compress.layerwise.factor import factorize
+from lightning_compress.layerwise.least_squares_refit import refit
 from lightning_compress.modifiers.sparsegpt import SparseGPTModifier, prune_columns
-from lightning_compress.modifiers.wanda import wanda_mask
-from lightning_compress.quant.matrix import as_matrix
-from tests.modifiers.pruning_runs import REFUSED, kept_per_group, problem, relative_error
-from tests.quantization_runs import attention, batches, calibrate, correlated, weights
+from lightning_compress.modifiers.wanda.modifier import wanda_mask
+from lightning_compress.pruning.masks import keep_mask
+from tests.support.pruning_runs import REFUSED, kept_per_group, problem, relative_error
+from tests.support.quantization_runs import attention, batches, calibrate, correlated, weights
 
 F64 = torch.float64
 

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from lightning_compress.maths.masks import keep_mask
 from lightning_compress.ops.mask_2of4 import mask_2of4
+from lightning_compress.pruning.masks import keep_mask
 
 ORDERS = torch.tensor(list(product([-1.0, 0.0, 0.5, 2.0, torch.nan, torch.inf], repeat=4)))     # with ties and NaN
 

@@ -6,8 +6,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.maths import hessian
-from lightning_compress.quant.matrix import inputs_as_rows
+from lightning_compress.layers.matrix import inputs_as_rows
+from lightning_compress.layerwise import input_hessian as hessian
 from lightning_compress.quant.observers import MSE, InputMoment, MinMax, MovingAverage, Percentile, make_observer
 
 INT8 = QuantizationArgs(num_bits=8)

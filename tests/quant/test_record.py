@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from lightning_compress.export.compressed_tensors import load, save
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
-from lightning_compress.quant.facts import stored_bytes, weight_facts
 from lightning_compress.quant.fake_quant import fake_quantize_input
 from lightning_compress.quant.record import Quantized, attach, detach, quantized_modules, quantized_of
+from lightning_compress.quant.weight_metrics import stored_bytes, weight_facts
 
 W4A16, W8A8, FP8 = (preset_name_to_scheme(name, ["Linear"]) for name in ("W4A16", "W8A8", "FP8"))
 

@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_compress.maths.hessian import InputMoment, groups_as_partitions
+from lightning_compress.layerwise.input_hessian import InputMoment, groups_as_partitions
 from lightning_compress.quant import scales
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.scale_errors import FormErrors, GridErrors

@@ -9,10 +9,10 @@ from torch import nn
 
 from lightning_compress import LearnedMaskModifier, QATModifier, QuantizationModifier, compress
 from lightning_compress.core import State
-from lightning_compress.experts.split import split
-from lightning_compress.rotation.online import Online, attach_online
+from lightning_compress.modifiers.rotation.online import Online, attach_online
+from lightning_compress.quant.split_experts import split
 from lightning_compress.training.hyperparameters import plain_copy, write_plain_modules
-from tests.training_runs import RoundingModifier
+from tests.support.training_runs import RoundingModifier
 
 
 class Wrapper(nn.Module):

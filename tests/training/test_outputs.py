@@ -7,11 +7,11 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import CompressionCallback
-from lightning_compress.leftovers import host_name
+from lightning_compress.files.leftovers import host_name
 from lightning_compress.training import outputs
 from lightning_compress.training.outputs import FolderLock
-from tests.test_leftovers import dead as dead
-from tests.training_runs import Regression, RoundingModifier, Sums, quiet
+from tests.files.test_leftovers import dead as dead
+from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
 
 
 def holder(**changes):

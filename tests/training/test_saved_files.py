@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_compress import CompressionCallback
 from lightning_compress.training.saved_files import SavedFiles
-from tests.training_runs import Regression, RoundingModifier, Sums, quiet
+from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
 
 
 class Payload:

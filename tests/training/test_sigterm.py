@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress import CompressionCallback
+from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
 from tests.support.two_ranks import run_two_ranks
-from tests.training_runs import Regression, RoundingModifier, Sums, quiet
 
 
 def terminate():

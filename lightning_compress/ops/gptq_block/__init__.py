@@ -47,7 +47,7 @@ def gptq_block_(
         Q_bR: Receives what they became.
         D_bR: Receives W - Q, for the GEMM that hands errors on to later blocks.
         W_bR: The columns as they were at the very first.
-        U_bb: Upper triangle: row k is what later columns take over from the error of column k (maths/factor.py); any
+        U_bb: Upper triangle: row k is what later columns take over from the error of column k; any
             strides, the rest is not read.
         grid: What is rounded to; None: values stay as they are.
         scale_GR: With a grid: positive, in the dtype of A.

@@ -16,8 +16,8 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.quant.fake_quant import fake_quantize_input
+from lightning_compress.quant.packed.backends import Call, Path, paths_of
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
-from lightning_compress.quant.packed.paths import Call, Path, paths_of
 from lightning_compress.quant.packed.weight import PackedWeight
 from lightning_compress.quant.packing import pack, unpack
 from lightning_compress.quant.record import quantized_of

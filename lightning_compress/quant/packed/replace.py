@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.quant.packed.backends import Call
 from lightning_compress.quant.packed.layout import fault_of
 from lightning_compress.quant.packed.linear import PackedLinear
-from lightning_compress.quant.packed.paths import Call
 from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
 
 __all__ = ["Packing", "as_linears", "is_packable", "pack_linears"]

@@ -9,11 +9,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.matching import select
+from lightning_compress.layers.matching import select
 from lightning_compress.ops.w8a8_gemm.cpu import is_exact
 from lightning_compress.quant.observers import make_observer
 from lightning_compress.quant.packed import PackedLinear, is_packable, pack_linears
-from lightning_compress.quant.packed.paths import Call
+from lightning_compress.quant.packed.backends import Call
 from lightning_compress.quant.packing import pack
 from lightning_compress.quant.record import quantized_of
 from lightning_compress.quant.rounding import round_module
@@ -252,7 +252,7 @@ def test_ways_on_cuda(name, monkeypatch):
     """Which one is chosen; and that its operands are right, by what the op computes on this device."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("lightning_compress.quant.packed.paths.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("lightning_compress.quant.packed.backends.importlib.util.find_spec", lambda name: name)
     linear = quantized_linear(name)
     packed, x = PackedLinear.from_quantized(linear), tokens(2, 5, COLUMNS)
     path = packed.path(Call("cuda", torch.float32, 3, True))

@@ -1,0 +1,237 @@
+"""The weight of a layer as a matrix, and its inputs as the rows that this matrix multiplies.
+
+The one file that knows how Linear, Conv1d, Conv2d and the Conv1D of Hugging Face's GPT-2 store their weight: all else
+sees W [R, C] and X [P, N, C] with y = x W^T.
+
+An embedding (Embedding, EmbeddingBag) has a W too, a row for each token, but multiplies nothing: tokens look their row
+up, y = W[token]. Its error is that of the rows themselves, each apart: there are no inputs that weigh columns.
+
+Shapes: R rows (output features; of an embedding tokens), C columns (inputs of one output; of an embedding its
+features), N tokens (a convolution: places of the window), P partitions (groups of a grouped convolution, each with its
+own inputs; 1 for all others).
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress.layers.expert import ExpertLinear, tokens_of
+
+__all__ = [
+    "CONVOLUTIONS",
+    "as_matrix",
+    "check_weights_work",
+    "input_layout",
+    "inputs_as_rows",
+    "is_embedding",
+    "is_supported",
+    "is_transposed",
+    "only_input",
+    "parameter_of",
+    "partitions",
+    "weight_of",
+    "write_matrix",
+]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bool = False) -> None:
+    """ValueError names a module whose weight cannot be read or written, and says why and what to do.
+
+    Args:
+        modules: What a modifier will change, by dotted name.
+        verb: What it does to them, such as ``quantize``.
+        in_place: It does arithmetic in place, which tensors made under ``torch.inference_mode`` do not allow.
+    """
+    faults = {name: fault for name, module in modules.items() if (fault := _weight_fault(module, in_place))}
+    for name, fault in faults.items():
+        alike = [other for other, same in faults.items() if same == fault and other != name]
+        more = f" (and {len(alike)} more: {', '.join(map(repr, alike[:3]))})" if alike else ""
+        raise ValueError(f"cannot {verb} {name!r} ({type(modules[name]).__name__}){more}: {fault}, or add it to ignore")
+
+
+def _weight_fault(module: nn.Module, in_place: bool) -> str | None:
+    """Why the weight is none to work with, and what to do; None too where the module has no weight at all."""
+    if isinstance(module, ExpertLinear) or isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
+        return None                                                            # whoever asks looks at those himself
+    own = module._parameters
+    if "weight" not in own:
+        return _computed(module)
+    weight = own["weight"]
+    if weight is None:
+        return "its weight is None; give it one"
+    if weight.is_meta:
+        return "its weight is on the meta device, so it has no values; load the weights first"
+    if not weight.numel():
+        return f"its weight has shape {list(weight.shape)}, so there is nothing in it; leave the layer out"
+    if weight.dtype not in FLOATS:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"its weight is {dtype}, expected float16, bfloat16, float32 or float64; start from the dense model"
+    copied = "give it a copy: module.weight = nn.Parameter(module.weight.detach().clone())"
+    if any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
+        return f"the elements of its weight share memory (an expanded tensor); {copied}"
+    if in_place and weight.is_inference():
+        return f"its weight was made under torch.inference_mode and cannot be changed in place; {copied}"
+    return None
+
+
+def _computed(module: nn.Module) -> str | None:
+    """Why ``weight`` is not a Parameter of its own; None where there is no such thing."""
+    own = module._parameters
+    if "weight_g" in own:
+        return "torch.nn.utils.weight_norm computes its weight; call torch.nn.utils.remove_weight_norm(module) first"
+    if "weight_orig" in own and "weight_mask" in module._buffers:
+        return "torch.nn.utils.prune computes its weight; call torch.nn.utils.prune.remove(module, 'weight') first"
+    if "weight_orig" in own:
+        return "torch.nn.utils.spectral_norm computes its weight; call torch.nn.utils.remove_spectral_norm first"
+    weight = getattr(module, "weight", None)
+    if callable(weight) and not isinstance(weight, Tensor):
+        return "its weight is a method, as in modules that torch.ao has quantized; start from the float model"
+    if isinstance(weight, Tensor):
+        kind = "a buffer" if "weight" in module._buffers else "a plain attribute"
+        return f"its weight is {kind}, not a Parameter; register it: module.weight = nn.Parameter(weight)"
+    return None
+
+
+def is_supported(module: nn.Module) -> bool:
+    """True when its weight is a matrix that multiplies its inputs."""
+    if isinstance(module, ExpertLinear):
+        return True
+    if not isinstance(_stored(module), nn.Parameter):                      # a computed weight cannot be written
+        return False
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_transposed(module)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """True when its weight is a table whose rows are looked up."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and isinstance(_stored(module), nn.Parameter)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as the layer stores it, without gradient."""
+    weight = _stored(module)
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def parameter_of(module: nn.Module) -> nn.Parameter:
+    """The parameter that holds the weight, in the layer's own layout; of an expert the tensor of all experts."""
+    stored = module.whole if isinstance(module, ExpertLinear) else _stored(module)
+    assert isinstance(stored, nn.Parameter)
+    return stored
+
+
+def _stored(module: nn.Module) -> Any:
+    """The weight, or what it is computed from by parametrizations that pass it as it is in the end (they say so)."""
+    lists = getattr(module, "parametrizations", None)
+    if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
+        return getattr(module, "weight", None)
+    passing = all(getattr(part, "passes_in_the_end", False) for part in lists["weight"].children())
+    return module.get_parameter("parametrizations.weight.original") if passing else None
+
+
+def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
+    """The weight as [R, C] in its own dtype: a view where the layout allows it, without gradient.
+
+    Args:
+        module: The layer.
+        like: In place of the weight a tensor that is laid out like its parameter, such as the gradient.
+    """
+    if not (is_supported(module) or is_embedding(module)):
+        kinds = f"{SUPPORTED}, or an embedding"
+        raise ValueError(f"cannot see the weight of a {type(module).__name__} as a matrix; expected {kinds}")
+    if like is not None and isinstance(module, ExpertLinear):
+        like = module.slice_of(like)
+    weight = weight_of(module) if like is None else like
+    return weight.t() if is_transposed(module) else weight.flatten(1)
+
+
+@torch.no_grad()
+def write_matrix(module: nn.Module, W_RC: Tensor) -> None:
+    """Put a matrix [R, C] back as the weight, in place, in the weight's own dtype and layout."""
+    weight = weight_of(module)
+    weight.copy_(W_RC.t() if is_transposed(module) else W_RC.reshape(weight.shape))
+
+
+def partitions(module: nn.Module) -> int:
+    """P: rows [p * R / P, (p + 1) * R / P) of W multiply partition p of the inputs."""
+    return module.groups if isinstance(module, CONVOLUTIONS) else 1
+
+
+def input_layout(module: nn.Module) -> Hashable:
+    """Modules of equal layout turn one input tensor into the same rows."""
+    if isinstance(module, CONVOLUTIONS):
+        window = (module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode)
+        return (type(module).__name__, module.groups, *window)
+    return "features last"
+
+
+def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The input of one call as X [P, N, C].
+
+    Args:
+        module: The layer.
+        x: Its input: [..., C] for Linear and Conv1D, [batch, channels, length] or [batch, channels, height, width]
+            (the batch may be missing) for convolutions.
+        mask: True for tokens that count, bool [batch, tokens]. It applies where the leading shape of x is the mask's,
+            where x holds the same tokens flattened into one dimension, or some of them (layers/expert.py); other
+            inputs are taken whole.
+    """
+    if not isinstance(module, CONVOLUTIONS):
+        if mask is not None and x.ndim > 1:
+            mask = mask.to(x.device)
+            if (tokens_N := tokens_of(x)) is not None:                           # those that the router sent
+                x = x[mask.flatten()[tokens_N]]
+            elif x.shape[:-1] == mask.shape:
+                x = x[mask]
+            elif x.ndim == 2 and len(x) == mask.numel():
+                x = x[mask.flatten()]
+        return x.detach().reshape(1, -1, x.shape[-1])
+    return _windows(module, x.detach())
+
+
+def only_input(name: str, inputs: tuple[Any, ...]) -> Tensor:
+    """The tensor among the positional arguments of a call, which is what hooks see.
+
+    Raises:
+        ValueError: It came as a keyword argument; the message names the module.
+    """
+    if not inputs:
+        raise ValueError(f"{name!r} was called with keywords alone, which hooks cannot see; call it as layer(x)")
+    return inputs[0]
+
+
+def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """[P, N, C] with N = batch x places of the window and C = channels of the partition x kernel."""
+    spatial = len(module.kernel_size)
+    x = x[None] if x.ndim == spatial + 1 else x
+    pads = _padding(module)
+    if any(pads):
+        x = F.pad(x, pads) if module.padding_mode == "zeros" else F.pad(x, pads, mode=module.padding_mode)
+    x = x[:, :, None] if spatial == 1 else x                                     # a Conv1d is a Conv2d of height 1
+    flat = [(1, *v) if spatial == 1 else v for v in (module.kernel_size, module.dilation, module.stride)]
+    columns = F.unfold(x, flat[0], dilation=flat[1], stride=flat[2])             # [batch, channels * kernel, places]
+    return columns.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """(left, right) of each dimension, the last one first, as ``F.pad`` wants it."""
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [0, 0] if module.padding == "valid" else [int(module.padding[axis])] * 2
+    return pads
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """The Conv1D of transformers (weight [in, out]), told by its name so that transformers need not be installed."""
+    return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)

@@ -1,0 +1,86 @@
+"""OWL: layers with many outliers keep more weights (Yin et al., 2023, arXiv:2310.05175).
+
+    a_rc = |W_rc| * rms(x_c)                 Wanda's score, of the dense model
+    D_l  = share of a in layer l that exceeds M times the mean of a in l
+    s_l  = s - (D_l - mean D) * 2 lambda / (max D - min D)
+
+A layer is a block of the model, all its targets together; a target outside of all blocks is one by itself. The mean of
+D is weighed by the number of weights, so that the whole model has exactly the sparsity s that was asked for.
+
+Shapes: N tokens, R rows, C columns, P partitions of a grouped convolution.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.layers.matrix import as_matrix, inputs_as_rows
+
+__all__ = ["OutlierSurvey", "allocate", "outlier_share"]
+
+
+def outlier_share(scores: Sequence[Tensor], m: float) -> float:
+    """D of a layer: the share of all its scores that exceeds ``m`` times their mean."""
+    count = sum(score.numel() for score in scores)
+    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+    return sum(int((score > m * mean).sum()) for score in scores) / count
+
+
+def allocate(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, lmbda: float) -> dict[str, float]:
+    """The sparsity s_l of every layer.
+
+    Args:
+        shares: D of each layer.
+        sizes: Its number of weights.
+        sparsity: s, of all layers together.
+        lmbda: Layers differ by at most ``2 * lmbda``.
+    """
+    low, high = min(shares.values()), max(shares.values())
+    mean = sum(shares[layer] * sizes[layer] for layer in shares) / sum(sizes[layer] for layer in shares)
+    step = 2 * lmbda / (high - low) if high > low else 0.0
+    return {layer: sparsity - (share - mean) * step for layer, share in shares.items()}
+
+
+class OutlierSurvey:
+    """Input sizes of the dense model's targets, and what follows from them.
+
+    Args:
+        modules: The targets by dotted name.
+        m: M.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], m: float):
+        self.modules, self.m = dict(modules), m
+        self._squares: dict[str, Tensor] = {}                  # sum of x^2, [P, C]
+        self._tokens: dict[str, int] = {}
+        self._layer: dict[str, str] = {}                       # target -> its layer
+        self._shares: dict[str, float] = {}
+
+    def observe(self, name: str, inputs: tuple[Tensor, ...], mask: Tensor | None) -> None:
+        """A target is called with ``inputs``. For a forward-pre hook."""
+        X_PNC = inputs_as_rows(self.modules[name], inputs[0], mask)
+        squares = X_PNC.float().square().sum(1)
+        self._squares[name] = self._squares[name] + squares if name in self._squares else squares
+        self._tokens[name] = self._tokens.get(name, 0) + X_PNC.shape[1]
+
+    def close(self, layer: str, names: Iterable[str]) -> None:
+        """These targets are a layer, and have seen all their inputs; an empty name: each by itself."""
+        seen = [name for name in names if self._tokens.get(name)]
+        for group, members in {layer: seen}.items() if layer else {name: [name] for name in seen}.items():
+            if members:
+                self._shares[group] = outlier_share([self._score(name) for name in members], self.m)
+                self._layer |= dict.fromkeys(members, group)
+
+    def sparsities(self, sparsity: float, lmbda: float) -> dict[str, float]:
+        """The sparsity of every target that has seen data."""
+        sizes: dict[str, int] = {}
+        for name, layer in self._layer.items():
+            sizes[layer] = sizes.get(layer, 0) + as_matrix(self.modules[name]).numel()
+        found = allocate(self._shares, sizes, sparsity, lmbda) if sizes else {}
+        return {name: found[layer] for name, layer in self._layer.items()}
+
+    def _score(self, name: str) -> Tensor:
+        rms_PC = (self._squares.pop(name) / self._tokens[name]).sqrt()
+        W_RC = as_matrix(self.modules[name]).float().abs()
+        return torch.cat([W * rms for W, rms in zip(W_RC.chunk(len(rms_PC)), rms_PC, strict=True)])

@@ -1,0 +1,152 @@
+"""A block while its weights are learned: what it shall give, how far it is from that, gradients for its weights.
+
+Weights are written into the block's own parameters, and gradients taken for these: no module is replaced or wrapped, so
+that any forward works. Nothing is left in ``.grad``.
+
+Shapes: R rows, C columns.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+
+from lightning_compress.layers.matrix import as_matrix, parameter_of, write_matrix
+from lightning_compress.layerwise.parent import counted, first_tensor
+from lightning_compress.modifiers.autoround.grid import OnGrid
+from lightning_compress.quant.fake_quant import fake_quantize_input
+
+__all__ = ["LearnedBlock"]
+
+
+@dataclass(frozen=True)
+class _Size:
+    power: float
+    numbers: int
+    samples: int
+
+
+class LearnedBlock:
+    """The modules of a block whose weights are learned together.
+
+    Args:
+        modules: By name; their weights are dense.
+        replay: Puts a batch through the block and returns what comes out.
+        mask: The tokens that count of the batch that ran last; None: all.
+        count: Batches.
+        dense: What the block shall give for a batch; None: what it gives now.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        replay: Callable[[int], Any],
+        mask: Callable[[], Tensor | None],
+        count: int,
+        dense: Callable[[int], Tensor] | None,
+    ):
+        self.modules, self.replay, self.mask, self.count = modules, replay, mask, count
+        outputs = [] if dense is not None else [first_tensor(replay(i)).clone() for i in range(count)]
+        self._target: Callable[[int], Tensor] = outputs.__getitem__ if dense is None else dense
+        self._sizes: dict[int, _Size] = {}                     # of what it shall give, by batch
+        self.gives_output = dense is not None or outputs[0].numel() > 0
+
+    @property
+    def power(self) -> float:
+        """The sum of squares of what the block shall give, over the batches that were looked at."""
+        return sum(size.power for size in self._sizes.values())
+
+    def samples(self, batch: int) -> int:
+        """How many samples a batch holds that :meth:`error` has looked at."""
+        return self._sizes[batch].samples
+
+    def error(self, batch: int) -> Tensor:
+        """Sum of squared errors of what the block gives now, over tokens that count, float32."""
+        output = first_tensor(self.replay(batch))
+        mask = self.mask()
+        target = counted(self._target(batch).to(output.device), mask).float()
+        if batch not in self._sizes:
+            self._sizes[batch] = _Size(float(target.square().sum()), target.numel(), len(output))
+        return (counted(output, mask).float() - target).square().sum()
+
+    def norms(self, batch: int) -> list[Tensor]:
+        """||B(X)||_2 of what the block gives now, over tokens that count: float32 [], one for each sample."""
+        output, mask = first_tensor(self.replay(batch)), self.mask()
+        if mask is not None:
+            mask = mask.to(output.device)
+            if output.shape[: mask.ndim] != mask.shape and output.ndim and len(output) == mask.numel():
+                output = output.unflatten(0, mask.shape)
+            if output.shape[: mask.ndim] == mask.shape:
+                return [torch.linalg.vector_norm(x[m].float()) for x, m in zip(output, mask, strict=True)]
+        return [torch.linalg.vector_norm(x.float()) for x in output]
+
+    def place(self, weights: Mapping[str, OnGrid]) -> None:
+        """Write weights into the block."""
+        self.write({name: weight.value() for name, weight in weights.items()})
+
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """As :meth:`place`, [R, C] each, in any dtype."""
+        for name, W_RC in weights.items():
+            write_matrix(self.modules[name], W_RC)
+
+    def gradients(self, error: Tensor) -> dict[str, Tensor]:
+        """Of an error for the weights, [R, C] float32; modules that took no part are left out.
+
+        They are in units of the mean square of what the block shall give, so that half precision neither overflows nor
+        underflows.
+
+        Raises:
+            ValueError: The block's output has no gradient.
+        """
+        unit = sum(size.numbers for size in self._sizes.values()) / max(self.power, torch.finfo(torch.float32).tiny)
+        return self.gradients_of(error, unit)
+
+    def gradients_of(self, value: Tensor, unit: float = 1.0, again: bool = False) -> dict[str, Tensor]:
+        """``unit`` times the gradient of a scalar for the weights, as :meth:`gradients`; ``again``: of more to come."""
+        if not value.requires_grad:
+            raise ValueError(
+                f"no gradient of the block's output reaches {', '.join(map(repr, self.modules))}: is there a "
+                f"torch.no_grad() or .detach() in its forward? Add them to ignore, or take one that learns nothing"
+            )
+        holders = {name: parameter_of(module) for name, module in self.modules.items()}
+        parameters = list(dict.fromkeys(holders.values()))     # experts may share one
+        weight = torch.full_like(value, unit)
+        found = torch.autograd.grad(value, parameters, weight, retain_graph=again, allow_unused=True)
+        of = dict(zip(parameters, found, strict=True))
+        pairs = [(name, of[holder]) for name, holder in holders.items()]
+        return {name: as_matrix(self.modules[name], like=G).float() for name, G in pairs if G is not None}
+
+    @contextmanager
+    def learning(self, model: nn.Module, inputs: Mapping[str, QuantizationArgs | None]) -> Iterator[None]:
+        """Inside, these weights alone have gradients, and inputs are quantized, straight through.
+
+        Args:
+            model: All of it.
+            inputs: How the input of a module is quantized; None: not at all.
+        """
+        needing = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        handles = [
+            self.modules[name].register_forward_pre_hook(lambda module, x, args=args: _quantized(module, x, args))
+            for name, args in inputs.items()
+            if args is not None
+        ]
+        try:
+            for parameter in needing:
+                parameter.requires_grad_(False)
+            for module in self.modules.values():
+                parameter_of(module).requires_grad_(True)
+            yield
+        finally:
+            for parameter, flag in needing.items():
+                parameter.requires_grad_(flag)
+            for handle in handles:
+                handle.remove()
+
+
+def _quantized(module: nn.Module, inputs: tuple[Any, ...], args: QuantizationArgs) -> tuple[Any, ...]:
+    """The input on its grid, whose gradient passes unchanged: scales from the input itself clip nothing."""
+    return (fake_quantize_input(module, inputs[0], args, None, None), *inputs[1:])

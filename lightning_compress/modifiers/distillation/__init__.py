@@ -1,0 +1,1 @@
+"""Distillation: the loss, the teacher, the cache of its answers, learned projections."""

@@ -1,0 +1,1 @@
+"""GPTQ: the modifier, the solver with its column loop, refinement, and what is chosen on held-out data."""

@@ -1,0 +1,1 @@
+"""Learned N:M masks: the modifier, and the choice of a pattern with gradients."""

@@ -1,0 +1,262 @@
+"""Turn the basis of a space, or of the heads of attentions, inside the weights; all of it, or nothing.
+
+    vectors are rows, x -> x R                                     QuaRot, Ashkboos et al. 2024, arXiv:2404.00456
+    source, writer   W' = W R along the dimension that writes       (and its bias b' = b R)
+    reader           W' = W diag(g) R along the one that reads
+    norm             g' = 1, b' = (b / g) R                        RMSNorm commutes with every R, LayerNorm with those
+                                                                   that leave the vector of ones where it is
+    head             rows of the value projection, head by head, and columns of the output projection, by the same R
+
+Everything is worked out in float64 and rounded once.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_compress.modifiers.rotation.spaces import Head, Norm, Slot, Space, Touch
+
+__all__ = ["Fused", "Turn", "fuse", "outputs_of", "turns_of_heads", "turns_of_space"]
+
+FULL_PRECISION, HALF_PRECISION = 1e-5, 5e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One dimension of a parameter, turned.
+
+    Args:
+        touch: Where; with the norm whose gain is folded in.
+        matrix: R [h, h] float64; h divides the dimension, and acts on each h neighbours.
+    """
+
+    touch: Touch
+    matrix: Tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for turns that do the same to one tensor."""
+        t = self.touch
+        return (t.dim, t.start, t.stop, None if t.norm is None else t.norm.module, id(self.matrix))
+
+
+@dataclass
+class Fused:
+    """What was done.
+
+    Args:
+        changed: Names of the parameters.
+        untied: Of those that had shared their tensor with another and have one of their own now.
+        difference: Largest change of an output, as a share of the largest output.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    difference: float = 0.0
+
+
+def turns_of_space(space: Space, R: Tensor) -> list[Turn]:
+    """Turn the basis of a space by R, which keeps the mean where the space is ``centered``."""
+    return [Turn(touch, R) for touch in space.touches]
+
+
+def turns_of_heads(heads: Iterable[Head], rotation_of: Callable[[Head], Tensor]) -> list[Turn]:
+    """Turn the values of each head; a head that runs several times is turned once.
+
+    Raises:
+        ValueError: A projection belongs to two attentions in different ways.
+    """
+    partner: dict[Touch, Touch] = {}
+    turns = []
+    for head in dict.fromkeys(heads):
+        ends = {*head.value, head.output}
+        if any(partner.get(end, head.output) != head.output for end in ends):
+            raise ValueError(f"R2: {head.output.slot.name!r} and another weight read the same values; leave R2 out")
+        partner |= dict.fromkeys(ends, head.output)
+        R = rotation_of(head)
+        turns += [Turn(touch, R) for touch in (*head.value, head.output)]
+    return turns
+
+
+@torch.no_grad()
+def fuse(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    norms: Sequence[tuple[Norm, Tensor]],
+    run: Callable[[], Any],
+    tolerance: float | None,
+    online: Callable[[], Callable[[], None]] | None = None,
+) -> Fused:
+    """Write the turned weights, and see that the outputs are as before.
+
+    Needs memory for a copy of every weight that changes, until the check is over.
+
+    Args:
+        model: Changed in place.
+        turns: What is turned.
+        norms: Normalizations whose gains the turns fold in, with the R of their space.
+        run: Runs the model on a few samples.
+        tolerance: Largest change of an output, as a share of the largest output; None: 1e-5, and 5e-2 of all outputs
+            together where weights have 16 bits.
+        online: Puts on what runs beside the weights, and returns how to take it off again.
+
+    Raises:
+        ValueError: The outputs have changed, a gain is zero, two turns contradict each other; nothing has changed then.
+    """
+    before = outputs_of(run())
+    fused = Fused()
+    with ExitStack() as undo:
+        _untie(model, turns, fused, undo)
+        for parameter, own in _by_parameter(model, turns).items():
+            _change(parameter, _turned(parameter, own, model), undo)
+        for norm, R in {norm.module: (norm, R) for norm, R in norms}.values():
+            _reset(model, norm, R, undo)
+        if online is not None:
+            undo.callback(online())
+        fused.changed = list(dict.fromkeys(turn.touch.slot.name for turn in turns))
+        fused.difference = _check(before, outputs_of(run()), turns, model, tolerance)
+        undo.pop_all()
+    return fused
+
+
+def outputs_of(output: Any) -> list[Tensor]:
+    """The logits of an output that has such, else all its floating-point tensors; float64 copies."""
+    logits = getattr(output, "logits", None)
+    given = [logits] if isinstance(logits, Tensor) else dict(output) if hasattr(output, "keys") else output
+    leaves = tree_leaves(given)
+    found = [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not found:
+        raise ValueError("the model gives no tensor of numbers out, so that a rotation cannot be checked")
+    return found
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _untie(model: nn.Module, turns: Sequence[Turn], fused: Fused, undo: ExitStack) -> None:
+    """Give a slot a tensor of its own where what is done to it differs from what is done to another of that tensor."""
+    wanted: dict[Slot, set[tuple[Any, ...]]] = {}
+    for turn in turns:
+        wanted.setdefault(turn.touch.slot, set()).add(_effect(turn, model))
+    first: dict[int, Slot] = {}
+    for slot, effects in wanted.items():
+        parameter = slot.of(model)
+        keeper = first.setdefault(id(parameter), slot)
+        if effects != wanted[keeper]:
+            module = model.get_submodule(slot.module)
+            setattr(module, slot.attribute, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            undo.callback(setattr, module, slot.attribute, parameter)
+            fused.untied.append(slot.name)
+    if fused.untied:
+        configs = [getattr(module, "config", None) for module in model.modules()]
+        tied = {id(c): c for c in configs if c is not None and getattr(c, "tie_word_embeddings", False) is True}
+        for config in tied.values():
+            config.tie_word_embeddings = False
+            undo.callback(setattr, config, "tie_word_embeddings", True)
+
+
+def _effect(turn: Turn, model: nn.Module) -> tuple[Any, ...]:
+    """Like the turn's key, but a gain of ones is no gain."""
+    norm = turn.touch.norm
+    gain = None if norm is None else norm.gain_of(model)
+    plain = gain is None or bool((gain == 1).all())
+    return (*turn.key[:3], None if plain else turn.key[3], turn.key[4])
+
+
+def _by_parameter(model: nn.Module, turns: Sequence[Turn]) -> dict[nn.Parameter, list[Turn]]:
+    """The turns of each tensor, each once, in order."""
+    found: dict[nn.Parameter, dict[tuple[Any, ...], Turn]] = {}
+    for turn in turns:
+        parameter = turn.touch.slot.of(model)
+        own = found.setdefault(parameter, {})
+        for key, other in own.items():
+            if key[:3] == _effect(turn, model)[:3] and key != _effect(turn, model):
+                raise ValueError(
+                    f"{turn.touch.slot.name!r} would have to be turned in two ways, as it and "
+                    f"{other.touch.slot.name!r} use it (after {_after(other)}, and after {_after(turn)}); it cannot be "
+                    f"rotated"
+                )
+        own.setdefault(_effect(turn, model), turn)
+    return {parameter: list(own.values()) for parameter, own in found.items()}
+
+
+def _after(turn: Turn) -> str:
+    return "no norm" if turn.touch.norm is None else repr(turn.touch.norm.module)
+
+
+def _turned(parameter: nn.Parameter, turns: Sequence[Turn], model: nn.Module) -> Tensor:
+    """The parameter after its turns, in float64."""
+    W = parameter.detach().double().clone()
+    for turn in turns:
+        touch, norm = turn.touch, turn.touch.norm
+        stop = W.shape[touch.dim] if touch.stop is None else touch.stop
+        part = W.narrow(touch.dim, touch.start, stop - touch.start)
+        rows = part.movedim(touch.dim, -1)
+        gain = None if norm is None else norm.gain_of(model)
+        if gain is not None:
+            rows = rows * gain.to(rows.device)
+        M = turn.matrix.to(rows.device)
+        if rows.shape[-1] % len(M):
+            raise ValueError(
+                f"{touch.slot.name!r} has {rows.shape[-1]} features there, which blocks of {len(M)} do not divide"
+            )
+        turned = (rows.reshape(*rows.shape[:-1], -1, len(M)) @ M).reshape(rows.shape)
+        part.copy_(turned.movedim(-1, touch.dim))
+    return W
+
+
+def _reset(model: nn.Module, norm: Norm, R: Tensor, undo: ExitStack) -> None:
+    """The gain is in the readers: 1 from now on; the bias is turned."""
+    gain = norm.gain_of(model)
+    if norm.bias is not None:
+        bias = norm.bias.of(model)
+        b = bias.detach().double()
+        if gain is not None:
+            g = gain.to(b.device)
+            if bool((g.abs() <= 1e-6 * g.abs().max()).any()):
+                raise ValueError(
+                    f"{norm.module!r} has gains of zero and a bias: the bias cannot be carried past its readers, so "
+                    f"the space it reads cannot be rotated"
+                )
+            b = b / g
+        M = R.to(b.device)
+        _change(bias, (b.reshape(-1, len(M)) @ M).reshape(b.shape), undo)
+    if norm.gain is not None:
+        weight = norm.gain.of(model)
+        _change(weight, torch.full_like(weight, 1 - norm.offset), undo)
+
+
+def _change(parameter: nn.Parameter, value: Tensor, undo: ExitStack) -> None:
+    with torch.inference_mode(False):
+        undo.callback(parameter.data.copy_, parameter.detach().clone())
+        parameter.data.copy_(value)
+
+
+# -- the check --------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    before: Sequence[Tensor], after: Sequence[Tensor], turns: Sequence[Turn], model: nn.Module, tolerance: float | None
+) -> float:
+    """How far the outputs have moved; ValueError when that is too far."""
+    full = all(turn.touch.slot.of(model).dtype in (torch.float32, torch.float64) for turn in turns)
+    largest = max((float(x.abs().max()) for x in before if x.numel()), default=0.0)
+    if full or tolerance is not None:
+        moved = max((float((x - y).abs().max()) for x, y in zip(before, after, strict=True) if x.numel()), default=0.0)
+        difference = moved / max(largest, 1e-30)
+    else:                                                      # each weight was rounded again: judged as a whole
+        squares = sum(float((x - y).square().sum()) for x, y in zip(before, after, strict=True))
+        difference = (squares / max(sum(float(x.square().sum()) for x in before), 1e-30)) ** 0.5
+    allowed = tolerance if tolerance is not None else FULL_PRECISION if full else HALF_PRECISION
+    if not difference <= allowed:
+        raise ValueError(
+            f"the outputs of the model changed by {difference:.1e} of their size when it was rotated, allowed is "
+            f"{allowed:.0e}; it was put back as it was. Something in it needs its basis as it is: rotate less "
+            f"(rotations=['R1'] or ['R2']), or, where the difference is rounding, raise tolerance"
+        )
+    return difference

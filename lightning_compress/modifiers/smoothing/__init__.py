@@ -1,0 +1,1 @@
+"""Scales moved from activations into weights: SmoothQuant, logarithmic equalization, AWQ."""

@@ -1,0 +1,105 @@
+"""Fold a scale into a source and its consumers, take it back, and check that the block's function is as it was."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.layers.matrix import is_transposed
+from lightning_compress.modifiers.smoothing.pair import Consumer, Pair, SourceForm
+from lightning_compress.modifiers.smoothing.units import find_units, record, relative_change
+
+__all__ = ["change_by_folding", "fold", "kept", "scale_consumer", "scale_source"]
+
+
+@torch.no_grad()
+def fold(pair: Pair, modules: Mapping[str, nn.Module], s_J: Tensor) -> None:
+    """Divide the source's channels by s and multiply what consumers make of them, in place.
+
+    Args:
+        pair: The pair.
+        modules: By dotted name.
+        s_J: The scale, above 0, worked with in float32 and rounded once to the dtype of each parameter.
+    """
+    scale_source(modules[pair.source], pair.form, pair.channels_J, s_J)
+    for name, consumer in pair.consumers.items():
+        scale_consumer(modules[name], consumer, s_J)
+
+
+@torch.no_grad()
+def scale_source(unit: nn.Module, form: SourceForm, channels_J: Tensor, s_J: Tensor) -> None:
+    """Divide output channels by s."""
+    for name, parameter in unit.named_parameters(recurse=False):
+        axis = output_axis(unit) if parameter.ndim > 1 else 0
+        shape = [-1 if i == axis else 1 for i in range(parameter.ndim)]
+        channels = channels_J.to(parameter.device)
+        old = parameter.index_select(axis, channels).to(_working(parameter))
+        s = s_J.to(old).view(shape)
+        new = (1 + old) / s - 1 if form == "one_plus_weight" and name == "weight" else old / s
+        parameter.index_copy_(axis, channels, new.to(parameter.dtype))
+
+
+@torch.no_grad()
+def scale_consumer(unit: nn.Module, consumer: Consumer, s_J: Tensor) -> None:
+    """Multiply what the weights make of each scaled input channel by s."""
+    for name, axis in consumer.axes.items():
+        parameter = unit.get_parameter(name)
+        s_C = spread(consumer.index_C, s_J).to(parameter.device, _working(parameter))
+        shape = [-1 if i == axis % parameter.ndim else 1 for i in range(parameter.ndim)]
+        parameter.copy_((parameter.to(s_C.dtype) * s_C.view(shape)).to(parameter.dtype))
+
+
+def spread(index_C: Tensor, s_J: Tensor) -> Tensor:
+    """The scale of each input channel of a consumer, [C]; 1 where it is not scaled."""
+    index_C = index_C.to(s_J.device)
+    return torch.where(index_C >= 0, s_J[index_C.clamp(min=0)], torch.ones_like(s_J[:1]))
+
+
+def output_axis(unit: nn.Module) -> int:
+    """The axis of a linear layer's weight that runs over its outputs."""
+    return 1 if is_transposed(unit) else 0
+
+
+@contextmanager
+def kept(*units: nn.Module) -> Iterator[None]:
+    """Parameters of these modules are afterwards, to the bit, what they were."""
+    before = {p: p.detach().clone() for unit in units for p in unit.parameters(recurse=False)}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
+
+
+def change_by_folding(
+    pairs: Sequence[Pair], modules: Mapping[str, nn.Module], run: Callable[[], Any], generator: torch.Generator
+) -> float:
+    """How much a block's function changes when random scales are folded; the parameters are as before afterwards.
+
+    That is the largest ||change|| / ||value|| of the block's output and of the outputs of all units but the sources:
+    next to a large residual the block's output alone would hide much. Scales are 2^-2 ... 2^2, exact in any dtype.
+    """
+    sources = {pair.source for pair in pairs}
+    seen = find_units({name: module for name, module in modules.items() if name not in sources})
+    before = record(seen, run, inputs=False)
+    involved = {name for pair in pairs for name in [pair.source, *pair.consumers]}
+    with kept(*[modules[name] for name in involved]):
+        for pair in pairs:
+            exponents = torch.randint(-2, 3, pair.channels_J.shape, generator=generator)
+            fold(pair, modules, torch.exp2(exponents.float()).to(pair.channels_J.device))
+        after = record(seen, run, inputs=False)
+    if list(before.calls) != list(after.calls):
+        return float("inf")
+    outputs = [(before.output, after.output)]
+    for name, calls in before.calls.items():
+        if len(calls) != len(after.calls[name]):
+            return float("inf")
+        outputs += [(a.output, b.output) for a, b in zip(calls, after.calls[name], strict=True)]
+    return max(relative_change(a, b) for a, b in outputs)
+
+
+def _working(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""Wanda, and what Wanda++ adds to it: gradients of the block in the score, weights refined on its output."""

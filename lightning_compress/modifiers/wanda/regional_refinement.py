@@ -1,0 +1,117 @@
+"""Refine what pruning has left of a block (Wanda++, Yang et al., 2025, arXiv:2503.04992).
+
+    K times:  prune W;  M times:  v <- 0.99 v + 0.01 g^2,   W <- W - lr g / (sqrt(v) + eps)              RMSprop
+    prune W
+
+g is the gradient of the squared error of the block's output on one calibration batch. All weights move, those that were
+pruned too, until the next pruning. Which pruned block is best is judged on all batches.
+
+Shapes: R rows (out features), C columns (in features).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_compress.modifiers.autoround.block import LearnedBlock
+from lightning_compress.modifiers.autoround.descent import drawn
+
+__all__ = ["RMSprop", "Refinement", "Refined", "refine"]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How to go about it.
+
+    Args:
+        rounds: K; 0: prune, and be done.
+        steps: M.
+        rate: lr.
+        seed: Of the order of batches.
+    """
+
+    rounds: int
+    steps: int
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What came out.
+
+    Args:
+        found: Pruned weights by name, [R, C], as they are stored.
+        began: The squared error of the block's output with the weights it was compared with.
+        ended: That with ``found``.
+    """
+
+    found: dict[str, Tensor]
+    began: float
+    ended: float
+
+
+def refine(
+    block: LearnedBlock,
+    dense: Mapping[str, Tensor],
+    rival: Mapping[str, Tensor],
+    prune: Callable[[str, Tensor, bool], Tensor],
+    how: Refinement,
+) -> Refined:
+    """Prune the weights of a block together.
+
+    Args:
+        block: Between the two ends of :meth:`LearnedBlock.learning`.
+        dense: Its weights by name, [R, C]; zeros stay.
+        rival: Pruned weights that the result shall not be worse than, where there are rounds.
+        prune: ``prune(name, W, first)`` gives the pruned weight, as it is stored, of W, float32; ``first``: W is dense.
+        how: Rounds, steps, rate, seed.
+    """
+    began = ended = _error(block, rival)
+    found = dict(rival)
+    W = {name: W_RC.float() for name, W_RC in dense.items()}
+    there = {name: W_RC != 0 for name, W_RC in dense.items()}
+    optimizers = {name: RMSprop(W_RC, how.rate) for name, W_RC in W.items()}
+    order = drawn(block.count, how.seed)
+    for done in range(how.rounds + 1):
+        pruned = {name: prune(name, W_RC, done == 0) for name, W_RC in W.items()}
+        error = _error(block, pruned)
+        if error < ended or not how.rounds:
+            found, ended = pruned, error
+        if done == how.rounds:
+            break
+        W = {name: Q_RC.float().clone() for name, Q_RC in pruned.items()}
+        for _ in range(how.steps):
+            with torch.enable_grad():
+                loss = block.error(next(order))
+            for name, g_RC in block.gradients(loss).items():
+                optimizers[name].step(W[name], g_RC * there[name])
+            block.write(W)
+    return Refined(found, began, ended)
+
+
+class RMSprop:
+    """Steps of one weight, as torch.optim.RMSprop takes them, from gradients that lie in no ``.grad``.
+
+    Args:
+        like: The weight, for shape and device.
+        rate: lr.
+    """
+
+    DECAY, EPS = 0.99, 1e-8
+
+    def __init__(self, like: Tensor, rate: float):
+        self.v_RC, self.rate = torch.zeros_like(like, dtype=torch.float32), rate
+
+    def step(self, W_RC: Tensor, g_RC: Tensor) -> None:
+        """Move W, float32, in place."""
+        self.v_RC.mul_(self.DECAY).addcmul_(g_RC, g_RC, value=1 - self.DECAY)
+        W_RC.addcdiv_(g_RC, self.v_RC.sqrt().add_(self.EPS), value=-self.rate)
+
+
+def _error(block: LearnedBlock, weights: Mapping[str, Tensor]) -> float:
+    """Of the block's output on all batches, with these weights, which stay there."""
+    block.write(weights)
+    return sum(float(block.error(i)) for i in range(block.count))

@@ -1,0 +1,74 @@
+"""The score of Wanda++ (Yang et al., 2025, arXiv:2503.04992): Wanda's, and what a weight does to its block's output.
+
+    score_rc = (alpha G_rc + ||x_c||_2) |W_rc|
+    G_rc     = sqrt( mean_n (d ||B(X_n)||_2 / d W_rc)^2 )               over N samples X_n, B the dense block
+
+alpha weighs two things of different units, so ||x_c||_2 must be that of a sample, as Wanda's code has it: the root of
+the mean over samples of sum_t x_tc^2. Batch boundaries then change nothing.
+
+Shapes: R rows (out features), C columns (in features).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_compress.modifiers.autoround.block import LearnedBlock
+
+__all__ = ["RegionalGradient", "regional_gradients", "regional_norm"]
+
+
+def regional_norm(moment_C: Tensor, tokens: int, samples: int, G_RC: Tensor, alpha: float) -> Tensor:
+    """What |W| is multiplied by, [R, C].
+
+    Args:
+        moment_C: E[x_c^2] over tokens.
+        tokens: How many these were.
+        samples: In so many samples.
+        G_RC: The regional gradient.
+        alpha: Its weight.
+    """
+    return (moment_C * (tokens / samples)).sqrt() + alpha * G_RC
+
+
+def regional_gradients(block: LearnedBlock, weights: Mapping[str, Tensor]) -> dict[str, "RegionalGradient"]:
+    """G of every weight of a dense block, by name.
+
+    Args:
+        block: Between the two ends of :meth:`LearnedBlock.learning`.
+        weights: By name, [R, C].
+    """
+    found = {name: RegionalGradient(W_RC) for name, W_RC in weights.items()}
+    for i in range(block.count):
+        with torch.enable_grad():
+            norms = block.norms(i)
+        for number, norm in enumerate(norms, 1):
+            gradients = block.gradients_of(norm, again=number < len(norms))
+            for name, statistic in found.items():
+                statistic.update(gradients.get(name))
+    return found
+
+
+class RegionalGradient:
+    """The statistic G of one weight.
+
+    Args:
+        like: A matrix [R, C], for shape and device.
+    """
+
+    reduce = {"squares_RC": "sum", "samples": "sum"}
+
+    def __init__(self, like: Tensor):
+        self.squares_RC = torch.zeros_like(like, dtype=torch.float32)
+        self.samples = 0
+
+    def update(self, G_RC: Tensor | None) -> None:
+        """The gradient of the norm of one more sample's output; None where the sample did not meet the weight."""
+        self.samples += 1
+        if G_RC is not None:
+            self.squares_RC.addcmul_(G_RC, G_RC)
+
+    def value(self) -> Tensor:
+        """G [R, C]."""
+        return (self.squares_RC / max(1, self.samples)).sqrt()

@@ -1,0 +1,1 @@
+"""What pruners share: arguments, masks, schedules, weights that stay zero."""

@@ -1,0 +1,148 @@
+"""The arguments that modifiers share which prune on calibration data: what is pruned, how much, in which structure."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from lightning_compress.layers.matching import Names, match_rank, select_weights, warn_of_left_out
+from lightning_compress.layers.matrix import as_matrix, check_weights_work, is_supported
+from lightning_compress.layers.tied_weights import check_unshared
+from lightning_compress.pruning.masks import check_structure, n_of_m
+
+__all__ = ["PruningArguments", "never_saw_data", "share_of_zeros", "zeros_stay"]
+
+PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
+
+
+class PruningArguments(BaseModel):
+    """Mixin of modifiers.
+
+    Args:
+        targets: Class names, dotted names or ``re:`` patterns of what is pruned; with ``sparsity`` as a mapping the
+            targets stand there.
+        ignore: The same, for what is left out.
+        sparsity: Share of weights that become zero, in [0, 1), or a mapping of targets to shares, the best match
+            counting. None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
+        mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
+        sparsity_profile: ``owl``: blocks with many outliers keep more weights; the share of all targets together stays
+            ``sparsity``. It takes one more pass over the data. None: all alike.
+        owl_m: Of ``owl``: an outlier is so many times the mean of its block.
+        owl_lmbda: Of ``owl``: blocks differ by at most twice this share.
+        refit_iterations: Of conjugate gradients for the weights that are kept; 0: none.
+        dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
+        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
+    """
+
+    targets: Names = ["Linear"]
+    ignore: Names = []
+    sparsity: float | dict[str, float] | None = None
+    mask_structure: str = "unstructured"
+    sparsity_profile: Literal["owl"] | None = None
+    owl_m: float = Field(default=5.0, gt=0)
+    owl_lmbda: float = Field(default=0.08, ge=0)
+    refit_iterations: int = Field(default=10, ge=0)
+    dampening_frac: float = Field(default=0.01, ge=0)
+    share_inputs: bool = True
+
+    @model_validator(mode="after")
+    def _sparsity_is_possible(self) -> "PruningArguments":
+        if self.mask_structure != "unstructured" and self.pattern is None:
+            raise ValueError(f"mask_structure={self.mask_structure!r}, expected 'unstructured', or 'N:M' such as '2:4'")
+        check_structure(self.mask_structure)
+        if isinstance(self.sparsity, dict):
+            if self.targets not in (["Linear"], "Linear"):
+                raise ValueError("targets and sparsity as a mapping exclude each other: the targets stand in it")
+            if not self.sparsity:
+                raise ValueError("sparsity={} names no targets; expected such as {'Linear': 0.5}")
+        for value in self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]:
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"sparsity={value} must lie in [0, 1): the share of weights that become zero")
+            check_structure(self.mask_structure, value)
+        return self
+
+    @model_validator(mode="after")
+    def _profile_is_possible(self) -> "PruningArguments":
+        if self.sparsity_profile is None:
+            fields = type(self).model_fields
+            if given := [name for name in ("owl_lmbda", "owl_m") if getattr(self, name) != fields[name].default]:
+                raise ValueError(f"{', '.join(given)} without sparsity_profile='owl' would do nothing")
+            return self
+        if self.pattern is not None or isinstance(self.sparsity, dict):
+            came = f"mask_structure={self.mask_structure!r}" if self.pattern is not None else "sparsity as a mapping"
+            raise ValueError(f"sparsity_profile='owl' finds a sparsity for each block; {came} gives it already")
+        mean = self.mean_sparsity
+        if not 0 <= mean - 2 * self.owl_lmbda <= mean + 2 * self.owl_lmbda < 1:
+            raise ValueError(
+                f"with owl_lmbda={self.owl_lmbda:g} blocks may have sparsities from {mean - 2 * self.owl_lmbda:g} to "
+                f"{mean + 2 * self.owl_lmbda:g}, outside of [0, 1); give at most "
+                f"{max(0.0, min(mean, 0.99 - mean)) / 2:.3g}"
+            )
+        return self
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(N, M), or None when unstructured."""
+        return n_of_m(self.mask_structure)
+
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to prune, by dotted name.
+
+        Raises:
+            ValueError: Nothing matches, a weight is no matrix, another module shares it, or M does not divide its
+                columns (they are named).
+        """
+        named = list(self.sparsity) if isinstance(self.sparsity, dict) else self.targets
+        field = "sparsity" if isinstance(self.sparsity, dict) else "targets"
+        modules = select_weights(model, named, self.ignore, field=field)
+        check_weights_work(modules, "prune")
+        if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_supported(m)]:
+            raise ValueError(
+                f"cannot prune {', '.join(other[:5])}: expected Linear, Conv1d, Conv2d or the Conv1D of transformers, "
+                f"with a plain weight (neither fake-quantized while training nor LoRA); add them to ignore"
+            )
+        if self.pattern is not None:
+            widths = {name: as_matrix(module).shape[1] for name, module in modules.items()}
+            if unfit := [f"{name} ({C})" for name, C in widths.items() if C % self.pattern[1]]:
+                raise ValueError(
+                    f"mask_structure={self.mask_structure!r} does not divide the columns of {', '.join(unfit[:5])}; "
+                    f"add them to ignore, or choose another pattern"
+                )
+        plain = {name: module for name, module in modules.items() if "weight" in module._parameters}
+        check_unshared(model, modules, {name: module.get_parameter("weight") for name, module in plain.items()})
+        warn_of_left_out(model, modules, named, self.ignore)
+        return modules
+
+    def sparsity_of(self, name: str, module: nn.Module) -> float:
+        """The share that one module shall lose."""
+        if self.pattern is not None:
+            n, m = self.pattern
+            return (m - n) / m
+        if isinstance(self.sparsity, dict):
+            return max((match_rank(name, module, target), share) for target, share in self.sparsity.items())[1]
+        return self.mean_sparsity
+
+    @property
+    def mean_sparsity(self) -> float:
+        """What unstructured targets without an entry of their own lose."""
+        assert not isinstance(self.sparsity, dict)
+        return 0.5 if self.sparsity is None else self.sparsity
+
+
+def share_of_zeros(W_RC: Tensor) -> float:
+    """Share of entries that are exactly zero."""
+    return float((W_RC == 0).sum()) / max(1, W_RC.numel())
+
+
+def zeros_stay(W_RC: Tensor, preserve_zeros: bool | None) -> bool:
+    """Whether a quantizer leaves zeros zero: as it is told, else (None) where at least a third of the weights are."""
+    return share_of_zeros(W_RC) >= PRUNED if preserve_zeros is None else preserve_zeros
+
+
+def never_saw_data(modifier: str, names: Sequence[str]) -> str:
+    """The warning about targets that calibration did not reach."""
+    return (
+        f"{modifier}: {', '.join(names)} never saw data and were left as they were, not pruned; were they called, in "
+        f"these batches, as modules of their own? (nn.MultiheadAttention uses the weight of its out_proj directly)"
+    )

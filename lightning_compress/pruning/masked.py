@@ -1,0 +1,151 @@
+"""Weights that stay zero while an optimizer works on them.
+
+A masked weight is zero in the model itself, so that every checkpoint is sparse and keeps its dense keys. The mask is
+applied to gradients before a step (they do not enter momentum) and to weights after it (momentum from before, or
+weight decay, cannot bring them back).
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_compress.layers.matrix import check_weights_work, is_transposed
+from lightning_compress.layers.tied_weights import check_unshared
+
+__all__ = ["MaskedWeights", "check_own_weights", "check_parametrizations", "has_matrix", "trained_weight"]
+
+
+def trained_weight(module: nn.Module) -> nn.Parameter:
+    """The parameter that the optimizer moves: the weight, or what a parametrization (fake-quantization) is made of."""
+    parametrized = getattr(module, "parametrizations", None)
+    if parametrized is not None and "weight" in parametrized:
+        return parametrized.weight.original
+    return module.get_parameter("weight")
+
+
+def check_parametrizations(modules: Mapping[str, nn.Module]) -> None:
+    """Zeros in a parameter are zeros of the weight only where no parametrization adds to it or scales it.
+
+    Those of this package say so (``keeps_zeros``): fake-quantization, learned masks.
+
+    Raises:
+        ValueError: Another parametrization (LoRA, weight_norm) computes a weight; modules and classes are named.
+    """
+    odd = []
+    for name, module in modules.items():
+        lists = getattr(module, "parametrizations", None)
+        parts = lists["weight"].children() if isinstance(lists, nn.ModuleDict) and "weight" in lists else ()
+        if foreign := [type(part).__name__ for part in parts if not getattr(part, "keeps_zeros", False)]:
+            odd.append(f"{name!r} ({', '.join(foreign)})")
+    if odd:
+        raise ValueError(
+            f"cannot prune {', '.join(odd[:5])}: a parametrization computes the weight, so zeros in its parameters "
+            f"would be none in the weight; merge it first (torch.nn.utils.parametrize.remove_parametrizations), or add "
+            f"the modules to ignore"
+        )
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether it has a weight that can be seen as [R, C]."""
+    return isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() > 1
+
+
+def check_own_weights(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """ValueError names a module whose trained weight another module shares."""
+    weights = {n: trained_weight(m) for n, m in modules.items() if "weight" in m._parameters or is_parametrized(m)}
+    check_unshared(model, modules, weights)
+
+
+class MaskedWeights:
+    """Modules and the masks of their weights.
+
+    Args:
+        modules: By dotted name.
+
+    Raises:
+        ValueError: See :func:`check_parametrizations`.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        check_weights_work(modules, "prune", in_place=True)
+        check_parametrizations(modules)
+        self.modules = dict(modules)
+        self.masks: dict[str, Tensor] = {}
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Every trained weight as W [R, C], detached."""
+        found = {name: _matrix(trained_weight(module), module) for name, module in self.modules.items()}
+        for name, mask in self.masks.items():
+            self._check_shape(name, mask, found[name])
+        return found
+
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """Take new masks (bool [R, C], True survives) and apply them to the weights."""
+        self.masks = dict(masks)
+        self.apply_to_weights()
+
+    @torch.no_grad()
+    def apply_to_weights(self) -> None:
+        for name in self.masks:
+            trained_weight(self.modules[name]).mul_(self._like(name))
+
+    @torch.no_grad()
+    def apply_to_gradients(self, among: Collection[int] | None = None) -> None:
+        """Masked weights get no gradient.
+
+        Args:
+            among: Identities of the parameters that the optimizer steps; None: all.
+        """
+        for name in self.masks:
+            weight = trained_weight(self.modules[name])
+            if weight.grad is not None and (among is None or id(weight) in among):
+                weight.grad.mul_(self._like(name))
+
+    def gradients(self, among: Collection[int] | None = None) -> dict[str, Tensor]:
+        """The gradients that there are, as [R, C]; ``among`` as above."""
+        found = {}
+        for name, module in self.modules.items():
+            weight = trained_weight(module)
+            if weight.grad is not None and (among is None or id(weight) in among):
+                found[name] = _matrix(weight.grad, module)
+        return found
+
+    @torch.no_grad()
+    def write(self, name: str, W_RC: Tensor) -> None:
+        """Another value for one weight, in place."""
+        weight = trained_weight(self.modules[name])
+        weight.copy_(_shaped(W_RC, self.modules[name], weight))
+
+    def sparsity(self) -> dict[str, float]:
+        """Share of zeros in each weight, counted in the weight itself."""
+        return {name: (W_RC == 0).float().mean().item() for name, W_RC in self.matrices().items()}
+
+    def mean_sparsity(self) -> float:
+        """Share of zeros among all weights together."""
+        matrices = self.matrices().values()
+        return sum(int((W_RC == 0).sum()) for W_RC in matrices) / max(1, sum(W_RC.numel() for W_RC in matrices))
+
+    def _like(self, name: str) -> Tensor:
+        """The mask in the shape and on the device of the weight; a model may have moved since it was chosen."""
+        weight = trained_weight(self.modules[name])
+        self._check_shape(name, self.masks[name], _matrix(weight, self.modules[name]))
+        self.masks[name] = self.masks[name].to(weight.device)
+        return _shaped(self.masks[name], self.modules[name], weight)
+
+    @staticmethod
+    def _check_shape(name: str, mask_RC: Tensor, W_RC: Tensor) -> None:
+        if mask_RC.shape != W_RC.shape:
+            raise ValueError(
+                f"the mask of {name!r} is {tuple(mask_RC.shape)}, and its weight is {tuple(W_RC.shape)} now: something "
+                f"changed its shape after the mask was chosen; let structured pruning end before masks begin"
+            )
+
+
+def _matrix(weight: Tensor, module: nn.Module) -> Tensor:
+    return weight.detach().t() if is_transposed(module) else weight.detach().flatten(1)
+
+
+def _shaped(W_RC: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
+    return W_RC.t() if is_transposed(module) else W_RC.reshape(weight.shape)

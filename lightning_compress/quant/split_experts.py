@@ -1,0 +1,187 @@
+"""A fused mixture as modules: one Linear for each expert and projection, for whoever hooks, solves and packs Linears.
+
+transformers 5 holds the experts of a layer in two parameters, gate_up_proj [E, 2 I, H] and down_proj [E, H, I]. Here
+the module that owns them gets a child for each expert,
+
+    experts.0.gate_proj   rows [0, I) of gate_up_proj[0]        experts.0.down_proj   down_proj[0]
+    experts.0.up_proj     rows [I, 2 I)                         experts.1.gate_proj   ...
+
+that are views (layers/expert.py): no weight is copied and no parameter is added. The forward pass goes through the
+children as long as one of them is watched or quantizes its input, expert after expert, and through the module's own
+code otherwise.
+
+Shapes: N tokens of a batch, K experts per token, E experts, H hidden, I inside of an expert.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.layers.expert import ExpertLinear, mark_tokens
+from lightning_compress.layers.matching import clean_name
+from lightning_compress.quant.record import quantized_of
+
+__all__ = ["PROJECTIONS", "fused_experts", "is_split", "join", "split", "split_while", "unsplit", "watched"]
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_ALL, _COUNTS = "_lightning_compress_all_experts", "_lightning_compress_tokens_per_expert"
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with fused experts of the layout above, by dotted name."""
+    return {clean_name(name): module for name, module in model.named_modules() if _fault(module) == ""}
+
+
+def is_split(module: nn.Module) -> bool:
+    """True for fused experts that have their children."""
+    return isinstance(getattr(getattr(module, "0", None), "down_proj", None), ExpertLinear)
+
+
+def split(model: nn.Module) -> list[str]:
+    """Give fused experts their children; names of those that had none. A mixture of another layout gets a warning."""
+    done = []
+    for name, module in list(model.named_modules()):
+        if (fault := _fault(module)) is None or is_split(module):
+            continue
+        if fault:
+            warnings.warn(
+                f"the experts of {clean_name(name)!r} ({type(module).__name__}) are left as they are: {fault}",
+                stacklevel=3,
+            )
+            continue
+        inner = module.get_parameter("down_proj").shape[2]
+        for expert in range(_count(module)):
+            child = nn.Module()
+            child.gate_proj = ExpertLinear(module, "gate_up_proj", expert, (0, inner))
+            child.up_proj = ExpertLinear(module, "gate_up_proj", expert, (inner, 2 * inner))
+            child.down_proj = ExpertLinear(module, "down_proj", expert, (0, module.get_parameter("down_proj").shape[1]))
+            module.add_module(str(expert), child.train(module.training))
+        module.forward = MethodType(_forward, module)
+        done.append(clean_name(name))
+    return done
+
+
+def join(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Take the children off again, of all fused experts or of those named, where none of them carries a record."""
+    for name, module in list(model.named_modules()):
+        if not is_split(module) or (names is not None and clean_name(name) not in names):
+            continue
+        if not any(quantized_of(linear) is not None for linear in _linears(module)):
+            unsplit(module)
+
+
+def unsplit(module: nn.Module) -> None:
+    """Take the children off one module that :func:`is_split`, whatever they carry."""
+    for expert in [name for name, _ in module.named_children() if name.isdigit()]:
+        delattr(module, expert)
+    del module.__dict__["forward"]
+
+
+@contextmanager
+def split_while(model: nn.Module) -> Iterator[None]:
+    """Inside, fused experts have their children; afterwards those have that are quantized."""
+    names = split(model)
+    try:
+        yield
+    finally:
+        join(model, names)
+
+
+@contextmanager
+def watched(model: nn.Module, all_experts: bool = False) -> Iterator[None]:
+    """Inside, tokens are counted; afterwards experts that the router sent none are named, in a warning.
+
+    Args:
+        model: Its fused experts have their children already.
+        all_experts: Every watched expert gets every token, and there is no such warning. What the mixture returns
+            stays what the router makes of it.
+    """
+    mixtures = {clean_name(name): module for name, module in model.named_modules() if is_split(module)}
+    for module in mixtures.values():
+        setattr(module, _ALL, all_experts)
+        setattr(module, _COUNTS, Counter())
+    try:
+        yield
+    finally:
+        counted = {name: module.__dict__.pop(_COUNTS) for name, module in mixtures.items()}
+        for module in mixtures.values():
+            delattr(module, _ALL)
+    unseen = {
+        name: [f"{expert}" for expert in range(_count(mixtures[name])) if not counts[expert]]
+        for name, counts in counted.items()
+        if counts and not all_experts
+    }
+    if told := [f"{name} ({', '.join(experts)})" for name, experts in unseen.items() if experts]:
+        warnings.warn(
+            f"the router sent no calibration token to the experts of {'; '.join(told)}: what needs data is only "
+            f"rounded there, or left as it was; calibrate on more tokens, or set moe_calibrate_all_experts=True",
+            stacklevel=3,
+        )
+
+
+def _fault(module: nn.Module) -> str | None:
+    """None: no fused experts; else why they cannot be split, empty where they can."""
+    own = dict(module.named_parameters(recurse=False))         # not _parameters: a scripted module has another kind
+    down, both = own.get("down_proj"), own.get("gate_up_proj")
+    if down is None or down.ndim != 3:
+        return None
+    if both is None:
+        return "they have no gate_up_proj of gate and up in one tensor"
+    if getattr(module, "has_bias", "gate_up_proj_bias" in own):
+        return "they have biases"
+    ordered = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
+    E, H, inner = down.shape
+    if not ordered or both.shape != (E, 2 * inner, H) or not callable(getattr(module, "_apply_gate", None)):
+        return "their weights lie transposed or interleaved"
+    if getattr(module, "has_post_expert_norm", False):
+        return "they have a norm behind each expert"
+    return ""
+
+
+def _count(module: nn.Module) -> int:
+    return int(module.get_parameter("down_proj").shape[0])
+
+
+def _linears(module: nn.Module) -> Iterator[ExpertLinear]:
+    for child in module.children():
+        yield from (linear for linear in child.children() if isinstance(linear, ExpertLinear))
+
+
+def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The mixture's output [N, H]: sum over a token's experts of weight times the expert's output.
+
+    Args:
+        self: The module with the fused tensors.
+        hidden_states: [N, H].
+        top_k_index: [N, K], an index of E or above stands for no expert.
+        top_k_weights: [N, K].
+    """
+    if not any(linear._forward_pre_hooks for linear in _linears(self)):
+        native: Tensor = type(self).forward(self, hidden_states, top_k_index, top_k_weights)
+        return native
+    out_NH = torch.zeros_like(hidden_states)
+    every = torch.arange(len(hidden_states), device=hidden_states.device)
+    counts = self.__dict__.get(_COUNTS, Counter())
+    for expert in range(_count(self)):
+        tokens, place = torch.where(top_k_index == expert)
+        counts[expert] += len(tokens)
+        sent = every if self.__dict__.get(_ALL) else tokens
+        if not len(sent):
+            continue
+        y = _expert(self, getattr(self, str(expert)), hidden_states[sent], sent)
+        y = y[tokens] if sent is every else y
+        out_NH.index_add_(0, tokens, (y * top_k_weights[tokens, place, None]).to(out_NH.dtype))
+    return out_NH
+
+
+def _expert(module: Any, child: Any, x: Tensor, tokens: Tensor) -> Tensor:
+    x = mark_tokens(x, tokens)
+    hidden: Tensor = module._apply_gate(torch.cat([child.gate_proj(x), child.up_proj(x)], dim=-1))
+    out: Tensor = child.down_proj(mark_tokens(hidden, tokens))
+    return out

@@ -1,1 +1,0 @@
-"""What distillation needs beside the loss: the teacher itself, what it says, its cache on disk, learned projections."""

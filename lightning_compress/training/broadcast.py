@@ -1,0 +1,130 @@
+"""What rank 0 made of the model after training goes to the other ranks: structure, weights, records.
+
+Calibration changes more than numbers: blocks, channels and experts are removed, tied weights are untied, layers carry
+scales. All ranks first build the same tensors and compare them, and only then are weights sent one by one: a rank that
+waits for a tensor which no other rank has waits for ever.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.distributed import gather, world_size
+from lightning_compress.distributed import rank as rank_of_process
+from lightning_compress.modifiers.rotation.online import attach_online, online_modules
+from lightning_compress.quant.kv_cache import attach_cache, cache_of, quantized_caches
+from lightning_compress.quant.record import attach, moved, quantized_modules, quantized_of
+from lightning_compress.quant.split_experts import is_split, join, split
+from lightning_compress.structure.surgery import record_of, reshape
+from lightning_compress.training.rank_zero import alone, send_tensors
+
+__all__ = ["share", "ties"]
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """How the tensors of a model lie.
+
+    Args:
+        cuts: What was cut away, as in structure/surgery.py.
+        owners: By each parameter's name the first name of the same tensor.
+        tied: By module name the ``tie_word_embeddings`` of its config.
+    """
+
+    cuts: list[dict[str, Any]]
+    owners: dict[str, str]
+    tied: dict[str, bool]
+
+
+def share(model: nn.Module, device: torch.device) -> None:
+    """Make the model of every rank that of rank 0; every rank calls this.
+
+    Args:
+        model: The compressed model on rank 0, the trained one on the others.
+        device: Of this rank.
+
+    Raises:
+        ValueError: On every rank, when rank 0 changed the model in a way that the others cannot repeat.
+    """
+    if world_size() == 1:
+        return
+    structure = alone(lambda: _structure_of(model), "sending the structure of the model")
+    fault = ""
+    try:
+        _apply(model, structure)
+    except Exception as error:                     # raised on every rank: the others would wait for this one
+        fault = f"{type(error).__name__}: {error}"
+    reports = gather((fault, _outline(model)))
+    for rank, (fault, outline) in enumerate(reports):
+        if fault or outline != reports[0][1]:
+            differing = sorted(name for name, *_ in set(outline) ^ set(reports[0][1])) or ["their order"]
+            raise ValueError(
+                f"after training the model was changed on rank 0 alone, and rank {rank} cannot follow: "
+                f"{fault or f'tensors differ, such as {differing[0]}'}; change the model at set-up, which all ranks "
+                f"do, or train on one device"
+            )
+    send_tensors(model)
+    records = alone(lambda: _records(model), "sending scales")
+    if rank_of_process() != 0:
+        _attach(model, records, device)
+
+
+def ties(model: nn.Module) -> int:
+    """How many names there are of parameters that have another name already."""
+    return sum(name != owner for name, owner in _structure_of(model).owners.items())
+
+
+def _structure_of(model: nn.Module) -> _Structure:
+    """How the tensors of this model lie."""
+    first: dict[int, str] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    owners = {name: first.setdefault(id(parameter), name) for name, parameter in names}
+    configs = {name: getattr(module, "config", None) for name, module in model.named_modules()}
+    ties = {name: getattr(config, "tie_word_embeddings", None) for name, config in configs.items()}
+    tied = {name: value for name, value in ties.items() if isinstance(value, bool)}
+    return _Structure(record_of(model), owners, tied)
+
+
+def _apply(model: nn.Module, structure: _Structure) -> None:
+    reshape(model, structure.cuts)
+    for name, owner in _structure_of(model).owners.items():
+        if owner != name and structure.owners.get(name, owner) == name:
+            path, _, attribute = name.rpartition(".")
+            parameter = model.get_parameter(name)
+            untied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(model.get_submodule(path), attribute, untied)
+    for name, tied in structure.tied.items():
+        config: Any = model.get_submodule(name).config
+        config.tie_word_embeddings = tied
+
+
+def _outline(model: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+
+
+def _records(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What modules carry beside their tensors, by kind and name, on the CPU; with ``split`` whether experts are."""
+    quantized = {name: quantized_of(module) for name, module in quantized_modules(model).items()}
+    caches = {name: cache_of(module) for name, module in quantized_caches(model).items()}
+    return {
+        "split": {name: True for name, module in model.named_modules() if is_split(module)},
+        "quantized": {name: moved(record, torch.device("cpu")) for name, record in quantized.items()},
+        "caches": {name: moved(record, torch.device("cpu")) for name, record in caches.items()},
+        "online": dict(online_modules(model)),
+    }
+
+
+def _attach(model: nn.Module, records: dict[str, dict[str, Any]], device: torch.device) -> None:
+    if records["split"]:
+        split(model)
+    for name, record in records["quantized"].items():
+        attach(model.get_submodule(name), moved(record, device))
+    for name, record in records["caches"].items():
+        attach_cache(model.get_submodule(name), moved(record, device))
+    for name, sides in records["online"].items():
+        for online in sides:
+            attach_online(model.get_submodule(name), online)
+    join(model)                                    # those that carry no record

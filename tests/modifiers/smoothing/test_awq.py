@@ -1,0 +1,359 @@
+"""AWQ: formula, grid, the exact error of a layer; ratio 0 is rounding to nearest, the best ratio is better."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_compress import AWQModifier, GPTQModifier, QuantizationModifier, compress
+from lightning_compress.modifiers.smoothing.awq import (
+    AT_ONCE,
+    CLIPS,
+    Point,
+    awq_scale,
+    clipped,
+    grid,
+    group_sizes,
+    layer_errors,
+    rounded_with,
+)
+from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.scales import minmax
+from lightning_compress.quant.schemes import from_groups
+from tests.support.quantization_runs import correlated
+from tests.support.smoothing_models import FF, NAMES, C, Plain, batches, build, change, ignore, output, planted, targets
+
+
+def args(**weights):
+    return from_groups({"g": {"targets": ["Linear"], "weights": {"num_bits": 4, **weights}}})[0].weights
+
+
+GRAINS = {
+    "group": args(group_size=16),
+    "asymmetric": args(group_size=8, symmetric=False),
+    "channel": args(strategy="channel"),
+    "tensor": args(strategy="tensor"),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# -- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_begins_with_rounding_to_nearest():
+    assert grid(1, True) == grid(1, False) == [Point(0.0, False)]
+    assert [p.ratio for p in grid(5, False)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert grid(4, True) == [Point(0.0, False), Point(0.0, True), Point(0.5, True), Point(1.0, True)]
+    for duo in (True, False):
+        points = grid(20, duo)
+        assert len(points) == len(set(points)) == 20
+        assert [p.is_identity for p in points] == [True] + [False] * 19
+
+
+def test_the_scale_is_that_of_the_paper():
+    x, w = torch.tensor([1.0, 4.0, 16.0, 0.0]), torch.tensor([0.5, 0.25, 0.125, 0.7])
+    plain = torch.tensor([1.0, 2.0, 4.0])
+    assert_close(awq_scale(x, w, Point(0.5, False))[:3], plain / 2)                # sqrt(max min) = 2
+    duo = plain / (w[:3].sqrt() + 1e-4)
+    assert_close(awq_scale(x, w, Point(0.5, True))[:3], duo / (duo.max() * duo.min()).sqrt())
+    for point in grid(20, True):
+        s = awq_scale(x, w, point)
+        assert s[3] == 1                                                           # always zero: left alone
+        assert bool(((s > 0) & s.isfinite()).all())
+    assert torch.equal(awq_scale(x, w, Point(0.0, False)), torch.ones(4))
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_sizes_of_columns_within_their_groups(grain):
+    W = torch.randn(6, 32)
+    sizes = group_sizes(W, GRAINS[grain])
+    g = {"group": 16, "asymmetric": 8, "channel": 32, "tensor": 32}[grain]
+    for column in (0, 7, 19):
+        start = column // g * g
+        top = [W.abs().max() if grain == "tensor" else W[row, start : start + g].abs().max() for row in range(6)]
+        expected = torch.stack([W[row, column].abs() / (t + 1e-6) for row, t in enumerate(top)]).mean()
+        assert_close(sizes[column], expected)
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_the_error_of_a_layer_is_that_of_its_outputs(grain, monkeypatch):
+    """All points at once, against a loop that computes outputs."""
+    monkeypatch.setattr("lightning_compress.modifiers.smoothing.awq.AT_ONCE", 400)           # in pieces of two points
+    W, X, s_KC = torch.randn(6, 32), correlated(50, 32), torch.rand(5, 32) + 0.5
+    errors = layer_errors(W, s_KC, GRAINS[grain], X.t() @ X / len(X))
+    for s_C, error in zip(s_KC, errors, strict=True):
+        Y = X @ rounded_with(W, s_C, GRAINS[grain]).t()
+        assert float(error) == pytest.approx(float((Y - X @ W.t()).square().sum() / len(X)), rel=1e-3)
+    assert AT_ONCE > 400
+
+
+@pytest.mark.parametrize("grain", ["group", "asymmetric", "channel"])
+def test_clipping_takes_the_best_range_of_every_group(grain):
+    """Against a loop over rows, groups and ranges."""
+    grid_args = GRAINS[grain]
+    W, X = torch.randn(4, 32), correlated(80, 32)
+    W[1, 5] = 9.0
+    H = X.t() @ X / len(X)
+    found, g = clipped(W, grid_args, H), {"group": 16, "asymmetric": 8, "channel": 32}[grain]
+
+    def loss(cut, row, cols):
+        D = (round_weight(cut, *minmax(cut, grid_args), grid_args) - W)[row, cols]
+        return float(D @ H[cols, cols] @ D)
+
+    for row in range(4):
+        for start in range(0, 32, g):
+            cols = slice(start, start + g)
+            top = W[row, cols].abs().max()                    # no float: an ulp decides how the limit is rounded
+            best = min(loss(W.clamp(-top * c, top * c), row, cols) for c in CLIPS)
+            assert loss(found, row, cols) == pytest.approx(best, rel=1e-4)
+    assert not torch.equal(found, W)
+
+
+# -- on models --------------------------------------------------------------------------------------------------------
+
+
+def scheme(name, bits=4, group=8):
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    return {"config_groups": {"all": {"targets": targets(name), "weights": weights}}}
+
+
+def run(model, name, modifiers, data=None, **arguments):
+    return compress(model, modifiers, batches(name) if data is None else data, **arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_quantizing_the_model_computes_what_it_did(name):
+    model = planted(build(name), batches(name)[0])
+    dense = copy.deepcopy(model)
+    ledger = run(model, name, AWQModifier(**scheme(name, 3), ignore=ignore(model), quantize=False, n_grid=6))
+    assert change(model, dense, batches(name, seed=5)) < 1e-5
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
+    assert {row.technique for row in ledger} == {"awq"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "relu", "mixtral"])
+def test_ratio_0_is_rounding_to_nearest_bit_for_bit(name):
+    dense = build(name)
+    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    run(ours, name, AWQModifier(**scheme(name), ignore=ignore(dense), n_grid=1))
+    run(plain, name, QuantizationModifier(**scheme(name), ignore=ignore(dense)))
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(ours.parameters(), dense.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "bits", "arguments"), [
+    ("llama", 4, {}),
+    ("llama", 3, {}),
+    ("llama", 3, {"duo_scaling": False}),
+    ("llama", 3, {"loss": "layer"}),
+    ("llama", 4, {"clip": True}),
+    ("opt", 3, {"clip": True, "loss": "layer"}),
+    ("mixture", 4, {}),
+    ("gpt2", 4, {}),
+], ids=str)  # fmt: skip
+def test_better_than_rounding_on_held_out_data(name, bits, arguments):
+    data, held_out = batches(name), batches(name, count=4, seed=9)
+    dense = planted(build(name), data[0], factor=8)
+    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    setting = {**scheme(name, bits), "ignore": ignore(dense)}
+    run(ours, name, AWQModifier(**setting, **arguments), data)
+    run(plain, name, QuantizationModifier(**setting), data)
+    assert change(ours, dense, held_out) < 0.9 * change(plain, dense, held_out)
+
+
+def test_the_best_point_is_the_best_of_the_grid():
+    """An attention-like parent, every point tried by hand."""
+    data = batches("llama")
+    model = planted(build("llama"), data[0], factor=8)
+    dense = copy.deepcopy(model)
+    run(model, "llama", AWQModifier(**scheme("llama", 3), ignore=["lm_head"], quantize=False, n_grid=7), data)
+    layer, before = model.model.layers[0], dense.model.layers[0]
+    seen = []
+    handle = before.mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].detach()))
+    masks = [batch["attention_mask"].bool() for batch in data]
+    for batch in data:
+        output(dense, batch)
+    handle.remove()
+    x = torch.cat([s[m] for s, m in zip(seen, masks, strict=True)])
+    grid_args = args(num_bits=3, group_size=8)
+    W = {name: before.mlp.get_submodule(name).weight.detach().clone() for name in ("gate_proj", "up_proj")}
+    w = torch.stack([group_sizes(v, grid_args) for v in W.values()]).mean(0)
+    errors, scales = [], [awq_scale(x.abs().mean(0), w, point) for point in grid(7, True)]
+    for s in scales:
+        trial = copy.deepcopy(before.mlp)
+        for name, weight in W.items():
+            trial.get_submodule(name).weight.data = rounded_with(weight, s, grid_args)
+        with torch.no_grad():
+            errors.append(float((trial(x) - before.mlp(x)).square().mean()))
+    found = before.post_attention_layernorm.weight / layer.post_attention_layernorm.weight
+    assert_close(found, scales[errors.index(min(errors))], rtol=1e-3, atol=1e-4)
+
+
+def test_what_comes_behind_it_quantizes():
+    data = batches("llama")
+    dense = planted(build("llama"), data[0], factor=8)
+    model = copy.deepcopy(dense)
+    setting = {**scheme("llama", 3), "ignore": ["lm_head"]}
+    ledger = run(model, "llama", [AWQModifier(**setting, quantize=False), GPTQModifier(**setting)], data)
+    rows = {row.technique: row for row in ledger}
+    assert set(rows) == {"awq", "gptq"}
+    assert rows["gptq"].bits is not None
+    assert rows["awq"].bits is None
+    gptq = copy.deepcopy(dense)
+    run(gptq, "llama", GPTQModifier(**setting), data)
+    held_out = batches("llama", count=4, seed=9)
+    assert change(model, dense, held_out) < 1.1 * change(gptq, dense, held_out)
+    with pytest.raises(ValueError, match="two modifiers of the recipe quantize"):
+        run(copy.deepcopy(dense), "llama", [AWQModifier(**setting), GPTQModifier(**setting)], data)
+
+
+def test_the_calls_of_one_block_are_in_memory(monkeypatch):
+    """What is kept of the parents of a block is gone when the next block is looked at."""
+    from lightning_compress.modifiers.smoothing import awq
+
+    alive, seen = weakref.WeakSet(), []
+    keep_calls = awq.keep_calls
+
+    def counted(*arguments):
+        gc.collect()
+        seen.append(len(alive))
+        kept = keep_calls(*arguments)
+        alive.update(tensor for calls in kept.values() for tensor in calls.outputs)
+        assert alive
+        return kept
+
+    monkeypatch.setattr(awq, "keep_calls", counted)
+    run(build("llama"), "llama", AWQModifier(**scheme("llama"), ignore=["lm_head"], n_grid=3), batches("llama"))
+    assert seen == [0, 0]
+
+
+def test_the_walk_goes_on_with_what_is_rounded():
+    """The second block's statistics come from the first one as it is afterwards."""
+    data = batches("relu")
+    together, apart = build("relu"), build("relu")
+    run(together, "relu", AWQModifier(**scheme("relu")), data)
+    compress(apart[0], AWQModifier(**scheme("relu")), data)
+    compress(apart[1], AWQModifier(**scheme("relu")), [output(apart[0], x) for x in data])
+    for p, q in zip(together.parameters(), apart.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_counts_for_nothing():
+    data = batches("llama")
+    padded = copy.deepcopy(data)
+    padded[1]["input_ids"][0, :3] = 40                                            # behind the mask
+    models = [build("llama"), build("llama")]
+    for model, batch in zip(models, (data, padded), strict=True):
+        run(model, "llama", AWQModifier(**scheme("llama"), ignore=["lm_head"], n_grid=5), batch)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_without_a_pair_are_rounded_and_named():
+    model = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, C))
+    with pytest.warns(UserWarning, match="AWQModifier found no smoothing pair"):
+        ledger = run(model, "flat", AWQModifier(**scheme("flat")))
+    assert [row.flags for row in ledger] == [["no smoothing pair; rounded to nearest"]] * 2
+    assert all(row.bits for row in ledger)
+
+
+@pytest.mark.filterwarnings("ignore:the first batch does not reach")
+def test_layers_that_never_saw_data():
+    model = nn.Sequential(Plain(nn.GELU()), Plain(nn.GELU()))
+    model[0].spare = nn.Linear(C, C)
+    with pytest.warns(UserWarning, match="0.spare never saw data and were rounded to nearest"):
+        compress(model, AWQModifier(**scheme("gelu")), batches("gelu"))
+    model = nn.Sequential(Plain(nn.GELU()), Plain(nn.GELU()))
+    model[0].spare = nn.Linear(C, C)
+    before = model[0].spare.weight.clone()
+    with pytest.warns(UserWarning, match="0.spare never saw data and were left as they were"):
+        compress(model, AWQModifier(**scheme("gelu"), quantize=False), batches("gelu"))
+    assert torch.equal(before, model[0].spare.weight)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+class Split(nn.Module):
+    """One norm, two layers: no module but the model holds both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(C), nn.Linear(C, FF), nn.Linear(C, FF)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.a(h) * torch.sigmoid(self.b(h))
+
+
+def test_an_awq_target_without_a_parent():
+    by_hand = [[["a", "b"], "norm"]]
+    with pytest.raises(ValueError, match="AWQ target without a parent: .*'a', 'b'.*'norm' feeds.*loss='layer'"):
+        compress(Split(), AWQModifier(**scheme("flat"), mappings=by_hand), batches("flat"))
+    models = [Split() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    compress(models[0], AWQModifier(**scheme("flat"), mappings=by_hand, loss="layer"), batches("flat"))
+    compress(models[1], AWQModifier(**scheme("flat")), batches("flat"))           # found: measured layer by layer
+    compress(models[2], QuantizationModifier(**scheme("flat")), batches("flat"))
+    assert torch.equal(models[0].a.weight, models[1].a.weight)
+    assert not torch.equal(models[0].a.weight, models[2].a.weight)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 66])
+def test_layers_of_any_height(rows):
+    """The exact error of a layer: all of its rows, or rung by rung; the winner is no worse than rounding."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, rows))
+    model[1].weight.data[3] = 20
+    dense, data = copy.deepcopy(model), [torch.randn(40, 16) for _ in range(3)]
+    plain = copy.deepcopy(model)
+    weights = {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 8}
+    setting = {"config_groups": {"all": {"targets": ["2"], "weights": weights}}}
+    compress(model, AWQModifier(**setting), data)
+    compress(plain, QuantizationModifier(**setting), data)
+    error = [float(sum((net(x) - dense(x)).square().sum() for x in data)) for net in (model, plain)]
+    assert error[0] <= error[1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({}, "expected either scheme"),
+    ({"scheme": "W4A16", "n_grid": 0}, "n_grid=0"),
+    ({"scheme": "W4A16", "ngrid": 5}, "did you mean 'n_grid'"),
+    ({"scheme": "FP8"}, "static activations cannot be calibrated before the scales are folded; set quantize=False"),
+    ({"scheme": "W4A16", "loss": "block"}, "loss='block'"),
+    ({"scheme": "W4A16", "mappings": []}, "mappings is empty"),
+])  # fmt: skip
+def test_arguments_that_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AWQModifier(**arguments)
+
+
+def test_what_is_told_before_any_data_is_read():
+    model = build("gelu")
+    with pytest.raises(ValueError, match="group_size=128 is larger than the input columns"):
+        run(model, "gelu", AWQModifier(scheme="W4A16"))
+    with pytest.raises(ValueError, match="needs calibration data"):
+        compress(model, AWQModifier(**scheme("gelu")))
+    with pytest.raises(ValueError, match=r"mappings\[0\]: 'fc9' matches none"):
+        run(model, "gelu", AWQModifier(**scheme("gelu"), mappings=[["fc9", "re:.*norm"]]))
+
+
+def test_not_finite():
+    """All is finite until weights are rounded: the first one to exactly 1."""
+
+    class Fragile(Split):
+        def forward(self, x):
+            return super().forward(x) * torch.where(self.a.weight[0, 0] == 1, torch.inf, 1.0)
+
+    model = nn.Sequential(nn.Sequential(Fragile(), nn.Linear(FF, C)), nn.Sequential(Split(), nn.Linear(FF, C)))
+    model[0][0].a.weight.data[0, :8] = torch.tensor([0.95, 7.5, -7.5, 1.0, 1.0, 1.0, 1.0, 1.0])      # scale 1
+    with pytest.raises(ValueError, match="NaN or Inf in what '0.0.a', '0.0.b' lead to once they are rounded"):
+        compress(model, AWQModifier(**scheme("flat")), batches("flat"), blocks=["0", "1"])
