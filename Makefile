@@ -88,8 +88,9 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(READY)  ## let ruff mend what it can
+format: $(READY)  ## let ruff mend and format
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:  ## forget the demo's model, the runs and the caches (the environment stays)
 	rm -rf logs build dist site .pytest_cache .mypy_cache .ruff_cache

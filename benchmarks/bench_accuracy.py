@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 PEER = "llm-compressor"
-CONTESTANTS = {                                     # name -> fields of Job that differ
+CONTESTANTS = {  # name -> fields of Job that differ
     PEER: {"library": "peer"},
     "minmax, two-pass": {"walk": "two_pass", "scale_search": "minmax"},
     "hessian, two-pass": {"walk": "two_pass", "scale_search": "hessian"},
     "hessian, one-pass": {"walk": "one_pass", "scale_search": "hessian"},
 }
-Scores = dict[str, dict[str, list[float]]]          # subset -> {"kl": per window, "nll": per window}
+Scores = dict[str, dict[str, list[float]]]  # subset -> {"kl": per window, "nll": per window}
 
 
 def main() -> None:

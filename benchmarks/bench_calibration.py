@@ -29,7 +29,7 @@ import torch
 from measured_run import Job, in_own_process
 
 PEER = "llm-compressor"
-CONTESTANTS = {                                     # name -> fields of Job that differ
+CONTESTANTS = {  # name -> fields of Job that differ
     PEER: {"library": "peer"},
     "two-pass, minmax": {"walk": "two_pass", "scale_search": "minmax"},
     "two-pass, hessian": {"walk": "two_pass", "scale_search": "hessian"},

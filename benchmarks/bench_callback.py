@@ -152,12 +152,10 @@ def demo_model() -> lightning.LightningModule:
     return instantiate(OmegaConf.load(ROOT / "conf/model/llama_demo.yaml"))
 
 
-def measure(
-    make: Callable[[], lightning.LightningModule], batch: dict[str, Tensor], steps: int, rounds: int
-) -> Tensor:
+def measure(make: Callable[[], lightning.LightningModule], batch: dict[str, Tensor], steps: int, rounds: int) -> Tensor:
     """CPU seconds of a step: float64, [rounds, arms]. The order of the arms turns from round to round."""
     seconds = torch.zeros(rounds, len(ARMS), dtype=torch.float64)
-    for number in range(-1, rounds):                # round -1 warms up
+    for number in range(-1, rounds):  # round -1 warms up
         for arm in sorted(range(len(ARMS)), key=lambda arm: (arm + number) % len(ARMS)):
             seconds[max(number, 0), arm] = fit(make, batch, steps, with_callback=ARMS[arm] == "with")
     return seconds
@@ -172,7 +170,7 @@ def fit(
     callbacks: list[Callback] = [stopwatch]
     if with_callback:
         callbacks.append(CompressionCallback(Asleep(), evaluate=False, load_best=False))
-    folder = tempfile.TemporaryDirectory()              # the callback's report goes there
+    folder = tempfile.TemporaryDirectory()  # the callback's report goes there
     trainer = lightning.Trainer(
         default_root_dir=folder.name,
         accelerator="cpu",

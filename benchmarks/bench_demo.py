@@ -83,10 +83,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/work/demo"), help="where training writes")
     parser.add_argument("--blocks", type=int, default=2048, help="held-out blocks, spread over the test text")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="*", choices=list(QUANTIZERS), default=QUICK, metavar="METHOD",
-                        help=f"of {', '.join(QUANTIZERS)}; those of AutoRound take minutes for each number of bits")
-    parser.add_argument("--pruners", nargs="*", choices=list(PRUNERS), default=list(PRUNERS), metavar="PRUNER",
-                        help=f"of {', '.join(PRUNERS)}")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        choices=list(QUANTIZERS),
+        default=QUICK,
+        metavar="METHOD",
+        help=f"of {', '.join(QUANTIZERS)}; those of AutoRound take minutes for each number of bits",
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="*",
+        choices=list(PRUNERS),
+        default=list(PRUNERS),
+        metavar="PRUNER",
+        help=f"of {', '.join(PRUNERS)}",
+    )
     parser.add_argument("--group", type=int, default=128, help="columns that share a scale")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")

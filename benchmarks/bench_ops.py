@@ -34,12 +34,12 @@ from benchmarks.op_cases import cases
 from benchmarks.op_report import op_tables
 from benchmarks.replay import rates, rounds_of
 
-SECONDS = 440.0                                                # of all sections
+SECONDS = 440.0  # of all sections
 SHARES = {
     "w4a16_gemm": 24, "hessian": 5, "gptq_block": 5, "w8a8_gemm": 12, "w4a8_gemm": 6, "fp4_gemm": 6, "fake_quant": 8,
     "whole_gptq": 22, "decode": 13,
 }  # fmt: skip
-OTHER = 4                                                      # of an op that is not listed
+OTHER = 4  # of an op that is not listed
 WHOLE = ("whole_gptq", "decode")
 
 
@@ -117,12 +117,12 @@ def check(chosen: Sequence[Case], whole: Sequence[str], device: torch.device) ->
 
 def bench(chosen: Sequence[Case], whole: Sequence[str], arguments: argparse.Namespace, device: torch.device) -> int:
     begun = time.monotonic()
-    gc.freeze()                                                  # each capture of a graph may collect garbage
-    torch._dynamo.config.recompile_limit = 64                    # else a function is eager after 8 shapes
+    gc.freeze()  # each capture of a graph may collect garbage
+    torch._dynamo.config.recompile_limit = 64  # else a function is eager after 8 shapes
     before = clocks()
     results = Results(*rates(device, arguments.rounds))
     print(f"{torch.cuda.get_device_name(device)}: {rates_line(results)}", flush=True)
-    spent: dict[str, float] = {}                               # by contestant, in first calls
+    spent: dict[str, float] = {}  # by contestant, in first calls
     ends = deadlines([*dict.fromkeys(case.op for case in chosen), *whole], begun, arguments.seconds)
     for section, end in ends.items():
         start = time.monotonic()
@@ -170,7 +170,7 @@ def measure(
             try:
                 outcome.raw = rounds_of(case, device, names, rounds, outcome.left_out)
                 outcome.times = {name: statistics.median(values) for name, values in outcome.raw.items()}
-            except Exception as error:                           # whoever it was, the other cases go on
+            except Exception as error:  # whoever it was, the other cases go on
                 outcome.note = f"not timed: {first_line(error)}"
             torch.cuda.empty_cache()
         if fits:

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_compress import QuantizationModifier, compress, load, save
 from lightning_compress.quant.packed import PackedLinear
 
-SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]          # N, K
+SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]  # N, K
 TOKENS = [1, 2, 4, 8, 16, 32, 128]
 WAYS = ["dense bf16", "W4A16 bf16", "W8A16 bf16", "W8A8 fp32", "W8A8 bf16"]
 MODEL = {

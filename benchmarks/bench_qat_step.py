@@ -130,7 +130,7 @@ def main() -> None:
 def measure(trained: Sequence[Trained], rounds: int) -> Tensor:
     """CPU seconds: float64, [rounds, ways, parts]; who begins changes from round to round."""
     seconds = torch.zeros(rounds, len(trained), len(PARTS), dtype=torch.float64)
-    for number in range(-2, rounds):                # two rounds warm up
+    for number in range(-2, rounds):  # two rounds warm up
         for way in sorted(range(len(trained)), key=lambda way: (way + number) % len(trained)):
             seconds[max(number, 0), way] = torch.tensor(trained[way].step(), dtype=torch.float64)
     return seconds

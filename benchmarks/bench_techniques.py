@@ -28,7 +28,7 @@ import torch
 from bench_accuracy import bootstrap, cached_dense_logits, dense_file, interval, stacked
 from measured_run import Job, in_own_process, python_of, result_of
 
-ROWS: dict[str, dict[str, Any]] = {                  # row of the table -> fields of Job
+ROWS: dict[str, dict[str, Any]] = {  # row of the table -> fields of Job
     "RTN W4 g64": {"technique": "rtn"},
     "RTN W4 g64, asymmetric": {"technique": "rtn", "symmetric": False},
     "GPTQ W4 g64": {"technique": "gptq"},
@@ -42,7 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {                  # row of the table -> field
     "QuIP + RTN W4 g64": {"technique": "quip+rtn"},
 }
 LIBRARIES = ("peer", "ours")
-Known = dict[str, dict[str, dict[str, Any]]]         # row -> library -> subset -> facts and scores
+Known = dict[str, dict[str, dict[str, Any]]]  # row -> library -> subset -> facts and scores
 
 
 def main() -> None:

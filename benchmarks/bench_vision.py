@@ -39,13 +39,17 @@ from lightning_compress import (
 )
 
 LAYERS = ["Linear", "Conv2d"]
-LIMITS = {"int8 QAT": 0.5, "90 % sparse": 1.0}                  # points of accuracy below float, at most
+LIMITS = {"int8 QAT": 0.5, "90 % sparse": 1.0}  # points of accuracy below float, at most
 INT8: dict[str, Any] = {
     "all": {
         "targets": LAYERS,
         "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
         "input_activations": {
-            "num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False,
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "tensor",
+            "dynamic": False,
         },
     }
 }
@@ -53,12 +57,18 @@ INT8: dict[str, Any] = {
 
 def convolutional() -> nn.Module:
     """Three 3 x 3 convolutions with BatchNorm, 94,000 parameters."""
+
     def stage(inputs: int, outputs: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
     return nn.Sequential(
-        *stage(1, 32), *stage(32, 64), nn.MaxPool2d(2), *stage(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        *stage(1, 32),
+        *stage(32, 64),
+        nn.MaxPool2d(2),
+        *stage(64, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(128, 10),
     )
 

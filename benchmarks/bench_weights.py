@@ -27,7 +27,7 @@ from bench_techniques import scored, spread
 from measured_run import Job, in_own_process
 from techniques import PRUNERS, QUANTIZERS
 
-Known = dict[str, dict[str, dict[str, Any]]]         # row -> subset -> facts and scores
+Known = dict[str, dict[str, dict[str, Any]]]  # row -> subset -> facts and scores
 
 
 def main() -> None:
@@ -72,10 +72,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--material", type=Path, default=Path("benchmarks/work"), help="what `make bench-moved` filled")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     quick = [method for method in QUANTIZERS if not method.startswith("AutoRound")]
-    parser.add_argument("--methods", nargs="*", choices=list(QUANTIZERS), default=quick, metavar="METHOD",
-                        help=f"of {', '.join(QUANTIZERS)}; those of AutoRound take an hour for each number of bits")
-    parser.add_argument("--pruners", nargs="*", choices=list(PRUNERS), default=list(PRUNERS), metavar="PRUNER",
-                        help=f"of {', '.join(PRUNERS)}")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        choices=list(QUANTIZERS),
+        default=quick,
+        metavar="METHOD",
+        help=f"of {', '.join(QUANTIZERS)}; those of AutoRound take an hour for each number of bits",
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="*",
+        choices=list(PRUNERS),
+        default=list(PRUNERS),
+        metavar="PRUNER",
+        help=f"of {', '.join(PRUNERS)}",
+    )
     parser.add_argument("--iters", type=int, default=100, help="of AutoRound, for each block")
     parser.add_argument("--subsets", type=int, default=1)
     parser.add_argument("--windows", type=int, default=3, help="evaluation windows of 512 tokens per text")

@@ -14,8 +14,8 @@ from benchmarks.op_case import Call, Case, Trial
 
 __all__ = ["Outcome", "calls", "checked", "first_line"]
 
-LOOSE = 10              # contestants may be so many times less exact: some compute in a coarser format
-PATIENCE = 60.0         # seconds that a contestant may take for its first calls (compiling, tuning), over all cases
+LOOSE = 10  # contestants may be so many times less exact: some compute in a coarser format
+PATIENCE = 60.0  # seconds that a contestant may take for its first calls (compiling, tuning), over all cases
 
 
 @dataclass
@@ -78,17 +78,17 @@ def checked(case: Case, device: torch.device, spent: MutableMapping[str, float] 
             except Exception as fault:
                 if name == "ours":
                     raise
-                outcome.left_out[name] = first_line(fault)            # a contestant may raise anything
+                outcome.left_out[name] = first_line(fault)  # a contestant may raise anything
                 continue
             finally:
                 spent[name] = spent.get(name, 0.0) + time.monotonic() - begun
             outcome.errors[name] = error
             if name != "ours" and not error <= LOOSE * case.tolerance:
                 outcome.left_out[name] = f"wrong: relative error {error:.1e}"
-    except RuntimeError as fault:                                # OutOfMemoryError is one
+    except RuntimeError as fault:  # OutOfMemoryError is one
         outcome.note = f"not run: {first_line(fault)}"
         return outcome
-    if not outcome.errors["ours"] <= case.tolerance:             # NaN is wrong too
+    if not outcome.errors["ours"] <= case.tolerance:  # NaN is wrong too
         outcome.note = f"wrong: relative error {outcome.errors['ours']:.1e}, at most {case.tolerance:.0e} was expected"
     return outcome
 
@@ -111,7 +111,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # one for each op that has no deterministic way
+            warnings.simplefilter("ignore")  # one for each op that has no deterministic way
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -102,7 +102,7 @@ def random_weight(N: int, K: int, job: Job, random: torch.Generator) -> tuple[We
     device = random.device
     words = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random, device=device).int()
     scale = (torch.rand(N, K // job.group, generator=random, device=device) * 0.5 + 0.75) * llama.INITIAL / 4.6
-    scale = scale.to(job.dtype)                                # codes from -8 to 7 deviate by 4.6
+    scale = scale.to(job.dtype)  # codes from -8 to 7 deviate by 4.6
     scale_GN, _ = grid_rows(scale, None)
     return (dequantize(words, scale, None, K, job.dtype),), (to_planes(words), scale_GN)
 
@@ -158,7 +158,7 @@ def logits_error(job: Job, decoders: dict[str, Decoder]) -> float:
             decoder.begin(number, job.start + number)
             logits.append(decoder.step().double())
         error = ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
-        worst = error if not error <= worst else worst         # NaN stays
+        worst = error if not error <= worst else worst  # NaN stays
     return worst
 
 

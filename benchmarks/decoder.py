@@ -17,7 +17,7 @@ from lightning_compress.ops.w4a16_gemm import w4a16_gemm
 
 __all__ = ["Block", "Decoder", "Weight", "decode_block"]
 
-Weight = tuple[Tensor, ...]                                    # (W,), or planes and scale of packed int4
+Weight = tuple[Tensor, ...]  # (W,), or planes and scale of packed int4
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def decode_block(
     query, key = llama.rotated(query, cos, sin), llama.rotated(key, cos, sin)
     keys.index_copy_(1, position, key[:, None])
     values.index_copy_(1, position, value[:, None])
-    query = query.view(shape.kv_heads, -1, shape.head)         # [kv heads, G, d]: no key is read twice
+    query = query.view(shape.kv_heads, -1, shape.head)  # [kv heads, G, d]: no key is read twice
     score = torch.matmul(query, keys.mT) * shape.head**-0.5
     share = score.masked_fill(later_T, float("-inf")).float().softmax(-1).to(x.dtype)
     x = x + product(torch.matmul(share, values).reshape(1, -1), o)

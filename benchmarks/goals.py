@@ -62,6 +62,7 @@ def goals(outcomes: Sequence[Outcome], gptq_seconds: float | None, decode_ratio:
         gptq_seconds: Of the whole model; None where it did not come to its end.
         decode_ratio: Tokens per second with packed weights over those with dense ones.
     """
+
     def of(op: str, keep: Callable[[Outcome], bool] = lambda _: True) -> list[Outcome]:
         return [o for o in outcomes if o.op == op and "ours" in o.times and keep(o)]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 __all__ = ["LLAMA_3_8B", "TINY", "Body", "Llama", "Shape", "random_llama", "rotated", "rotations"]
 
-INITIAL = 0.02          # standard deviation of random weights
+INITIAL = 0.02  # standard deviation of random weights
 
 
 @dataclass(frozen=True)

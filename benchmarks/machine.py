@@ -35,10 +35,11 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit that is checked out, with a + when files that are tracked differ from it."""
+
     def git(*words: str) -> str:
         try:
             answer = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-        except OSError:                                        # a machine without git
+        except OSError:  # a machine without git
             return ""
         return answer.stdout.strip()
 

@@ -92,7 +92,7 @@ def make_smollm2(wheel_root: Path, out: Path) -> None:
     config = source.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
-    config["rms_norm_eps"] = 1e-5                   # GGUF stores 9.9999997e-06
+    config["rms_norm_eps"] = 1e-5  # GGUF stores 9.9999997e-06
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(source.state_dict())
     model.tie_weights()

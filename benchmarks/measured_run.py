@@ -126,7 +126,7 @@ def result_of(command: list[str], what: str) -> dict[str, Any]:
 
 def run(job: Job) -> dict[str, Any]:
     """Load, compress inside the clock, save; the facts for the report."""
-    torch.manual_seed(job.subset)                    # random rotations: other ones with each subset
+    torch.manual_seed(job.subset)  # random rotations: other ones with each subset
     torch.set_num_threads(1)
     tokenizer = smollm2.load_tokenizer(Path(job.model))
     task = smollm2 if job.task == "smollm2" else minilm
@@ -207,7 +207,7 @@ def prepare_forward(
 @contextmanager
 def measured() -> Iterator[dict[str, Any]]:
     """CPU and wall seconds of the block; resident memory (MiB) before it, at its peak, and at that of the process."""
-    before = resident("VmHWM")                      # not ru_maxrss: a child process inherits its parent's
+    before = resident("VmHWM")  # not ru_maxrss: a child process inherits its parent's
     facts: dict[str, Any] = {"rss_before_mib": resident("VmRSS")}
     reset = reset_peak()
     cpu, wall = time.process_time(), time.perf_counter()

@@ -19,7 +19,7 @@ import smollm2
 import torch
 from torch import Tensor, nn
 
-GROUP = 32               # columns that share a scale in the GGUF file
+GROUP = 32  # columns that share a scale in the GGUF file
 STEPS_OF_GRID = 15
 
 

@@ -13,14 +13,14 @@ from benchmarks.op_case import Call, Case, Trial
 
 __all__ = ["captured", "elapsed", "in_turn", "rates", "rounds_of", "times"]
 
-ROTATED = 200e6         # bytes that calls go round; L2 of an H200 holds 60 MB
-SETS = 32               # at most so many sets of buffers
-CALLS = 20              # at least so many calls in a graph, unless one alone goes round so many bytes
-FEWEST = 7              # rounds, however long they take
-GRAPH = 5e-3            # seconds of a graph; of slower calls there are fewer in it, but one at least
-SECONDS = 0.5           # of rounds of a case, beyond the fewest
-WARM_UP = 3             # rounds
-HEAD_START = 200_000    # clock cycles (0.1 ms) that the GPU waits, so that launches are queued before the clock starts
+ROTATED = 200e6  # bytes that calls go round; L2 of an H200 holds 60 MB
+SETS = 32  # at most so many sets of buffers
+CALLS = 20  # at least so many calls in a graph, unless one alone goes round so many bytes
+FEWEST = 7  # rounds, however long they take
+GRAPH = 5e-3  # seconds of a graph; of slower calls there are fewer in it, but one at least
+SECONDS = 0.5  # of rounds of a case, beyond the fewest
+WARM_UP = 3  # rounds
+HEAD_START = 200_000  # clock cycles (0.1 ms) that the GPU waits, so that launches are queued before the clock starts
 
 
 def times(case: Case, device: torch.device, names: Collection[str], rounds: int) -> dict[str, float]:
@@ -51,7 +51,7 @@ def rounds_of(
     for name in names:
         run = [one[name] for one in sets] * repeats
         try:
-            run[0]()                                             # compiles
+            run[0]()  # compiles
             run = run[: max(1, math.ceil(GRAPH / elapsed(run[0])))]
             runs[name] = functools.partial(microseconds, captured(run), len(run))
         except Exception as error:

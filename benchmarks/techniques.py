@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRUNERS", "QUANTIZERS", "of_peer", "ours"]
 
-STRENGTH = 0.8                                       # of SmoothQuant
+STRENGTH = 0.8  # of SmoothQuant
 
 # Rows of the tables of accuracy (bench_demo.py, bench_weights.py): fields of Job
 QUANTIZERS: dict[str, dict[str, Any]] = {

@@ -24,8 +24,8 @@ from benchmarks import checking, replay, wheels
 from benchmarks.op_cases import Case
 from benchmarks.tuned_ops import SUBJECTS, Subject
 
-TOGETHER = 8            # candidates whose graphs are in memory at a time
-BETTER = 0.98           # of the rule's time that a launch may take at most to replace it
+TOGETHER = 8  # candidates whose graphs are in memory at a time
+BETTER = 0.98  # of the rule's time that a launch may take at most to replace it
 TUNE_ROUNDS = 30
 
 Check = Callable[[Case], dict[str, float]]
@@ -127,7 +127,7 @@ def tune(
             refused.setdefault(reason.split(":")[0], f"{launch}: {reason}")
     if not launches:
         return Found(None, tried, refused)
-    first, *others = launches                                    # the rule's, where it compiles
+    first, *others = launches  # the rule's, where it compiles
     best, ratio, first_us = first, 1.0, None
     for start in range(0, max(1, len(others)), TOGETHER):
         together = {str(i): launch for i, launch in enumerate(others[start : start + TOGETHER])}

@@ -18,7 +18,7 @@ from lightning_compress.ops.w4a16_gemm import reference as w4a16_reference
 
 __all__ = ["SUBJECTS", "Subject"]
 
-GROUP = 128             # columns of a scale, where an op has groups
+GROUP = 128  # columns of a scale, where an op has groups
 Shape = tuple[int, ...]
 
 
@@ -53,7 +53,7 @@ class Subject:
 
         try:
             found = facts(self.build(shape, launch, capability), folder)
-        except Exception as error:                               # of many kinds: the compiler's, the assembler's
+        except Exception as error:  # of many kinds: the compiler's, the assembler's
             return f"does not compile: {type(error).__name__}"
         if found["spills"] or found["stack"]:
             return f"spills: {found['spills']} times, stack {found['stack']} bytes"
@@ -103,7 +103,7 @@ def hessian_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:
         H = torch.zeros(C, C, device=device)
 
         def call(launch: Any) -> Callable[[], Tensor]:
-            return lambda: accumulate_(H.zero_(), X, launch)     # all launches pay for the zeros, and sums stay small
+            return lambda: accumulate_(H.zero_(), X, launch)  # all launches pay for the zeros, and sums stay small
 
         exact = lambda: X.double().t() @ X.double()  # noqa: E731
         return Trial(call(ours), {name: call(launch) for name, launch in others.items()}, exact, torch.tril)

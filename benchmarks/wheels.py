@@ -45,7 +45,7 @@ def unpacked() -> list[str]:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.infolist():
                 path = archive.extract(member, target)
-                if mode := member.external_attr >> 16 & 0o777:   # humming-kernels brings a program that it runs
+                if mode := member.external_attr >> 16 & 0o777:  # humming-kernels brings a program that it runs
                     os.chmod(path, mode)
     sys.path.append(target)
     importlib.invalidate_caches()

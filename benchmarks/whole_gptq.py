@@ -22,15 +22,15 @@ from benchmarks.wheels import missing
 __all__ = ["LLAMA", "STAGES", "TINY", "Found", "Job", "StageClock", "run", "table"]
 
 FORWARD = "forward passes"
-OF_MODIFIER = {                                                # by the method of GPTQModifier that a stage is
+OF_MODIFIER = {  # by the method of GPTQModifier that a stage is
     "_observe": "Hessians",
     "_prepare": "factorization",
     "_solve_together": "column loop",
     "_write": "writing back",
 }
-OF_SOLVER = {"_proposals": "scales"}                           # inside of the column loop's method
+OF_SOLVER = {"_proposals": "scales"}  # inside of the column loop's method
 STAGES = (FORWARD, "Hessians", "factorization", "scales", "column loop", "writing back")
-NEEDED = ("pydantic", "compressed_tensors", "transformers")    # compressed_tensors imports transformers
+NEEDED = ("pydantic", "compressed_tensors", "transformers")  # compressed_tensors imports transformers
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Job:
     dtype: torch.dtype
 
 
-LLAMA = Job(llama.LLAMA_3_8B, 128, 2048, 8, 128, torch.bfloat16)        # batches of 16384 tokens
+LLAMA = Job(llama.LLAMA_3_8B, 128, 2048, 8, 128, torch.bfloat16)  # batches of 16384 tokens
 TINY = Job(llama.TINY, 6, 16, 2, 32, torch.float32)
 
 
@@ -217,6 +217,7 @@ def timed_modifier(clock: StageClock, group: int, stack: ExitStack) -> Any:
 
 def table(found: Found) -> list[str]:
     """Markdown."""
+
     def shown(seconds: float | None) -> str:
         return "" if seconds is None else f"{seconds:.2f}"
 

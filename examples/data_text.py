@@ -51,7 +51,9 @@ class TextBlocks(TokenBlocks):
         self.tokenizer = tokenizer
         self.path = path
         self.own: dict[Part, str | Sequence[str] | None] = {
-            "val": val_path, "test": test_path, "calibration": calibration_path,
+            "val": val_path,
+            "test": test_path,
+            "calibration": calibration_path,
         }
 
     def streams(self) -> dict[Part, Tensor]:

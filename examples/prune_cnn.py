@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     schedule = MagnitudePruningModifier(schedule="cubic", unit="fraction", start=0.0, end=0.6, **what(chosen.sparsity))
     trainer = quiet_trainer(folder, CompressionCallback(schedule), epochs=chosen.epochs)
-    trainer.fit(module, data)                                      # the same module trains on, now with the schedule
+    trainer.fit(module, data)  # the same module trains on, now with the schedule
     numbers["pruned on a schedule"] = accuracy(trainer, module, data)
     numbers["zeros"] = 100 * zeros(module.model)
 

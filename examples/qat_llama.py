@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     compress(rounded.model, QuantizationModifier(**SCHEME))
     numbers["2 bits, rounded"] = perplexity(quiet_trainer(folder), rounded, data)
 
-    module.lr = 1e-3                                               # from here on all train on, at a lower rate
+    module.lr = 1e-3  # from here on all train on, at a lower rate
     longer = copy.deepcopy(module)
     trainer = quiet_trainer(folder, steps=chosen.qat_steps, validate=False)
     trainer.fit(longer, data)

@@ -70,7 +70,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
     given = first = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        first, self.first = self.first, 0      # at the first batch: Lightning makes iterators that it does not use
+        first, self.first = self.first, 0  # at the first batch: Lightning makes iterators that it does not use
         assert self.batch_sampler is not None
         for place, indices in enumerate(self.batch_sampler):
             if place >= first:
@@ -81,7 +81,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.first = state["given"] % len(self)                 # after the last batch the next epoch begins
+        self.first = state["given"] % len(self)  # after the last batch the next epoch begins
 
 
 class TokenBlocks(lightning.LightningDataModule):

@@ -166,27 +166,27 @@ class CompressionCallback(Callback):
         self._state = State(ledger=self.ledger)
         self._batch_state = self._state
         self._in_batch = False
-        self._acting = False                   # in this batch some modifier may act
+        self._acting = False  # in this batch some modifier may act
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
         self._saved_files = SavedFiles()
         self._own_batches = OwnBatches()
-        self._receiver: LightningModule | None = None          # whom a checkpoint is being loaded into
-        self._outputs: Outputs | None = None   # where this fit writes; None in a fast_dev_run
+        self._receiver: LightningModule | None = None  # whom a checkpoint is being loaded into
+        self._outputs: Outputs | None = None  # where this fit writes; None in a fast_dev_run
         self._lock = FolderLock()
         self._unwatch: Callable[[], None] | None = None
-        self._seconds: dict[str, float] = {}   # of what was done in the midst of training, for the report
+        self._seconds: dict[str, float] = {}  # of what was done in the midst of training, for the report
         self._facts: dict[str, Any] = {}
-        self._dense_is_known = False           # a window has opened: the model is no longer dense
+        self._dense_is_known = False  # a window has opened: the model is no longer dense
         self._warned_stray_step = False
-        self._knows_checkpoint = False         # one with a state of this callback was loaded
+        self._knows_checkpoint = False  # one with a state of this callback was loaded
         self._undo: Callable[[], None] | None = None
         self._undo_shapes: Callable[[], None] | None = None
-        self._random: list[dict[str, Any]] | None = None       # of each rank, from a checkpoint; until it is restored
-        self._resumed = False                  # this fit goes on from a checkpoint; until training has begun
-        self._hooked: list[nn.Module] = []     # modules with hooks, when the model was last compiled
+        self._random: list[dict[str, Any]] | None = None  # of each rank, from a checkpoint; until it is restored
+        self._resumed = False  # this fit goes on from a checkpoint; until training has begun
+        self._hooked: list[nn.Module] = []  # modules with hooks, when the model was last compiled
         self._run = new_run()
-        self._trained = False                  # a batch of this fit
+        self._trained = False  # a batch of this fit
 
     # -- INITIALIZE ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class CompressionCallback(Callback):
             if own is not None:
                 vars(pl_module)["configure_model"] = own
 
-        vars(pl_module)["configure_model"] = configure_model      # on this object only
+        vars(pl_module)["configure_model"] = configure_model  # on this object only
         self._undo = undo
 
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,9 +250,9 @@ class CompressionCallback(Callback):
         reshaping = any(m.reshapes for m in self.lifecycle.modifiers)
         if reshaping:
             check_launcher(trainer)
-        self._facts.setdefault("model_bytes_before", tensor_bytes(module, trainer.precision))   # before anything is cut
+        self._facts.setdefault("model_bytes_before", tensor_bytes(module, trainer.precision))  # before anything is cut
         before = tensor_names(pl_module)
-        with nullcontext() if self._windowed else split_while(module):        # who trains wants experts in one tensor
+        with nullcontext() if self._windowed else split_while(module):  # who trains wants experts in one tensor
             self.lifecycle.initialize(self._state, self.clock.event(E.BATCH_START))
             self._warn_of_readers(module)
         check_averaging(trainer, name, reshaping, tensor_names(pl_module) != before)
@@ -269,15 +269,15 @@ class CompressionCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done and self._state.model is not None:
             check_uninterrupted(self._state.model)
-            check_whole(self._state.model)               # not in setup: configure_model comes after it
+            check_whole(self._state.model)  # not in setup: configure_model comes after it
             if self.plan.blocks is not None:
-                find_blocks(self._state.model, self.plan.blocks)         # names that match nothing are told now
+                find_blocks(self._state.model, self.plan.blocks)  # names that match nothing are told now
             model, beside = self._state.model, processors(trainer, pl_module)
             alone(lambda: rehearse(model, beside), "looking at what will be exported")
             check_device(self.plan)
         self._outputs = None
         if not self.done and not trainer.fast_dev_run:
-            self._prepare_outputs(trainer)               # not in setup: only now it is known whether a run is resumed
+            self._prepare_outputs(trainer)  # not in setup: only now it is known whether a run is resumed
             check_best(trainer, self.plan, self.lifecycle, self._saved_files)
 
     def _prepare_outputs(self, trainer: Trainer) -> None:
@@ -300,7 +300,7 @@ class CompressionCallback(Callback):
                 "weights off their grid; to compress again, train from a dense checkpoint with a new callback"
             )
             return
-        if not is_resumed(trainer):            # what was loaded is where Lightning's tuner began
+        if not is_resumed(trainer):  # what was loaded is where Lightning's tuner began
             self._random, self._resumed = None, False
         self._check_module(pl_module)
         self.clock.measure(
@@ -331,7 +331,7 @@ class CompressionCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.done:
             return
-        self._restore_random()                 # inside an epoch here: a loader that began anew has drawn its order
+        self._restore_random()  # inside an epoch here: a loader that began anew has drawn its order
         if not self._trained:
             self._ending(trainer, pl_module, self.lifecycle, self.clock.event()).check_input(batch)
         self._in_batch = self._trained = True
@@ -341,7 +341,7 @@ class CompressionCallback(Callback):
             self._hand_over(trainer, pl_module, event)
             self._batch_state = self._state.but(batch_data=batch, optimizer=trainer.optimizers)
             self.lifecycle.emit(self._batch_state, event)
-            self._acting = self.lifecycle.acting             # else the rest of the batch costs nothing
+            self._acting = self.lifecycle.acting  # else the rest of the batch costs nothing
             self._show_hooks(pl_module)
 
     def _measure_dense(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
@@ -368,7 +368,7 @@ class CompressionCallback(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = scaler.get_scale() if scaler is not None else 1.0
         if scale != 1.0:
-            loss.div_(scale)                   # fp16: modifiers see the loss itself, and what they add is scaled too
+            loss.div_(scale)  # fp16: modifiers see the loss itself, and what they add is scaled too
         self.lifecycle.emit(self._batch_state.but(loss=loss), self.clock.event(E.LOSS_CALCULATED))
         if scale != 1.0:
             loss.mul_(scale)
@@ -398,7 +398,7 @@ class CompressionCallback(Callback):
         self._close_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close_batch()                    # still open when on_train_batch_start of the LightningModule returned -1
+        self._close_batch()  # still open when on_train_batch_start of the LightningModule returned -1
 
     def _restore_random(self) -> None:
         if self._random is not None:
@@ -433,16 +433,16 @@ class CompressionCallback(Callback):
         if self.done:
             return
         for keeping in trainer.checkpoint_callbacks:
-            keeping.on_train_end(trainer, pl_module)         # what it saves now is the last of training: not compressed
+            keeping.on_train_end(trainer, pl_module)  # what it saves now is the last of training: not compressed
         self._finish(trainer, pl_module, trained=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.done:
             rank_zero_info("nothing was left to train; compressing the model as it is")
             self._restore_random()
-            pl_module.to(trainer.strategy.root_device)                  # the strategy has put it back on the CPU
+            pl_module.to(trainer.strategy.root_device)  # the strategy has put it back on the CPU
             for averaging in (c for c in trainer.callbacks if self.clock.global_step and averages(c)):
-                averaging.on_train_end(trainer, pl_module)              # its average becomes the model, as in training
+                averaging.on_train_end(trainer, pl_module)  # its average becomes the model, as in training
             self._finish(trainer, pl_module, trained=False)
             pl_module.cpu()
 
@@ -456,7 +456,7 @@ class CompressionCallback(Callback):
         save_first = trained and not trainer.fast_dev_run
         with requeue_only(trainer, save_first=save_first), stopped_by_sigterm(trainer):
             end.compress()
-            self.done = True                   # before compressed.ckpt is saved: who resumes from it is done
+            self.done = True  # before compressed.ckpt is saved: who resumes from it is done
             end.leave()
             if self._outputs is not None:
                 supersede(trainer, self._outputs.checkpoint)
@@ -551,7 +551,7 @@ class CompressionCallback(Callback):
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         receiver, self._receiver = self._receiver, None
         if self._stage not in (None, "fit"):
-            if self.lifecycle.initialized and not self.lifecycle.finalized:    # cut short, now tested
+            if self.lifecycle.initialized and not self.lifecycle.finalized:  # cut short, now tested
                 self.lifecycle.weights_loaded(state_dict["modifiers"])
             elif not self.done and receiver is not None:
                 self._say_what_is_missing(state_dict, receiver)
@@ -605,7 +605,7 @@ class CompressionCallback(Callback):
         own = checkpoint["callbacks"][self.state_key]
         own["random"] = random_state.collect_all(own["random"][0])
         if self._state.model is not None:
-            write_shapes(checkpoint, self._state.model)            # after teardown, the module's own hook is off
+            write_shapes(checkpoint, self._state.model)  # after teardown, the module's own hook is off
         write_plain_modules(checkpoint)
         if self.done and checkpoint.pop("averaging_state", None) is not None:
             checkpoint["state_dict"] = checkpoint.pop("current_model_state")

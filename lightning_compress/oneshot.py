@@ -72,7 +72,7 @@ def compress(
     taken = _take(batches, max_batches)
     state = State(model=model, ledger=Ledger())
     check_uninterrupted(model)
-    windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)     # they want experts in one tensor
+    windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)  # they want experts in one tensor
     mixtures = nullcontext() if windowed else split_while(model)
     with random_state_kept(), mixtures, marked_when_interrupted(model, lambda: len(state.ledger)):
         torch.manual_seed(seed)

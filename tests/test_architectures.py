@@ -28,7 +28,7 @@ from tests.support.architecture_models import ARCHITECTURES
 from tests.support.plain_reader import read_by_transformers
 
 LAYERS = ["Linear", "Conv1D", "Conv1d", "Conv2d"]
-HEADS = ["re:.*(lm_head|predictions.decoder|lm_head.decoder|vocab_projector|proj_out)$"]      # tied to the embedding
+HEADS = ["re:.*(lm_head|predictions.decoder|lm_head.decoder|vocab_projector|proj_out)$"]  # tied to the embedding
 W4 = {"targets": LAYERS, "ignore": HEADS, "scheme": "W4A16", "group_size": -1}
 RECIPES: dict[str, Callable[[], list[Modifier]]] = {
     "gptq": lambda: [GPTQModifier(**W4)],
@@ -43,7 +43,7 @@ BYPASSED = {f"mamba.{recipe}": ("conv1d", "dt_proj") for recipe in RECIPES} | {
                     "downsampling_layer.1")
     for name in ("vit", "resnet", "convnext", "clip", "whisper")
 }  # fmt: skip
-IN_ALL = ("qwen3",)                                       # through every recipe in the fast suite too
+IN_ALL = ("qwen3",)  # through every recipe in the fast suite too
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*written with dense weights", "ignore:(targets|ignore)=.*matches none")
 
@@ -77,7 +77,7 @@ def logits(model, batch):
 def check(results, case):
     in_memory, dense, read, ledgers = (result[case] for result in results)
     assert_close(read, in_memory, rtol=0, atol=1e-4 * float(dense.abs().max().clamp_min(1)))
-    assert 1e-3 < (in_memory - dense).norm() / dense.norm() < 1.5          # something was done, and not nonsense
+    assert 1e-3 < (in_memory - dense).norm() / dense.norm() < 1.5  # something was done, and not nonsense
     unseen = [row.module for row in ledgers if any("never saw" in flag for flag in row.flags)]
     assert not [module for module in unseen if not module.endswith(BYPASSED.get(case, ()))]
     assert all(row.error is None or 0 <= row.error < 1 for row in ledgers)

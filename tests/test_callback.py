@@ -76,7 +76,7 @@ def test_two_optimizers_by_hand_count_one_step_each(tmp_path):
     modifier, callback = recorded(tmp_path, Gan())
     assert modifier.batches == ["SLpPLpPE"] * 4
     assert callback.clock.steps == [4, 4]
-    assert callback.clock.global_step == 4                 # Lightning's own global_step says 8
+    assert callback.clock.global_step == 4  # Lightning's own global_step says 8
 
 
 def test_the_clock_is_the_optimizer_that_stepped_most(tmp_path):
@@ -160,10 +160,10 @@ def test_windows_in_manual_optimization_go_by_batches(tmp_path, options, window,
     modifier = Windowed(**window)
     callback = CompressionCallback(modifier, evaluate=False)
     quiet(tmp_path, callback, **run).fit(ByHand(**options), Sums(batches=8))
-    every = options.get("every", 1) if limit else 1            # max_steps are steps: they go on in jumps
+    every = options.get("every", 1) if limit else 1  # max_steps are steps: they go on in jumps
     assert len(modifier._indices) == 32
     assert modifier._indices == [pytest.approx(batch // every * every / length) for batch in range(32)]
-    assert modifier._window == [8, 15]                         # the first batch of the window, and the last
+    assert modifier._window == [8, 15]  # the first batch of the window, and the last
 
 
 def test_the_index_in_manual_optimization_survives_a_stop_inside_an_epoch(tmp_path):
@@ -181,7 +181,7 @@ def test_the_index_in_manual_optimization_survives_a_stop_inside_an_epoch(tmp_pa
     resumed = CompressionCallback(modifier, evaluate=False)
     quiet(tmp_path, resumed, max_epochs=4).fit(ByHand(every=4), Sums(batches=8), ckpt_path=tmp_path / "cut.ckpt")
     assert modifier._indices == [batch / 8 for batch in range(10, 32)]
-    assert modifier._window == [10, 15]                        # hooks go on again where the run is resumed
+    assert modifier._window == [10, 15]  # hooks go on again where the run is resumed
 
 
 def test_a_raw_optimizer_gets_its_pre_step(tmp_path):
@@ -192,7 +192,7 @@ def test_a_raw_optimizer_gets_its_pre_step(tmp_path):
                 optimizer.step()
 
     modifier, _ = recorded(tmp_path, Raw())
-    assert modifier.batches == ["SpPpPE"] * 4              # a plain loss.backward() is unseen
+    assert modifier.batches == ["SpPpPE"] * 4  # a plain loss.backward() is unseen
     assert [s for n, s, _ in modifier._events if n == "OPTIM_PRE_STEP"] == [0, 1, 1, 2, 2, 3, 3, 4]
 
 
@@ -275,7 +275,7 @@ def test_the_loss_can_be_added_to(tmp_path):
     assert modifier.batches == [STEP]
     before = Regression()
     torch.manual_seed(0)
-    assert module.model[2].weight.abs().max() > 10 * before.model[2].weight.abs().max()      # lr 0.05 * 2e3 overshoots
+    assert module.model[2].weight.abs().max() > 10 * before.model[2].weight.abs().max()  # lr 0.05 * 2e3 overshoots
 
 
 @pytest.mark.parametrize("window", [{}, {"start": 2}, {"start": 1, "end": 2}, {"start": 0, "update": 3}], ids=str)
@@ -349,7 +349,7 @@ class BuiltLate(Regression):
     def __init__(self):
         LightningModule.__init__(self)
         self.optimizer = torch.optim.SGD
-        self.loss_net = torch.nn.Linear(3, 3)              # weights of something that is not the model
+        self.loss_net = torch.nn.Linear(3, 3)  # weights of something that is not the model
 
     def configure_model(self):
         if not hasattr(self, "model"):
@@ -361,7 +361,7 @@ def test_initialize_waits_for_configure_model(tmp_path):
     modifier, callback = recorded(tmp_path, module)
     assert modifier.batches == [STEP] * 4
     assert callback._state.model is module.model
-    assert "configure_model" not in vars(module)           # undone
+    assert "configure_model" not in vars(module)  # undone
 
 
 def test_initialize_waits_for_setup_of_the_module(tmp_path):

@@ -158,7 +158,7 @@ def test_validation_loaders_are_measured_as_the_trainer_validates(tmp_path, load
 
     module = Several()
     fit(tmp_path, module, rows(), loader(), **limit)
-    assert module.validated == batches * 3                     # by the Trainer, and before and after compression
+    assert module.validated == batches * 3  # by the Trainer, and before and after compression
 
 
 def test_a_combined_loader_is_calibrated_on_where_nothing_is_trained(tmp_path):

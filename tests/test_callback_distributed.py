@@ -49,10 +49,10 @@ def test_two_ranks_end_with_one_compressed_model(tmp_path):
     zero, one = ranks(tmp_path)
     assert zero["done"]
     assert one["done"]
-    assert (zero["seen"], one["seen"]) == (4, 0)                     # rank 0 calibrates, on all samples
+    assert (zero["seen"], one["seen"]) == (4, 0)  # rank 0 calibrates, on all samples
     assert all(torch.equal(zero["state"][n], one["state"][n]) for n in zero["state"])
     assert zero["best"] == one["best"] == str(tmp_path / "compressed.ckpt")
-    assert module.is_rounded()                                       # in the parent process too
+    assert module.is_rounded()  # in the parent process too
     trainer.test(module, Sums(), ckpt_path="best", verbose=False)
     assert (tmp_path / "report" / "summary.json").exists()
 

@@ -102,7 +102,7 @@ def test_the_test_measures_what_the_report_says(compressed):
     assert 0 < summary["metric"]["nll"]["standard_error"] < 0.1
     assert summary["evaluated_tokens"] == 24 * (TOKENS - 1)
     assert summary["modules"] == 14
-    assert 5 < summary["bits_per_weight"] < 5.1                # a float32 scale for each 32 weights, and shapes
+    assert 5 < summary["bits_per_weight"] < 5.1  # a float32 scale for each 32 weights, and shapes
     assert summary["recipe"]["modifiers"]["GPTQModifier"]["scheme"] == "W4A16"
     assert summary["global_step"] == 6
     rows = (folder / "report" / "modules.csv").read_text().splitlines()

@@ -121,7 +121,7 @@ def test_a_compressed_run_is_not_compressed_again(tmp_path):
     assert modifier._seen == []
     assert module.is_rounded()
     assert callback.ledger.rows[0].technique == "rounding"
-    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "compressed.ckpt")      # not the dense one
+    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "compressed.ckpt")  # not the dense one
 
 
 def test_testing_a_dense_checkpoint_leaves_the_callback_alone(tmp_path):
@@ -261,7 +261,7 @@ def test_batches_that_a_loader_without_a_state_repeats_are_named(tmp_path, state
         quiet(tmp_path, kept, callback, *callbacks).fit(Regression(), loader, **options)
 
     with pytest.raises(KeyError, match="power cut"):
-        fit(StopAfter(3))                                           # the checkpoint is that of step 2
+        fit(StopAfter(3))  # the checkpoint is that of step 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(ckpt_path=tmp_path / "kept" / "last.ckpt")

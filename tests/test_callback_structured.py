@@ -84,7 +84,7 @@ def test_a_cnn_shrinks_and_trains_on(tmp_path):
     assert all(entry["momentum_buffer"].shape == p.shape for p, entry in optimizer.state.items())
     assert all(torch.isfinite(p).all() for p in module.parameters())
     moved = quiet(tmp_path / "again", max_epochs=1, enable_checkpointing=False)
-    moved.fit(module, pictures())                                        # without the callback: an ordinary model
+    moved.fit(module, pictures())  # without the callback: an ordinary model
 
 
 def test_the_compressed_checkpoint_is_tested_here_and_in_a_new_trainer(tmp_path):
@@ -249,7 +249,7 @@ assert module.model.model.layers[0].mlp.gate_proj.weight.shape == (36, 32)
 """
 
 
-@pytest.mark.slow                                                        # each process imports transformers anew
+@pytest.mark.slow  # each process imports transformers anew
 def test_two_processes_train_a_model_that_shrank_at_set_up(tmp_path):
     (tmp_path / "run.py").write_text(DDP)
     root = str(Path(__file__).parents[1])

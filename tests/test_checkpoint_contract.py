@@ -80,7 +80,7 @@ def test_masks_scales_counts_clock_and_teacher_are_in_the_checkpoint(tmp_path):
     assert kept["clock"] == {"steps": [3], "batches": 3}
     own = kept["modifiers"]
     assert own["MagnitudePruningModifier"]["masks"]["0"].dtype == torch.bool
-    assert len(own["DistillationModifier"]["teacher"]) == 64                           # a SHA-256
+    assert len(own["DistillationModifier"]["teacher"]) == 64  # a SHA-256
     scales = own["QATModifier"]["scales"]["0"]
     assert scales["scale"].shape == (8, 1)
     assert scales["input"]["batches"] == 3
@@ -202,7 +202,7 @@ def test_a_finished_run_that_is_resumed_exports_once(tmp_path):
     assert now == before
     assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "compressed.ckpt")
     x = Sums().rows.tensors[0]
-    assert torch.equal(again(x), first(x))                                     # the compressed model, not the dense one
+    assert torch.equal(again(x), first(x))  # the compressed model, not the dense one
 
 
 @pytest.mark.parametrize("gone", ["compressed", "compressed.ckpt"])

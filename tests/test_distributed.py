@@ -51,13 +51,13 @@ def everything(rank: int) -> None:
     kept = part.sum_C
     distributed.all_reduce_(part)
     torch.testing.assert_close(part.sum_C, whole.sum_C)
-    assert part.sum_C is kept                                                           # in place
+    assert part.sum_C is kept  # in place
     assert part.largest == whole.largest
     assert part.smallest == whole.smallest
     assert part.count == 30
     assert type(part.count) is int
 
-    part.sum_C = torch.full((2, 3), float(rank + 1)).T                                  # not contiguous
+    part.sum_C = torch.full((2, 3), float(rank + 1)).T  # not contiguous
     distributed.all_reduce_(part)
     assert part.sum_C.tolist() == [[3, 3]] * 3
 
@@ -85,7 +85,7 @@ def test_each_name_goes_to_one_rank_whatever_the_order():
     shares = distributed.split_by_cost(costs, 3)
     assert sorted(chain(*shares)) == sorted(costs)
     shuffled = dict(random.Random(0).sample(list(costs.items()), len(costs)))
-    assert distributed.split_by_cost(shuffled, 3) == shares                             # ranks must agree on it
+    assert distributed.split_by_cost(shuffled, 3) == shares  # ranks must agree on it
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

@@ -40,7 +40,10 @@ def test_every_file_goes_to_the_one_part_that_its_name_says(library: Path) -> No
 def test_the_split_stays_as_it_is() -> None:
     """Numbers in the README depend on it."""
     assert [part_of(name) for name in ("_markupbase.py", "glob.py", "os.py", "ast.py")] == [
-        "train", "val", "test", "calibration",
+        "train",
+        "val",
+        "test",
+        "calibration",
     ]
 
 
@@ -125,7 +128,7 @@ def test_shapes_are_drawn_the_same_each_time_and_differ_between_classes() -> Non
     assert all(torch.equal(a, b) for a, b in zip(draw(64, 0.0, seed=3), (images, labels), strict=True))
     lit = [(images[labels == c] > 0).float().mean().item() for c in range(8)]
     disc, ring, square, frame, plus, cross, rows, columns = lit
-    assert square > max(disc, frame, plus, cross, rows, columns)           # the others are cut out of it
+    assert square > max(disc, frame, plus, cross, rows, columns)  # the others are cut out of it
     assert disc > 0.1 < ring
 
 
@@ -139,7 +142,7 @@ def test_the_qat_example(library: Path, tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert f"2 bits, trained    perplexity {numbers['2 bits, trained']:7.3f}" in printed
     model = AutoModelForCausalLM.from_pretrained(out / "compressed", dtype=torch.float32)
-    model(input_ids=torch.arange(8)[None])                       # unpacks
+    model(input_ids=torch.arange(8)[None])  # unpacks
     weight = model.model.layers[0].mlp.down_proj.weight
     assert max(len(group.unique()) for group in weight.reshape(-1, 64)) <= 4
 

@@ -57,7 +57,7 @@ def attempt() -> Iterator[Attempt]:
         runner.stdin.write(json.dumps({"case": case, "folder": str(folder), "kill": kill}) + "\n")
         runner.stdin.flush()
         while (line := runner.stdout.readline()) and not line.startswith('{"killed"'):
-            pass                                                       # a table, a log line
+            pass  # a table, a log line
         answer = json.loads(line)
         assert answer["failed"] is None, answer["failed"]
         return answer["killed"]
@@ -74,7 +74,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, attempt: Attempt, 
         assert attempt(case, tmp_path / "killed", moment), f"{moment} never came"
     assert not attempt(case, tmp_path / "killed")
     whole, killed = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
-    if case == "stack_gptq":                       # it validates after its last step, which draws a number, once more
+    if case == "stack_gptq":  # it validates after its last step, which draws a number, once more
         whole["callback"].pop("random")
         killed["callback"].pop("random")
     assert differences(whole, killed) == []
@@ -90,7 +90,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     own = saved["callbacks"]["CompressionCallback"]
     assert own.pop("run") == trained["callbacks"]["CompressionCallback"]["run"]
-    own["facts"].pop("batches_repeated_on_resume", None)      # that a run was killed is a fact of its own
+    own["facts"].pop("batches_repeated_on_resume", None)  # that a run was killed is a fact of its own
     own["ledger"] = [{name: value for name, value in row.items() if name != "seconds"} for row in own["ledger"]]
     summary = json.loads((folder / "report" / "summary.json").read_text())
     return {

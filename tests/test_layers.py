@@ -183,7 +183,7 @@ FLOATS = {
     "FloatTensor", "Tensor", "empty", "empty_strided", "eye", "finfo", "full", "get_default_dtype", "linspace",
     "logspace", "normal", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros",
 }  # fmt: skip
-NUMBERS = {"arange", "randint", "randperm"}            # of whole numbers they are int64, whatever the default dtype is
+NUMBERS = {"arange", "randint", "randperm"}  # of whole numbers they are int64, whatever the default dtype is
 NAMES_NO_DTYPE = {
     "core.precision": "it sets the default dtype and puts it back",
     "modifiers.rotation.norms": "the user's module is tried on numbers of the dtype that it is used to",

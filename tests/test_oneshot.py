@@ -31,7 +31,7 @@ def test_a_model_is_compressed_in_place_and_the_ledger_comes_back():
     ledger = compress(model, modifier)
     assert isinstance(ledger, Ledger)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    assert sorted(row.module for row in ledger) == sorted(names)              # embed and head outside of blocks, too
+    assert sorted(row.module for row in ledger) == sorted(names)  # embed and head outside of blocks, too
     assert len(ledger) == len(names)
     assert all(torch.equal(p, p.round()) for n, p in model.named_parameters() if "norm" not in n and "weight" in n)
     assert modifier.finalized

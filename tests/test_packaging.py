@@ -179,10 +179,10 @@ def test_the_wheel_holds_the_package_its_recipes_and_the_plugin_and_no_more(whee
     assert {"lightning_compress/py.typed", "hydra_plugins/lightning_compress_searchpath.py"} <= names
     ops = ROOT / "lightning_compress/ops"
     sources = {p.relative_to(ROOT).as_posix() for pattern in ("*.cu", "*.json") for p in ops.rglob(pattern)}
-    assert sources                                                # read when a kernel is compiled or launched
+    assert sources  # read when a kernel is compiled or launched
     assert sources <= names
-    assert "hydra_plugins/__init__.py" not in names               # a namespace package, shared with other plugins
-    assert {n for n in names if n.endswith(".yaml")} == recipes   # the demo app's configs stay at home
+    assert "hydra_plugins/__init__.py" not in names  # a namespace package, shared with other plugins
+    assert {n for n in names if n.endswith(".yaml")} == recipes  # the demo app's configs stay at home
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"lightning_compress", "hydra_plugins"}
 
 
@@ -212,7 +212,7 @@ def test_compress_works_in_an_app_that_was_not_edited(run: Run, tmp_path: Path) 
     done = run("src/train.py", "+compress=gptq_w4", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "compressed" / "model.safetensors").stat().st_size > 0
-    assert int(done.stdout.rsplit("most values in a row:", 1)[1]) <= 16      # after the test at the end, too
+    assert int(done.stdout.rsplit("most values in a row:", 1)[1]) <= 16  # after the test at the end, too
     config = yaml.safe_load((tmp_path / ".hydra" / "config.yaml").read_text())
     assert list(config["callbacks"]) == ["model_checkpoint", "compress"]
 

@@ -73,7 +73,7 @@ def made(name: str, **arguments: Any) -> Any:
 
 
 W4 = {"scheme": "W4A16", "group_size": 16}
-AFTER = {                                              # what acts after training: model, modifier
+AFTER = {  # what acts after training: model, modifier
     "gptq-w4": (llama, made("GPTQ", **W4, ignore=["lm_head"])),
     "gptq-w8a8": (llama, made("GPTQ", scheme="W8A8")),
     "gptq-refine": (llama, made("GPTQ", **W4, refine=True, dampening_frac="auto")),
@@ -105,7 +105,7 @@ AFTER = {                                              # what acts after trainin
 }
 
 
-SET_UP = {"batch-norm"}                                # acts before the Trainer casts the model
+SET_UP = {"batch-norm"}  # acts before the Trainer casts the model
 
 
 def batches_of(model: nn.Module) -> Tensor:
@@ -175,7 +175,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def pairs(rows: Iterable[str], columns: Iterable[Any], quick: Any) -> list[Any]:
     """All of them; slow but for one column, and for the modifiers that stand for the others."""
     few = {"gptq-w4", "rtn-imatrix", "smoothquant", "sparsegpt"}
-    cannot = {("reap", "64-true")}                     # torch's grouped product of experts takes no float64
+    cannot = {("reap", "64-true")}  # torch's grouped product of experts takes no float64
     cells = [cell for cell in product(rows, columns) if cell not in cannot]
     marks = {(r, c): () if c == quick or r in few else pytest.mark.slow for r, c in cells}
     return [pytest.param(r, c, marks=mark, id=f"{r}-{c}") for (r, c), mark in marks.items()]
@@ -202,7 +202,7 @@ def test_the_default_dtype_changes_nothing(name, dtype):
 
 
 WINDOW = {"start": 0, "end": 2}
-TRAINING = {                                           # what acts while the model trains
+TRAINING = {  # what acts while the model trains
     "qat-w4": (llama, made("QAT", **W4, start=0)),
     "qat-w8a8": (llama, made("QAT", scheme="W8A8", start=0)),
     "magnitude": (llama, made("MagnitudePruning", final_sparsity=0.5, **WINDOW)),
@@ -262,9 +262,9 @@ DEAD = [("Quantization", "NVFP4"), ("Quantization", "FP8"), ("GPTQ", "NVFP4"), (
 def test_experts_that_see_zeros_or_nothing_get_finite_scales_and_a_flag(name, scheme, tmp_path):
     model = mixture()
     with torch.no_grad():
-        model.model.layers[0].mlp.experts.gate_up_proj[0, :32] = 0             # silu(0) * up: what down_proj gets is 0
-    ignore, batches = ["lm_head", "re:.*gate$"], [IDS[0][:1, :2]]              # two tokens: some experts get none
-    batches.append(torch.arange(32)[None])                                     # ... but the first one does get some
+        model.model.layers[0].mlp.experts.gate_up_proj[0, :32] = 0  # silu(0) * up: what down_proj gets is 0
+    ignore, batches = ["lm_head", "re:.*gate$"], [IDS[0][:1, :2]]  # two tokens: some experts get none
+    batches.append(torch.arange(32)[None])  # ... but the first one does get some
     ledger = lc.compress(model, made(name, scheme=scheme, ignore=ignore)(), batches, moe_calibrate_all_experts=True)
     flagged = [row.module for row in ledger if any("its input was 0 throughout" in flag for flag in row.flags)]
     assert flagged == ["model.layers.0.mlp.experts.0.down_proj"]

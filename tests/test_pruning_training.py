@@ -25,7 +25,7 @@ from lightning_compress import (
 from tests.support.training_runs import Regression, Sums, quiet
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
-FIRST = {"targets": ["0"]}                                           # 8 x 8 weights; the other layer is 1 x 8
+FIRST = {"targets": ["0"]}  # 8 x 8 weights; the other layer is 1 x 8
 
 
 def pruning(kind: str, **options):
@@ -94,7 +94,7 @@ def test_a_best_checkpoint_that_is_less_sparse_is_not_exported_in_silence(tmp_pa
     best = torch.load(next((tmp_path / "kept").glob("*.ckpt")), weights_only=True)["state_dict"]["model.0.weight"]
     kept = model.model[0].weight != 0
     agree = torch.isclose(model.model[0].weight[kept], best[kept]).float().mean()
-    assert agree == 1.0 or kind == "movement"                          # some of those were asleep, and woke
+    assert agree == 1.0 or kind == "movement"  # some of those were asleep, and woke
 
 
 def test_held_zeros_are_in_a_best_checkpoint_from_before_them_too(tmp_path):
@@ -158,8 +158,12 @@ def test_a_run_that_was_cut_short_is_tested_as_it_was_saved(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"},
-     {"gradient_clip_val": 0.1}],
+    [
+        {"accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"gradient_clip_val": 0.1},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)

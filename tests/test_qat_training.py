@@ -164,14 +164,14 @@ def test_one_run_quantizes_first_and_trains_then(tmp_path, start):
     model, callback = ByStep(torch.optim.Adam), CompressionCallback(from_gptq(start=start))
     quiet(tmp_path, before, callback, after, last, max_epochs=2).fit(model, Sums())
     for step in range(start + 1):
-        assert torch.equal(before.outputs[step], plain.outputs[step])         # random state and data as without it
+        assert torch.equal(before.outputs[step], plain.outputs[step])  # random state and data as without it
     assert torch.equal(after.outputs[start - 1], plain.outputs[start - 1]) or not start
     quantized = callback.ledger.rows[0]
     assert (quantized.technique, quantized.module) == ("gptq", "0")
     assert quantized.tokens > 0
     assert not torch.equal(after.outputs[start], before.outputs[start])
     assert not torch.equal(after.latents[start], before.latents[start])
-    assert not torch.equal(after.latents[start + 1], after.latents[start])     # and the optimizer moves them
+    assert not torch.equal(after.latents[start + 1], after.latents[start])  # and the optimizer moves them
     loaded = load(tmp_path / "compressed", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), packed=False)
     with torch.no_grad():
         assert torch.equal(loaded(X), last.outputs)
@@ -194,7 +194,7 @@ def test_a_resumed_run_from_gptq_ends_with_the_same_bits(tmp_path, stop):
     again = CompressionCallback(from_gptq(STATIC, start=3))
     trainer = quiet(tmp_path / "resumed", again, max_epochs=2)
     trainer.fit(model(seed=99), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    assert [row.technique for row in again.ledger.rows].count("gptq") == 2         # never a second time
+    assert [row.technique for row in again.ledger.rows].count("gptq") == 2  # never a second time
     whole, resumed = (load_file(tmp_path / n / "compressed" / "model.safetensors") for n in ("whole", "resumed"))
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():

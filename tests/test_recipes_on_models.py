@@ -139,7 +139,7 @@ class Classifier(LightningModule):
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 @pytest.mark.parametrize("recipe", ["structured_25", "distill_cached"])
 def test_recipes_that_look_at_the_first_batch_train_as_they_are(tmp_path, monkeypatch, recipe, kind):
-    monkeypatch.chdir(tmp_path)                                        # distill_cached writes teacher_cache there
+    monkeypatch.chdir(tmp_path)  # distill_cached writes teacher_cache there
     make, batch = MODELS[kind]
     loader = DataLoader(TensorDataset(batch(), torch.randint(10, (8,))), batch_size=4)
     model = make()

@@ -33,7 +33,7 @@ RECIPES = {
         lc.GPTQModifier(**INT4),
     ],
 }  # fmt: skip
-ACTIVATIONS = ("w8a8", "qat_w8a8")           # quantized inputs are not part of a checkpoint, as docs/export.md says
+ACTIVATIONS = ("w8a8", "qat_w8a8")  # quantized inputs are not part of a checkpoint, as docs/export.md says
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_every_recipe_runs_in_a_template_app(tmp_path, read_elsewhere, kind):
         warnings.simplefilter("ignore")
         trainer.fit(module, data)
     compressed = tmp_path / "compressed.ckpt"
-    assert module.hparams.net is module.net                               # what is stored is a copy
+    assert module.hparams.net is module.net  # what is stored is a copy
     tested = trainer.test(module, data, ckpt_path="best", weights_only=False, verbose=False)[0]["test/acc"]
 
     logits = read_elsewhere(compressed)
@@ -75,8 +75,8 @@ def test_every_recipe_runs_in_a_template_app(tmp_path, read_elsewhere, kind):
         assert torch.equal(logits, net(fixed_batch()))
     assert 0 <= tested <= 1
 
-    stored = torch.load(tmp_path / "last.ckpt", weights_only=False)       # in the midst of training
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=False)  # in the midst of training
     assert torch.equal(read_elsewhere(tmp_path / "last.ckpt"), stored["hyper_parameters"]["net"].eval()(fixed_batch()))
     assert stored["hyper_parameters"]["net"].state_dict().keys() == module.net.state_dict().keys()
     for key, tensor in stored["hyper_parameters"]["net"].state_dict().items():
-        assert tensor.data_ptr() == stored["state_dict"][f"net.{key}"].data_ptr()       # stored once
+        assert tensor.data_ptr() == stored["state_dict"][f"net.{key}"].data_ptr()  # stored once

@@ -135,8 +135,14 @@ def test_a_pretrained_model_any_text_and_its_tokenizer(app_config: Any, tmp_path
 
 
 def test_a_sweep_runs_each_recipe(tmp_path: Path, library: str) -> None:
-    overrides = ["-m", *TINY, library, "+compress=gptq_w4,rtn_w4", "optimized_metric=test/loss",
-                 "+callbacks.compress.verify=false"]
+    overrides = [
+        "-m",
+        *TINY,
+        library,
+        "+compress=gptq_w4,rtn_w4",
+        "optimized_metric=test/loss",
+        "+callbacks.compress.verify=false",
+    ]
     run = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *overrides, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
         cwd=tmp_path,

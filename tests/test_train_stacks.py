@@ -70,7 +70,7 @@ def test_a_stack_trains_exports_and_keeps_its_zeros(
     for name, weight in linears.items():
         kept = weight != 0
         assert (kept.view(len(weight), -1, 4).sum(-1) <= 2).all(), name
-        assert max(len(row.unique()) for row in weight) <= 16, name          # 4 bits in one group of 128
+        assert max(len(row.unique()) for row in weight) <= 16, name  # 4 bits in one group of 128
 
     compressed = LlamaDemo.load_from_checkpoint(folder / "compressed.ckpt", weights_only=True).eval()
     with torch.no_grad():

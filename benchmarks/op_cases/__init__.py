@@ -12,7 +12,7 @@ from benchmarks.op_case import LLAMA, Call, Case, Trial
 
 __all__ = ["LLAMA", "Call", "Case", "Trial", "cases"]
 
-FIRST = ("w4a16_gemm", "hessian", "gptq_block", "w8a8_gemm")    # what decides, should time run out
+FIRST = ("w4a16_gemm", "hessian", "gptq_block", "w8a8_gemm")  # what decides, should time run out
 
 
 def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:

@@ -45,13 +45,17 @@ def cases(tiny: bool) -> list[Case]:
                 return value, g * inside, of_scale / (group * 7) ** 0.5
 
             rival = "torch.compile" if device.type == "cuda" else "autograd"
-            return Trial(ours, {rival: theirs} if tiny or R == C else {}, exact)       # seconds for each shape
+            return Trial(ours, {rival: theirs} if tiny or R == C else {}, exact)  # seconds for each shape
 
         shape = f"{R} x {C}, {grain}, {'LSQ' if learned else 'STE'}, forward and backward"
         return Case("fake_quant", shape, 10 * R * C, 0, 0.02, make)
 
-    return [case(R, C, grain, learned) for learned in (False, True) for grain in ("group", "channel", "tensor")
-            for R, C in shapes]
+    return [
+        case(R, C, grain, learned)
+        for learned in (False, True)
+        for grain in ("group", "channel", "tensor")
+        for R, C in shapes
+    ]
 
 
 def plain_fake_quant(W: Tensor, scale: Tensor, group: int, learned: bool) -> Tensor:

@@ -36,10 +36,10 @@ def cases(tiny: bool) -> list[Case]:
             contestants: dict[str, Callable[[], Tensor]] = {"torch, column by column": loop}
             if device.type == "cuda":
                 unit = U + torch.eye(b, device=device)
-                H, rows = unit @ unit.t(), scale.t().expand(R, b).contiguous()      # pivots of 1
+                H, rows = unit @ unit.t(), scale.t().expand(R, b).contiguous()  # pivots of 1
                 theirs = once(llm_compressor_block, W.t().contiguous(), H, rows)
                 contestants["llm-compressor"] = lambda: theirs().t()
-            zeros = torch.zeros(b, dtype=torch.int32)                # on the CPU: the loop reads it there
+            zeros = torch.zeros(b, dtype=torch.int32)  # on the CPU: the loop reads it there
             exact = lambda: reference.gptq_block(W, W, U, grid, scale, None, group)[1]  # noqa: E731
             return Trial(ours, contestants, exact)
 

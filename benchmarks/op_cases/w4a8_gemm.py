@@ -33,6 +33,6 @@ def cases(tiny: bool) -> list[Case]:
         moved = N * K // 2 + 2 * N * K // group + 2 * M * (N + K)
         shape = f"{N} x {K}, M = {M}, {'int8' if kind == torch.int8 else 'e4m3'} tokens"
         sizes = {"M": M, "N": N, "K": K}
-        return Case("w4a8_gemm", shape, moved, M * N * K, 1e-2, make, sizes=sizes)     # 8 bits multiply twice as fast
+        return Case("w4a8_gemm", shape, moved, M * N * K, 1e-2, make, sizes=sizes)  # 8 bits multiply twice as fast
 
     return [case(M, N, K, kind) for M in tokens for kind in (torch.float8_e4m3fn, torch.int8) for N, K in shapes]

@@ -32,7 +32,7 @@ def cases(tiny: bool) -> list[Case]:
                 return (torch._int_mm(codes, weight.t()) * scale_N * scale[:, None]).to(dtype)
 
             contestants: dict[str, Callable[[], Tensor]] = {"matmul of dense weights": lambda: x @ W.t()}
-            if kind == torch.int8 and M > 16:                  # fewer are refused
+            if kind == torch.int8 and M > 16:  # fewer are refused
                 contestants["torch int8"] = int8
             if kind == FP8 or device.type == "cuda":
                 contestants["torch _scaled_mm"] = scaled_mm(x, W, quantize if quantized else None)
@@ -45,7 +45,7 @@ def cases(tiny: bool) -> list[Case]:
         shape = f"{N} x {K}, M = {M}, {name}, {'tokens quantized in the time' if quantized else 'codes given'}"
         moved = N * K + (2 if quantized else 1) * M * K + 2 * M * N
         sizes = {"M": M, "N": N, "K": K, "quantized": int(quantized)}
-        return Case("w8a8_gemm", shape, moved, M * N * K, 1e-2, make, sizes=sizes)    # 8 bits multiply twice as fast
+        return Case("w8a8_gemm", shape, moved, M * N * K, 1e-2, make, sizes=sizes)  # 8 bits multiply twice as fast
 
     kinds = [(kind, quantized) for kind in (FP8, torch.int8) for quantized in (True, False)]
     return [case(M, N, K, *both) for M in tokens for N, K in shapes for both in kinds]
@@ -63,4 +63,4 @@ def scaled_mm(x: Tensor, W: Tensor, quantize: Callable[..., tuple[Tensor, Tensor
     return call
 
 
-compiled = torch.compile(reference.quantize_tokens, dynamic=True)      # for all shapes: each takes seconds to compile
+compiled = torch.compile(reference.quantize_tokens, dynamic=True)  # for all shapes: each takes seconds to compile

@@ -42,7 +42,7 @@ class Hidden:
 
 
 HIDDEN: Final = Hidden()
-SAMPLE_TOKENS = 32             # enough to see how a model goes; whole rows took 9 % of a walk over 16 of them
+SAMPLE_TOKENS = 32  # enough to see how a model goes; whole rows took 9 % of a walk over 16 of them
 
 
 @dataclass
@@ -171,7 +171,7 @@ def tree_move(tree: Any, device: torch.device | None) -> Any:
     """The same structure with its tensors on the device."""
     if device is None:
         return tree
-    if isinstance(tree, Mapping):                   # a BatchEncoding is no node of torch's trees
+    if isinstance(tree, Mapping):  # a BatchEncoding is no node of torch's trees
         return {key: tree_move(value, device) for key, value in tree.items()}
     return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), tree)
 

@@ -82,13 +82,13 @@ class Stages:
             replay: Callable[[int], object] | None = partial(self._replay, group, run)
             if stage is stages[-1] and self.one_pass and hooked:
                 self._lockstep(stage, group, hooked, propagate or run, to_end=propagate is not None)
-                propagate = replay = None             # the inputs have moved on
+                propagate = replay = None  # the inputs have moved on
             elif hooked:
                 self._look(stage, group, hooked, run)
-            with self.lifecycle.paused():             # what runs again in there is no new data for anyone
+            with self.lifecycle.paused():  # what runs again in there is no new data for anyone
                 self.tell(EventType.BLOCK_END, group, stage, replay=replay, dense=dense)
             for modifier in stage:
-                if modifier.needs_calibration:        # what is finished may run again on the way to later groups
+                if modifier.needs_calibration:  # what is finished may run again on the way to later groups
                     modifier.remove_hooks(*group.modules.values())
         if propagate is not None:
             with self.lifecycle.paused():

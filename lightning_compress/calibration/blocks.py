@@ -14,7 +14,7 @@ from lightning_compress.layers.matching import clean_name, select
 
 __all__ = ["find_blocks", "modules_of_block", "modules_outside"]
 
-SMALLEST_SHARE = 0.01          # of the largest container's weights; below it a list (of small heads, say) is no walk
+SMALLEST_SHARE = 0.01  # of the largest container's weights; below it a list (of small heads, say) is no walk
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -48,14 +48,12 @@ def modules_of_block(name: str, block: nn.Module) -> dict[str, nn.Module]:
 def modules_outside(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Modules in no block (embeddings, heads, poolers) by dotted name, without the model and what contains blocks."""
     inside = {module for block in blocks.values() for module in block.modules()}
-    around = {name[: i] for name in blocks for i in range(len(name)) if name[i] == "."}
+    around = {name[:i] for name in blocks for i in range(len(name)) if name[i] == "."}
     named = {clean_name(n): m for n, m in model.named_modules() if not n.endswith("_orig_mod")}
     return {n: m for n, m in named.items() if n and n not in around and m not in inside}
 
 
-def _containers(
-    module: nn.Module, name: str, hints: set[str], seen: set[nn.Module]
-) -> Iterable[dict[str, nn.Module]]:
+def _containers(module: nn.Module, name: str, hints: set[str], seen: set[nn.Module]) -> Iterable[dict[str, nn.Module]]:
     """For each container, from the outside in, its children that are blocks; blocks are not looked into."""
     if module in seen:
         return

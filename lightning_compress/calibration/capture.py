@@ -119,7 +119,7 @@ def _hand_on(block: ProbedBlock) -> Callable[..., Any]:
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """``module.forward`` is another function inside, on this instance only."""
-    own = module.__dict__.get("forward")              # accelerate puts one there, too
+    own = module.__dict__.get("forward")  # accelerate puts one there, too
     module.__dict__["forward"] = forward
     try:
         yield

@@ -71,7 +71,7 @@ def check_batch(model: nn.Module, batch: Any, advice: str = IN_COMPRESS) -> None
         warnings.warn(
             f"calibration leaves the keys {list(arguments.unused)} of a batch out: the forward of "
             f"{type(model).__name__} does not take them; it gets {sorted(arguments.kwargs)}",
-            stacklevel=1,                              # one place, so that Python shows it once
+            stacklevel=1,  # one place, so that Python shows it once
         )
 
 

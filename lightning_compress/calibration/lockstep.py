@@ -43,7 +43,7 @@ def run_in_lockstep(
     """
     order = {module: i for i, module in enumerate(modules)}
     batches = [_Batch(i, work) for i, work in enumerate(works)]
-    running: list[_Batch] = []                        # the one that has the turn
+    running: list[_Batch] = []  # the one that has the turn
     finished: set[nn.Module] = set()
 
     def finish(module: nn.Module) -> bool:
@@ -63,7 +63,7 @@ def run_in_lockstep(
         elif finish(module):
             raise _CancelledError
 
-    if len(works) == 1:                               # nothing to wait for: no thread is needed
+    if len(works) == 1:  # nothing to wait for: no thread is needed
         turn(0)
         with _paused_before(modules, pause), suppress(_CancelledError):
             works[0]()
@@ -104,7 +104,7 @@ class _Batch:
     def __init__(self, index: int, work: Callable[[], object]):
         self.index, self.work = index, work
         self.waits_at: nn.Module | None = None
-        self._go, self._stopped = threading.Lock(), threading.Lock()     # both held: released once for each wait
+        self._go, self._stopped = threading.Lock(), threading.Lock()  # both held: released once for each wait
         self._go.acquire()
         self._stopped.acquire()
         self._error: BaseException | None = None
@@ -142,7 +142,7 @@ class _Batch:
                 self._go.release()
             self._thread.join()
         self.waits_at = None
-        self._error = None                            # its traceback holds the batch's tensors
+        self._error = None  # its traceback holds the batch's tensors
 
     def _main(self) -> None:
         try:
@@ -154,11 +154,11 @@ class _Batch:
             self._error = error
         finally:
             self.waits_at = None
-            del self.work                             # and with it the inputs it holds
+            del self.work  # and with it the inputs it holds
             self._hand_back()
 
     def _hand_back(self) -> None:
-        if self._stopped.locked():                    # not when the caller has been interrupted and waits no more
+        if self._stopped.locked():  # not when the caller has been interrupted and waits no more
             self._stopped.release()
 
 

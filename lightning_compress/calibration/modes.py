@@ -26,7 +26,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_eval(model))
         stack.enter_context(_no_cache(model))
         stack.enter_context(_no_fused_attention())
-        if "torch._dynamo" in sys.modules:          # else nothing is compiled, and importing it costs a second
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it costs a second
             # a compiled module ignores hooks that were added after its compilation
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

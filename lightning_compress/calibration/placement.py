@@ -54,5 +54,5 @@ def streamed(blocks: Mapping[str, nn.Module], device: torch.device | None) -> It
                 hooks.callback(block.register_forward_hook(leave).remove)
             yield
         finally:
-            for _, stack in visits.values():              # a run that was stopped inside a block
+            for _, stack in visits.values():  # a run that was stopped inside a block
                 stack.close()

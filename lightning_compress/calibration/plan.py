@@ -138,7 +138,7 @@ def _verified(
         reason = f"arguments of {wrong!r} are computed from what blocks return" if wrong is not None else None
     except BrokenLinkError as error:
         reason = str(error)
-    except Exception as error:                        # the model's own code, fed by stubs
+    except Exception as error:  # the model's own code, fed by stubs
         reason = f"stubbed, the model raises {type(error).__name__}: {error}"
     if reason is None:
         return [segment]
@@ -186,7 +186,7 @@ def _tail_is_reached(
     try:
         with stubbed(segment, blocks, last=lambda: put(last.template, last.out_at, hidden)):
             run()
-    except Exception as error:                        # the model's own code, fed by stubs
+    except Exception as error:  # the model's own code, fed by stubs
         logger.info("stubbed, the model raises %s: %s", type(error).__name__, error)
         return False
     finally:

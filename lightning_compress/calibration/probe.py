@@ -134,27 +134,35 @@ class _Recorder:
         self.blocks, self.targets, self.outside, self.mask = blocks, targets, outside, mask
         self.probe = Probe()
         self._handles: list[Any] = []
-        self._versions: list[int] = []                # of the arguments of the block that runs
-        self._input_kind: tuple[Any, ...] = ()        # shape and dtype of its hidden input, as it came in
-        self._output: Any = None                      # of the block before
+        self._versions: list[int] = []  # of the arguments of the block that runs
+        self._input_kind: tuple[Any, ...] = ()  # shape and dtype of its hidden input, as it came in
+        self._output: Any = None  # of the block before
         self._output_versions: dict[int, int] = {}
 
     def __enter__(self) -> None:
         for module in self.outside:
-            self._handles.append(module.register_forward_pre_hook(
-                lambda m, _args: self.probe.gap.__setitem__(m, len(self.probe.blocks)), prepend=True
-            ))
+            self._handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, _args: self.probe.gap.__setitem__(m, len(self.probe.blocks)), prepend=True
+                )
+            )
         for target, name in self.targets.items():
-            self._handles.append(target.register_forward_pre_hook(
-                lambda m, args, kwargs, n=name: self._on_target(m, n, args, kwargs), with_kwargs=True, prepend=True
-            ))
+            self._handles.append(
+                target.register_forward_pre_hook(
+                    lambda m, args, kwargs, n=name: self._on_target(m, n, args, kwargs), with_kwargs=True, prepend=True
+                )
+            )
         for name, block in self.blocks.items():
-            self._handles.append(block.register_forward_pre_hook(
-                lambda _m, args, kwargs, n=name: self._before_block(n, args, kwargs), with_kwargs=True, prepend=True
-            ))
-            self._handles.append(block.register_forward_hook(
-                lambda _m, args, kwargs, out, n=name: self._after_block(n, args, kwargs, out), with_kwargs=True
-            ))
+            self._handles.append(
+                block.register_forward_pre_hook(
+                    lambda _m, args, kwargs, n=name: self._before_block(n, args, kwargs), with_kwargs=True, prepend=True
+                )
+            )
+            self._handles.append(
+                block.register_forward_hook(
+                    lambda _m, args, kwargs, out, n=name: self._after_block(n, args, kwargs, out), with_kwargs=True
+                )
+            )
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
@@ -211,7 +219,7 @@ class _Recorder:
         block.keeps_shape = out_at is not _NOWHERE and _kind(take(self._output, out_at)) == self._input_kind
 
 
-_NOWHERE = HIDDEN             # no place in an output: it holds no tensor
+_NOWHERE = HIDDEN  # no place in an output: it holds no tensor
 
 
 def _items(output: Any) -> Iterable[tuple[int | str | None, Tensor]]:
@@ -244,7 +252,7 @@ def _blank(output: Any) -> Any:
     if isinstance(output, Mapping):
         blank = copy.copy(output)
         for key, item in _items(output):
-            blank[key] = _blank(item)                 # type: ignore[index]
+            blank[key] = _blank(item)  # type: ignore[index]
         return blank
     return tree_map_only(Tensor, lambda t: torch.full_like(t, torch.nan if t.is_floating_point() else 0), output)
 

@@ -122,7 +122,7 @@ class Walker:
         with self.lifecycle.paused(), streamed(blocks, self.device):
             probe, run = self._probe(blocks, targets, masks[0])
             for module in warn_of_targets(self.model, probe, targets):
-                del targets[module]                       # nothing will ever reach them
+                del targets[module]  # nothing will ever reach them
             self.plan = make_plan(self.model, run, blocks, probe, targets) if blocks else whole(self.model)
         explicit = self.walk == "one_pass"
         obstacle = one_pass_obstacle(self.lifecycle.modifiers, probe.counts, targets, uncalled=explicit)
@@ -148,7 +148,7 @@ class Walker:
                 probe = run_probe(self.model, run, blocks, targets, token_mask(sample))
                 if all(module in probe.counts or module in never for module in targets):
                     return probe, run
-            except Exception as error:                    # made for whole batches, or at fault: then those will tell
+            except Exception as error:  # made for whole batches, or at fault: then those will tell
                 logger.info("a small sample alone cannot be run: %s: %s", type(error).__name__, error)
         run = partial(self.runner, batch)
         return run_probe(self.model, run, blocks, targets, mask), run
@@ -171,7 +171,7 @@ class Walker:
                             f"calibration batch {i} does not go through the model as the first one did: {error}; "
                             f"use walk='whole'"
                         ) from error
-                    if len(segment) == 1:                 # no stub is to blame
+                    if len(segment) == 1:  # no stub is to blame
                         raise
                     ends = segment[0].name, segment[-1].name
                     logger.info("blocks %s to %s are run one by one: batch %d: %s", *ends, i, error)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 __all__ = ["check_uninterrupted", "marked_when_interrupted"]
 
 _ATTRIBUTE = "_lightning_compress_interrupted"
-SAMPLES = 64                                        # numbers of each parameter that are compared
+SAMPLES = 64  # numbers of each parameter that are compared
 
 
 @contextmanager

@@ -78,9 +78,7 @@ class Modifier(ModifierInterface, BaseModel):
         ValueError: An argument is unknown (near misses are named) or has a value that it cannot have.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False)
 
     needs_calibration: ClassVar[bool] = False
     """True when it acts on calibration events (CALIBRATION_START, BLOCK_END, ...)."""
@@ -106,16 +104,16 @@ class Modifier(ModifierInterface, BaseModel):
 
     _initialized: bool = PrivateAttr(default=False)
     _finalized: bool = PrivateAttr(default=False)
-    _started: bool = PrivateAttr(default=False)                # on_start ran in this process
-    _resumed: bool = PrivateAttr(default=False)                # on_start ran in the run that this one continues
+    _started: bool = PrivateAttr(default=False)  # on_start ran in this process
+    _resumed: bool = PrivateAttr(default=False)  # on_start ran in the run that this one continues
     _ended: bool = PrivateAttr(default=False)
-    _over: bool = PrivateAttr(default=False)                   # on_end ran in the run that this one continues
-    _updates: int = PrivateAttr(default=0)                     # update points already delivered
+    _over: bool = PrivateAttr(default=False)  # on_end ran in the run that this one continues
+    _updates: int = PrivateAttr(default=0)  # update points already delivered
     _paused: int = PrivateAttr(default=0)
     _handed_over: bool = PrivateAttr(default=False)
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _hooks: list[tuple[nn.Module, RemovableHandle]] = PrivateAttr(default_factory=list)
-    _warned: set[str] = PrivateAttr(default_factory=set)       # texts of the warnings of set-up
+    _warned: set[str] = PrivateAttr(default_factory=set)  # texts of the warnings of set-up
     _entry: str | None = PrivateAttr(default=None)
 
     def __init__(self, /, **arguments: Any) -> None:
@@ -312,7 +310,7 @@ class Modifier(ModifierInterface, BaseModel):
             raise RuntimeError(f"{self.name} got {event.type_} after it was finalized")
         event = event.in_unit(self.unit)
         self.on_event(state, event, **kwargs)
-        if event.type_ == EventType.CALIBRATION_START:            # targets are looked for again, as at set-up
+        if event.type_ == EventType.CALIBRATION_START:  # targets are looked for again, as at set-up
             with _each_warning_once(self._warned):
                 self.on_calibration_start(state, event, **kwargs)
             return
@@ -327,7 +325,7 @@ class Modifier(ModifierInterface, BaseModel):
             self._ended = True
             self.on_update(state, event, **kwargs)
         elif event.type_ == EventType.BATCH_START and opened and self._resumed and self.should_end(event):
-            self.on_end(state, event, **kwargs)                # resumed past the end: what on_start put on comes off
+            self.on_end(state, event, **kwargs)  # resumed past the end: what on_start put on comes off
             self._ended = True
         if self._started and not self._ended and self._is_due(event):
             self.on_update(state, event, **kwargs)
@@ -362,7 +360,7 @@ class Modifier(ModifierInterface, BaseModel):
 
     def check_length(self, event: Event) -> None:
         """Warn of a window that does not fit into the run, where its length is known; asked as training begins."""
-        kind = "steps" if event.passed is None else "batches"        # of manual optimization; its steps are not known
+        kind = "steps" if event.passed is None else "batches"  # of manual optimization; its steps are not known
         if self.start is None or event.total_steps is None or (kind == "batches" and self.unit == "step"):
             return
         length = event.total_steps / event.in_unit(self.unit).steps_per_unit
@@ -547,7 +545,7 @@ class _UnlessPaused:
     def __call__(self, *args: Any) -> Any:
         if self.modifier is None or self.modifier._paused or not self.function:
             return None
-        if torch.compiler.is_compiling():                      # dynamo cannot trace a change of the default dtype
+        if torch.compiler.is_compiling():  # dynamo cannot trace a change of the default dtype
             return self.function(*args)
         with plain_precision():
             return self.function(*args)
@@ -556,7 +554,7 @@ class _UnlessPaused:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_UnlessPaused":
-        return self                                            # as functions do
+        return self  # as functions do
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _UnlessPaused, ()

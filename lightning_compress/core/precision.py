@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["model_precision", "plain_precision"]
 
-KINDS = ("cpu", "cuda")                                                        # devices with an autocast of their own
+KINDS = ("cpu", "cuda")  # devices with an autocast of their own
 
 
 @dataclass(frozen=True)

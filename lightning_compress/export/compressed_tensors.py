@@ -85,7 +85,7 @@ log = logging.getLogger(__name__)
 
 OWN_FILE = "lightning_compress.json"
 Records = Mapping[str, tuple[nn.Module, Quantized]]
-Stored = Mapping[str, Mapping[str, Tensor]]         # of modules that are packed in memory: their tensors on disk
+Stored = Mapping[str, Mapping[str, Tensor]]  # of modules that are packed in memory: their tensors on disk
 
 
 def save(
@@ -128,7 +128,7 @@ def save(
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
-    model = without_parallel(getattr(model, "_orig_mod", model))                    # torch.compile's wrapper
+    model = without_parallel(getattr(model, "_orig_mod", model))  # torch.compile's wrapper
     check_uninterrupted(model)
     listed = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
     with as_linears(model) as stored:
@@ -253,7 +253,7 @@ def load(
             on_disk = names.get(name, name)
             module = layout.get_submodule(name)
             if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
-                continue                                          # a target by class, but these experts stayed dense
+                continue  # a target by class, but these experts stayed dense
             with naming(files.path_of(f"{on_disk}.weight_scale"), repr(name)):
                 tensors = _scales_as(dtype, files.take(on_disk, tensor_names(type(module), scheme)), scheme)
                 weight, records[name] = _unpacked(name, tensors, module, scheme)
@@ -280,7 +280,7 @@ def load(
             model = built
         else:
             state = built.state_dict()
-            added = {name: weights[name] for name in own_names - state.keys()}      # a buffer or head that it was given
+            added = {name: weights[name] for name in own_names - state.keys()}  # a buffer or head that it was given
             _check_finite(folder, nonfinite(model, state | added))
             model.load_state_dict(state | added)
     model = (model if device is None else model.to(device)).eval()
@@ -373,9 +373,7 @@ def _write(
         (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _own(
-    dense: Mapping[str, Quantized], on_disk: Mapping[str, str], dtype: torch.dtype | None
-) -> dict[str, Any]:
+def _own(dense: Mapping[str, Quantized], on_disk: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, Any]:
     own = {
         "format_version": FORMAT_VERSION,
         "dense": {name: to_json(record) for name, record in dense.items()},
@@ -528,7 +526,7 @@ def _unpacked(
     expected = weight_of(module)
     shape = tensors["weight_shape"].tolist() if "weight_shape" in tensors else None
     shape = list(tensors["weight"].shape) if "weight" in tensors else shape
-    if shape is not None and shape != list(expected.shape):                # before so much memory is asked for
+    if shape is not None and shape != list(expected.shape):  # before so much memory is asked for
         raise ValueError(f"its weight is {shape!s:.80} in the file, and in the model {list(expected.shape)}")
     weight, record = unpack(tensors, type(module), scheme)
     if weight.shape != expected.shape:
@@ -545,9 +543,7 @@ def _check_finite(folder: Path, broken: list[str]) -> None:
         )
 
 
-def _scales_as(
-    dtype: torch.dtype | None, tensors: dict[str, Tensor], scheme: QuantizationScheme
-) -> dict[str, Tensor]:
+def _scales_as(dtype: torch.dtype | None, tensors: dict[str, Tensor], scheme: QuantizationScheme) -> dict[str, Tensor]:
     """Scales of the model's dtype in another one, as transformers reads them; those with a format of their own stay."""
     if dtype is None or is_microscaled(scheme.weights):
         return tensors
@@ -574,7 +570,7 @@ def _fuse(model: nn.Module, folder: Path, asked: bool) -> None:
         try:
             if not fuse_siblings(model, **hugging_face.example_of(model)):
                 fault = "no packed Linears with equal schemes multiply the same tensor"
-        except Exception as error:                       # of any model's code: pictures or speech instead of tokens
+        except Exception as error:  # of any model's code: pictures or speech instead of tokens
             fault = f"its dummy inputs fail ({error}); call quant.packed.fuse_siblings(model, *example_inputs)"
     if asked and fault is not None:
         raise ValueError(f"{folder}: nothing to fuse, {fault}; or leave fuse out")
@@ -584,7 +580,7 @@ def _fill(folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.M
     """Copy ``weights`` into the parameters and buffers of ``model``; ValueError when they do not fit."""
     own = {clean_name(key): value for key, value in model.state_dict().items()}
     filled = {own[key].data_ptr() for key in weights if key in own}
-    missing = [key for key, value in own.items() if key not in weights and value.data_ptr() not in filled]   # not tied
+    missing = [key for key, value in own.items() if key not in weights and value.data_ptr() not in filled]  # not tied
     if (unknown := sorted(weights.keys() - own.keys())) or missing:
         raise ValueError(
             f"{folder} does not fit this {type(model).__name__}: the model lacks {unknown[:5]}, "

@@ -42,7 +42,7 @@ def unpackable_embeddings(records: Mapping[str, tuple[nn.Module, Quantized]], ca
         if "weight" not in tensor_names(type(module), record.scheme):
             whole = record.scheme.weights.type == "int"
             found[name] = None if whole else "beside other schemes transformers cannot load it packed"
-        if len(inspect.signature(type(module).forward).parameters) != 2:              # self and the ids
+        if len(inspect.signature(type(module).forward).parameters) != 2:  # self and the ids
             found[name] = f"transformers cannot call a packed {type(module).__name__}"
     return found
 

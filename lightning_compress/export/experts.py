@@ -83,7 +83,7 @@ def experts_first(model: "PreTrainedModel", config: QuantizationConfig, schemes:
     if wanted is None or _taken(config) == wanted.weights or not _merges_weights(model):
         return
     groups, before = config.config_groups, matched(model, config)
-    ordered = sorted(groups.values(), key=lambda group: group.weights != wanted.weights)        # a stable order
+    ordered = sorted(groups.values(), key=lambda group: group.weights != wanted.weights)  # a stable order
     config.config_groups = dict(zip(groups, ordered, strict=True))
     if _taken(config) != wanted.weights or matched(model, config) != before:
         config.config_groups = groups
@@ -123,7 +123,7 @@ def fault_of_experts(
     taken = _taken(config) if config is not None else None if wanted is None else wanted.weights
     experts = names_of_experts(model)
     if not experts.keys() & schemes.keys():
-        if _is_eight_bit_float(taken):                              # what has no scale then stays as it is
+        if _is_eight_bit_float(taken):  # what has no scale then stays as it is
             return "", ""
         kind = type(model).__name__
         return EITHER if not experts else FAILS, (

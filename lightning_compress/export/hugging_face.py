@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 PACKED = CompressionFormat.pack_quantized
-COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")     # keys of a config whose numbers become modules
+COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")  # keys of a config whose numbers become modules
 COMPUTED = re.compile(r"(inv_freq|(attn|attention)\.(masked_)?bias|position_index|num_batches_tracked|version)$")
-BUFFERS = 2**28                          # numbers in the buffers of a model that its files need not account for
+BUFFERS = 2**28  # numbers in the buffers of a model that its files need not account for
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -59,7 +59,7 @@ def is_transformers(model: nn.Module) -> bool:
 def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
     """``save_pretrained`` with another state dict: weights under their names on disk, config, generation config."""
     config = model.config
-    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}      # save_pretrained sets them
+    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}  # save_pretrained sets them
     try:
         type(model).save_pretrained(model, folder, state_dict=state, max_shard_size=max_shard_bytes)
     finally:
@@ -74,7 +74,7 @@ def write_configs(model: "PreTrainedModel", folder: str | Path) -> None:
     from transformers.utils import logging
 
     config = model.config
-    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}      # save_pretrained sets them
+    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}  # save_pretrained sets them
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -90,7 +90,7 @@ def _is_tied(model: "PreTrainedModel") -> bool:
     """False when the model's embeddings are two tensors, whatever its config promises."""
     try:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    except NotImplementedError:                           # models of several parts, such as CLIP
+    except NotImplementedError:  # models of several parts, such as CLIP
         return True
     return inputs is None or outputs is None or inputs.weight is outputs.weight
 
@@ -201,13 +201,13 @@ def _layout_fault(
             return "compressed-tensors 0.20 lays zero points out unpacked, and packed ones are refused for their shape"
     with torch.device("meta"):
         layout = type(model)(copy.deepcopy(model.config))
-    there = dict(layout.named_modules())        # not the projections of experts, nor what was added to this one model
+    there = dict(layout.named_modules())  # not the projections of experts, nor what was added to this one model
     for name, (module, record) in packed.items():
         if name in there and "weight" not in tensor_names(type(module), record.scheme):
             del there[name].weight
     try:
         layout.initialize_weights()
-    except AttributeError as error:                       # T5: it reaches for the weights of its attention's Linears
+    except AttributeError as error:  # T5: it reaches for the weights of its attention's Linears
         return f"{type(model).__name__} cannot be initialized with packed weights: {error}"
     return ""
 
@@ -224,7 +224,7 @@ def warn_of_dropped(model: "PreTrainedModel") -> None:
         return
     try:
         names = TensorFiles(folder).names
-    except (OSError, ValueError):              # no safetensors there, or no longer whole: not what is being saved
+    except (OSError, ValueError):  # no safetensors there, or no longer whole: not what is being saved
         return
     dropped = [
         name

@@ -20,7 +20,7 @@ from lightning_compress.modifiers.rotation.online import attach_online, online_f
 
 __all__ = ["attach_all", "check_all", "online_entries", "seal", "unsealed"]
 
-REFUSAL = "online rotations: lightning_compress.load"         # pydantic shortens longer ones
+REFUSAL = "online rotations: lightning_compress.load"  # pydantic shortens longer ones
 NOBODYS = "WithOnlineRotations"
 
 
@@ -44,7 +44,7 @@ def unsealed(config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(config)
     config["architectures"] = [name.removesuffix(NOBODYS) for name in config["architectures"]]
     quantization = dict(config.pop("quantization_config"))
-    if REFUSAL in quantization["config_groups"]:                                  # nothing was quantized
+    if REFUSAL in quantization["config_groups"]:  # nothing was quantized
         return config
     return config | {"quantization_config": quantization | {"quantization_status": "compressed"}}
 

@@ -58,7 +58,7 @@ class _Tensor(_Part):
 
 
 class _Record(_Part):
-    scheme: dict[str, Any]                                     # compressed-tensors checks it
+    scheme: dict[str, Any]  # compressed-tensors checks it
     scale: _Tensor
     zero_point: _Tensor | None = None
     input_scale: _Tensor | None = None

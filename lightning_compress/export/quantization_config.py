@@ -42,7 +42,7 @@ def quantization_config(model: nn.Module, packed: Mapping[str, tuple[nn.Module, 
         config = QuantizationConfig.from_pretrained(model)
         config.format = infer_model_format(model)
     config.ignore = list(dict.fromkeys(clean_name(name) for name in config.ignore))
-    config.ignore += [name for name in matched(model, config) if name not in packed]     # such as subclasses of Linear
+    config.ignore += [name for name in matched(model, config) if name not in packed]  # such as subclasses of Linear
     if not _selects(model, config, schemes):
         config.config_groups = _groups_by_name(schemes)
         assert _selects(model, config, schemes), "quantization_config does not select the modules that were quantized"
@@ -61,7 +61,7 @@ def _schemes_attached(
             undo.callback(delattr, module, "quantization_scheme")
             module.quantization_status = QuantizationStatus.COMPRESSED
             undo.callback(delattr, module, "quantization_status")
-        if (renamings := vars(model).pop("_weight_conversions", None)) is not None:   # it would rename the ignore list
+        if (renamings := vars(model).pop("_weight_conversions", None)) is not None:  # it would rename the ignore list
             undo.callback(setattr, model, "_weight_conversions", renamings)
         yield schemes
 

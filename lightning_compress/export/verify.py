@@ -23,7 +23,7 @@ from lightning_compress.export.online import online_entries
 
 __all__ = ["answers", "is_wanted"]
 
-TOLERANCE = 0.02            # of the logits' norm; bfloat16 on two devices differs by less, random experts by about 1
+TOLERANCE = 0.02  # of the logits' norm; bfloat16 on two devices differs by less, random experts by about 1
 SECONDS = 600
 AUTO_BYTES = 2 * 10**9
 READER = """

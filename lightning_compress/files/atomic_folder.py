@@ -24,7 +24,7 @@ from lightning_compress.files.leftovers import partial_path, remove_leftovers
 __all__ = ["MANIFEST", "check_target", "origin_of", "whole_folder"]
 
 MANIFEST = "export_manifest.json"
-AT_FDCWD, RENAME_EXCHANGE = -100, 2                 # linux/fcntl.h, linux/fs.h
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False, run: str | None = None) -> Path:
@@ -87,7 +87,7 @@ def whole_folder(
             yield partial
             _write_manifest(partial, origin)
             _sync(partial)
-            _check_replaceable(target, overwrite, run)                  # somebody may have filled it meanwhile
+            _check_replaceable(target, overwrite, run)  # somebody may have filled it meanwhile
             _swap_in(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -166,7 +166,7 @@ def _make_sibling(target: Path, purpose: str) -> Path:
 
 def _remove_parents(made: list[Path]) -> None:
     for parent in reversed(made):
-        with suppress(OSError):                     # somebody else uses it by now
+        with suppress(OSError):  # somebody else uses it by now
             parent.rmdir()
 
 

@@ -46,9 +46,9 @@ def remove_leftovers(folder: Path, target: Path | None = None) -> None:
     for path, match in _leftovers(folder):
         place = folder / (match["name"] + (match["suffix"] or ""))
         if (target is None or place == target) and _is_abandoned(path, match):
-            with suppress(OSError):                                    # its writer has just finished it
+            with suppress(OSError):  # its writer has just finished it
                 if match["purpose"] == "replaced" and not place.exists():
-                    os.rename(path, place)                             # killed before the new one had the name
+                    os.rename(path, place)  # killed before the new one had the name
                 elif path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
@@ -78,7 +78,7 @@ def host_name() -> str:
 def is_running(process: int) -> bool:
     """Whether a process of this number lives on this machine."""
     if os.name == "nt":
-        return True                                                    # there os.kill(process, 0) is a Ctrl-C
+        return True  # there os.kill(process, 0) is a Ctrl-C
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

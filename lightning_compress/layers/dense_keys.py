@@ -53,7 +53,7 @@ def take_off(module: nn.Module, kind: type[nn.Module], leave_parametrized: bool)
         return
     parametrize.remove_parametrizations(module, "weight", leave_parametrized)
     for name in [name for name in module._parameters if name != "weight"]:
-        module._parameters[name] = module._parameters.pop(name)                 # the weight comes first, as before
+        module._parameters[name] = module._parameters.pop(name)  # the weight comes first, as before
     # by identity, not by kept handles: those would not survive copy.deepcopy of the model
     for hooks, function in (
         (module._state_dict_hooks, _dense_keys_out),
@@ -84,7 +84,7 @@ def _dense_keys_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     if prefix + ORIGINAL in state_dict:
         later = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
         state_dict[prefix + "weight"] = state_dict.pop(prefix + ORIGINAL)
-        for key in later:                                                        # in the order of the dense module
+        for key in later:  # in the order of the dense module
             state_dict[key] = state_dict.pop(key)
     for key in [key for key in state_dict if key.startswith(prefix + PARTS)]:
         del state_dict[key]

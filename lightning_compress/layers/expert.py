@@ -27,7 +27,7 @@ class ExpertLinear(nn.Linear):
 
     def __init__(self, home: nn.Module, fused: str, expert: int, rows: tuple[int, int]):
         nn.Module.__init__(self)
-        self._home: tuple[nn.Module, str] = (home, fused)            # a tuple, so that it is no submodule
+        self._home: tuple[nn.Module, str] = (home, fused)  # a tuple, so that it is no submodule
         self.fused, self.expert, self.rows = fused, expert, rows
         self.in_features, self.out_features = home.get_parameter(fused).shape[-1], rows[1] - rows[0]
         self.register_parameter("bias", None)

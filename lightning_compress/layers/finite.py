@@ -27,7 +27,7 @@ def is_finite(tensor: Tensor) -> bool:
     """True when no element is NaN or Inf. One reduction; elements are looked at only when their sum is not finite."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    tensor = tensor.float() if tensor.itemsize == 1 else tensor              # torch reduces no float8
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch reduces no float8
     total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 

@@ -22,7 +22,7 @@ CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 Names = str | list[str]
 """The type of ``targets`` and ``ignore`` in every modifier: one entry, or several."""
 
-LEFT_OUT = 0.1         # of the weights: a patch embedding or the first convolution is less, and nobody's mistake
+LEFT_OUT = 0.1  # of the weights: a patch embedding or the first convolution is less, and nobody's mistake
 
 
 def clean_name(name: str) -> str:
@@ -57,7 +57,7 @@ def select(
     targets, ignore = listed(targets), listed(ignore)
     check_patterns(targets, field)
     check_patterns(ignore, "ignore")
-    named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)}     # of a compiled module, the inner
+    named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)}  # of a compiled module, the inner
     if not named:
         raise ValueError(
             f"the model is a {type(model).__name__} without modules inside, and {field} choose among those by name and "
@@ -77,7 +77,7 @@ def select(
         if not hits[target]:
             warnings.warn(unmatched_message([target], named, field), stacklevel=2)
     for entry in ignore:
-        if not hits[entry] and not entry.startswith("re:"):      # recipes for many models ignore patterns freely
+        if not hits[entry] and not entry.startswith("re:"):  # recipes for many models ignore patterns freely
             warnings.warn(unmatched_message([entry], named, "ignore"), stacklevel=2)
     chosen = {n: named[n] for n in matched if not any(n in hits[t] for t in ignore)}
     if not chosen:
@@ -163,7 +163,7 @@ def warn_of_left_out(
         return
     held = {id(p) for m in chosen.values() for p in m.parameters() if p.ndim > 1}
     views = (getattr(m, "weight", None) for m in chosen.values() if "weight" not in m._parameters)
-    held |= {id(view._base) for view in views if view is not None}       # one expert's slice of the tensor of all
+    held |= {id(view._base) for view in views if view is not None}  # one expert's slice of the tensor of all
     seen, taken, left = set(held), 0, dict[str, list[int]]()
     for name, module in model.named_modules():
         weights = {id(p): p.numel() for p in module.parameters(recurse=False) if p.ndim > 1}

@@ -59,7 +59,7 @@ def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bo
 def _weight_fault(module: nn.Module, in_place: bool) -> str | None:
     """Why the weight is none to work with, and what to do; None too where the module has no weight at all."""
     if isinstance(module, ExpertLinear) or isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
-        return None                                                            # whoever asks looks at those himself
+        return None  # whoever asks looks at those himself
     own = module._parameters
     if "weight" not in own:
         return _computed(module)
@@ -103,7 +103,7 @@ def is_supported(module: nn.Module) -> bool:
     """True when its weight is a matrix that multiplies its inputs."""
     if isinstance(module, ExpertLinear):
         return True
-    if not isinstance(_stored(module), nn.Parameter):                      # a computed weight cannot be written
+    if not isinstance(_stored(module), nn.Parameter):  # a computed weight cannot be written
         return False
     return isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_transposed(module)
 
@@ -186,7 +186,7 @@ def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> 
     if not isinstance(module, CONVOLUTIONS):
         if mask is not None and x.ndim > 1:
             mask = mask.to(x.device)
-            if (tokens_N := tokens_of(x)) is not None:                           # those that the router sent
+            if (tokens_N := tokens_of(x)) is not None:  # those that the router sent
                 x = x[mask.flatten()[tokens_N]]
             elif x.shape[:-1] == mask.shape:
                 x = x[mask]
@@ -214,9 +214,9 @@ def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     pads = _padding(module)
     if any(pads):
         x = F.pad(x, pads) if module.padding_mode == "zeros" else F.pad(x, pads, mode=module.padding_mode)
-    x = x[:, :, None] if spatial == 1 else x                                     # a Conv1d is a Conv2d of height 1
+    x = x[:, :, None] if spatial == 1 else x  # a Conv1d is a Conv2d of height 1
     flat = [(1, *v) if spatial == 1 else v for v in (module.kernel_size, module.dilation, module.stride)]
-    columns = F.unfold(x, flat[0], dilation=flat[1], stride=flat[2])             # [batch, channels * kernel, places]
+    columns = F.unfold(x, flat[0], dilation=flat[1], stride=flat[2])  # [batch, channels * kernel, places]
     return columns.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 

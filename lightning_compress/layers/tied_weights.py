@@ -22,9 +22,7 @@ def owners_of(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     for entry in named:
         places[_storage(entry[2])].append(entry)
     return {
-        id(parameter): {
-            name: owner for name, owner, other in places[_storage(parameter)] if _overlap(parameter, other)
-        }
+        id(parameter): {name: owner for name, owner, other in places[_storage(parameter)] if _overlap(parameter, other)}
         for _, _, parameter in named
     }
 
@@ -44,7 +42,7 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module], parameter
     """
     owners = owners_of(model)
     for name, parameter in parameters.items():
-        inside = set(map(id, modules[name].modules()))                          # its own parametrizations
+        inside = set(map(id, modules[name].modules()))  # its own parametrizations
         held = {key: owner for key, owner in owners.get(id(parameter), {}).items() if id(owner) not in inside}
         if held:
             raise ValueError(shared_message(name, list(held), [n for n in modules if f"{n}.weight" in held]))

@@ -57,7 +57,7 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
     added_C = added_diagonal(H_CC, dampening)
     damped_C = diagonal_C + added_C
     backwards = order_C.flip(0)
-    flipped_CC = H_CC.index_select(0, backwards).t().contiguous().index_select(0, backwards)      # H is symmetric
+    flipped_CC = H_CC.index_select(0, backwards).t().contiguous().index_select(0, backwards)  # H is symmetric
     flipped_CC.diagonal().copy_(damped_C[backwards])
     # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards: one, and no inverse
     root_CC, failed = torch.linalg.cholesky_ex(flipped_CC, upper=True)
@@ -74,13 +74,11 @@ def added_diagonal(H_CC: Tensor, dampening: float) -> Tensor:
     """What damping adds to the diagonal of H, [C]: ``dampening * mean(diag H)``."""
     diagonal_C = H_CC.diagonal()
     added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
-    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0          # no input, no damping: any positive number will do
+    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0  # no input, no damping: any positive number will do
     return added_C
 
 
-def factorize_each(
-    H_PCC: Tensor, dampening: float, by_size: bool, retry: bool
-) -> tuple[list[Factor] | None, float]:
+def factorize_each(H_PCC: Tensor, dampening: float, by_size: bool, retry: bool) -> tuple[list[Factor] | None, float]:
     """Factor the H of every partition with one damping.
 
     Args:

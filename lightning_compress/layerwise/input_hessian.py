@@ -44,7 +44,7 @@ class InputMoment:
     reduce = {"sum_PCC": "sum", "tokens": "sum"}
 
     def __init__(self, partitions: int, columns: int, device: torch.device | str = "cpu"):
-        with torch.inference_mode(False):                      # it outlives the calibration pass
+        with torch.inference_mode(False):  # it outlives the calibration pass
             self.sum_PCC = torch.zeros(partitions, columns, columns, device=device, dtype=torch.float32)
         self.tokens = 0
 
@@ -63,7 +63,7 @@ class InputMoment:
         else:
             self.sum_PCC.baddbmm_(X_PNC.mT.float(), X_PNC.float())
         self.tokens += N
-        if not torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()):        # any NaN or Inf reaches the diagonal
+        if not torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()):  # any NaN or Inf reaches the diagonal
             if not torch.isfinite(X_PNC).all():
                 raise NonFiniteMomentError("holds NaN or Inf")
             raise NonFiniteMomentError(
@@ -90,11 +90,11 @@ class Shared:
     """A statistic and the modules that it belongs to: each must have seen every one of its inputs."""
 
     def __init__(self) -> None:
-        self.moment: InputMoment | None = None                 # made with the first rows, which tell its size
-        self.held_out: InputMoment | None = None               # of every second input, where some are held out
-        self.inputs = 0                                        # how many times the statistic was updated
-        self.seen: dict[str, set[int]] = {}                    # module -> which of these inputs it received
-        self.closed = False                                    # the statistic was used; it cannot grow any more
+        self.moment: InputMoment | None = None  # made with the first rows, which tell its size
+        self.held_out: InputMoment | None = None  # of every second input, where some are held out
+        self.inputs = 0  # how many times the statistic was updated
+        self.seen: dict[str, set[int]] = {}  # module -> which of these inputs it received
+        self.closed = False  # the statistic was used; it cannot grow any more
 
     @property
     def members(self) -> list[str]:

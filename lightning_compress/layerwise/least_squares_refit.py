@@ -32,7 +32,7 @@ def refit(W_RC: Tensor, Q_RC: Tensor, keep_RC: Tensor, H_CC: Tensor, iterations:
     if iterations == 0:
         return Q_RC
     inverse_C = H_CC.diagonal().reciprocal()
-    residual_RC = ((W_RC - Q_RC) @ H_CC).mul_(keep_RC)         # minus half the gradient
+    residual_RC = ((W_RC - Q_RC) @ H_CC).mul_(keep_RC)  # minus half the gradient
     step_RC = residual_RC * inverse_C
     direction_RC = step_RC.clone()
     size_R = (residual_RC * step_RC).sum(1, keepdim=True)

@@ -52,9 +52,9 @@ class OutlierSurvey:
 
     def __init__(self, modules: Mapping[str, nn.Module], m: float):
         self.modules, self.m = dict(modules), m
-        self._squares: dict[str, Tensor] = {}                  # sum of x^2, [P, C]
+        self._squares: dict[str, Tensor] = {}  # sum of x^2, [P, C]
         self._tokens: dict[str, int] = {}
-        self._layer: dict[str, str] = {}                       # target -> its layer
+        self._layer: dict[str, str] = {}  # target -> its layer
         self._shares: dict[str, float] = {}
 
     def observe(self, name: str, inputs: tuple[Tensor, ...], mask: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from lightning_compress.core.precision import model_precision
 
 __all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "keep_calls"]
 
-SAME = 1e-2              # of the largest output: what rounding may differ by; a call that is cut wrongly is far beyond
+SAME = 1e-2  # of the largest output: what rounding may differ by; a call that is cut wrongly is far beyond
 
 
 def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:
@@ -35,7 +35,7 @@ def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str
         name = ".".join(parts[0][:common])
         if name in modules and not isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
             whole = all(f"{name}.{child}" in modules for child, _ in modules[name].named_modules() if child)
-            return name if whole else None                     # else blocks lie inside that are walked by themselves
+            return name if whole else None  # else blocks lie inside that are walked by themselves
         common -= 1
     return None
 
@@ -141,12 +141,16 @@ def keep_calls(
 
     with ExitStack() as stack:
         for name, module in parents.items():
-            stack.callback(module.register_forward_pre_hook(
-                lambda _m, args, kwargs, n=name: before(n, args, kwargs), with_kwargs=True
-            ).remove)
-            stack.callback(module.register_forward_hook(
-                lambda _m, _args, output, n=name: kept[n].outputs.append(first_tensor(output).clone())
-            ).remove)
+            stack.callback(
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, n=name: before(n, args, kwargs), with_kwargs=True
+                ).remove
+            )
+            stack.callback(
+                module.register_forward_hook(
+                    lambda _m, _args, output, n=name: kept[n].outputs.append(first_tensor(output).clone())
+                ).remove
+            )
         run()
     return {name: calls for name, calls in kept.items() if calls.outputs}
 

@@ -42,4 +42,4 @@ class FoldBatchNormModifier(Modifier):
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:
             for norm in self._norms:
-                norm.eval()                                         # each batch: the Trainer calls model.train()
+                norm.eval()  # each batch: the Trainer calls model.train()

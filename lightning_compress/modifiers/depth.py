@@ -53,11 +53,11 @@ class DepthPruningModifier(Modifier):
     protect: int = Field(default=0, ge=0)
 
     _path: str = PrivateAttr(default="")
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.float64))   # of 1 - cos, [L] blocks
-    _seen: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.int64))     # tokens of each, [L]
+    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.float64))  # of 1 - cos, [L] blocks
+    _seen: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # tokens of each, [L]
     _in_batch: bool = PrivateAttr(default=False)
     _cut: bool = PrivateAttr(default=False)
-    _before: int = PrivateAttr(default=0)                                     # parameters
+    _before: int = PrivateAttr(default=0)  # parameters
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "DepthPruningModifier":
@@ -143,7 +143,7 @@ class DepthPruningModifier(Modifier):
 
     def _watcher(self, place: int) -> Callable[..., None]:
         def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self.start is not None and not self._in_batch:                 # validation
+            if self.start is not None and not self._in_batch:  # validation
                 return
             entered = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
             left = output if isinstance(output, Tensor) else output[0]
@@ -180,7 +180,7 @@ class DepthPruningModifier(Modifier):
             self._prune(state)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not state.block_name:                                               # the last one: what lies outside blocks
+        if not state.block_name:  # the last one: what lies outside blocks
             self._prune(state)
 
     def _prune(self, state: State) -> None:

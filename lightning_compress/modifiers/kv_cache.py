@@ -60,7 +60,7 @@ class KVCacheModifier(Modifier):
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
 
     _left: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
-    _observers: dict[str, dict[str, list[Observer]]] = PrivateAttr(default_factory=dict)    # of "k" and "v", by head
+    _observers: dict[str, dict[str, list[Observer]]] = PrivateAttr(default_factory=dict)  # of "k" and "v", by head
     _args: QuantizationArgs = PrivateAttr(default_factory=QuantizationArgs)
 
     @model_validator(mode="after")
@@ -114,12 +114,12 @@ class KVCacheModifier(Modifier):
                 lambda module, args, kwargs, name=name: (args, self._watch(name, module, kwargs)),
                 with_kwargs=True,
             )
-            for child in module.children():     # a pass ends where the last hooked module begins: the output projection
+            for child in module.children():  # a pass ends where the last hooked module begins: the output projection
                 self.hook(child, _nothing)
 
     def _grid(self, model: Any) -> QuantizationArgs:
         form = {**FORMATS[self.format], "symmetric": self.symmetric}
-        if self.strategy == "token":            # "token" would be one scale for all tokens of a head to the loader
+        if self.strategy == "token":  # "token" would be one scale for all tokens of a head to the loader
             size = get_head_dim(model.config.get_text_config(decoder=True))
             return QuantizationArgs(**form, strategy="group", group_size=size, dynamic=True)
         return QuantizationArgs(**form, strategy=STRATEGIES[self.strategy])
@@ -177,9 +177,7 @@ class KVCacheModifier(Modifier):
             grid = f"{self.format.upper()} {self.strategy}"
             state.ledger.add(name, "kv_cache", scheme=f"KV {grid}" if self.symmetric else f"KV {grid} asymmetric")
 
-    def _scale(
-        self, state: State, observers: list[Observer], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
+    def _scale(self, state: State, observers: list[Observer], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None: symmetric), [1] or [H, 1, 1]."""
         if state.distributed:
             for observer in observers:

@@ -38,8 +38,8 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
     keeps_shapes = "start"
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
-    _curve: float | None = PrivateAttr(default=None)               # where on the schedule the masks are
-    _reached: float | None = PrivateAttr(default=None)             # where the run was before the best weights came back
+    _curve: float | None = PrivateAttr(default=None)  # where on the schedule the masks are
+    _reached: float | None = PrivateAttr(default=None)  # where the run was before the best weights came back
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -61,7 +61,7 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:
-            self._reached = None                                   # training goes on, after a test in between
+            self._reached = None  # training goes on, after a test in between
         elif event.type_ == EventType.OPTIM_PRE_STEP:
             self._weights.apply_to_gradients()
         elif event.type_ == EventType.OPTIM_POST_STEP:
@@ -93,7 +93,7 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
                 stacklevel=2,
             )
         else:
-            self._weights.apply_to_weights()                       # whatever was loaded in between
+            self._weights.apply_to_weights()  # whatever was loaded in between
         if self.start is not None and self._curve is not None and self._curve < 1.0:
             self.warn_of_an_early_end(self.name, self._weights.mean_sparsity(), self.end)
         self._reached = None
@@ -107,7 +107,7 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
     def _prune(self, curve: float) -> None:
         """Choose masks for this point of the curve (0: initial, 1: final sparsity) and apply them."""
         if curve == self._curve:
-            return                                                 # the same masks would come out
+            return  # the same masks would come out
         scores = {name: self._score(name, W_RC) for name, W_RC in self._weights.matrices().items()}
         self._weights.set(self.masks_at(curve, scores, self._weights.modules))
         self._curve = curve

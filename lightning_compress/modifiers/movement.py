@@ -77,13 +77,13 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
     score_lr: float = Field(default=0.01, gt=0)
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
-    _scores: dict[str, Tensor] = PrivateAttr(default_factory=dict)          # float32 [R, C]
-    _asleep: dict[str, Tensor] = PrivateAttr(default_factory=dict)          # [R, C], zero where the weight is awake
-    _pending: dict[str, Tensor] = PrivateAttr(default_factory=dict)         # movement of a step that may be skipped
-    _squares: dict[str, Tensor] = PrivateAttr(default_factory=dict)         # sum of mean squares, steps: float64 [2]
-    _moved: bool = PrivateAttr(default=True)                                # scores are newer than the masks
-    _done: bool = PrivateAttr(default=False)                                # the masks are the final ones
-    _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)           # masks before the best weights came back
+    _scores: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # float32 [R, C]
+    _asleep: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # [R, C], zero where the weight is awake
+    _pending: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # movement of a step that may be skipped
+    _squares: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # sum of mean squares, steps: float64 [2]
+    _moved: bool = PrivateAttr(default=True)  # scores are newer than the masks
+    _done: bool = PrivateAttr(default=False)  # the masks are the final ones
+    _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # masks before the best weights came back
 
     @model_validator(mode="after")
     def _mode_fits(self) -> "MovementPruningModifier":
@@ -107,12 +107,12 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:
-            self._final = {}                                                # training goes on, after a test in between
+            self._final = {}  # training goes on, after a test in between
         elif event.type_ == EventType.OPTIM_PRE_STEP:
             stepped = _stepped(state.optimizer)
             self._pending = self._movement(stepped) if self._started and not self._done else {}
             self._weights.apply_to_gradients(stepped)
-        elif event.type_ == EventType.OPTIM_POST_STEP:                      # the step was made: its movement counts
+        elif event.type_ == EventType.OPTIM_POST_STEP:  # the step was made: its movement counts
             for name, moved_RC in self._pending.items():
                 self._add(name, moved_RC, self.sparsity_at(event.current_index))
             self._pending, self._moved = {}, True
@@ -144,7 +144,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
 
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._done:
-            return                                                          # resumed past the end
+            return  # resumed past the end
         if still := [name for name in self._weights.modules if name not in self._scores]:
             instead = "they were pruned by magnitude" if self.mode == "hard" else "nothing of them was pruned"
             warnings.warn(
@@ -154,7 +154,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
             )
         self._choose(1.0)
         self._done = True
-        self._scores, self._asleep, self._squares = {}, {}, {}              # nothing wakes any more
+        self._scores, self._asleep, self._squares = {}, {}, {}  # nothing wakes any more
         if gone := [name for name, zeros in self._weights.sparsity().items() if zeros == 1.0]:
             warnings.warn(
                 f"{self.name}: nothing is left of {', '.join(gone[:5])}; give less regularization, a lower threshold "
@@ -202,7 +202,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
             self._final = dict(self._weights.masks)
         done = self._done
         self._take(state)
-        self._done = done or self._done                                     # the clock does not go back
+        self._done = done or self._done  # the clock does not go back
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._final:

@@ -92,7 +92,7 @@ class QATModifier(QuantizationArguments, Modifier):
     _norms: list[nn.Module] = PrivateAttr(default_factory=list)
     _folded: list[nn.Module] = PrivateAttr(default_factory=list)
     _observing: bool = PrivateAttr(default=True)
-    _awaited: set[str] = PrivateAttr(default_factory=set)        # modules that another quantizer will hand over
+    _awaited: set[str] = PrivateAttr(default_factory=set)  # modules that another quantizer will hand over
     _lifted: dict[str, Lifted] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -129,7 +129,7 @@ class QATModifier(QuantizationArguments, Modifier):
                 f"start={earlier.start} (unit: {earlier.unit}) there; give both the same"
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                       # on_initialize will say it again
+            warnings.simplefilter("ignore")  # on_initialize will say it again
             before, now = earlier.assign(state.model), self.assign(state.model)
         for name in sorted(modules & before.keys() & now.keys()):
             if _grids(before[name]) != _grids(now[name]):
@@ -194,7 +194,7 @@ class QATModifier(QuantizationArguments, Modifier):
         if event.type_ == EventType.BATCH_START:
             frozen = self.freeze_bn_at is not None and event.current_index >= self.freeze_bn_at
             for norm in self._norms if frozen else self._folded:
-                norm.eval()                                         # each batch: the Trainer calls model.train()
+                norm.eval()  # each batch: the Trainer calls model.train()
             if self._observing and self.observe_until is not None and event.current_index >= self.observe_until:
                 self._stop_observing()
         elif event.type_ == EventType.BATCH_END and self._observing:
@@ -285,7 +285,7 @@ class QATModifier(QuantizationArguments, Modifier):
         for name in self._modules.keys() & state["scales"].keys():
             _fake(self._modules[name]).load_state(state["scales"][name])
         for module in self._modules.values() if state["finished"] else ():
-            _fake(module).active = False                            # the weights lie on their grids, for good
+            _fake(module).active = False  # the weights lie on their grids, for good
 
 
 class _Extremes:
@@ -325,9 +325,7 @@ def _taken_off(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
     return taken
 
 
-def _check_records(
-    records: dict[str, tuple[nn.Module, Quantized]], schemes: dict[str, QuantizationScheme]
-) -> None:
+def _check_records(records: dict[str, tuple[nn.Module, Quantized]], schemes: dict[str, QuantizationScheme]) -> None:
     """ValueError when the model was quantized in another way than it is to be trained."""
     for name, (_, record) in records.items():
         if name not in schemes:

@@ -66,7 +66,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
 
-    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
+    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
     _moments: dict[str, InputMoment] = PrivateAttr(default_factory=dict)
@@ -167,9 +167,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
             self.remove_hooks(self._modules[name])
             importance_PC = None if moment is None else moment.value()
             module, scheme, shared = self._modules[name], self._schemes.pop(name), self._globals.of(name)
-            facts = round_module(
-                name, module, scheme, self.scale_search, observer, shared, importance_PC, H_PGgg=form
-            )
+            facts = round_module(name, module, scheme, self.scale_search, observer, shared, importance_PC, H_PGgg=form)
             dead = observer is not None and observer.is_dead
             state.ledger.add(name, "rtn", flag=DEAD_INPUT if dead else None, tokens=tokens, **facts)
 

@@ -28,7 +28,7 @@ from lightning_compress.structure.surgery import cut_tensors
 
 __all__ = ["REAPModifier", "REAPPruningModifier", "ExpertSaliency", "experts_to_keep", "router_of"]
 
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")     # fields of configs
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # fields of configs
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 
 
@@ -192,9 +192,7 @@ class REAPModifier(Modifier):
         self._saliencies = {}
         self.remove_hooks()
 
-    def _prune(
-        self, state: State, name: str, router: str, kept: int, groups: int, config: dict[str, int]
-    ) -> None:
+    def _prune(self, state: State, name: str, router: str, kept: int, groups: int, config: dict[str, int]) -> None:
         assert state.model is not None
         start, model, statistic = time.perf_counter(), state.model, self._saliencies[name]
         if state.distributed:

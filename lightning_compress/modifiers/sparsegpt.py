@@ -66,7 +66,7 @@ def prune_columns(
     R, C = W_RC.shape
     W_CR, U_CC, importance_C = W_RC.t().contiguous(), factor.UT_CC.t(), factor.pivot_C.square()
     if W_CR.is_cuda:
-        U_CC = U_CC.contiguous()                                               # kernels read its rows
+        U_CC = U_CC.contiguous()  # kernels read its rows
     A_CR, Q_CR, keep_CR = W_CR.clone(), torch.empty_like(W_CR), W_CR != 0
     D_bR = W_CR.new_empty(min(block, C), R)
     M = 1 if pattern is None else pattern[1]
@@ -150,7 +150,7 @@ class SparseGPTModifier(PruningArguments, Modifier):
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
     _survey: OutlierSurvey | None = PrivateAttr(default=None)
-    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)         # of single modules, where they differ
+    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)  # of single modules, where they differ
     _solved: PerShared[tuple[Tensor, list[Factor]]] = PrivateAttr(default_factory=PerShared)
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from lightning_compress.pruning.masks import check_structure, n_of_m
 
 __all__ = ["PruningArguments", "never_saw_data", "share_of_zeros", "zeros_stay"]
 
-PRUNED = 1 / 3           # share of zeros from which on a weight is taken for pruned
+PRUNED = 1 / 3  # share of zeros from which on a weight is taken for pruned
 
 
 class PruningArguments(BaseModel):

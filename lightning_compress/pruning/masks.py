@@ -121,7 +121,7 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
     if not removed:
         return torch.ones_like(scores, dtype=torch.bool)
     flat = scores.flatten()
-    limit = flat.kthvalue(removed).values                      # a third of the time of sorting them all
+    limit = flat.kthvalue(removed).values  # a third of the time of sorting them all
     keep, tied = flat > limit, (flat == limit).nonzero()[:, 0]
     keep[tied[removed - int((flat < limit).sum()) :]] = True
     return keep.reshape(scores.shape)

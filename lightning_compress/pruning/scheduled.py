@@ -32,7 +32,7 @@ class ScheduledSparsity(BaseModel):
         scope: ``layer``: each target loses the same share; ``global``: one ranking over all (``unstructured`` only).
     """
 
-    start: float | None = None                                      # that of the modifier
+    start: float | None = None  # that of the modifier
     targets: Names = ["Linear"]
     ignore: Names = []
     init_sparsity: float = 0.0

@@ -58,7 +58,7 @@ class QuantizationArguments(BaseModel):
         if (self.scheme is None) == (self.config_groups is None):
             came = "neither" if self.scheme is None else "both"
             raise ValueError(f"expected either scheme (such as 'W4A16') or config_groups, got {came}")
-        usual = type(self).model_fields["targets"].default          # recipes as dumped, and LightningCLI, spell it out
+        usual = type(self).model_fields["targets"].default  # recipes as dumped, and LightningCLI, spell it out
         if not (isinstance(self.scheme, str) or self._is_inline) and self.targets not in (usual, *usual):
             field = "config_groups" if self.scheme is None else "scheme as a mapping"
             raise ValueError(f"targets and {field} exclude each other: the targets stand inside; leave targets out")
@@ -83,7 +83,7 @@ class QuantizationArguments(BaseModel):
             assert isinstance(self.scheme, dict)
             return from_inline(self.scheme, listed(self.targets))
         targets = listed(self.targets)
-        presets: Any = self.scheme                                   # values that are mappings are refused there
+        presets: Any = self.scheme  # values that are mappings are refused there
         return from_presets(presets, targets, self.group_size)
 
     @property
@@ -99,7 +99,7 @@ class QuantizationArguments(BaseModel):
         """One quantizer for each module: :meth:`lightning_compress.core.Modifier.claims`."""
         ignore = listed(self.ignore)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                       # assign will say it again
+            warnings.simplefilter("ignore")  # assign will say it again
             names = {name for scheme in self.schemes for name in select_weights(state.model, scheme.targets, ignore)}
         return dict.fromkeys(sorted(names), "quantize")
 
@@ -115,7 +115,7 @@ class QuantizationArguments(BaseModel):
             self._planned = assign(model, self.schemes, ignore, self.embeddings)
             return dict(self._planned)
         except GroupSizeError as error:
-            override = getattr(self, "override", None)           # of a modifier that Hydra built
+            override = getattr(self, "override", None)  # of a modifier that Hydra built
             if override is None or (argument := self._group_size_of(error.scheme)) is None:
                 raise
             raise ValueError(f"{error}{override(argument, error.size)}") from None

@@ -101,7 +101,7 @@ def fold(layer: nn.Module, norm: _BatchNorm) -> None:
     shift_R = -mean_R * scale_R
     if norm.affine:
         norm.bias.copy_(norm.bias.double() + shift_R)
-        norm.weight.fill_(1.0).requires_grad_(False)              # the layer's weight has that freedom already
+        norm.weight.fill_(1.0).requires_grad_(False)  # the layer's weight has that freedom already
         norm.running_mean.zero_()
     else:
         norm.running_mean.copy_(-shift_R)
@@ -178,5 +178,5 @@ def _graph(module: nn.Module) -> fx.Graph | None:
         return None
     try:
         return fx.Tracer().trace(module)
-    except Exception:                               # on a proxy a forward pass may raise anything
+    except Exception:  # on a proxy a forward pass may raise anything
         return None

@@ -48,9 +48,7 @@ def on_stored_grid(
     return round_weight(Q_RC.to(dtype), scale, zero_point, args)
 
 
-def latent_of(
-    A_RC: Tensor, Q_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs
-) -> Tensor:
+def latent_of(A_RC: Tensor, Q_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
     """``A_RC`` in the dtype of ``Q_RC``, but Q itself wherever A does not round to it: rounded, all of it is Q.
 
     Args:
@@ -99,7 +97,7 @@ def _dynamic_scales(
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points that broadcast against x."""
     if _is_by_token(args) and isinstance(module, CONVOLUTIONS):
-        samples = x.shape[0] if x.ndim == len(module.kernel_size) + 2 else 1       # one sample may come without a batch
+        samples = x.shape[0] if x.ndim == len(module.kernel_size) + 2 else 1  # one sample may come without a batch
     elif has_rows(module, x, args):
         samples = x.shape[0]
     else:

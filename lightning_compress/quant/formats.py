@@ -23,9 +23,9 @@ from lightning_compress.ops.gptq_block.grid import round_float_
 
 __all__ = ["global_scale_of", "has_global_scale", "is_microscaled", "nearby_scales", "round_float_", "stored_as"]
 
-E4M3_CODES = 127                        # codes 1 ... 126 are the positive finite numbers, in order; 127 is NaN
-EXPONENTS = (1, -1)                     # of a power of two, beside the one from the extremes
-CODES = range(-6, 7)                    # of E4M3, beside the one from the extremes: factors of about 0.57 to 1.75
+E4M3_CODES = 127  # codes 1 ... 126 are the positive finite numbers, in order; 127 is NaN
+EXPONENTS = (1, -1)  # of a power of two, beside the one from the extremes
+CODES = range(-6, 7)  # of E4M3, beside the one from the extremes: factors of about 0.57 to 1.75
 
 
 def is_microscaled(args: QuantizationArgs) -> bool:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 __all__ = ["BINS", "bins_of", "edges", "points"]
 
-MANTISSA, LOWEST, EXPONENTS = 32, -32, 64        # bins per octave; 2^-32 ... 2^32, what lies outside goes into the last
-BINS = 2 * MANTISSA * EXPONENTS                  # in the order of the numbers: negative ones first
-SPREAD = 4                                       # points that stand for a bin
+MANTISSA, LOWEST, EXPONENTS = 32, -32, 64  # bins per octave; 2^-32 ... 2^32, what lies outside goes into the last
+BINS = 2 * MANTISSA * EXPONENTS  # in the order of the numbers: negative ones first
+SPREAD = 4  # points that stand for a bin
 
 
 def bins_of(x: Tensor) -> Tensor:
     """Count of each bin, float64 [BINS], on the CPU."""
-    magnitude, exponent = torch.frexp(x.float().flatten().abs())             # magnitude in [.5, 1), or 0
+    magnitude, exponent = torch.frexp(x.float().flatten().abs())  # magnitude in [.5, 1), or 0
     step = ((magnitude * 2 - 1) * MANTISSA).floor().clamp_(0, MANTISSA - 1).long()
     place = ((exponent.long() - 1 - LOWEST) * MANTISSA + step).clamp_(0, BINS // 2 - 1)
     place = torch.where(magnitude == 0, 0, place)
@@ -29,7 +29,7 @@ def edges() -> tuple[Tensor, Tensor]:
     octave = 2.0 ** torch.arange(LOWEST, LOWEST + EXPONENTS, dtype=torch.float64)
     inner = (octave[:, None] * (1 + torch.arange(MANTISSA, dtype=torch.float64) / MANTISSA)).flatten()
     outer = torch.cat([inner[1:], inner.new_tensor([2.0 ** (LOWEST + EXPONENTS)])])
-    inner = torch.cat([inner.new_zeros(1), inner[1:]])                       # the first bin reaches down to zero
+    inner = torch.cat([inner.new_zeros(1), inner[1:]])  # the first bin reaches down to zero
     return torch.cat([-outer.flip(0), inner]), torch.cat([-inner.flip(0), outer])
 
 
@@ -45,6 +45,8 @@ def points(counts: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Ten
     lower, upper = (end[seen, None].clamp(low, high) for end in edges())
     at = (torch.arange(SPREAD, dtype=torch.float64) + 0.5) / SPREAD
     width = (upper - lower).expand(-1, SPREAD) / SPREAD
-    return (lower + (upper - lower) * at).flatten(), (counts[seen, None] / SPREAD).expand(-1, SPREAD).flatten(), (
-        width.flatten().clamp(min=torch.finfo(torch.float32).tiny)
+    return (
+        (lower + (upper - lower) * at).flatten(),
+        (counts[seen, None] / SPREAD).expand(-1, SPREAD).flatten(),
+        (width.flatten().clamp(min=torch.finfo(torch.float32).tiny)),
     )

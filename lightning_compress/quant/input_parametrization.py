@@ -64,16 +64,16 @@ class FakeQuantizeInput(nn.Module):
         self._forget_batch()
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.observing and torch.is_grad_enabled():           # not module.training: from_pretrained gives eval mode
+        if self.observing and torch.is_grad_enabled():  # not module.training: from_pretrained gives eval mode
             low, high = x.detach().float().aminmax()
             self.batch_low.copy_(torch.minimum(self.batch_low, low))
             self.batch_high.copy_(torch.maximum(self.batch_high, high))
         note_rows(module, x, self.args)
-        if self.args.dynamic:                       # the range follows the input, nothing lies outside
+        if self.args.dynamic:  # the range follows the input, nothing lies outside
             return fake_quantize_input(module, x, self.args, None, None)
         change = self.change if torch.is_grad_enabled() else None
         if change is not None and not self._learned:
-            x = x + 0 * change.sum()                # DDP waits for the gradient of every parameter, and gets zero
+            x = x + 0 * change.sum()  # DDP waits for the gradient of every parameter, and gets zero
         if not self.batches:
             return x
         scale, zero = self.grid()

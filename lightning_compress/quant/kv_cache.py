@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _ATTRIBUTE = "_lightning_compress_cache"
-_KEYWORDS = ("cache", "past_key_values", "past_key_value")       # of transformers from 5.24, from 4.56, and before
+_KEYWORDS = ("cache", "past_key_values", "past_key_value")  # of transformers from 5.24, from 4.56, and before
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

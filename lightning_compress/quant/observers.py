@@ -117,7 +117,7 @@ class MovingAverage(Observer):
 
     def __init__(self, args: QuantizationArgs, averaging_constant: float = 0.01):
         super().__init__(args)
-        self.constant, self.ranks = averaging_constant, 0          # ranks that saw data
+        self.constant, self.ranks = averaging_constant, 0  # ranks that saw data
         self.low = self.high = 0.0
 
     def _take(self, x: Tensor, low: float, high: float) -> None:

@@ -72,7 +72,7 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     if record.zero_point is not None:
         state["weight_zero_point"] = record.zero_point
     if record.global_scale is not None:
-        state["weight_global_scale"] = record.global_scale.clone()        # fused modules share one
+        state["weight_global_scale"] = record.global_scale.clone()  # fused modules share one
         state["weight_scale"] = (record.scale * record.global_scale).to(torch.float8_e4m3fn).float()
     in_words = compressor is PackedQuantizationCompressor
     packed = compress_words(state, scheme) if in_words else compressor.compress(state, scheme)
@@ -155,7 +155,9 @@ def to_json(record: Quantized) -> dict[str, Any]:
     """The record in JSON types: the scheme, and each tensor as dtype, shape and flat values (decimal, exact)."""
     tensors = {key: getattr(record, key) for key in TENSOR_FIELDS}
     return {"scheme": record.scheme.model_dump(mode="json")} | {
-        key: None if value is None else {
+        key: None
+        if value is None
+        else {
             "dtype": str(value.dtype).removeprefix("torch."),
             "shape": list(value.shape),
             "values": value.detach().cpu().flatten().tolist(),

@@ -66,7 +66,7 @@ class FakeQuantize(nn.Module):
         change: With ``lsq`` the parameter behind the scale, in its shape: scale = start (1 + change).
     """
 
-    keeps_zeros = True                                              # see pruning/masked.py
+    keeps_zeros = True  # see pruning/masked.py
 
     scale: Tensor
     zero_point: Tensor | None
@@ -108,7 +108,7 @@ class FakeQuantize(nn.Module):
         W_RC = weight.t() if self.transposed else weight.flatten(1)
         float8 = self.args.type == "float"
         if self.change is not None and not self.frozen:
-            scale = relative_step(self.scale.clone(), self.change, weight.dtype)     # DDP writes buffers in place
+            scale = relative_step(self.scale.clone(), self.change, weight.dtype)  # DDP writes buffers in place
             zero = None if self.zero_point is None else self.zero_point.clone()
             Q_RC = learned_step(W_RC, scale, zero, self.low, self.high, float8)
         else:

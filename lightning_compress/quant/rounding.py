@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 DEAD_INPUT = "its input was 0 throughout calibration: no data chose its scales"
-MSE_POWER = 2.4          # of the GPTQ code: punishes the few large errors more than p = 2
+MSE_POWER = 2.4  # of the GPTQ code: punishes the few large errors more than p = 2
 
 
 def round_module(
@@ -123,7 +123,7 @@ def round_embeddings(
         keep_latent: As for :func:`round_module`.
     """
     for name in [n for n in names if n in schemes and is_embedding(modules[n])]:
-        if name not in schemes:                                # done with another one
+        if name not in schemes:  # done with another one
             continue
         shared, others = global_scales.of(name), sharers(name, {n: modules[n] for n in schemes})
         facts = round_module(
@@ -170,7 +170,7 @@ def input_scales(observer: Observer | None, dtype: torch.dtype) -> dict[str, Any
     """What static activations add to a record, by the names of its fields; nothing without an observer."""
     if observer is None:
         return {}
-    if observer.args.dynamic:                                  # "local": of NVFP4 the global scale alone is static
+    if observer.args.dynamic:  # "local": of NVFP4 the global scale alone is static
         return {"input_global_scale": observer.global_scale()}
     scale, zero_point = observer.value(dtype)
     return {"input_scale": scale, "input_zero_point": zero_point}

@@ -38,7 +38,7 @@ class GridErrors:
         args: The grid.
     """
 
-    above, finer = 1.0, 1                # where the walk begins, in the usual factor; how many factors for one of it
+    above, finer = 1.0, 1  # where the walk begins, in the usual factor; how many factors for one of it
 
     def __init__(self, t: Tensor, z: Tensor | None, h: Tensor, power: float, args: QuantizationArgs):
         self.t, self.h, self.power, self.args = t.flatten(0, 1), h, power, args
@@ -123,7 +123,7 @@ class FormErrors(GridErrors):
         return torch.linalg.vecdot(self.t, turned), torch.linalg.vecdot(q, turned)
 
     def _sums(self, e: Tensor) -> Tensor:
-        return torch.linalg.vecdot(e, self._turned(e)).clamp_(min=0)           # rounding can leave less than nothing
+        return torch.linalg.vecdot(e, self._turned(e)).clamp_(min=0)  # rounding can leave less than nothing
 
     def _turned(self, e: Tensor) -> Tensor:
         """e H of each row, [r, g]."""

@@ -35,7 +35,7 @@ from lightning_compress.quant.scale_errors import Errors, FormErrors, GridErrors
 
 __all__ = ["expand", "group_columns", "integer_range", "minmax", "search"]
 
-CHUNK = 1 << 17          # weights at a time: 0.5 MB stays in L2; 2^17 and 2^18 ran equally, 2^15 a quarter slower
+CHUNK = 1 << 17  # weights at a time: 0.5 MB stays in L2; 2^17 and 2^18 ran equally, 2^15 a quarter slower
 # Factors that are tried, by bits: from the highest down to the lowest, each so many times the one before. Measured on
 # SmolLM2's weights (groups of 64) with their H: with the steps after it 27, 18 and 15 evaluations at 2, 3 and 4 bits,
 # whose error is 1.001, 1.004 and 1.010 of that of 300 factors.
@@ -62,9 +62,7 @@ def expand(scale: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
     return scale.expand(rows, 1) if scale.ndim == 1 else scale
 
 
-def minmax(
-    W_RC: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def minmax(W_RC: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point from the extremes, exactly as ``compressed_tensors.calculate_qparams`` gives them.
 
     Args:
@@ -79,11 +77,11 @@ def minmax(
     if is_microscaled(args):
         W_RC = W_RC.float()
     if args.strategy == QuantizationStrategy.BLOCK:
-        low, high = (_blocked(W_RC, args).permute(0, 2, 1, 3).flatten(2).aminmax(dim=-1))
+        low, high = _blocked(W_RC, args).permute(0, 2, 1, 3).flatten(2).aminmax(dim=-1)
     else:
         grouped = W_RC.reshape(1, -1) if args.strategy == QuantizationStrategy.TENSOR else W_RC
         blocks = grouped.unflatten(-1, (-1, group_columns(args, grouped.shape[-1])))
-        low, high = blocks.amin(-1), blocks.amax(-1)      # aminmax(dim=-1) takes nine times as long (torch 2.13, CPU)
+        low, high = blocks.amin(-1), blocks.amax(-1)  # aminmax(dim=-1) takes nine times as long (torch 2.13, CPU)
     if has_global_scale(args):
         global_scale = global_scale_of(low.amin(), high.amax()) if global_scale is None else global_scale
         scale, _ = calculate_qparams(low, high, args, global_scale=global_scale)
@@ -151,7 +149,7 @@ def search(
             return FormErrors(t, z, H_Ggg[piece[0]], args)
         return GridErrors(t, z, importance_C.view(G, g)[piece[0]], power, args)
 
-    if args.strategy == QuantizationStrategy.TENSOR:        # one factor for all rows
+    if args.strategy == QuantizationStrategy.TENSOR:  # one factor for all rows
         factor, shift = _descend(Summed([grid_errors(piece) for piece in pieces]))
     else:
         for piece in pieces:
@@ -232,7 +230,7 @@ def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
     """
     best_f = torch.ones(errors.rows, device=errors.device, dtype=torch.float32)
     best_shift = torch.zeros_like(best_f)
-    best = errors(1.0, 0.0)                                       # the min-max scale: nothing worse is ever taken
+    best = errors(1.0, 0.0)  # the min-max scale: nothing worse is ever taken
 
     def take(f: float | Tensor, shift: float | Tensor, of: Tensor | None = None) -> Tensor:
         """Where the error falls (among rows ``of``), take these; True there."""
@@ -245,12 +243,12 @@ def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
         return better
 
     bits, (low, high) = errors.args.num_bits, integer_range(errors.args)
-    f, ratio = (high - low) / 2 / high, RATIO[bits]               # above 1: the largest weight may be the positive one
+    f, ratio = (high - low) / 2 / high, RATIO[bits]  # above 1: the largest weight may be the positive one
     f, ratio = f * errors.above, ratio ** (1 / errors.finer)
     while f > LOWEST[bits]:
         at_end = take(f, 0.0)
         f *= ratio
-    patience = 3 * at_end                                         # heavy tails: on, where errors still fall
+    patience = 3 * at_end  # heavy tails: on, where errors still fall
     while (patience > 0).any() and f > torch.finfo(torch.float32).eps:
         patience = (patience - 1).masked_fill_(take(f, 0.0, patience > 0), 3)
         f *= ratio

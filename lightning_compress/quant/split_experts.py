@@ -127,7 +127,7 @@ def watched(model: nn.Module, all_experts: bool = False) -> Iterator[None]:
 
 def _fault(module: nn.Module) -> str | None:
     """None: no fused experts; else why they cannot be split, empty where they can."""
-    own = dict(module.named_parameters(recurse=False))         # not _parameters: a scripted module has another kind
+    own = dict(module.named_parameters(recurse=False))  # not _parameters: a scripted module has another kind
     down, both = own.get("down_proj"), own.get("gate_up_proj")
     if down is None or down.ndim != 3:
         return None

@@ -54,7 +54,7 @@ def error_per_module(ledger: Ledger, path: str | Path, title: str | None = None)
         axes.set_xticks([place for place, _ in shown], [name for _, name in shown], rotation=90, fontsize=7)
         axes.grid(axis="x", alpha=0.2)
     axes.grid(axis="y", alpha=0.3)
-    if 1 < len(kinds) < len(rows):             # else the names on the axis say the same
+    if 1 < len(kinds) < len(rows):  # else the names on the axis say the same
         figure.legend(loc="outside lower center", fontsize=8, ncols=min(len(kinds), 4))
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, metadata={"Software": None})

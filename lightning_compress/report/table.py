@@ -19,12 +19,12 @@ from lightning_compress.report.summary import headline, totals
 
 __all__ = ["render", "show"]
 
-WORST = 5              # modules with the largest error that are shown one by one
-NAMED = 3              # modules that are named for each flag
-SHORT = 0.01           # seconds; a phase below is not worth a figure
-WIDTH = 80             # columns of a log, and of a terminal that does not tell
-STACKED = ("median error", "worst error")                            # headers in two lines
-WORDS = ("metric", "module", "technique", "scheme", "flags")        # columns that are no figures
+WORST = 5  # modules with the largest error that are shown one by one
+NAMED = 3  # modules that are named for each flag
+SHORT = 0.01  # seconds; a phase below is not worth a figure
+WIDTH = 80  # columns of a log, and of a terminal that does not tell
+STACKED = ("median error", "worst error")  # headers in two lines
+WORDS = ("metric", "module", "technique", "scheme", "flags")  # columns that are no figures
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ __all__ = ["find_heads", "find_layers", "find_mlps", "head_counts"]
 
 # (layers that make the neurons, the layer that reads them), as the families of transformers name them
 MLPS = (
-    (("gate_proj", "up_proj"), "down_proj"),                # Llama, Mistral, Qwen, Gemma
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
     (("up_proj",), "down_proj"),
     (("w1", "w3"), "w2"),
-    (("wi_0", "wi_1"), "wo"),                               # T5 1.1
+    (("wi_0", "wi_1"), "wo"),  # T5 1.1
     (("wi",), "wo"),
-    (("fc1",), "fc2"),                                      # OPT, CLIP, timm's ViT
-    (("c_fc",), "c_proj"),                                  # GPT-2
-    (("dense_h_to_4h",), "dense_4h_to_h"),                  # GPT-NeoX, Bloom
-    (("lin1",), "lin2"),                                    # DistilBERT
-    (("linear1",), "linear2"),                              # nn.TransformerEncoderLayer
-    (("intermediate.dense",), "output.dense"),              # BERT, ViT
+    (("fc1",), "fc2"),  # OPT, CLIP, timm's ViT
+    (("c_fc",), "c_proj"),  # GPT-2
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom
+    (("lin1",), "lin2"),  # DistilBERT
+    (("linear1",), "linear2"),  # nn.TransformerEncoderLayer
+    (("intermediate.dense",), "output.dense"),  # BERT, ViT
 )
 OUTPUTS = ("o_proj", "out_proj")
 

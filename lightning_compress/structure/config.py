@@ -27,7 +27,7 @@ def mlp_fields(config: Any, before: int, after: int) -> dict[str, int]:
     """Fields that count the neurons of an MLP, with their new value."""
     fields = {f: after for f in MLP_FIELDS if getattr(config, f, None) == before}
     if not fields and hasattr(config, "n_inner") and config.n_inner is None:
-        fields["n_inner"] = after                                  # GPT-2: four times the width, unless it is given
+        fields["n_inner"] = after  # GPT-2: four times the width, unless it is given
     return fields
 
 
@@ -38,7 +38,7 @@ def head_fields(config: Any, before: int, after: int, dim: int) -> dict[str, int
         if isinstance(value := getattr(config, name, None), int):
             fields[name] = value * after // before
     if fields:
-        fields["head_dim"] = dim                                   # else it would follow from the number of heads
+        fields["head_dim"] = dim  # else it would follow from the number of heads
     return fields
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 __all__ = ["shape_conflict"]
 
-SET_UP, AFTERWARDS = -1.0, math.inf                # as points in time: before the first batch, after the last
+SET_UP, AFTERWARDS = -1.0, math.inf  # as points in time: before the first batch, after the last
 
 
 def shape_conflict(cutting: Any, other: Any, shared: set[str], earlier: bool) -> str | None:

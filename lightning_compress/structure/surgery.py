@@ -187,7 +187,7 @@ def _follow(model: nn.Module, names: Iterable[str]) -> None:
     for path in {name.rpartition(".")[0] for name in names}:
         module = model.get_submodule(path)
         first = module._parameters.get("weight")
-        tensor = module._buffers.get("running_mean") if first is None else first       # a norm without weights
+        tensor = module._buffers.get("running_mean") if first is None else first  # a norm without weights
         if tensor is not None:
             change_attributes(model, {path: _sizes(module, tensor.shape)})
 
@@ -197,7 +197,7 @@ def _sizes(module: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
     if isinstance(module, nn.Linear):
         return {"out_features": shape[0], "in_features": shape[1]}
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        groups = shape[0] if module.groups > 1 else 1                    # depthwise: the graph refuses others
+        groups = shape[0] if module.groups > 1 else 1  # depthwise: the graph refuses others
         return {"groups": groups, "out_channels": shape[0], "in_channels": shape[1] * groups}
     if isinstance(module, _NormBase):
         return {"num_features": shape[0]}
@@ -207,7 +207,7 @@ def _sizes(module: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
         return {"embedding_dim": shape[1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": shape[0]}
-    return {"nx": shape[0], "nf": shape[1]} if type(module).__name__ == "Conv1D" else {}      # of GPT-2, [in, out]
+    return {"nx": shape[0], "nf": shape[1]} if type(module).__name__ == "Conv1D" else {}  # of GPT-2, [in, out]
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
@@ -248,13 +248,11 @@ def _keep_layers(model: nn.Module, name: str, kept: Sequence[int]) -> None:
     setattr(model.get_submodule(holder), own, smaller)
     for place, layer in enumerate(chosen):
         for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):          # where a cache keeps its keys and values
+            if isinstance(getattr(module, "layer_idx", None), int):  # where a cache keeps its keys and values
                 setattr(module, "layer_idx", place)  # noqa: B010  mypy takes attributes of modules for tensors
 
 
-def _note(
-    model: nn.Module, step: Step, attributes: Mapping[str, Mapping[str, int]], config: Mapping[str, Any]
-) -> None:
+def _note(model: nn.Module, step: Step, attributes: Mapping[str, Mapping[str, int]], config: Mapping[str, Any]) -> None:
     change_attributes(model, attributes)
     for key, value in config.items():
         setattr(model.config, key, value)

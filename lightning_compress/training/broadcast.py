@@ -54,7 +54,7 @@ def share(model: nn.Module, device: torch.device) -> None:
     fault = ""
     try:
         _apply(model, structure)
-    except Exception as error:                     # raised on every rank: the others would wait for this one
+    except Exception as error:  # raised on every rank: the others would wait for this one
         fault = f"{type(error).__name__}: {error}"
     reports = gather((fault, _outline(model)))
     for rank, (fault, outline) in enumerate(reports):
@@ -127,4 +127,4 @@ def _attach(model: nn.Module, records: dict[str, dict[str, Any]], device: torch.
     for name, sides in records["online"].items():
         for online in sides:
             attach_online(model.get_submodule(name), online)
-    join(model)                                    # those that carry no record
+    join(model)  # those that carry no record

@@ -23,14 +23,14 @@ class StepClock:
     """Counts steps and batches, and dates events."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []                     # of each optimizer
+        self.steps: list[int] = []  # of each optimizer
         self.batches = 0
         self.batches_per_step = 1
         self.steps_per_epoch: int | None = None
         self.total_steps: int | None = None
         self.manual = False
         self.max_steps = -1
-        self._last_step_in = -1                        # the batch in which the last step was made
+        self._last_step_in = -1  # the batch in which the last step was made
         self._handles: list[RemovableHandle] = []
 
     @property

@@ -45,6 +45,7 @@ class Measurement:
     lengths: Tensor | None = None
     batches: int = 0
 
+
 def evaluate(
     root: nn.Module,
     module: nn.Module,
@@ -166,7 +167,7 @@ def _perplexity(
     for batch, _, _ in _chain(first, rest):
         with context():
             logits_BTV = forward(module, batch).logits
-        for logits_TV, target_T in zip(logits_BTV, _targets(batch), strict=True):     # one sequence: small memory
+        for logits_TV, target_T in zip(logits_BTV, _targets(batch), strict=True):  # one sequence: small memory
             logits_TV, target_T = logits_TV[:-1].float(), target_T[1:]
             metric.update(logits_TV[None], target_T[None])
             nll_T = nn.functional.cross_entropy(logits_TV, target_T, ignore_index=-100, reduction="none")

@@ -29,7 +29,7 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-KEPT = ("_lightning_compress_structure",)      # plain data: what was cut away
+KEPT = ("_lightning_compress_structure",)  # plain data: what was cut away
 
 
 def write_plain_modules(checkpoint: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         attributes = vars(inner)
         memo.update({id(leaf): leaf for leaf in tree_leaves(list(attributes.values())) if isinstance(leaf, Tensor)})
         memo.update({id(value): value for name, value in attributes.items() if _is_record(name)})
-        for table in HOOKS:                    # before copying: a hook may hold a modifier, with its statistics
+        for table in HOOKS:  # before copying: a hook may hold a modifier, with its statistics
             hooks = attributes[table]
             memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_ours(hook))
     copied = copy.deepcopy(module, memo)
@@ -61,7 +61,7 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         if is_split(inner):
             unsplit(inner)
         if (parts := _parametrizations(inner)) and all(_is_ours(type(part)) for part in parts):
-            unparametrize(inner)               # with another one beside it torch refuses to pickle, as it did before
+            unparametrize(inner)  # with another one beside it torch refuses to pickle, as it did before
         for name in [name for name in vars(inner) if _is_record(name) and name not in KEPT]:
             delattr(inner, name)
     return copied

@@ -9,7 +9,7 @@ def peak_memory_bytes() -> int | None:
     """Peak resident memory of the process in bytes; None where the system does not tell (Windows)."""
     try:
         import resource
-    except ImportError:                        # Windows
+    except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024                 # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

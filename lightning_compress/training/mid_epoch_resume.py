@@ -21,7 +21,7 @@ def restore_loaders(trainer: Trainer) -> None:
         loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
         loop._combined_loader_states_to_load = []
         if loop._data_fetcher is not None:
-            iter(loop._data_fetcher)           # the iterator that is there began without the state
+            iter(loop._data_fetcher)  # the iterator that is there began without the state
 
 
 def repeated_batches(trainer: Trainer) -> int:
@@ -46,4 +46,4 @@ def begin_epoch(trainer: Trainer) -> None:
     if loop.restarted_mid_epoch:
         loop.reset_restart_stage()
     if (fetcher := loop._data_fetcher) is not None:
-        iter(fetcher)                          # Lightning has made an iterator already, before anything was restored
+        iter(fetcher)  # Lightning has made an iterator already, before anything was restored

@@ -21,7 +21,7 @@ from lightning_compress.files.leftovers import host_name, is_running
 
 __all__ = ["FolderLock", "Outputs"]
 
-SECONDS_TO_WRITE = 60.0                # a lock file that nobody can read after this long was left half-written
+SECONDS_TO_WRITE = 60.0  # a lock file that nobody can read after this long was left half-written
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Plan:
         if self.walk not in WALKS:
             raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
         try:
-            known = torch.device(self.offload_device).type != "meta"       # which keeps no values
+            known = torch.device(self.offload_device).type != "meta"  # which keeps no values
         except (RuntimeError, TypeError):
             known = False
         if not known:
@@ -208,7 +208,7 @@ class Finish:
         self.ties_before = ties(self.module)
         bar = self.trainer.progress_bar_callback
         if isinstance(bar, RichProgressBar):
-            bar.teardown(self.trainer, self.pl_module, "fit")    # else it is live until fit ends, and draws over ours
+            bar.teardown(self.trainer, self.pl_module, "fit")  # else it is live until fit ends, and draws over ours
         shown = self.trainer.is_global_zero and bar is not None
         with self._undisturbed(), ProgressReport(shown) as progress:
             with self._timed("load best"):
@@ -275,7 +275,7 @@ class Finish:
 
     def _forget_compiled(self) -> None:
         if is_compiled(self.pl_module):
-            torch.compiler.reset()             # compiled code does not see hooks that came later: compile it anew
+            torch.compiler.reset()  # compiled code does not see hooks that came later: compile it anew
 
     def leave(self) -> None:
         """Write ``compressed.ckpt``, then the export, then the report; every rank calls this.
@@ -288,7 +288,7 @@ class Finish:
             self._promote()
         except Exception as error:
             if world_size() > 1:
-                raise                          # the other ranks still wait in it
+                raise  # the other ranks still wait in it
             failure = error
         with ExitStack() as stack:
             outputs = self.outputs
@@ -307,7 +307,7 @@ class Finish:
         pointed = self.trainer.checkpoint_callback
         note = f"the compressed model, weights stored dense, is in {path}"
         if isinstance(pointed, ModelCheckpoint):
-            before, pointed.best_model_path = pointed.best_model_path, str(path)     # also for who resumes from it
+            before, pointed.best_model_path = pointed.best_model_path, str(path)  # also for who resumes from it
             note += f', which ckpt_path="best" now means{f" (it was {before})" if before else ""}'
         self.trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(note)
@@ -325,7 +325,7 @@ class Finish:
             stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             torch.manual_seed(self.plan.seed)
-            self.trainer.state.stage = RunningStage.VALIDATING            # augmentation asks for trainer.training
+            self.trainer.state.stage = RunningStage.VALIDATING  # augmentation asks for trainer.training
             try:
                 yield
             finally:
@@ -391,13 +391,13 @@ class Finish:
         trainer = self.trainer
         loop = trainer.fit_loop.epoch_loop.val_loop
         if trainer.val_dataloaders is None and loop._data_source.is_defined():
-            loop.setup_data()                        # no validation has run; the loop knows all the ways to a loader
+            loop.setup_data()  # no validation has run; the loop knows all the ways to a loader
         loaders = trainer.val_dataloaders
         source = trainer.datamodule if trainer.datamodule is not None else self.pl_module
         if loaders is None and trainer.limit_val_batches != 0 and is_overridden("val_dataloader", source):
-            loaders = tree_map(self._share_of, source.val_dataloader())     # a language model needs no validation_step
+            loaders = tree_map(self._share_of, source.val_dataloader())  # a language model needs no validation_step
         known = [int(n) if n != float("inf") else None for n in loop.max_batches]
-        if trainer.val_dataloaders is not None and not loop._is_sequential:    # a batch holds one of every loader
+        if trainer.val_dataloaders is not None and not loop._is_sequential:  # a batch holds one of every loader
             assert loop._combined_loader is not None
             loaders = SideBySide(loop._combined_loader)
             known = [None if None in known else max(n or 0 for n in known)]
@@ -433,7 +433,7 @@ class Finish:
             return
         batches = self._calibration_batches() if any(m.needs_data for m in modifiers) else None
         if batches and not hasattr(self.pl_module, "calibration_step"):
-            check_batch(self.module, batches[0], IN_TRAINER)             # again: perhaps nothing was trained
+            check_batch(self.module, batches[0], IN_TRAINER)  # again: perhaps nothing was trained
         self.sample = batches[0] if batches else None
         with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
             calibrate(
@@ -480,7 +480,7 @@ class Finish:
         trainer = self.trainer
         if trainer.train_dataloader is not None:
             return trainer.train_dataloader
-        source = trainer.fit_loop._data_source            # limit_train_batches=0: Lightning asks nobody for a loader
+        source = trainer.fit_loop._data_source  # limit_train_batches=0: Lightning asks nobody for a loader
         if not source.is_defined():
             raise ValueError(
                 "this recipe calibrates on data, and there is neither a calibration_dataloader() on the datamodule "
@@ -551,7 +551,7 @@ class Finish:
         beside = processors(self.trainer, self.pl_module)
         try:
             save(self.module, folder, tokenizer=beside, recipe=self.recipe, overwrite=again, origin=origin)
-            if self.outputs is not None:                       # else that folder is deleted
+            if self.outputs is not None:  # else that folder is deleted
                 self.facts["export_dir"] = str(folder)
         except Exception as error:
             if quantized_modules(self.module) or not isinstance(error, ValueError):

@@ -15,7 +15,7 @@ from rich.table import Column
 __all__ = ["ProgressReport"]
 
 SECONDS_BETWEEN_LINES = 5.0
-REDRAWS_PER_SECOND = 4          # one redraw takes about 1 ms of CPU time, whatever the number of updates
+REDRAWS_PER_SECOND = 4  # one redraw takes about 1 ms of CPU time, whatever the number of updates
 HOUR = 3600.0
 
 
@@ -121,9 +121,9 @@ def _bar(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        redirect_stderr=_is_terminal(sys.stderr),                # a file of errors keeps its lines
+        redirect_stderr=_is_terminal(sys.stderr),  # a file of errors keeps its lines
         refresh_per_second=REDRAWS_PER_SECOND,
-        speed_estimate_period=HOUR,            # a block may take longer than rich's default window of 30 s
+        speed_estimate_period=HOUR,  # a block may take longer than rich's default window of 30 s
         transient=True,
         expand=True,
     )

@@ -50,7 +50,7 @@ def _result(work: Callable[[], T], what: str, group: Any) -> T:
         try:
             result = work()
         except BaseException as error:
-            with suppress(RuntimeError):       # the others may be gone, as when SIGTERM came to all: this error counts
+            with suppress(RuntimeError):  # the others may be gone, as when SIGTERM came to all: this error counts
                 dist.broadcast_object_list([False, f"{type(error).__name__}: {error}"], src=0, group=group)
             raise
         dist.broadcast_object_list([True, result], src=0, group=group)

@@ -48,7 +48,7 @@ def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], st
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
         drop_last=loader.drop_last and wanted >= loader.batch_size,
-        generator=generator,                           # the global random state stays untouched
+        generator=generator,  # the global random state stays untouched
     )
     shown = ", ".join(map(str, chosen[:8])) + (", ..." if wanted > 8 else "")
     return view, f"{wanted} of {size} samples, chosen with seed {seed}, in order: {shown}"
@@ -113,7 +113,7 @@ def _a(value: Any) -> str:
 def _population(loader: DataLoader[Any], seed: int) -> Sequence[int]:
     """Indices that the loader may yield: a sampler that keeps to a part of the dataset is asked for its part."""
     if isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler):
-        return range(len(loader.dataset))              # type: ignore[arg-type]
+        return range(len(loader.dataset))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return sorted(set(loader.sampler))

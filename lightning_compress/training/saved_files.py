@@ -30,7 +30,7 @@ class SavedFiles:
             save(checkpoint, path, *args, **kwargs)
             self.note(path)
 
-        vars(writer)["save_checkpoint"] = save_and_note             # on this object only
+        vars(writer)["save_checkpoint"] = save_and_note  # on this object only
 
         def undo() -> None:
             if vars(writer).get("save_checkpoint") is save_and_note:
@@ -56,7 +56,7 @@ class SavedFiles:
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
             return True
-        except Exception:                      # said when it is read, if it is then still the best
+        except Exception:  # said when it is read, if it is then still the best
             return False
         return False
 

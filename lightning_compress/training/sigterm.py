@@ -35,14 +35,14 @@ def stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal received
         if received:
-            return                                     # stopping already: what is half-written is being removed
+            return  # stopping already: what is half-written is being removed
         received = True
         log.warning("SIGTERM while the model was compressed: stopping; resume the run to have it compressed")
         if callable(former) and trainer.world_size == 1:
-            former(number, frame)                      # of several ranks it waits for the others, which wait for rank 0
+            former(number, frame)  # of several ranks it waits for the others, which wait for rank 0
         raise SIGTERMException(128 + number)
 
-    if trainer.received_sigterm:                       # it came in the last batch of training
+    if trainer.received_sigterm:  # it came in the last batch of training
         raise SIGTERMException(128 + signal.SIGTERM)
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -60,11 +60,11 @@ def supersede(trainer: Trainer, compressed: Path) -> None:
     """The last ``hpc_ckpt_N.ckpt``, if any, becomes the same file as ``compressed``; every rank calls this."""
     folder = _folder(trainer)
     if trainer.is_global_zero and (number := _last(folder)):
-        beside = folder / "superseding.ckpt"               # no N in this name
+        beside = folder / "superseding.ckpt"  # no N in this name
         beside.unlink(missing_ok=True)
         try:
             os.link(compressed, beside)
-        except OSError:                            # not on this file system
+        except OSError:  # not on this file system
             shutil.copyfile(compressed, beside)
         os.replace(beside, folder / f"hpc_ckpt_{number}.ckpt")
     trainer.strategy.barrier("the compressed checkpoint")
@@ -78,7 +78,7 @@ def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
     signum = environment.requeue_signal
     if signum is None:
         return None
-    handler = signal.getsignal(signum)             # the default in on_fit_end: there Lightning has taken its own off
+    handler = signal.getsignal(signum)  # the default in on_fit_end: there Lightning has taken its own off
     ours = handler == signal.SIG_DFL or type(handler).__module__.startswith(("lightning.", "pytorch_lightning."))
     return signum if ours else None
 

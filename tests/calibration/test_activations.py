@@ -40,7 +40,7 @@ def test_masks():
 def test_what_blocks_and_batches_share_is_kept_once():
     kept = KeptCalls(torch.device("cpu"))
     for i in range(3):
-        mask, table = torch.full((2, 2), i), torch.arange(4)               # a mask per batch, always the same table
+        mask, table = torch.full((2, 2), i), torch.arange(4)  # a mask per batch, always the same table
         call = Call((HIDDEN, None), {"mask": mask, "table": (table, [table])})
         kept.keep(torch.full((2,), float(i)), {"a": call, "b": Call((HIDDEN,), {"mask": mask})})
     tables = [calls["a"].kwargs["table"] for calls in kept.calls]
@@ -60,7 +60,7 @@ def test_arguments_come_back_with_the_hidden_state_in_its_place():
     assert kwargs["mask"] is mask
     kept.replace(0, torch.full((2,), 2.0))
     assert kept.take(0, "b", None, copy=False)[1]["x"].tolist() == [2, 2]
-    kept.take(0, "a", None, copy=True)[0][1].zero_()                       # a block that writes into its input
+    kept.take(0, "a", None, copy=True)[0][1].zero_()  # a block that writes into its input
     assert kept.hidden[0].tolist() == [2, 2]
     assert kept.take(0, "never captured", None, copy=False)[0][0] is kept.hidden[0]
 
@@ -96,7 +96,7 @@ def test_padding_is_not_looked_at():
     mask[1, 2] = False
     assert find_nonfinite([x], mask) is None
     assert find_nonfinite([x[0]], mask) is None
-    assert find_nonfinite([x.flatten()], mask) == "NaN"                    # no tokens to tell apart
+    assert find_nonfinite([x.flatten()], mask) == "NaN"  # no tokens to tell apart
     assert find_nonfinite({"a": (torch.tensor(torch.inf),)}, None) == "Inf"
 
 
@@ -120,9 +120,9 @@ def test_a_small_sample_is_one_row_and_of_ids_a_few(batch, shapes):
 @pytest.mark.parametrize(
     "batch",
     [
-        (torch.ones(4, 3), torch.ones(2, 7)),               # nodes and edges of a graph, say
+        (torch.ones(4, 3), torch.ones(2, 7)),  # nodes and edges of a graph, say
         (torch.ones(4, 3), torch.tensor(2)),
-        torch.ones(1, 3),                                   # small enough
+        torch.ones(1, 3),  # small enough
         {"input_ids": torch.ones(1, 8).long()},
         "text",
     ],

@@ -68,12 +68,12 @@ def test_layers_of_transformers(name):
         (Stages(), ["stages.0", "stages.1", "stages.2"]),
         (nn.Sequential(Mixer(), nn.Tanh(), Mixer(), nn.Linear(C, C)), ["0", "2"]),
         (nn.ModuleDict({"a": Mixer(), "b": Mixer()}), ["a", "b"]),
-        (nn.ModuleList(Experts() for _ in range(2)), ["0", "1"]),                    # the outermost
+        (nn.ModuleList(Experts() for _ in range(2)), ["0", "1"]),  # the outermost
         (nn.ModuleList(Biased() for _ in range(2)), ["0", "1"]),
-        (ResNet(), [f"layer{i}.{j}" for i in (2, 3, 4) for j in (0, 1)]),            # the others are too small
+        (ResNet(), [f"layer{i}.{j}" for i in (2, 3, 4) for j in (0, 1)]),  # the others are too small
         (Hinted(), ["layers.0"]),
-        (nn.ModuleList([Mixer()]), []),                                              # once is no repetition
-        (nn.Sequential(nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)), []),      # single layers are no blocks
+        (nn.ModuleList([Mixer()]), []),  # once is no repetition
+        (nn.Sequential(nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)), []),  # single layers are no blocks
         (nn.Linear(C, C), []),
     ],
     ids=lambda x: type(x).__name__,
@@ -85,7 +85,7 @@ def test_repeated_children_are_blocks(model, names):
 def test_the_user_names_them():
     model = Layered(3)
     assert list(find_blocks(model, "Mixer")) == ["layers.0", "layers.1", "layers.2"]
-    assert list(find_blocks(model, ["re:layers"])) == ["layers"]                     # what lies inside it is no block
+    assert list(find_blocks(model, ["re:layers"])) == ["layers"]  # what lies inside it is no block
     assert list(find_blocks(model, ["layers.1", "re:.*[.]2$", "layers.1.q"])) == ["layers.1", "layers.2"]
 
 

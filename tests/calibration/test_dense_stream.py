@@ -85,7 +85,7 @@ def test_dense_outputs_are_those_of_the_dense_model():
                 expected, after = dense.hidden(batch), model.hidden(batch)
             for number in range(3):
                 torch.testing.assert_close(comparer.dense[f"blocks.{number}"][i], expected[number])
-            assert not torch.allclose(expected[2], after[2])                     # it is not what the walk goes on with
+            assert not torch.allclose(expected[2], after[2])  # it is not what the walk goes on with
         assert comparer.dense[""] is None
 
 
@@ -100,7 +100,7 @@ def test_the_first_block_has_seen_nothing_compressed():
 def test_none_where_the_hidden_state_is_not_the_first_number_that_comes_out():
     comparer = Comparer(targets=["Linear"])
     run("behind", comparer)
-    assert comparer.dense["blocks.0"] is comparer.dense["blocks.1"] is None          # of the last, nobody takes it
+    assert comparer.dense["blocks.0"] is comparer.dense["blocks.1"] is None  # of the last, nobody takes it
 
 
 def test_nobody_asks_nothing_is_run():

@@ -56,7 +56,7 @@ def test_every_block_sees_dense_inputs_before_the_first_block_ends():
     compress(model, modifier, data)
     assert modifier._order == [("surveyed", n) for n in ("0", "1", "")] + [("end", n) for n in ("0", "1", "")]
     assert_close(modifier._seen["1.0"][:3], dense)
-    assert len(modifier._seen["1.0"]) == 6                                   # and the walk's, halved
+    assert len(modifier._seen["1.0"]) == 6  # and the walk's, halved
     assert_close(modifier._seen["1.0"][3:], [model[0](x).detach() for x in data])
 
 

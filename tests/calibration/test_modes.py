@@ -14,7 +14,7 @@ def test_the_model_is_as_calibration_needs_it():
         assert not any(m.training for m in model.modules())
         assert not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
-        assert not torch.ones(1).is_inference()                 # weights written now can be trained later
+        assert not torch.ones(1).is_inference()  # weights written now can be trained later
         assert not torch.backends.mha.get_fastpath_enabled()
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled()

@@ -43,7 +43,7 @@ def test_one_block_at_a_time_is_on_the_device(away, walk, model_class, forward):
     class There(LockstepWatcher):
         def see(self, module, args):
             name = self._names[module].rpartition(".")[0]
-            assert not name or self.home.get_submodule(name) in there      # a block's target is looked at on the device
+            assert not name or self.home.get_submodule(name) in there  # a block's target is looked at on the device
             super().see(module, args)
 
         @property
@@ -67,7 +67,10 @@ def test_a_model_without_blocks_goes_as_a_whole(away):
             assert model in there
 
     calibrate(
-        *started(There(), model=model), make_batches(2, 2, 5, C), walk="whole", device="cpu:0",
+        *started(There(), model=model),
+        make_batches(2, 2, 5, C),
+        walk="whole",
+        device="cpu:0",
         forward=lambda m, x: m(x, torch.ones_like(x)),
     )
     assert there == set()

@@ -49,7 +49,7 @@ class Replayer(Watcher):
         for i in range(state.batches):
             self.outputs[state.block_name].append(state.replay(i))
             self.masks.append(self.token_mask)
-        assert {name: len(inputs) for name, inputs in self.inputs.items()} == seen     # hooks are paused
+        assert {name: len(inputs) for name, inputs in self.inputs.items()} == seen  # hooks are paused
         for module in state.modules.values():
             if isinstance(module, nn.Linear):
                 module.weight.data *= 0.5
@@ -75,7 +75,7 @@ def test_each_batch_goes_through_the_block_as_it_is_now(walk):
             assert torch.equal(replayer.outputs[name][1], dense.head(x))
         else:
             assert torch.equal(replayer.outputs[name][1], before(x))
-            x = after(x)                                                              # the walk goes on with this
+            x = after(x)  # the walk goes on with this
             assert torch.equal(replayer.halved[name][1], x)
 
 

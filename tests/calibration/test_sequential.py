@@ -48,11 +48,11 @@ def test_one_pass_gives_every_target_the_input_that_the_finished_model_gives_it(
     model.eval()
     wanted = inputs_of(model, list(watcher.inputs), plain(forward, batches))
     for name, inputs in watcher.inputs.items():
-        assert len(inputs) == len(batches)                     # once per batch
+        assert len(inputs) == len(batches)  # once per batch
         for got, expected in zip(inputs, wanted[name], strict=True):
             assert torch.equal(got, expected), name
     targets = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    reached = [n for n in targets if n not in ("blocks.1.bias", "blocks.2.bias")]       # those are never called
+    reached = [n for n in targets if n not in ("blocks.1.bias", "blocks.2.bias")]  # those are never called
     assert sorted(watcher.inputs) == sorted(reached)
 
 
@@ -98,7 +98,7 @@ def test_order_of_events():
         ("CALIBRATION_START", ""),
         ("MODULE_READY", "embed"),
         ("BLOCK_END", ""),
-        *[("MODULE_READY", f"layers.0.{n}") for n in ("k,layers.0.v", "q", "out")],      # nobody waits for k and v
+        *[("MODULE_READY", f"layers.0.{n}") for n in ("k,layers.0.v", "q", "out")],  # nobody waits for k and v
         ("BLOCK_END", "layers.0"),
         *[("MODULE_READY", f"layers.1.{n}") for n in ("q", "k", "v", "out")],
         ("BLOCK_END", "layers.1"),
@@ -154,7 +154,7 @@ def test_weights_that_need_no_data_are_rounded_before_the_batches_meet_them(walk
     assert len(rounding.finished) == 9
     wanted = inputs_of(model.eval(), list(watcher.inputs), plain(None, batches))
     same = [torch.equal(a, b) for n in wanted for a, b in zip(watcher.inputs[n], wanted[n], strict=True)]
-    assert all(same) == (walk == "one_pass")                   # else a block is finished after all have looked
+    assert all(same) == (walk == "one_pass")  # else a block is finished after all have looked
 
 
 def test_hooks_that_are_there_for_training_stay_quiet():
@@ -171,18 +171,18 @@ def test_hooks_that_are_there_for_training_stay_quiet():
     assert not trainer._called
     assert trainer._paused == 0
     assert len(trainer.hooked) == 3
-    assert len(watcher.inputs["layers.1"]) == 2                # blocks may be targets, too
+    assert len(watcher.inputs["layers.1"]) == 2  # blocks may be targets, too
 
 
 def test_own_pass_shows_later_modifiers_the_block_as_it_leaves_it():
     model = seeded(Layered)
     first, second = OwnPassWatcher(targets=["layers.0.v"]), LockstepWatcher(targets=["layers.0.out"])
     calibrate(*started(first, second, model=model), (batches := make_batches(3, 2, 5, C)))
-    assert ("MODULE_READY", "layers.0.out") in second.events                   # the last stage may go in lockstep
+    assert ("MODULE_READY", "layers.0.out") in second.events  # the last stage may go in lockstep
     assert "MODULE_READY" not in [e for e, _ in first.events]
     wanted = inputs_of(model.eval(), ["layers.0.out"], plain(None, batches))["layers.0.out"]
     assert all(torch.equal(a, b) for a, b in zip(second.inputs["layers.0.out"], wanted, strict=True))
-    assert len(first.inputs["layers.0.v"]) == 3                                # and no hook twice
+    assert len(first.inputs["layers.0.v"]) == 3  # and no hook twice
 
 
 @pytest.mark.parametrize("walk", ["one_pass", "two_pass"])
@@ -209,7 +209,7 @@ def test_inputs_of_one_block_are_alive_not_of_all(walk):
     model = nn.Sequential(*[Counting() for _ in range(6)])
     watcher = Blind(change=False)
     calibrate(*started(watcher, model=model), make_batches(4, 2, 5, C), walk=walk)
-    assert max(most) <= 4 + 2                                  # one per batch, and those on their way
+    assert max(most) <= 4 + 2  # one per batch, and those on their way
 
 
 def test_peculiar_batches_reach_the_walk_of_their_own_arguments():
@@ -253,7 +253,7 @@ def test_a_model_without_blocks_is_walked_as_a_whole(walk, caplog):
     assert "found no repeated blocks in Sequential: it is walked as a whole" in caplog.text
     assert watcher.events[-2] == ("BLOCK_END", "")
     assert watcher.finished == ["0", "2"]
-    if walk == "auto":                                         # in lockstep: the second one sees the first one rounded
+    if walk == "auto":  # in lockstep: the second one sees the first one rounded
         wanted = inputs_of(model, ["2"], plain(None, batches))["2"]
         assert all(torch.equal(a, b) for a, b in zip(watcher.inputs["2"], wanted, strict=True))
 
@@ -296,7 +296,7 @@ def test_multihead_attention_is_named():
     watcher = LockstepWatcher()
     with pytest.warns(UserWarning, match=r"\['layers.0.self_attn.out_proj', .*'\]: nn.MultiheadAttention uses"):
         calibrate(*started(watcher, model=model), make_batches(2, 2, 5, C))
-    assert sorted(watcher.inputs) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]   # not fused
+    assert sorted(watcher.inputs) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]  # not fused
 
 
 def test_token_mask_reaches_the_hooks_of_its_batch():
@@ -311,7 +311,9 @@ def test_token_mask_reaches_the_hooks_of_its_batch():
         lifecycle, state = started(watcher, model=seeded(Layered))
         calibrate(lifecycle, state, batches)
         assert [None if m is None else m.tolist() for m in watcher.masks] == [
-            keep.bool().tolist(), None, keep.flip(0).bool().tolist()
+            keep.bool().tolist(),
+            None,
+            keep.flip(0).bool().tolist(),
         ]
         assert watcher.token_mask is None
 
@@ -329,7 +331,7 @@ def test_hooks_of_a_finished_input_act_on_batches_that_wait():
     calibrate(*started(watcher, model=model), batches, walk="one_pass")
     names = [n for n in watcher.inputs if n.startswith("layers.1")]
     seen = {n: [] for n in names}
-    for n in names:                                            # before the rounding hooks, as the watcher
+    for n in names:  # before the rounding hooks, as the watcher
         model.get_submodule(n).register_forward_pre_hook(lambda _m, a, n=n: seen[n].append(a[0]), prepend=True)
     with torch.no_grad():
         for x in batches:
@@ -371,7 +373,7 @@ def test_no_batches():
         calibrate(lifecycle, state, None)
     with pytest.raises(ValueError, match="batches is empty"):
         calibrate(lifecycle, state, [])
-    assert [e for e, _ in lifecycle.modifiers[0].events] == []             # told before anything began
+    assert [e for e, _ in lifecycle.modifiers[0].events] == []  # told before anything began
 
 
 def test_blocks_that_match_nothing():
@@ -427,9 +429,7 @@ def test_padding_may_be_anything():
     batches[1][0, 4] = float("nan")
     mask = torch.ones(2, 5)
     mask[0, 4] = 0
-    calibrate(
-        *started(LockstepWatcher(), model=seeded(Layered)), [{"x": x, "attention_mask": mask} for x in batches]
-    )
+    calibrate(*started(LockstepWatcher(), model=seeded(Layered)), [{"x": x, "attention_mask": mask} for x in batches])
 
 
 # -- what must not change ---------------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_nothing_is_left_behind(walk, fails):
         with pytest.raises(BaseException, match=r"no such rounding|out of order|^$") as caught:
             calibrate(lifecycle, state, make_batches(3, 2, 5, C), walk=walk)
         assert type(caught.value) is (KeyboardInterrupt if fails == "interrupt" else RuntimeError)
-        if fails == "forward":                                 # with the traceback of the thread it was raised in
+        if fails == "forward":  # with the traceback of the thread it was raised in
             assert caught.traceback[-1].name == "explode"
     assert everything(model) == before
     assert watcher.hooked == []
@@ -506,7 +506,7 @@ def test_what_a_small_sample_does_not_reach_is_looked_for_in_the_whole_batch():
     class Routed(Layered):
         def forward(self, x):
             x = self.embed(x)
-            for layer in self.layers[: 1 + len(x)]:            # the third one runs for two rows only
+            for layer in self.layers[: 1 + len(x)]:  # the third one runs for two rows only
                 x = layer(x, torch.ones_like(x))
             return self.head(x)
 
@@ -531,7 +531,7 @@ def test_batches_that_call_blocks_differently_are_told():
     class Shallow(Layered):
         def forward(self, x):
             x = self.embed(x)
-            for layer in self.layers[: 4 - len(x)]:            # the last one does not run for two rows
+            for layer in self.layers[: 4 - len(x)]:  # the last one does not run for two rows
                 x = layer(x, torch.ones_like(x))
             return self.head(x)
 

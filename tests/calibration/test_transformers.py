@@ -32,9 +32,13 @@ def make(name):
     if name == "llama":
         config = transformers.LlamaConfig(**COMMON, **TOKENS, num_key_value_heads=1)
         return transformers.LlamaForCausalLM(config), tokens(masked=True)
-    if name == "gemma":                                     # local and global layers with masks of their own
+    if name == "gemma":  # local and global layers with masks of their own
         config = transformers.Gemma3TextConfig(
-            **COMMON, **TOKENS, num_key_value_heads=1, head_dim=8, sliding_window=3,
+            **COMMON,
+            **TOKENS,
+            num_key_value_heads=1,
+            head_dim=8,
+            sliding_window=3,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         )
         return transformers.Gemma3ForCausalLM(config), tokens(masked=True)
@@ -50,7 +54,7 @@ def make(name):
         **TOKENS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
     )
     model = transformers.T5ForConditionalGeneration(config)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())           # T5 ties whatever it is told
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # T5 ties whatever it is told
     return model, tokens(masked=True)
 
 
@@ -94,7 +98,7 @@ def test_blocks_run_once_per_batch_and_the_first_batch_once_more():
         forward = module.forward
         module.forward = lambda x, f=forward, c=count: (c.__setitem__(0, c[0] + 1), f(x))[1]
     calibrate(*started(LockstepWatcher(targets=["re:.*_proj"]), model=model), batches)
-    last = "model.layers.2.mlp.down_proj"                   # nobody needs what comes out of it
+    last = "model.layers.2.mlp.down_proj"  # nobody needs what comes out of it
     for name, module in model.named_modules():
         if module in counts:
             wanted = 1 if name in (last, "lm_head") else 1 + len(batches)
@@ -138,7 +142,7 @@ def test_batches_of_several_lengths_count_as_one_padded_batch_in_any_order(make_
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, pad_token_id=0, **sizes))
         with torch.no_grad():
-            model.model.embed_tokens.weight[:, :4] *= 20             # so that scales are not decided by rounding
+            model.model.embed_tokens.weight[:, :4] *= 20  # so that scales are not decided by rounding
         ledger = compress(model, make_modifier(), batches)
         assert {row.tokens for row in ledger} == {sum(LENGTHS)}
         return model.state_dict()
@@ -147,4 +151,4 @@ def test_batches_of_several_lengths_count_as_one_padded_batch_in_any_order(make_
     for batches in (padded, alone[::-1]):
         for name, weight in compressed(batches).items():
             changed = (weight - expected[name]).abs() > 1e-4 * expected[name].abs().max()
-            assert changed.float().mean() < 0.002, name              # numbers on the edge between two codes
+            assert changed.float().mean() < 0.002, name  # numbers on the edge between two codes

@@ -10,7 +10,7 @@ from lightning_compress.core import Event, EventType
 
 def test_the_index_is_the_step_unless_a_unit_is_named():
     event = Event(EventType.BATCH_START, global_step=15, steps_per_epoch=10, total_steps=60)
-    assert event.current_index == 15                    # the reference counts epochs as soon as it knows their length
+    assert event.current_index == 15  # the reference counts epochs as soon as it knows their length
     assert event.in_unit("epoch").current_index == 1.5
     assert event.in_unit("fraction").current_index == 0.25
     assert (event.epoch, event.epoch_full) == (1, 1.5)

@@ -143,12 +143,12 @@ BROKEN = """
 
 def test_an_import_error_comes_with_its_cause_when_the_name_is_asked_for(package, capsys):
     name = package(plain=PLAIN, pruning=BROKEN)
-    assert ModifierFactory.create("PlainModifier")                          # others are not in its way
+    assert ModifierFactory.create("PlainModifier")  # others are not in its way
     message = f"'SubtleModifier' is defined in {name}.pruning, which failed to import: .*a_package_that_is_not_there"
     with pytest.raises(ImportError, match=message) as raised:
         ModifierFactory.create("SubtleModifier")
     assert isinstance(raised.value.__cause__, ModuleNotFoundError)
-    assert capsys.readouterr() == ("", "")                                  # the reference prints it, and loses it
+    assert capsys.readouterr() == ("", "")  # the reference prints it, and loses it
 
 
 def test_errors_of_any_kind_are_kept(package):

@@ -47,6 +47,6 @@ def test_what_changed_nothing_leaves_no_mark(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compress(model, Interrupting(after=1), batches)
     with pytest.raises((IndexError, RuntimeError)):
-        compress(model, GPTQModifier(scheme="W8A16", group_size=-1), [batches[0] + 1000])     # no such tokens
+        compress(model, GPTQModifier(scheme="W8A16", group_size=-1), [batches[0] + 1000])  # no such tokens
     compress(model, QuantizationModifier(scheme="W8A16", group_size=-1))
     save(model, tmp_path / "out")

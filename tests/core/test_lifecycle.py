@@ -82,12 +82,12 @@ def test_events_reach_modifiers_in_recipe_order(recording):
     "types",
     [
         "BATCH_START LOSS_CALCULATED OPTIM_PRE_STEP OPTIM_POST_STEP BATCH_END BATCH_START",
-        "BATCH_START LOSS_CALCULATED BATCH_END BATCH_START",                                # gradients accumulate
-        "BATCH_START BATCH_END",                                                            # training_step gave None
-        "BATCH_START LOSS_CALCULATED OPTIM_PRE_STEP BATCH_END",                             # AMP skipped the step
+        "BATCH_START LOSS_CALCULATED BATCH_END BATCH_START",  # gradients accumulate
+        "BATCH_START BATCH_END",  # training_step gave None
+        "BATCH_START LOSS_CALCULATED OPTIM_PRE_STEP BATCH_END",  # AMP skipped the step
         "BATCH_START LOSS_CALCULATED OPTIM_PRE_STEP OPTIM_POST_STEP "
-        "LOSS_CALCULATED OPTIM_PRE_STEP OPTIM_POST_STEP BATCH_END",                         # two optimizers
-        "BATCH_START LOSS_CALCULATED LOSS_CALCULATED OPTIM_PRE_STEP OPTIM_POST_STEP BATCH_END",    # two backward passes
+        "LOSS_CALCULATED OPTIM_PRE_STEP OPTIM_POST_STEP BATCH_END",  # two optimizers
+        "BATCH_START LOSS_CALCULATED LOSS_CALCULATED OPTIM_PRE_STEP OPTIM_POST_STEP BATCH_END",  # two backward passes
         "CALIBRATION_START BLOCK_END CALIBRATION_END",
         "CALIBRATION_START MODULE_READY MODULE_READY BLOCK_END MODULE_READY BLOCK_END CALIBRATION_END",
         "CALIBRATION_START BLOCK_SURVEYED BLOCK_SURVEYED MODULE_READY BLOCK_END BLOCK_END CALIBRATION_END",
@@ -103,13 +103,13 @@ def test_orders_that_happen(lifecycle, types):
     ("types", "last", "wrong"),
     [
         ("BATCH_START BATCH_START", "BATCH_START", "BATCH_START"),
-        ("BATCH_END", "nothing", "BATCH_END"),                              # the reference accepts this one,
+        ("BATCH_END", "nothing", "BATCH_END"),  # the reference accepts this one,
         ("LOSS_CALCULATED", "nothing", "LOSS_CALCULATED"),
         ("BATCH_START OPTIM_POST_STEP", "BATCH_START", "OPTIM_POST_STEP"),
         ("BATCH_START BATCH_END OPTIM_PRE_STEP", "BATCH_END", "OPTIM_PRE_STEP"),
         ("BATCH_START CALIBRATION_START", "BATCH_START", "CALIBRATION_START"),
-        ("CALIBRATION_END", "nothing", "CALIBRATION_END"),                  # and this,
-        ("BLOCK_END", "nothing", "BLOCK_END"),                              # and this
+        ("CALIBRATION_END", "nothing", "CALIBRATION_END"),  # and this,
+        ("BLOCK_END", "nothing", "BLOCK_END"),  # and this
         ("CALIBRATION_START MODULE_READY CALIBRATION_END", "MODULE_READY", "CALIBRATION_END"),
         ("CALIBRATION_START BLOCK_END BLOCK_SURVEYED", "BLOCK_END", "BLOCK_SURVEYED"),
         ("CALIBRATION_START BATCH_START", "CALIBRATION_START", "BATCH_START"),
@@ -205,7 +205,7 @@ def test_abort_in_the_middle_of_a_batch(lifecycle):
     send(lifecycle, E.BATCH_START, E.LOSS_CALCULATED)
     lifecycle.abort()
     assert not layer._forward_pre_hooks
-    send(lifecycle, E.BATCH_START)                      # a new batch may begin
+    send(lifecycle, E.BATCH_START)  # a new batch may begin
 
 
 def test_initialized_and_finalized_mean_all(recording):

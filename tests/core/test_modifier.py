@@ -40,7 +40,7 @@ class NeedyModifier(TargetModifier):
     [
         (TargetModifier, {"taregts": ["x"]}, "TargetModifier: unknown argument 'taregts'; did you mean 'targets'?"),
         (TargetModifier, {"zzz": 1}, "unknown argument 'zzz'; known: index, group, start, .*, targets, block_size"),
-        (TargetModifier, {"started_": True}, "unknown argument 'started_'"),        # an ordinary field in the reference
+        (TargetModifier, {"started_": True}, "unknown argument 'started_'"),  # an ordinary field in the reference
         (TargetModifier, {"_started": True}, "unknown argument '_started'"),
         (TargetModifier, {"block_size": "many"}, "TargetModifier: block_size='many': .*integer"),
         (TargetModifier, {"block_size": "many", "zzz": 1}, "(?s)block_size='many'.*\n.*'zzz'"),
@@ -48,7 +48,7 @@ class NeedyModifier(TargetModifier):
         (TargetModifier, {"start": torch.inf}, "start=inf: Input should be a finite number"),
         (TargetModifier, {"update": 0}, "update=0.0 must be positive; leave it out"),
         (TargetModifier, {"start": 5, "end": 3}, r"end=3.0 must lie after start=5.0 \(unit: step\); leave end out"),
-        (TargetModifier, {"start": 5, "end": 5}, "end=5.0 must lie after start=5.0"),   # such a window never opens
+        (TargetModifier, {"start": 5, "end": 5}, "end=5.0 must lie after start=5.0"),  # such a window never opens
         (NeedyModifier, {}, "NeedyModifier: argument 'sparsity' is missing"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_failed_initialize_names_the_modifier_and_leaves_nothing(recording, an
         modifier.initialize(State())
     assert not modifier.initialized
     assert not layer._forward_pre_hooks
-    assert modifier.handlers == []                      # the reference calls on_start all the same
+    assert modifier.handlers == []  # the reference calls on_start all the same
 
 
 @pytest.mark.parametrize("where", ["on_initialize", "on_start"])
@@ -166,8 +166,10 @@ def test_on_finalize_that_fails_is_an_error_and_hooks_come_off(recording):
         def on_finalize(self, state, **kwargs):
             raise KeyError("lost")
 
-    for cls, error in ((Refusing, pytest.raises(RuntimeError, match=r"Refusing\.on_finalize returned False")),
-                       (Raising, pytest.raises(KeyError, match="lost"))):
+    for cls, error in (
+        (Refusing, pytest.raises(RuntimeError, match=r"Refusing\.on_finalize returned False")),
+        (Raising, pytest.raises(KeyError, match="lost")),
+    ):
         modifier = cls()
         modifier.initialize(State())
         modifier.hook(layer, lambda *a: None)
@@ -272,7 +274,7 @@ def test_end_comes_with_an_update_at_batch_end_only(recording):
     count = len(modifier.handlers)
     for type_ in (E.BATCH_START, E.BATCH_END):
         modifier.update_event(State(), Event(type_, 4))
-    assert len(modifier.handlers) == count              # over is over
+    assert len(modifier.handlers) == count  # over is over
 
 
 def test_between_start_and_end_every_event_updates(recording):
@@ -340,7 +342,7 @@ def test_no_update_point_is_missed_or_doubled(recording, train, accumulate):
     lifecycle = Lifecycle([modifier])
     lifecycle.initialize(State())
     train(lifecycle, 0, 28, accumulate=accumulate, steps_per_epoch=7)
-    assert modifier.indices("update") == [step / 7 for step in range(7, 22)]        # at step 21 it comes with on_end
+    assert modifier.indices("update") == [step / 7 for step in range(7, 22)]  # at step 21 it comes with on_end
 
 
 def test_updates_further_apart_than_a_step(recording, train):
@@ -413,7 +415,7 @@ def test_a_resumed_run_updates_as_an_unbroken_one(recording, train, start, stop)
             lifecycle.load_state_dict({"RecordingModifier": one.state_dict()})
         train(lifecycle, first, last)
     assert one.indices("update") + two.indices("update") == whole.indices("update")
-    if (start, stop) == (0, 11):            # it started at initialize, before the checkpoint said that all is over
+    if (start, stop) == (0, 11):  # it started at initialize, before the checkpoint said that all is over
         assert two.handlers == ["initialize", "start", "end"]
 
 
@@ -592,7 +594,7 @@ def test_a_window_longer_than_the_run_is_told(arguments, told):
     else:
         with pytest.warns(UserWarning, match=f"Sleeping: .*{told}"):
             Sleeping(**arguments).check_length(event)
-    Sleeping(**arguments).check_length(Event(EventType.BATCH_START))          # a length that is not known
+    Sleeping(**arguments).check_length(Event(EventType.BATCH_START))  # a length that is not known
 
 
 def test_an_update_larger_than_the_window_is_refused():

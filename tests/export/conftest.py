@@ -67,7 +67,7 @@ def tiny_llama() -> Callable[..., nn.Module]:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         config = LlamaConfig(**(sizes | heads | settings))
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()        # rotary tables stay float32
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # rotary tables stay float32
 
     return build
 

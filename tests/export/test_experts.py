@@ -93,14 +93,14 @@ def test_save_says_what_plain_transformers_does(name, scheme, ignore, outcome, t
         assert gap > 0.5
     else:
         assert told == ""
-        assert gap < (1e-5 if scheme in (W4, W8) else 0.03)                 # inputs of experts are not quantized there
+        assert gap < (1e-5 if scheme in (W4, W8) else 0.03)  # inputs of experts are not quantized there
 
 
 TWO = [
-    ([[*OTHERS, EXPERT], W8], [[*OTHERS, ATTENTION], W4]),                  # experts by name, behind attention by name
+    ([[*OTHERS, EXPERT], W8], [[*OTHERS, ATTENTION], W4]),  # experts by name, behind attention by name
     ([[*OTHERS, EXPERT], INT8], [[*OTHERS, ATTENTION], W4]),
     ([OTHERS, W8 | {"targets": [ATTENTION + "proj"]}], [OTHERS, W4 | {"targets": ["re:.*mlp.*proj"]}]),
-    ([OTHERS, W4 | {"targets": ["re:.*q_proj"]}], [OTHERS, FP8 | {"targets": ["re:.*(k|v|o)_proj"]}]),    # dense ones
+    ([OTHERS, W4 | {"targets": ["re:.*q_proj"]}], [OTHERS, FP8 | {"targets": ["re:.*(k|v|o)_proj"]}]),  # dense ones
 ]
 
 

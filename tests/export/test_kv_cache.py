@@ -70,11 +70,11 @@ def exported(tmp_path_factory, tiny_llama, read_by_transformers):
 def test_plain_transformers_and_our_load_give_the_logits_of_the_model_in_memory(exported, tiny_llama, case, weights):
     root, models, read = exported
     name = f"{case} {weights}"
-    if not unread_caches(models[name]):                    # transformers 5.24 hides them from compressed-tensors 0.20
+    if not unread_caches(models[name]):  # transformers 5.24 hides them from compressed-tensors 0.20
         assert_close(read[name], logits(models[name]), rtol=0, atol=1e-5)
     assert_close(logits(load(root / name, packed=False)), logits(models[name]), rtol=0, atol=0)
     if weights == "dense":
-        assert (logits(models[name]) - logits(tiny_llama())).std() > 1e-4                   # it does something
+        assert (logits(models[name]) - logits(tiny_llama())).std() > 1e-4  # it does something
     tensors = load_file(root / name / "model.safetensors")
     found = {key: value.shape for key, value in tensors.items() if "self_attn.k_" in key and "proj" not in key}
     shape = {"tensor": (1,), "head": (2, 1, 1)}.get(case.split()[1])
@@ -236,7 +236,7 @@ def test_what_loaders_do_with_an_encoder_decoder():
     with pytest.raises(AttributeError, match="EncoderDecoderCache"):
         model(input_ids=IDS, decoder_input_ids=IDS)
     t5 = ARCHITECTURES["t5"].build()
-    assert not attention_modules(t5)                        # its projections have other names: nothing is quantized
+    assert not attention_modules(t5)  # its projections have other names: nothing is quantized
 
 
 @pytest.mark.parametrize(

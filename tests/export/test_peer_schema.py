@@ -11,7 +11,7 @@ from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 
-compare_export = pytest.importorskip("benchmarks.compare_export")        # not part of a source distribution
+compare_export = pytest.importorskip("benchmarks.compare_export")  # not part of a source distribution
 PEER = json.loads((Path(__file__).parent / "peer_schema.json").read_text())
 
 

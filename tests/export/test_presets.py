@@ -19,7 +19,7 @@ from lightning_compress.quant.schemes import describe, presets
 from lightning_compress.recipe import load_recipe
 
 PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
-BFLOAT16 = ("NVFP4", "MXFP4", "MXFP4XFP8", "MXFP6A8", "MXFP8")   # microscaled weights and activations
+BFLOAT16 = ("NVFP4", "MXFP4", "MXFP4XFP8", "MXFP6A8", "MXFP8")  # microscaled weights and activations
 CASES = [*PRESETS, *(f"{name} in bfloat16" for name in (*BFLOAT16, "NVFP4A16", "FP8_BLOCK"))]
 IDS = torch.arange(24).reshape(2, 12)
 pytestmark = pytest.mark.filterwarnings("ignore:config.json says dtype bfloat16")
@@ -56,7 +56,7 @@ def test_plain_transformers_gives_the_logits_of_the_model_in_memory(exported, ca
         assert_close(read[case], logits(models[case]), rtol=0, atol=1e-5)
         return
     cast = copy.deepcopy(models[case]).to(torch.bfloat16)
-    cast.model.rotary_emb = models[case].model.rotary_emb           # from_pretrained leaves its tables in float32
+    cast.model.rotary_emb = models[case].model.rotary_emb  # from_pretrained leaves its tables in float32
     assert_close(read[case], logits(cast), rtol=0, atol=1e-3)
     assert (read[case].float() - logits(models[case])).std() < 0.2 * logits(models[case]).std()
 
@@ -102,7 +102,7 @@ def test_nvfp4_on_disk(exported):
     dense = quantized_of(models["NVFP4"].get_submodule(o))
     stored = dense.scale * dense.global_scale
     assert torch.equal(stored.to(torch.float8_e4m3fn), tensors[f"{o}.weight_scale"])
-    assert tensors[f"{o}.weight_scale"].float().max() == 448                         # the whole range is used
+    assert tensors[f"{o}.weight_scale"].float().max() == 448  # the whole range is used
     mx = load_file(root / "MXFP6A16" / "model.safetensors")
     assert mx[f"{q}.weight_scale"].dtype == torch.uint8
     assert mx[f"{q}.weight_packed"].shape == (128, 96)

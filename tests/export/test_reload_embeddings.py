@@ -39,7 +39,7 @@ RECIPES = {
     "gemma2.beside": groups(INT4, INT8),
     "gpt2.beside": groups(INT8, INT4),
     "bert.beside": groups(INT4, INT8),
-    "opt.beside activations": groups(INT8, INT8, TOKENS) | {"ignore": ["re:.*fc[12]$"]},       # those get rows
+    "opt.beside activations": groups(INT8, INT8, TOKENS) | {"ignore": ["re:.*fc[12]$"]},  # those get rows
     "t5.with the layers": ALONE | {"ignore": ["re:.*relative_attention_bias"]},
 }
 DENSE = {
@@ -65,7 +65,7 @@ def runs(tmp_path_factory):
         architecture = replace(architecture, sizes=architecture.sizes | {"tie_word_embeddings": False})
         model, batches = architecture.build(), architecture.batches(2)
         head = model.get_output_embeddings()
-        if model.get_input_embeddings().weight is head.weight:                    # T5 ties whatever it is told
+        if model.get_input_embeddings().weight is head.weight:  # T5 ties whatever it is told
             head.weight = nn.Parameter(head.weight.detach().flip(0))
             model.config.tie_word_embeddings = False
         dense[case] = logits(model, batches[0])

@@ -72,7 +72,7 @@ def test_each_packed_linear_computes_what_the_dense_one_does(folders, scheme):
 
 def test_by_default_what_the_device_has_a_way_for_is_packed(folders):
     assert packed_names(load(folders["W8A8"])) == (NAMES if is_exact() else [])
-    assert packed_names(load(folders["W4A16"])) == []                  # float32 tokens: a dense Linear is as quick
+    assert packed_names(load(folders["W4A16"])) == []  # float32 tokens: a dense Linear is as quick
     assert packed_names(load(folders["FP8"])) == []
     fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
     assert packed_names(load(folders["W4A16 bfloat16"])) == (NAMES if fast else [])
@@ -82,7 +82,7 @@ def test_by_default_what_the_device_has_a_way_for_is_packed(folders):
 def test_a_packed_model_saves_the_same_bytes(folders, scheme, tmp_path):
     model = load(folders[scheme], packed=True)
     on_disk = load_file(folders[scheme] / "model.safetensors")
-    for again in ("before", "after"):                                  # once again when calls have stacked siblings
+    for again in ("before", "after"):  # once again when calls have stacked siblings
         assert model.state_dict().keys() == on_disk.keys()
         save(model, tmp_path / again)
         assert {f.name: f.read_bytes() for f in folders[scheme].iterdir()} == {
@@ -122,16 +122,16 @@ def test_siblings_make_one_product(folders, monkeypatch):
     product = PackedLinear.product
     monkeypatch.setattr(PackedLinear, "product", lambda self, x: made.append(self) or product(self, x))
     found = logits(fused)
-    assert len(made) == 2 * (2 + 2)                                    # q/k/v, o, gate/up, down
+    assert len(made) == 2 * (2 + 2)  # q/k/v, o, gate/up, down
     expected = logits(apart)
     assert (found - expected).norm() < 1e-3 * expected.norm()
     query, key = (layer.self_attn.get_submodule(name).stored("weight") for name in ("q_proj", "k_proj"))
-    assert key.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()                           # one copy
+    assert key.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()  # one copy
     state = apart.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in fused.state_dict().items())
     assert torch.equal(logits(copy.deepcopy(fused)), found)
     fused.load_state_dict({name: torch.zeros_like(value) if "k_proj.weight" in name else value
-                           for name, value in state.items()})          # fmt: skip
+                           for name, value in state.items()})  # fmt: skip
     with torch.no_grad():
         assert layer.self_attn.k_proj(torch.ones(1, 2, 128)).abs().max() == 0
 
@@ -144,7 +144,7 @@ def test_fused_products_equal_separate_ones(folders, scheme):
     with torch.no_grad():
         apart = [getattr(attention, f"{name}_proj")(x) for name in "qkv"]
     groups = fuse_siblings(model, input_ids=IDS)
-    if scheme == "FP8":                                                # one scale for all rows of a weight
+    if scheme == "FP8":  # one scale for all rows of a weight
         assert groups == []
         return
     assert tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv") in groups
@@ -162,7 +162,7 @@ def test_siblings_that_get_another_tensor_are_given_up(folders):
     with torch.no_grad():
         expected = k.product(other)
         q(one)
-        one.add_(1)                                                    # changed in place: it is not the same x
+        one.add_(1)  # changed in place: it is not the same x
         assert_close(k(one), k.product(one))
         assert q.siblings is None
         assert_close(k(other), expected)

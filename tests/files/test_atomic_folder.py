@@ -177,8 +177,8 @@ def test_a_kill_at_any_rename_leaves_an_export_of_that_name(tmp_path, monkeypatc
         os._exit(0)
     os.waitpid(child, 0)
     if exchange and hasattr(ctypes.CDLL(None), "renameat2"):
-        assert (tmp_path / "out").exists()                       # at every moment
-    check_target(tmp_path / "out", overwrite=True)               # the next start
+        assert (tmp_path / "out").exists()  # at every moment
+    check_target(tmp_path / "out", overwrite=True)  # the next start
     assert contents(tmp_path / "out") in [{"config.json": t, "model.safetensors": t} for t in ("old", "new")]
     assert os.listdir(tmp_path) == ["out"]
 

@@ -32,7 +32,7 @@ def test_who_made_it_and_when_decides(tmp_path, dead):
         make(tmp_path, f".out.partial-{here}-{dead}-0a"),
         make(tmp_path, f".out.probe-{here}-{dead}-0a"),
         make(tmp_path, ".out.partial-elsewhere-1-0a", days=2),
-        make(tmp_path, ".out.partial-0a1b2c3d", days=2),                  # of an earlier version: no name in it
+        make(tmp_path, ".out.partial-0a1b2c3d", days=2),  # of an earlier version: no name in it
         make(tmp_path, f".other.partial-{here}-{dead}-0a"),
     ]
     kept = [

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from tests.fuzz.readers import READERS, Reader
 
 SECONDS_OF_A_CASE = 20
-MEMORY = 4 * 2**30                                # beside what the process has at the start
+MEMORY = 4 * 2**30  # beside what the process has at the start
 
 
 class TooSlow(BaseException):

@@ -9,7 +9,7 @@ from lightning_compress.layers.finite import is_finite, nonfinite
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_finite_numbers_are_not_taken_for_infinite_ones(dtype):
-    largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)        # their sum is not finite
+    largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)  # their sum is not finite
     assert is_finite(largest)
     assert is_finite(torch.tensor([1, 2]))
     assert is_finite(torch.empty(0))

@@ -27,6 +27,7 @@ class GatedLinear(nn.Linear):
 def model() -> nn.Module:
     def block():
         return nn.ModuleDict({"q_proj": nn.Linear(4, 4), "gate": GatedLinear(4, 4), "norm": nn.LayerNorm(4)})
+
     return nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "lm_head": nn.Linear(4, 8)})
 
 
@@ -87,7 +88,7 @@ def test_names_in_a_compiled_model_are_those_of_the_plain_one(model):
     head = model["lm_head"]
     model["lm_head"] = torch.compile(head)
     model["layers"][0] = torch.compile(model["layers"][0])
-    assert select(model, "Linear") == plain             # the Linear inside, not the wrapper around it
+    assert select(model, "Linear") == plain  # the Linear inside, not the wrapper around it
     assert select(model, "lm_head") == {"lm_head": head}
 
 
@@ -135,7 +136,7 @@ def test_one_of_two_targets_matches_nothing(model):
 def test_a_misspelt_name_in_ignore_is_told_a_pattern_is_not(model):
     with pytest.warns(UserWarning, match=r"ignore=\['lm_haed'\] matches none.*'lm_head'"):
         select(model, "Linear", "lm_haed")
-    assert names(model, "Linear", "re:.*router")        # recipes for many models
+    assert names(model, "Linear", "re:.*router")  # recipes for many models
 
 
 def stack(*layers: nn.Module) -> nn.Module:
@@ -152,7 +153,7 @@ def left_out(model: nn.Module, targets, ignore=()) -> list[str]:
 def test_a_class_that_leaves_most_of_the_model_as_it_is_says_so():
     model = stack(nn.Embedding(50, 8), nn.Conv1d(8, 8, 3), nn.LSTM(8, 8), nn.Linear(8, 4))
     (message,) = left_out(model, ["Linear"])
-    assert "reaches 32 of 736 weights" in message                     # 32 + 8 * 8 * 3 + 2 * 4 * 8 * 8
+    assert "reaches 32 of 736 weights" in message  # 32 + 8 * 8 * 3 + 2 * 4 * 8 * 8
     assert "1 LSTM (512), 1 Conv1d (192)" in message
     assert "to compress Conv1d too, add them to targets; no modifier compresses the weights of LSTM" in message
 
@@ -166,11 +167,11 @@ def test_what_no_modifier_can_reach_gets_no_advice_to_target_it():
 @pytest.mark.parametrize(
     ("targets", "ignore"),
     [
-        (["Linear", "Conv1d"], ["LSTM"]),                             # all of it, or named as left out
+        (["Linear", "Conv1d"], ["LSTM"]),  # all of it, or named as left out
         (["Linear"], ["Conv1d", "re:2"]),
-        (["re:.*3"], []),                                             # a pattern is a choice
+        (["re:.*3"], []),  # a pattern is a choice
         (["3"], []),
-        (["Conv1d"], []),                                             # so is another class
+        (["Conv1d"], []),  # so is another class
     ],
 )
 def test_what_was_chosen_one_by_one_is_not_questioned(targets, ignore):

@@ -106,7 +106,7 @@ def test_layouts_tell_windows_apart():
 
 def test_other_layers_are_refused():
     assert not is_supported(nn.ConvTranspose2d(2, 3, 1))
-    assert not is_supported(nn.Embedding(3, 4))                       # a matrix, but one that multiplies nothing
+    assert not is_supported(nn.Embedding(3, 4))  # a matrix, but one that multiplies nothing
     assert not is_embedding(nn.Linear(3, 4))
     assert not is_supported(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
     with pytest.raises(
@@ -154,7 +154,7 @@ def dynamic(layer: nn.Linear) -> nn.Module:
 
 
 W = torch.ones(32, 32)
-ODD = {                                                # what it says of the weight; how to make it
+ODD = {  # what it says of the weight; how to make it
     "weight_norm computes its weight; call torch.nn.utils.remove_weight_norm": lambda: weight_norm(nn.Linear(32, 32)),
     "spectral_norm computes its weight; call torch.nn.utils.remove_spectral": lambda: spectral_norm(nn.Linear(32, 32)),
     "prune computes its weight; call torch.nn.utils.prune.remove": lambda: prune.identity(nn.Linear(32, 32), "weight"),

@@ -9,7 +9,7 @@ from lightning_compress.layerwise.owl import OutlierSurvey, allocate, outlier_sh
 
 def test_the_share_of_outliers():
     scores = [torch.ones(10, 9), torch.tensor([[100.0] * 3 + [1.0] * 7])]
-    assert outlier_share(scores, 5.0) == pytest.approx(3 / 100)               # the mean is 3.97
+    assert outlier_share(scores, 5.0) == pytest.approx(3 / 100)  # the mean is 3.97
     assert outlier_share(scores, 40.0) == 0.0
     assert outlier_share([2 * s for s in scores], 5.0) == outlier_share(scores, 5.0)
 

@@ -70,12 +70,12 @@ def test_training_goes_on_with_folded_norms(tmp_path):
     lifecycle = Lifecycle([QATModifier(config_groups=GROUPS, fold_batchnorm=True)])
     lifecycle.initialize(State(model=model))
     assert list(model.state_dict()) == list(dense.state_dict())
-    assert_close(model(X), dense(X), rtol=0, atol=0.1)              # but for 8 bits
+    assert_close(model(X), dense(X), rtol=0, atol=0.1)  # but for 8 bits
     train(model, [], 4, lifecycle=lifecycle)
     for norm in (model[2], model[5]):
         assert (norm.weight == 1).all()
         assert (norm.running_mean == 0).all()
-        assert norm.bias.grad.abs().max() > 0                       # the shift trains
+        assert norm.bias.grad.abs().max() > 0  # the shift trains
     model.eval()
     before = model(X)
     lifecycle.finalize(State(model=model))

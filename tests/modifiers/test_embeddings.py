@@ -166,7 +166,7 @@ def test_training_looks_up_rows_on_their_grid_and_leaves_them_there(gradient):
     train(model, lifecycle, batches)
     moved = model.words.parametrizations.weight.original.detach() - before["words.parametrizations.weight.original"]
     seen = torch.stack(batches).unique()
-    assert set(moved.abs().sum(1).nonzero()[:, 0].tolist()) == set(seen.tolist()) - {0}      # 0 is padding
+    assert set(moved.abs().sum(1).nonzero()[:, 0].tolist()) == set(seen.tolist()) - {0}  # 0 is padding
     model.eval()
     with torch.no_grad():
         wanted = model(batches[0])

@@ -41,7 +41,7 @@ def test_sparsity_follows_the_cubic_schedule_and_zeros_survive_every_step(optimi
     train(model, [modifier], 20, optimizer=OPTIMIZERS[optimizer](model.parameters()), after_step=look)
     weights = model[0].weight.numel()
     for step, value in seen.items():
-        last_update = min(12, (step - 1) // 2 * 2)                    # the step ran after the update at or before it
+        last_update = min(12, (step - 1) // 2 * 2)  # the step ran after the update at or before it
         if step <= 2:
             expected = 0.0
         else:

@@ -40,7 +40,7 @@ def slow_movement(model: nn.Sequential, steps: int, end: int, final: float, lr: 
                 masks[k] = masks[k].reshape(W.shape)
         x, y = batch(step)
         leaves = [W.clone().requires_grad_() for W in weights]
-        gates = [M.clone().requires_grad_() for M in masks]                 # dL/dM = (dL/dW') W: the gradient of S
+        gates = [M.clone().requires_grad_() for M in masks]  # dL/dM = (dL/dW') W: the gradient of S
         offsets = [b.clone().requires_grad_() for b in biases]
         hidden = torch.relu(x.double() @ (leaves[0] * gates[0]).t() + offsets[0])
         nn.functional.cross_entropy(hidden @ (leaves[1] * gates[1]).t() + offsets[1], y).backward()
@@ -80,14 +80,20 @@ def test_weights_come_back_as_they_were():
         woken.append(int(awake.sum()))
         slept = asleep.clone()
 
-    train(model, [modifier], 30, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
-          after_step=look)
+    train(
+        model,
+        [modifier],
+        30,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+        after_step=look,
+    )
     assert sum(woken) > 10
     assert sparsity(model[0]) >= 0.5
 
 
 def test_large_weights_that_move_to_zero_go_and_small_ones_that_grow_stay():
     """Fine-tuning onto another task: the columns that were useful before are large, and useless now."""
+
     def pretrained() -> nn.Sequential:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 4, bias=False))
@@ -306,7 +312,8 @@ def test_the_ledger_says_what_was_done():
     lifecycle.emit(state, Event(EventType.CALIBRATION_START))
     lifecycle.emit(state, Event(EventType.CALIBRATION_END))
     assert [(row.module, row.technique, row.sparsity, row.params) for row in state.ledger] == [
-        ("0", "movement", 0.75, 512), ("2", "movement", 0.75, 256)
+        ("0", "movement", 0.75, 512),
+        ("2", "movement", 0.75, 256),
     ]
 
 

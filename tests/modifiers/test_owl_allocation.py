@@ -45,7 +45,7 @@ def test_blocks_with_outliers_keep_more(pruner, walk):
     wanted = expected(model, 0.6)
     compress(model, pruner(sparsity=0.6, sparsity_profile="owl"), data(), walk=walk)
     found = zeros(model)
-    assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=0.02)       # Wanda: whole weights of a row
+    assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=0.02)  # Wanda: whole weights of a row
     assert min(found) == found[0]
     assert sum(found) / 4 == pytest.approx(0.6, abs=0.02)
     assert max(found) - min(found) == pytest.approx(0.16, abs=0.02)

@@ -32,7 +32,7 @@ def network(seed: int = 0) -> nn.Sequential:
     blocks = [nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(2)]
     for block in blocks:
         for linear in block[::2]:
-            nn.init.normal_(linear.weight, mean=0.05, std=0.1)                # off-centre: zero points are not 0
+            nn.init.normal_(linear.weight, mean=0.05, std=0.1)  # off-centre: zero points are not 0
     return nn.Sequential(*blocks)
 
 

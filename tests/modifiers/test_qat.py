@@ -172,7 +172,7 @@ def test_learned_scales_move_until_the_end_of_the_window():
     trained(modifier, 6, model, after_step=note)
     moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert moved == [True, True, False, False, False]
-    assert model[0].parametrizations.weight[0].change.grad.abs().max() == 0      # a gradient, for DDP, but zero
+    assert model[0].parametrizations.weight[0].change.grad.abs().max() == 0  # a gradient, for DDP, but zero
 
 
 def test_before_the_start_the_model_trains_as_it_is():
@@ -188,7 +188,7 @@ def test_before_the_start_the_model_trains_as_it_is():
     rounded = network()
     rounded.load_state_dict(dense.state_dict())
     compress(rounded, QuantizationModifier(scheme="W3A16", group_size=8, scale_search="mse"))
-    assert torch.equal(model(X), rounded(X))                 # scales are those of the weights at the start, not before
+    assert torch.equal(model(X), rounded(X))  # scales are those of the weights at the start, not before
 
 
 def test_static_activations_average_the_extremes_of_batches_until_they_freeze():
@@ -233,10 +233,10 @@ def test_static_activation_scales_are_observed_then_learned_then_stand(inputs):
 
     _, lifecycle = trained(modifier, 7, model, after_step=note)
     scales, changes = zip(*seen, strict=True)
-    assert changes[:2] == (0, 0)                                    # observed
-    assert len(set(changes[2:5])) == 3                              # learned
-    assert len(set(scales[4:])) == 1                                # at rest
-    assert fake_quantize_of(model[2]).input.change.grad == 0        # a gradient, for DDP, but zero
+    assert changes[:2] == (0, 0)  # observed
+    assert len(set(changes[2:5])) == 3  # learned
+    assert len(set(scales[4:])) == 1  # at rest
+    assert fake_quantize_of(model[2]).input.change.grad == 0  # a gradient, for DDP, but zero
     before, after = finished(model, lifecycle)
     assert torch.equal(before, after)
     assert quantized_of(model[2]).input_scale.item() == scales[-1]
@@ -317,7 +317,7 @@ def test_training_goes_on_from_gptq():
     lifecycle = Lifecycle([QATModifier(scheme="W3A16", group_size=8)])
     lifecycle.initialize(State(model=model))
     assert quantized_modules(model) == {}
-    assert torch.equal(model(X), gptq(X))                    # the very model that GPTQ made
+    assert torch.equal(model(X), gptq(X))  # the very model that GPTQ made
     train(model, [], 3, lifecycle=lifecycle)
     before, after = finished(model, lifecycle)
     assert torch.equal(before, after)
@@ -338,7 +338,7 @@ def test_one_recipe_quantizes_first_and_trains_then():
     lifecycle.initialize(State(model=model))
     before = [id(p) for p in model.parameters()]
     accumulators = [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
-    assert torch.equal(model(X), network()(X))                      # the dense one until then
+    assert torch.equal(model(X), network()(X))  # the dense one until then
     first = Event(EventType.BATCH_START)
     calibrate(lifecycle.handing_over(first), State(model=model), data)
     lifecycle.modifiers[0].note_handed_over()
@@ -346,7 +346,7 @@ def test_one_recipe_quantizes_first_and_trains_then():
     assert [m.name for m in lifecycle.after_training.modifiers] == ["QATModifier"]
     assert [id(p) for p in model.parameters()] == before
     assert list(model.state_dict()) == list(network().state_dict())
-    assert [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()] == accumulators     # DDP's hooks
+    assert [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()] == accumulators  # DDP's hooks
     assert torch.equal(model(X), expected(X))
     for layer in (0, 2):
         assert torch.equal(model[layer].parametrizations.weight.original, quantized_of(expected[layer]).latent)
@@ -491,7 +491,7 @@ def test_batch_norm_freezes():
     train(model, [modifier], 5, after_step=lambda step: means.append(model[1].running_mean.clone()))
     same = [torch.equal(a, b) for a, b in pairwise(means)]
     assert same == [False, True, True, True]
-    assert model[1].weight.grad is not None                  # scale and shift train on
+    assert model[1].weight.grad is not None  # scale and shift train on
 
 
 def test_no_batch_norm_to_freeze():

@@ -163,7 +163,7 @@ def test_imatrix_scales_lower_the_error_that_inputs_weigh():
         gaps = [before[f"{n}.weight"] - model.get_submodule(n).weight.detach() for n in "qkv"]
         found[search] = sum(float((gap.square() @ h).sum()) for gap in gaps)
     assert found["imatrix"] < 0.8 * min(found["mse"], found["minmax"])
-    assert ledger.rows[-1].flags == ["never saw data; scales by mse"]              # spare
+    assert ledger.rows[-1].flags == ["never saw data; scales by mse"]  # spare
 
 
 def test_hessian_scales_lower_what_the_outputs_lose():
@@ -178,7 +178,7 @@ def test_hessian_scales_lower_what_the_outputs_lose():
         found[search] = float(sum(groups))
     assert found["hessian"] < 0.95 * found["imatrix"] < 0.8 * found["minmax"]
     assert ledger.rows[0].tokens == len(x)
-    assert ledger.rows[-1].flags == ["never saw data; scales by mse"]              # spare
+    assert ledger.rows[-1].flags == ["never saw data; scales by mse"]  # spare
 
 
 def test_hessian_scales_are_those_of_the_blocks_on_the_diagonal_of_h():

@@ -33,7 +33,7 @@ def test_saliency_is_the_mean_over_routed_tokens_of_gate_times_norm():
     torch.manual_seed(0)
     x, weights = torch.randn(30, 6), torch.rand(30, 2)
     index = torch.stack([torch.randperm(4)[:2] for _ in range(30)])
-    index[index == 3] = 0                                               # expert 3 gets nothing
+    index[index == 3] = 0  # expert 3 gets nothing
     matrices = torch.randn(4, 6, 6)
     whole, parts = ExpertSaliency(4), ExpertSaliency(4)
     whole.update(x, index, weights, lambda e, t: t @ matrices[e])
@@ -81,7 +81,7 @@ def test_an_expert_that_no_token_is_routed_to_leaves_without_a_trace():
     architecture = ARCHITECTURES["deepseek_v3"]
     model = replace(architecture, sizes={**architecture.sizes, "n_group": 1}).build()
     batches, mixture = architecture.batches(), model.model.layers[1].mlp
-    mixture.gate.e_score_correction_bias[2] = -100.0                 # what it is routed by, not what it is weighed by
+    mixture.gate.e_score_correction_bias[2] = -100.0  # what it is routed by, not what it is weighed by
     dense = [logits(model, batch) for batch in batches]
     routed = []
     mixture.experts.register_forward_pre_hook(lambda m, args: routed.append(args[1]))

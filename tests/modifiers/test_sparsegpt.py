@@ -98,9 +98,9 @@ def test_zeros_are_kept_and_count():
     W[:, ::3], W[4] = 0, 0
     zeros, factor = W == 0, factorize(H, 0.01, False)
     for scope in ("block", "row"):
-        Q, _ = prune_columns(W, factor, 0.3, scope=scope)         # more zeros there than asked for
+        Q, _ = prune_columns(W, factor, 0.3, scope=scope)  # more zeros there than asked for
         assert torch.equal(Q == 0, zeros)
-        assert_close(Q, W)                                        # and nothing to make up for
+        assert_close(Q, W)  # and nothing to make up for
         Q, _ = prune_columns(W, factor, 0.7, scope=scope)
         assert (Q[zeros] == 0).all()
     assert (kept_per_group(prune_columns(W, factor, 0.5, (2, 4))[0], 4) <= 2).all()

@@ -65,7 +65,7 @@ def test_a_size_that_does_not_fit_names_what_to_type_in_a_hydra_app(monkeypatch,
     CompressionCallback({"gptq": modifier})
     with pytest.raises(ValueError, match=f"group_size={size} does not divide") as caught:
         modifier.assign(model)
-    assert "callbacks" not in str(caught.value)                     # in plain Python there is no command line
+    assert "callbacks" not in str(caught.value)  # in plain Python there is no command line
     monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
     with pytest.raises(ValueError, match=f"; on the command line: .*modifiers.{typed}$"):
         modifier.assign(model)

@@ -72,7 +72,7 @@ def test_outputs_stay_and_the_right_pairs_are_found(remove):
         assert (model.norm1.weight == 1).all()
         assert not model.norm1.training
         fresh = Residual().eval()
-        fresh.load_state_dict(model.state_dict())                   # whoever knows the architecture
+        fresh.load_state_dict(model.state_dict())  # whoever knows the architecture
         assert torch.equal(fresh(x), model(x))
 
 

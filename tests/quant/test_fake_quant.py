@@ -61,7 +61,7 @@ def test_the_answer_to_a_row_does_not_depend_on_its_neighbours(name, shape, way)
     odd = torch.cat([x[:1], 200 * torch.randn(1, *shape[1:])])
     with torch.no_grad():
         alone = layer(x[:1])
-        assert_close(layer(x)[:1], alone, rtol=1e-5, atol=1e-6)          # a code more or less would be 1e-3 and above
+        assert_close(layer(x)[:1], alone, rtol=1e-5, atol=1e-6)  # a code more or less would be 1e-3 and above
         assert_close(layer(odd)[:1], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_the_answer_to_an_image_does_not_depend_on_its_neighbours(kind, way):
         alone = layer(x[:1])
         assert_close(layer(x)[:1], alone, rtol=1e-5, atol=1e-6)
         assert_close(layer(odd)[:1], alone, rtol=1e-5, atol=1e-6)
-        assert_close(layer(x[0])[None], alone, rtol=1e-5, atol=1e-6)               # without a batch
+        assert_close(layer(x[0])[None], alone, rtol=1e-5, atol=1e-6)  # without a batch
 
 
 @pytest.mark.parametrize("kind", IMAGES)

@@ -35,8 +35,8 @@ def test_small_floats_by_the_list_of_their_numbers(bits, numbers, dtype):
     assert_close((x.abs() - found.abs()).abs(), nearest, rtol=0, atol=0)
     assert set(found.abs().tolist()) == set(numbers.tolist())
     cast = FP4_E2M1_DATA.cast_to_fp4 if bits == 4 else FP6_E2M3_DATA.cast_to_fp6
-    if dtype == torch.float32:                                 # theirs goes through float32
-        assert torch.equal(found, cast(x.clone()))             # ties too
+    if dtype == torch.float32:  # theirs goes through float32
+        assert torch.equal(found, cast(x.clone()))  # ties too
 
 
 @pytest.mark.parametrize("name", MICROSCALED)
@@ -120,7 +120,7 @@ def test_what_servers_fuse_shares_a_global_scale_and_nothing_else_does():
     largest = max(modules[f"a.{n}_proj"].weight.abs().max() for n in "qkv")
     found = shared.of("a.k_proj")
     assert_close(found, 448 * 6 / largest.detach()[None])
-    modules["a.q_proj"].weight.data *= 9                       # kept: k is rounded by now
+    modules["a.q_proj"].weight.data *= 9  # kept: k is rounded by now
     assert shared.of("a.q_proj") is found
     assert_close(shared.of("b.q_proj"), 448 * 6 / modules["b.q_proj"].weight.detach().abs().max()[None])
     assert shared.of("a.o_proj") != found

@@ -137,7 +137,7 @@ def values(statistic):
     return value if isinstance(value, torch.Tensor) else torch.cat([part.float() for part in value])
 
 
-@pytest.mark.parametrize("name", [name for name in STATISTICS if name != "moving_average"])   # it weighs batches
+@pytest.mark.parametrize("name", [name for name in STATISTICS if name != "moving_average"])  # it weighs batches
 def test_a_batch_that_is_split_is_the_whole(name):
     x, whole, parts = data()[None], made(name), made(name)
     whole.update(x)
@@ -149,7 +149,7 @@ def test_a_batch_that_is_split_is_the_whole(name):
 @pytest.mark.parametrize("name", STATISTICS)
 def test_two_ranks_merged_are_the_whole(name):
     x, whole, ranks, idle = data()[None], made(name), [made(name), made(name)], made(name)
-    halves = [x, x] if name == "moving_average" else x.split(30, 1)      # its ranks are averaged
+    halves = [x, x] if name == "moving_average" else x.split(30, 1)  # its ranks are averaged
     for half, observer in zip(halves, ranks, strict=True):
         observer.update(half)
     whole.update(x)

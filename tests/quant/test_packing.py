@@ -19,9 +19,7 @@ def on_grid(scheme, R=16, C=128, dtype=torch.float32, seed=0):
     codes = torch.randint(low, high + 1, (R, C), dtype=torch.int8)
     scale = (torch.rand(shape) * 0.1 + 0.01).to(dtype)
     zero = None if args.symmetric else torch.randint(low, high + 1, shape, dtype=torch.int8)
-    spread = [
-        v if v is None or v.ndim == 1 else v.repeat_interleave(C // v.shape[1], 1) for v in (scale, zero)
-    ]
+    spread = [v if v is None or v.ndim == 1 else v.repeat_interleave(C // v.shape[1], 1) for v in (scale, zero)]
     shifted = codes.to(dtype) if zero is None else codes.to(dtype) - spread[1].to(dtype)
     linear = nn.Linear(C, R, bias=False, dtype=dtype)
     linear.weight.data = shifted * spread[0]
@@ -81,15 +79,22 @@ def test_names_dtypes_and_shapes(scheme_of, quantize, name):
     scheme = quantized_of(linear).scheme
     found = {key: (value.dtype, tuple(value.shape)) for key, value in pack("0", linear, quantized_of(linear)).items()}
     scale = torch.float32
-    assert found == {
-        "W4A16": {
-            "weight_packed": (torch.int32, (32, 256 * 4 // 32)),
-            "weight_scale": (scale, (32, 2)),
-            "weight_shape": (torch.int64, (2,)),
-        },
-        "W8A8": {"weight": (torch.int8, (32, 256)), "weight_scale": (scale, (32, 1))},
-        "static": {"weight": (torch.int8, (32, 256)), "weight_scale": (scale, (32, 1)), "input_scale": (scale, (1,))},
-    }[name]
+    assert (
+        found
+        == {
+            "W4A16": {
+                "weight_packed": (torch.int32, (32, 256 * 4 // 32)),
+                "weight_scale": (scale, (32, 2)),
+                "weight_shape": (torch.int64, (2,)),
+            },
+            "W8A8": {"weight": (torch.int8, (32, 256)), "weight_scale": (scale, (32, 1))},
+            "static": {
+                "weight": (torch.int8, (32, 256)),
+                "weight_scale": (scale, (32, 1)),
+                "input_scale": (scale, (1,)),
+            },
+        }[name]
+    )
     assert found.keys() <= set(tensor_names(nn.Linear, scheme))
 
 

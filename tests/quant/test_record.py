@@ -88,7 +88,7 @@ def test_gradients_pass_the_rounding_of_inputs_straight_through(tmp_path, name, 
     grid = {"config_groups": {"all": {"targets": targets, **static}}} if name == "static" else {"scheme": name}
     compress(model, QuantizationModifier(**grid, **({} if name == "static" else {"targets": targets})), [x])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                   # convolutions stay dense on disk
+        warnings.simplefilter("ignore")  # convolutions stay dense on disk
         folder = save(model, tmp_path / "net") if way != "in memory" else None
     records = [quantized_of(layer) for layer in model]
     twin = copy.deepcopy(model)
@@ -109,7 +109,7 @@ def test_gradients_pass_the_rounding_of_inputs_straight_through(tmp_path, name, 
     model(x).sin().sum().backward()
     expected.sin().sum().backward()
     gradients = {key: p.grad for key, p in twin.named_parameters()}
-    for key, parameter in model.named_parameters():                      # a packed Linear has a bias alone
+    for key, parameter in model.named_parameters():  # a packed Linear has a bias alone
         assert parameter.grad.norm() > 0, key
         assert (parameter.grad - gradients[key]).norm() < 0.02 * gradients[key].norm(), key
     assert len(list(model.parameters())) >= len(gradients) / 2

@@ -130,4 +130,4 @@ def test_groups_as_partitions_give_the_blocks_on_the_diagonal():
         for k, columns in enumerate((slice(0, 4), slice(4, 8), slice(8, 10))):
             size = columns.stop - columns.start
             assert_close(stat.value()[3 * p + k, :size, :size], H[columns, columns])
-    assert not stat.value()[[2, 5], 2:].any()                    # what filled up the last group
+    assert not stat.value()[[2, 5], 2:].any()  # what filled up the last group

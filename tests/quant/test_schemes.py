@@ -241,8 +241,14 @@ def test_a_model_that_is_quantized_already():
 
 @pytest.mark.parametrize(
     ("columns", "asked", "advice"),
-    [(576, 128, "group_size=64"), (96, 64, "group_size=32"), (784, 128, "group_size=16"), (36, 32, "group_size=-1"),
-     (30, 128, "group_size=-1"), (7, 4, "group_size=-1")],
+    [
+        (576, 128, "group_size=64"),
+        (96, 64, "group_size=32"),
+        (784, 128, "group_size=16"),
+        (36, 32, "group_size=-1"),
+        (30, 128, "group_size=-1"),
+        (7, 4, "group_size=-1"),
+    ],
 )
 def test_the_size_that_is_suggested_lies_near_the_one_asked_for(columns, asked, advice):
     (scheme,) = from_presets("W4A16", ["Linear"], asked)
@@ -257,7 +263,7 @@ def test_auto_gives_each_module_the_largest_usual_size_that_divides_its_columns(
         "256": "W4A16 g128 sym", "192": "W4A16 g64 sym", "576": "W4A16 g64 sym", "160": "W4A16 g32 sym",
         "784": "W4A16 channel sym", "30": "W4A16 channel sym",
     }  # fmt: skip
-    assert assigned["192"] is assigned["576"]                       # one object, so that exports write one group
+    assert assigned["192"] is assigned["576"]  # one object, so that exports write one group
     assert type(assigned["256"]) is QuantizationScheme
 
 
@@ -308,7 +314,7 @@ def test_a_pattern_means_the_layers_inside_of_what_it_matches():
     with pytest.raises(ValueError, match=r"targets='re:mlp\$' matches 'mlp' \(ModuleDict\), which hold no matrix of"):
         assign(model, from_presets("W4A16", ["re:mlp$", "Linear"], 32), [])
     model["attn"]["lstm"] = nn.LSTM(32, 8)
-    with pytest.raises(ValueError, match=r"cannot quantize 'attn.lstm' \(LSTM\)"):         # nothing silently
+    with pytest.raises(ValueError, match=r"cannot quantize 'attn.lstm' \(LSTM\)"):  # nothing silently
         assign(model, from_presets("W4A16", ["re:.*attn.*"], 32), [])
 
 
@@ -341,7 +347,7 @@ def test_inputs_that_no_hook_will_see_are_named():
         assign(model, from_presets("W8A8", ["Linear"]), [])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assign(model, from_presets("W8A16", ["Linear"], 8), ["MultiheadAttention"])        # weights alone
+        assign(model, from_presets("W8A16", ["Linear"], 8), ["MultiheadAttention"])  # weights alone
 
 
 @pytest.mark.parametrize("name", ["NVFP4", "MXFP4", "MXFP8"])

@@ -63,7 +63,7 @@ def test_splitting_changes_neither_logits_nor_keys_nor_parameters(name):
     names = split(model)
     assert names == list(fused_experts(model))
     assert split(model) == []
-    assert torch.equal(logits(model, batches[0]), dense)               # unwatched: the module's own code
+    assert torch.equal(logits(model, batches[0]), dense)  # unwatched: the module's own code
     handles = watch(model, lambda *_: None)
     assert_close(logits(model, batches[0]), dense, rtol=0, atol=1e-5)  # watched: expert after expert
     with watched(model, all_experts=True):
@@ -179,7 +179,7 @@ def test_formats_of_experts_that_transformers_cannot_unpack_are_said(tmp_path, s
         folder = save(model, tmp_path / "out")
     assert torch.equal(logits(load(folder, packed=False), batches[0]), logits(model, batches[0]))
     if scheme == "NVFP4A16":
-        return                                                         # loads, and is not the model
+        return  # loads, and is not the model
     with pytest.raises(RuntimeError):
         MixtralForCausalLM.from_pretrained(folder)
 

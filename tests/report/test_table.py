@@ -49,7 +49,7 @@ def test_everything_but_a_path_fits_80_columns_and_no_figure_is_broken(facts):
     assert max(len(line) for line in text.splitlines() if not line.startswith("compressed model")) <= 80
     for figure in ("0.00045", "0.000435", "572.2 MiB", "171.7 MiB", "+0.0125 ± 0.0031", "17.24"):
         assert re.search(rf"(^|\s){re.escape(figure)}(\s|$)", text, re.MULTILINE), figure
-    assert "model.layers.29.self_attn.q_proj " in text             # the worst, in one piece
+    assert "model.layers.29.self_attn.q_proj " in text  # the worst, in one piece
 
 
 def test_the_worst_modules_come_first_and_only_five(ledger, facts):
@@ -92,7 +92,7 @@ def test_what_is_unknown_is_left_out():
     assert "None" not in text
     assert "largest errors" not in text
     assert lines_of(text, "metric")[1].split() == ["accuracy", "0.5", "0.25", "-0.25"]
-    assert "total" not in text                          # of one line it would say the same again
+    assert "total" not in text  # of one line it would say the same again
 
 
 def test_no_trailing_blanks(ledger, facts):

@@ -1,8 +1,8 @@
 """Runs of train.py that can be killed: this process imports it once, and forks a run for each line.
 
-    python -m tests.support.app_runs
-    > ["+compress=gptq_w4", "hydra.run.dir=/somewhere"]      overrides as JSON, on stdin
-    < {"signal": 0, "failed": ""}                            the signal that ended the run, and a traceback, on stdout
+python -m tests.support.app_runs
+> ["+compress=gptq_w4", "hydra.run.dir=/somewhere"]      overrides as JSON, on stdin
+< {"signal": 0, "failed": ""}                            the signal that ended the run, and a traceback, on stdout
 """
 
 import json
@@ -37,7 +37,7 @@ def attempt(overrides: list[str], folder: str) -> dict[str, object]:
         if child := os.fork():
             status = os.waitpid(child, 0)[1]
             return {"signal": os.WTERMSIG(status), "failed": told.read()}
-        os.dup2(2, 1)                                        # tables and logs
+        os.dup2(2, 1)  # tables and logs
         try:
             run(overrides, folder)
         except BaseException:

@@ -20,10 +20,10 @@ class Watcher(Modifier):
     targets: list[str] = Field(default=["Linear", "Conv2d"])
     change: bool = True
 
-    inputs: dict[str, list[Tensor]] = Field(default_factory=dict)           # copies
-    objects: list[tuple[str, Tensor]] = Field(default_factory=list)         # the very tensors, in order
+    inputs: dict[str, list[Tensor]] = Field(default_factory=dict)  # copies
+    objects: list[tuple[str, Tensor]] = Field(default_factory=list)  # the very tensors, in order
     masks: list[Tensor | None] = Field(default_factory=list)
-    events: list[tuple[str, str]] = Field(default_factory=list)             # (event, block or modules)
+    events: list[tuple[str, str]] = Field(default_factory=list)  # (event, block or modules)
     finished: list[str] = Field(default_factory=list)
     _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
 
@@ -102,7 +102,7 @@ class Layered(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embed(x)
-        local = (x.detach().sum(-1, keepdim=True) > 0).to(x.dtype)          # depends on the batch
+        local = (x.detach().sum(-1, keepdim=True) > 0).to(x.dtype)  # depends on the batch
         for i, layer in enumerate(self.layers):
             x = layer(x, mask=local if i % 2 else 1 - local, scale=0.5 + i)
         return self.head(self.norm(x))
@@ -115,7 +115,7 @@ class ConvBlock(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.conv(self.act(x)))                              # writes into its input
+        return self.act(self.conv(self.act(x)))  # writes into its input
 
 
 class Stages(nn.Module):

@@ -91,9 +91,7 @@ def _vit(t: Any) -> nn.Module:
 
 TRANSFORMERS: dict[str, Callable[[Any], nn.Module]] = {
     "llama": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, **TOKENS, num_key_value_heads=2)),
-    "gemma3": lambda t: t.Gemma3ForCausalLM(
-        t.Gemma3TextConfig(**SIZES, **TOKENS, num_key_value_heads=2, head_dim=8)
-    ),
+    "gemma3": lambda t: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SIZES, **TOKENS, num_key_value_heads=2, head_dim=8)),
     "phi3": lambda t: t.Phi3ForCausalLM(t.Phi3Config(**SIZES, **TOKENS, num_key_value_heads=2)),
     "neox": lambda t: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZES, **TOKENS)),
     "gpt2": lambda t: t.GPT2LMHeadModel(t.GPT2Config(**SMALL, **TOKENS, n_positions=32)),

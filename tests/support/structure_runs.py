@@ -66,6 +66,7 @@ def tokens(seed: int = 0, count: int = 4) -> dict[str, Tensor]:
 
 def silenced(model: nn.Module, hooks: dict[str, Callable[[Tensor], Tensor]]) -> list[Any]:
     """The dense model with some units zeroed where they are read: an independent way to the output of the small one."""
+
     def zeroing(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         return lambda module, args: (change(args[0]), *args[1:])
 

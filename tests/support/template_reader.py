@@ -1,8 +1,8 @@
 """Load checkpoints of the template app in a process that cannot import lightning_compress.
 
-    python -m tests.support.template_reader
-    > /somewhere/compressed.ckpt             a path per line, on stdin
-    < [[0.1, ...], ...]                      the logits of the loaded model for one fixed batch, as JSON, on stdout
+python -m tests.support.template_reader
+> /somewhere/compressed.ckpt             a path per line, on stdin
+< [[0.1, ...], ...]                      the logits of the loaded model for one fixed batch, as JSON, on stdout
 """
 
 import json

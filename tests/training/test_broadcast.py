@@ -49,7 +49,7 @@ def mixture():
 
 def tied():
     model = llama(num_hidden_layers=2, tie_word_embeddings=True)
-    model.model.norm.weight.data.uniform_(0.5, 2.0)          # a gain that must go into the head alone
+    model.model.norm.weight.data.uniform_(0.5, 2.0)  # a gain that must go into the head alone
     return model
 
 
@@ -136,7 +136,7 @@ def test_two_ranks_end_with_one_model(ends, name):
     assert all(torch.equal(zero["weights"][key], one["weights"][key]) for key in zero["weights"])
     assert (zero["cuts"], zero["config"]) == (one["cuts"], one["config"])
     assert (one["after"] < one["before"]) == (name in SMALLER)
-    assert (one["after"] > one["before"]) == (name in ("rotation", "spinquant"))          # untied
+    assert (one["after"] > one["before"]) == (name in ("rotation", "spinquant"))  # untied
 
 
 def test_what_no_rank_can_repeat_is_an_error_on_both(ends):

@@ -20,11 +20,11 @@ def optimizers(count):
     ("batches", "accumulate", "epochs", "max_steps", "count", "per_epoch", "total"),
     [
         (10, 1, 3, -1, 1, 10, 30),
-        (10, 4, 3, -1, 1, 3, 9),               # the last window is partial
+        (10, 4, 3, -1, 1, 3, 9),  # the last window is partial
         (10, 1, 3, 7, 1, 10, 7),
         (10, 1, -1, 40, 1, 10, 40),
         (10, 1, None, -1, 1, 10, None),
-        (10, 1, 3, 30, 2, 10, 15),             # max_steps adds up both optimizers
+        (10, 1, 3, 30, 2, 10, 15),  # max_steps adds up both optimizers
         (math.inf, 1, 3, -1, 1, None, None),
         (math.inf, 1, 3, 12, 1, None, 12),
     ],

@@ -19,7 +19,7 @@ class Wrapper(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
-        self.layers = [net[0]]                                   # a reference that torch does not know of
+        self.layers = [net[0]]  # a reference that torch does not know of
 
 
 class Experts(nn.Module):
@@ -76,7 +76,7 @@ def test_the_copy_is_what_the_network_was(mark):
     assert (wrapper.net, wrapper.layers[0]) == (stored["net"], stored["net"][0])
     plain = stored["net"]
     assert plain is not net
-    assert print in plain[1]._forward_hooks.values()             # what others have put there stays
+    assert print in plain[1]._forward_hooks.values()  # what others have put there stays
     assert list(plain.state_dict()) == list(dense)
     assert all(plain.state_dict()[key].data_ptr() == weights[key].data_ptr() for key in weights)
     for name, module in plain.named_modules():

@@ -90,7 +90,7 @@ def test_a_second_run_is_refused_before_training_and_locks_end_with_the_fit(tmp_
             seen.append(sorted(p.name for p in tmp_path.rglob(".*")))
             for path in trainer.callbacks[0]._outputs.locks:
                 content = json.loads(path.read_text())
-                path.write_text(json.dumps(holder()))                       # as if process 1 had come first
+                path.write_text(json.dumps(holder()))  # as if process 1 had come first
                 with pytest.raises(ValueError, match="is in use by process 1"):
                     fit(tmp_path, export_dir=place, module=Fails())
                 path.write_text(json.dumps(content))

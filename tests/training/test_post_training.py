@@ -159,7 +159,7 @@ def test_a_compiled_module_is_seen_through(tmp_path):
     callback = rounding()
     quiet(tmp_path, callback, limit_train_batches=2).fit(module, Sums())
     assert callback._state.model is module.model._orig_mod
-    assert len(callback.lifecycle.modifiers[0]._seen) > 0            # hooks that were added after compilation fire
+    assert len(callback.lifecycle.modifiers[0]._seen) > 0  # hooks that were added after compilation fire
     assert module.is_rounded()
 
 
@@ -207,7 +207,7 @@ def indices(callback):
 def test_samples_are_chosen_with_the_seed(tmp_path, caplog):
     chosen = []
     for number, seed in enumerate((0, 0, 1)):
-        torch.manual_seed(number)                          # the training loader shuffles differently each time
+        torch.manual_seed(number)  # the training loader shuffles differently each time
         callback = rounding(calibration_batches=2, seed=seed)
         with caplog.at_level("INFO"):
             quiet(tmp_path / str(number), callback).fit(Regression(), Sums(batches=8))
@@ -238,7 +238,7 @@ def test_the_module_may_bring_its_calibration_step(tmp_path):
             return self.model(batch[0])
 
     quiet(tmp_path, rounding(calibration_batches=3)).fit(Own(), Sums())
-    assert {(i, 4) for i in (0, 1, 2)} <= set(steps) <= {(i, 4) for i in (0, 1, 2)} | {(0, 1)}      # (0, 1): the probe
+    assert {(i, 4) for i in (0, 1, 2)} <= set(steps) <= {(i, 4) for i in (0, 1, 2)} | {(0, 1)}  # (0, 1): the probe
 
 
 def test_fewer_batches_than_asked_is_a_warning(tmp_path):
@@ -301,7 +301,7 @@ def test_processors_are_exported_as_well_as_tokenizers(tmp_path):
     assert names.keys() == {
         "config.json", "export_manifest.json", "processor.json", "tokenizer.json", "preprocessor_config.json"
     }  # fmt: skip
-    assert names["tokenizer.json"] == "('processor', 'tokenizer')"           # the processor's own counts
+    assert names["tokenizer.json"] == "('processor', 'tokenizer')"  # the processor's own counts
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_told_before_training(tmp_path):
@@ -513,7 +513,7 @@ def test_a_folder_that_answers_otherwise_is_a_warning_and_stands_in_the_report(t
         trainer.fit(Regression(), Sums())
     (folder, shape, written) = seen[0]
     assert (len(seen), folder, written) == (1, tmp_path / "compressed", True)
-    assert shape[0] > 1                                                       # one calibration batch
+    assert shape[0] > 1  # one calibration batch
     summary = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert summary["verify"] == {"difference": 0.9, "fault": "it answers otherwise"}
     assert not list(tmp_path.glob(".compressed*"))

@@ -41,7 +41,7 @@ def in_terminal(script: str, *args: str) -> str:
         try:
             while piece := os.read(leader, 1 << 16):
                 pieces.append(piece)
-        except OSError:                        # the terminal is closed when its last writer ends
+        except OSError:  # the terminal is closed when its last writer ends
             pass
 
     reader = threading.Thread(target=read)
@@ -157,7 +157,7 @@ def test_ten_thousand_updates_on_a_terminal_are_drawn_a_few_times():
     """
     text = in_terminal(script)
     cpu = float(text.rsplit("cpu", 1)[1])
-    assert cpu < 10                            # 0.02 s here; one row for each text took minutes
+    assert cpu < 10  # 0.02 s here; one row for each text took minutes
     assert len(text) < 200_000
     assert [line.split()[0] for line in last_screen(text)] == ["cpu"]
 
@@ -208,8 +208,8 @@ def test_calibration_on_a_terminal_costs_no_more_than_in_a_pipe(tmp_path):
     text = in_terminal(script, "4", str(tmp_path))
     plain, rich = text.split("\ncpu")
     cpu = float(rich.split()[0])
-    assert cpu < 30                            # 0.44 s here; one row of the bar for each layer and batch took 102 s
-    for text in (plain, rich):                 # Lightning's rich bar is live until the end of fit, over what it finds
+    assert cpu < 30  # 0.44 s here; one row of the bar for each layer and batch took 102 s
+    for text in (plain, rich):  # Lightning's rich bar is live until the end of fit, over what it finds
         screen = last_screen(text)
         assert not [line for line in screen if re.search(r"batch \d+/16|\d:\d\d left", line)], screen
         assert [line.split(":")[0] for line in screen][-1] == "compressed model", screen

@@ -35,7 +35,7 @@ def enter(rank, function, folder):
 
 def slow(rank):
     def work():
-        time.sleep(4)                      # longer than the group's timeout
+        time.sleep(4)  # longer than the group's timeout
         return {"from": rank}
 
     return alone(work, "work")
@@ -67,7 +67,7 @@ def deserted(rank):
         raise SystemExit(143)
 
     if rank == 1:
-        threading.Timer(0.3, os._exit, (0,)).start()           # ended while it waits
+        threading.Timer(0.3, os._exit, (0,)).start()  # ended while it waits
     try:
         alone(work, "calibration")
     except SystemExit as stop:
@@ -97,6 +97,6 @@ def test_every_rank_gets_the_tensors_of_rank_0(tmp_path):
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)               # forked processes and OpenMP threads do not mix
+    torch.set_num_threads(1)  # forked processes and OpenMP threads do not mix
     yield
     torch.set_num_threads(threads)

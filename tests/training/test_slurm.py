@@ -286,7 +286,7 @@ class Cluster:
         self.until(lambda: when in self.log(job), repr(when), job)
         subprocess.run(["scancel", "--signal=USR1", job], check=True)
         self.until(lambda: self.states(job) == {"PENDING"}, "the requeue", job, seconds=60)
-        time.sleep(2)        # a credential issued in the second of the requeue is taken for a revoked one
+        time.sleep(2)  # a credential issued in the second of the requeue is taken for a revoked one
         self.scontrol("update", f"jobid={job}", "StartTime=now")
         self.finish(job)
         assert "Restarts=1" in self.scontrol("show", "job", job)

@@ -81,7 +81,7 @@ def test_the_next_attempt_goes_on_where_training_had_ended(tmp_path, asked):
     assert counts.batches == 0
     assert callback.done
     assert module.is_rounded()
-    assert asked() == ["requeue 77"] * 2        # the second attempt compresses in on_fit_end, and was signalled as well
+    assert asked() == ["requeue 77"] * 2  # the second attempt compresses in on_fit_end, and was signalled as well
 
 
 def test_after_a_requeue_trainer_test_measures_the_compressed_model(tmp_path, asked):
@@ -89,7 +89,7 @@ def test_after_a_requeue_trainer_test_measures_the_compressed_model(tmp_path, as
 
     class Requeued(Callback):
         def on_train_batch_end(self, trainer, *args):
-            trainer.save_checkpoint(tmp_path / "hpc_ckpt_4.ckpt")        # as Lightning's handler does in mid-fit
+            trainer.save_checkpoint(tmp_path / "hpc_ckpt_4.ckpt")  # as Lightning's handler does in mid-fit
 
     trainer, module = quiet(tmp_path, CompressionCallback(RoundingModifier()), Requeued()), Regression()
     trainer.fit(module, Sums())

@@ -52,7 +52,7 @@ class LearnedBlock:
         self.modules, self.replay, self.mask, self.count = modules, replay, mask, count
         outputs = [] if dense is not None else [first_tensor(replay(i)).clone() for i in range(count)]
         self._target: Callable[[int], Tensor] = outputs.__getitem__ if dense is None else dense
-        self._sizes: dict[int, _Size] = {}                     # of what it shall give, by batch
+        self._sizes: dict[int, _Size] = {}  # of what it shall give, by batch
         self.gives_output = dense is not None or outputs[0].numel() > 0
 
     @property
@@ -113,7 +113,7 @@ class LearnedBlock:
                 f"torch.no_grad() or .detach() in its forward? Add them to ignore, or take one that learns nothing"
             )
         holders = {name: parameter_of(module) for name, module in self.modules.items()}
-        parameters = list(dict.fromkeys(holders.values()))     # experts may share one
+        parameters = list(dict.fromkeys(holders.values()))  # experts may share one
         weight = torch.full_like(value, unit)
         found = torch.autograd.grad(value, parameters, weight, retain_graph=again, allow_unused=True)
         of = dict(zip(parameters, found, strict=True))

@@ -65,7 +65,7 @@ def descend(
     start = best = last = {name: grid.now() for name, grid in grids.items()}
     block.place(start)
     each = [float(block.error(i)) for i in range(block.count)]
-    least = 1.0                                                # L / L of iterate 0
+    least = 1.0  # L / L of iterate 0
     order = drawn(block.count, how.seed)
     for t in range(how.iters if sum(each) > 0 else 0):
         picked = _some(order, block, how.samples)

@@ -27,8 +27,8 @@ from lightning_compress.quant.scales import expand, group_columns, integer_range
 
 __all__ = ["ROUNDING", "SHRINK", "LearnedGrid", "OnGrid"]
 
-ROUNDING = 0.5           # |V| at most
-SHRINK = 0.5             # alpha and beta at least
+ROUNDING = 0.5  # |V| at most
+SHRINK = 0.5  # alpha and beta at least
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class LearnedGrid:
         G_RGg = G_RC.view_as(c_RGg)
         dV_RGg = (G_RGg * s_RG1).masked_fill_(outside_RGg, 0)
         t_RGg = (self._blocks(self.W_RC.float()) / s_RG1).masked_fill_(outside_RGg, 0)
-        ds = self._gathered((G_RGg * (c_RGg - z_RG1 - t_RGg)).sum(-1)) * self.scale.float()       # for f
+        ds = self._gathered((G_RGg * (c_RGg - z_RG1 - t_RGg)).sum(-1)) * self.scale.float()  # for f
         if self.alpha is None or self.zero_point is None:
             return dV_RGg.flatten(1), None, ds
         dz = -self._gathered((G_RGg * s_RG1 * outside_RGg).sum(-1))

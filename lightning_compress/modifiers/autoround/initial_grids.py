@@ -59,9 +59,7 @@ class Start:
         diagonal_C = None if H_PCC is None else H_PCC.diagonal(dim1=1, dim2=2).mean(0)
         return LearnedGrid(W_RC, *find_scales(W_RC, args, self.scale_search, diagonal_C), args, keep_RC)
 
-    def _gptq(
-        self, W_RC: Tensor, args: QuantizationArgs, keep_RC: Tensor | None, H_PCC: Tensor
-    ) -> LearnedGrid | None:
+    def _gptq(self, W_RC: Tensor, args: QuantizationArgs, keep_RC: Tensor | None, H_PCC: Tensor) -> LearnedGrid | None:
         """None where no damping makes H positive definite."""
         factors, _ = factorize_each(H_PCC, DAMPENING, by_size=True, retry=True)
         if factors is None:

@@ -83,7 +83,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
     target: Literal["dense", "same_input"] = "dense"
     preserve_zeros: bool | None = None
 
-    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
+    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
     _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
@@ -196,9 +196,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         H_PCC = shared.moment.value() if shared is not None and shared.moment is not None else None
         return start(W_RC.clone(), args, W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else None, H_PCC)
 
-    def _write(
-        self, state: State, name: str, W_RC: Tensor, found: OnGrid, flag: str, facts: dict[str, Any]
-    ) -> None:
+    def _write(self, state: State, name: str, W_RC: Tensor, found: OnGrid, flag: str, facts: dict[str, Any]) -> None:
         module, scheme = self._modules[name], self._schemes.pop(name)
         quantized, Q_RC = Quantized(scheme, found.scale, found.zero_point), found.value()
         facts = {**weight_facts(W_RC, Q_RC, quantized), **facts, "tokens": self._tokens.pop(name)}

@@ -31,8 +31,8 @@ from lightning_compress.files.leftovers import host_name, remove_leftovers
 
 __all__ = ["AnswerCache"]
 
-OPEN_SHARDS = 128                      # mapped at a time; a process may open 1024 files on most machines
-TABLES = ("keys", "ends", "checks")    # of a shard, beside the parts of its answers
+OPEN_SHARDS = 128  # mapped at a time; a process may open 1024 files on most machines
+TABLES = ("keys", "ends", "checks")  # of a shard, beside the parts of its answers
 
 
 class AnswerCache:
@@ -53,8 +53,8 @@ class AnswerCache:
         self.folder = Path(folder).expanduser() / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
         self.limit, self.shard = limit, shard
         self.full = False
-        self.bytes = 0                                          # on disk, of all ranks
-        self._places: dict[bytes, tuple[str, int, int, int]] = {}     # shard, first row, row after the last, CRC
+        self.bytes = 0  # on disk, of all ranks
+        self._places: dict[bytes, tuple[str, int, int, int]] = {}  # shard, first row, row after the last, CRC
         self._shards: set[str] = set()
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._pending: dict[bytes, dict[str, Tensor]] = {}

@@ -18,8 +18,8 @@ from lightning_compress.modifiers.distillation.fingerprint import real_lengths, 
 
 __all__ = ["Recall"]
 
-KEY = 32                                 # bytes on disk of a sample's key, of where its rows end, and of its CRC
-FEW = 0.1                                # a later epoch with fewer hits than this ends the writing, with a warning
+KEY = 32  # bytes on disk of a sample's key, of where its rows end, and of its CRC
+FEW = 0.1  # a later epoch with fewer hits than this ends the writing, with a warning
 
 
 class Recall:
@@ -31,7 +31,7 @@ class Recall:
 
     def __init__(self, cache: AnswerCache) -> None:
         self.cache = cache
-        self.epochs: list[list[int]] = [[0, 0]]                  # hits and misses of each; all ranks once it is over
+        self.epochs: list[list[int]] = [[0, 0]]  # hits and misses of each; all ranks once it is over
         self._estimated = False
 
     def answers(

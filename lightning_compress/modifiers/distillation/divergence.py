@@ -28,7 +28,7 @@ Divergence = Literal["forward", "reverse", "jsd"]
 
 POWERS = (0.25, 0.5, 1.0, 2.0)
 """The 1/T at which the mass of all other classes is known exactly; between them it is interpolated."""
-FLOOR = -1e4                               # for log 0, which a masked class has: exp(FLOOR) is 0, and 0 * FLOOR is 0
+FLOOR = -1e4  # for log 0, which a masked class has: exp(FLOOR) is 0, and 0 * FLOOR is 0
 
 
 def logit_divergence(
@@ -159,11 +159,11 @@ def _rest_at(rest_NB: Tensor, power: float, classes: int) -> Tensor:
             f"classes that are left out is not known; raise temperature, or leave out top_k and cache_dir"
         )
     nodes = (0.0, *POWERS)
-    nothing = rest_NB[..., 0].isneginf()                       # all other classes are masked
+    nothing = rest_NB[..., 0].isneginf()  # all other classes are masked
     values = [torch.full_like(rest_NB[..., 0], math.log(classes)), *rest_NB.unbind(-1)]
     total = torch.zeros_like(values[0])
     for node, value in zip(nodes, values, strict=True):
         weight = math.prod((power - other) / (node - other) for other in nodes if other != node)
-        if weight:                                             # at a node the other weights are exactly 0
+        if weight:  # at a node the other weights are exactly 0
             total = total + weight * value
     return torch.where(nothing, FLOOR, total)

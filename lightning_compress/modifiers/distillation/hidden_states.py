@@ -85,7 +85,7 @@ def _submodule(model: nn.Module, name: str, field: str) -> nn.Module:
 
 def _keeper(store: dict[str, Tensor], name: str, always: bool = False) -> Callable[..., None]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if always or torch.is_grad_enabled():                    # a validation pass is not to be learned from
+        if always or torch.is_grad_enabled():  # a validation pass is not to be learned from
             store[name] = output[0] if isinstance(output, tuple) else output
 
     return keep

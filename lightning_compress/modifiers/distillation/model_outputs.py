@@ -106,7 +106,7 @@ def token_mask(
         counts = labels != ignore_index
         if shift and counts.dim() > 1:
             counts = counts.roll(-1, 1)
-            counts[:, -1] = False                                  # nothing comes after the last token
+            counts[:, -1] = False  # nothing comes after the last token
         masks.append(counts)
     if key is not None:
         if (own := fitting(key)) is None:

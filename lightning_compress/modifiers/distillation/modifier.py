@@ -49,7 +49,7 @@ from lightning_compress.pruning.schedules import Schedule, progress, value_at
 
 __all__ = ["DistillationModifier"]
 
-CACHED = 64                                # logits that a cache keeps where top_k does not say
+CACHED = 64  # logits that a cache keeps where top_k does not say
 
 
 class DistillationModifier(Modifier):
@@ -116,11 +116,11 @@ class DistillationModifier(Modifier):
 
     _teacher: FrozenTeacher | None = PrivateAttr(default=None)
     _teacher_hash: str = PrivateAttr(default="")
-    _restored: dict[str, Tensor] = PrivateAttr(default_factory=dict)          # weights of a copy made in mid-run
+    _restored: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # weights of a copy made in mid-run
     _call: tuple[dict[str, Any], tuple[Any, ...], dict[str, Any], Any] | None = PrivateAttr(default=None)
     _hidden: HiddenPairs | None = PrivateAttr(default=None)
     _recall: Recall | None = PrivateAttr(default=None)
-    _epochs: list[list[int]] | None = PrivateAttr(default=None)               # of the run that this one continues
+    _epochs: list[list[int]] | None = PrivateAttr(default=None)  # of the run that this one continues
     _epoch: int | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -353,7 +353,7 @@ class DistillationModifier(Modifier):
         return TopLogits(**{n: t.to(ours.device).view(*ours.shape[:-1], t.shape[-1]) for n, t in found.items()})
 
     def _remember_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.is_grad_enabled():          # not module.training: what from_pretrained returns trains in eval mode
+        if torch.is_grad_enabled():  # not module.training: what from_pretrained returns trains in eval mode
             self._call = (inputs_of(module, args, kwargs), args, kwargs, output)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -385,9 +385,9 @@ class DistillationModifier(Modifier):
         if self._hidden is not None and state["projections"] is not None:
             self._hidden.projections.load_state_dict(state["projections"])
         self._epochs, self._epoch = copy.deepcopy(state["epochs"]), state["epoch"]
-        if self._epochs and rank() > 0:                          # the open epoch was counted by rank 0, for itself
+        if self._epochs and rank() > 0:  # the open epoch was counted by rank 0, for itself
             self._epochs[-1] = [0, 0]
-        if self._recall is not None and self._epochs:            # a window that opens at 0 has opened already
+        if self._recall is not None and self._epochs:  # a window that opens at 0 has opened already
             self._recall.epochs = self._epochs
 
 

@@ -23,7 +23,7 @@ class Projections:
         self.lr = lr
         self.weights: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
-        self._used: dict[str, Tensor] = {}                       # what stands in this batch's graph, by name
+        self._used: dict[str, Tensor] = {}  # what stands in this batch's graph, by name
         self._stale = False
 
     def project(self, name: str, hidden: Tensor, width: int) -> Tensor:
@@ -40,7 +40,7 @@ class Projections:
 
     def collect(self, distance: Tensor) -> None:
         """Add the gradient of a distance; the graph stays for the backward pass of the student."""
-        if self._stale:                                          # the last step was skipped: half precision overflowed
+        if self._stale:  # the last step was skipped: half precision overflowed
             self._drop_gradients()
         if not self._used:
             return

@@ -87,7 +87,7 @@ def _from_folder(path: Path, model: nn.Module) -> nn.Module:
         loaded: nn.Module = build(path, local_files_only=True)
     except UnpicklingError:
         raise _objects_error(path) from None
-    except Exception as error:                 # whatever transformers and safetensors raise on a damaged folder
+    except Exception as error:  # whatever transformers and safetensors raise on a damaged folder
         raise ValueError(f"teacher={str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     return loaded
 
@@ -110,7 +110,7 @@ def _load_weights(teacher: nn.Module, path: Path) -> None:
     """Tensors of a file into the teacher; keys of a LightningModule lose their prefix."""
     weights = _read(path)
     own = teacher.state_dict()
-    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}          # saved while compiled
+    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}  # saved while compiled
     prefixes = {key.removesuffix(next(iter(own), "")) for key in weights if key.endswith(next(iter(own), ""))}
     prefix = max(sorted(prefixes), key=lambda p: sum(f"{p}{key}" in weights for key in own), default="")
     found = {key: weights[f"{prefix}{key}"] for key in own if f"{prefix}{key}" in weights}

@@ -47,7 +47,7 @@ def round_columns(
     W_CR = W_RC.t().contiguous().index_select(0, factor.order_C)
     A_CR, Q_CR, U_CC = W_CR.clone(), torch.empty_like(W_CR), factor.UT_CC.t()
     if W_CR.is_cuda:
-        U_CC = U_CC.contiguous()                                               # kernels read its rows
+        U_CC = U_CC.contiguous()  # kernels read its rows
     D_bR = W_CR.new_empty(min(block, C), R)
     group_C = factor.order_C // group_columns(args, C)
     scale_GR, zero_GR = (
@@ -65,7 +65,7 @@ def round_columns(
         if i2 < C:
             A_CR[i2:].addmm_(U_CC[here, i2:].t(), D_bR[: i2 - i1])
     loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()
-    A_CR.index_copy_(0, factor.order_C, Q_CR)                                  # back into the order of the columns
+    A_CR.index_copy_(0, factor.order_C, Q_CR)  # back into the order of the columns
     return A_CR.t().contiguous(), loss_R
 
 

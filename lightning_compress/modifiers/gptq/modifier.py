@@ -58,7 +58,6 @@ from lightning_compress.quant.weight_metrics import weight_facts
 __all__ = ["GPTQModifier"]
 
 
-
 @dataclass(frozen=True)
 class _Prepared:
     """What is known of one H.
@@ -124,7 +123,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
     preserve_zeros: bool | None = None
     keep_latents: bool = False
 
-    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
+    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
     _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
@@ -200,7 +199,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         self._solve(state, self._modules)
         unseen = list(self._schemes)
         for name in unseen:
-            if name in self._observers:                        # without a static input scale no reader could use it
+            if name in self._observers:  # without a static input scale no reader could use it
                 state.ledger.add(name, "gptq", flag="never saw data; left as it was", tokens=0)
             else:
                 self._round(state, name, "never saw data; rounded to nearest")
@@ -224,7 +223,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         together: dict[tuple[Any, ...], list[str]] = {}
         for name in [name for name in modules if name in self._schemes]:
             if (shared := self._pool.get(name)) is not None:
-                alone = name if partitions(self._modules[name]) > 1 else ""        # its rows split by partition already
+                alone = name if partitions(self._modules[name]) > 1 else ""  # its rows split by partition already
                 together.setdefault((shared, id(self._schemes[name].weights), alone), []).append(name)
         for (shared, *_), names in together.items():
             with torch.inference_mode(False), torch.no_grad():
@@ -266,12 +265,21 @@ class GPTQModifier(QuantizationArguments, Modifier):
             parts = zip(W.chunk(P), Q.chunk(P), loss.chunk(P), factors, strict=True)
             sums = [output_error(*part) for part in parts]
             error, total = sum(e for e, _ in sums), sum(t for _, t in sums)
-            self._write(state, name, Q, scale, zero_point, latent, prepared, {
-                "error": error / total if total > 0 else 0.0,
-                "tokens": tokens,
-                "seconds": seconds * len(W) / sum(rows),
-                "sparsity": None if keep.all() else share_of_zeros(Q),
-            })
+            self._write(
+                state,
+                name,
+                Q,
+                scale,
+                zero_point,
+                latent,
+                prepared,
+                {
+                    "error": error / total if total > 0 else 0.0,
+                    "tokens": tokens,
+                    "seconds": seconds * len(W) / sum(rows),
+                    "sparsity": None if keep.all() else share_of_zeros(Q),
+                },
+            )
 
     def _prepare(
         self,

@@ -22,8 +22,8 @@ from lightning_compress.quant.scales import expand, group_columns
 
 __all__ = ["improve_codes", "is_refinable", "refine", "refit_scales", "weighted_error"]
 
-Rounding = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]     # (values, scale, zero point, out) of one column
-SMALLEST = 0.25          # share of itself below which no refit takes a scale: its codes would mean something else
+Rounding = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]  # (values, scale, zero point, out) of one column
+SMALLEST = 0.25  # share of itself below which no refit takes a scale: its codes would mean something else
 BLOCK = 128
 
 
@@ -152,7 +152,7 @@ def improve_codes(
                 found_R.masked_fill_(gone[j], 0)
             P_bR.addr_(H_bb[:, j - i1], q_R - found_R)
             q_R.copy_(found_R)
-        D_bR.sub_(Q_CR[i1:i2])                                 # before - after
-        P_bR.copy_(before_bR)                                  # and once more, by one GEMM, as for all other columns
+        D_bR.sub_(Q_CR[i1:i2])  # before - after
+        P_bR.copy_(before_bR)  # and once more, by one GEMM, as for all other columns
         P_CR.addmm_(H_CC[:, i1:i2], D_bR)
     return Q_CR.t().contiguous()

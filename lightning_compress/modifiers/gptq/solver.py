@@ -19,10 +19,10 @@ from lightning_compress.quant.scales import expand
 
 __all__ = ["ScaleSearch", "Solved", "Solver", "damped", "error_on"]
 
-PROPOSALS_UP_TO = 3                       # bits; see Solver._proposals
-STACKED = 4096           # rows of one column loop: as fast as 9216 at 576 columns (0.13 s), at half the memory
+PROPOSALS_UP_TO = 3  # bits; see Solver._proposals
+STACKED = 4096  # rows of one column loop: as fast as 9216 at 576 columns (0.13 s), at half the memory
 
-Scales = tuple[Tensor, Tensor | None]                          # scale and zero point
+Scales = tuple[Tensor, Tensor | None]  # scale and zero point
 ScaleSearch = Literal["minmax", "mse", "hessian"]
 
 
@@ -89,7 +89,7 @@ class Solver:
         W_RC = (torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]).float()
         keep_RC = torch.cat(list(keeps)) if any(not keep.all() for keep in keeps) else None
         tried = []
-        for found in proposed:                                 # the scales of all these modules, found in one way
+        for found in proposed:  # the scales of all these modules, found in one way
             scale_RG = torch.cat([expand(scale, R, self.args) for (scale, _), R in zip(found, rows, strict=True)])
             zeros = [expand(zero, R, self.args) for (_, zero), R in zip(found, rows, strict=True) if zero is not None]
             tried.append((scale_RG, torch.cat(zeros) if zeros else None))
@@ -120,9 +120,7 @@ class Solver:
         scales = [(scale.contiguous(), zero) for scale, (_, zero) in zip(each, solved.scales, strict=True)]
         return Solved(solved.W_RC, Q_RC, loss_R, scales, solved.rows, solved.keep_RC)
 
-    def _proposals(
-        self, W_RC: Tensor, factors: Sequence[Factor], global_scale: Tensor | None
-    ) -> list[Scales]:
+    def _proposals(self, W_RC: Tensor, factors: Sequence[Factor], global_scale: Tensor | None) -> list[Scales]:
         """Scales and zero points of one module, each found in another way, the first by ``scale_search``.
 
         The diagonal of H knows nothing of what later columns make good: where inputs are strongly correlated and bits
@@ -137,7 +135,7 @@ class Solver:
         if self.scale_search != "hessian" or args.strategy == "tensor" or args.num_bits > PROPOSALS_UP_TO:
             return [(scale, zero_point)]
         widest, widest_zero = find_scales(W_RC, args, "minmax")
-        if zero_point is not None:                             # two ranges have no mean with a zero point of its own
+        if zero_point is not None:  # two ranges have no mean with a zero point of its own
             return [(scale, zero_point), (widest, widest_zero)]
         mean = (scale.float() * widest.float()).sqrt().to(scale.dtype)
         return [(scale, None), (mean, None), (widest, None)]

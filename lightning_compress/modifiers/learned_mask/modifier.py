@@ -36,7 +36,7 @@ from lightning_compress.pruning.schedules import progress, value_at
 
 __all__ = ["LearnedMaskModifier", "MaskLogits"]
 
-MOST_PATTERNS = 100                                                 # 2:4 has 6, 4:8 has 70
+MOST_PATTERNS = 100  # 2:4 has 6, 4:8 has 70
 
 
 class MaskLogits(nn.Module):
@@ -48,15 +48,15 @@ class MaskLogits(nn.Module):
         logits: Where they begin, float32 [R, C / M, K].
     """
 
-    passes_in_the_end = True                                        # see layers/matrix.py
-    keeps_zeros = True                                              # see pruning/masked.py
+    passes_in_the_end = True  # see layers/matrix.py
+    keeps_zeros = True  # see pruning/masked.py
 
     def __init__(self, module: nn.Module, S_KM: Tensor, logits: Tensor):
         super().__init__()
         self.logits = nn.Parameter(logits)
         self.S_KM, self.transposed = S_KM, is_transposed(module)
         self.active = False
-        self.in_batch = False                                       # of training; also what runs without gradients
+        self.in_batch = False  # of training; also what runs without gradients
         # tensors: numbers would compile anew each step
         self.kappa, self.tau = (torch.ones((), dtype=torch.float32) for _ in range(2))
         self.seed = 0
@@ -65,8 +65,8 @@ class MaskLogits(nn.Module):
         if not self.active:
             # DDP waits for the gradient of every parameter, and gets zeros
             unused = 0 * self.logits.sum().to(weight.dtype) if torch.is_grad_enabled() else None
-            return weight.view_as(weight) if unused is None else weight + unused     # a view: no second owner of it
-        soft = self.in_batch or torch.is_grad_enabled()      # modes say nothing: see from_pretrained
+            return weight.view_as(weight) if unused is None else weight + unused  # a view: no second owner of it
+        soft = self.in_batch or torch.is_grad_enabled()  # modes say nothing: see from_pretrained
         mask = self.soft() if soft else self.hard()
         return weight * self.like(mask, weight)
 
@@ -85,7 +85,7 @@ class MaskLogits(nn.Module):
         mask = mask_RC.t() if self.transposed else mask_RC.reshape(weight.shape)
         return mask.to(weight.dtype)
 
-    @torch.compiler.disable                                         # a generator cannot be traced
+    @torch.compiler.disable  # a generator cannot be traced
     def _noise(self) -> Tensor:
         return gumbel(tuple(self.logits.shape), self.seed, self.logits.device)
 
@@ -133,8 +133,8 @@ class LearnedMaskModifier(Modifier):
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
     _frozen: list[nn.Parameter] = PrivateAttr(default_factory=list)
-    _done: bool = PrivateAttr(default=False)                        # masks are chosen, weights are zero under them
-    _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)   # masks before the best weights came back
+    _done: bool = PrivateAttr(default=False)  # masks are chosen, weights are zero under them
+    _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # masks before the best weights came back
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "LearnedMaskModifier":
@@ -238,7 +238,7 @@ class LearnedMaskModifier(Modifier):
         learning = self._started and not self._done
         match event.type_:
             case EventType.BATCH_START:
-                self._final = {}                                    # training goes on, after a test in between
+                self._final = {}  # training goes on, after a test in between
                 self._set_in_batch(True)
                 if learning:
                     self._draw(event)
@@ -248,7 +248,7 @@ class LearnedMaskModifier(Modifier):
                 self._regularize(state, event)
             case EventType.OPTIM_PRE_STEP if learning:
                 for parameter in self._frozen:
-                    parameter.grad = None                           # requires_grad stays, for DDP
+                    parameter.grad = None  # requires_grad stays, for DDP
             case EventType.OPTIM_PRE_STEP:
                 self._weights.apply_to_gradients()
             case EventType.OPTIM_POST_STEP:
@@ -289,7 +289,7 @@ class LearnedMaskModifier(Modifier):
         state.loss.add_(-self.regularization * total.to(state.loss) / event.batches_per_step)
 
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not self._done:                                          # else it is resumed past the end
+        if not self._done:  # else it is resumed past the end
             self._wear(self._chosen())
 
     def _chosen(self) -> dict[str, Tensor]:

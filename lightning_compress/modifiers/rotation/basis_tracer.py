@@ -24,7 +24,7 @@ class Value:
 
     touches: tuple[Touch, ...]
     width: int
-    whole: bool = True                       # not yet cut into heads, so that its features are rows of the weight
+    whole: bool = True  # not yet cut into heads, so that its features are rows of the weight
     mixed: bool = False
 
 
@@ -70,16 +70,16 @@ class Watcher(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.inside: list[str] = []                    # names of the modules that run, outermost first
-        self.asleep = 0                                # inside of a normalization, which is seen as one operation
+        self.inside: list[str] = []  # names of the modules that run, outermost first
+        self.asleep = 0  # inside of a normalization, which is seen as one operation
         self.spaces: list[Space] = []
         self.heads: list[Head] = []
         self.linears: list[Linear] = []
         self.attentions = 0
         self.touched: set[int] = set()
-        self._marks: dict[int, tuple[Tensor, Mark]] = {}           # keeps the tensor, so that its id stays its own
+        self._marks: dict[int, tuple[Tensor, Mark]] = {}  # keeps the tensor, so that its id stays its own
         self._views: dict[int, tuple[Tensor, View]] = {}
-        self._tables: dict[int, Space] = {}                               # by id of the parameter
+        self._tables: dict[int, Space] = {}  # by id of the parameter
 
     # -- marks -------------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Watcher(TorchFunctionMode):
                 if slot is None:
                     return None
                 self.touched.add(id(x))
-                return View(slot, tuple(range(x.ndim)))               # asked anew each time: a tied one has two places
+                return View(slot, tuple(range(x.ndim)))  # asked anew each time: a tied one has two places
         kept = self._views.get(id(x))
         return kept[1] if kept is not None else None
 
@@ -221,13 +221,17 @@ class Watcher(TorchFunctionMode):
             self.linear(args[1], args[2], -1, -2, args[0], out)
         elif self.view(args[1]) is not None:
             self.linear(args[0], args[1], -1, -2, None, out)
-        else:                                                          # attention weights times values
+        else:  # attention weights times values
             left, right = self.mark(args[0]), self.mark(args[1])
             self._need_all(name, args, kwargs)
             mixes = right is not None and right.value is not None and out.shape[-1] == right.value.width
             self.attentions += mixes and left is None
-            self.put(out, Mark(None, value=replace(right.value, mixed=True)) if mixes and left is None and right
-                     and right.value else None)
+            self.put(
+                out,
+                Mark(None, value=replace(right.value, mixed=True))
+                if mixes and left is None and right and right.value
+                else None,
+            )
 
     def _attention(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         names = ("query", "key", "value")
@@ -289,8 +293,11 @@ class Watcher(TorchFunctionMode):
         x = args[0]
         mark = self.mark(x)
         default = 0
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else default) if name != "unbind" else kwargs.get(
-            "dim", args[1] if len(args) > 1 else default)
+        dim = (
+            kwargs.get("dim", args[2] if len(args) > 2 else default)
+            if name != "unbind"
+            else kwargs.get("dim", args[1] if len(args) > 1 else default)
+        )
         if mark is None:
             return self._need_all(name, args, kwargs)
         if dim % x.ndim != x.ndim - 1:
@@ -318,7 +325,7 @@ class Watcher(TorchFunctionMode):
             mark, view = self.mark(known), self.view(other)
             same = isinstance(other, Tensor) and other.ndim and other.shape[-1] == known.shape[-1]
             if mark is not None and mark.space is not None and mark.norm is None and view is not None and same:
-                mark.space.root().sources.append(Touch(view.slot, view.dims[-1]))       # such as learned positions
+                mark.space.root().sources.append(Touch(view.slot, view.dims[-1]))  # such as learned positions
                 self.put(out, Mark(mark.space))
                 return
             self._need_all(f"{name} of something else", (one, two), {})

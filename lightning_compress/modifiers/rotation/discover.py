@@ -14,7 +14,7 @@ from lightning_compress.quant.record import quantized_modules
 
 __all__ = ["Found", "discover", "heads_of", "streams_of"]
 
-ROWS = (2, 8, 64)            # of 16 tokens each: more where a mixture has experts that fewer do not reach
+ROWS = (2, 8, 64)  # of 16 tokens each: more where a mixture has experts that fewer do not reach
 
 
 @dataclass

@@ -79,7 +79,7 @@ def _module_hooks(model: nn.Module, watcher: Watcher) -> Iterator[None]:
         key = (name, args[0].shape[-1])
         if key not in recognized:
             watcher.asleep += 1
-            recognized[key] = None                                     # its own call from here is not looked at
+            recognized[key] = None  # its own call from here is not looked at
             try:
                 recognized[key] = recognize(name, module, args[0].shape[-1], args[0].device)
             finally:
@@ -102,7 +102,7 @@ def _module_hooks(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, ExpertLinear):                      # watched, it would run in place of the fused tensor
+        if isinstance(module, ExpertLinear):  # watched, it would run in place of the fused tensor
             continue
         handles.append(module.register_forward_pre_hook(lambda m, args, name=name: enter(name, m, args), prepend=True))
         handles.append(module.register_forward_hook(lambda m, args, out, name=name: leave(name, m, args, out)))

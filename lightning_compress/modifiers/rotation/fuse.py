@@ -249,7 +249,7 @@ def _check(
     if full or tolerance is not None:
         moved = max((float((x - y).abs().max()) for x, y in zip(before, after, strict=True) if x.numel()), default=0.0)
         difference = moved / max(largest, 1e-30)
-    else:                                                      # each weight was rounded again: judged as a whole
+    else:  # each weight was rounded again: judged as a whole
         squares = sum(float((x - y).square().sum()) for x, y in zip(before, after, strict=True))
         difference = (squares / max(sum(float(x.square().sum()) for x in before), 1e-30)) ** 0.5
     allowed = tolerance if tolerance is not None else FULL_PRECISION if full else HALF_PRECISION

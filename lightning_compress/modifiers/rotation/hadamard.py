@@ -115,7 +115,7 @@ def random_orthogonal(n: int, generator: Generator, *, keep_mean: bool = False) 
         return Q
     whole = torch.eye(n, dtype=torch.float64)
     whole[1:, 1:] = Q
-    v = torch.full((n,), -1 / math.sqrt(n), dtype=torch.float64)               # reflects ones / sqrt(n) onto e_1
+    v = torch.full((n,), -1 / math.sqrt(n), dtype=torch.float64)  # reflects ones / sqrt(n) onto e_1
     v[0] += 1
     if n > 1:
         whole -= 2 * torch.outer(v, v @ whole) / (v @ v)
@@ -195,7 +195,7 @@ def _jacobsthal(q: int) -> Tensor:
     power = _prime_power(q)
     assert power is not None
     p, k = power
-    elements = list(product(range(p), repeat=k))                              # polynomials, highest coefficient first
+    elements = list(product(range(p), repeat=k))  # polynomials, highest coefficient first
     place = torch.tensor([p**i for i in reversed(range(k))], dtype=torch.int64)
     modulus = _irreducible(p, k)
     squares = {_times(a, a, modulus, p) for a in elements if any(a)}
@@ -210,7 +210,7 @@ def _times(a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...], p: 
     c = [0] * (2 * k - 1)
     for i, j in product(range(k), repeat=2):
         c[i + j] = (c[i + j] + a[i] * b[j]) % p
-    for i in range(k - 1):                                                    # x^k = -modulus, the highest power first
+    for i in range(k - 1):  # x^k = -modulus, the highest power first
         for j in range(k):
             c[i + 1 + j] = (c[i + 1 + j] - c[i] * modulus[j]) % p
     return tuple(c[k - 1 :])

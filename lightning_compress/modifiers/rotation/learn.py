@@ -25,9 +25,9 @@ from lightning_compress.modifiers.rotation.spaces import Norm, Space
 __all__ = ["Learned", "Reader", "TokenSample", "cayley_step", "learn_rotation", "readers_of", "rounding_loss"]
 
 MOMENTUM = 0.9
-READERS_PER_STEP = 8             # the whole set is looked at every CHECK_EVERY steps
+READERS_PER_STEP = 8  # the whole set is looked at every CHECK_EVERY steps
 CHECK_EVERY = 10
-ROWS = 256                       # outputs of a reader that are looked at
+ROWS = 256  # outputs of a reader that are looked at
 
 
 class TokenSample:

@@ -84,8 +84,8 @@ class RotationModifier(Modifier):
     ignore: Names = ["re:.*lm_head"]
 
     _found: Found | None = PrivateAttr(default=None)
-    _pending: Plan | None = PrivateAttr(default=None)                   # with ``learn``: what waits for the data
-    _samples: dict[str, TokenSample] = PrivateAttr(default_factory=dict)                      # by name of the norm
+    _pending: Plan | None = PrivateAttr(default=None)  # with ``learn``: what waits for the data
+    _samples: dict[str, TokenSample] = PrivateAttr(default_factory=dict)  # by name of the norm
 
     @field_validator("rotations")
     @classmethod
@@ -146,7 +146,7 @@ class RotationModifier(Modifier):
         sample.update(inputs_as_rows(module, x, self.token_mask)[0])
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        if state.block is None:                                         # the last of the survey: all has been seen
+        if state.block is None:  # the last of the survey: all has been seen
             self.remove_hooks()
             self._learn(state)
             self._rotate(state)

@@ -67,7 +67,7 @@ def detach_online(module: nn.Module) -> None:
     if _records(module):
         delattr(module, _ATTRIBUTE)
         hooks: tuple[Any, ...] = (module._forward_pre_hooks, module._forward_hooks)
-        for kind in hooks:                       # by identity: a kept handle would not survive copy.deepcopy
+        for kind in hooks:  # by identity: a kept handle would not survive copy.deepcopy
             for key in [key for key, hook in kind.items() if hook in (_rotate_input, _rotate_output)]:
                 del kind[key]
 

@@ -178,9 +178,7 @@ def _is_fed_otherwise(linear: Linear) -> bool:
     return not into.fixed and bool(into.sources) and not linear.head and (out_of is None or bool(out_of.root().fixed))
 
 
-def _beside(
-    plan: Plan, model: nn.Module, rotation: str, side: Side, linears: list[Linear], matrices: Matrices
-) -> None:
+def _beside(plan: Plan, model: nn.Module, rotation: str, side: Side, linears: list[Linear], matrices: Matrices) -> None:
     """Add rotations beside those of ``linears`` whose side no weight turns already."""
     turned = {(turn.touch.slot, turn.touch.dim) for turn in plan.turns}
     for linear in linears:
@@ -195,7 +193,7 @@ def _beside(
             )
         records = plan.beside.setdefault(linear.module, [])
         if any(record.side == side for record in records):
-            continue                                                  # it is called several times
+            continue  # it is called several times
         size = touches[0].slot.of(model).shape[touches[0].dim]
         online = Online(side, matrices.signs(rotation, size))
         records.append(online)

@@ -141,7 +141,7 @@ class Head:
 
 def owner_of(model: nn.Module, parameter: Tensor, inside: list[str]) -> Slot | None:
     """Where a parameter hangs, looked for in the modules that run, from the inside out; then anywhere."""
-    for name in chain(reversed(inside), (name for name, _ in model.named_modules())):     # nearly always inside
+    for name in chain(reversed(inside), (name for name, _ in model.named_modules())):  # nearly always inside
         for attribute, candidate in model.get_submodule(name)._parameters.items():
             if candidate is parameter:
                 return Slot(name, attribute)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["dims_of_view", "keeps_last"]
 
-TURNING = ("t", "transpose", "permute", "get", "T", "mT")             # a property such as x.T comes by the name of get
+TURNING = ("t", "transpose", "permute", "get", "T", "mT")  # a property such as x.T comes by the name of get
 
 
 def dims_of_view(name: str, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -26,7 +26,7 @@ def dims_of_view(name: str, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> tu
     if name == "getitem" and out.shape == x.shape[1:]:
         return dims[1:]
     if name == "getitem" and x.ndim >= 2 and out.shape[1:] == x.shape[1:]:
-        return dims                                                   # some rows of a table
+        return dims  # some rows of a table
     if name in TURNING and out.ndim == x.ndim >= 2:
         swapped = out.stride()[-2:] == x.stride()[-2:][::-1] and out.shape[-2:] == x.shape[-2:][::-1]
         return (*dims[:-2], dims[-1], dims[-2]) if swapped else None

@@ -46,8 +46,8 @@ from lightning_compress.quant.scales import group_columns, minmax
 __all__ = ["AWQModifier", "Point", "awq_scale", "clipped", "grid", "group_sizes", "rounded_with"]
 
 CLIPS = tuple(1 - 0.05 * i for i in range(11))
-AT_ONCE = 1 << 24          # weights of candidates that are rounded together: 64 MB
-MANY_ROWS = 64             # of a layer, from which a quarter of them tells good points from bad ones
+AT_ONCE = 1 << 24  # weights of candidates that are rounded together: 64 MB
+MANY_ROWS = 64  # of a layer, from which a quarter of them tells good points from bad ones
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
     clip: bool = False
     scale_search: Literal["minmax", "mse"] = "minmax"
 
-    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)       # what is left to do
+    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _finder: PairFinder | None = PrivateAttr(default=None)
     _means: dict[str, ChannelMean] = PrivateAttr(default_factory=dict)
@@ -269,8 +269,8 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         alone = {name for pair in pairs if parents[pair.source] is None for name in self._fed(pair)}
         calls, moments = self._look_again(state, parents, set(seen) if self.clip else alone)
         scales = [self._search(pair, calls.get(parents[pair.source] or ""), moments) for pair in pairs]
-        found: dict[str, Tensor] = {}                                          # s of each target
-        for pair, s_J in zip(pairs, scales, strict=True):                      # all were sought on the dense block
+        found: dict[str, Tensor] = {}  # s of each target
+        for pair, s_J in zip(pairs, scales, strict=True):  # all were sought on the dense block
             found |= {name: spread(pair.consumers[name].index_C, s_J) for name in self._fed(pair)}
             if not bool((s_J == 1).all()):
                 fold(pair, state.modules, s_J)
@@ -421,7 +421,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
             assert shared.moment is not None
             H_CC = shared.moment.value()[0]
             if s_C is not None:
-                H_CC = H_CC / s_C / s_C[:, None]                               # of the inputs as they are now
+                H_CC = H_CC / s_C / s_C[:, None]  # of the inputs as they are now
             write_matrix(module, clipped(as_matrix(module), self._grid_of(name), H_CC))
         scheme = self._schemes.pop(name)
         facts: dict[str, Any] = {}

@@ -23,7 +23,7 @@ __all__ = ["INVARIANT", "PairFinder", "no_pairs"]
 
 logger = logging.getLogger(__name__)
 
-INVARIANT = 1e-5         # how much folding may change an output, ||change|| / ||output||
+INVARIANT = 1e-5  # how much folding may change an output, ||change|| / ||output||
 
 
 def no_pairs(modifier: str, targets: Mapping[str, nn.Module]) -> str:
@@ -86,7 +86,7 @@ class PairFinder:
             return replay(0)
 
         recording = record(find_units(modules), run)
-        if recording.output is None:                           # the run ends inside: what else is fed cannot be seen
+        if recording.output is None:  # the run ends inside: what else is fed cannot be seen
             return []
         heads = _head_counts(modules)
         found: list[Pair] = []
@@ -144,5 +144,3 @@ def _head_counts(modules: Mapping[str, nn.Module]) -> list[int]:
     configs = [vars(m)["config"] for m in modules.values() if "config" in vars(m)]
     held += [v for config in configs[:1] for k, v in getattr(config, "__dict__", {}).items() if "head" in k]
     return [v for v in dict.fromkeys(v for v in held if isinstance(v, int) and not isinstance(v, bool)) if v > 1]
-
-

@@ -56,9 +56,7 @@ class MappingArguments(BaseModel):
             raise ValueError(f"mappings[{number}]: {part!r} matches none of the model's modules")
         for name, module in targets.items():
             if quantized_of(module) is not None:
-                raise ValueError(
-                    f"{name!r} is quantized already: put {type(self).__name__} before what quantizes it"
-                )
+                raise ValueError(f"{name!r} is quantized already: put {type(self).__name__} before what quantizes it")
         return PairFinder(model, targets, self.mapped)
 
 
@@ -81,7 +79,7 @@ class SmoothingModifier(MappingArguments, Modifier):
     _finder: PairFinder | None = PrivateAttr(default=None)
     _statistics: dict[str, ChannelMax] = PrivateAttr(default_factory=dict)
     _smoothed: int = PrivateAttr(default=0)
-    _checked: bool = PrivateAttr(default=False)                     # what trains beside it leaves weights plain
+    _checked: bool = PrivateAttr(default=False)  # what trains beside it leaves weights plain
 
     @property
     def acts_in_window(self) -> bool:

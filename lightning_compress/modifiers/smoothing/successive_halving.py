@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["FIRST_TOKENS", "race", "rungs", "winner"]
 
-FIRST_TOKENS = 512       # of the first rung, at least
+FIRST_TOKENS = 512  # of the first rung, at least
 QUARTER = 4
 
 
@@ -48,7 +48,7 @@ def race(points: int, errors: Callable[[Sequence[int], int], Sequence[float]], r
     tried = [0, *range(1, points, 2)]
     run(tried, 0)
     while True:
-        best = winner(total)                                   # those that were not tried are at infinity
+        best = winner(total)  # those that were not tried are at infinity
         beside = [k for k in (best - 1, best + 1) if 0 < k < points and k not in tried] if best else []
         if not beside:
             break

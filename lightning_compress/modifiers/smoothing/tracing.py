@@ -23,8 +23,8 @@ from lightning_compress.modifiers.smoothing.units import Call, Recording, main_i
 
 __all__ = ["sources_of", "trace"]
 
-EXPONENTS = (-3, -2, -1, 1, 2, 3)   # a digit of a channel's number; none is 0, so that every run shows every channel
-UNTOUCHED, UNKNOWN = -1, -2         # of an input channel: not fed by the source; always zero, so that nobody knows
+EXPONENTS = (-3, -2, -1, 1, 2, 3)  # a digit of a channel's number; none is 0, so that every run shows every channel
+UNTOUCHED, UNKNOWN = -1, -2  # of an input channel: not fed by the source; always zero, so that nobody knows
 CLOSE = 1e-5
 
 
@@ -69,7 +69,7 @@ def trace(
         return None
     if leaks or any(_exponents(recording.calls[name], xs) is None for name, xs in given.items()):
         widths = [x.shape[-1] for name in given for call in recording.calls[name] if (x := _main(call)) is not None]
-        if form != "rows" or not widths or min(widths) >= R:             # not fused: it feeds nothing narrower
+        if form != "rows" or not widths or min(widths) >= R:  # not fused: it feeds nothing narrower
             return None
         some_J = _part_that_scales(recording, run, source, R, head_counts)
         if some_J is None:
@@ -178,7 +178,7 @@ def _indices(
             for value, exponent in enumerate(EXPONENTS):
                 digits_C[e_C == exponent] = value
             if (digits_C.isnan() & (e_C != 0) & ~e_C.isnan()).any():
-                return None                                    # a product of channels, or a power
+                return None  # a product of channels, or a power
             place_C = (digits_C * base**digit).nan_to_num(0.0).long()
             place_C = torch.where(e_C.isnan(), UNKNOWN, torch.where(e_C == 0, UNTOUCHED, place_C))
             if digit:
@@ -224,7 +224,7 @@ def _part_that_scales(
     for heads in [1, *(h for h in dict.fromkeys(head_counts) if 1 < h < R and R % h == 0)]:
         channels_HD = torch.arange(R, device=device).view(heads, -1)
         for ordered_HD in (channels_HD, channels_HD.flip(1)):
-            fails, fit = 0, ordered_HD.shape[1]                # all from ``fit`` on scale, all from ``fails`` on do not
+            fails, fit = 0, ordered_HD.shape[1]  # all from ``fit`` on scale, all from ``fails`` on do not
             while fit - fails > 1:
                 middle = (fails + fit) // 2
                 fails, fit = (fails, middle) if fits(ordered_HD[:, middle:].flatten()) else (middle, fit)

@@ -59,7 +59,7 @@ def record(units: Mapping[str, nn.Module], run: Callable[[], Any], inputs: bool 
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = (args, kwargs) if inputs else ((), {})
-        kept = tree_map_only(Tensor, torch.clone, (*given, output))              # the model may write into them
+        kept = tree_map_only(Tensor, torch.clone, (*given, output))  # the model may write into them
         recording.calls.setdefault(name, []).append(Call(*kept))
 
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def probe(
         nonlocal strayed
         calls, at = recording.calls.get(name, []), counts.get(name, 0)
         if at >= len(calls):
-            strayed = True                                     # another way through the block
+            strayed = True  # another way through the block
             return recording.units[name](*args, **kwargs)
         counts[name] = at + 1
         before, x = calls[at], main_input(args, kwargs)
@@ -137,7 +137,7 @@ def relative_change(before: Any, after: Any) -> float:
     for b, a in zip(ours, theirs, strict=True):
         if torch.equal(a, b) or not b.is_floating_point():
             continue
-        b, a = (t.float().nan_to_num_(0.0, 0.0, 0.0) for t in (b, a))            # rows of padding may hold NaN
+        b, a = (t.float().nan_to_num_(0.0, 0.0, 0.0) for t in (b, a))  # rows of padding may hold NaN
         change, size = float((a - b).norm()), float(b.norm())
         worst = max(worst, change / size if size else float("inf") if change else 0.0)
     return worst

@@ -58,7 +58,7 @@ def find_channels(
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for p in model.parameters():
-                p.requires_grad_(p.is_floating_point())                  # the graph is read off autograd
+                p.requires_grad_(p.is_floating_point())  # the graph is read off autograd
             graph = library.DependencyGraph().build_dependency(
                 model,
                 example_inputs=(args, dict(kwargs)),
@@ -101,7 +101,7 @@ def _groups(
             elif layer in names:
                 path = names[layer]
             else:
-                continue                                                 # an operation, such as an addition
+                continue  # an operation, such as an addition
             out = bool(graph.is_out_channel_pruning_fn(dep.handler))
             if out and isinstance(layer, (nn.Linear, *CONVS)):
                 covered.add(path)
@@ -159,9 +159,7 @@ def _slices(path: str, layer: Any, index: Tensor, out: bool) -> list[Slice]:
         )
     consumer = not out and isinstance(layer, (nn.Linear, *CONVS))
     return [
-        Slice(f"{path}.{key}", dim, index, consumer)
-        for key, dim in tensors
-        if getattr(layer, key, None) is not None
+        Slice(f"{path}.{key}", dim, index, consumer) for key, dim in tensors if getattr(layer, key, None) is not None
     ]
 
 

@@ -90,14 +90,14 @@ class StructuredPruningModifier(Modifier):
     round_to: int = 1
     input_shape: list[int] | None = None
 
-    _kind: Dimension = PrivateAttr(default="mlp")                         # dimension, with auto settled by the model
+    _kind: Dimension = PrivateAttr(default="mlp")  # dimension, with auto settled by the model
     _groups: dict[str, Group] = PrivateAttr(default_factory=dict)
-    _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)          # of the statistic, [U]
-    _seen: dict[str, int] = PrivateAttr(default_factory=dict)             # tokens, or steps
+    _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # of the statistic, [U]
+    _seen: dict[str, int] = PrivateAttr(default_factory=dict)  # tokens, or steps
     _in_batch: bool = PrivateAttr(default=False)
-    _late: bool = PrivateAttr(default=False)                              # started before the channels were known
-    _steps: int = PrivateAttr(default=0)                                  # cuts in the model that the groups know of
-    _before: int = PrivateAttr(default=0)                                 # parameters of the dense model
+    _late: bool = PrivateAttr(default=False)  # started before the channels were known
+    _steps: int = PrivateAttr(default=0)  # cuts in the model that the groups know of
+    _before: int = PrivateAttr(default=0)  # parameters of the dense model
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "StructuredPruningModifier":
@@ -153,7 +153,7 @@ class StructuredPruningModifier(Modifier):
                     f"'heads', or DepthPruningModifier"
                 )
             sizes = {name: output_size(module) for name, module in self._channel_targets(model).items()}
-            self._check_size(*max(sizes.items(), key=lambda pair: pair[1]))    # small ones may make the output
+            self._check_size(*max(sizes.items(), key=lambda pair: pair[1]))  # small ones may make the output
             if self.input_shape is not None:
                 parameter = next(model.parameters())
                 sample = torch.zeros(2, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
@@ -285,7 +285,7 @@ class StructuredPruningModifier(Modifier):
 
     def _watcher(self, name: str, place: int) -> Callable[..., None]:
         def watch(module: nn.Module, args: Any) -> None:
-            if self.start is not None and not self._in_batch:                 # validation
+            if self.start is not None and not self._in_batch:  # validation
                 return
             group = self._groups[name]
             channel_dim = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
@@ -321,9 +321,7 @@ class StructuredPruningModifier(Modifier):
         tensors = tensors_of(model)
         for name, group in self._groups.items():
             pieces = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
-            gates = [
-                unit_gate_gradient(W, W.grad, p.dim, p.index).square() for p, W in pieces if W.grad is not None
-            ]
+            gates = [unit_gate_gradient(W, W.grad, p.dim, p.index).square() for p, W in pieces if W.grad is not None]
             if gates:
                 self._add(name, torch.stack(gates).sum(0), 1)
 
@@ -344,7 +342,7 @@ class StructuredPruningModifier(Modifier):
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not self.resumed:                                                   # else the shapes are back already
+        if not self.resumed:  # else the shapes are back already
             self._advance(state, event)
 
     def on_update(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -387,7 +385,7 @@ class StructuredPruningModifier(Modifier):
             self._prune(state, self.ratio)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not state.block_name:                                               # the last one: what lies outside blocks
+        if not state.block_name:  # the last one: what lies outside blocks
             self.remove_hooks()
             self._prune(state, self.ratio)
 

@@ -61,7 +61,7 @@ def _failure(
         _check_inside(pairs, tensors)
         cut_tensors(trial, cut_of(kept, {name: tensor.shape for name, tensor in tensors.items()}))
         shapes = _output_shapes(trial, args, kwargs)
-    except Exception as error:                 # whatever the user's forward raises
+    except Exception as error:  # whatever the user's forward raises
         return error
     if shapes != expected:
         return ValueError(f"its outputs have the shapes {list(map(tuple, shapes))}, not {list(map(tuple, expected))}")

@@ -102,7 +102,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
     _survey: OutlierSurvey | None = PrivateAttr(default=None)
-    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)         # of single modules, where they differ
+    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)  # of single modules, where they differ
     _moments: PerShared[Tensor] = PrivateAttr(default_factory=PerShared)
 
     @model_validator(mode="after")
@@ -265,13 +265,11 @@ class WandaPruningModifier(PruningArguments, Modifier):
             flag = f"block error by Wanda {result.began / power:.3g}, by Wanda++ {result.ended / power:.3g}"
             for name, Q_RC in result.found.items():
                 found[name].Q_RC = Q_RC
-        start += (time.perf_counter() - start) * (1 - 1 / len(found))          # its share of the block's time
+        start += (time.perf_counter() - start) * (1 - 1 / len(found))  # its share of the block's time
         for one in found.values():
             self._finish(state, one, start, flag)
 
-    def _norms(
-        self, state: State, found: Mapping[str, "Pruned"], block: LearnedBlock
-    ) -> dict[str, list[Tensor]]:
+    def _norms(self, state: State, found: Mapping[str, "Pruned"], block: LearnedBlock) -> dict[str, list[Tensor]]:
         """By module and partition what |W| is multiplied by."""
         norms = {}
         for name, gradient in regional_gradients(block, {name: one.W_RC for name, one in found.items()}).items():

@@ -26,7 +26,7 @@ from lightning_compress.quant.packed.inputs import input_codes
 
 __all__ = ["PATHS", "Call", "Path", "Weights", "paths_of"]
 
-FEW = 16                # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
+FEW = 16  # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
 
 
 class Call(NamedTuple):
@@ -56,8 +56,10 @@ class Path(Protocol):
 
     def takes(self, layer: Weights, call: Call) -> bool:
         """Whether it computes this, at least as quickly as a dense float32 Linear for few tokens."""
+
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
         """Its operands."""
+
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         """y [..., N], in the dtype of x."""
 

@@ -50,7 +50,7 @@ def _calibrated(scheme: QuantizationScheme) -> set[str]:
     inputs = scheme.input_activations
     if inputs is None or inputs.dynamic is True:
         return set()
-    if inputs.dynamic:                                                 # "local": the scale of all scales is static
+    if inputs.dynamic:  # "local": the scale of all scales is static
         return {"input_global_scale"}
     return {"input_scale"} if inputs.symmetric else {"input_scale", "input_zero_point"}
 

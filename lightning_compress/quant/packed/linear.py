@@ -49,7 +49,7 @@ class PackedLinear(nn.Linear):
         ValueError: They do not fit one another, or the scheme is not one for Linears.
     """
 
-    stands_for: ClassVar[str] = "Linear"                       # to those who look for targets
+    stands_for: ClassVar[str] = "Linear"  # to those who look for targets
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = check_tensors(tensors, scheme)
         self.scheme = scheme
         for name, value in tensors.items():
-            self._buffers[name] = value                # register_buffer refuses "weight", which is a property here
+            self._buffers[name] = value  # register_buffer refuses "weight", which is a property here
         parameter = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self.register_parameter("bias", parameter)
         scale = tensors["weight_scale"].dtype
@@ -106,7 +106,7 @@ class PackedLinear(nn.Linear):
             calibrated = (self.optional(f"input_{name}") for name in ("scale", "zero_point", "global_scale"))
             x = fake_quantize_input(self, x, args, *calibrated)
         wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-        return F.linear(x.to(wide), self._dense_once(wide)).to(x.dtype)     # bf16 products are slow on old CPUs
+        return F.linear(x.to(wide), self._dense_once(wide)).to(x.dtype)  # bf16 products are slow on old CPUs
 
     def path(self, call: Call) -> Path | None:
         """Which way such a call goes; None: it is computed with a dense weight."""
@@ -123,7 +123,7 @@ class PackedLinear(nn.Linear):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K], dequantized anew, by default in the dtype that compressed-tensors gives it."""
         tensors: dict[str, Any] = self.tensors()
-        if "weight_shape" in tensors:                                    # plain numbers, so that it can be traced
+        if "weight_shape" in tensors:  # plain numbers, so that it can be traced
             tensors["weight_shape"] = torch.Size((self.out_features, self.in_features))
         weight, _ = unpack(tensors, nn.Linear, self.scheme)
         return weight if dtype is None else weight.to(dtype)
@@ -157,7 +157,7 @@ class PackedLinear(nn.Linear):
         form = f"{path.name}{' compiled' if torch.compiler.is_compiling() else ''}"
         if form not in self._prepared:
             with torch.no_grad(), torch.inference_mode(False):
-                self._prepared = {form: path.prepare(self)}              # only the form that was used last is kept
+                self._prepared = {form: path.prepare(self)}  # only the form that was used last is kept
         return self._prepared[form]
 
     def _dense_once(self, dtype: torch.dtype) -> Tensor:

@@ -69,7 +69,7 @@ class Siblings:
         version = 0 if x.is_inference() else x._version
         if self._waiting and self._x is x and self._version == version and id(layer) in self._waiting:
             y = self._waiting.pop(id(layer))
-        elif self._waiting:                      # another x while some have not taken their part of the last one
+        elif self._waiting:  # another x while some have not taken their part of the last one
             self.dissolve()
             return layer.product(x)
         else:
@@ -144,7 +144,7 @@ def _inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     def note(name: str, inputs: tuple[Any, ...]) -> None:
         (x,) = inputs
         if not torch.equal(copies.setdefault(id(x), x.clone()), x):
-            x = x.clone()                                   # changed in place: not the same x any more
+            x = x.clone()  # changed in place: not the same x any more
         seen.setdefault(name, []).append(x)
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -32,7 +32,7 @@ class PackedWeight(Tensor):
     def __new__(
         cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, dense: Callable[[], Tensor]
     ) -> "PackedWeight":
-        one = torch.full((), torch.nan, dtype=dtype, device=device)          # whoever goes around this class sees NaN
+        one = torch.full((), torch.nan, dtype=dtype, device=device)  # whoever goes around this class sees NaN
         weight = one.expand(shape).as_subclass(cls)
         weight.dense = dense
         return weight
@@ -43,7 +43,7 @@ class PackedWeight(Tensor):
     ) -> Any:
         """Metadata as they are; ``data`` and ``detach`` stay packed; all else is computed with the dense weight."""
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
-        target = args[0] if args else next(iter(kwargs.values()), None)          # torch.nn.init passes it by name
+        target = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init passes it by name
         if isinstance(target, PackedWeight):
             if name in WRITERS or (name.endswith("_") and not name.endswith("__")):
                 raise ValueError(

@@ -77,8 +77,10 @@ def test_any_iterate_is_a_weight_on_its_stored_grid(grain, bits, dtype):
     for rate in (0.1, 0.4, 3.0):
         grid.step(torch.randn(R, C, generator=torch.Generator().manual_seed(2)), rate)
         now = grid.now()
-        zero = 0 if now.zero_point is None else expand(now.zero_point, R, grid.args).repeat_interleave(
-            group_columns(grid.args, C), 1
+        zero = (
+            0
+            if now.zero_point is None
+            else expand(now.zero_point, R, grid.args).repeat_interleave(group_columns(grid.args, C), 1)
         )
         codes = now.codes_RC + zero
         assert codes.min() >= low
@@ -126,7 +128,7 @@ def test_gradients_are_differences_of_the_surrogate(grain):
     at: dict = {}
     here = surrogate(grid, G_RC, *point, at)
     torch.testing.assert_close((G_RC * grid.now().value().double()).sum(), here, rtol=1e-5, atol=1e-5)
-    assert len({end for key, end in at.items() if key[0] == "end"}) > 1             # some are clipped, some are not
+    assert len({end for key, end in at.items() if key[0] == "end"}) > 1  # some are clipped, some are not
     for number, found in enumerate(grid.gradients(G_RC.float())):
         if found is None:
             assert point[number] is None

@@ -205,7 +205,7 @@ def test_quantized_inputs_let_the_gradient_through():
                 error = block.error(0)
             assert float(error) != plain
             found = block.gradients(error)
-        assert float(block.error(0)) == plain                                        # the hooks are off again
+        assert float(block.error(0)) == plain  # the hooks are off again
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
 
 
@@ -243,9 +243,12 @@ def test_the_seed_decides_and_the_mode_of_the_caller_does_not():
     def result(seed: int, inference: bool = False) -> Tensor:
         model = build("gelu")
         with torch.inference_mode(inference):
-            torch.rand(3)                                                            # the global state has no say
-            compress(model, AutoRoundModifier(config_groups=groups("gelu"), iters=9, batch_size=1, seed=seed,
-                                              init="rtn"), batches("gelu"))
+            torch.rand(3)  # the global state has no say
+            compress(
+                model,
+                AutoRoundModifier(config_groups=groups("gelu"), iters=9, batch_size=1, seed=seed, init="rtn"),
+                batches("gelu"),
+            )
         return torch.cat([module.weight.flatten() for module in quantized_modules(model).values()])
 
     first = result(0)
@@ -324,8 +327,9 @@ class Detached(nn.Module):
 
 def test_a_block_without_gradient_is_named():
     with pytest.raises(ValueError, match=r"no gradient of the block's output reaches '0.fc': is there a"):
-        compress(nn.Sequential(Detached(), Detached()), AutoRoundModifier(config_groups=groups("gelu")),
-                 batches("gelu"))
+        compress(
+            nn.Sequential(Detached(), Detached()), AutoRoundModifier(config_groups=groups("gelu")), batches("gelu")
+        )
 
 
 def test_who_never_saw_data_is_named_and_rounded():

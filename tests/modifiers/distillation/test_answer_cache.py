@@ -37,7 +37,7 @@ def files(cache):
 
 
 def test_answers_come_back_from_memory_from_disk_and_in_another_process_life(tmp_path):
-    first = AnswerCache(tmp_path, IDENTITY, 1e9, shard=400)             # a shard for every few samples
+    first = AnswerCache(tmp_path, IDENTITY, 1e9, shard=400)  # a shard for every few samples
     sizes = [3, 1, 5, 2, 4, 0, 7]
     for i, tokens in enumerate(sizes):
         first.put(key(i), answer(i, tokens))

@@ -78,13 +78,13 @@ def test_a_cached_run_has_the_losses_of_an_uncached_top_k_run(tmp_path, options)
     teacher.calls, ledger = 0, Ledger()
     cached, lifecycle, state = run(distil(teacher, top_k=3, cache_dir=str(tmp_path), **options), 3, ledger=ledger)
     assert cached == expected
-    assert teacher.calls == 3                                  # one epoch of three batches
+    assert teacher.calls == 3  # one epoch of three batches
     lifecycle.finalize(state)
     (row,) = ledger
     assert row.technique == "distillation"
     assert re.fullmatch(r"teacher cache: 48 hits, 24 misses, 24 samples in 0.\d MiB", row.flags[0])
 
-    teacher.calls = 0                                          # the next run finds all of it
+    teacher.calls = 0  # the next run finds all of it
     again, _, _ = run(distil(teacher, top_k=3, cache_dir=str(tmp_path), **options), 3)
     assert again == expected
     assert teacher.calls == 0
@@ -96,7 +96,7 @@ def test_a_loader_that_shuffles_still_hits(tmp_path):
     teacher.calls = 0
     cached, _, _ = run(distil(teacher, top_k=3, cache_dir=str(tmp_path)), 3, order=shuffle)
     assert teacher.calls == 3
-    assert cached == pytest.approx(expected, rel=1e-5)         # in another batch a matmul may round otherwise
+    assert cached == pytest.approx(expected, rel=1e-5)  # in another batch a matmul may round otherwise
 
 
 def test_all_classes_are_kept_where_there_are_fewer_than_the_default(tmp_path):
@@ -132,7 +132,7 @@ def test_what_will_not_fit_is_said_at_the_first_batch(tmp_path):
     assert "would take about 0.00 GiB (24 samples of an epoch, 0.1 KiB each), and cache_limit_gib=5e-07" in first
     assert "raise the limit" in first
     expected, _, _ = run(distil(teacher_runs, top_k=3), 3)
-    assert losses == expected                                  # what did not fit was asked of the teacher
+    assert losses == expected  # what did not fit was asked of the teacher
 
 
 def test_a_run_that_resumes_finds_what_was_computed_before_its_checkpoint(tmp_path):
@@ -140,7 +140,7 @@ def test_a_run_that_resumes_finds_what_was_computed_before_its_checkpoint(tmp_pa
 
     teacher, model = Counting(network(1)), network(0)
     half, lifecycle, _ = run(distil(teacher, top_k=3, cache_dir=str(tmp_path / "cut")), 1, order=shuffle, model=model)
-    saved = copy.deepcopy(lifecycle.state_dict())              # then the process is killed
+    saved = copy.deepcopy(lifecycle.state_dict())  # then the process is killed
     teacher.calls = 0
     second = Lifecycle([distil(teacher, top_k=3, cache_dir=str(tmp_path / "cut"))])
     second.initialize(State(model=model))

@@ -51,7 +51,7 @@ def test_the_temperature_factor_keeps_the_gradient_of_small_differences(logits):
     """For T -> large and zero-mean logits the gradient tends to (s - t) / V whatever T is (Hinton et al., eq. 4)."""
     student, teacher = (x - x.mean(-1, keepdim=True) for x in logits)
     student.requires_grad_()
-    gradient, = torch.autograd.grad(logit_divergence(student, teacher, 200.0).sum(), student)
+    (gradient,) = torch.autograd.grad(logit_divergence(student, teacher, 200.0).sum(), student)
     assert_close(gradient, (student - teacher).detach() / 50, rtol=0.05, atol=5e-4)
 
 
@@ -63,7 +63,7 @@ def test_top_k_with_the_rest_is_at_most_the_full_divergence_and_reaches_it(logit
     last = torch.zeros(7)
     for k in (1, 5, 20, 49, 50):
         part = top_k_divergence(student, top_logits(teacher, k), T, kind)
-        assert (part <= full + 2e-3).all()                       # float16 keeps 3 digits
+        assert (part <= full + 2e-3).all()  # float16 keeps 3 digits
         assert part.mean() >= last.mean() - 2e-3
         last = part
     assert_close(last, full, rtol=5e-3, atol=2e-3)
@@ -84,7 +84,7 @@ def test_top_k_is_the_divergence_of_the_distributions_with_one_bucket(T):
 
     p, q = buckets(teacher), buckets(student)
     expected = (T * T * (p * (p / q).log()).sum(-1)).float()
-    exact = T in (0.5, 1.0, 2.0, 4.0)                            # elsewhere the mass of the others is interpolated
+    exact = T in (0.5, 1.0, 2.0, 4.0)  # elsewhere the mass of the others is interpolated
     assert_close(top_k_divergence(student, top_logits(teacher, 8), T), expected, rtol=0.01 if exact else 0.1, atol=2e-3)
 
 
@@ -98,7 +98,7 @@ def test_top_k_of_masked_classes_is_finite():
         for k in (3, 4, 5):
             part = top_k_divergence(student, top_logits(teacher, k), T)
             assert_close(part, expected, rtol=5e-3, atol=1e-3)
-            gradient, = torch.autograd.grad(part.sum(), student, retain_graph=True)
+            (gradient,) = torch.autograd.grad(part.sum(), student, retain_graph=True)
             assert gradient.isfinite().all()
         assert_close(logit_divergence(student, teacher, T), expected)
 

@@ -62,7 +62,7 @@ def test_a_teacher_is_known_by_every_value_and_by_its_layers():
     assert len({base, teacher_hash(teacher(1)), teacher_hash(teacher(stride=2)), teacher_hash(teacher().double())}) == 4
     changed = teacher()
     with torch.no_grad():
-        changed[0].weight[4, 2, 1, 1] += 1e-3                  # in the midst of a tensor
+        changed[0].weight[4, 2, 1, 1] += 1e-3  # in the midst of a tensor
     assert teacher_hash(changed) != base
 
 

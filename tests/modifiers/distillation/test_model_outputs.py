@@ -81,7 +81,7 @@ def test_which_tokens_count():
     assert other.int().tolist() == [[1, 1, 0, 1], [1, 1, 1, 1]]
     own = token_mask({}, {"answer": labels > 4}, shape, ignore_index=-100, shift=False, key="answer")
     assert own.int().tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]
-    assert token_mask({"attention_mask": attention}, None, (2,), **USUAL) is None          # a class per text
+    assert token_mask({"attention_mask": attention}, None, (2,), **USUAL) is None  # a class per text
     assert token_mask({"labels": None}, (1, 2), shape, **USUAL) is None
 
 

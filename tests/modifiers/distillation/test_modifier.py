@@ -135,7 +135,7 @@ def test_padding_and_ignored_labels_do_not_count():
     lifecycle.emit(state.but(loss=loss), Event(E.LOSS_CALCULATED))
     with torch.no_grad():
         ours, theirs = (m(input_ids=ids, attention_mask=mask).logits for m in (student, teacher))
-    next_label = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)   # a causal model predicts the next token
+    next_label = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)  # a causal model predicts the next token
     counts = mask.bool() & (next_label != -100)
     assert loss.item() == pytest.approx(logit_divergence(ours[counts], theirs[counts]).mean().item(), rel=1e-5)
 

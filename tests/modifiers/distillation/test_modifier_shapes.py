@@ -85,6 +85,7 @@ def test_with_a_later_start_the_teacher_is_the_model_of_then_and_survives_a_resu
     lifecycle = Lifecycle(recipe())
     lifecycle.initialize(State(model=model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
     def note(step):
         seen[step] = copy.deepcopy(dict(model.state_dict()))
 
@@ -93,12 +94,12 @@ def test_with_a_later_start_the_teacher_is_the_model_of_then_and_survives_a_resu
     assert all(torch.equal(tensor, seen[3][name]) for name, tensor in teacher.state_dict().items())
     assert not any(hasattr(m, "parametrizations") for m in teacher.modules())
 
-    again = network(9)                                            # another process builds other weights
+    again = network(9)  # another process builds other weights
     second = Lifecycle(recipe())
     second.initialize(State(model=again))
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     second.load_state_dict(copy.deepcopy(lifecycle.state_dict()))
-    saved = second.modifiers[0].state_dict()["teacher_weights"]   # a checkpoint before the first batch holds it too
+    saved = second.modifiers[0].state_dict()["teacher_weights"]  # a checkpoint before the first batch holds it too
     assert torch.equal(saved["0.weight"], seen[3]["0.weight"])
     resumed = torch.optim.SGD(again.parameters(), lr=0.1)
     train(again, [], 7, first=5, lifecycle=second, optimizer=resumed)

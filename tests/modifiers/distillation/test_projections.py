@@ -15,7 +15,7 @@ def step(projections, scale=1.0, applied=True):
     hidden = HIDDEN.clone().requires_grad_()
     distance = (projections.project("a", hidden, 6) - TARGET).square().mean()
     projections.collect(distance)
-    (scale * distance).backward()                        # as loss scaling would have it
+    (scale * distance).backward()  # as loss scaling would have it
     projections.before_step()
     if applied:
         projections.step()
@@ -40,7 +40,7 @@ def test_they_learn_as_adamw_on_the_distance_alone():
 
 def test_a_step_that_overflowed_leaves_nothing_behind():
     plain, skipping = Projections(0.05), Projections(0.05)
-    step(skipping, applied=False)                        # fp16 found an infinity: OPTIM_POST_STEP never came
+    step(skipping, applied=False)  # fp16 found an infinity: OPTIM_POST_STEP never came
     for projections in (plain, skipping):
         step(projections)
     assert torch.equal(plain.weights["a"], skipping.weights["a"])
@@ -74,7 +74,7 @@ def test_they_come_back_before_they_are_asked_for():
         step(whole)
     again = Projections(0.05)
     again.load_state_dict(copy.deepcopy(whole.state_dict()))
-    saved = again.state_dict()                           # a checkpoint before the first batch loses nothing
+    saved = again.state_dict()  # a checkpoint before the first batch loses nothing
     assert torch.equal(saved["weights"]["a"], whole.weights["a"])
     for projections in (whole, again):
         step(projections)

@@ -743,7 +743,7 @@ def test_in_one_pass_every_module_is_solved_with_the_inputs_that_it_gets_in_the_
         W, X, args = dense[f"{name}.weight"], torch.cat(parts), grid()
         expected, _ = round_columns(W, *minmax(W, args), args, factorize(X.t() @ X / len(X), 0.01, True))
         off = (model.get_parameter(f"{name}.weight") - expected).abs() > 1e-4
-        assert off.float().mean() < 0.01, name             # a code may fall to the other side of a boundary in float32
+        assert off.float().mean() < 0.01, name  # a code may fall to the other side of a boundary in float32
 
 
 def test_the_walks_agree_where_they_should():

@@ -51,7 +51,7 @@ def test_every_module_loses_less_than_by_rounding(demo, bits, scale_search):
         "gptq": GPTQModifier(scheme=f"W{bits}A16", scale_search=scale_search, **W),
     }.items():
         model = copy.deepcopy(dense)
-        compress(model, modifier, batches, walk="whole")           # every module on inputs of the dense model, as H is
+        compress(model, modifier, batches, walk="whole")  # every module on inputs of the dense model, as H is
         errors[name] = {}
         for path, H_CC in H.items():
             D_RC = (dense.get_submodule(path).weight - model.get_submodule(path).weight).detach().double()

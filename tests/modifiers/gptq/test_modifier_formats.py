@@ -52,7 +52,7 @@ def test_nvfp4_with_activations_is_calibrated():
     record = quantized_of(model.q)
     assert torch.equal(record.input_global_scale, 448 * 6 / torch.stack(data).abs().max()[None])
     shared = [quantized_of(model.get_submodule(n)).global_scale for n in "qk"]
-    assert shared[0] != shared[1]                                    # q and k alone are no names that servers fuse
+    assert shared[0] != shared[1]  # q and k alone are no names that servers fuse
     dense = torch.nn.functional.linear(data[0], model.q.weight, model.q.bias)
     assert 0.001 < (model.q(data[0]) - dense).norm() / dense.norm() < 0.2
 

@@ -86,7 +86,7 @@ def test_coordinate_descent_is_the_plain_loop():
             s = scale[:, j // 64].double()
             expected[:, j] = (t / s).round().clamp(low, high) * s
     found = improve_codes(W, Q, scale, zero, args, H, nearest)
-    assert (found.double() - expected).abs().lt(1e-5).float().mean() > 0.99      # ties fall either way in float32
+    assert (found.double() - expected).abs().lt(1e-5).float().mean() > 0.99  # ties fall either way in float32
     error = weighted_error(W.double(), expected, H.double())
     assert_close(weighted_error(W, found, H).double(), error, rtol=0.02, atol=0)
 

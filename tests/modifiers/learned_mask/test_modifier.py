@@ -38,8 +38,9 @@ def started(model: nn.Module, **options) -> tuple[LearnedMaskModifier, Lifecycle
 
 def loop(model, lifecycle, steps, first=0, lr=0.05):
     """The training loop, with an optimizer made after the logits are there."""
-    return train(model, [], steps, first=first, optimizer=torch.optim.Adam(model.parameters(), lr=lr),
-                 lifecycle=lifecycle)
+    return train(
+        model, [], steps, first=first, optimizer=torch.optim.Adam(model.parameters(), lr=lr), lifecycle=lifecycle
+    )
 
 
 # -- the maths --------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def test_the_prior_favours_its_pattern_and_what_is_like_it():
         shift = prior_shift(mask[None] > 0, S)[0, 0]
         assert shift.argmax() == k
         assert shift.sum() == 0
-        assert sorted(shift.tolist()) == [-1, 0, 0, 0, 0, 1]                # the opposite pattern, and the four between
+        assert sorted(shift.tolist()) == [-1, 0, 0, 0, 0, 1]  # the opposite pattern, and the four between
 
 
 # -- the gradient -----------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_noise_is_new_in_every_batch_and_the_same_in_a_repeated_forward():
         assert torch.equal(model(x).detach(), seen[-1])
         lifecycle.emit(State(model=model), Event(EventType.BATCH_END, number, number))
     assert not torch.equal(seen[0], seen[1])
-    with torch.no_grad():                                   # validation, whatever mode the model is in
+    with torch.no_grad():  # validation, whatever mode the model is in
         W = hard_mask(logits_of(model[0]).logits, patterns(2, 4)) * model[0].parametrizations.weight.original
         assert torch.equal(model[0].weight, W)
 
@@ -142,7 +143,7 @@ def planted(seed: int = 0) -> tuple[nn.Sequential, torch.Tensor]:
     with torch.no_grad():
         weight = model[0].weight.view(6, 8, 4)
         weight.copy_(torch.randn(6, 8, 4))
-        weight[..., :2] *= 2                                         # the largest, on inputs that are hardly ever there
+        weight[..., :2] *= 2  # the largest, on inputs that are hardly ever there
     scale = torch.tensor([0.05, 0.05, 1.0, 1.0]).repeat(8)
     return model, scale
 
@@ -430,5 +431,5 @@ def test_reentrant_gradient_checkpointing_trains_the_same_masks(tmp_path):
         return told
 
     plain = losses(reentrant=False)
-    assert plain.count(True) == 16 + 2                                     # with those before training
+    assert plain.count(True) == 16 + 2  # with those before training
     assert losses(reentrant=True) == plain

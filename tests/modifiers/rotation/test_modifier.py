@@ -14,8 +14,8 @@ from tests.support.rotation_models import build, logits, plant_outliers, token_b
 pytestmark = pytest.mark.filterwarnings("ignore:.*shared its weight with the embeddings")
 
 BOTH = ["llama", "qwen2", "qwen3", "gemma", "phi", "phi3", "cohere", "mixtral", "qwen3_moe", "gpt2", "opt", "t5"]
-STREAM_ONLY = ["gpt_neox"]                                                # keys and values interleaved in one weight
-HEADS_ONLY = ["gemma2", "bert", "olmo2"]                                  # norms whose output goes into the stream
+STREAM_ONLY = ["gpt_neox"]  # keys and values interleaved in one weight
+HEADS_ONLY = ["gemma2", "bert", "olmo2"]  # norms whose output goes into the stream
 
 
 def moved(model: nn.Module, before: torch.Tensor) -> float:
@@ -74,7 +74,7 @@ def test_every_kind_of_matrix(kind, settings):
     compress(standard, RotationModifier())
     name = "model.embed_tokens.weight" if kind == "llama" else "transformer.wte.weight"
     assert not torch.equal(model.state_dict()[name], weights[name])
-    same = kind == "gpt2" and settings == {"transform_type": "hadamard"}              # there it needs signs
+    same = kind == "gpt2" and settings == {"transform_type": "hadamard"}  # there it needs signs
     assert torch.equal(model.state_dict()[name], standard.state_dict()[name]) == same
 
 

@@ -61,12 +61,12 @@ def test_the_grid_begins_with_rounding_to_nearest():
 def test_the_scale_is_that_of_the_paper():
     x, w = torch.tensor([1.0, 4.0, 16.0, 0.0]), torch.tensor([0.5, 0.25, 0.125, 0.7])
     plain = torch.tensor([1.0, 2.0, 4.0])
-    assert_close(awq_scale(x, w, Point(0.5, False))[:3], plain / 2)                # sqrt(max min) = 2
+    assert_close(awq_scale(x, w, Point(0.5, False))[:3], plain / 2)  # sqrt(max min) = 2
     duo = plain / (w[:3].sqrt() + 1e-4)
     assert_close(awq_scale(x, w, Point(0.5, True))[:3], duo / (duo.max() * duo.min()).sqrt())
     for point in grid(20, True):
         s = awq_scale(x, w, point)
-        assert s[3] == 1                                                           # always zero: left alone
+        assert s[3] == 1  # always zero: left alone
         assert bool(((s > 0) & s.isfinite()).all())
     assert torch.equal(awq_scale(x, w, Point(0.0, False)), torch.ones(4))
 
@@ -86,7 +86,7 @@ def test_sizes_of_columns_within_their_groups(grain):
 @pytest.mark.parametrize("grain", GRAINS)
 def test_the_error_of_a_layer_is_that_of_its_outputs(grain, monkeypatch):
     """All points at once, against a loop that computes outputs."""
-    monkeypatch.setattr("lightning_compress.modifiers.smoothing.awq.AT_ONCE", 400)           # in pieces of two points
+    monkeypatch.setattr("lightning_compress.modifiers.smoothing.awq.AT_ONCE", 400)  # in pieces of two points
     W, X, s_KC = torch.randn(6, 32), correlated(50, 32), torch.rand(5, 32) + 0.5
     errors = layer_errors(W, s_KC, GRAINS[grain], X.t() @ X / len(X))
     for s_C, error in zip(s_KC, errors, strict=True):
@@ -111,7 +111,7 @@ def test_clipping_takes_the_best_range_of_every_group(grain):
     for row in range(4):
         for start in range(0, 32, g):
             cols = slice(start, start + g)
-            top = W[row, cols].abs().max()                    # no float: an ulp decides how the limit is rounded
+            top = W[row, cols].abs().max()  # no float: an ulp decides how the limit is rounded
             best = min(loss(W.clamp(-top * c, top * c), row, cols) for c in CLIPS)
             assert loss(found, row, cols) == pytest.approx(best, rel=1e-4)
     assert not torch.equal(found, W)
@@ -249,7 +249,7 @@ def test_the_walk_goes_on_with_what_is_rounded():
 def test_padding_counts_for_nothing():
     data = batches("llama")
     padded = copy.deepcopy(data)
-    padded[1]["input_ids"][0, :3] = 40                                            # behind the mask
+    padded[1]["input_ids"][0, :3] = 40  # behind the mask
     models = [build("llama"), build("llama")]
     for model, batch in zip(models, (data, padded), strict=True):
         run(model, "llama", AWQModifier(**scheme("llama"), ignore=["lm_head"], n_grid=5), batch)
@@ -302,7 +302,7 @@ def test_an_awq_target_without_a_parent():
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     compress(models[0], AWQModifier(**scheme("flat"), mappings=by_hand, loss="layer"), batches("flat"))
-    compress(models[1], AWQModifier(**scheme("flat")), batches("flat"))           # found: measured layer by layer
+    compress(models[1], AWQModifier(**scheme("flat")), batches("flat"))  # found: measured layer by layer
     compress(models[2], QuantizationModifier(**scheme("flat")), batches("flat"))
     assert torch.equal(models[0].a.weight, models[1].a.weight)
     assert not torch.equal(models[0].a.weight, models[2].a.weight)
@@ -354,6 +354,6 @@ def test_not_finite():
             return super().forward(x) * torch.where(self.a.weight[0, 0] == 1, torch.inf, 1.0)
 
     model = nn.Sequential(nn.Sequential(Fragile(), nn.Linear(FF, C)), nn.Sequential(Split(), nn.Linear(FF, C)))
-    model[0][0].a.weight.data[0, :8] = torch.tensor([0.95, 7.5, -7.5, 1.0, 1.0, 1.0, 1.0, 1.0])      # scale 1
+    model[0][0].a.weight.data[0, :8] = torch.tensor([0.95, 7.5, -7.5, 1.0, 1.0, 1.0, 1.0, 1.0])  # scale 1
     with pytest.raises(ValueError, match="NaN or Inf in what '0.0.a', '0.0.b' lead to once they are rounded"):
         compress(model, AWQModifier(**scheme("flat")), batches("flat"), blocks=["0", "1"])

@@ -76,7 +76,7 @@ def test_every_block_has_the_pairs_of_its_architecture(name):
     for pair in pairs:
         block = "" if name == "flat" else next((part for part in pair.source.split(".") if part.isdecimal()), "")
         if not all(block in consumer.split(".") or not block for consumer in pair.consumers) or "cls" in pair.source:
-            continue                                                              # the head of BertForMaskedLM
+            continue  # the head of BertForMaskedLM
         by_block.setdefault(block, {})[last(pair.source)] = {last(consumer) for consumer in pair.consumers}
     assert list(by_block.values()) == [EXPECTED[name]] * (1 if name == "flat" else 2)
 
@@ -100,7 +100,7 @@ def test_folding_random_scales_changes_nothing(name):
 
 def test_experts_without_a_token_and_the_router_are_scaled_with_the_others():
     data = batches("mixture")
-    model, modules, pairs = found("mixture", [data[0][:1, :2], *data])            # two tokens: two experts at most
+    model, modules, pairs = found("mixture", [data[0][:1, :2], *data])  # two tokens: two experts at most
     first = next(pair for pair in pairs if pair.source == "0.norm")
     experts = {f"0.mixture.experts.{i}.{part}" for i in range(4) for part in ("gate", "up")}
     assert set(first.consumers) == experts | {"0.mixture.router"}
@@ -116,7 +116,7 @@ def test_heads_of_gqa_share_a_scale():
     pair = next(pair for pair in pairs if pair.source.endswith("0.self_attn.v_proj"))
     (consumer,) = pair.consumers.values()
     assert modules[pair.source].out_features == len(pair.channels_J) == C // 2
-    heads = consumer.index_C.view(2, 2, 8)                                        # [kv head, repeats, head size]
+    heads = consumer.index_C.view(2, 2, 8)  # [kv head, repeats, head size]
     assert torch.equal(heads[:, 0], heads[:, 1])
     assert torch.equal(heads[:, 0].flatten(), torch.arange(C // 2))
 
@@ -193,13 +193,13 @@ def test_a_layer_that_runs_twice_and_tied_weights_are_left_alone():
 
 def test_units_that_are_always_zero_follow_the_pattern_of_the_others():
     model = build("flat")
-    model[1].bias.data[5] = -1e3                                                  # never fires
+    model[1].bias.data[5] = -1e3  # never fires
     dense = copy.deepcopy(model)
     _, modules, pairs = found(model, batches("flat"))
     pair = next(pair for pair in pairs if pair.source == "1")
     assert len(pair.channels_J) == FF
     fold(pair, modules, torch.full((FF,), 3.0))
-    dense[1].bias.data[5] = model[1].bias.data[5] = 0.0                           # on other data it may
+    dense[1].bias.data[5] = model[1].bias.data[5] = 0.0  # on other data it may
     x = torch.randn(4, C)
     assert torch.allclose(model(x), dense(x), atol=1e-5)
 
@@ -229,7 +229,7 @@ def test_the_second_block_costs_two_runs():
 
 
 def test_a_block_that_only_looks_like_the_one_before_is_looked_at_anew():
-    model = nn.Sequential(Plain(nn.ReLU()), Plain(nn.GELU())).eval()              # activations have no parameters
+    model = nn.Sequential(Plain(nn.ReLU()), Plain(nn.GELU())).eval()  # activations have no parameters
     finder = PairFinder(model, {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     x = batches("relu")[0]
     sources = []
@@ -244,7 +244,7 @@ def test_the_check_sees_a_wrong_pair_and_puts_the_weights_back():
     model, modules, pairs = found("gelu", batches("gelu"))
     dense = copy.deepcopy(model)
     index_C = torch.where(torch.arange(FF) < C, torch.arange(FF), -1)
-    wrong = Pair("0.fc1", "rows", torch.arange(C), {"0.fc2": Consumer({"weight": 1}, index_C)})       # over a GELU
+    wrong = Pair("0.fc1", "rows", torch.arange(C), {"0.fc2": Consumer({"weight": 1}, index_C)})  # over a GELU
     x = batches("gelu")[0]
     with torch.no_grad():
         assert change_by_folding(pairs, modules, lambda: model(x), torch.Generator()) < 1e-6

@@ -64,7 +64,7 @@ def test_layers_of_one_source_share_the_scale_of_all_their_weights():
     for name in ("q_proj", "k_proj", "v_proj"):
         W, W_before = (m.self_attn.get_submodule(name).weight for m in (layer, before))
         factor = W / W_before
-        if name == "v_proj":                                                      # a source itself: rows are divided
+        if name == "v_proj":  # a source itself: rows are divided
             factor = factor / factor[:, :1] * s[0]
         assert torch.allclose(factor, s.expand_as(W), rtol=1e-3)
 
@@ -72,7 +72,7 @@ def test_layers_of_one_source_share_the_scale_of_all_their_weights():
 def test_padding_counts_for_nothing():
     data = batches("llama")
     padded = copy.deepcopy(data)
-    padded[1]["input_ids"][0, :3] = 40                                            # behind the mask
+    padded[1]["input_ids"][0, :3] = 40  # behind the mask
     weights = [smoothed("llama", data=d)[0].model.layers[0].input_layernorm.weight for d in (data, padded)]
     assert torch.allclose(*weights, rtol=1e-6)
 

@@ -31,7 +31,7 @@ def run(table):
         return [float(table[k, rung]) for k in some]
 
     total = race(len(table), errors, table.shape[1])
-    assert len(looked) == len(set(looked))                     # nothing is computed twice
+    assert len(looked) == len(set(looked))  # nothing is computed twice
     return total, len(looked)
 
 
@@ -41,7 +41,7 @@ def test_a_valley_is_found_with_few_looks(best, rounds):
     torch.manual_seed(best)
     valley = 1 + (torch.arange(20) - best).abs().double() / 10
     valley[0] = 1.5
-    common = torch.rand(rounds).double() * 10                  # batches differ a lot, but for all points alike
+    common = torch.rand(rounds).double() * 10  # batches differ a lot, but for all points alike
     total, looks = run(valley[:, None] + common)
     assert min(range(20), key=total.__getitem__) == best
     assert total[best] == pytest.approx(float(valley[best] * rounds + common.sum()))
@@ -50,13 +50,13 @@ def test_a_valley_is_found_with_few_looks(best, rounds):
 
 def test_the_first_point_goes_all_the_way_and_wins_where_it_is_best():
     table = torch.full((20, 4), 2.0).double()
-    table[0] = torch.tensor([3.0, 1.0, 1.0, 1.0])              # behind on the first rung, best of all in the end
+    table[0] = torch.tensor([3.0, 1.0, 1.0, 1.0])  # behind on the first rung, best of all in the end
     total, _ = run(table)
     assert total[0] == 6.0
     assert all(t > total[0] for t in total[1:])
     table = torch.ones(20, 3).double()
     total, _ = run(table)
-    assert min(range(20), key=lambda k: (total[k], k)) == 0    # a tie is rounding to nearest
+    assert min(range(20), key=lambda k: (total[k], k)) == 0  # a tie is rounding to nearest
 
 
 def test_what_is_not_finite_never_wins():
@@ -67,7 +67,7 @@ def test_what_is_not_finite_never_wins():
     total, _ = run(table)
     assert min(range(7), key=lambda k: (total[k] if math.isfinite(total[k]) else math.inf, k)) == 1
     table[0, 0] = math.nan
-    assert math.isnan(run(table)[0][0])                        # the caller says so
+    assert math.isnan(run(table)[0][0])  # the caller says so
 
 
 @pytest.mark.parametrize("points", [1, 2, 3])
@@ -105,7 +105,7 @@ def test_pieces_have_the_error_of_the_whole():
     module = Mixing()
     calls = kept(module)
     pieces = calls.split(8)
-    assert [len(output) for output in pieces.outputs] == [2, 2, 1] * 2                # two samples of four tokens
+    assert [len(output) for output in pieces.outputs] == [2, 2, 1] * 2  # two samples of four tokens
     assert sum(pieces.tokens()) == sum(calls.tokens()) == sum(int(mask.sum()) for mask in calls.masks)
     module.linear.weight.data += 0.1 * torch.randn(6, 6)
     with torch.no_grad():

@@ -61,7 +61,7 @@ def test_heads_go_in_groups_and_the_rest_computes_as_if_those_were_zero():
             makers = [getattr(attention, f"{p}_proj").weight.view(4, -1).square().sum(1) for p in "qkv"]
             columns = attention.o_proj.weight.t().reshape(4, -1).square().sum(1)
             weakest = sum(makers, columns).argsort()[:2]
-            places = torch.cat([torch.arange(8) + 8 * int(g) for g in weakest])    # 2 query heads of 4 in each group
+            places = torch.cat([torch.arange(8) + 8 * int(g) for g in weakest])  # 2 query heads of 4 in each group
             zeroed[f"{name}.o_proj"] = lambda x, places=places: x.index_fill(-1, places, 0.0)
     silenced(dense, zeroed)
     assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (4, 2, 4)
@@ -104,21 +104,25 @@ def test_channels_are_followed_through_residuals_and_norms():
         + sum(b.conv1.weight.square().sum((0, 2, 3)) + b.conv2.weight.square().sum((1, 2, 3))
               for b in (dense.first, dense.second))
     ).argsort()[:4]  # fmt: skip
-    silenced(dense, {
-        "first.conv2": lambda x: x.index_fill(1, weakest["first"], 0.0),
-        "second.conv2": lambda x: x.index_fill(1, weakest["second"], 0.0),
-        "first": lambda x: x.index_fill(1, stream, 0.0),
-        "second": lambda x: x.index_fill(1, stream, 0.0),
-        "depthwise": lambda x: x.index_fill(1, stream, 0.0),
-        "head": lambda x: x.view(-1, 8, 4).index_fill(1, stream, 0.0).flatten(1),
-    })
+    silenced(
+        dense,
+        {
+            "first.conv2": lambda x: x.index_fill(1, weakest["first"], 0.0),
+            "second.conv2": lambda x: x.index_fill(1, weakest["second"], 0.0),
+            "first": lambda x: x.index_fill(1, stream, 0.0),
+            "second": lambda x: x.index_fill(1, stream, 0.0),
+            "depthwise": lambda x: x.index_fill(1, stream, 0.0),
+            "head": lambda x: x.view(-1, 8, 4).index_fill(1, stream, 0.0).flatten(1),
+        },
+    )
     x, _ = images()
     assert_close(model(x), dense(x))
 
 
 def test_the_layer_that_makes_the_output_stays_whole_and_the_ledger_says_so():
-    model, modifier = residuals(), StructuredPruningModifier(
-        dimension="channels", ratio=0.5, start=0, input_shape=[1, 8, 8]
+    model, modifier = (
+        residuals(),
+        StructuredPruningModifier(dimension="channels", ratio=0.5, start=0, input_shape=[1, 8, 8]),
     )
     state = State(model=model)
     Lifecycle([modifier]).initialize(state)
@@ -170,13 +174,12 @@ def test_the_optimizer_goes_on_with_what_it_remembers(optimizer):
     dense = memory["weights"]
     score = dense["0.weight"].square().sum(1) + dense["2.weight"].square().sum(0)
     kept = score.argsort(descending=True)[:16].sort().values
-    along = {0: (0, kept), 1: (0, kept), 2: (1, kept)}                    # parameter -> dimension
+    along = {0: (0, kept), 1: (0, kept), 2: (1, kept)}  # parameter -> dimension
     small = perceptron()
     small[0], small[2] = nn.Linear(16, 16), nn.Linear(16, 24)
-    small.load_state_dict({
-        name: value.index_select(*along[i]) if i in along else value
-        for i, (name, value) in enumerate(dense.items())
-    })
+    small.load_state_dict(
+        {name: value.index_select(*along[i]) if i in along else value for i, (name, value) in enumerate(dense.items())}
+    )
     other = OPTIMIZERS[optimizer](small.parameters())
     state = copy.deepcopy(memory["before"])
     for i, entry in state["state"].items():
@@ -217,11 +220,9 @@ def test_taylor_keeps_what_the_loss_needs():
     idle = torch.tensor([3, 7, 11, 30])
     with torch.no_grad():
         model[0].weight[idle] = 0.5
-        model[0].bias[idle] = -100.0                                       # never active: no gradient
+        model[0].bias[idle] = -100.0  # never active: no gradient
     kept_bias = model[0].bias.detach()
-    modifier = StructuredPruningModifier(
-        dimension="channels", targets=["0"], ratio=0.125, start=2, importance="taylor"
-    )
+    modifier = StructuredPruningModifier(dimension="channels", targets=["0"], ratio=0.125, start=2, importance="taylor")
     train(model, [modifier], 3, optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
     assert model[0].out_features == 28
     assert model[0].bias.min() > -50
@@ -249,7 +250,7 @@ def test_taylor_is_the_squared_derivative_by_a_gate():
 def test_activations_rank_neurons_while_training_and_validation_does_not_count():
     model = perceptron()
     with torch.no_grad():
-        model[0].weight[:16] *= 0.01                                         # quiet, though wide awake further on
+        model[0].weight[:16] *= 0.01  # quiet, though wide awake further on
         model[0].bias[:16] = 0
         model[2].weight[:, :16] *= 100
     modifier = StructuredPruningModifier(

@@ -86,7 +86,7 @@ def test_no_block_is_worse_than_by_wanda_and_the_pattern_is_exact(name):
     assert all(after <= before for before, after in map(errors, ledger))
     assert any(after < 0.97 * before for before, after in map(errors, ledger))
     for row in ledger:
-        if name != "mixtral":                               # its experts are rows of one tensor
+        if name != "mixtral":  # its experts are rows of one tensor
             W = found.get_submodule(row.module).weight
             assert (kept_per_group(W.t() if name == "gpt2" else W, 4) <= 2).all()
         assert row.sparsity == 0.5

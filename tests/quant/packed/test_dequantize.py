@@ -93,6 +93,6 @@ def test_caches_and_embeddings_are_forgotten_too(tiny_llama):
     compress(model, recipe, [{"input_ids": IDS}])
     weights = copy.deepcopy(model.state_dict())
     names = dequantize(model)
-    assert len(names) == 9                                               # 7 Linears, the embedding, the cache
+    assert len(names) == 9  # 7 Linears, the embedding, the cache
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -38,7 +38,7 @@ PRESETS += ["W4A8 g64", "W4AFP8 g64"]
 INTEGERS = [f"w{bits} {grid}" for bits in (2, 3, 5, 8) for grid in ("g32", "channel-asymmetric")]
 INT8 = [f"w8a8 {inputs}" for inputs in INPUTS]
 SCHEMES = [*(f"w4 {grid}" for grid in WEIGHTS), *INTEGERS, "w8 channel", *INT8, *PRESETS]
-SHAPES = [(16, 64), (17, 192), (1, 64)]          # N, K
+SHAPES = [(16, 64), (17, 192), (1, 64)]  # N, K
 COLUMNS = 64
 
 
@@ -210,7 +210,7 @@ def test_compiles_whole(name, dtype):
     x = tokens(1, 3, COLUMNS, dtype=dtype)
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for _ in range(2):                                     # before anything is prepared, and after eager calls
+    for _ in range(2):  # before anything is prepared, and after eager calls
         assert_close(compiled(x), packed(x), rtol=tolerance, atol=tolerance)
 
 
@@ -259,7 +259,7 @@ def test_ways_on_cuda(name, monkeypatch):
     assert (path and path.name) == CUDA[name]
     if path is not None:
         y = path.product(packed, x, path.prepare(packed)) + packed.bias
-        error = (y - linear(x)).norm() / linear(x).norm()     # dense NVFP4 rounds weights to bfloat16
+        error = (y - linear(x)).norm() / linear(x).norm()  # dense NVFP4 rounds weights to bfloat16
         assert error < (2e-3 if name == "NVFP4A16" else 1e-5)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert PackedLinear.from_quantized(linear).path(Call("cuda", torch.float32, 3, True)) is None
@@ -269,7 +269,7 @@ def test_linears_of_a_model_are_replaced():
     model = nn.Sequential(quantized_linear("w4 g32", 64), nn.ReLU(), quantized_linear("w8 g32", 7), nn.Linear(7, 3))
     x = torch.randn(1, 5, 64)
     expected = model(x)
-    assert pack_linears(copy.deepcopy(model), served=True).names == ()          # float32 tokens: no way of their own
+    assert pack_linears(copy.deepcopy(model), served=True).names == ()  # float32 tokens: no way of their own
     assert pack_linears(model).names == ("0", "2")
     assert [type(m) for m in model] == [PackedLinear, nn.ReLU, PackedLinear, nn.Linear]
     assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
