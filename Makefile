@@ -14,12 +14,13 @@ NEWEST_READY := $(NEWEST_VENV)/.ready
 
 RECIPE ?= gptq_w4
 ARGS ?=
+BASE ?= main
 DEMO := logs/demo
 TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-newest fuzz test-kernels test-slow test-real test-slurm lint format clean
+.PHONY: help demo test test-newest fuzz test-kernels test-slow test-real test-slurm lint same-bytes format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -87,6 +88,9 @@ test-slurm: $(READY)  ## the tests that need a Slurm cluster
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+same-bytes: $(READY)  ## whether exports are the same as at the commit BASE=main, byte for byte (ARGS="--only gptq")
+	$(BIN)/python scripts/same_bytes.py --base $(BASE) $(ARGS)
 
 format: $(READY)  ## let ruff mend and format
 	$(BIN)/ruff check --fix .
