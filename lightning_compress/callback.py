@@ -35,9 +35,9 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.export.experts import planned_fault
 from lightning_compress.export.rehearsal import rehearse
+from lightning_compress.layers.split_experts import split_while
 from lightning_compress.quant.arguments import QuantizationArguments
-from lightning_compress.quant.record import quantized_modules
-from lightning_compress.quant.split_experts import split_while
+from lightning_compress.quant.record import Quantized
 from lightning_compress.recipe import dump_recipe, read_recipe, recipe_difference
 from lightning_compress.training import mid_epoch_resume, random_state
 from lightning_compress.training.checks import (
@@ -591,7 +591,7 @@ class CompressionCallback(Callback):
                     f"take its compressed.ckpt"
                 )
         beside = state.get("facts", {}).get("beside_weights", ())
-        if beside and not quantized_modules(module):
+        if beside and not Quantized.find(module):
             rank_zero_warn(
                 f"this checkpoint holds the compressed weights, but not {', nor '.join(beside)}: the model runs "
                 f"without; to have all, take load(folder, model) of the exported folder, and give no ckpt_path"

@@ -15,7 +15,7 @@ from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.core.interruption import check_uninterrupted, marked_when_interrupted
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.layers.matching import without_parallel
-from lightning_compress.quant.split_experts import split_while
+from lightning_compress.layers.split_experts import split_while
 from lightning_compress.recipe import read_recipe
 
 __all__ = ["compress"]

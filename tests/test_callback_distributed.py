@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import CompressionCallback, QuantizationModifier, compress
 from lightning_compress.core import Event, State
-from lightning_compress.modifiers.rotation.online import Online, attach_online
+from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from lightning_compress.training.broadcast import ties
 from lightning_compress.training.post_training import Finish, Plan
 from lightning_compress.training.saved_files import SavedFiles
@@ -91,7 +91,7 @@ def test_rotations_and_untied_weights_that_workers_cannot_send_back_are_named(tm
     end = ending(tmp_path, module)
     end.ties_before = ties(module.model)
     module.model[2].weight = torch.nn.Parameter(module.model[0].weight.detach().clone())
-    attach_online(module.model[0], Online("input", (1,) * 8))
+    OnlineRotations((OnlineRotation("input", (1,) * 8),)).attach(module.model[0])
     with pytest.warns(UserWarning, match="not the rotations that run beside modules, nor that weights were untied"):
         end._warn_of_what_stays_behind()
 

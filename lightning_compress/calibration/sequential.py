@@ -32,7 +32,7 @@ from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.walker import WALKS, Walk, Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
-from lightning_compress.quant.split_experts import split_while, watched
+from lightning_compress.layers.split_experts import split_while, watched
 
 __all__ = ["calibrate"]
 

@@ -55,28 +55,19 @@ from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.matching import clean_name, without_parallel
 from lightning_compress.layers.matrix import as_matrix, weight_of
+from lightning_compress.layers.split_experts import fused_experts, join, split
 from lightning_compress.quant.formats import is_microscaled
-from lightning_compress.quant.kv_cache import (
-    QuantizedCache,
-    attach_cache,
-    attention_modules,
-    cache_of,
-    quantized_caches,
-    unread_caches,
-)
+from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules, unread_caches
 from lightning_compress.quant.packed import PackedLinear, Packing, as_linears, fuse_siblings, pack_linears
 from lightning_compress.quant.packing import (
     check_fit,
     check_record,
-    from_json,
     is_packable,
     pack,
     tensor_names,
-    to_json,
     unpack,
 )
-from lightning_compress.quant.record import Quantized, attach, moved, quantized_modules, quantized_of, saw_rows
-from lightning_compress.quant.split_experts import fused_experts, join, split
+from lightning_compress.quant.record import Quantized, saw_rows
 from lightning_compress.structure.surgery import record_of, reshape
 
 __all__ = ["load", "save"]
@@ -149,11 +140,7 @@ def _save(
     max_shard_bytes: int,
     origin: Mapping[str, Any] | None,
 ) -> None:
-    records: Records = {
-        clean_name(name): (module, record)
-        for name, module in quantized_modules(model).items()
-        if (record := quantized_of(module)) is not None
-    }
+    records: Records = {clean_name(name): pair for name, pair in Quantized.find(model).items()}
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "transformers quantized this model when it loaded it; load its folder with lightning_compress.load instead "
@@ -264,7 +251,7 @@ def load(
         caches = _read_caches(layout, quantization.get("kv_cache_scheme"), files)
     for name, data in own["dense"].items():
         with naming(own_file, f"dense.{name}"):
-            records[name] = from_json(data)
+            records[name] = Quantized.from_json(data)
             check_record(name, as_matrix(layout.get_submodule(name)), records[name])
     check_all(layout, own.get("online", {}), own_file)
     weights |= files.rest()
@@ -289,11 +276,11 @@ def load(
         split(model)
     for name, record in records.items():
         module = model.get_submodule(name)
-        attach(module, moved(record, weight_of(module).device))
+        record.to(weight_of(module).device).attach(module)
     join(model)
     for name, cache in caches.items():
         attention = model.get_submodule(name)
-        attach_cache(attention, moved(cache, next(attention.parameters()).device))
+        cache.to(next(attention.parameters()).device).attach(attention)
     if packed is not False:
         with naming(folder):
             packing = pack_linears(model, stored, served=packed is None)
@@ -311,8 +298,7 @@ def load(
 
 def _caches(model: nn.Module) -> dict[str, QuantizedCache]:
     """Records of the KV cache, by attention module; ValueError where loaders would quantize more than these."""
-    found = {name: cache_of(module) for name, module in quantized_caches(model).items()}
-    caches = {name: record for name, record in found.items() if record is not None}
+    caches = {clean_name(name): record for name, (_, record) in QuantizedCache.find(model).items()}
     if caches and (missing := [name for name in attention_modules(model) if name not in caches]):
         raise ValueError(
             f"the KV cache of {len(caches)} attention modules is quantized, that of {', '.join(missing[:5])} is not, "
@@ -376,7 +362,7 @@ def _write(
 def _own(dense: Mapping[str, Quantized], on_disk: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, Any]:
     own = {
         "format_version": FORMAT_VERSION,
-        "dense": {name: to_json(record) for name, record in dense.items()},
+        "dense": {name: record.to_json() for name, record in dense.items()},
         "names": {name: other for name, other in on_disk.items() if name != other},
     }
     return own if dtype is None else own | {"dtype": str(dtype).removeprefix("torch.")}

@@ -20,8 +20,8 @@ from compressed_tensors.quantization import (
 from torch import Tensor, nn
 
 from lightning_compress.export.quantization_config import matched
+from lightning_compress.layers.split_experts import PROJECTIONS, fused_experts
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.split_experts import PROJECTIONS, fused_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,7 @@ def planned_fault(model: nn.Module, schemes: Schemes) -> str:
     """What plain transformers will do wrong with an export of these schemes, in a sentence; empty where nothing.
 
     Args:
-        model: Any; its experts have their children (quant/split_experts.py).
+        model: Any; its experts have their children (layers/split_experts.py).
         schemes: Of all modules that will be quantized.
     """
     from transformers import PreTrainedModel

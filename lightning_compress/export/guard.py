@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.export.online import online_entries
-from lightning_compress.quant.kv_cache import quantized_caches
+from lightning_compress.modifiers.rotation.online import OnlineRotations
+from lightning_compress.quant.kv_cache import QuantizedCache
 from lightning_compress.quant.packed import PackedLinear
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 
 __all__ = ["guard_save_pretrained"]
 
@@ -38,12 +38,12 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _lost(model: nn.Module) -> str:
     """What ``save_pretrained`` has no place for; empty where the folder would be right."""
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    records = {name: quantized_of(module) for name, module in quantized_modules(model).items()}
-    inputs = [name for name, record in records.items() if record and record.scheme.input_activations is not None]
+    records = Quantized.find(model).items()
+    inputs = [name for name, (_, record) in records if record.scheme.input_activations is not None]
     kinds = {
         "how packed weights are read": packed,
         "the quantization of inputs": inputs,
-        "the quantization of the KV cache": list(quantized_caches(model)),
-        "rotations that run beside modules": list(online_entries(model)),
+        "the quantization of the KV cache": list(QuantizedCache.find(model)),
+        "rotations that run beside modules": list(OnlineRotations.find(model)),
     }
     return ", ".join(f"{kind} ({len(names)} modules, such as {names[0]})" for kind, names in kinds.items() if names)

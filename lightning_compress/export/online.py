@@ -16,7 +16,7 @@ from torch import nn
 from lightning_compress.export.tensors import naming, read_json
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import as_matrix
-from lightning_compress.modifiers.rotation.online import attach_online, online_from_json, online_modules, online_to_json
+from lightning_compress.modifiers.rotation.online import OnlineRotations
 
 __all__ = ["attach_all", "check_all", "online_entries", "seal", "unsealed"]
 
@@ -26,7 +26,7 @@ NOBODYS = "WithOnlineRotations"
 
 def online_entries(model: nn.Module) -> dict[str, Any]:
     """What runs beside modules, by name, as plain data; empty where nothing does."""
-    return {clean_name(name): online_to_json(records) for name, records in online_modules(model).items()}
+    return {clean_name(name): record.to_json() for name, (_, record) in OnlineRotations.find(model).items()}
 
 
 def seal(folder: Path) -> None:
@@ -54,12 +54,11 @@ def check_all(layout: nn.Module, entries: Mapping[str, Any], path: Path) -> None
     for name, data in entries.items():
         with naming(path, f"online.{name}"):
             R, C = as_matrix(layout.get_submodule(name)).shape
-            for online in online_from_json(data):
-                online.apply(torch.zeros(1, C if online.side == "input" else R, dtype=torch.float32))
+            for rotation in OnlineRotations.from_json(data).rotations:
+                rotation.apply(torch.zeros(1, C if rotation.side == "input" else R, dtype=torch.float32))
 
 
 def attach_all(model: nn.Module, entries: Mapping[str, Any]) -> None:
     """Put the rotations back beside the modules of a loaded model, before anything else is hooked."""
     for name, data in entries.items():
-        for online in online_from_json(data):
-            attach_online(model.get_submodule(name), online)
+        OnlineRotations.from_json(data).attach(model.get_submodule(name))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
-from lightning_compress.quant.kv_cache import QuantizedCache, attach_cache, attention_modules, cache_of, with_stand_in
+from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules, with_stand_in
 from lightning_compress.quant.observers import Observer, ObserverName, make_observer
 
 __all__ = ["KVCacheModifier"]
@@ -97,7 +97,7 @@ class KVCacheModifier(Modifier):
                 f"a model of transformers, with a cache (past_key_values, or cache) and k_proj and v_proj in a module "
                 f"whose class is called attention; leave the KV cache out of the recipe"
             )
-        if done := [name for name, module in modules.items() if cache_of(module) is not None]:
+        if done := [name for name, module in modules.items() if QuantizedCache.of(module) is not None]:
             raise ValueError(f"the KV cache of {done[0]!r} is quantized already; start from the dense model")
         return modules
 
@@ -173,7 +173,7 @@ class KVCacheModifier(Modifier):
                 continue
             module = self._left.pop(name)
             self.remove_hooks(module, *module.children())
-            attach_cache(module, record)
+            record.attach(module)
             grid = f"{self.format.upper()} {self.strategy}"
             state.ledger.add(name, "kv_cache", scheme=f"KV {grid}" if self.symmetric else f"KV {grid} asymmetric")
 

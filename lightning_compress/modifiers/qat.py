@@ -36,7 +36,7 @@ from lightning_compress.quant.parametrization import (
     parametrize_weight,
     restore_dense,
 )
-from lightning_compress.quant.record import Quantized, attach, detach, quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 from lightning_compress.quant.weight_metrics import weight_error, weight_facts
 
@@ -157,7 +157,7 @@ class QATModifier(QuantizationArguments, Modifier):
             check_trainable({name: model.get_submodule(name) for name in schemes})
         except BaseException:
             for module, taken in records.values():
-                attach(module, taken)
+                taken.attach(module)
             raise
         named = {clean_name(name): module for name, module in model.named_modules()}
         self._modules = {name: named[name] for name in schemes}
@@ -184,8 +184,8 @@ class QATModifier(QuantizationArguments, Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         for name, lifted in self._lifted.items():
             module = self._modules[name]
-            record = quantized_of(module)
-            detach(module)
+            record = Quantized.of(module)
+            Quantized.detach(module)
             lower(module, lifted, record)
             lifted.fake.active = self._started
         self._lifted, self._awaited = {}, set()
@@ -316,13 +316,10 @@ def _dense_matrix(module: nn.Module) -> Tensor:
 
 def _taken_off(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
     """The records of an earlier quantization, taken off their modules."""
-    taken = {}
-    for name, module in quantized_modules(model).items():
-        record = quantized_of(module)
-        assert record is not None
-        detach(module)
-        taken[clean_name(name)] = (module, record)
-    return taken
+    records = {clean_name(name): pair for name, pair in Quantized.find(model).items()}
+    for module, _ in records.values():
+        Quantized.detach(module)
+    return records
 
 
 def _check_records(records: dict[str, tuple[nn.Module, Quantized]], schemes: dict[str, QuantizationScheme]) -> None:

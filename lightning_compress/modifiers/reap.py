@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matching import Names, clean_name, select
-from lightning_compress.quant.split_experts import fused_experts, is_split, join
+from lightning_compress.layers.split_experts import fused_experts, is_split, join
 from lightning_compress.structure.config import check_states
 from lightning_compress.structure.surgery import cut_tensors
 

@@ -34,7 +34,7 @@ from lightning_compress.layerwise.owl import OutlierSurvey
 from lightning_compress.ops.gptq_block import SUB_BLOCK, gptq_block_
 from lightning_compress.pruning.arguments import PruningArguments, never_saw_data, share_of_zeros
 from lightning_compress.pruning.masks import keep_highest, keep_rows
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import check_finite
 from lightning_compress.quant.weight_metrics import sqnr_db, weight_error
 
@@ -221,7 +221,7 @@ class SparseGPTModifier(PruningArguments, Modifier):
     def _prune_one(self, state: State, name: str, module: nn.Module, shared: Shared) -> None:
         start = time.perf_counter()
         assert shared.moment is not None
-        if quantized_of(module) is not None:
+        if Quantized.of(module) is not None:
             raise ValueError(f"{name!r} is quantized already: put {self.name} before what quantizes it")
         check_finite({name: module})
         if shared not in self._solved:

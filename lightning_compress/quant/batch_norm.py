@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.layers.matrix import is_supported
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 
 __all__ = ["Folding", "find_foldings", "fold", "fold_all"]
 
@@ -60,7 +60,7 @@ def fold_all(model: nn.Module, remove: bool = False) -> list[Folding]:
             f"no BatchNorm to fold: {reasons or f'{type(model).__name__} has none'}; leave folding out for this model"
         )
     for folding in found:
-        if quantized_of(model.get_submodule(folding.layer)) is not None:
+        if Quantized.of(model.get_submodule(folding.layer)) is not None:
             raise ValueError(
                 f"{folding.layer!r} is quantized already, and folding {folding.norm!r} into it would take it off its "
                 f"grid; fold first, then quantize"

@@ -2,7 +2,7 @@
 
 compressed-tensors does it so when it loads a ``kv_cache_scheme``: the attention module gets a stand-in for its cache,
 and what is handed to ``update`` is quantized first; also where there is no cache. Here the stand-in lives for one call,
-and the module carries a record as quantized layers do (quant/record.py): state dicts keep their keys.
+and the module carries a record as quantized layers do: state dicts keep their keys.
 
 Shapes: B batch, H heads of keys and values, T tokens, D numbers per head.
 """
@@ -17,26 +17,33 @@ from compressed_tensors.quantization.lifecycle.initialize import is_cached_atten
 from torch import Tensor, nn
 
 from lightning_compress.layers.matching import clean_name
+from lightning_compress.layers.records import Record
 from lightning_compress.quant.fake_quant import fake_quantize_input
 
-__all__ = [
-    "QuantizedCache",
-    "attach_cache",
-    "attention_modules",
-    "cache_of",
-    "detach_cache",
-    "quantized_caches",
-    "unread_caches",
-    "with_stand_in",
-]
+__all__ = ["QuantizedCache", "attention_modules", "unread_caches", "with_stand_in"]
 
-_ATTRIBUTE = "_lightning_compress_cache"
 _KEYWORDS = ("cache", "past_key_values", "past_key_value")  # of transformers from 5.24, from 4.56, and before
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def _quantize_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    record = QuantizedCache.of(module)
+    if record is None:
+        return None
+
+    def change(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            fake_quantize_input(module, key, record.args, record.k_scale, record.k_zero_point),
+            fake_quantize_input(module, value, record.args, record.v_scale, record.v_zero_point),
+        )
+
+    return args, with_stand_in(module, kwargs, change)
+
+
 @dataclass(frozen=True)
-class QuantizedCache:
+class QuantizedCache(Record):
     """How keys and values of one attention module are quantized.
 
     Args:
@@ -47,11 +54,17 @@ class QuantizedCache:
         v_zero_point: As k_zero_point.
     """
 
+    attribute = "_lightning_compress_cache"
+    hooks = (_quantize_cache,)
+
     args: QuantizationArgs
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     k_zero_point: Tensor | None = None
     v_zero_point: Tensor | None = None
+
+    def register(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(_quantize_cache, with_kwargs=True)
 
     @staticmethod
     def tensor_names(args: QuantizationArgs) -> tuple[str, ...]:
@@ -74,7 +87,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def unread_caches(model: nn.Module) -> list[str]:
     """Attention modules with a record whose cache the installed compressed-tensors would leave as it is."""
-    return [name for name, module in quantized_caches(model).items() if not is_cached_attention_module(module)]
+    caches = QuantizedCache.find(model).items()
+    return [clean_name(name) for name, (module, _) in caches if not is_cached_attention_module(module)]
 
 
 def _takes_cache(module: nn.Module) -> bool:
@@ -86,32 +100,6 @@ def _keyword(module: nn.Module) -> str | None:
     """The name under which ``forward`` takes its cache; None where it takes none."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in _KEYWORDS if name in parameters), None)
-
-
-def attach_cache(module: nn.Module, record: QuantizedCache) -> None:
-    """Quantize the keys and values of an attention module from now on, in place of an older record."""
-    detach_cache(module)
-    setattr(module, _ATTRIBUTE, record)
-    module.register_forward_pre_hook(_quantize_cache, with_kwargs=True)
-
-
-def cache_of(module: nn.Module) -> QuantizedCache | None:
-    """The record of an attention module, or None."""
-    return getattr(module, _ATTRIBUTE, None)
-
-
-def quantized_caches(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules that carry a record, by dotted name."""
-    return {clean_name(name): module for name, module in model.named_modules() if cache_of(module) is not None}
-
-
-def detach_cache(module: nn.Module) -> None:
-    """Take the record and the hook off. Nothing happens without a record."""
-    if cache_of(module) is not None:
-        delattr(module, _ATTRIBUTE)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _quantize_cache]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def with_stand_in(module: nn.Module, kwargs: Mapping[str, Any], change: Change) -> dict[str, Any]:
@@ -140,19 +128,3 @@ class _StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
-
-
-def _quantize_cache(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    record = cache_of(module)
-    if record is None:
-        return None
-
-    def change(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            fake_quantize_input(module, key, record.args, record.k_scale, record.k_zero_point),
-            fake_quantize_input(module, value, record.args, record.v_scale, record.v_zero_point),
-        )
-
-    return args, with_stand_in(module, kwargs, change)

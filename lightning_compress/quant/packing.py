@@ -28,19 +28,14 @@ __all__ = [
     "ACTIVATION_NAMES",
     "check_fit",
     "check_record",
-    "from_json",
     "is_packable",
     "pack",
     "tensor_names",
-    "to_json",
     "unpack",
 ]
 
 ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
 """What a static activation scheme adds to the names of a module's tensors."""
-
-
-TENSOR_FIELDS = ("scale", "zero_point", *ACTIVATION_NAMES, "global_scale")
 
 
 def is_packable(module: nn.Module) -> bool:
@@ -149,36 +144,6 @@ def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
         value = getattr(record, what)
         if value is not None and not ((found := wide(value)).isfinite() & (found > 0)).all():
             raise RuntimeError(f"{name!r}: its {what} is not finite and positive everywhere")
-
-
-def to_json(record: Quantized) -> dict[str, Any]:
-    """The record in JSON types: the scheme, and each tensor as dtype, shape and flat values (decimal, exact)."""
-    tensors = {key: getattr(record, key) for key in TENSOR_FIELDS}
-    return {"scheme": record.scheme.model_dump(mode="json")} | {
-        key: None
-        if value is None
-        else {
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": list(value.shape),
-            "values": value.detach().cpu().flatten().tolist(),
-        }
-        for key, value in tensors.items()
-    }
-
-
-def from_json(data: dict[str, Any]) -> Quantized:
-    """The reverse of :func:`to_json`."""
-    scheme = QuantizationScheme.model_validate(data["scheme"])
-    scale, *others = (_tensor(data.get(key)) for key in TENSOR_FIELDS)
-    if scale is None:
-        raise ValueError("a record needs a scale")
-    return Quantized(scheme, scale, **dict(zip(TENSOR_FIELDS[1:], others, strict=True)))
-
-
-def _tensor(data: dict[str, Any] | None) -> Tensor | None:
-    if data is None:
-        return None
-    return torch.tensor(data["values"], dtype=getattr(torch, data["dtype"])).reshape(data["shape"])
 
 
 def _compressor(module_type: type, scheme: QuantizationScheme) -> type[BaseCompressor]:

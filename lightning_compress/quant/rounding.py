@@ -14,7 +14,7 @@ from lightning_compress.quant.embeddings import sharers
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.formats import global_scale_of, has_global_scale, is_microscaled
 from lightning_compress.quant.observers import Observer
-from lightning_compress.quant.record import Quantized, attach, quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import group_columns, minmax, search
 from lightning_compress.quant.schemes import check_finite
 from lightning_compress.quant.shared_scales import GlobalScales
@@ -86,7 +86,7 @@ def round_module(
         error = weight_error(W_RC, Q_RC)
         facts = {**weight_facts(W_RC, Q_RC, quantized, error), "error": error}
         write_matrix(module, Q_RC)
-        attach(module, quantized)
+        quantized.attach(module)
         return {**facts, "seconds": time.perf_counter() - start}
 
 
@@ -131,11 +131,11 @@ def round_embeddings(
         )
         found_by = "least squares" if scale_search in ("imatrix", "hessian") else scale_search
         yield name, {"flag": f"an embedding: rounded to nearest, scales by {found_by}", **facts}
-        record = quantized_of(modules[name])
+        record = Quantized.of(modules[name])
         assert record is not None
         for other in others:
             del schemes[other]
-            attach(modules[other], record)
+            record.attach(modules[other])
             yield other, {"flag": f"looks its rows up in the table of {name}"}
 
 
@@ -178,7 +178,7 @@ def input_scales(observer: Observer | None, dtype: torch.dtype) -> dict[str, Any
 
 def check_dense(name: str, module: nn.Module) -> None:
     """ValueError when another modifier of the recipe was here before, or when the weight holds NaN or Inf."""
-    if quantized_of(module) is not None:
+    if Quantized.of(module) is not None:
         raise ValueError(
             f"two modifiers of the recipe quantize {name!r}; give them different targets, or let one of them ignore it"
         )

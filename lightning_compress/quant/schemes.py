@@ -35,7 +35,7 @@ from lightning_compress.layers.matrix import (
 from lightning_compress.layers.tied_weights import owners_of, shared_message
 from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is_one_table
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 
 __all__ = [
     "AUTO_SIZES", "GroupSize", "GroupSizeError", "SizedByModule", "assign", "describe", "from_groups", "from_inline",
@@ -422,7 +422,7 @@ def _check_dense(model: nn.Module) -> None:
         method = method or "see model.config.quantization_config"
         raise ValueError(f"the model is quantized already ({getattr(method, 'value', method)}){again}")
     schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
-    done = [repr(n) for n, m in model.named_modules() if quantized_of(m) is not None or schemes[n] is not None]
+    done = [repr(n) for n, m in model.named_modules() if Quantized.of(m) is not None or schemes[n] is not None]
     if done:
         raise ValueError(f"the model is quantized already, in {_named(done)}{again}{anew}")
 

@@ -5,24 +5,56 @@ freshly built dense model, so that a checkpoint of the small one fits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from lightning_compress.layers.records import Record
 from lightning_compress.structure.groups import Cut
 
-__all__ = ["change_attributes", "cut_layers", "cut_tensors", "record_of", "reshape", "tensors_of"]
+__all__ = ["Structure", "change_attributes", "cut_layers", "cut_tensors", "record_of", "reshape", "tensors_of"]
 
-RECORD = "_lightning_compress_structure"
 Step = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Structure(Record):
+    """The cuts that were made in a model.
+
+    The model holds them as plain data, so that a pickled copy of it can be read where this package is not installed.
+
+    Args:
+        steps: In the order of the cuts.
+    """
+
+    attribute = "_lightning_compress_structure"
+
+    steps: tuple[Step, ...]
+
+    def attach(self, module: nn.Module) -> None:
+        setattr(module, self.attribute, self.to_json())
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        steps = getattr(module, cls.attribute, None)
+        return None if steps is None else cls.from_json(steps)
+
+    def to_json(self) -> list[Step]:
+        return list(self.steps)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        return cls(tuple(data))
 
 
 def record_of(model: nn.Module) -> list[Step]:
     """The cuts that were made in this model, in order; empty for a dense one."""
-    return list(model.__dict__.get(RECORD, []))
+    structure = Structure.of(model)
+    return [] if structure is None else structure.to_json()
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -257,7 +289,7 @@ def _note(model: nn.Module, step: Step, attributes: Mapping[str, Mapping[str, in
     for key, value in config.items():
         setattr(model.config, key, value)
     step = {**step, "attributes": {n: dict(v) for n, v in attributes.items()}, "config": dict(config)}
-    model.__dict__[RECORD] = [*record_of(model), step]
+    Structure((*record_of(model), step)).attach(model)
 
 
 def _outline(step: Step) -> tuple[Any, Any]:

@@ -13,14 +13,18 @@ from torch import nn
 
 from lightning_compress.distributed import gather, world_size
 from lightning_compress.distributed import rank as rank_of_process
-from lightning_compress.modifiers.rotation.online import attach_online, online_modules
-from lightning_compress.quant.kv_cache import attach_cache, cache_of, quantized_caches
-from lightning_compress.quant.record import attach, moved, quantized_modules, quantized_of
-from lightning_compress.quant.split_experts import is_split, join, split
+from lightning_compress.layers.records import Record
+from lightning_compress.layers.split_experts import is_split, join, split
+from lightning_compress.modifiers.rotation.online import OnlineRotations
+from lightning_compress.quant.kv_cache import QuantizedCache
+from lightning_compress.quant.record import Quantized
 from lightning_compress.structure.surgery import record_of, reshape
 from lightning_compress.training.rank_zero import alone, send_tensors
 
 __all__ = ["share", "ties"]
+
+KINDS: tuple[type[Record], ...] = (Quantized, QuantizedCache, OnlineRotations)
+"""The records that are sent after the weights; the cuts go before, since they make the shapes of the weights."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,12 @@ def share(model: nn.Module, device: torch.device) -> None:
                 f"do, or train on one device"
             )
     send_tensors(model)
-    records = alone(lambda: _records(model), "sending scales")
+    are_split, records = alone(lambda: _records(model), "sending scales")
     if rank_of_process() != 0:
+        if are_split:
+            split(model)
         _attach(model, records, device)
+        join(model)  # experts that carry no record
 
 
 def ties(model: nn.Module) -> int:
@@ -105,26 +112,13 @@ def _outline(model: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]
     return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
 
 
-def _records(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What modules carry beside their tensors, by kind and name, on the CPU; with ``split`` whether experts are."""
-    quantized = {name: quantized_of(module) for name, module in quantized_modules(model).items()}
-    caches = {name: cache_of(module) for name, module in quantized_caches(model).items()}
-    return {
-        "split": {name: True for name, module in model.named_modules() if is_split(module)},
-        "quantized": {name: moved(record, torch.device("cpu")) for name, record in quantized.items()},
-        "caches": {name: moved(record, torch.device("cpu")) for name, record in caches.items()},
-        "online": dict(online_modules(model)),
-    }
+def _records(model: nn.Module) -> tuple[bool, list[tuple[str, Record]]]:
+    """Whether experts are split into modules, and what modules carry beside their tensors, by name, on the CPU."""
+    cpu = torch.device("cpu")
+    records = [(name, record.to(cpu)) for kind in KINDS for name, (_, record) in kind.find(model).items()]
+    return any(is_split(module) for module in model.modules()), records
 
 
-def _attach(model: nn.Module, records: dict[str, dict[str, Any]], device: torch.device) -> None:
-    if records["split"]:
-        split(model)
-    for name, record in records["quantized"].items():
-        attach(model.get_submodule(name), moved(record, device))
-    for name, record in records["caches"].items():
-        attach_cache(model.get_submodule(name), moved(record, device))
-    for name, sides in records["online"].items():
-        for online in sides:
-            attach_online(model.get_submodule(name), online)
-    join(model)  # those that carry no record
+def _attach(model: nn.Module, records: list[tuple[str, Record]], device: torch.device) -> None:
+    for name, record in records:
+        record.to(device).attach(model.get_submodule(name))

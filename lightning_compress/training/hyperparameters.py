@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_compress.layers.dense_keys import unparametrize
-from lightning_compress.quant.split_experts import is_split, unsplit
+from lightning_compress.layers.split_experts import is_split, unsplit
+from lightning_compress.structure.surgery import Structure
 
 __all__ = ["plain_copy", "write_plain_modules"]
 
@@ -29,7 +30,6 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-KEPT = ("_lightning_compress_structure",)  # plain data: what was cut away
 
 
 def write_plain_modules(checkpoint: dict[str, Any]) -> None:
@@ -62,8 +62,8 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
             unsplit(inner)
         if (parts := _parametrizations(inner)) and all(_is_ours(type(part)) for part in parts):
             unparametrize(inner)  # with another one beside it torch refuses to pickle, as it did before
-        for name in [name for name in vars(inner) if _is_record(name) and name not in KEPT]:
-            delattr(inner, name)
+        for name in [name for name in vars(inner) if _is_record(name) and name != Structure.attribute]:
+            delattr(inner, name)  # but for the cuts, which are plain data
     return copied
 
 

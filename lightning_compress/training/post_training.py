@@ -38,9 +38,9 @@ from lightning_compress.distributed import world_size
 from lightning_compress.export import verify
 from lightning_compress.export.compressed_tensors import save
 from lightning_compress.export.guard import guard_save_pretrained
-from lightning_compress.modifiers.rotation.online import online_modules
-from lightning_compress.quant.kv_cache import quantized_caches
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.modifiers.rotation.online import OnlineRotations
+from lightning_compress.quant.kv_cache import QuantizedCache
+from lightning_compress.quant.record import Quantized
 from lightning_compress.report import plots, summary, table
 from lightning_compress.training.broadcast import share, ties
 from lightning_compress.training.checks import tensor_bytes
@@ -518,11 +518,11 @@ class Finish:
 
     def _beside_weights(self) -> list[str]:
         """What the model has and its weights do not hold."""
-        records = [quantized_of(m) for m in quantized_modules(self.module).values()]
+        schemes = [record.scheme for _, record in Quantized.find(self.module).values()]
         held = {
-            "the quantization of activations": any(r and r.scheme.input_activations is not None for r in records),
-            "the quantization of the KV cache": bool(quantized_caches(self.module)),
-            "the rotations that run beside modules": bool(online_modules(self.module)),
+            "the quantization of activations": any(scheme.input_activations is not None for scheme in schemes),
+            "the quantization of the KV cache": bool(QuantizedCache.find(self.module)),
+            "the rotations that run beside modules": bool(OnlineRotations.find(self.module)),
         }
         return [what for what, is_there in held.items() if is_there]
 
@@ -554,7 +554,7 @@ class Finish:
             if self.outputs is not None:  # else that folder is deleted
                 self.facts["export_dir"] = str(folder)
         except Exception as error:
-            if quantized_modules(self.module) or not isinstance(error, ValueError):
+            if Quantized.find(self.module) or not isinstance(error, ValueError):
                 error.add_note("the compressed model, weights stored dense, is in compressed.ckpt")
                 raise
             rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_compress.layers.matching import select
 from lightning_compress.layers.matrix import as_matrix, write_matrix
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.record import Quantized, attach
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
 from tests.support import plain_reader
 
@@ -38,7 +38,7 @@ def to_grid(module: nn.Module, scheme: QuantizationScheme) -> None:
     if inputs is not None and not inputs.dynamic:
         input_scale = torch.tensor([0.02], dtype=weight_RC.dtype)
         input_zero_point = None if inputs.symmetric else torch.tensor([5], dtype=torch.int8)
-    attach(module, Quantized(scheme, scale, zero_point, input_scale, input_zero_point))
+    Quantized(scheme, scale, zero_point, input_scale, input_zero_point).attach(module)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import lightning_compress.export.tensors as tensors_module
 from lightning_compress.export.compressed_tensors import load, save
-from lightning_compress.quant.record import Quantized, attach, detach, quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,9 +34,9 @@ def all_files(folder):
 
 
 def assert_same_records(model, other):
-    assert quantized_modules(model).keys() == quantized_modules(other).keys() != set()
-    for name, module in quantized_modules(model).items():
-        record, again = quantized_of(module), quantized_of(other.get_submodule(name))
+    assert Quantized.find(model).keys() == Quantized.find(other).keys() != set()
+    for name, (_, record) in Quantized.find(model).items():
+        again = Quantized.of(other.get_submodule(name))
         for key in ("weights", "input_activations", "output_activations"):
             assert getattr(record.scheme, key) == getattr(again.scheme, key)
         for key in ("scale", "zero_point", "input_scale"):
@@ -68,11 +68,11 @@ def test_the_live_model_does_not_change(tmp_path, small_net, quantize, scheme_of
     quantize(small_net, scheme_of("W8A8"))
     before = copy.deepcopy(small_net.state_dict())
     attributes = {name: sorted(vars(module)) for name, module in small_net.named_modules()}
-    schemes = {name: copy.deepcopy(quantized_of(m).scheme) for name, m in quantized_modules(small_net).items()}
+    schemes = {name: copy.deepcopy(record.scheme) for name, (_, record) in Quantized.find(small_net).items()}
     save(small_net, tmp_path / "out")
     assert_close(small_net.state_dict(), before, rtol=0, atol=0)
     assert attributes == {name: sorted(vars(module)) for name, module in small_net.named_modules()}
-    assert schemes == {name: quantized_of(m).scheme for name, m in quantized_modules(small_net).items()}
+    assert schemes == {name: record.scheme for name, (_, record) in Quantized.find(small_net).items()}
 
 
 def test_a_hugging_face_config_does_not_change(tmp_path, tiny_llama, quantize, scheme_of):
@@ -127,7 +127,7 @@ def test_an_embedding_may_be_packed(tmp_path, scheme_of):
     model, scheme = nn.Sequential(nn.Embedding(10, 32)).eval(), scheme_of("", ["Embedding"], num_bits=4, group_size=32)
     scale, _ = minmax(model[0].weight.data, scheme.weights)
     model[0].weight.data = round_weight(model[0].weight.data, scale, None, scheme.weights)
-    attach(model[0], Quantized(scheme, scale))
+    Quantized(scheme, scale).attach(model[0])
     save(model, tmp_path / "out")
     again = load(tmp_path / "out", nn.Sequential(nn.Embedding(10, 32)), packed=False)
     assert torch.equal(again[0].weight, model[0].weight)
@@ -240,7 +240,7 @@ def test_a_model_that_transformers_quantized(tmp_path, tiny_llama, quantize, sch
 
     save(quantize(tiny_llama(), scheme_of("W4A16")), tmp_path / "out")
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    attach(loaded.lm_head, Quantized(scheme_of("W4A16"), torch.ones(1)))
+    Quantized(scheme_of("W4A16"), torch.ones(1)).attach(loaded.lm_head)
     with pytest.raises(ValueError, match=r"transformers quantized this model.*lightning_compress.load"):
         save(loaded, tmp_path / "again")
 
@@ -292,12 +292,12 @@ import resource, sys, torch
 from torch import nn
 from compressed_tensors.quantization import preset_name_to_scheme
 from lightning_compress.export.compressed_tensors import save
-from lightning_compress.quant.record import Quantized, attach
+from lightning_compress.quant.record import Quantized
 model = {model}
 for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
     scale = torch.full((len(module.weight), 1), 0.01)
     module.weight.data = (module.weight.data / scale).round().clamp(-128, 127) * scale
-    attach(module, Quantized(preset_name_to_scheme("W8A8", ["Linear"]), scale))
+    Quantized(preset_name_to_scheme("W8A8", ["Linear"]), scale).attach(module)
 save(model, sys.argv[1], overwrite=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 for target in sys.argv[1:]:
@@ -429,7 +429,7 @@ def test_load_into_a_hugging_face_model_that_is_there(tmp_path, tiny_llama, quan
     assert_close(fresh.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert_same_records(model, fresh)
     on_cpu = load(tmp_path / "out", device="cpu", packed=False)
-    assert all(quantized_of(m).scale.device.type == "cpu" for m in quantized_modules(on_cpu).values())
+    assert all(record.scale.device.type == "cpu" for _, record in Quantized.find(on_cpu).values())
 
 
 @pytest.mark.parametrize("name", ["pipeline", "Trainer", "LlamaConfig", "MyOwnModel"])
@@ -451,8 +451,8 @@ def test_load_in_bfloat16(tmp_path, tiny_llama, quantize, scheme_of):
 
 
 def test_a_detached_model_is_dense_again(saved, small_net):
-    for module in quantized_modules(small_net).values():
-        detach(module)
+    for module, _ in Quantized.find(small_net).values():
+        Quantized.detach(module)
     folder = save(small_net, saved.parent / "dense")
     assert (folder / "config.json").read_text() == "{}\n"
     assert_close(load_file(folder / "model.safetensors"), dict(small_net.state_dict()), rtol=0, atol=0)
@@ -519,7 +519,7 @@ def test_what_was_added_to_a_model_comes_back_in_one_that_has_it_too(tmp_path, t
     again = load(tmp_path / "out", build(0.0), packed=False)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-    assert quantized_modules(again).keys() == quantized_modules(model).keys() >= {"reward"}
+    assert Quantized.find(again).keys() == Quantized.find(model).keys() >= {"reward"}
     with pytest.raises(ValueError, match=r"'reward.weight_packed', .*where something was added to the model"):
         load(tmp_path / "out")
 

@@ -17,7 +17,7 @@ from lightning_compress.modifiers.kv_cache import KVCacheModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant import kv_cache
-from lightning_compress.quant.kv_cache import attention_modules, cache_of, detach_cache, unread_caches
+from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules, unread_caches
 from tests.support.architecture_models import ARCHITECTURES, GROUPED, PICTURE
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -134,7 +134,7 @@ def test_padding_does_not_stretch_scales(tiny_llama):
     mask[1] = 0
     compress(padded, KVCacheModifier(), [{"input_ids": IDS, "attention_mask": mask}])
     for name, module in attention_modules(whole).items():
-        assert_close(cache_of(padded.get_submodule(name)).k_scale, cache_of(module).k_scale)
+        assert_close(QuantizedCache.of(padded.get_submodule(name)).k_scale, QuantizedCache.of(module).k_scale)
 
 
 def test_decoding_with_a_cache_gives_what_one_pass_gives(tiny_llama):
@@ -174,7 +174,7 @@ def test_a_copy_keeps_it_and_detach_takes_it_off(tiny_llama):
     other = copy.deepcopy(model)
     assert_close(logits(other), logits(model), rtol=0, atol=0)
     for module in attention_modules(other).values():
-        detach_cache(module)
+        QuantizedCache.detach(module)
     assert_close(logits(other), logits(tiny_llama()), rtol=0, atol=0)
 
 
@@ -257,6 +257,6 @@ def test_twice_and_only_in_part(tmp_path, tiny_llama):
     model = quantized(tiny_llama(), False)
     with pytest.raises(ValueError, match=r"the KV cache of 'model.layers.0.self_attn' is quantized already"):
         quantized(model, False)
-    detach_cache(model.model.layers[1].self_attn)
+    QuantizedCache.detach(model.model.layers[1].self_attn)
     with pytest.raises(ValueError, match="of 1 attention modules is quantized, that of model.layers.1.self_attn is n"):
         save(model, tmp_path / "out")

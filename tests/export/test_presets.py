@@ -14,7 +14,7 @@ from lightning_compress.export.compressed_tensors import load, save
 from lightning_compress.export.tensors import read_json
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe, presets
 from lightning_compress.recipe import load_recipe
 
@@ -67,8 +67,8 @@ def test_our_load_gives_exactly_the_model_in_memory(exported, case):
     again, model = load(root / case, packed=False), models[case]
     assert again.dtype == model.dtype
     assert_close(logits(again), logits(model), rtol=0, atol=0)
-    for name, module in quantized_modules(model).items():
-        record, its = quantized_of(module), quantized_of(again.get_submodule(name))
+    for name, (_, record) in Quantized.find(model).items():
+        its = Quantized.of(again.get_submodule(name))
         for field in ("scale", "zero_point", "input_scale", "global_scale", "input_global_scale"):
             assert (getattr(record, field) is None) == (getattr(its, field) is None)
             assert_close(getattr(its, field), getattr(record, field), rtol=0, atol=0)
@@ -80,7 +80,7 @@ def test_decompression_by_compressed_tensors_gives_every_weight(exported, case):
     config = QuantizationConfig.model_validate(read_json(root / case / "config.json")["quantization_config"])
     (scheme,) = config.config_groups.values()
     tensors = load_file(root / case / "model.safetensors")
-    for name, module in quantized_modules(models[case]).items():
+    for name, (module, _) in Quantized.find(models[case]).items():
         state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         found = BaseCompressor.get_value_from_registry(scheme.format).decompress(state, scheme)["weight"]
         assert torch.equal(found.to(module.weight.dtype), module.weight)
@@ -99,7 +99,7 @@ def test_nvfp4_on_disk(exported):
     shared = {n: tensors[f"{layer}.self_attn.{n}_proj.weight_global_scale"].item() for n in "qkvo"}
     assert shared["q"] == shared["k"] == shared["v"] != shared["o"]
     assert tensors[f"{q}.input_global_scale"].dtype == torch.float32
-    dense = quantized_of(models["NVFP4"].get_submodule(o))
+    dense = Quantized.of(models["NVFP4"].get_submodule(o))
     stored = dense.scale * dense.global_scale
     assert torch.equal(stored.to(torch.float8_e4m3fn), tensors[f"{o}.weight_scale"])
     assert tensors[f"{o}.weight_scale"].float().max() == 448  # the whole range is used
@@ -128,7 +128,7 @@ def test_attention_and_mlp_by_the_recipe_of_two_schemes(tmp_path, tiny_llama, re
     compress(model, load_recipe("mixed_w8a8_w4"), [{"input_ids": torch.arange(64).reshape(2, 32)}])
     layer = model.model.layers[0]
     names = ("self_attn.q_proj", "mlp.up_proj")
-    kinds = {name: describe(quantized_of(layer.get_submodule(name)).scheme) for name in names}
+    kinds = {name: describe(Quantized.of(layer.get_submodule(name)).scheme) for name in names}
     assert kinds == {"self_attn.q_proj": "W8A8 channel sym", "mlp.up_proj": "W4A16 g64 sym"}
     save(model, tmp_path / "mixed")
     save_file({"input_ids": IDS}, tmp_path / "mixed.batch")

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from lightning_compress import AutoRoundModifier, compress, load, save
-from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.record import Quantized
 from tests.support.smoothing_models import batches, build, ignore, output, targets
 
 CASES = {
@@ -34,7 +34,7 @@ def test_plain_transformers_gives_the_logits_of_the_model_in_memory(tmp_path, re
         save(model, tmp_path / case)
         save_file(data[0], tmp_path / f"{case}.batch")
         again = load(tmp_path / case, packed=False)
-        for module_name, module in quantized_modules(model).items():
+        for module_name, (module, _) in Quantized.find(model).items():
             assert torch.equal(again.get_submodule(module_name).weight, module.weight)
     read = read_by_transformers(tmp_path, classes)
     for case, ours in logits.items():

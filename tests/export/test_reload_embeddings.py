@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress import GPTQModifier, QuantizationModifier, compress, load, save
-from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.record import Quantized
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.plain_reader import read_by_transformers
 
@@ -72,7 +72,7 @@ def runs(tmp_path_factory):
         compress(model, GPTQModifier(**recipe), batches)
         in_memory[case] = logits(model, batches[0])
         again = load(save(model, root / case), packed=False)
-        assert quantized_modules(again).keys() == quantized_modules(model).keys()
+        assert Quantized.find(again).keys() == Quantized.find(model).keys()
         restored[case] = logits(again, batches[0])
         save_file(batches[0], root / f"{case}.batch")
         classes[case] = architecture.model
@@ -128,4 +128,4 @@ def test_plain_modules_come_back_with_their_tables(tmp_path):
         save(bag, tmp_path / "bag")
     restored = load(tmp_path / "bag", nn.Sequential(nn.EmbeddingBag(24, 16)), packed=False)
     assert torch.equal(restored(tokens), bag.eval()(tokens))
-    assert list(quantized_modules(restored)) == ["0"]
+    assert list(Quantized.find(restored)) == ["0"]

@@ -6,8 +6,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.quant.packing import check_fit, from_json, pack, tensor_names, to_json, unpack
-from lightning_compress.quant.record import Quantized, quantized_of
+from lightning_compress.quant.packing import check_fit, pack, tensor_names, unpack
+from lightning_compress.quant.record import Quantized
 
 
 def on_grid(scheme, R=16, C=128, dtype=torch.float32, seed=0):
@@ -76,8 +76,8 @@ def test_every_asymmetric_8_bit_value_survives_bfloat16(scheme_of):
 def test_names_dtypes_and_shapes(scheme_of, quantize, name):
     linear = nn.Linear(256, 32)
     quantize(nn.Sequential(linear), scheme_of(name))
-    scheme = quantized_of(linear).scheme
-    found = {key: (value.dtype, tuple(value.shape)) for key, value in pack("0", linear, quantized_of(linear)).items()}
+    scheme = Quantized.of(linear).scheme
+    found = {key: (value.dtype, tuple(value.shape)) for key, value in pack("0", linear, Quantized.of(linear)).items()}
     scale = torch.float32
     assert (
         found
@@ -131,10 +131,10 @@ def test_a_record_that_cannot_be_is_named(scheme_of, change, message):
 def test_any_layer_is_checked_against_its_grid(quantize, scheme_of, layer):
     scheme = scheme_of("", [type(layer).__name__], num_bits=4, strategy="channel", symmetric=False)
     quantize(nn.Sequential(layer), scheme)
-    check_fit("0", layer, quantized_of(layer))
+    check_fit("0", layer, Quantized.of(layer))
     layer.weight.data.mul_(1.01)
     with pytest.raises(RuntimeError, match=r"'0': .*changed after compression"):
-        check_fit("0", layer, quantized_of(layer))
+        check_fit("0", layer, Quantized.of(layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -143,7 +143,7 @@ def test_a_record_survives_json_exactly(scheme_of, dtype):
 
     scheme = scheme_of("", num_bits=4, group_size=32, symmetric=False)
     _, record, _ = on_grid(scheme, dtype=dtype)
-    again = from_json(json.loads(json.dumps(to_json(record))))
+    again = Quantized.from_json(json.loads(json.dumps(record.to_json())))
     assert again.scheme == record.scheme
     assert_close(again.scale, record.scale, rtol=0, atol=0)
     assert_close(again.zero_point, record.zero_point, rtol=0, atol=0)

@@ -11,7 +11,7 @@ from lightning_compress.export.compressed_tensors import load, save
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.fake_quant import fake_quantize_input
-from lightning_compress.quant.record import Quantized, attach, detach, quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.weight_metrics import stored_bytes, weight_facts
 
 W4A16, W8A8, FP8 = (preset_name_to_scheme(name, ["Linear"]) for name in ("W4A16", "W8A8", "FP8"))
@@ -26,40 +26,40 @@ def token_scaled(x: torch.Tensor) -> torch.Tensor:
 def test_state_dict_stays_dense():
     layer = nn.Linear(8, 4)
     keys = list(layer.state_dict())
-    attach(layer, Quantized(W4A16, torch.ones(4, 1)))
+    Quantized(W4A16, torch.ones(4, 1)).attach(layer)
     assert list(layer.state_dict()) == keys
     assert not [n for n, _ in layer.named_buffers()]
 
 
 def test_activations_are_quantized_from_then_on_and_no_more_after_detach():
     layer, x = nn.Linear(8, 4), torch.randn(2, 3, 8)
-    attach(layer, Quantized(W8A8, torch.ones(4, 1)))
-    attach(layer, Quantized(W8A8, torch.ones(4, 1)))  # replaced, not stacked
+    Quantized(W8A8, torch.ones(4, 1)).attach(layer)
+    Quantized(W8A8, torch.ones(4, 1)).attach(layer)  # replaced, not stacked
     assert len(layer._forward_pre_hooks) == 1
     assert_close(layer(x), nn.functional.linear(token_scaled(x), layer.weight, layer.bias))
-    detach(layer)
+    Quantized.detach(layer)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-    assert quantized_of(layer) is None
-    detach(layer)
+    assert Quantized.of(layer) is None
+    Quantized.detach(layer)
 
 
 def test_static_activations_use_the_calibrated_scale():
     layer, x = nn.Linear(8, 4), torch.randn(2, 8) * 3
-    attach(layer, Quantized(FP8, torch.ones(1), input_scale=torch.tensor([0.01])))
+    Quantized(FP8, torch.ones(1), input_scale=torch.tensor([0.01])).attach(layer)
     expected = (x / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01
     assert_close(layer(x), nn.functional.linear(expected, layer.weight, layer.bias))
 
 
 def test_a_copy_of_the_model_stands_for_itself():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    attach(model[2], Quantized(W8A8, torch.ones(4, 1)))
+    Quantized(W8A8, torch.ones(4, 1)).attach(model[2])
     twin = copy.deepcopy(model)
-    detach(model[2])
-    assert list(quantized_modules(twin)) == ["2"]
-    assert not quantized_modules(model)
+    Quantized.detach(model[2])
+    assert list(Quantized.find(twin)) == ["2"]
+    assert not Quantized.find(model)
     x = torch.randn(3, 4, 8)
     assert not torch.equal(twin(x), model(x))
-    detach(twin[2])
+    Quantized.detach(twin[2])
     assert torch.equal(twin(x), model(x))
 
 
@@ -90,7 +90,7 @@ def test_gradients_pass_the_rounding_of_inputs_straight_through(tmp_path, name, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # convolutions stay dense on disk
         folder = save(model, tmp_path / "net") if way != "in memory" else None
-    records = [quantized_of(layer) for layer in model]
+    records = [Quantized.of(layer) for layer in model]
     twin = copy.deepcopy(model)
     if folder is not None:
         model = load(folder, build(), packed=way == "packed=True")
@@ -100,7 +100,7 @@ def test_gradients_pass_the_rounding_of_inputs_straight_through(tmp_path, name, 
             if record is not None:
                 grids = (record.input_scale, record.input_zero_point, record.input_global_scale)
                 on_grid = fake_quantize_input(layer, value.detach(), record.scheme.input_activations, *grids)
-                detach(layer)
+                Quantized.detach(layer)
                 value = value + (on_grid - value).detach()
             value = layer(value)
         return value

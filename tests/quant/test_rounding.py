@@ -7,7 +7,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from lightning_compress.ops import group_quant
 from lightning_compress.quant import rounding
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
 
 FITTING = [
@@ -68,5 +68,5 @@ def test_a_module_on_a_gpu_is_rounded_in_one_pass(monkeypatch):
         monkeypatch.setattr(rounding, "as_matrix", lambda module: module.weight.detach().as_subclass(OnGPU))
         rounding.round_module("layer", played, scheme, search)
         assert torch.equal(played.weight, plain.weight)
-        assert torch.equal(quantized_of(played).scale.as_subclass(torch.Tensor), quantized_of(plain).scale)
+        assert torch.equal(Quantized.of(played).scale.as_subclass(torch.Tensor), Quantized.of(plain).scale)
         assert len(calls) == count

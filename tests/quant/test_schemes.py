@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from torch import nn
 
-from lightning_compress.quant.record import Quantized, attach
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import assign, describe, from_groups, from_presets, group_fits, presets
 
 
@@ -231,7 +231,7 @@ def test_a_shared_weight():
 def test_a_model_that_is_quantized_already():
     schemes = from_presets("W4A16", ["Linear"], 32)
     ours, theirs, loaded = Model(), Model(), Model()
-    attach(ours.up, Quantized(schemes[0], torch.ones(96, 2)))
+    Quantized(schemes[0], torch.ones(96, 2)).attach(ours.up)
     theirs.head.quantization_scheme = schemes[0]
     loaded.config = type("Config", (), {"quantization_config": {"quant_method": "compressed-tensors"}})()
     for model, where in ((ours, "in 'up'"), (theirs, "in 'head'"), (loaded, "compressed-tensors")):

@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_compress import LearnedMaskModifier, QATModifier, QuantizationModifier, compress
 from lightning_compress.core import State
-from lightning_compress.modifiers.rotation.online import Online, attach_online
-from lightning_compress.quant.split_experts import split
+from lightning_compress.layers.split_experts import split
+from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from lightning_compress.training.hyperparameters import plain_copy, write_plain_modules
 from tests.support.training_runs import RoundingModifier
 
@@ -53,7 +53,7 @@ def round_weights(net):
 
 
 def rotate(net):
-    attach_online(net[0], Online("input", (1,) * 8))
+    OnlineRotations((OnlineRotation("input", (1,) * 8),)).attach(net[0])
 
 
 @pytest.mark.parametrize("mark", [train_quantized, learn_masks, hook, round_weights, rotate, split])

@@ -10,7 +10,7 @@ from lightning_compress.layers.matching import clean_name
 from lightning_compress.modifiers.rotation.follow import Followed, follow
 from lightning_compress.modifiers.rotation.sample import token_run
 from lightning_compress.modifiers.rotation.spaces import Head, Space
-from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.record import Quantized
 
 __all__ = ["Found", "discover", "heads_of", "streams_of"]
 
@@ -36,7 +36,7 @@ def discover(model: nn.Module) -> Found:
     Raises:
         ValueError: It is quantized already, does not run on token ids, or some weight is never used.
     """
-    if done := next(iter(quantized_modules(model)), None):
+    if done := next(iter(Quantized.find(model)), None):
         raise ValueError(f"{done!r} is quantized already; rotate before quantizing, on dense weights")
     if away := next((name for name, p in model.named_parameters() if p.is_meta or not p.numel()), None):
         raise ValueError(f"{away!r} is not in memory, or in parts on several ranks; a model is rotated as a whole")

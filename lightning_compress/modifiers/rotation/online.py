@@ -4,30 +4,29 @@ r"""Rotations that run beside a Linear at every call, where nothing before or af
     input     y = (x M) (W M)^T             R4 of QuaRot; V of QuIP#
     output    y = (x (M^T W)^T) M^T          U of QuIP#: the rows of the weight are turned, and the output turned back
 
-What is here is the first half of each pair; the weights are turned by fuse.py. The record is a plain attribute
-of the module, as in quant/record.py, so keys of ``state_dict`` stay as they are: a checkpoint alone does not hold it.
+What is here is the first half of each pair; the weights are turned by fuse.py. A checkpoint alone does not hold the
+record (layers/records.py).
 """
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.layers.records import Record
 from lightning_compress.modifiers.rotation.hadamard import fast_hadamard_transform, hadamard
 
-__all__ = ["Online", "attach_online", "detach_online", "online_from_json", "online_modules", "online_to_json"]
-
-_ATTRIBUTE = "_lightning_compress_online"
+__all__ = ["OnlineRotation", "OnlineRotations"]
 
 
 @dataclass(frozen=True)
-class Online:
+class OnlineRotation:
     """One rotation beside a module.
 
     Args:
-        side: Of its ``input`` or of its ``output``.
+        side: ``input`` or ``output``: what of the module is rotated.
         signs: +-1 of the h features that are rotated among themselves; an order of a Hadamard matrix.
     """
 
@@ -51,51 +50,45 @@ class Online:
         return (y / math.sqrt(h)).flatten(-2).to(x.dtype)
 
 
-def attach_online(module: nn.Module, online: Online) -> None:
-    """Rotate the module's input, before any other hook sees it, or its output, from now on."""
-    before = [other for other in _records(module) if other.side != online.side]
-    if not any(other.side == online.side for other in _records(module)):
-        if online.side == "input":
-            module.register_forward_pre_hook(_rotate_input, prepend=True)
-        else:
-            module.register_forward_hook(_rotate_output, prepend=True)
-    setattr(module, _ATTRIBUTE, (*before, online))
-
-
-def detach_online(module: nn.Module) -> None:
-    """Take the records and the hooks off."""
-    if _records(module):
-        delattr(module, _ATTRIBUTE)
-        hooks: tuple[Any, ...] = (module._forward_pre_hooks, module._forward_hooks)
-        for kind in hooks:  # by identity: a kept handle would not survive copy.deepcopy
-            for key in [key for key, hook in kind.items() if hook in (_rotate_input, _rotate_output)]:
-                del kind[key]
-
-
-def online_modules(model: nn.Module) -> dict[str, tuple[Online, ...]]:
-    """What runs beside modules, by their dotted name."""
-    return {name: _records(module) for name, module in model.named_modules() if _records(module)}
-
-
-def online_to_json(records: tuple[Online, ...]) -> list[dict[str, Any]]:
-    """Numbers, strings and lists."""
-    return [asdict(online) | {"signs": list(online.signs)} for online in records]
-
-
-def online_from_json(data: list[dict[str, Any]]) -> tuple[Online, ...]:
-    """The reverse of :func:`online_to_json`."""
-    return tuple(Online(entry["side"], tuple(entry["signs"])) for entry in data)
-
-
-def _records(module: nn.Module) -> tuple[Online, ...]:
-    records: tuple[Online, ...] = getattr(module, _ATTRIBUTE, ())
-    return records
-
-
 def _rotate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    online = next(record for record in _records(module) if record.side == "input")
-    return (online.apply(args[0]), *args[1:])
+    record = OnlineRotations.of(module)
+    assert record is not None
+    return (record.rotation("input").apply(args[0]), *args[1:])
 
 
 def _rotate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return next(record for record in _records(module) if record.side == "output").apply(output, back=True)
+    record = OnlineRotations.of(module)
+    assert record is not None
+    return record.rotation("output").apply(output, back=True)
+
+
+@dataclass(frozen=True)
+class OnlineRotations(Record):
+    """What runs beside one module: a rotation of its input, before any other hook sees it, of its output, or both.
+
+    Args:
+        rotations: At most one for each side.
+    """
+
+    attribute = "_lightning_compress_online"
+    hooks = (_rotate_input, _rotate_output)
+
+    rotations: tuple[OnlineRotation, ...]
+
+    def rotation(self, side: Literal["input", "output"]) -> OnlineRotation:
+        """The rotation of one side, which must be there."""
+        return next(rotation for rotation in self.rotations if rotation.side == side)
+
+    def register(self, module: nn.Module) -> None:
+        for rotation in self.rotations:
+            if rotation.side == "input":
+                module.register_forward_pre_hook(_rotate_input, prepend=True)
+            else:
+                module.register_forward_hook(_rotate_output, prepend=True)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(rotation) | {"signs": list(rotation.signs)} for rotation in self.rotations]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        return cls(tuple(OnlineRotation(entry["side"], tuple(entry["signs"])) for entry in data))

@@ -27,7 +27,7 @@ from lightning_compress.modifiers.rotation.hadamard import (
     random_orthogonal,
     random_signs,
 )
-from lightning_compress.modifiers.rotation.online import Online, attach_online, detach_online
+from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from lightning_compress.modifiers.rotation.spaces import Norm, Space, Touch
 
 __all__ = ["Matrices", "Plan", "make_plan", "put_beside"]
@@ -49,7 +49,7 @@ class Plan:
 
     turns: list[Turn] = field(default_factory=list)
     norms: list[tuple[Norm, Tensor]] = field(default_factory=list)
-    beside: dict[str, list[Online]] = field(default_factory=dict)
+    beside: dict[str, list[OnlineRotation]] = field(default_factory=dict)
     streams: list[tuple[Space, Tensor]] = field(default_factory=list)
 
     def swap(self, R: Tensor, better: Tensor) -> None:
@@ -158,16 +158,17 @@ def make_plan(
     return plan
 
 
-def put_beside(model: nn.Module, beside: Mapping[str, list[Online]]) -> Callable[[], None]:
+def put_beside(model: nn.Module, beside: Mapping[str, list[OnlineRotation]]) -> Callable[[], None]:
     """Attach what runs beside modules; the function that is returned takes it off."""
     modules = {name: model.get_submodule(name) for name in beside}
-    for name, records in beside.items():
-        for online in records:
-            attach_online(modules[name], online)
+    for name, rotations in beside.items():
+        before = OnlineRotations.of(modules[name])
+        sides = {rotation.side: rotation for rotation in (*(before.rotations if before else ()), *rotations)}
+        OnlineRotations(tuple(sides.values())).attach(modules[name])
 
     def take_off() -> None:
         for module in modules.values():
-            detach_online(module)
+            OnlineRotations.detach(module)
 
     return take_off
 
@@ -195,7 +196,7 @@ def _beside(plan: Plan, model: nn.Module, rotation: str, side: Side, linears: li
         if any(record.side == side for record in records):
             continue  # it is called several times
         size = touches[0].slot.of(model).shape[touches[0].dim]
-        online = Online(side, matrices.signs(rotation, size))
+        online = OnlineRotation(side, matrices.signs(rotation, size))
         records.append(online)
         M = online.matrix()
         plan.turns += [Turn(Touch(touch.slot, touch.dim), M) for touch in touches]

@@ -20,7 +20,7 @@ from lightning_compress.modifiers.smoothing.fold import fold
 from lightning_compress.modifiers.smoothing.mappings import Mapped, parse, unmatched
 from lightning_compress.modifiers.smoothing.pair import Pair
 from lightning_compress.modifiers.smoothing.statistics import ChannelMax, to_source
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 
 __all__ = ["MappingArguments", "SmoothingModifier", "rows_of"]
 
@@ -55,7 +55,7 @@ class MappingArguments(BaseModel):
         for number, part in unmatched(self.mapped or [], dict(model.named_modules())):
             raise ValueError(f"mappings[{number}]: {part!r} matches none of the model's modules")
         for name, module in targets.items():
-            if quantized_of(module) is not None:
+            if Quantized.of(module) is not None:
                 raise ValueError(f"{name!r} is quantized already: put {type(self).__name__} before what quantizes it")
         return PairFinder(model, targets, self.mapped)
 

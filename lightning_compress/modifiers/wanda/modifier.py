@@ -37,7 +37,7 @@ from lightning_compress.modifiers.wanda.regional_refinement import Refinement, r
 from lightning_compress.modifiers.wanda.regional_score import regional_gradients, regional_norm
 from lightning_compress.pruning.arguments import PruningArguments, never_saw_data, share_of_zeros
 from lightning_compress.pruning.masks import keep_rows
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import check_finite
 from lightning_compress.quant.weight_metrics import sqnr_db, weight_error
 
@@ -182,7 +182,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
         """The dense weight and H."""
         shared = one.shared
         assert shared.moment is not None
-        if quantized_of(one.module) is not None:
+        if Quantized.of(one.module) is not None:
             raise ValueError(f"{one.name!r} is quantized already: put {self.name} before what quantizes it")
         check_finite({one.name: one.module})
         if shared not in self._moments:

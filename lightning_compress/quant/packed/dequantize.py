@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from lightning_compress.quant.kv_cache import detach_cache, quantized_caches
+from lightning_compress.layers.matching import clean_name
+from lightning_compress.quant.kv_cache import QuantizedCache
 from lightning_compress.quant.packed.linear import PackedLinear
-from lightning_compress.quant.record import detach, quantized_modules
+from lightning_compress.quant.record import Quantized
 
 __all__ = ["dequantize"]
 
@@ -27,12 +28,13 @@ def dequantize(model: nn.Module) -> list[str]:
         if not name:
             raise ValueError("the model is a packed Linear itself and cannot be replaced; put it into a module")
         model.set_submodule(name, _linear(module))
-    records, caches = quantized_modules(model), quantized_caches(model)
-    for layer in records.values():
-        detach(layer)
-    for attention in caches.values():
-        detach_cache(attention)
-    return [*packed, *records, *caches]
+    names = [*packed]
+    for kind in (Quantized, QuantizedCache):
+        records = kind.find(model)
+        for layer, _ in records.values():
+            kind.detach(layer)
+        names += map(clean_name, records)
+    return names
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from lightning_compress.quant.packed.backends import Call, Path, paths_of
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.weight import PackedWeight
 from lightning_compress.quant.packing import pack, unpack
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 
 __all__ = ["PackedLinear", "Shared"]
@@ -81,7 +81,7 @@ class PackedLinear(nn.Linear):
             ValueError: The module is no quantized Linear, or its scheme is not one that is exported.
             RuntimeError: Its weight was changed after compression.
         """
-        record = quantized_of(module)
+        record = Quantized.of(module)
         if not isinstance(module, nn.Linear) or record is None:
             raise ValueError(f"expected a Linear that was quantized, got {type(module).__name__}; compress it first")
         if (fault := fault_of(record.scheme)) is not None:

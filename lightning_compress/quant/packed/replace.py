@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_compress.quant.packed.backends import Call
 from lightning_compress.quant.packed.layout import fault_of
 from lightning_compress.quant.packed.linear import PackedLinear
-from lightning_compress.quant.record import Quantized, attach, quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 
 __all__ = ["Packing", "as_linears", "is_packable", "pack_linears"]
 
@@ -52,7 +52,7 @@ def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, 
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     names, dense, faster = [], {}, Counter[torch.dtype]()
-    for name, module in quantized_modules(model).items():
+    for name, (module, _) in Quantized.find(model).items():
         if not name or not is_packable(module):
             dense[name] = "only Linears inside of a model are packed"
         elif owners[id(module.get_parameter("weight"))] > 1:
@@ -73,12 +73,12 @@ def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, 
 
 def is_packable(module: nn.Module) -> bool:
     """True for a quantized Linear whose scheme a PackedLinear holds, and whose rows and columns its format takes."""
-    record = quantized_of(module)
+    record = Quantized.of(module)
     return type(module) is nn.Linear and record is not None and fault_of(record.scheme) is None
 
 
 def _packed(name: str, module: nn.Module, stored: Mapping[str, Tensors]) -> PackedLinear:
-    record = quantized_of(module)
+    record = Quantized.of(module)
     if name not in stored or record is None:
         return PackedLinear.from_quantized(module, name)
     bias, weight = getattr(module, "bias", None), module.get_parameter("weight")
@@ -103,5 +103,5 @@ def _stand_in(packed: PackedLinear) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(packed.in_features, packed.out_features, bias=False)
     linear.register_parameter("bias", packed.bias)
-    attach(linear, Quantized(packed.scheme, packed.stored("weight_scale")))
+    Quantized(packed.scheme, packed.stored("weight_scale")).attach(linear)
     return linear

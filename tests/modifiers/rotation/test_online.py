@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lightning_compress import GPTQModifier, QuIPModifier, RotationModifier, SpinQuantModifier, compress, load, save
 from lightning_compress.modifiers.rotation.hadamard import hadamard
-from lightning_compress.modifiers.rotation.online import Online, attach_online, detach_online, online_modules
+from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from tests.support.rotation_models import build, logits, token_batches
 
 pytestmark = [
@@ -30,11 +30,11 @@ def test_what_runs_beside_a_linear_is_the_matrix(side, n, block):
     torch.manual_seed(0)
     linear, x = nn.Linear(n, n).double(), torch.randn(5, n, dtype=torch.float64)
     signs = tuple(int(s) for s in torch.randint(0, 2, (block,)) * 2 - 1)
-    online = Online(side, signs)
+    online = OnlineRotation(side, signs)
     M = torch.block_diag(*[torch.tensor(signs).double()[:, None] * hadamard(block) / block**0.5] * (n // block))
     assert_close(torch.block_diag(*[online.matrix()] * (n // block)), M, rtol=0, atol=1e-12)
     expected = linear(x @ M) if side == "input" else linear(x) @ M.t()
-    attach_online(linear, online)
+    OnlineRotations((online,)).attach(linear)
     assert_close(linear(x), expected, rtol=0, atol=1e-12)
     x.requires_grad_()
     plain = nn.functional.linear(x @ M if side == "input" else x, linear.weight, linear.bias)
@@ -44,10 +44,10 @@ def test_what_runs_beside_a_linear_is_the_matrix(side, n, block):
     for mine, other in zip(*gradients, strict=True):
         assert_close(mine, other, rtol=0, atol=1e-11)
     assert_close(copy.deepcopy(linear)(x), expected, rtol=0, atol=1e-12)
-    detach_online(linear)
+    OnlineRotations.detach(linear)
     assert not linear._forward_pre_hooks
     assert not linear._forward_hooks
-    assert not online_modules(linear)
+    assert not OnlineRotations.find(linear)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "opt", "gemma2"])
@@ -63,14 +63,15 @@ def test_no_output_changes(kind, settings):
     targets = {"targets": ["Conv1D"]} if kind == "gpt2" else {}
     compress(model, RotationModifier(allow_online=True, **settings, **targets))
     assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
-    beside = online_modules(model)
+    beside = OnlineRotations.find(model)
     assert beside
     if settings["rotations"] == ALL:
         names = {"gpt2": "mlp.c_proj", "opt": "fc2"}
         assert all(name.endswith(names.get(kind, "down_proj")) for name in beside)
         assert len(beside) == 2
     if settings["rotations"] == ["v", "u"] and kind == "llama":
-        sides = {name.rpartition(".")[2]: {online.side for online in records} for name, records in beside.items()}
+        rotations = {name.rpartition(".")[2]: record.rotations for name, (_, record) in beside.items()}
+        sides = {name: {rotation.side for rotation in both} for name, both in rotations.items()}
         only_output = {key: {"output"} for key in ("q_proj", "k_proj", "gate_proj", "up_proj")}
         assert sides == {**only_output, "down_proj": {"input"}}
 
@@ -97,7 +98,7 @@ def test_load_computes_the_same_and_other_loaders_refuse_the_folder(tmp_path, mo
     compress(model, [modifier, GPTQModifier(scheme="W4A4", group_size=-1, ignore=["re:.*lm_head"])], token_batches(3))
     save(model, tmp_path / "out")
     again = load(tmp_path / "out")
-    assert len(online_modules(again)) == beside
+    assert len(OnlineRotations.find(again)) == beside
     assert_close(logits(again), logits(model), rtol=0, atol=0)
     assert_close(logits(load(tmp_path / "out", build("llama", **UNTIED))), logits(model), rtol=0, atol=0)
     save(again, tmp_path / "twice")
@@ -158,7 +159,7 @@ def test_v_needs_nothing_online_where_everything_is_fused():
     model, ids = Net(), torch.arange(20).reshape(2, 10)
     before = model(ids)
     compress(model, QuIPModifier(ignore=["head"]))
-    assert not online_modules(model)
+    assert not OnlineRotations.find(model)
     assert_close(model(ids), before, rtol=0, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from lightning_compress.quant.observers import make_observer
 from lightning_compress.quant.packed import PackedLinear, is_packable, pack_linears
 from lightning_compress.quant.packed.backends import Call
 from lightning_compress.quant.packing import pack
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.rounding import round_module
 
 INPUTS = {
@@ -124,7 +124,7 @@ def test_bf16_tokens(name):
 def test_the_state_dict_is_what_an_export_writes(name, dtype):
     linear = quantized_linear(name, dtype=dtype)
     packed = PackedLinear.from_quantized(linear)
-    written = pack("layer", linear, quantized_of(linear)) | {"bias": linear.bias.detach()}
+    written = pack("layer", linear, Quantized.of(linear)) | {"bias": linear.bias.detach()}
     state = packed.state_dict()
     assert state.keys() == written.keys()
     for key, value in written.items():
@@ -289,11 +289,11 @@ def test_what_does_not_fit_is_refused():
         PackedLinear.from_quantized(linear)(torch.zeros(2, 65))
     with pytest.raises(ValueError, match="a Linear that was quantized, got Linear; compress it first"):
         PackedLinear.from_quantized(nn.Linear(4, 4))
-    quantized_of(linear).scheme.output_activations = QuantizationArgs()
+    Quantized.of(linear).scheme.output_activations = QuantizationArgs()
     assert not is_packable(linear)
     with pytest.raises(ValueError, match="holds no scheme with quantized outputs; leave the Linear dense"):
         PackedLinear.from_quantized(linear)
-    quantized_of(linear).scheme.output_activations = None
+    Quantized.of(linear).scheme.output_activations = None
     linear.weight.data += 0.01
     with pytest.raises(RuntimeError, match="changed after compression"):
         PackedLinear.from_quantized(linear)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.expert import ExpertLinear, mark_tokens
 from lightning_compress.layers.matching import clean_name
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.layers.records import has_record
 
 __all__ = ["PROJECTIONS", "fused_experts", "is_split", "join", "split", "split_while", "unsplit", "watched"]
 
@@ -72,7 +72,7 @@ def join(model: nn.Module, names: Iterable[str] | None = None) -> None:
     for name, module in list(model.named_modules()):
         if not is_split(module) or (names is not None and clean_name(name) not in names):
             continue
-        if not any(quantized_of(linear) is not None for linear in _linears(module)):
+        if not any(has_record(linear) for linear in _linears(module)):
             unsplit(module)
 
 

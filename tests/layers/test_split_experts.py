@@ -11,8 +11,7 @@ from transformers import MixtralForCausalLM
 from lightning_compress import AWQModifier, GPTQModifier, QuantizationModifier, SparseGPTModifier, compress, load, save
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import as_matrix, inputs_as_rows, write_matrix
-from lightning_compress.quant.record import quantized_modules
-from lightning_compress.quant.split_experts import (
+from lightning_compress.layers.split_experts import (
     PROJECTIONS,
     fused_experts,
     is_split,
@@ -21,6 +20,7 @@ from lightning_compress.quant.split_experts import (
     split_while,
     watched,
 )
+from lightning_compress.quant.record import Quantized
 from tests.support.architecture_models import ARCHITECTURES
 
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3")
@@ -144,7 +144,7 @@ def test_an_expert_without_tokens_is_rounded_and_named():
         assert row.flags == ["never saw data; rounded to nearest"]
     assert all(row.tokens > 0 and not row.flags for name, row in rows.items() if ".experts.2." not in name)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert all(m._lightning_compress_quantized.scale.isfinite().all() for m in quantized_modules(model).values())
+    assert all(record.scale.isfinite().all() for _, record in Quantized.find(model).values())
 
 
 @pytest.mark.parametrize("walk", ["one_pass", "two_pass"])
@@ -167,7 +167,7 @@ def test_static_activation_scales_of_experts(tmp_path):
         folder = save(model, tmp_path / "fp8")
     again = load(folder, packed=False)
     assert torch.equal(logits(again, batches[0]), wanted)
-    assert quantized_modules(again).keys() == quantized_modules(model).keys()
+    assert Quantized.find(again).keys() == Quantized.find(model).keys()
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "NVFP4A16", "W4A16_ASYM"])
