@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from collections.abc import Callable
@@ -127,14 +128,17 @@ enable_model_summary: false
 }
 
 
+def build(kind: str, folder: Path) -> Path:
+    """What hatchling makes of this tree."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.iterdir())
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by hatchling from this tree."""
-    folder = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("*.whl"))
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +207,22 @@ def test_the_package_says_the_version_that_the_wheel_has(run: Run, wheel: Path) 
     version, file = done.stdout.split()
     assert f"-{version}-" in wheel.name
     assert not Path(file).is_relative_to(ROOT)
+
+
+# -- what is in the sdist --------------------------------------------------------------------------------------------
+
+
+def test_make_works_in_the_sdist(tmp_path: Path) -> None:
+    """Its Makefile includes other files, and its targets run scripts."""
+    with tarfile.open(build("sdist", tmp_path / "dist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = next(path for path in tmp_path.iterdir() if path.name != "dist")
+    done = subprocess.run(["make", "help"], cwd=folder, capture_output=True, text=True, check=False)
+    here = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == here.stdout, done.stderr
+    assert "make demo" in done.stdout
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    assert not [name for name in tracked if (ROOT / name).exists() and not (folder / name).exists()]
 
 
 # -- beside a foreign app ----------------------------------------------------------------------------------------------
