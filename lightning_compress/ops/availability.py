@@ -11,8 +11,8 @@ from torch import Tensor
 
 __all__ = ["OLDEST", "calls_kernel", "kernel_runs", "triton_version"]
 
-OLDEST = (3, 6)         # the first Triton that the kernels were compiled and interpreted with
-DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")       # that bring the module
+OLDEST = (3, 6)  # the first Triton that the kernels were compiled and interpreted with
+DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")  # that bring the module
 
 
 def calls_kernel(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ __all__ = ["LaunchTable"]
 
 L = TypeVar("L")
 Shape = Mapping[str, Any]
-FACTS = ("us", "rule_us", "triton")      # of an entry, beside its shape and its launch
+FACTS = ("us", "rule_us", "triton")  # of an entry, beside its shape and its launch
 
 
 class LaunchTable(Generic[L]):
@@ -107,7 +107,7 @@ class LaunchTable(Generic[L]):
             return f"unknown: {', '.join(sorted(unknown))}"
         if row["at"].keys() != {*self.exact, self.at_most}:
             return f'expected the sizes {", ".join([*self.exact, self.at_most])} in "at"'
-        fields = dataclasses.fields(self.launch)                 # type: ignore[arg-type]
+        fields = dataclasses.fields(self.launch)  # type: ignore[arg-type]
         types: dict[str, Any] = {field.name: field.type for field in fields}
         if row["launch"].keys() != types.keys():
             return f'expected the fields {", ".join(types)} in "launch"'

@@ -23,7 +23,7 @@ from lightning_compress.ops.code_cache import CodeCache
 
 __all__ = ["Kernel", "UnavailableError", "compiled", "load", "library"]
 
-MAX_DYNAMIC_SHARED_SIZE = 8             # CU_FUNC_ATTRIBUTE_...
+MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_...
 
 
 class UnavailableError(RuntimeError):
@@ -79,7 +79,7 @@ def load(source: str, name: str, options: Sequence[str], device: torch.device, s
         raise UnavailableError(f"libcuda.so.1 does not load: {error}") from error
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
-        torch.cuda.current_stream().query()                      # the runtime makes its context this thread's
+        torch.cuda.current_stream().query()  # the runtime makes its context this thread's
         try:
             _driver_ok(driver, driver.cuModuleLoadData(ctypes.byref(module), code))
             _driver_ok(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))

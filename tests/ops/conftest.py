@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def triton_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")          # Triton 3.9 warns where it is not chosen
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not chosen
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
 
 

@@ -25,7 +25,7 @@ def block(b: int, R: int, grid: Grid | None, *, zero: bool = False, keep: bool =
 
     W, U = normal(b, R) * 0.05, normal(b, b) / b**0.5
     A, G = W + 0.01 * normal(b, R), 3
-    U[torch.ones(b, b).tril().bool()] = torch.nan                          # is not read
+    U[torch.ones(b, b).tril().bool()] = torch.nan  # is not read
     mask = torch.rand(b, R, generator=random) > 0.4 if keep else None
     if grid is None:
         return A, W, U, None, None, None, None, mask

@@ -127,11 +127,11 @@ def test_llm_compressors_kernel_gets_its_factor_and_needs_no_more_of_it(monkeypa
     H, scale = X.t() @ X + torch.eye(6), torch.full((4, 6), 0.2)
     try:
         call = contestants.llm_compressor_block(W.float(), H.float(), scale)
-        first, second = call(), call()                         # the kernel writes into its input, a copy
+        first, second = call(), call()  # the kernel writes into its input, a copy
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "llmcompressor"]:
             del sys.modules[name]
-    L = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)         # H = L L^T, L upper triangular
+    L = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)  # H = L L^T, L upper triangular
     U = L / L.diagonal()
     Q = torch.zeros_like(W)
     for j in range(6):

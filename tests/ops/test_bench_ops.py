@@ -102,7 +102,7 @@ def test_what_is_wrong_is_not_timed():
         "wrong: relative error 1.0e-02, at most 1e-03 was expected"
     )
     assert checked(made(lambda: torch.full((3,), torch.nan)), CPU).note.startswith("wrong")
-    assert checked(made(lambda: torch.empty(3)), CPU).note.startswith("wrong")           # memory is poisoned
+    assert checked(made(lambda: torch.empty(3)), CPU).note.startswith("wrong")  # memory is poisoned
     assert not torch.are_deterministic_algorithms_enabled()
     right = made(lambda: torch.ones(3), other=lambda: torch.ones(3) * 1.1)
     assert checked(right, CPU).left_out == {"torch": "wrong: relative error 1.0e-01"}
@@ -135,9 +135,9 @@ def test_contestants_take_turns():
     order = []
     runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
     found = replay.in_turn(runs, 4, 100.0)
-    assert order == list("ab") * 7                             # three rounds warm up
+    assert order == list("ab") * 7  # three rounds warm up
     assert found == {"a": [7, 9, 11, 13], "b": [8, 10, 12, 14]}
-    assert len(replay.in_turn(runs, 50, 0.0)["a"]) == 7               # the fewest, however little time there is
+    assert len(replay.in_turn(runs, 50, 0.0)["a"]) == 7  # the fewest, however little time there is
 
 
 def test_slow_calls_are_fewer_in_a_graph(monkeypatch):
@@ -158,13 +158,13 @@ def test_slow_calls_are_fewer_in_a_graph(monkeypatch):
 
     monkeypatch.setattr(replay, "captured", lambda run: lambda: [one() for one in run])
     monkeypatch.setattr(replay, "elapsed", elapsed)
-    case = Case("op", "", int(0.9e8), 1, 1e-3, make)           # three sets of buffers go round 200 MB
+    case = Case("op", "", int(0.9e8), 1, 1e-3, make)  # three sets of buffers go round 200 MB
     found = replay.rounds_of(case, CPU, ["ours", "slow"], 7)
     assert found == {"ours": [pytest.approx(10.0)] * 7, "slow": [pytest.approx(1000.0)] * 7}
     assert {seed for _, seed in ran} == {0, 1, 2}
     rounds = 7 + replay.WARM_UP
-    assert sum(name == "ours" for name, _ in ran) == 2 + rounds * 18           # 20 calls, in whole turns of three
-    assert sum(name == "slow" for name, _ in ran) == 2 + rounds * 5            # 5 ms
+    assert sum(name == "ours" for name, _ in ran) == 2 + rounds * 18  # 20 calls, in whole turns of three
+    assert sum(name == "slow" for name, _ in ran) == 2 + rounds * 5  # 5 ms
     assert replay.times(case, CPU, ["ours"], 7) == {"ours": pytest.approx(10.0)}
 
 
@@ -222,7 +222,7 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_ops, "rates", lambda device, rounds: (4e12, 8e14))
     monkeypatch.setattr(bench_ops, "rounds_of", lambda case, device, names, *rest: {n: [1.0, 2.0, 9.0] for n in names})
     chosen = [made(lambda: torch.ones(3)), made(lambda: torch.zeros(3))]
-    assert bench_ops.bench(chosen, [], bench_ops.parse([]), CPU) == 1                    # the second one is wrong
+    assert bench_ops.bench(chosen, [], bench_ops.parse([]), CPU) == 1  # the second one is wrong
     (report_file,) = tmp_path.glob("ops_nvidia-h200_*.md")
     written = report_file.read_text()
     assert "# Kernels on one NVIDIA H200" in written

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def model():
     made = random_llama(Llama, TINY, CPU, torch.float32)
     for name, parameter in made.named_parameters():
-        parameter.data.mul_(5 if "norm" not in name else 1)    # logits that differ
+        parameter.data.mul_(5 if "norm" not in name else 1)  # logits that differ
     return made
 
 
@@ -41,7 +41,7 @@ def test_the_model_is_transformers_llama(model):
 def test_the_large_one_has_eight_billion_weights():
     with torch.device("meta"):
         large = Llama(LLAMA_3_8B)
-    assert sum(p.numel() for p in large.parameters()) == 8_030_261_248          # of Meta-Llama-3-8B
+    assert sum(p.numel() for p in large.parameters()) == 8_030_261_248  # of Meta-Llama-3-8B
     products = sum(N * K for N, K in LLAMA_3_8B.products.values())
     assert products == sum(m.weight.numel() for m in large.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
 
@@ -89,7 +89,7 @@ def test_on_a_gpu_the_marks_are_events(monkeypatch):
     clock = whole_gptq.StageClock(torch.device("cuda"), "outside")
     with clock.stage("inner"):
         pass
-    assert not waited                                          # marks wait for nothing
+    assert not waited  # marks wait for nothing
     assert clock.seconds() == {"outside": 2.0, "inner": 1.0}
 
 
@@ -158,7 +158,7 @@ def test_decoding_is_the_full_forward_pass(model):
         for position, token in enumerate(ids):
             one.begin(token, position)
             logits = one.step()
-        for _ in range(4):                                     # and on, with its own tokens
+        for _ in range(4):  # and on, with its own tokens
             ids.append(int(one.token))
             torch.testing.assert_close(logits[0], model(torch.tensor([ids[:-1]]))[0, -1], rtol=1e-4, atol=1e-5)
             assert int(one.position) == len(ids) - 1
@@ -169,7 +169,7 @@ def test_packed_weights_decode_as_dense_ones():
     found = decode.run(decode.TINY, CPU)
     assert not found.note
     assert found.errors["W4"] < 1e-5
-    assert 3 < found.bytes["bf16"] / found.bytes["W4"] < 4     # fp32 here, the output layer is dense in both
+    assert 3 < found.bytes["bf16"] / found.bytes["W4"] < 4  # fp32 here, the output layer is dense in both
     assert not found.tokens_per_second
     assert found.ratio is None
 

@@ -27,7 +27,7 @@ CODES = torch.arange(-8, 8).repeat(3, 4).to(torch.int8)
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
 PLANES, SCALE = torch.arange(320).view(5, 64).short()[:, :32].contiguous(), torch.full((2, 5), 0.1)
 
-CALLS = {                       # folder: functions of one tensor, whose rows may be any number, and that tensor
+CALLS = {  # folder: functions of one tensor, whose rows may be any number, and that tensor
     "fake_quant": [
         (lambda W: straight_through(W, torch.full((1,), 0.1), None, -8, 7), X),
         (lambda W: learned_step(W, torch.full((1,), 0.1), None, -8, 7), X),
@@ -62,7 +62,7 @@ def test_every_folder_is_here():
 
 @pytest.mark.parametrize(("function", "x"), EACH)
 def test_compiles_and_exports_whole(function, x):
-    torch.compiler.reset()                                       # one code object, compiled for every op
+    torch.compiler.reset()  # one code object, compiled for every op
     expected = function(x)
     assert_close(torch.compile(Layer(function), fullgraph=True, backend="aot_eager")(x), expected)
     exported = torch.export.export(Layer(function), (x,), dynamic_shapes=({0: ROWS},)).module()

@@ -98,7 +98,7 @@ def test_gradients_are_finite_differences_of_the_surrogate(grid):
             slope.view(-1)[i] = (f(at + step) - f(at - step)) / 2e-6
         return slope
 
-    away = ((v_RC - low).abs() > 1e-3) & ((v_RC - high).abs() > 1e-3)          # a kink has no derivative
+    away = ((v_RC - low).abs() > 1e-3) & ((v_RC - high).abs() > 1e-3)  # a kink has no derivative
     W, s = W_RC.clone().requires_grad_(), scale.clone().requires_grad_()
     g_W, g_s = torch.autograd.grad(learned_step(W, s, zero, low, high, float8), (W, s), gradient)
     assert_close(g_W[away], difference(W_RC, lambda w: surrogate(w, scale))[away], rtol=1e-5, atol=1e-6)
@@ -155,7 +155,7 @@ def test_a_scale_stays_positive():
     scale = relative_step(torch.ones(2, 1), change, torch.float32)
     assert (scale > 0).all()
     scale[1].sum().backward()
-    assert change.grad[1] == -1                       # |1 + change| falls when change grows
+    assert change.grad[1] == -1  # |1 + change| falls when change grows
     value = learned_step(torch.randn(2, 4), scale.detach(), None, -8, 7)
     assert value.isfinite().all()
 

@@ -36,5 +36,5 @@ def test_compile_without_spills_and_read_16_bytes_at_a_time(grain, float8, capab
     for kernel, more in ((value_kernel, {}), (gradient_kernel, learned)):
         found = facts(compiled(kernel, capability, types, fixed | more, WARPS), tmp_path)
         assert (found["spills"], found["stack"]) == (0, 0), found
-        assert found["registers"] <= 128, found                  # four programs of four warps to a processor
+        assert found["registers"] <= 128, found  # four programs of four warps to a processor
         assert found["wide"] >= 2, found

@@ -18,7 +18,7 @@ from lightning_compress.ops.fake_quant import HALF_STEP, kernel, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-GRAINS = ["tensor", 24, 8, 3]                  # columns of a group, of 24
+GRAINS = ["tensor", 24, 8, 3]  # columns of a group, of 24
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -46,7 +46,7 @@ def test_values_are_the_references_bit_for_bit(grain, float8, asymmetric, dtype)
 
 
 def test_float8_rounds_as_torch_does():
-    halves = torch.arange(-1000, 1000) * 2.0**-11                # ties of the smallest numbers
+    halves = torch.arange(-1000, 1000) * 2.0**-11  # ties of the smallest numbers
     v = torch.cat([torch.linspace(-500, 500, 3000), torch.linspace(-0.05, 0.05, 3000), halves]).view(8, -1)
     found = kernel.value(v, torch.ones(1), None, -448.0, 448.0, True)
     assert torch.equal(found, v.clamp(-448, 448).to(torch.float8_e4m3fn).float())
@@ -63,8 +63,9 @@ def test_gradients_are_those_of_the_reference(grain, float8, asymmetric, dtype):
     assert nothing is None
     assert torch.equal(of_W, expected)
     of_W, of_scale = kernel.gradients(gradient, *arguments, None, (True, True))
-    expected_W, expected_scale = reference.learned_step_gradients(gradient.float(), *(
-        t.float() if isinstance(t, torch.Tensor) else t for t in arguments))
+    expected_W, expected_scale = reference.learned_step_gradients(
+        gradient.float(), *(t.float() if isinstance(t, torch.Tensor) else t for t in arguments)
+    )
     assert torch.equal(of_W.float(), expected_W)
     count = arguments[0].numel() // arguments[1].numel()
     assert of_scale.shape == arguments[1].shape

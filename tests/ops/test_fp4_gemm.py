@@ -13,8 +13,14 @@ from lightning_compress.ops import fp4_gemm as fp4_gemm_module
 from lightning_compress.ops.fp4_gemm import Layout, dequantize, fp4_gemm, reference, to_layout
 from lightning_compress.ops.fp4_gemm.layout import dense
 
-SHAPES = [(1, 16, "NVFP4"), (17, 208, "NVFP4"), (33, 256, "NVFP4"), (1, 32, "MXFP4"), (17, 160, "MXFP4"),
-          (33, 256, "MXFP4")]   # N, K, format
+SHAPES = [
+    (1, 16, "NVFP4"),
+    (17, 208, "NVFP4"),
+    (33, 256, "NVFP4"),
+    (1, 32, "MXFP4"),
+    (17, 160, "MXFP4"),
+    (33, 256, "MXFP4"),
+]  # N, K, format
 GROUP = {"NVFP4": 16, "MXFP4": 32}
 COMPRESSOR = {"NVFP4": NVFP4PackedCompressor, "MXFP4": MXFP4PackedCompressor}
 
@@ -59,7 +65,7 @@ def test_layout_loses_nothing(N, K, form):
     expected = dequantize(packed, scale, global_scale, torch.float32)
     assert torch.equal(dense(layout, K, torch.float32), expected)
     codes = reference.unpack(packed).int()
-    for k in range(0, K, 5):                                     # planes follow their rule, element 3 in three pieces
+    for k in range(0, K, 5):  # planes follow their rule, element 3 in three pieces
         b, j, c = k // 128, k % 128 // 32, k % 32
         word = layout.planes[:, 32 * b + c].int()
         sign, size = (word >> (15 - 3 * j)) & 1, (word >> (6 - 3 * j)) & 7 if j < 3 else None
@@ -69,18 +75,18 @@ def test_layout_loses_nothing(N, K, form):
 
 
 def test_all_scales_of_e4m3_keep_their_value():
-    scale = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn)[:, None]         # all that are not negative
-    packed = torch.full((127, 8), 0x2A).to(torch.uint8)                                  # -1 and 1
+    scale = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn)[:, None]  # all that are not negative
+    packed = torch.full((127, 8), 0x2A).to(torch.uint8)  # -1 and 1
     W = dense(to_layout(packed, scale, torch.ones(1)), 16, torch.float32)
     assert torch.equal(W, torch.tensor([-1.0, 1.0]).repeat(127, 8) * scale.float())
 
 
 def test_scales_of_two_keep_their_value_from_the_largest_down():
     scale = torch.tensor([[254, 254 - 30, 254 - 31], [1, 0, 1], [100, 90, 69]]).to(torch.uint8)
-    packed = torch.full((3, 48), 0x22).to(torch.uint8)                                   # ones
+    packed = torch.full((3, 48), 0x22).to(torch.uint8)  # ones
     W = dense(to_layout(packed, scale), 96, torch.float64)[:, ::32]
     expected = 2.0 ** (scale.double() - 127)
-    expected[0, 2] = expected[2, 2] = 0                                                  # below 2^-30 of the largest
+    expected[0, 2] = expected[2, 2] = 0  # below 2^-30 of the largest
     assert torch.equal(W, expected)
 
 
@@ -102,7 +108,10 @@ def test_product_equals_float64(N, K, form, dtype):
     expected = x.double() @ exact(*tensors).t()
     assert y.dtype == dtype
     assert (y.double() - expected).norm() / expected.norm() < {
-        torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        torch.float32: 1e-6,
+        torch.float16: 2e-3,
+        torch.bfloat16: 1e-2,
+    }[dtype]
     assert_close(reference.gemm(x, *tensors), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -192,7 +201,7 @@ def test_what_the_kernel_cannot_run_is_said(monkeypatch):
 
 def test_groups_without_a_kernel_have_the_reference():
     packed = torch.randint(0, 256, (5, 24)).to(torch.uint8)
-    scale = torch.rand(5, 2).add(0.1).to(torch.float8_e4m3fn)                           # groups of 24
+    scale = torch.rand(5, 2).add(0.1).to(torch.float8_e4m3fn)  # groups of 24
     x = torch.randn(3, 48)
     y = fp4_gemm(x, *to_layout(packed, scale))
     assert_close(y.double(), reference.gemm(x, packed, scale), rtol=1e-5, atol=1e-5)

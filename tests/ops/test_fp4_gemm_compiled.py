@@ -18,7 +18,7 @@ from tests.ops.compilation import POINTER, SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
-CASES = {      # M, columns of a group, dtype; instructions: the most that Triton 3.9.0 made, and 5 %
+CASES = {  # M, columns of a group, dtype; instructions: the most that Triton 3.9.0 made, and 5 %
     "nvfp4-few": (16, 16, torch.bfloat16, 720),
     "nvfp4-64": (64, 16, torch.bfloat16, 1040),
     "nvfp4-many": (512, 16, torch.bfloat16, 1470),
@@ -42,7 +42,7 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     found = facts(kernel, tmp_path)
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= SHARED[capability], found
-    assert found["HGMMA" if capability == 90 else "HMMA"], found       # 64 features of a tile are the rows of wgmma
-    assert not found["conversions"], found                             # of integers to floats: bits are placed
-    assert ".ftz" not in kernel.asm["ptx"]                             # 2^-126 times a code may be subnormal
+    assert found["HGMMA" if capability == 90 else "HMMA"], found  # 64 features of a tile are the rows of wgmma
+    assert not found["conversions"], found  # of integers to floats: bits are placed
+    assert ".ftz" not in kernel.asm["ptx"]  # 2^-126 times a code may be subnormal
     assert found["instructions"] <= budget, found

@@ -20,8 +20,13 @@ from tests.ops.test_fp4_gemm import exact, weight
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 TOLERANCE = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-SHAPES = [(1, 17, 208, "NVFP4"), (17, 65, 256, "NVFP4"), (3, 1, 16, "NVFP4"), (17, 65, 160, "MXFP4"),
-          (3, 33, 128, "MXFP4")]   # M, N, K, format
+SHAPES = [
+    (1, 17, 208, "NVFP4"),
+    (17, 65, 256, "NVFP4"),
+    (3, 1, 16, "NVFP4"),
+    (17, 65, 160, "MXFP4"),
+    (3, 33, 128, "MXFP4"),
+]  # M, N, K, format
 
 
 def check(x, N, form, split=1):
@@ -40,7 +45,7 @@ def test_equals_float64(M, N, K, form, dtype):
 
 @pytest.mark.parametrize("split", [2, 3])
 def test_parts_of_k_add_up(split):
-    check(torch.randn(5, 256), 17, "MXFP4", split)               # 3 parts of 2 blocks: one is empty
+    check(torch.randn(5, 256), 17, "MXFP4", split)  # 3 parts of 2 blocks: one is empty
 
 
 def test_rows_of_x_may_lie_apart():

@@ -59,14 +59,14 @@ def test_cuda_compiles_without_spills(name, zero, keep, architecture, tmp_path, 
     assert re.search(r"STACK:0\b", resources), resources
     assert not re.search(r"\b(?:STL|LDL)\b", code)
     assert int(re.search(r"REG:(\d+)", resources)[1]) <= 255
-    assert len(re.findall(r"\bLDGSTS\b", code)) >= 1                # U comes past the registers
-    assert "div_rn" not in code                                      # no division that branches
+    assert len(re.findall(r"\bLDGSTS\b", code)) >= 1  # U comes past the registers
+    assert "div_rn" not in code  # no division that branches
 
 
 def test_sizes_that_the_launch_relies_on():
     assert f"#define THREADS {cuda.THREADS}\n" in cuda.SOURCE
     assert all(cuda.ALIGNED % int(p) == 0 for p in re.findall(r"#define PANEL (\d+)", cuda.SOURCE))
-    assert cuda.SHARED <= 101376                                     # what a block of sm_89 may have
+    assert cuda.SHARED <= 101376  # what a block of sm_89 may have
 
 
 def test_no_nvrtc_is_said(monkeypatch):

@@ -14,7 +14,7 @@ from tests.ops.gptq_block_cases import GRIDS, block
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
-MASKED = ("int3 bf16", "E2M1 microscaled", "none")            # grids that are tested with a mask
+MASKED = ("int3 bf16", "E2M1 microscaled", "none")  # grids that are tested with a mask
 STANDS_FOR_A_GPU = """
 #include <algorithm>
 #include <barrier>
@@ -127,7 +127,7 @@ def test_a_column_is_rounded_as_torch_rounds_it(name, build):
         library = build(grid, zero is not None, keep is not None)
         group = torch.zeros(1).int()
         _, Q, _ = run(library, A, A.clone(), torch.zeros(1, 1), grid, scale, zero, group, keep)
-        same = (Q[0] == expected) | (Q[0].isnan() & expected.isnan())     # the sign of a zero may differ
+        same = (Q[0] == expected) | (Q[0].isnan() & expected.isnan())  # the sign of a zero may differ
         assert same.all(), (s, v[~same][:5], Q[0][~same][:5], expected[~same][:5])
 
 

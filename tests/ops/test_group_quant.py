@@ -12,7 +12,7 @@ from lightning_compress.quant.fake_quant import fake_quantize_input, round_weigh
 from lightning_compress.quant.scales import minmax
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = [(5, 96, 32), (3, 70, 70), (4, 1056, 1056), (2, 24, 8)]           # N, K, columns of a scale
+SHAPES = [(5, 96, 32), (3, 70, 70), (4, 1056, 1056), (2, 24, 8)]  # N, K, columns of a scale
 
 
 def weight(N, K, group, dtype):

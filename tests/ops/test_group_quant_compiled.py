@@ -13,7 +13,7 @@ from tests.ops.compilation import SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
-CASES = {                       # columns of a scale, bits, symmetric, FP8, words, GPU
+CASES = {  # columns of a scale, bits, symmetric, FP8, words, GPU
     "words": (128, 4, True, False, True, 90),
     "words-asymmetric": (128, 4, False, False, True, 80),
     "words-of-rows": (4096, 8, False, False, True, 89),
@@ -33,5 +33,5 @@ def test_compiles_without_spills_and_moves_16_bytes_at_a_time(case, tmp_path):
     found = facts(compiled(group_quant_kernel, capability, types, fixed, WARPS, odd=("L",)), tmp_path)
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= min(8192, SHARED[capability]), found
-    assert found["registers"] <= 64, found                       # 1024 threads to a processor
+    assert found["registers"] <= 64, found  # 1024 threads to a processor
     assert found["wide"] >= 2, found

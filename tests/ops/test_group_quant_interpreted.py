@@ -31,7 +31,7 @@ def check(W, group, bits, symmetric, float8, packed):
 @pytest.mark.parametrize(("N", "K", "group"), SHAPES)
 def test_equals_the_reference(N, K, group, dtype):
     W = weight(N, K, group, dtype)
-    W[0, 0] *= dtype != torch.bfloat16                           # subnormal bf16 is interpreted wrongly
+    W[0, 0] *= dtype != torch.bfloat16  # subnormal bf16 is interpreted wrongly
     for bits, symmetric in ((4, True), (4, False), (8, False), (8, True), (3, False)):
         if group % 32 == 0 or group == K:
             check(W, group, bits, symmetric, False, True)

@@ -39,7 +39,7 @@ def test_digits_of_every_power(n):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("m", "P"), [(12, 16), (20, 64), (28, 32)])
 def test_with_a_base(m, P, dtype):
-    base = torch.randint(0, 2, (m, m)) * 2.0 - 1                 # any matrix: what is tested is the product
+    base = torch.randint(0, 2, (m, m)) * 2.0 - 1  # any matrix: what is tested is the product
     check(torch.randn(2, 3, m * P).to(dtype), base, (m * P) ** -0.5)
 
 

@@ -61,4 +61,4 @@ def test_tiles_cover_the_lower_triangle_once(C):
     assert torch.equal(seen.tril(), torch.ones_like(seen).tril())
     assert seen.max() == 1
     if C > 8 * LEAF:
-        assert seen.sum() < 0.56 * C * C                         # that is what it saves
+        assert seen.sum() < 0.56 * C * C  # that is what it saves

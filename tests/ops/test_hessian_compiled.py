@@ -28,7 +28,7 @@ def test_pointers_compile_without_spills(C, capability, dtype, tmp_path):
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= SHARED[capability], found
     assert found["HGMMA" if capability == 90 else "HMMA"], found
-    assert found["wide"] >= 8, found                             # 16 bytes at a time
+    assert found["wide"] >= 8, found  # 16 bytes at a time
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -44,5 +44,5 @@ def test_descriptors_compile_without_spills(dtype, tmp_path):
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= SHARED[90], found
     assert found["HGMMA"], found
-    assert found["UTMALDG"], found                               # X comes by the tensor memory accelerator
-    assert found["UTMAREDG"] == 4, found                         # and the sums go by it, a quarter at a time
+    assert found["UTMALDG"], found  # X comes by the tensor memory accelerator
+    assert found["UTMAREDG"] == 4, found  # and the sums go by it, a quarter at a time

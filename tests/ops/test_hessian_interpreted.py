@@ -51,7 +51,7 @@ def test_descriptors_equal_float64(N, C, dtype):
 
 @pytest.mark.parametrize("split", [2, 3])
 def test_parts_of_the_tokens_add_up(split):
-    check(torch.randn(37, 40).half(), Launch(32, 32, 16, split, 8, 3, False))       # 3 parts: the last has 5 tokens
+    check(torch.randn(37, 40).half(), Launch(32, 32, 16, split, 8, 3, False))  # 3 parts: the last has 5 tokens
 
 
 def test_tokens_and_columns_may_lie_apart():

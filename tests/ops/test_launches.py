@@ -44,8 +44,8 @@ def test_writing_replaces_entries_of_the_same_shape_alone(table):
     assert table.find("A100", {"M": 1, "N": 64}) == Launch(1, True)
     table.write("A100", [entry(1, block=7)])
     assert table.read() == {"A100": [entry(1, block=7), entry(2, block=2)], "H100": [entry(1, block=9)]}
-    assert table.find("A100", {"M": 1, "N": 64}) == Launch(7, True)                      # not what was read before
-    assert table.path.read_text().count("\n") == 9                                       # a line for each entry
+    assert table.find("A100", {"M": 1, "N": 64}) == Launch(7, True)  # not what was read before
+    assert table.path.read_text().count("\n") == 9  # a line for each entry
 
 
 @pytest.mark.parametrize(

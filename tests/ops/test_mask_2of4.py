@@ -8,7 +8,7 @@ import torch
 from lightning_compress.ops.mask_2of4 import mask_2of4
 from lightning_compress.pruning.masks import keep_mask
 
-ORDERS = torch.tensor(list(product([-1.0, 0.0, 0.5, 2.0, torch.nan, torch.inf], repeat=4)))     # with ties and NaN
+ORDERS = torch.tensor(list(product([-1.0, 0.0, 0.5, 2.0, torch.nan, torch.inf], repeat=4)))  # with ties and NaN
 
 
 def test_two_of_four_stay_and_they_are_the_highest():

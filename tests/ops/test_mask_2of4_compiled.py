@@ -20,4 +20,4 @@ pytestmark = pytest.mark.usefixtures("triton_cache")
 def test_compiles_without_spills_or_shared_memory(dtype, capability, tmp_path):
     types = {"score_ptr": POINTER[dtype], "out_ptr": "*u8"}
     found = facts(compiled(mask_kernel, capability, types, {"BLOCK": FOURS}, 4), tmp_path)
-    assert (found["spills"], found["stack"], found["shared"]) == (0, 0, 0), found      # a thread has its fours whole
+    assert (found["spills"], found["stack"], found["shared"]) == (0, 0, 0), found  # a thread has its fours whole

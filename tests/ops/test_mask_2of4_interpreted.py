@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_order_of_four(dtype):
-    score = ORDERS[~(ORDERS.isnan().any(1) & ORDERS.isinf().any(1))].to(dtype)     # NaN and Inf are alike to the kernel
+    score = ORDERS[~(ORDERS.isnan().any(1) & ORDERS.isinf().any(1))].to(dtype)  # NaN and Inf are alike to the kernel
     assert torch.equal(kernel.mask_2of4(score), reference.mask_2of4(score))
 
 

@@ -25,8 +25,8 @@ def test_compile_without_spills_and_move_16_bytes_at_a_time(bits, C, capability,
         found = facts(compiled(kernel, capability, {"codes_ptr": "*i8", "words_ptr": "*i32"}, fixed, WARPS, odd=odd),
                       tmp_path)  # fmt: skip
         assert (found["spills"], found["stack"]) == (0, 0), found
-        assert found["shared"] <= min(4096, SHARED[capability]), found     # quads change places within a group
+        assert found["shared"] <= min(4096, SHARED[capability]), found  # quads change places within a group
         if C % 32 == 0:
             assert found["wide"] >= 2, found
-            assert found["registers"] <= 40, found                         # 1536 threads to a processor
+            assert found["registers"] <= 40, found  # 1536 threads to a processor
             assert found["instructions"] <= (310 if bits == 4 else 400), found

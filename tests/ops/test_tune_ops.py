@@ -14,7 +14,7 @@ from lightning_compress.ops.launches import LaunchTable
 from tests.ops.test_launches import Launch
 
 CPU = torch.device("cpu")
-MICROSECONDS = {1: 10.0, 2: 9.9, 3: 5.0, 4: 4.0, 5: 3.0, 6: 7.0}          # of blocks; 10.0 is the rule's
+MICROSECONDS = {1: 10.0, 2: 9.9, 3: 5.0, 4: 4.0, 5: 3.0, 6: 7.0}  # of blocks; 10.0 is the rule's
 
 
 def subject(path: Path, wrong=()):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from lightning_compress.ops import w4a16_gemm as w4a16_gemm_module
 from lightning_compress.ops.w4a16_gemm import dequantize, from_planes, grid_rows, reference, to_planes, w4a16_gemm
 
-SHAPES = [(1, 64, 1), (3, 40, 1), (17, 192, 6), (24, 200, 1), (33, 256, 2), (5, 96, 3), (7, 48, 3)]   # N, K, G
+SHAPES = [(1, 64, 1), (3, 40, 1), (17, 192, 6), (24, 200, 1), (33, 256, 2), (5, 96, 3), (7, 48, 3)]  # N, K, G
 
 
 def weight(N, K, G, symmetric, dtype=torch.float32):
@@ -19,7 +19,7 @@ def weight(N, K, G, symmetric, dtype=torch.float32):
     codes = torch.randint(-8, 8, (N, K), generator=random, dtype=torch.int8)
     zero = torch.zeros(N, G, dtype=torch.int8) if symmetric else torch.randint(-8, 8, (N, G), generator=random).char()
     scale = (torch.rand(N, G, generator=random) * 0.02 + 0.001).to(dtype)
-    W = ((codes - zero.repeat_interleave(K // G, 1)).double() * scale.double().repeat_interleave(K // G, 1))
+    W = (codes - zero.repeat_interleave(K // G, 1)).double() * scale.double().repeat_interleave(K // G, 1)
     return pack_to_int32(codes, 4), scale, None if symmetric else pack_to_int32(zero, 4, packed_dim=0), W
 
 
@@ -30,8 +30,15 @@ def test_dequantize_reads_what_compressed_tensors_packed(N, K, G, symmetric):
     assert torch.equal(reference.unpack(packed, K) - 8, unpack_from_int32(packed, 4, torch.Size((N, K))))
     assert torch.equal(reference.pack(reference.unpack(packed, K)), packed)
     assert torch.equal(dequantize(packed, scale, zero, K, torch.float64), W)
-    assert torch.equal(dequantize(packed, scale.bfloat16(), zero, K).double(), (W / scale.double().repeat_interleave(
-        K // G, 1)).round().float().mul(scale.bfloat16().float().repeat_interleave(K // G, 1)).bfloat16().double())
+    assert torch.equal(
+        dequantize(packed, scale.bfloat16(), zero, K).double(),
+        (W / scale.double().repeat_interleave(K // G, 1))
+        .round()
+        .float()
+        .mul(scale.bfloat16().float().repeat_interleave(K // G, 1))
+        .bfloat16()
+        .double(),
+    )
 
 
 @pytest.mark.parametrize(("N", "K", "G"), SHAPES)

@@ -30,7 +30,7 @@ def kernel_for(capability: int, launch: Launch, groups: int, K: int, dtype, asym
     return compiled(w4a16_kernel, capability, types, fixed, launch.warps, launch.stages, odd)
 
 
-CASES = {      # M, groups of K=4096, dtype, asymmetric; instructions: the most that Triton 3.9.0 made, and 5 %
+CASES = {  # M, groups of K=4096, dtype, asymmetric; instructions: the most that Triton 3.9.0 made, and 5 %
     "few": (16, 32, torch.bfloat16, False, 520),
     "few-fp16-asymmetric": (16, 32, torch.float16, True, 530),
     "32-columns": (32, 128, torch.bfloat16, True, 790),
@@ -56,7 +56,7 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     found = facts(kernel, tmp_path)
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= SHARED[capability], found
-    assert found["HGMMA" if capability == 90 else "HMMA"], found       # 64 features of a tile are the rows of wgmma
+    assert found["HGMMA" if capability == 90 else "HMMA"], found  # 64 features of a tile are the rows of wgmma
     assert dtype == torch.float32 or found["conversions"] <= 8, found  # of zero points; codes need none
     assert found["instructions"] <= budget, found
     loops = loop_instructions(kernel, tmp_path)

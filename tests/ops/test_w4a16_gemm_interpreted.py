@@ -43,7 +43,7 @@ def test_equals_float64(M, N, K, G, dtype, symmetric):
 
 @pytest.mark.parametrize("split", [2, 3])
 def test_parts_of_k_add_up(split):
-    check(torch.randn(5, 256), 17, 8, False, Launch(16, 64, split, 4, 3, True))    # 3 parts of 2 blocks: one is empty
+    check(torch.randn(5, 256), 17, 8, False, Launch(16, 64, split, 4, 3, True))  # 3 parts of 2 blocks: one is empty
 
 
 def test_rows_of_x_may_lie_apart():

@@ -19,7 +19,7 @@ from lightning_compress.ops.w8a8_gemm import KINDS, quantize_tokens
 
 E4M3 = torch.float8_e4m3fn
 PRESET = {torch.int8: "W4A8", E4M3: "W4AFP8"}
-SHAPES = [(1, 64, 1), (3, 40, 1), (17, 192, 6), (24, 200, 1), (33, 256, 2), (5, 192, 3), (7, 48, 3)]   # N, K, G
+SHAPES = [(1, 64, 1), (3, 40, 1), (17, 192, 6), (24, 200, 1), (33, 256, 2), (5, 192, 3), (7, 48, 3)]  # N, K, G
 
 
 def weight(N, K, G, dtype=torch.float32):

@@ -19,8 +19,8 @@ from tests.ops.test_w8a8_gemm_compiled import CORE
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
-CASES = {      # M, groups of K=4096, codes of tokens; instructions on sm_80, which has no e4m3, and on others: the most
-               # that Triton 3.9.0 made, and 5 %
+CASES = {  # M, groups of K=4096, codes of tokens; instructions on sm_80, which has no e4m3, and on others: the most
+    # that Triton 3.9.0 made, and 5 %
     "few": (16, 32, "e4m3", 1190, 490),
     "64": (64, 32, "e4m3", 2640, 760),
     "many": (512, 32, "e4m3", 4540, 1260),
@@ -46,5 +46,5 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     assert (found["spills"], found["stack"]) == (0, 0), found
     assert found["shared"] <= SHARED[capability], found
     assert found[CORE[capability, kind]], found
-    assert kind == "int8" or not found["conversions"], found           # of integers to floats: bits are placed
+    assert kind == "int8" or not found["conversions"], found  # of integers to floats: bits are placed
     assert found["instructions"] <= budgets[capability > 80], found

@@ -39,7 +39,7 @@ def test_equals_float64(M, N, K, G, kind):
 
 @pytest.mark.parametrize("split", [2, 3])
 def test_parts_of_k_add_up(split):
-    check(5, 17, 256, 2, torch.float8_e4m3fn, torch.float16, split)      # 3 parts of 2 blocks: one is empty
+    check(5, 17, 256, 2, torch.float8_e4m3fn, torch.float16, split)  # 3 parts of 2 blocks: one is empty
 
 
 def test_no_tokens():

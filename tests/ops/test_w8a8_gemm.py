@@ -85,8 +85,11 @@ def test_linear_quantizes_and_multiplies(kind):
     _, _, weight, scale_N = case(1, 16, 48, kind)
     x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
     for scale in (None, torch.tensor([0.02])):
-        codes = reference.quantize_tokens(x.view(10, 48), kind) if scale is None else (
-            quantize_static(x.view(10, 48), scale, kind), scale)
+        codes = (
+            reference.quantize_tokens(x.view(10, 48), kind)
+            if scale is None
+            else (quantize_static(x.view(10, 48), scale, kind), scale)
+        )
         expected = reference.gemm(*codes, weight, scale_N).view(2, 5, 16)
         for dtype in (torch.float32, torch.bfloat16):
             y = w8a8_linear(x.to(dtype), weight, scale_N, scale)
@@ -131,7 +134,7 @@ def test_ops_are_registered_soundly():
     torch.library.opcheck(ops.w8a8_gemm, (*case(3, 5, 8), torch.bfloat16))
     torch.library.opcheck(ops.quantize_tokens, (x.detach(), torch.int8))
     torch.library.opcheck(ops.w8a8_linear, (x, *case(3, 5, 8)[2:], None))
-    fake = {"test_utils": "test_faketensor"}                     # the others multiply e4m3, which torch does not
+    fake = {"test_utils": "test_faketensor"}  # the others multiply e4m3, which torch does not
     torch.library.opcheck(ops.w8a8_gemm, (*case(3, 5, 8, E4M3), torch.bfloat16), **fake)
     torch.library.opcheck(ops.quantize_tokens, (x.detach(), E4M3), **fake)
     torch.library.opcheck(ops.w8a8_linear, (x, *case(3, 5, 8, E4M3)[2:], None), **fake)

@@ -19,7 +19,7 @@ CORE = {     # of int8 and e4m3; below 8.9 e4m3 is multiplied as fp16
     (80, "int8"): "IMMA", (89, "int8"): "IMMA", (90, "int8"): "IGMMA",
     (80, "e4m3"): "HMMA", (89, "e4m3"): "QMMA", (90, "e4m3"): "QGMMA",
 }  # fmt: skip
-FORMS = {    # M, codes, fused, one scale per token found on the way
+FORMS = {  # M, codes, fused, one scale per token found on the way
     "1": (1, "int8", False, False),
     "64": (64, "int8", False, False),
     "512": (512, "int8", False, False),

@@ -37,7 +37,7 @@ def test_tokens_are_quantized_on_the_way(M, K, split, dtype, kind):
     _, _, weight, scale_N = case(M, 65, K, kind)
     x, launch = torch.randn(M, K).to(dtype), Launch(16, 64, 64, split, 4, 3)
     x[-1, :3] = 0
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]        # of the result
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # of the result
     for scale in (None, torch.tensor([0.03]).to(dtype)):
         codes = quantize_tokens(x, kind) if scale is None else (quantize(x, scale, kind), scale)
         y = kernel.fused_gemm(x, None if scale is None else scale.float(), weight, scale_N[:1], launch)

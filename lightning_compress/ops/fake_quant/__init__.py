@@ -229,7 +229,7 @@ def _learned_gradients(
         return gradient_W, None
     c_RGg = v_RGg.clamp(low, high)
     outside_RGg = c_RGg if z_RG1 is None else c_RGg - z_RG1
-    slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8).sub_(v_RGg), outside_RGg)       # z falls out inside
+    slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8).sub_(v_RGg), outside_RGg)  # z falls out inside
     summed_RG = slope_RGg.mul_(gradient_RGg).sum(-1)
     summed = summed_RG.sum().view(1) if scale.ndim == 1 else summed_RG
     return gradient_W, (summed / (count * high) ** 0.5).to(scale.dtype)
@@ -258,7 +258,7 @@ def _scaled(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, T
     wide = torch.promote_types(W_RC.dtype, torch.float32)
     G = scale.shape[-1]
     s_RG1 = scale.to(wide).view(-1, G, 1)
-    v_RGg = W_RC.to(wide).reshape(W_RC.shape[0], G, -1) / s_RG1        # len() would fix the rows of an exported graph
+    v_RGg = W_RC.to(wide).reshape(W_RC.shape[0], G, -1) / s_RG1  # len() would fix the rows of an exported graph
     if zero is None:
         return v_RGg, s_RG1, None
     z_RG1 = zero.to(wide).view(-1, G, 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["blocks", "clamp", "gradient_kernel", "gradients", "round_code", "value", "value_kernel"]
 
 WARPS = 4
-FLAT = 1024             # columns of a line where one scale is all there is
+FLAT = 1024  # columns of a line where one scale is all there is
 
 
 def value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool) -> Tensor:
@@ -162,8 +162,8 @@ def clamp(v, low, high):
 def round_code(v, FLOAT8: tl.constexpr):
     """To the nearest value of the grid, ties to even; |v| < 2^22."""
     if FLOAT8:
-        power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)     # 2^e
-        base = tl.maximum(power, 0.015625, propagate_nan=tl.PropagateNan.ALL) * 1572864.0    # 2^(e - 3) 1.5 2^23
+        power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # 2^e
+        base = tl.maximum(power, 0.015625, propagate_nan=tl.PropagateNan.ALL) * 1572864.0  # 2^(e - 3) 1.5 2^23
     else:
         base = 12582912.0
     return (v + base) - base

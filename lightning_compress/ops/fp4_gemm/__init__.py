@@ -19,7 +19,7 @@ from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE
 __all__ = ["Layout", "dequantize", "fp4_gemm", "to_layout"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DENSE_ABOVE = 1024      # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
+DENSE_ABOVE = 1024  # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
 
 
 def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) 
     check(x, layout)
     plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
     if plain and not torch.compiler.is_compiling():
-        return _forward(x, layout)                               # the dispatcher costs 30 us
+        return _forward(x, layout)  # the dispatcher costs 30 us
     result: Tensor = _gemm_op(x, *layout)
     return result
 

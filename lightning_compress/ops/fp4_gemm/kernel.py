@@ -89,16 +89,16 @@ def fp4_kernel(
             if GROUP % 32 == 0:
                 group = _inside(k, K, WHOLE) // GROUP
                 scale_Nc = tl.load(scale_ptr + group * N + row_N, mask=rows, other=8)[:, None]
-            else:                                                # two scales, for 16 columns each
+            else:  # two scales, for 16 columns each
                 group_2 = _inside(k + 16 * tl.arange(0, 2), K, WHOLE) // GROUP
                 scale_N2 = tl.load(scale_ptr + group_2[None, :] * N + row_N[:, None], mask=rows[:, None], other=8)
                 scale_Nc = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (BLOCK_N, 2, 16)), (BLOCK_N, 32))
             w_Nc = _weights(words_Nc, scale_Nc.to(tl.int32), j, x_ptr.dtype.element_ty, BITS, ASM)
-            if x_ptr.dtype.element_ty == tl.float32:             # weights are exact in TF32, x is in two parts
+            if x_ptr.dtype.element_ty == tl.float32:  # weights are exact in TF32, x is in two parts
                 high_cM = (x_cM.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
                 sums_NM = tl.dot(w_Nc, high_cM, sums_NM, input_precision="tf32")
                 x_cM -= high_cM
-            if INTERPRETED:                                      # NumPy knows no bf16, and is slow in fp16
+            if INTERPRETED:  # NumPy knows no bf16, and is slow in fp16
                 w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
             sums_NM = tl.dot(w_Nc, x_cM, sums_NM, input_precision="tf32")
     divisor_N = tl.load(divisor_ptr + row_N, mask=rows, other=1.0)

@@ -26,7 +26,7 @@ from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE, PLANES
 
 __all__ = ["Layout", "dense", "to_layout"]
 
-TOP = 31                # exponent of the largest scale; E4M3's largest exponent is 8
+TOP = 31  # exponent of the largest scale; E4M3's largest exponent is 8
 E4M3_TOP = 8
 
 
@@ -56,7 +56,7 @@ def to_layout(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | No
         byte_NG = (scale_NG.int() - largest_N1 + TOP) << 3
         divisor_N = torch.ldexp(torch.ones(N, device=scale_NG.device, dtype=torch.float32), 128 - largest_N1[:, 0])
     else:
-        fraction, exponent = torch.frexp(scale_NG.float())       # s = fraction 2^exponent, 1/2 <= fraction < 1
+        fraction, exponent = torch.frexp(scale_NG.float())  # s = fraction 2^exponent, 1/2 <= fraction < 1
         byte_NG = (exponent - 1 + TOP - E4M3_TOP) << 3 | (fraction * 16).int() & 7
         byte_NG = torch.where(scale_NG.float() == 0, 0, byte_NG)
         one = torch.ones(1, device=scale_NG.device, dtype=torch.float32)
@@ -90,7 +90,7 @@ def _planes(codes_NK: Tensor) -> Tensor:
     words = sign[3] << 14 | size[3] >> 2 << 13 | (size[3] & 3) << 10
     for j in range(3):
         words = words | sign[j] << 15 - 3 * j | size[j] << 6 - 3 * j
-    return words.to(torch.int16).flatten(1)                      # wraps above 2^15, as meant
+    return words.to(torch.int16).flatten(1)  # wraps above 2^15, as meant
 
 
 def _check(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from lightning_compress.ops.gptq_block.grid import Grid
 __all__ = ["SUB_BLOCK", "Grid", "gptq_block_"]
 
 SUB_BLOCK = 16
-LARGEST = 128           # columns of a kernel; its shared memory
+LARGEST = 128  # columns of a kernel; its shared memory
 
 Run = Callable[..., None]
 
@@ -145,9 +145,7 @@ def _block_(
 ) -> None:
     run_ = _kernel(A_bR, grid, zero_GR, keep_bR) if A_bR.is_cuda and A_bR.numel() else None
     if run_ is None:
-        cpu.gptq_block_(
-            A_bR, Q_bR, D_bR, W_bR, U_bb, grid, scale_GR, zero_GR, group_b, keep_bR, start, stop, sub_block
-        )
+        cpu.gptq_block_(A_bR, Q_bR, D_bR, W_bR, U_bb, grid, scale_GR, zero_GR, group_b, keep_bR, start, stop, sub_block)
         return
     for i1 in range(start, stop, LARGEST):
         i2 = min(i1 + LARGEST, stop)

@@ -17,9 +17,9 @@ from lightning_compress.ops.gptq_block.grid import EXPONENT, MANTISSA, Grid
 __all__ = ["SOURCE", "gptq_block_", "missing", "options", "padded"]
 
 SOURCE = Path(__file__).with_name("kernel.cu").read_text()
-THREADS = 64            # of a program; as in kernel.cu
-ALIGNED = 32            # columns; a multiple of PANEL in kernel.cu
-SHARED = 4 * (128 * 128 + 128 * THREADS)         # bytes; sm_89 has 101376
+THREADS = 64  # of a program; as in kernel.cu
+ALIGNED = 32  # columns; a multiple of PANEL in kernel.cu
+SHARED = 4 * (128 * 128 + 128 * THREADS)  # bytes; sm_89 has 101376
 
 
 def missing(device: torch.device, grid: Grid | None, zero: bool, keep: bool) -> str | None:

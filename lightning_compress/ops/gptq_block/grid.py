@@ -13,8 +13,8 @@ from torch import Tensor
 
 __all__ = ["Grid", "round_float_"]
 
-MANTISSA = {4: 1, 6: 3, 8: 3}           # bits after the point
-EXPONENT = {4: 0, 6: 0, 8: -6}          # the least; below 2^EXPONENT the steps are those of it
+MANTISSA = {4: 1, 6: 3, 8: 3}  # bits after the point
+EXPONENT = {4: 0, 6: 0, 8: -6}  # the least; below 2^EXPONENT the steps are those of it
 LARGEST = {4: 6.0, 6: 7.5, 8: 448.0}
 
 

@@ -15,7 +15,7 @@ from lightning_compress.ops.gptq_block.grid import EXPONENT, MANTISSA, Grid
 
 __all__ = ["BLOCK_R", "constants", "gptq_block_", "gptq_kernel"]
 
-BLOCK_R = 16            # rows of a program
+BLOCK_R = 16  # rows of a program
 
 
 def gptq_block_(
@@ -79,7 +79,7 @@ def gptq_kernel(
             if ZERO:
                 z_R = tl.load(zero_ptr + at_R, mask=rows, other=0.0)
                 v_R = v_R + z_R
-            v_R = tl.where(v_R < low, low, v_R)                  # before rounding: the bounds are on the grid
+            v_R = tl.where(v_R < low, low, v_R)  # before rounding: the bounds are on the grid
             v_R = tl.where(v_R > high, high, v_R)
             if FLOAT:
                 v_R = _to_float(v_R, MANTISSA, EXPONENT)

@@ -16,7 +16,7 @@ from lightning_compress.ops.gptq_block.grid import Grid
 
 __all__ = ["gptq_block", "nearest"]
 
-FORMATS = {4: (1, 0, 6.0), 6: (3, 0, 7.5), 8: (3, -6, 448.0)}            # mantissa bits, least exponent, largest
+FORMATS = {4: (1, 0, 6.0), 6: (3, 0, 7.5), 8: (3, -6, 448.0)}  # mantissa bits, least exponent, largest
 
 
 def gptq_block(
@@ -55,7 +55,7 @@ def nearest(a_R: Tensor, s_R: Tensor, z_R: Tensor, grid: Grid) -> Tensor:
     if grid.float_bits:
         numbers = _numbers(grid.float_bits).to(a_R.device)
         distance = (v_R[:, None] - numbers).abs()
-        closest = distance == distance.amin(1, keepdim=True)                # two where it lies in the middle
+        closest = distance == distance.amin(1, keepdim=True)  # two where it lies in the middle
         even = torch.arange(len(numbers), device=a_R.device) % 2 == 0
         q_R = numbers[(closest.int() * 2 + (closest & even).int()).argmax(1)]
     else:

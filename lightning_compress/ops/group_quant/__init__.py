@@ -100,9 +100,7 @@ def _kernel_runs(W_NK: Tensor, group: int, packed: bool) -> bool:
 
 
 @torch.library.custom_op("lightning_compress::group_quant", mutates_args=())
-def _op(
-    W: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _op(W: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The zero point of a symmetric grid is empty: an op returns tensors."""
     out, scale, zero = _group_quant(W, group, bits, symmetric, float8, packed)
     return out, scale, scale.new_empty((0,), dtype=torch.int8) if zero is None else zero

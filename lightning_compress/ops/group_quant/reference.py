@@ -23,9 +23,7 @@ def limits(bits: int, float8: bool = False) -> tuple[float, float]:
     return (-448.0, 448.0) if float8 else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
 
 
-def qparams(
-    W_NK: Tensor, group: int, bits: int, symmetric: bool, float8: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def qparams(W_NK: Tensor, group: int, bits: int, symmetric: bool, float8: bool = False) -> tuple[Tensor, Tensor | None]:
     """Scale [N, G] in the dtype of W, and zero point int8 [N, G], or None (symmetric)."""
     low, high = limits(bits, float8)
     W_NGg = W_NK.unflatten(1, (-1, group))

@@ -80,7 +80,7 @@ def _butterflies(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
 @torch.library.custom_op("lightning_compress::hadamard_transform", mutates_args=())
 def _transform_op(x: Tensor, base: Tensor | None, scale: float) -> Tensor:
     y = _transform(x, base, scale)
-    return y.clone() if y.data_ptr() == x.data_ptr() else y          # of one feature: nothing was done
+    return y.clone() if y.data_ptr() == x.data_ptr() else y  # of one feature: nothing was done
 
 
 @_transform_op.register_fake

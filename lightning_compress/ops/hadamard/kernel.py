@@ -22,7 +22,7 @@ from lightning_compress.ops.hadamard.reference import sylvester
 
 __all__ = ["constants", "hadamard_kernel", "transform", "warps"]
 
-TILE = 16384            # numbers that 8 to 16 warps hold in registers, in float32
+TILE = 16384  # numbers that 8 to 16 warps hold in registers, in float32
 LARGEST_BASE = 64
 
 
@@ -46,7 +46,7 @@ def _fits(m: int, P: int, device: torch.device) -> bool:
 
 
 def _tiles(x_Rn: Tensor, base_mm: Tensor | None, m: int, P: int, scale: float) -> Tensor:
-    if P > TILE:                                                 # S_P = S_outer (x) S_TILE
+    if P > TILE:  # S_P = S_outer (x) S_TILE
         y_RoT = _tiles(x_Rn.reshape(-1, TILE), None, 1, TILE, scale).view(len(x_Rn), -1, TILE)
         return torch.matmul(sylvester(P // TILE).to(x_Rn), y_RoT).view(x_Rn.shape)
     x_Rn = x_Rn.contiguous()
@@ -105,9 +105,9 @@ def hadamard_kernel(
         rows_A = at_A < R
     at_AP = at_A[:, None] * P + tl.arange(0, P)[None, :]
     y_AP = tl.load(x_ptr + at_AP, mask=rows_A[:, None], other=0.0)
-    EXACT: tl.constexpr = 3 if PARTS == 3 else 1                 # 16-bit numbers are one part, as long as they are x
+    EXACT: tl.constexpr = 3 if PARTS == 3 else 1  # 16-bit numbers are one part, as long as they are x
     if M > 1:
-        at_AA = a_A[None, :] * M + a_A[:, None]                  # B^T
+        at_AA = a_A[None, :] * M + a_A[:, None]  # B^T
         base_AA = tl.load(base_ptr + at_AA, mask=rows_A[None, :] & rows_A[:, None], other=0.0)
         y_AP = _product(base_AA, y_AP, EXACT, True, INTERPRETED)
         y_AP = _digit(y_AP, A, P, FIRST, PARTS, INTERPRETED)
@@ -140,7 +140,7 @@ def _digit(y_AP, A: tl.constexpr, P: tl.constexpr, F: tl.constexpr, PARTS: tl.co
 @triton.jit
 def _product(a, b, PARTS: tl.constexpr, SIGNS_FIRST: tl.constexpr, INTERPRETED: tl.constexpr):
     """The product of numbers and signs, float32; SIGNS_FIRST: a are the signs."""
-    if INTERPRETED:                                              # NumPy knows no bf16
+    if INTERPRETED:  # NumPy knows no bf16
         sums = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif PARTS == 1:
         if SIGNS_FIRST:

@@ -14,7 +14,7 @@ from lightning_compress.ops.hessian import reference
 __all__ = ["hessian_accumulate_", "mirror_"]
 
 HALF = (torch.float16, torch.bfloat16)
-LEAF = 96                # columns of a tile on the diagonal: 48 to 144 run equally (AMD EPYC, one thread), 192 slower
+LEAF = 96  # columns of a tile on the diagonal: 48 to 144 run equally (AMD EPYC, one thread), 192 slower
 
 
 def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def mirror_(H_CC: Tensor) -> Tensor:
     for rows, columns in tiles(0, len(H_CC)):
         if rows != columns:
             H_CC[columns, rows].copy_(H_CC[rows, columns].t())
-        else:                                                  # a kernel's own tiles do not end where these do
+        else:  # a kernel's own tiles do not end where these do
             H_CC[rows, rows].copy_(H_CC[rows, rows].tril() + H_CC[rows, rows].tril(-1).t())
     return H_CC
 
@@ -59,7 +59,7 @@ def _accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
         return accumulate_(H_CC, X_NC)
     X_NC = X_NC.to(H_CC.dtype)
     if H_CC.device.type != "cpu":
-        return reference.hessian_accumulate_(H_CC, X_NC)      # one large GEMM fills a GPU better than many small
+        return reference.hessian_accumulate_(H_CC, X_NC)  # one large GEMM fills a GPU better than many small
     for rows, columns in tiles(0, len(H_CC)):
         H_CC[rows, columns].addmm_(X_NC[:, rows].t(), X_NC[:, columns])
     return H_CC
@@ -87,7 +87,7 @@ def tiles(low: int, high: int) -> Iterator[tuple[slice, slice]]:
     if high - low <= LEAF:
         yield slice(low, high), slice(low, high)
         return
-    middle = low + -(-(high - low) // 64) * 32                 # a multiple of 32 columns: tiles begin on cache lines
+    middle = low + -(-(high - low) // 64) * 32  # a multiple of 32 columns: tiles begin on cache lines
     yield from tiles(low, middle)
     yield from tiles(middle, high)
     yield slice(middle, high), slice(low, middle)

@@ -23,7 +23,7 @@ from lightning_compress.ops.hessian.launch import Launch, choose, tiles
 
 __all__ = ["accumulate_", "constants", "hessian_kernel"]
 
-TOKENS = 16384          # of a launch: at C = 14336, 0.8 GB of H are read and written in a twentieth of its time
+TOKENS = 16384  # of a launch: at C = 14336, 0.8 GB of H are read and written in a twentieth of its time
 
 
 def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch | None = None) -> Tensor:
@@ -100,7 +100,7 @@ def hessian_kernel(
                 rows, columns = tokens & (row_I < C)[None, :], tokens & (column_J < C)[None, :]
                 a_NI = tl.load(x_i + at_N + row_I[None, :] * stride_c, mask=rows, other=0.0)
                 b_NJ = tl.load(x_j + at_N + column_J[None, :] * stride_c, mask=columns, other=0.0)
-            if INTERPRETED:                                      # NumPy knows no bf16
+            if INTERPRETED:  # NumPy knows no bf16
                 a_NI, b_NJ = a_NI.to(tl.float32), b_NJ.to(tl.float32)
             sums_IJ = tl.dot(tl.trans(a_NI), b_NJ, sums_IJ)
         if DESCRIPTORS:
@@ -124,7 +124,7 @@ def hessian_kernel(
 def _tile(number, RATIO: tl.constexpr):
     """Row and column of a tile: RATIO rows of tiles in turn have 1, 2, 3 ... tiles that reach the triangle."""
     p = ((tl.sqrt(8.0 * (number // RATIO).to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    p = tl.where(RATIO * ((p + 1) * (p + 2) // 2) <= number, p + 1, p)          # the root is rounded
+    p = tl.where(RATIO * ((p + 1) * (p + 2) // 2) <= number, p + 1, p)  # the root is rounded
     p = tl.where(RATIO * (p * (p + 1) // 2) > number, p - 1, p)
     rest = number - RATIO * (p * (p + 1) // 2)
     return RATIO * p + rest // (p + 1), rest % (p + 1)
@@ -140,7 +140,7 @@ def _halves(sums_IJ):
 
 @triton.jit
 def _reduce(h, row, column, sums_IJ, INTERPRETED: tl.constexpr):
-    if INTERPRETED:                                              # the interpreter has no reduce-add
+    if INTERPRETED:  # the interpreter has no reduce-add
         h.store([row, column], h.load([row, column]) + sums_IJ)
     else:
         h.atomic_add([row, column], sums_IJ)

@@ -49,7 +49,7 @@ def rule(N: int, C: int, processors: int, descriptors: bool) -> Launch:
     descriptors = descriptors and tiles(C, 128, 256) >= processors
     block_j = 256 if descriptors else 128
     split = 1
-    while tiles(C, 128, block_j) * split < processors and 2 * split * 512 <= N:       # each part keeps 512 tokens
+    while tiles(C, 128, block_j) * split < processors and 2 * split * 512 <= N:  # each part keeps 512 tokens
         split *= 2
     return Launch(128, block_j, 64, split, warps=8, stages=4 if descriptors else 3, descriptors=descriptors)
 
@@ -62,7 +62,7 @@ def candidates(N: int, C: int, processors: int, descriptors: bool) -> Iterator[L
     for block_j, block_n, warps, stages, by_descriptors in product(
         (128, 256), (32, 64, 128), (4, 8), (2, 3, 4), {False, descriptors}
     ):
-        for split in [1] if by_descriptors else splits:                # parts are added by pointers
+        for split in [1] if by_descriptors else splits:  # parts are added by pointers
             launch = Launch(128, block_j, block_n, split, warps, stages, by_descriptors)
             if launch != first and (split == 1 or tiles(C, 128, block_j) * split <= 4 * processors):
                 yield launch

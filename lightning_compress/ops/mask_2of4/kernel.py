@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["mask_2of4", "mask_kernel"]
 
-FOURS = 512             # of a program: 4 of each thread
+FOURS = 512  # of a program: 4 of each thread
 
 
 def mask_2of4(score_RC: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def mask_kernel(score_ptr, out_ptr, total, BLOCK: tl.constexpr):
     at_B4 = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]) * 4 + tl.arange(0, 4)[None, :]
     score_B4 = tl.load(score_ptr + at_B4, mask=at_B4 < total, other=0.0).to(tl.float32)
     score_B4 = tl.where(score_B4 != score_B4, float("inf"), score_B4)
-    even_B2, odd_B2 = tl.split(tl.reshape(score_B4, (BLOCK, 2, 2)))          # 0 and 2, 1 and 3
+    even_B2, odd_B2 = tl.split(tl.reshape(score_B4, (BLOCK, 2, 2)))  # 0 and 2, 1 and 3
     s0, s2 = tl.split(even_B2)
     s1, s3 = tl.split(odd_B2)
     keep0 = (s0 > s1).to(tl.int32) + (s0 > s2).to(tl.int32) + (s0 > s3).to(tl.int32) >= 2

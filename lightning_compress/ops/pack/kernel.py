@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["GROUPS", "WARPS", "launch", "pack", "pack_kernel", "pack_quads", "unpack", "unpack_kernel"]
 
-GROUPS = 128            # of a program: one or two 16-byte loads of codes to a thread
+GROUPS = 128  # of a program: one or two 16-byte loads of codes to a thread
 WARPS = 4
 
 
@@ -117,9 +117,9 @@ def _word(quads, W: tl.constexpr, BITS: tl.constexpr):
     """Word W of a group: the quads whose bits lie in it."""
     word = tl.zeros_like(quads[0])
     for k in tl.static_range(8):
-        if BITS * k // 8 == W:                                   # where the quad begins
+        if BITS * k // 8 == W:  # where the quad begins
             word |= quads[k] << 4 * BITS * k % 32
-        elif (BITS * k + BITS - 1) // 8 == W:                    # where the rest of it lies
+        elif (BITS * k + BITS - 1) // 8 == W:  # where the rest of it lies
             word |= quads[k] >> 32 - 4 * BITS * k % 32
     return word
 

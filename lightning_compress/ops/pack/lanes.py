@@ -15,8 +15,8 @@ from torch import Tensor
 
 __all__ = ["pack_rows", "unpack_rows"]
 
-CHUNK = 1 << 18          # codes at a time: 2^18 and 2^20 ran equally, 2^16 takes twice as long (AMD EPYC, one thread)
-LANES = {8: (torch.uint8, 1), 4: (torch.int16, 2), 2: (torch.int32, 4)}     # other widths: (torch.int64, 8)
+CHUNK = 1 << 18  # codes at a time: 2^18 and 2^20 ran equally, 2^16 takes twice as long (AMD EPYC, one thread)
+LANES = {8: (torch.uint8, 1), 4: (torch.int16, 2), 2: (torch.int32, 4)}  # other widths: (torch.int64, 8)
 
 
 def pack_rows(codes_RC: Tensor, bits: int) -> Tensor:
@@ -43,7 +43,7 @@ def _pack(codes_RC: Tensor, bits: int, words_RP: Tensor) -> None:
     offset, C = 1 << bits - 1, codes_RC.shape[1]
     whole_RC = F.pad(codes_RC, (0, -C % 32), value=-offset) if C % 32 else codes_RC.contiguous()
     v = whole_RC.view(lane).bitwise_xor(_every(8, offset, n)).bitwise_and_(_every(8, (1 << bits) - 1, n))
-    size = 1                                                     # codes of a lane
+    size = 1  # codes of a lane
     while size < n:
         low = _every(16 * size, (1 << size * bits) - 1, n // (2 * size))
         v = _merged(v, v >> size * (8 - bits), low, low << size * bits, bits)

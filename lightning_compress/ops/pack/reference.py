@@ -19,7 +19,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     each = (codes.int() + 2 ** (bits - 1)).unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1
     row = each.flatten(-2)
     words = F.pad(row, (0, -row.shape[-1] % 32)).unflatten(-1, (-1, 32)).long() << torch.arange(32, device=codes.device)
-    return words.sum(-1).to(torch.int32)                         # wraps above 2^31, as meant
+    return words.sum(-1).to(torch.int32)  # wraps above 2^31, as meant
 
 
 def unpack(words: Tensor, bits: int, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequanti
 __all__ = ["dequantize", "from_planes", "grid_rows", "to_planes", "w4a16_gemm"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DENSE_ABOVE = 1024      # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
+DENSE_ABOVE = 1024  # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
 
 
 def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor |
     check(x, planes_NP, scale_GN, zero_GN)
     plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
     if plain and not torch.compiler.is_compiling():
-        return _forward(x, planes_NP, scale_GN, zero_GN)     # the dispatcher costs 30 us, longer than a decode kernel
+        return _forward(x, planes_NP, scale_GN, zero_GN)  # the dispatcher costs 30 us, longer than a decode kernel
     result: Tensor = _gemm_op(x, planes_NP, scale_GN, zero_GN)
     return result
 

@@ -76,7 +76,7 @@ def w4a16_kernel(
     column_c = tl.arange(0, 32)
     rows, tokens = row_N < N, token_M < M
     blocks = tl.cdiv(K, 128)
-    PER_BLOCK: tl.constexpr = GROUP > 0 and GROUP % 128 == 0      # one group in a block of 128 columns
+    PER_BLOCK: tl.constexpr = GROUP > 0 and GROUP % 128 == 0  # one group in a block of 128 columns
     PER_PLANE: tl.constexpr = GROUP > 0 and GROUP % 128 != 0
 
     words_ptr = planes_ptr + row_N[:, None] * (blocks * 32) + column_c[None, :]
@@ -98,12 +98,12 @@ def w4a16_kernel(
                 inside = tokens[None, :] & (k + column_c < K)[:, None]
             x_cM = tl.load(tokens_ptr + k, mask=inside, other=0.0)
             if PER_PLANE:
-                group = tl.minimum(k, K - 1) // GROUP            # planes beyond K have no group; their x is 0
+                group = tl.minimum(k, K - 1) // GROUP  # planes beyond K have no group; their x is 0
                 scale_N, zero_N = _grid(scale_ptr, zero_ptr, group * N + row_N, rows, HAS_ZERO)
             w_Nc = _codes(words_Nc, 4 * j, zero_N, x_ptr.dtype.element_ty, BITS, ASM)
             if not SCALE_SUMS and GROUP != 0:
                 w_Nc = (w_Nc * scale_N[:, None].to(w_Nc.dtype)).to(w_Nc.dtype)
-            if INTERPRETED:                                      # NumPy knows no bf16, and is slow in fp16
+            if INTERPRETED:  # NumPy knows no bf16, and is slow in fp16
                 w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
             if SCALE_SUMS and PER_BLOCK:
                 part_NM = tl.dot(w_Nc, x_cM, part_NM, input_precision="tf32x3")

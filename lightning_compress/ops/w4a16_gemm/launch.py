@@ -52,7 +52,7 @@ def rule(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Launch:
     tiles = -(-M // block_m) * -(-N // block_n)
     blocks = -(-K // 128)
     split = 1
-    while tiles * split < processors and blocks >= 2 * split * 8:      # each part keeps 8 blocks of 128 columns
+    while tiles * split < processors and blocks >= 2 * split * 8:  # each part keeps 8 blocks of 128 columns
         split *= 2
     scale_sums = dtype == torch.float32 or M <= 32
     return Launch(block_m, block_n, split, warps=4 if few else 8, stages=3, scale_sums=scale_sums)

@@ -25,7 +25,7 @@ def to_planes(weight_packed: Tensor) -> Tensor:
     codes_NK = unpack(weight_packed, weight_packed.shape[1] * CODES_PER_WORD)
     codes_NK = F.pad(codes_NK, (0, -codes_NK.shape[1] % BLOCK))
     planes_NBjc = codes_NK.view(len(codes_NK), -1, PLANES, PLANE).int()
-    return (planes_NBjc << _shifts(codes_NK.device)).sum(2).to(torch.int16).flatten(1)   # wraps above 2^15, as meant
+    return (planes_NBjc << _shifts(codes_NK.device)).sum(2).to(torch.int16).flatten(1)  # wraps above 2^15, as meant
 
 
 def from_planes(planes_NP: Tensor, K: int) -> Tensor:

@@ -56,4 +56,4 @@ def pack(codes: Tensor) -> Tensor:
     """The reverse of :func:`unpack`, int32; numbers missing in the last word of a row are 0."""
     whole = torch.nn.functional.pad(codes, (0, -codes.shape[1] % CODES_PER_WORD)).long()
     shifts = torch.arange(0, 32, 4, device=codes.device)
-    return (whole.unflatten(1, (-1, CODES_PER_WORD)) << shifts).sum(-1).to(torch.int32)   # wraps above 2^31, as meant
+    return (whole.unflatten(1, (-1, CODES_PER_WORD)) << shifts).sum(-1).to(torch.int32)  # wraps above 2^31, as meant

@@ -36,7 +36,7 @@ def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype 
     check(x, planes_NP, scale_GN, kind)
     plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
     if plain and not torch.compiler.is_compiling():
-        return _forward(x, planes_NP, scale_GN, kind)            # the dispatcher costs 30 us
+        return _forward(x, planes_NP, scale_GN, kind)  # the dispatcher costs 30 us
     result: Tensor = _gemm_op(x, planes_NP, scale_GN, kind)
     return result
 

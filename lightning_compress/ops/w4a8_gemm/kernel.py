@@ -102,11 +102,11 @@ def w4a8_kernel(
                 part_NM = tl.dot(w_Nc.to(tl.float8e4nv, bitcast=True), x_cM.to(tl.float8e4nv, bitcast=True), part_NM)
             else:
                 w_Nc, x_cM = e4m3_half(w_Nc), e4m3_half(x_cM)
-                if INTERPRETED:                                  # NumPy is slow in fp16
+                if INTERPRETED:  # NumPy is slow in fp16
                     w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
                 part_NM = tl.dot(w_Nc, x_cM, part_NM)
             if PER_PLANE:
-                group = tl.minimum(k, K - 1) // GROUP            # planes beyond K have no group; their x is 0
+                group = tl.minimum(k, K - 1) // GROUP  # planes beyond K have no group; their x is 0
                 scale_N = tl.load(scale_ptr + group * N + row_N, mask=rows, other=0.0).to(tl.float32)
                 sums_NM += part_NM.to(tl.float32) * scale_N[:, None]
         if not PER_PLANE:
@@ -118,7 +118,7 @@ def w4a8_kernel(
     if GROUP == 0:
         scale_N = tl.load(scale_ptr + row_N, mask=rows, other=0.0).to(tl.float32)
         sums_NM *= scale_N[:, None]
-    WORTH: tl.constexpr = 1.0 if INTEGER else 512.0 if NATIVE else 33554432.0    # 2^9; and 2^8 for each side in fp16
+    WORTH: tl.constexpr = 1.0 if INTEGER else 512.0 if NATIVE else 33554432.0  # 2^9; and 2^8 for each side in fp16
     scale_M = tl.load(scale_m_ptr + token_M, mask=tokens, other=0.0) * WORTH
     out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
     out = (sums_NM * scale_M[None, :]).to(out_ptr.dtype.element_ty)
@@ -133,17 +133,13 @@ def _operand(bytes_Nc, J: tl.constexpr, INTEGER: tl.constexpr, INTERPRETED: tl.c
         sign_Nc = nibble_Nc >> 3
         w_Nc = (nibble_Nc ^ (sign_Nc * 0xF7) if INTEGER else nibble_Nc + sign_Nc * 0x79).to(tl.int8)
     else:
-        w_Nc = tl.inline_asm_elementwise(
-            _made(4 * J, INTEGER), "=r,r", [bytes_Nc], dtype=tl.int8, is_pure=True, pack=4
-        )
+        w_Nc = tl.inline_asm_elementwise(_made(4 * J, INTEGER), "=r,r", [bytes_Nc], dtype=tl.int8, is_pure=True, pack=4)
     return w_Nc
 
 
 @triton.constexpr_function
 def _made(shift: int, integer: bool) -> str:
     """PTX: four codes from the half bytes at ``shift``."""
-    body = (
-        f"shr.b32 t, $1, {shift}; and.b32 t, t, 0x0f0f0f0f; shr.b32 s, $1, {shift + 3}; and.b32 s, s, 0x01010101; "
-    )
+    body = f"shr.b32 t, $1, {shift}; and.b32 t, t, 0x0f0f0f0f; shr.b32 s, $1, {shift + 3}; and.b32 s, s, 0x01010101; "
     body += "mul.lo.u32 s, s, 0xf7; xor.b32 $0, s, t; " if integer else "mad.lo.u32 $0, s, 0x79, t; "
     return "{ .reg .b32 s, t; " + body + "}"

@@ -49,7 +49,7 @@ def to_planes(weight: Tensor, K: int, groups: int) -> Tensor:
     plane = plane_of(K, groups)
     v_NK = F.pad(signed(weight, K).int(), (0, -K % (PLANES * plane)))
     nibble_NBjc = torch.where(v_NK < 0, 7 - v_NK, v_NK).view(len(v_NK), -1, PLANES, plane)
-    return (nibble_NBjc[:, :, 0] | nibble_NBjc[:, :, 1] << 4).to(torch.int8).flatten(1)    # wraps, as meant
+    return (nibble_NBjc[:, :, 0] | nibble_NBjc[:, :, 1] << 4).to(torch.int8).flatten(1)  # wraps, as meant
 
 
 def codes(planes_NP: Tensor, K: int, groups: int) -> Tensor:

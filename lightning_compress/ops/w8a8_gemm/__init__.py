@@ -18,9 +18,9 @@ __all__ = ["KINDS", "quantize_static", "quantize_tokens", "w8a8_gemm", "w8a8_lin
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = (torch.int8, torch.float8_e4m3fn)
-FEW = 64                # tokens up to which the kernel is expected to win over cuBLASLt; not measured yet
-FUSED = 8               # tokens up to which quantizing in every program should beat a launch; not measured yet
-EXACT = 1024            # products of -128 and -128 whose sum float32 holds: 2^24
+FEW = 64  # tokens up to which the kernel is expected to win over cuBLASLt; not measured yet
+FUSED = 8  # tokens up to which quantizing in every program should beat a launch; not measured yet
+EXACT = 1024  # products of -128 and -128 whose sum float32 holds: 2^24
 
 
 def quantize_tokens(x: Tensor, kind: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def _quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 def _linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None) -> Tensor:
     N, K = weight_NK.shape
     x_MK = x.reshape(-1, K)
-    wider = scale is not None and torch.promote_types(x.dtype, scale.dtype) != x.dtype     # the kernel rounds to x's
+    wider = scale is not None and torch.promote_types(x.dtype, scale.dtype) != x.dtype  # the kernel rounds to x's
     if x.is_cuda and N and 0 < len(x_MK) <= FUSED and not wider and _kernel_runs(x.device):
         from lightning_compress.ops.w8a8_gemm.kernel import fused_gemm
 
@@ -181,9 +181,7 @@ def _torch_multiplies(device: torch.device, kind: torch.dtype, N: int, K: int) -
     return N % 16 == 0 and K % 16 == 0 and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _by_scaled_mm(
-    codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _by_scaled_mm(codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     """y [M, N] by torch's FP8 product: it takes scales by row and column only into bf16, single ones into all."""
     by_row = len(scale_M) > 1 or len(scale_N) > 1
     if by_row and dtype == torch.bfloat16:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["gemm", "is_exact", "prepare"]
 
-SMALL = 2**19           # weights up to which laying out anew is quicker than qlinear's 30 us (bench_packed_cpu.py)
+SMALL = 2**19  # weights up to which laying out anew is quicker than qlinear's 30 us (bench_packed_cpu.py)
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -34,7 +34,7 @@ def is_exact() -> bool:
 
 def prepare(weight_NK: Tensor, scale_N: Tensor) -> Operands:
     """The weight, int8 and contiguous, as it is and laid out for qlinear; scales, zeros and sums of codes, [N]."""
-    if torch.compiler.is_compiling():                 # qlinear_prepack cannot be traced
+    if torch.compiler.is_compiling():  # qlinear_prepack cannot be traced
         packed = weight_NK
     else:
         packed = torch.ops.onednn.qlinear_prepack(weight_NK, None)

@@ -43,7 +43,7 @@ def rule(M: int, N: int, K: int, processors: int) -> Launch:
     few = M <= 64
     block_m, block_n = min(max(16, 1 << (M - 1).bit_length()), 128), 64 if few else 128
     tiles, blocks, split = triton.cdiv(M, block_m) * triton.cdiv(N, block_n), triton.cdiv(K, 128), 1
-    while tiles * split < processors and blocks >= 2 * split * 4:      # each part keeps 4 blocks
+    while tiles * split < processors and blocks >= 2 * split * 4:  # each part keeps 4 blocks
         split *= 2
     return Launch(block_m, block_n, 128, split, warps=4 if few else 8, stages=4 if few else 3)
 
@@ -145,11 +145,11 @@ def gemm_kernel(
             sums_NM += tl.dot(w_NK.to(tl.float8e4nv, bitcast=True), x_KM.to(tl.float8e4nv, bitcast=True))
         else:
             w_NK, x_KM = e4m3_half(w_NK), e4m3_half(x_KM)
-            if INTERPRETED:                                      # NumPy is slow in fp16
+            if INTERPRETED:  # NumPy is slow in fp16
                 w_NK, x_KM = w_NK.to(tl.float32), x_KM.to(tl.float32)
             sums_NM = tl.dot(w_NK, x_KM, sums_NM)
     if not INTEGER and not NATIVE:
-        sums_NM *= 65536.0                                       # 2^8 for each
+        sums_NM *= 65536.0  # 2^8 for each
     inside = rows[:, None] & tokens[None, :]
     at_NM = out_ptr + (part.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
     if WHOLE:
@@ -202,12 +202,12 @@ def _codes(x, scale, dtype: tl.constexpr, INTEGER: tl.constexpr):
     x = x.to(tl.float32)
     v = _rounded(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype)
     if INTEGER:
-        codes = tl.minimum(tl.maximum((v + 12582912.0) - 12582912.0, -128.0), 127.0).to(tl.int8)   # ties to even
+        codes = tl.minimum(tl.maximum((v + 12582912.0) - 12582912.0, -128.0), 127.0).to(tl.int8)  # ties to even
     else:
         size = tl.minimum(tl.abs(v), 448.0)
         bits = size.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)                  # exponents from 2^-6 up
-        steps = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15                      # of 2^-9, below
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # exponents from 2^-6 up
+        steps = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15  # of 2^-9, below
         code = tl.where(size < 0.015625, steps, normal) | ((v.to(tl.int32, bitcast=True) >> 24) & 0x80)
         codes = tl.where(v == v, code, 0x7F).to(tl.int8)
     return codes

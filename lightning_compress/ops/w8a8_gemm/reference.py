@@ -21,7 +21,7 @@ LOWEST_AND_LARGEST = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-448.0,
 
 def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes [M, K] of ``kind`` (int8 or float8_e4m3fn) and their scales, float32 [M]."""
-    half = torch.full((), HALF_RANGE[kind], dtype=x_MK.dtype, device=x_MK.device)     # by a number CUDA multiplies
+    half = torch.full((), HALF_RANGE[kind], dtype=x_MK.dtype, device=x_MK.device)  # by a number CUDA multiplies
     scale_M = x_MK.abs().amax(1) / half
     scale_M = torch.where(scale_M == 0, torch.finfo(x_MK.dtype).eps, scale_M)
     return quantize(x_MK, scale_M[:, None], kind), scale_M.float()
