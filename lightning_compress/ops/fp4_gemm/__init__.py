@@ -6,14 +6,13 @@ Layout, roofline and measured numbers are in the README beside this file.
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.fp4_gemm.layout import Layout, dense, to_layout
 from lightning_compress.ops.fp4_gemm.reference import dequantize
+from lightning_compress.ops.registration import product_op, skips_dispatcher
 from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE
 
 __all__ = ["Layout", "dequantize", "fp4_gemm", "to_layout"]
@@ -36,11 +35,8 @@ def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) 
     """
     layout = Layout(planes_NP, scale_GN, divisor_N)
     check(x, layout)
-    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
-    if plain and not torch.compiler.is_compiling():
-        return _forward(x, layout)  # the dispatcher costs 30 us
-    result: Tensor = _gemm_op(x, *layout)
-    return result
+    y: Tensor = _forward(x, *layout) if skips_dispatcher(x) else _gemm_op(x, *layout)
+    return y
 
 
 def check(x: Tensor, layout: Layout) -> None:
@@ -77,8 +73,8 @@ def check(x: Tensor, layout: Layout) -> None:
         raise ValueError("planes, scale and divisor must be contiguous; call .contiguous() once, when loading")
 
 
-def _forward(x: Tensor, layout: Layout) -> Tensor:
-    K, (G, N) = x.shape[-1], layout.scale.shape
+def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) -> Tensor:
+    layout, K, (G, N) = Layout(planes_NP, scale_GN, divisor_N), x.shape[-1], scale_GN.shape
     x_MK = x.reshape(-1, K)
     if x.is_cuda and len(x_MK) < DENSE_ABOVE and _kernel_runs(x, K // G):
         from lightning_compress.ops.fp4_gemm.kernel import gemm
@@ -92,33 +88,8 @@ def _kernel_runs(x: Tensor, group: int) -> bool:
     return kernel_runs(x.device, "FP4 weights are dequantized for every call", unfit)
 
 
-@torch.library.custom_op("lightning_compress::fp4_gemm", mutates_args=())
-def _gemm_op(x: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor) -> Tensor:
-    return _forward(x, Layout(planes, scale, divisor))
+def _dense(planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    return dense(Layout(planes_NP, scale_GN, divisor_N), K, dtype)
 
 
-@_gemm_op.register_fake
-def _(x: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], planes.shape[0])
-
-
-@torch.library.custom_op("lightning_compress::fp4_gemm_backward", mutates_args=())
-def _backward_op(gradient: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor, K: int) -> Tensor:
-    return gradient @ dense(Layout(planes, scale, divisor), K, gradient.dtype)
-
-
-@_backward_op.register_fake
-def _(gradient: Tensor, planes: Tensor, scale: Tensor, divisor: Tensor, K: int) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], K)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-    ctx.K = inputs[0].shape[-1]
-
-
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_op(gradient, *ctx.saved_tensors, ctx.K), None, None, None
-
-
-_gemm_op.register_autograd(_gradient, setup_context=_keep)
+_gemm_op = product_op("fp4_gemm", "Tensor planes, Tensor scale, Tensor divisor", _forward, _dense)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_compress.ops.availability import calls_kernel, kernel_runs
 from lightning_compress.ops.group_quant import reference
 from lightning_compress.ops.pack.lanes import pack_rows
+from lightning_compress.ops.registration import register_op
 
 __all__ = ["group_quant", "group_round"]
 
@@ -99,16 +100,26 @@ def _kernel_runs(W_NK: Tensor, group: int, packed: bool) -> bool:
     return kernel_runs(W_NK.device, "weights are quantized and packed by dozens of kernels of torch", unfit)
 
 
-@torch.library.custom_op("lightning_compress::group_quant", mutates_args=())
-def _op(W: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _group_quant_tensors(
+    W: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The zero point of a symmetric grid is empty: an op returns tensors."""
     out, scale, zero = _group_quant(W, group, bits, symmetric, float8, packed)
     return out, scale, scale.new_empty((0,), dtype=torch.int8) if zero is None else zero
 
 
-@_op.register_fake
-def _(W: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    W: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     N, K = W.shape
     G = K // group
     out = W.new_empty((N, (K * bits + 31) // 32), dtype=torch.int32) if packed else W.new_empty((N, K))
     return out, W.new_empty((N, G)), W.new_empty((0,) if symmetric else (N, G), dtype=torch.int8)
+
+
+_op = register_op(
+    "group_quant",
+    "(Tensor W, SymInt group, SymInt bits, bool symmetric, bool float8, bool packed) -> (Tensor, Tensor, Tensor)",
+    _group_quant_tensors,
+    _fake,
+)

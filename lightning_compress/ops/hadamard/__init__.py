@@ -5,12 +5,11 @@ On CUDA a Triton kernel reads x and writes y once; elsewhere butterflies of torc
 Shapes: x [..., n], n = m P, base B [m, m] of +-1, P a power of two.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.registration import register_gradient, register_op
 
 __all__ = ["hadamard_transform"]
 
@@ -45,8 +44,8 @@ def hadamard_transform(x: Tensor, base_mm: Tensor | None = None, scale: float = 
     if calls_kernel(x) and plain:
         return _transform(x, base_mm, scale)
     if x.is_cuda:
-        result: Tensor = _transform_op(x, base_mm, scale)
-        return result
+        y: Tensor = _transform_op(x, base_mm, scale)
+        return y
     return _butterflies(x, base_mm, scale)
 
 
@@ -77,25 +76,21 @@ def _butterflies(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
     return (y if scale == 1 else y * scale).reshape(x.shape)
 
 
-@torch.library.custom_op("lightning_compress::hadamard_transform", mutates_args=())
-def _transform_op(x: Tensor, base: Tensor | None, scale: float) -> Tensor:
-    y = _transform(x, base, scale)
-    return y.clone() if y.data_ptr() == x.data_ptr() else y  # of one feature: nothing was done
+def _new_transform(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
+    """The transform as a new tensor, as an op must return; of one feature with scale 1 it is x itself."""
+    y = _transform(x, base_mm, scale)
+    return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
-@_transform_op.register_fake
-def _(x: Tensor, base: Tensor | None, scale: float) -> Tensor:
-    return x.new_empty(x.shape)
+def _gradient(gradient: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
+    x: Tensor = _transform_op(gradient.contiguous(), None if base_mm is None else base_mm.t(), scale)
+    return x
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, base, ctx.scale = inputs
-    ctx.save_for_backward(base)
-
-
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (base,) = ctx.saved_tensors
-    return _transform_op(gradient.contiguous(), None if base is None else base.t(), ctx.scale), None, None
-
-
-_transform_op.register_autograd(_gradient, setup_context=_keep)
+_transform_op = register_op(
+    "hadamard_transform",
+    "(Tensor x, Tensor? base, float scale) -> Tensor",
+    _new_transform,
+    lambda x, base, scale: x.new_empty(x.shape),
+)
+register_gradient(_transform_op, 1, lambda x, base, scale: (scale,), _gradient)

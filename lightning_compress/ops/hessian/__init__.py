@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.hessian import reference
+from lightning_compress.ops.registration import register_op
 
 __all__ = ["hessian_accumulate_", "mirror_"]
 
@@ -36,10 +37,8 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
         raise ValueError("H must be contiguous: it is written in place; make it with torch.zeros(C, C)")
     if H_CC.device != X_NC.device:
         raise ValueError(f"H is on {H_CC.device} and X on {X_NC.device}; put them on one device")
-    if torch.compiler.is_compiling():
-        _accumulate_op(H_CC, X_NC)
-        return H_CC
-    return _accumulate_(H_CC, X_NC)
+    (_accumulate_op if torch.compiler.is_compiling() else _accumulate_)(H_CC, X_NC)
+    return H_CC
 
 
 def mirror_(H_CC: Tensor) -> Tensor:
@@ -52,31 +51,21 @@ def mirror_(H_CC: Tensor) -> Tensor:
     return H_CC
 
 
-def _accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
+def _accumulate_(H_CC: Tensor, X_NC: Tensor) -> None:
     if H_CC.is_cuda and X_NC.dtype in HALF and H_CC.dtype == torch.float32 and _kernel_runs(H_CC.device):
         from lightning_compress.ops.hessian.kernel import accumulate_
 
-        return accumulate_(H_CC, X_NC)
-    X_NC = X_NC.to(H_CC.dtype)
-    if H_CC.device.type != "cpu":
-        return reference.hessian_accumulate_(H_CC, X_NC)  # one large GEMM fills a GPU better than many small
-    for rows, columns in tiles(0, len(H_CC)):
-        H_CC[rows, columns].addmm_(X_NC[:, rows].t(), X_NC[:, columns])
-    return H_CC
+        accumulate_(H_CC, X_NC)
+    elif H_CC.device.type != "cpu":
+        reference.hessian_accumulate_(H_CC, X_NC)  # one large GEMM fills a GPU better than many small ones
+    else:
+        X_NC = X_NC.to(H_CC.dtype)
+        for rows, columns in tiles(0, len(H_CC)):
+            H_CC[rows, columns].addmm_(X_NC[:, rows].t(), X_NC[:, columns])
 
 
 def _kernel_runs(device: torch.device) -> bool:
     return kernel_runs(device, "X^T X is worked out whole, in float32")
-
-
-@torch.library.custom_op("lightning_compress::hessian_accumulate_", mutates_args=("H",))
-def _accumulate_op(H: Tensor, X: Tensor) -> None:
-    _accumulate_(H, X)
-
-
-@_accumulate_op.register_fake
-def _(H: Tensor, X: Tensor) -> None:
-    return None
 
 
 def tiles(low: int, high: int) -> Iterator[tuple[slice, slice]]:
@@ -91,3 +80,8 @@ def tiles(low: int, high: int) -> Iterator[tuple[slice, slice]]:
     yield from tiles(low, middle)
     yield from tiles(middle, high)
     yield slice(middle, high), slice(low, middle)
+
+
+_accumulate_op = register_op(
+    "hessian_accumulate_", "(Tensor(a0!) H, Tensor X) -> ()", _accumulate_, lambda H, X: None, mutates=("H",)
+)

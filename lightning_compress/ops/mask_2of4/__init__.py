@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_compress.ops.availability import calls_kernel, kernel_runs
 from lightning_compress.ops.mask_2of4 import reference
+from lightning_compress.ops.registration import register_op
 
 __all__ = ["mask_2of4"]
 
@@ -31,8 +32,8 @@ def mask_2of4(score_RC: Tensor) -> Tensor:
             f"the matrix out, or choose another pattern"
         )
     if score_RC.is_cuda and not calls_kernel(score_RC):
-        result: Tensor = _mask_op(score_RC.detach())
-        return result
+        keep_RC: Tensor = _mask_op(score_RC.detach())
+        return keep_RC
     return _mask(score_RC)
 
 
@@ -48,11 +49,8 @@ def _kernel_runs(device: torch.device) -> bool:
     return kernel_runs(device, "scores of 2:4 masks are sorted")
 
 
-@torch.library.custom_op("lightning_compress::mask_2of4", mutates_args=())
-def _mask_op(score: Tensor) -> Tensor:
-    return _mask(score)
-
-
-@_mask_op.register_fake
-def _(score: Tensor) -> Tensor:
+def _mask_fake(score: Tensor) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.bool)
+
+
+_mask_op = register_op("mask_2of4", "(Tensor score) -> Tensor", _mask, _mask_fake)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_compress.ops.availability import calls_kernel, kernel_runs
 from lightning_compress.ops.pack.lanes import pack_rows, unpack_rows
+from lightning_compress.ops.registration import register_op
 
 __all__ = ["pack", "unpack"]
 
@@ -27,8 +28,8 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
         ValueError: Another dtype, number of bits or dimension.
     """
     _check(codes, torch.int8, bits, dim)
-    rows = codes.movedim(dim, -1)
-    return _packed(rows, bits).movedim(-1, dim).contiguous()
+    words: Tensor = (_pack_op if _needs_op(codes) else _pack)(codes.movedim(dim, -1), bits)
+    return words.movedim(-1, dim).contiguous()
 
 
 def unpack(words: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
@@ -50,8 +51,8 @@ def unpack(words: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
             f"{size} codes of {bits} bits take {-(-size * bits // 32)} words, got {P} along dimension {dim}: "
             f"{tuple(words.shape)}; pass the size and the bits that were packed"
         )
-    rows = words.movedim(dim, -1)
-    return _unpacked(rows, bits, size).movedim(-1, dim).contiguous()
+    codes: Tensor = (_unpack_op if _needs_op(words) else _unpack)(words.movedim(dim, -1), bits, size)
+    return codes.movedim(-1, dim).contiguous()
 
 
 def _check(t: Tensor, dtype: torch.dtype, bits: int, dim: int) -> None:
@@ -63,18 +64,8 @@ def _check(t: Tensor, dtype: torch.dtype, bits: int, dim: int) -> None:
         raise ValueError(f"dimension {dim} is none of a tensor of shape {tuple(t.shape)}; pass one that it has")
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    if torch.compiler.is_compiling() or (codes.is_cuda and not calls_kernel(codes)):
-        result: Tensor = _pack_op(codes, bits)
-        return result
-    return _pack(codes, bits)
-
-
-def _unpacked(words: Tensor, bits: int, size: int) -> Tensor:
-    if torch.compiler.is_compiling() or (words.is_cuda and not calls_kernel(words)):
-        result: Tensor = _unpack_op(words, bits, size)
-        return result
-    return _unpack(words, bits, size)
+def _needs_op(t: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (t.is_cuda and not calls_kernel(t))
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -106,21 +97,13 @@ def _kernel_runs(device: torch.device) -> bool:
     return kernel_runs(device, "codes are packed and unpacked by a dozen kernels of torch")
 
 
-@torch.library.custom_op("lightning_compress::pack", mutates_args=())
-def _pack_op(codes: Tensor, bits: int) -> Tensor:
-    return _pack(codes, bits)
-
-
-@_pack_op.register_fake
-def _(codes: Tensor, bits: int) -> Tensor:
+def _pack_fake(codes: Tensor, bits: int) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], (codes.shape[-1] * bits + 31) // 32), dtype=torch.int32)
 
 
-@torch.library.custom_op("lightning_compress::unpack", mutates_args=())
-def _unpack_op(words: Tensor, bits: int, size: int) -> Tensor:
-    return _unpack(words, bits, size)
-
-
-@_unpack_op.register_fake
-def _(words: Tensor, bits: int, size: int) -> Tensor:
+def _unpack_fake(words: Tensor, bits: int, size: int) -> Tensor:
     return words.new_empty((*words.shape[:-1], size), dtype=torch.int8)
+
+
+_pack_op = register_op("pack", "(Tensor codes, SymInt bits) -> Tensor", _pack, _pack_fake)
+_unpack_op = register_op("unpack", "(Tensor words, SymInt bits, SymInt size) -> Tensor", _unpack, _unpack_fake)

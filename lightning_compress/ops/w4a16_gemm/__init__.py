@@ -6,12 +6,11 @@ Layout, roofline and measured numbers are in the README beside this file.
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
+from lightning_compress.ops.registration import product_op, skips_dispatcher
 from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE, from_planes, grid_rows, to_planes
 from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequantize, unpack
 
@@ -34,11 +33,8 @@ def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor |
         ValueError: Dtypes, devices or shapes do not fit.
     """
     check(x, planes_NP, scale_GN, zero_GN)
-    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
-    if plain and not torch.compiler.is_compiling():
-        return _forward(x, planes_NP, scale_GN, zero_GN)  # the dispatcher costs 30 us, longer than a decode kernel
-    result: Tensor = _gemm_op(x, planes_NP, scale_GN, zero_GN)
-    return result
+    y: Tensor = (_forward if skips_dispatcher(x) else _gemm_op)(x, planes_NP, scale_GN, zero_GN)
+    return y
 
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> None:
@@ -100,35 +96,4 @@ def _dense(planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None, K: int, 
     return (codes_NGg - zero_NG1).float().mul_(scale_GN.t().unsqueeze(-1).float()).view(N, K).to(dtype)
 
 
-@torch.library.custom_op("lightning_compress::w4a16_gemm", mutates_args=())
-def _gemm_op(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    return _forward(x, planes, scale, zero)
-
-
-@_gemm_op.register_fake
-def _(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], planes.shape[0])
-
-
-@torch.library.custom_op("lightning_compress::w4a16_gemm_backward", mutates_args=())
-def _backward_op(gradient: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, K: int) -> Tensor:
-    return gradient @ _dense(planes, scale, zero, K, gradient.dtype)
-
-
-@_backward_op.register_fake
-def _(gradient: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, K: int) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], K)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, planes, scale, zero = inputs
-    ctx.save_for_backward(planes, scale, zero)
-    ctx.K = x.shape[-1]
-
-
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    planes, scale, zero = ctx.saved_tensors
-    return _backward_op(gradient, planes, scale, zero, ctx.K), None, None, None
-
-
-_gemm_op.register_autograd(_gradient, setup_context=_keep)
+_gemm_op = product_op("w4a16_gemm", "Tensor planes, Tensor scale, Tensor? zero", _forward, _dense)

@@ -6,12 +6,11 @@ codes. Layout, roofline and measured numbers are in the README beside this file.
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P bytes of a row.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
+from lightning_compress.ops.registration import product_op, skips_dispatcher
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, codes, plane_of, to_planes
 from lightning_compress.ops.w4a8_gemm.reference import dequantize
 from lightning_compress.ops.w8a8_gemm import KINDS, quantize_tokens
@@ -34,11 +33,8 @@ def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype 
         ValueError: Dtypes, devices or shapes do not fit.
     """
     check(x, planes_NP, scale_GN, kind)
-    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
-    if plain and not torch.compiler.is_compiling():
-        return _forward(x, planes_NP, scale_GN, kind)  # the dispatcher costs 30 us
-    result: Tensor = _gemm_op(x, planes_NP, scale_GN, kind)
-    return result
+    y: Tensor = (_forward if skips_dispatcher(x) else _gemm_op)(x, planes_NP, scale_GN, kind)
+    return y
 
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> None:
@@ -96,34 +92,4 @@ def _dense(planes_NP: Tensor, scale_GN: Tensor, K: int, dtype: torch.dtype) -> T
     return dequantize(codes(planes_NP, K, scale_GN.shape[0]), scale_GN.t(), K, torch.float32).to(dtype)
 
 
-@torch.library.custom_op("lightning_compress::w4a8_gemm", mutates_args=())
-def _gemm_op(x: Tensor, planes: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
-    return _forward(x, planes, scale, kind)
-
-
-@_gemm_op.register_fake
-def _(x: Tensor, planes: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
-    return x.new_empty(*x.shape[:-1], planes.shape[0])
-
-
-@torch.library.custom_op("lightning_compress::w4a8_gemm_backward", mutates_args=())
-def _backward_op(gradient: Tensor, planes: Tensor, scale: Tensor, K: int) -> Tensor:
-    return gradient @ _dense(planes, scale, K, gradient.dtype)
-
-
-@_backward_op.register_fake
-def _(gradient: Tensor, planes: Tensor, scale: Tensor, K: int) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], K)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, planes, scale, _ = inputs
-    ctx.save_for_backward(planes, scale)
-    ctx.K = x.shape[-1]
-
-
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_op(gradient, *ctx.saved_tensors, ctx.K), None, None, None
-
-
-_gemm_op.register_autograd(_gradient, setup_context=_keep)
+_gemm_op = product_op("w4a8_gemm", "Tensor planes, Tensor scale", _forward, _dense, options="ScalarType kind")

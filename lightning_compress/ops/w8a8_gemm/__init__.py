@@ -6,12 +6,11 @@ products, exact for int8. README beside this file.
 Shapes: M tokens, N output features, K input features.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
+from lightning_compress.ops.registration import product_op, register_op, skips_dispatcher
 from lightning_compress.ops.w8a8_gemm import reference
 
 __all__ = ["KINDS", "quantize_static", "quantize_tokens", "w8a8_gemm", "w8a8_linear"]
@@ -36,10 +35,8 @@ def quantize_tokens(x: Tensor, kind: torch.dtype = torch.int8) -> tuple[Tensor, 
         ValueError: Another dtype, or no columns.
     """
     _check_tokens(x, kind)
-    if torch.compiler.is_compiling():
-        codes, scale = _quantize_op(x.detach(), kind)
-        return codes, scale
-    return _quantize(x.detach(), kind)
+    codes, scale = (_quantize_op if torch.compiler.is_compiling() else _quantize)(x.detach(), kind)
+    return codes, scale
 
 
 def quantize_static(x: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
@@ -82,10 +79,8 @@ def w8a8_gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, 
             f"{tuple(codes.shape)}, {tuple(scale.shape)}, {tuple(weight_NK.shape)} and {tuple(scale_N.shape)}"
         )
     _check_place("codes are", (codes, scale), (weight_NK, scale_N))
-    if torch.compiler.is_compiling():
-        result: Tensor = _gemm_op(codes, scale, weight_NK, scale_N, dtype)
-        return result
-    return _gemm(codes, scale, weight_NK, scale_N, dtype)
+    y: Tensor = (_gemm_op if torch.compiler.is_compiling() else _gemm)(codes, scale, weight_NK, scale_N, dtype)
+    return y
 
 
 def w8a8_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -110,11 +105,8 @@ def w8a8_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | N
             f"{tuple(weight_NK.shape)} and {scale_N.dtype} {tuple(scale_N.shape)}"
         )
     _check_place("x is", (x,) if scale is None else (x, scale), (weight_NK, scale_N))
-    plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
-    if plain and not torch.compiler.is_compiling():
-        return _linear(x, weight_NK, scale_N, scale)
-    result: Tensor = _linear_op(x, weight_NK, scale_N, scale)
-    return result
+    y: Tensor = (_linear if skips_dispatcher(x) else _linear_op)(x, weight_NK, scale_N, scale)
+    return y
 
 
 def _check_tokens(x: Tensor, kind: torch.dtype) -> None:
@@ -206,52 +198,27 @@ def _kernel_runs(device: torch.device) -> bool:
     return kernel_runs(device, "8-bit products are made by torch")
 
 
-@torch.library.custom_op("lightning_compress::quantize_tokens", mutates_args=())
-def _quantize_op(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _quantize(x, kind)
+def _dense(weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight_NK.float() * scale_N[:, None]).to(dtype)
 
 
-@_quantize_op.register_fake
-def _(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("lightning_compress::w8a8_gemm", mutates_args=())
-def _gemm_op(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return _gemm(codes, scale, weight, weight_scale, dtype)
-
-
-@_gemm_op.register_fake
-def _(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _gemm_fake(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(*codes.shape[:-1], weight.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("lightning_compress::w8a8_linear", mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor | None) -> Tensor:
-    return _linear(x, weight, weight_scale, scale)
+def _quantize_fake(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("lightning_compress::w8a8_linear_backward", mutates_args=())
-def _backward_op(gradient: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return gradient @ (weight.float() * weight_scale[:, None]).to(gradient.dtype)
-
-
-@_backward_op.register_fake
-def _(gradient: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], weight.shape[1])
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:3])
-
-
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_op(gradient, *ctx.saved_tensors), None, None, None
-
-
-_linear_op.register_autograd(_gradient, setup_context=_keep)
+_quantize_op = register_op(
+    "quantize_tokens", "(Tensor x, ScalarType kind) -> (Tensor, Tensor)", _quantize, _quantize_fake
+)
+_gemm_op = register_op(
+    "w8a8_gemm",
+    "(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    _gemm,
+    _gemm_fake,
+)
+_linear_op = product_op(
+    "w8a8_linear", "Tensor weight, Tensor weight_scale", _linear, _dense, options="Tensor? scale", packed=False
+)
