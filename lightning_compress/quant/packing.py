@@ -7,7 +7,8 @@ A quantized module holds its weight on the grid, W = (code - zero_point) * scale
 nothing is checked for every module, by unpacking and comparing bit for bit.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -23,6 +24,8 @@ from lightning_compress.quant.fake_quant import round_weight, wide
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.pack_int32 import compress_words
 from lightning_compress.quant.record import Quantized
+
+Stored = TypeVar("Stored")
 
 __all__ = [
     "ACTIVATION_NAMES",
@@ -60,21 +63,24 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     Raises:
         RuntimeError: The weight is not on the grid: it was changed after compression.
     """
-    weight = weight_of(module)
-    scheme = record.scheme
+    weight, scheme = weight_of(module), record.scheme
+    check_record(name, weight, record)
     compressor = _compressor(type(module), scheme)
-    state = {"weight": _on_grid(name, weight, record), "weight_scale": wide(record.scale)}
+    compress = compress_words if compressor is PackedQuantizationCompressor else compressor.compress
+    state = {"weight_scale": wide(record.scale)}
     if record.zero_point is not None:
         state["weight_zero_point"] = record.zero_point
     if record.global_scale is not None:
         state["weight_global_scale"] = record.global_scale.clone()  # fused modules share one
         state["weight_scale"] = (record.scale * record.global_scale).to(torch.float8_e4m3fn).float()
-    in_words = compressor is PackedQuantizationCompressor
-    packed = compress_words(state, scheme) if in_words else compressor.compress(state, scheme)
-    if not is_microscaled(scheme.weights):
-        packed["weight_scale"] = record.scale
-    unpacked = _decompress(compressor, packed, scheme)["weight"].to(weight.dtype)
-    assert torch.equal(unpacked, weight), f"{name!r}: {compressor.__name__} does not give back the weight it packed"
+
+    def to_disk_and_back(wide_RC: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed: dict[str, Tensor] = compress({"weight": wide_RC, **state}, scheme)
+        if not is_microscaled(scheme.weights):
+            packed["weight_scale"] = record.scale
+        return packed, _decompress(compressor, packed, scheme)["weight"]
+
+    packed = _exact(name, weight, record, to_disk_and_back)
     for local in ACTIVATION_NAMES:
         value = getattr(record, local)
         if value is not None and not (local.endswith("zero_point") and scheme.input_activations.symmetric):
@@ -113,7 +119,16 @@ def tensor_names(module_type: type, scheme: QuantizationScheme) -> tuple[str, ..
 
 def check_fit(name: str, module: nn.Module, record: Quantized) -> None:
     """RuntimeError names the module when its weight is not on the grid of its record; for any kind of module."""
-    _on_grid(name, as_matrix(module).detach(), record)
+    weight_RC, args = as_matrix(module).detach(), record.scheme.weights
+    check_record(name, weight_RC, record)
+
+    def to_codes_and_back(wide_RC: Tensor) -> tuple[None, Tensor]:
+        if is_microscaled(args):
+            return None, round_weight(weight_RC, record.scale, None, args)
+        codes_RC = quantize(wide_RC, wide(record.scale), record.zero_point, args, dtype=args.pytorch_dtype())
+        return None, dequantize(codes_RC, record.scale, record.zero_point, args)
+
+    _exact(name, weight_RC, record, to_codes_and_back)
 
 
 def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
@@ -162,36 +177,29 @@ def _decompress(
     return state
 
 
-def _on_grid(name: str, weight_RC: Tensor, record: Quantized) -> Tensor:
-    """A copy of the weight, float32 or wider, that compressed-tensors rounds to the right codes.
+def _exact(
+    name: str, weight_RC: Tensor, record: Quantized, round_trip: Callable[[Tensor], tuple[Stored, Tensor]]
+) -> Stored:
+    """What ``round_trip`` stores of a weight; RuntimeError where it cannot give back the weight bit for bit.
 
-    Codes are sought in float32 at least: in bfloat16 the quotient of an 8-bit code rounds to a neighbour (948 of all
+    It gets the weight in float32 or wider: in bfloat16 the quotient of an 8-bit code rounds to a neighbour (948 of all
     32,768 pairs of code and scale mantissa). That is exact for codes up to +-128; the asymmetric 8-bit ones reach
     +-255, where two codes may share one bfloat16 value and the nearest code (18 of 65,408 pairs) may give the value
-    next to it; those are moved by one code.
+    next to it; those are moved by one code, once.
     """
-    check_record(name, weight_RC, record)
     args: QuantizationArgs = record.scheme.weights
-    wide_RC, scale = wide(weight_RC), wide(record.scale)
-    if is_microscaled(args):
-        again_RC = round_weight(weight_RC, record.scale, None, args)
+    wide_RC, attempts = wide(weight_RC), 1 if is_microscaled(args) else 2
+    while True:
+        stored, again_RC = round_trip(wide_RC)
+        again_RC, attempts = again_RC.to(weight_RC.dtype), attempts - 1
         if torch.equal(again_RC, weight_RC):
-            return wide_RC
-        raise RuntimeError(_off_grid(name, weight_RC, again_RC))
-    for attempt in range(2):
-        codes_RC = quantize(wide_RC, scale, record.zero_point, args, dtype=args.pytorch_dtype())
-        again_RC = dequantize(codes_RC, record.scale, record.zero_point, args).to(weight_RC.dtype)
-        if torch.equal(again_RC, weight_RC):
-            return wide_RC
-        if attempt == 0:
-            step_RC = dequantize(torch.ones_like(wide_RC), scale, None, args)
-            wide_RC = wide_RC + wide(weight_RC - again_RC).sign() * step_RC
-    raise RuntimeError(_off_grid(name, weight_RC, again_RC))
-
-
-def _off_grid(name: str, weight_RC: Tensor, again_RC: Tensor) -> str:
+            return stored
+        if not attempts:
+            break
+        step_RC = dequantize(torch.ones_like(wide_RC), wide(record.scale), None, args)
+        wide_RC = wide_RC + wide(weight_RC - again_RC).sign() * step_RC
     off = again_RC != weight_RC
-    return (
+    raise RuntimeError(
         f"{name!r}: {int(off.sum())} of {off.numel()} weights do not lie on the grid of its record (largest gap "
         f"{(again_RC - weight_RC).abs().max().item():.3g}): the weight was changed after compression, as by training "
         f"or merging an adapter; call lightning_compress.dequantize(model), which keeps it, then compress it again"
