@@ -37,7 +37,7 @@ def main() -> None:
             modifier = QuantizationModifier(
                 scheme=f"W{bits}A16", group_size=arguments.group, ignore=["lm_head"], scale_search=search
             )
-            compress(model, modifier, batches if modifier.needs_data else None)
+            compress(model, modifier, batches if modifier.needs.data else None)
             seconds = time.process_time() - start
             kl = [smollm2.divergence(model, windows[name], wanted[name])[0].mean().item() for name in windows]
             figures = " | ".join(f"{value:.3f}" for value in kl)

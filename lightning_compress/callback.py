@@ -247,7 +247,7 @@ class CompressionCallback(Callback):
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, module = choose(pl_module, self.module)
         self._state = self._batch_state = State(model=module, ledger=self.ledger)
-        reshaping = any(m.reshapes for m in self.lifecycle.modifiers)
+        reshaping = any(m.needs.changes_shapes for m in self.lifecycle.modifiers)
         if reshaping:
             check_launcher(trainer)
         self._facts.setdefault("model_bytes_before", tensor_bytes(module, trainer.precision))  # before anything is cut
@@ -584,7 +584,7 @@ class CompressionCallback(Callback):
         """What a model lacks that gets its weights in a new process, to be validated or tested."""
         if not state["done"]:
             states = zip(self.lifecycle.modifiers, map(state["modifiers"].get, self.lifecycle.keys()), strict=True)
-            if begun := [m.name for m, then in states if m.best_needs_state and then and then["started"]]:
+            if begun := [m.name for m, then in states if m.needs.checkpoint_state and then and then["started"]]:
                 rank_zero_warn(
                     f"this checkpoint is of a run that has not compressed its model yet: what runs now are its dense "
                     f"weights, without what {' and '.join(begun)} makes of them; resume the run with trainer.fit, or "

@@ -78,7 +78,7 @@ def compress(
         torch.manual_seed(seed)
         try:
             lifecycle.initialize(state)
-            if any(m.needs_calibration for m in lifecycle.modifiers):
+            if any(m.needs.calibration for m in lifecycle.modifiers):
                 calibrate(
                     lifecycle,
                     state,

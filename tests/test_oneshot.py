@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import GPTQModifier, QuantizationModifier, load, save
-from lightning_compress.core import Ledger, Modifier
+from lightning_compress.core import Ledger, Modifier, Needs
 from lightning_compress.oneshot import compress
 from tests.support.calibration_models import C, Layered, LockstepWatcher, Watcher, make_batches, seeded
 
@@ -14,7 +14,7 @@ from tests.support.calibration_models import C, Layered, LockstepWatcher, Watche
 class WeightRounder(Modifier):
     """Needs no data."""
 
-    needs_calibration = True
+    needs = Needs(calibration=True)
 
     def on_initialize(self, state, **kwargs):
         return True

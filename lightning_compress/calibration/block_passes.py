@@ -1,6 +1,7 @@
 """A group of modules is finished: which modifiers look at it together, with whose hooks on, and who is told what when.
 
-The modifiers of a recipe fall into stages: one with ``own_pass`` is a stage for itself, neighbours without share one.
+The modifiers of a recipe fall into stages: one with ``needs.own_pass`` is a stage for itself, neighbours without
+share one.
 Each stage sees all batches go through the group as the stages before have left it; the last one may go in lockstep.
 """
 
@@ -88,7 +89,7 @@ class Stages:
             with self.lifecycle.paused():  # what runs again in there is no new data for anyone
                 self.tell(EventType.BLOCK_END, group, stage, replay=replay, dense=dense)
             for modifier in stage:
-                if modifier.needs_calibration:  # what is finished may run again on the way to later groups
+                if modifier.needs.calibration:  # what is finished may run again on the way to later groups
                     modifier.remove_hooks(*group.modules.values())
         if propagate is not None:
             with self.lifecycle.paused():
@@ -185,7 +186,7 @@ class Stages:
     def _hooked(self, stage: Sequence[Modifier], group: Group) -> dict[nn.Module, str]:
         """Modules of the group that the stage has hooked to calibrate, in the order of their calls."""
         names = {module: name for name, module in group.modules.items()}
-        calibrating = [modifier for modifier in stage if modifier.needs_calibration]
+        calibrating = [modifier for modifier in stage if modifier.needs.calibration]
         found = dict.fromkeys(m for modifier in calibrating for m in modifier.hooked if m in names)
         order = self.probe.order
         return {m: names[m] for m in sorted(found, key=lambda m: order.get(m, len(order)))}
@@ -195,7 +196,7 @@ class Stages:
         """The hooks of the other modifiers, and of those that only train, are paused inside."""
         with ExitStack() as stack:
             for modifier in self.lifecycle.modifiers:
-                if not modifier.needs_calibration or not any(modifier is member for member in stage):
+                if not modifier.needs.calibration or not any(modifier is member for member in stage):
                     stack.enter_context(modifier.paused())
             yield
 
@@ -215,10 +216,10 @@ class Stages:
 
 
 def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:
-    """Modifiers in recipe order, those with ``own_pass`` apart."""
+    """Modifiers in recipe order, those with ``needs.own_pass`` apart."""
     stages: list[list[Modifier]] = []
     for modifier in modifiers:
-        if modifier.own_pass or not stages or stages[-1][-1].own_pass:
+        if modifier.needs.own_pass or not stages or stages[-1][-1].needs.own_pass:
             stages.append([modifier])
         else:
             stages[-1].append(modifier)
@@ -236,9 +237,9 @@ def one_pass_obstacle(
         targets: What modifiers have hooked, with names.
         uncalled: Targets that the first batch does not reach (an expert without tokens?) are no obstacle.
     """
-    last = [m for m in stages_of(modifiers)[-1] if m.needs_calibration]
+    last = [m for m in stages_of(modifiers)[-1] if m.needs.calibration]
     for modifier in last:
-        single = modifier.one_pass and not modifier.needs_replay
+        single = modifier.needs.one_pass and not modifier.needs.replay
         if not single or type(modifier).on_module_ready is Modifier.on_module_ready:
             return f"{modifier.name} finishes whole blocks, not single modules"
     hooked = {m for modifier in last for m in modifier.hooked}

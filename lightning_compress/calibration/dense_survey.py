@@ -39,7 +39,7 @@ def survey(
         progress: Called before each batch.
     """
     model = runner.model
-    surveying = [m for m in lifecycle.modifiers if m.needs_calibration and m.surveys]
+    surveying = [m for m in lifecycle.modifiers if m.needs.survey]
     if not surveying:
         return
     home = device or device_of(model)

@@ -83,19 +83,19 @@ def calibrate(
     _check_batches(lifecycle.modifiers, batches)
     found = {} if walk == "whole" else find_blocks(model, blocks)
     taken = [] if batches is None else list(batches)
-    if taken and forward is None and any(m.needs_data for m in _calibrating(lifecycle.modifiers)):
+    if taken and forward is None and any(m.needs.data for m in lifecycle.modifiers):
         check_batch(model, taken[0])
     runner = BatchRunner(model, forward)
     walker = Walker(lifecycle, state, clock, taken, runner, walk, _device(device), _device(offload_device), progress)
     # weights that training goes on with stay one tensor: who takes over knows nothing of the experts in it
-    mixtures = nullcontext() if any(m.hands_over for m in lifecycle.modifiers) else split_while(model)
+    mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     try:
         with mixtures, watched(model, moe_calibrate_all_experts), calibration_mode(model):
             check_weights(model)
             lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_START))
             if taken:
                 survey(lifecycle, state, clock, taken, runner, found, walker.device, progress)
-            if walker.batches and any(m.hooked for m in _calibrating(lifecycle.modifiers)):
+            if walker.batches and any(m.hooked for m in lifecycle.modifiers if m.needs.calibration):
                 walker.walk_with_data(found)
             else:
                 walker.walk_without_data(found)
@@ -109,14 +109,10 @@ def calibrate(
         raise
 
 
-def _calibrating(modifiers: Sequence[Modifier]) -> list[Modifier]:
-    return [m for m in modifiers if m.needs_calibration]
-
-
 def _check_batches(modifiers: Sequence[Modifier], batches: Sequence[Any] | None) -> None:
     if batches is not None and len(batches) == 0:
         raise ValueError("batches is empty, expected at least one calibration batch; look at what the loader yields")
-    needy = [m.name for m in _calibrating(modifiers) if m.needs_data]
+    needy = [m.name for m in modifiers if m.needs.data]
     if needy and batches is None:
         raise ValueError(
             f"{', '.join(needy)} needs calibration data and there are no batches; pass batches=[...], such as a few "

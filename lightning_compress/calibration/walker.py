@@ -115,7 +115,7 @@ class Walker:
 
     def _prepare(self, blocks: Mapping[str, nn.Module]) -> None:
         names = {m: n for n, m in modules_of_block("", self.model).items()}
-        calibrating = [m for m in self.lifecycle.modifiers if m.needs_calibration]
+        calibrating = [m for m in self.lifecycle.modifiers if m.needs.calibration]
         targets = {m: names[m] for modifier in calibrating for m in modifier.hooked if m in names}
         self._report("probe: the first batch through the dense model")
         masks = self._masks("attention_mask")
@@ -184,7 +184,7 @@ class Walker:
 
     def _walk_segment(self, segment: Sequence[ProbedBlock], kept: KeptCalls, keep_last: bool) -> None:
         """Block after block; the hidden states in ``kept`` move on with them, and those of the dense model beside."""
-        compared = any(modifier.needs_calibration and modifier.compares for modifier in self.lifecycle.modifiers)
+        compared = any(modifier.needs.dense_outputs for modifier in self.lifecycle.modifiers)
         dense = kept.twin() if compared else None
         for block in segment:
             module = self.plan.blocks[block.name]
@@ -251,7 +251,7 @@ class Walker:
                 self.stages.complete(outside_group(modules), run, None)
 
     def _tail_needs_output(self) -> bool:
-        hooked = {m for modifier in self.lifecycle.modifiers if modifier.needs_calibration for m in modifier.hooked}
+        hooked = {m for modifier in self.lifecycle.modifiers if modifier.needs.calibration for m in modifier.hooked}
         return self.plan.stub_last and not hooked.isdisjoint(self.plan.outside[-1].values())
 
     def _run(self, i: int) -> Any:

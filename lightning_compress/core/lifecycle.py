@@ -83,17 +83,17 @@ class Lifecycle:
 
     def _check_claims(self, state: State) -> None:
         owners: dict[tuple[str, str], tuple[str, Modifier]] = {}
-        several = len(self.modifiers) > 1 or any(m.hands_over for m in self.modifiers)
+        several = len(self.modifiers) > 1 or any(m.needs.hand_over for m in self.modifiers)
         for key, modifier in zip(self.keys(), self.modifiers, strict=True) if several else ():
             claimed = dict.fromkeys(modifier.claims(state).items(), (key, modifier))
             for other, earlier in dict(owners[claim] for claim in claimed if claim in owners).items():
                 shared = [claim for claim in claimed if owners.get(claim, (None,))[0] == other]
                 modules = {module for module, _ in shared}
-                if not (earlier.hands_over and modifier.takes_over(earlier, modules, state)):
+                if not (earlier.needs.hand_over and modifier.takes_over(earlier, modules, state)):
                     raise ValueError(_clash(*shared[0], other, earlier, key, modifier))
             owners |= claimed
         for (module, what), (key, modifier) in owners.items():
-            if modifier.hands_over:
+            if modifier.needs.hand_over:
                 raise ValueError(
                     f"{key} has start={modifier.start}, so it will {what} {module!r} while training goes on, and no "
                     f"modifier after it in the recipe goes on from that; add one, such as a QATModifier of the same "
@@ -135,15 +135,15 @@ class Lifecycle:
 
     def handing_over(self, event: Event) -> "Lifecycle | None":
         """Who calibrates before the batch that begins with ``event``, with all that only watch; None: nobody does."""
-        due = [m.hands_over and not m.handed_over and m.should_start(event) for m in self.modifiers]
+        due = [m.needs.hand_over and not m.handed_over and m.should_start(event) for m in self.modifiers]
         if not any(due):
             return None
-        return Lifecycle([m for m, now in zip(self.modifiers, due, strict=True) if now or not m.needs_calibration])
+        return Lifecycle([m for m, now in zip(self.modifiers, due, strict=True) if now or not m.needs.calibration])
 
     @property
     def after_training(self) -> "Lifecycle":
         """Who calibrates when training is over: all but those that hand over before."""
-        return Lifecycle([m for m in self.modifiers if not m.hands_over])
+        return Lifecycle([m for m in self.modifiers if not m.needs.hand_over])
 
     @property
     def acting(self) -> bool:
@@ -224,7 +224,8 @@ class Lifecycle:
 
 def _clash(module: str, what: str, first: str, earlier: Modifier, second: str, later: Modifier) -> str:
     hint = ""
-    if type(earlier).hands_over is not Modifier.hands_over and type(later).takes_over is not Modifier.takes_over:
+    would_hand_over = earlier.model_copy(update={"start": later.start}).needs.hand_over
+    if would_hand_over and type(later).takes_over is not Modifier.takes_over:
         hint = f"; give {first} the start of {second} if that shall go on from its result"
     return (
         f"two modifiers of the recipe {what} {module!r}, {first} and {second}; give them different targets, or let one "

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import repr as short
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.events import Event, EventType, Unit
+from lightning_compress.core.needs import OLD_NAMES, Needs, refuse_old_names
 from lightning_compress.core.precision import plain_precision
 from lightning_compress.core.state import State
 
@@ -80,21 +81,6 @@ class Modifier(ModifierInterface, BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False)
 
-    needs_calibration: ClassVar[bool] = False
-    """True when it acts on calibration events (CALIBRATION_START, BLOCK_END, ...)."""
-    best_needs_state: ClassVar[bool] = False
-    """True when weights of an earlier checkpoint are worth nothing without what :meth:`state_dict` gave then."""
-    one_pass: ClassVar[bool] = False
-    """True when each hooked module can be finished alone, at MODULE_READY (see calibration/)."""
-    reshapes: ClassVar[bool] = False
-    """True when it changes shapes of parameters."""
-    keeps_shapes: ClassVar[Literal["never", "start", "set-up"]] = "never"
-    """From when on it keeps tensors shaped as the weights that it :meth:`touches`."""
-    parametrizes: ClassVar[bool] = False
-    """True when from set-up on it computes weights from others, so that the model is no plain copy of itself."""
-    own_pass: ClassVar[bool] = False
-    """True when later modifiers must see the block as this one leaves it: it gets a pass over the inputs for itself."""
-
     index: int | None = None
     group: str | None = None
     start: float | None = None
@@ -121,6 +107,13 @@ class Modifier(ModifierInterface, BaseModel):
             super().__init__(**arguments)
         except ValidationError as error:
             raise ValueError(_readable(type(self), error)) from None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        refuse_old_names(cls.__name__, [*vars(cls), *cls.model_fields])
+        if "needs" in cls.model_fields:
+            raise ValueError(f"{cls.__name__}: needs is not an argument; write needs: ClassVar[Needs] = Needs(...)")
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +146,7 @@ class Modifier(ModifierInterface, BaseModel):
                 f"so that nothing would change inside of it; give at most {self.end - self.start:g}"
             )
         given = {n: getattr(self, n) for n in ("start", "end", "update") if getattr(self, n) is not None}
-        if given and not self.acts_in_window:
+        if given and not _has_window(self):
             named = ", ".join(f"{name}={value:g}" for name, value in given.items())
             raise ValueError(
                 f"{named} would do nothing: {self.name} works on calibration data, once training is over, on the "
@@ -184,48 +177,18 @@ class Modifier(ModifierInterface, BaseModel):
         return f"; on the command line: ++callbacks.compress.modifiers.{self._entry}.{argument}={value}"
 
     @property
-    def acts_in_window(self) -> bool:
-        """True when ``start``, ``end`` and ``update`` mean something to it: it has a handler for them."""
-        handlers = ("on_start", "on_update", "on_end", "on_event", "hands_over")
-        own = any(getattr(type(self), name) is not getattr(Modifier, name) for name in handlers)
-        return own or not self.needs_calibration
-
-    @property
-    def needs_data(self) -> bool:
-        """True when it cannot work without calibration batches (a question of its arguments)."""
-        return False
-
-    @property
-    def surveys(self) -> bool:
-        """True when it must see all inputs of the dense model before anything is compressed (one more forward pass)."""
-        return False
-
-    @property
-    def needs_replay(self) -> bool:
-        """True when it must see whole blocks at work again (``State.replay``), so that no walk goes in one pass."""
-        return False
-
-    @property
-    def compares(self) -> bool:
-        """True when it must know what each block gave in the dense model (``State.dense``; one more forward pass)."""
-        return False
-
-    @property
-    def hands_over(self) -> bool:
-        """True when it calibrates at ``start``, before the batch, and a later modifier goes on from its result.
-
-        All that it claims must then be claimed again by a modifier after it that :meth:`takes_over`.
-        """
-        return False
+    def needs(self) -> Needs:
+        """What it needs from a run; a class declares ``needs = Needs(...)``, or overrides this with a property."""
+        return Needs()
 
     @property
     def handed_over(self) -> bool:
-        """With :attr:`hands_over`: True once that is done."""
+        """With ``needs.hand_over``: True once the calibration at ``start`` is done."""
         return self._handed_over
 
     def note_handed_over(self) -> None:
         """Whoever drives the run says so: the calibration at ``start`` is over."""
-        self._handed_over = self.hands_over
+        self._handed_over = self.needs.hand_over
 
     @property
     def initialized(self) -> bool:
@@ -400,7 +363,7 @@ class Modifier(ModifierInterface, BaseModel):
         """Hook the targets (:meth:`hook`)."""
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        """With :attr:`surveys`: the dense ``state.modules`` have seen all inputs; put on the hooks for the walk."""
+        """With ``needs.survey``: the dense ``state.modules`` have seen all inputs; put on the hooks for the walk."""
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
         """One-pass walk: ``state.modules`` have seen all their inputs; finish them now."""
@@ -509,7 +472,7 @@ class Modifier(ModifierInterface, BaseModel):
         """Primitives and tensors only. Subclasses add to what ``super().state_dict()`` returns."""
         started, ended = self._started or self._resumed, self._ended or self._over
         clock = {"started": started, "ended": ended, "updates": self._updates}
-        return clock | ({"handed_over": self._handed_over} if self.hands_over else {})
+        return clock | ({"handed_over": self._handed_over} if self.needs.hand_over else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave.
@@ -520,6 +483,10 @@ class Modifier(ModifierInterface, BaseModel):
         self._resumed, self._updates, self._over = state["started"], state["updates"], state["ended"]
         self._ended = self._over and not self._started
         self._handed_over = state.get("handed_over", False)
+
+
+# these may be declared without an annotation; else pydantic's complaint comes before that of refuse_old_names
+Modifier.__class_vars__.update(["needs", *OLD_NAMES])
 
 
 @contextmanager
@@ -558,6 +525,15 @@ class _UnlessPaused:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _UnlessPaused, ()
+
+
+def _has_window(modifier: Modifier) -> bool:
+    """Whether ``start``, ``end`` and ``update`` mean something to it."""
+    if modifier.needs.window is not None:
+        return modifier.needs.window
+    handlers = ("on_start", "on_update", "on_end", "on_event")
+    handled = any(getattr(type(modifier), name) is not getattr(Modifier, name) for name in handlers)
+    return handled or modifier.needs.hand_over or not modifier.needs.calibration
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -30,7 +30,7 @@ class State:
         replay: At BLOCK_END, for a modifier that must see the block at work again: ``replay(i)`` puts calibration batch
             ``i`` through it as it is now and returns what comes out (None where the run ends before that). No
             modifier's hook acts then, and ``token_mask`` is that batch's. None: no data, or its inputs are gone.
-        dense: At BLOCK_END, for a modifier that asks for it (:attr:`Modifier.compares`): ``dense(i)`` is the hidden
+        dense: At BLOCK_END, for a modifier that asks for it (``needs.dense_outputs``): ``dense(i)`` is the hidden
             state that the block gave for batch ``i`` before anything was done to it, its input coming from dense blocks
             too, on the device where inputs are kept. None: nobody asks, these modules are no block, or the hidden state
             is not the first tensor that it returns.

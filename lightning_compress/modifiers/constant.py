@@ -5,12 +5,13 @@ or trained through fake-quantization. The mask is read off the weights when the 
 """
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PrivateAttr
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.layers.matching import Names, select_weights
 from lightning_compress.pruning.masked import MaskedWeights
@@ -27,8 +28,7 @@ class ConstantPruningModifier(Modifier):
         start: When the mask is read; the default is the first batch.
     """
 
-    needs_calibration = True
-    keeps_shapes = "start"
+    needs: ClassVar[Needs] = Needs(calibration=True, fixed_shapes_from="start")
 
     targets: Names = ["Linear"]
     ignore: Names = []

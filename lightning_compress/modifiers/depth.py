@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
 from lightning_compress.pruning.importance import block_influence
@@ -43,9 +44,6 @@ class DepthPruningModifier(Modifier):
             set-up, where nothing is measured yet, a list of blocks that cannot be told, a config that cannot state the
             new depth, several processes and a cut that is not at set-up.
     """
-
-    needs_calibration = True
-    reshapes = True
 
     layers: list[int] | None = None
     count: int | None = Field(default=None, ge=1)
@@ -74,12 +72,9 @@ class DepthPruningModifier(Modifier):
         return self
 
     @property
-    def needs_data(self) -> bool:
-        return self.start is None and self.count is not None
-
-    @property
-    def surveys(self) -> bool:
-        return self.needs_data
+    def needs(self) -> Needs:
+        measured = self.start is None and self.count is not None
+        return Needs(calibration=True, data=measured, survey=measured, changes_shapes=True)
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         """Later blocks get new names, so it does not matter which of them ``other`` works on."""
@@ -174,7 +169,7 @@ class DepthPruningModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         assert state.model is not None
-        if self.needs_data:
+        if self.needs.data:
             self._watch(state.model)
         elif self.start is None:
             self._prune(state)

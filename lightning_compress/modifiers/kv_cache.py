@@ -12,7 +12,7 @@ Shapes: B batch, H heads of keys and values, T tokens, D numbers per head, N tok
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -20,7 +20,7 @@ from compressed_tensors.utils import get_head_dim
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules, with_stand_in
 from lightning_compress.quant.observers import Observer, ObserverName, make_observer
@@ -51,8 +51,6 @@ class KVCacheModifier(Modifier):
             already, FP8 with zero points.
     """
 
-    needs_calibration: ClassVar[bool] = True
-
     format: Literal["fp8", "int8", "int4"] = "fp8"
     strategy: Literal["tensor", "head", "token"] = "tensor"
     symmetric: bool = True
@@ -73,8 +71,8 @@ class KVCacheModifier(Modifier):
         return self
 
     @property
-    def needs_data(self) -> bool:
-        return self.strategy != "token"
+    def needs(self) -> Needs:
+        return Needs(calibration=True, data=self.strategy != "token")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -105,7 +103,7 @@ class KVCacheModifier(Modifier):
         assert state.model is not None
         self._left = self._find(state.model)
         self._args = self._grid(state.model)
-        if not self.needs_data:
+        if not self.needs.data:
             return
         for name, module in self._left.items():
             self._observers[name] = {"k": [], "v": []}

@@ -9,13 +9,14 @@ weight back. What was pruned is zero in the model itself: the checkpoint keeps i
 """
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PrivateAttr
 from torch import Tensor
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.pruning.masked import MaskedWeights
 from lightning_compress.pruning.masks import n_of_m
@@ -34,8 +35,7 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
             does not divide (the modules are named), an ``update`` larger than the window.
     """
 
-    needs_calibration = True
-    keeps_shapes = "start"
+    needs: ClassVar[Needs] = Needs(calibration=True, fixed_shapes_from="start")
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
     _curve: float | None = PrivateAttr(default=None)  # where on the schedule the masks are

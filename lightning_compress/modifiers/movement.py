@@ -20,7 +20,7 @@ Shapes: R rows, C columns.
 
 import warnings
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.pruning.masked import MaskedWeights
 from lightning_compress.pruning.scheduled import ScheduledSparsity
@@ -66,9 +67,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
         ValueError: There is no window, an argument belongs to the other mode, or one has a value that it cannot have.
     """
 
-    needs_calibration = True
-    best_needs_state = True
-    keeps_shapes = "start"
+    needs: ClassVar[Needs] = Needs(calibration=True, checkpoint_state=True, fixed_shapes_from="start")
 
     start: float | None = 0.0
     mode: Literal["hard", "soft"] = "hard"

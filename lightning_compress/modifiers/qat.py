@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matching import clean_name
@@ -74,9 +75,7 @@ class QATModifier(QuantizationArguments, Modifier):
             another way already. The message names the modules.
     """
 
-    best_needs_state = True
-    keeps_shapes = "set-up"
-    parametrizes = True
+    needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True)
     embeddings: ClassVar[Embeddings] = "alone"
 
     start: float | None = 0.0

@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matrix import (
     as_matrix,
@@ -56,10 +56,8 @@ class QuantizationModifier(QuantizationArguments, Modifier):
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
     """
 
-    needs_calibration: ClassVar[bool] = True
     every_format: ClassVar[bool] = True
     embeddings: ClassVar[Embeddings] = "shared"
-    one_pass: ClassVar[bool] = True
 
     scale_search: Literal["minmax", "mse", "imatrix", "hessian"] = "minmax"
     share_inputs: bool = True
@@ -75,8 +73,9 @@ class QuantizationModifier(QuantizationArguments, Modifier):
     _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
 
     @property
-    def needs_data(self) -> bool:
-        return self.has_static_inputs or self.scale_search in ("imatrix", "hessian")
+    def needs(self) -> Needs:
+        data = self.has_static_inputs or self.scale_search in ("imatrix", "hessian")
+        return Needs(calibration=True, data=data, one_pass=True)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None

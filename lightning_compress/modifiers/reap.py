@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matching import Names, clean_name, select
 from lightning_compress.layers.split_experts import fused_experts, is_split, join
@@ -108,8 +108,7 @@ class REAPModifier(Modifier):
         ValueError: A share outside of [0, 1), a model without fused experts, fewer experts left than a token gets.
     """
 
-    needs_calibration: ClassVar[bool] = True
-    reshapes: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True, changes_shapes=True)
 
     sparsity: float = Field(default=0.25)
     ignore: Names = []
@@ -123,13 +122,9 @@ class REAPModifier(Modifier):
             raise ValueError("expected a share of the experts in [0, 1), such as 0.25")
         return sparsity
 
-    @property
-    def needs_data(self) -> bool:
-        return True
-
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         """Experts get new numbers, so that what ``other`` knows of them is wrong from then on."""
-        if not other.needs_calibration:
+        if not other.needs.calibration:
             return None
         return "it renumbers the experts that the other works on: compress with it first, with the other in a new run"
 

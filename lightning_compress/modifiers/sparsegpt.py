@@ -17,13 +17,13 @@ Shapes: R rows, C columns (inputs), b columns of a block, P partitions of a grou
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matrix import as_matrix, write_matrix
 from lightning_compress.layerwise.factor import Factor, energy, factorize_each
@@ -139,10 +139,6 @@ class SparseGPTModifier(PruningArguments, Modifier):
         ValueError: A sparsity outside of [0, 1), a pattern whose sparsity is another, a width that it does not divide.
     """
 
-    needs_calibration: ClassVar[bool] = True
-    one_pass: ClassVar[bool] = True
-    own_pass: ClassVar[bool] = True
-
     block_size: int = Field(default=128, ge=1)
     scope: Literal["block", "row"] = "block"
     on_failure: Literal["raise", "retry"] = "raise"
@@ -163,12 +159,8 @@ class SparseGPTModifier(PruningArguments, Modifier):
         return self
 
     @property
-    def needs_data(self) -> bool:
-        return True
-
-    @property
-    def surveys(self) -> bool:
-        return self.sparsity_profile == "owl"
+    def needs(self) -> Needs:
+        return Needs(data=True, one_pass=True, own_pass=True, survey=self.sparsity_profile == "owl")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -179,7 +171,7 @@ class SparseGPTModifier(PruningArguments, Modifier):
         assert state.model is not None
         self._modules = self.find(state.model)
         self._gathering = Gathering(self._modules, self.share_inputs)
-        self._survey = OutlierSurvey(self._modules, self.owl_m) if self.surveys else None
+        self._survey = OutlierSurvey(self._modules, self.owl_m) if self.needs.survey else None
         for name, module in self._modules.items():
             statistic = self._survey or self._gathering
             self.hook(module, lambda _, inputs, name=name, s=statistic: s.observe(name, inputs, self.token_mask))

@@ -14,21 +14,21 @@ def shape_conflict(cutting: Any, other: Any, shared: set[str], earlier: bool) ->
     Windows in different units cannot be compared here; what is wrong with those is said at the cut.
 
     Args:
-        cutting: The modifier that ``reshapes``.
+        cutting: The modifier whose ``needs.changes_shapes`` is True.
         other: A modifier that may keep tensors of the shapes of weights, from its start or from set-up on.
         shared: Modules that both work on.
         earlier: ``other`` stands before ``cutting`` in the recipe.
     """
-    if other.keeps_shapes == "never" or not shared:
+    if other.needs.fixed_shapes_from == "never" or not shared:
         return None
     until = cutting.start if cutting.end is None else cutting.end
     if cutting.start == 0 and cutting.end is None:
         until = SET_UP
-    kept_from = SET_UP if other.keeps_shapes == "set-up" or other.start == 0 else other.start
+    kept_from = SET_UP if other.needs.fixed_shapes_from == "set-up" or other.start == 0 else other.start
     until, kept_from = (AFTERWARDS if point is None else point for point in (until, kept_from))
     comparable = cutting.unit == other.unit or until in (SET_UP, AFTERWARDS) or kept_from in (SET_UP, AFTERWARDS)
     if not comparable or until < kept_from or (until == kept_from and not earlier):
         return None
     cut_first = "cut at set-up, with start=0 and no end, and let it stand first in the recipe"
-    later = "" if other.keeps_shapes == "set-up" else ", or let the other begin when the last cut is made"
+    later = "" if other.needs.fixed_shapes_from == "set-up" else ", or let the other begin when the last cut is made"
     return f"{sorted(shared)[0]!r} changes its shape after the other keeps tensors of that shape; {cut_first}{later}"

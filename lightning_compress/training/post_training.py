@@ -132,7 +132,7 @@ def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle, saved_files: 
     """
     bare = [c for c in _model_checkpoints(trainer) if c.monitor and c.save_weights_only] if plan.load_best else []
     for modifier in lifecycle.modifiers if bare else ():
-        if modifier.best_needs_state:
+        if modifier.needs.checkpoint_state:
             raise ValueError(
                 f"ModelCheckpoint(monitor={bare[0].monitor!r}, save_weights_only=True) keeps the best weights without "
                 f"what {modifier.name} has learned beside them: leave save_weights_only out, or compress the last "
@@ -244,7 +244,7 @@ class Finish:
         Raises:
             ValueError: The model cannot take it.
         """
-        needy = any(m.needs_calibration and m.needs_data for m in self.lifecycle.modifiers)
+        needy = any(m.needs.data for m in self.lifecycle.modifiers)
         if needy:
             alone(lambda: self._check_input(batch), "looking at the first calibration batch")
 
@@ -429,9 +429,9 @@ class Finish:
 
     def _calibrate(self, lifecycle: Lifecycle, progress: ProgressReport) -> None:
         modifiers = lifecycle.modifiers
-        if not any(m.needs_calibration for m in modifiers):
+        if not any(m.needs.calibration for m in modifiers):
             return
-        batches = self._calibration_batches() if any(m.needs_data for m in modifiers) else None
+        batches = self._calibration_batches() if any(m.needs.data for m in modifiers) else None
         if batches and not hasattr(self.pl_module, "calibration_step"):
             check_batch(self.module, batches[0], IN_TRAINER)  # again: perhaps nothing was trained
         self.sample = batches[0] if batches else None

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lightning_compress.calibration import calibrate
-from lightning_compress.core import Event, State
+from lightning_compress.core import Event, Needs, State
 from tests.support.calibration_models import Watcher, started
 
 
@@ -48,13 +48,9 @@ class Model(nn.Module):
 class Comparer(Watcher):
     """At BLOCK_END, before it halves the block's weight: the dense outputs, and what a replay gives."""
 
-    own_pass: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, dense_outputs=True)
     dense: dict[str, Any] = Field(default_factory=dict)
     now: dict[str, list[Any]] = Field(default_factory=dict)
-
-    @property
-    def compares(self) -> bool:
-        return True
 
     def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
         seen = {name: len(inputs) for name, inputs in self.inputs.items()}
@@ -105,9 +101,7 @@ def test_none_where_the_hidden_state_is_not_the_first_number_that_comes_out():
 
 def test_nobody_asks_nothing_is_run():
     class Incurious(Comparer):
-        @property
-        def compares(self) -> bool:
-            return False
+        needs: ClassVar[Needs] = Needs(data=True, own_pass=True)
 
     comparer = Incurious(targets=["Linear"])
     run("plain", comparer)

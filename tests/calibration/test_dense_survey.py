@@ -5,25 +5,20 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress import compress
-from lightning_compress.core.modifier import Modifier
+from lightning_compress.core import Modifier, Needs
 
 
 class Halver(Modifier):
     """Halves every Linear of a block at its end; with ``looks`` it surveys the model first."""
 
-    needs_calibration = True
     looks: bool = True
 
     _seen: dict = {}
     _order: list = []
 
     @property
-    def surveys(self):
-        return self.looks
-
-    @property
-    def needs_data(self):
-        return True
+    def needs(self):
+        return Needs(data=True, survey=self.looks)
 
     def on_initialize(self, state, **kwargs):
         return True

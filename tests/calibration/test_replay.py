@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lightning_compress.calibration import calibrate
-from lightning_compress.core import Event, State
+from lightning_compress.core import Event, Needs, State
 from tests.support.calibration_models import LockstepWatcher, Watcher, started
 
 
@@ -35,7 +35,7 @@ class Model(nn.Module):
 class Replayer(Watcher):
     """At BLOCK_END the block's outputs, and what they are once its weight is halved."""
 
-    own_pass: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True)
     outputs: dict[str, list[Any]] = Field(default_factory=dict)
     halved: dict[str, list[Any]] = Field(default_factory=dict)
     asked: list[Any] = Field(default_factory=list)

@@ -9,7 +9,7 @@ from pydantic import PrivateAttr
 from torch import nn
 
 from lightning_compress.calibration import calibrate
-from lightning_compress.core import Event, Modifier
+from lightning_compress.core import Event, Modifier, Needs
 from tests.support.calibration_models import (
     Biased,
     C,
@@ -142,9 +142,7 @@ def test_weights_that_need_no_data_are_rounded_before_the_batches_meet_them(walk
     """Two modifiers: one looks at the outputs, the other rounds q, k and v without looking."""
 
     class WithoutData(LockstepWatcher):
-        @property
-        def needs_data(self):
-            return False
+        needs = Needs(calibration=True, one_pass=True)
 
         def on_calibration_start(self, state, event, **kwargs):
             self._names.update({m: n for n, m in state.model.named_modules() if n.endswith((".q", ".k", ".v"))})

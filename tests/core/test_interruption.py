@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.export.compressed_tensors import save
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
@@ -17,7 +17,7 @@ from tests.support.architecture_models import ARCHITECTURES
 class Interrupting(Modifier):
     """Raises as Ctrl-C does, at the end of its block number ``after``."""
 
-    needs_calibration: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(calibration=True)
     after: int = 2
 
     def on_initialize(self, state: State, **kwargs) -> bool:

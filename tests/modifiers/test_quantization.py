@@ -103,7 +103,7 @@ def test_weights_on_their_grid_stay_as_they_are():
 def test_dynamic_activations_are_quantized_and_need_no_data():
     model, x = attention(), batches(1)[0]
     modifier = QuantizationModifier(scheme="W8A8")
-    assert not modifier.needs_data
+    assert not modifier.needs.data
     calibrate(model, modifier, [])
     token = x.abs().amax(-1, keepdim=True) / 127.5
     expected = nn.functional.linear((x / token).round().clamp(-128, 127) * token, model.q.weight, model.q.bias)
@@ -113,7 +113,7 @@ def test_dynamic_activations_are_quantized_and_need_no_data():
 def test_static_activations_by_their_extremes():
     model, data = attention(), batches(3)
     modifier = QuantizationModifier(scheme="FP8", ignore="spare")
-    assert modifier.needs_data
+    assert modifier.needs.data
     calibrate(model, modifier, data)
     record = quantized_of(model.q)
     assert_close(record.input_scale, torch.stack(data).abs().max()[None] / 448)

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Ledger, Lifecycle, Modifier, State
+from lightning_compress.core import Event, Ledger, Lifecycle, Modifier, Needs, State
 from lightning_compress.layers.matching import match_rank
 
 C = 8
@@ -15,7 +15,7 @@ C = 8
 class Watcher(Modifier):
     """Keeps the inputs of its targets, and rounds their weights to a sixteenth when their time has come."""
 
-    needs_calibration: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True)
 
     targets: list[str] = Field(default=["Linear", "Conv2d"])
     change: bool = True
@@ -26,10 +26,6 @@ class Watcher(Modifier):
     events: list[tuple[str, str]] = Field(default_factory=list)  # (event, block or modules)
     finished: list[str] = Field(default_factory=list)
     _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
-
-    @property
-    def needs_data(self) -> bool:
-        return True
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         return True
@@ -69,13 +65,13 @@ class Watcher(Modifier):
 class LockstepWatcher(Watcher):
     """The same, module by module."""
 
-    one_pass: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True, one_pass=True)
 
 
 class OwnPassWatcher(Watcher):
     """The same, before others look."""
 
-    own_pass: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True)
 
 
 class Mixer(nn.Module):

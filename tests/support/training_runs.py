@@ -9,7 +9,7 @@ from pydantic import PrivateAttr
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 
 
 class RecordingModifier(Modifier):
@@ -50,13 +50,12 @@ class RecordingModifier(Modifier):
 class RoundingModifier(Modifier):
     """A stand-in for compression: at calibration end every Linear's weight becomes 0 or 1."""
 
-    needs_calibration = True
     data: bool = True
     _seen: list[torch.Tensor] = PrivateAttr(default_factory=list)
 
     @property
-    def needs_data(self) -> bool:
-        return self.data
+    def needs(self) -> Needs:
+        return Needs(calibration=True, data=self.data)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         return True

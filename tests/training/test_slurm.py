@@ -217,6 +217,7 @@ import time
 from lightning import Callback
 
 from lightning_compress import Modifier
+from lightning_compress.core import Needs
 
 
 class SlowStep(Callback):
@@ -228,7 +229,7 @@ class SlowStep(Callback):
 
 
 class SlowModifier(Modifier):
-    needs_calibration = True
+    needs = Needs(calibration=True)
 
     def on_initialize(self, state, **kwargs):
         return True

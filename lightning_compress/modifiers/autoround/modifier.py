@@ -19,14 +19,14 @@ Shapes: R rows, C columns.
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input, write_matrix
 from lightning_compress.layerwise.input_hessian import MomentPool
 from lightning_compress.modifiers.autoround.block import LearnedBlock
@@ -71,9 +71,6 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
             which at least a third of the weights are.
     """
 
-    needs_calibration: ClassVar[bool] = True
-    own_pass: ClassVar[bool] = True
-
     iters: int = Field(default=200, ge=0)
     lr: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=8, ge=1)
@@ -105,12 +102,8 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         return self
 
     @property
-    def needs_data(self) -> bool:
-        return True
-
-    @property
-    def compares(self) -> bool:
-        return self.target == "dense"
+    def needs(self) -> Needs:
+        return Needs(data=True, own_pass=True, dense_outputs=self.target == "dense")
 
     @property
     def _begin(self) -> Start:

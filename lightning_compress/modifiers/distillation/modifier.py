@@ -161,12 +161,12 @@ class DistillationModifier(Modifier):
         if self.teacher != "self":
             return None
         at_set_up = other.start == 0 and other.end is None
-        if earlier and (other.parametrizes or (other.reshapes and at_set_up)):
+        if earlier and (other.needs.parametrizes or (other.needs.changes_shapes and at_set_up)):
             return (
                 "teacher='self' would copy a model that another modifier has changed already: let "
                 "DistillationModifier stand before it in the recipe"
             )
-        cut = other.start if other.reshapes else None
+        cut = other.start if other.needs.changes_shapes else None
         if cut is not None and self.start and other.unit == self.unit and (at_set_up or cut < self.start):
             return (
                 f"teacher='self' copies the model at {self.start:g} (unit: {self.unit}), when its shapes have changed, "

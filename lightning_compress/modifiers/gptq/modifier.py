@@ -27,7 +27,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matrix import (
     as_matrix,
@@ -106,10 +106,8 @@ class GPTQModifier(QuantizationArguments, Modifier):
             it in the recipe, with the same scheme, start and unit, and goes on from its result.
     """
 
-    needs_calibration: ClassVar[bool] = True
     every_format: ClassVar[bool] = True
     embeddings: ClassVar[Embeddings] = "shared"
-    one_pass: ClassVar[bool] = True
 
     block_size: int = Field(default=128, ge=1)
     dampening_frac: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.01
@@ -138,16 +136,12 @@ class GPTQModifier(QuantizationArguments, Modifier):
         return actorder
 
     @property
-    def needs_data(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(data=True, one_pass=True, hand_over=self.start is not None)
 
     @property
     def _holds_out(self) -> bool:
         return self.refine or self.dampening_frac == "auto"
-
-    @property
-    def hands_over(self) -> bool:
-        return self.start is not None
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -217,7 +211,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
 
     def _solve(self, state: State, modules: Mapping[str, nn.Module]) -> None:
         """Quantize those of ``modules`` that are left and have seen data: one column loop per shared H and scheme."""
-        arguments = (self.scale_search, self._globals, self.keep_latents or self.hands_over)
+        arguments = (self.scale_search, self._globals, self.keep_latents or self.needs.hand_over)
         for name, facts in round_embeddings(modules, self._modules, self._schemes, *arguments):
             state.ledger.add(name, "gptq", **facts)
         together: dict[tuple[Any, ...], list[str]] = {}
@@ -255,7 +249,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
         if prepared.H_PCC is not None and is_refinable(args):
             solved = solver.refined(solved, prepared.H_PCC, dense[0].dtype)
         seconds, P, rows = time.perf_counter() - start, len(factors), list(solved.rows)
-        wanted = self.keep_latents or self.hands_over
+        wanted = self.keep_latents or self.needs.hand_over
         latents = solved.latents(factors).split(rows) if wanted else [None] * len(names)
         pieces = zip(
             names, solved.scales, keeps, solved.W_RC.split(rows), solved.Q_RC.split(rows), solved.loss_R.split(rows),
@@ -366,7 +360,7 @@ class GPTQModifier(QuantizationArguments, Modifier):
     def _round(self, state: State, name: str, flag: str, tokens: int = 0) -> None:
         module = self._modules[name]
         scheme, shared = self._schemes.pop(name), self._globals.of(name)
-        latent = self.keep_latents or self.hands_over
+        latent = self.keep_latents or self.needs.hand_over
         observer = self._observers.get(name)
         facts = round_module(name, module, scheme, self.scale_search, observer, shared, keep_latent=latent)
         self.remove_hooks(module)

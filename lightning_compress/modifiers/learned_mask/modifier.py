@@ -16,7 +16,7 @@ checkpointing) and other ranks draw the same.
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.layers.dense_keys import original_weight, parametrization_of, put_on, take_off
 from lightning_compress.layers.matching import Names, select_weights, warn_of_left_out
@@ -113,10 +114,9 @@ class LearnedMaskModifier(Modifier):
             module is fake-quantized while its mask is learned. Modules are named.
     """
 
-    needs_calibration = True
-    best_needs_state = True
-    keeps_shapes = "set-up"
-    parametrizes = True
+    needs: ClassVar[Needs] = Needs(
+        calibration=True, checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True
+    )
 
     targets: Names = ["Linear"]
     ignore: Names = []
@@ -168,7 +168,7 @@ class LearnedMaskModifier(Modifier):
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         assert self.end is not None
-        shared = other.touches(state) & self.touches(state) if other.parametrizes else set()
+        shared = other.touches(state) & self.touches(state) if other.needs.parametrizes else set()
         if not shared or other.start is None or other.unit != self.unit or other.start >= self.end:
             return None
         return (

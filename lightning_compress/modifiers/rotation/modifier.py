@@ -16,12 +16,12 @@ H diag(1, +-1, ...) H^T / n instead of diag(+-1) H / sqrt(n), and nothing has to
 import logging
 import time
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Generator, Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.core.precision import model_precision
 from lightning_compress.layers.matching import Names, listed, match_rank, select
 from lightning_compress.layers.matrix import inputs_as_rows
@@ -65,9 +65,6 @@ class RotationModifier(Modifier):
         targets: Of ``v`` and ``u``: class names, dotted names or ``re:`` patterns.
         ignore: The same, for what is left out, also from what ``learn`` looks at.
     """
-
-    needs_calibration: ClassVar[bool] = True
-    one_pass: ClassVar[bool] = True
 
     rotations: list[Rotation] = Field(default=["R1", "R2"], min_length=1)
     transform_type: Literal["hadamard", "random-hadamard", "random-matrix"] = "random-hadamard"
@@ -113,12 +110,8 @@ class RotationModifier(Modifier):
         return self
 
     @property
-    def needs_data(self) -> bool:
-        return self.learn
-
-    @property
-    def surveys(self) -> bool:
-        return self.learn
+    def needs(self) -> Needs:
+        return Needs(calibration=True, data=self.learn, survey=self.learn, one_pass=True)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         model = _model(state)

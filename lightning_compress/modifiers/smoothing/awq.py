@@ -26,7 +26,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.core.precision import plain_precision
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, input_layout, only_input, write_matrix
@@ -174,8 +174,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         ValueError: A pair given by hand is not invariant, matches nothing, or feeds layers without a parent.
     """
 
-    needs_calibration: ClassVar[bool] = True
-    own_pass: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True)
 
     quantize: bool = True
     n_grid: int = Field(default=20, ge=1)
@@ -198,10 +197,6 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
                 "QuantizationModifier with this scheme behind"
             )
         return self
-
-    @property
-    def needs_data(self) -> bool:
-        return True
 
     def claims(self, state: State) -> dict[str, str]:
         return super().claims(state) if self.quantize else {}

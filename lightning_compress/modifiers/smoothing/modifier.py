@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, EventType, Modifier, State
+from lightning_compress.core import Event, EventType, Modifier, Needs, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matching import Names, select
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, inputs_as_rows, is_supported, only_input
@@ -68,8 +68,7 @@ class SmoothingModifier(MappingArguments, Modifier):
         ignore: The same, for what is left out.
     """
 
-    needs_calibration: ClassVar[bool] = True
-    own_pass: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, window=False)
     technique: ClassVar[str]
 
     targets: Names = ["Linear"]
@@ -80,14 +79,6 @@ class SmoothingModifier(MappingArguments, Modifier):
     _statistics: dict[str, ChannelMax] = PrivateAttr(default_factory=dict)
     _smoothed: int = PrivateAttr(default=0)
     _checked: bool = PrivateAttr(default=False)  # what trains beside it leaves weights plain
-
-    @property
-    def acts_in_window(self) -> bool:
-        return False
-
-    @property
-    def needs_data(self) -> bool:
-        return True
 
     @abstractmethod
     def scale(self, x_J: Tensor, w_J: Tensor) -> Tensor:

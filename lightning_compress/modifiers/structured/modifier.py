@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.precision import model_precision
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
@@ -77,9 +78,6 @@ class StructuredPruningModifier(Modifier):
         ImportError: ``channels`` without torch-pruning.
     """
 
-    needs_calibration = True
-    reshapes = True
-
     dimension: Dimension = "mlp"
     targets: Names | None = None
     ignore: Names = []
@@ -123,13 +121,10 @@ class StructuredPruningModifier(Modifier):
         return self
 
     @property
-    def needs_data(self) -> bool:
+    def needs(self) -> Needs:
         followed = self._kind not in ("auto", "channels") or self.input_shape is not None
-        return self.start is None and (self.importance == "activation" or not followed)
-
-    @property
-    def surveys(self) -> bool:
-        return self.needs_data
+        measured = self.start is None and (self.importance == "activation" or not followed)
+        return Needs(calibration=True, data=measured, survey=measured, changes_shapes=True)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -168,7 +163,7 @@ class StructuredPruningModifier(Modifier):
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         assert state.model is not None
         self._settle(state.model)
-        if self._kind == "channels" or other.keeps_shapes == "never":
+        if self._kind == "channels" or other.needs.fixed_shapes_from == "never":
             return shape_conflict(self, other, other.touches(state), earlier)
         tensors = {piece.tensor for group in self._block_groups(state.model) for piece in group.slices}
         shared = other.touches(state) & {name.rpartition(".")[0] for name in tensors}
@@ -379,7 +374,7 @@ class StructuredPruningModifier(Modifier):
     # -- after training -----------------------------------------------------------------------------------------------
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        if self.start is None and self.needs_data:
+        if self.start is None and self.needs.data:
             self._observe(state)
         elif self.start is None:
             self._prune(state, self.ratio)

@@ -18,13 +18,13 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matrix import as_matrix, write_matrix
 from lightning_compress.layerwise.factor import added_diagonal
@@ -87,10 +87,6 @@ class WandaPruningModifier(PruningArguments, Modifier):
         ValueError: A sparsity outside of [0, 1), a pattern whose sparsity is another, a width that it does not divide.
     """
 
-    needs_calibration: ClassVar[bool] = True
-    one_pass: ClassVar[bool] = True
-    own_pass: ClassVar[bool] = True
-
     refit_iterations: int = Field(default=0, ge=0)
     regional_gradient: float = Field(default=0.0, ge=0)
     regional_rounds: int = Field(default=0, ge=0)
@@ -113,16 +109,9 @@ class WandaPruningModifier(PruningArguments, Modifier):
         return self
 
     @property
-    def needs_data(self) -> bool:
-        return True
-
-    @property
-    def needs_replay(self) -> bool:
-        return bool(self.regional_gradient or self.regional_rounds)
-
-    @property
-    def surveys(self) -> bool:
-        return self.sparsity_profile == "owl"
+    def needs(self) -> Needs:
+        regional = bool(self.regional_gradient or self.regional_rounds)
+        return Needs(data=True, one_pass=True, own_pass=True, replay=regional, survey=self.sparsity_profile == "owl")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         assert state.model is not None
@@ -133,7 +122,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
         assert state.model is not None
         self._modules = self.find(state.model)
         self._gathering = Gathering(self._modules, self.share_inputs)
-        self._survey = OutlierSurvey(self._modules, self.owl_m) if self.surveys else None
+        self._survey = OutlierSurvey(self._modules, self.owl_m) if self.needs.survey else None
         for name, module in self._modules.items():
             statistic = self._survey or self._gathering
             self.hook(module, lambda _, inputs, name=name, s=statistic: s.observe(name, inputs, self.token_mask))
@@ -169,7 +158,7 @@ class WandaPruningModifier(PruningArguments, Modifier):
     def _prune(self, state: State, modules: Mapping[str, nn.Module]) -> None:
         found = [Pruned(*done) for done in self._gathering.complete(modules)]
         with torch.inference_mode(False), torch.no_grad():
-            if self.needs_replay:
+            if self.needs.replay:
                 self._prune_block(state, {one.name: one for one in found})
                 return
             for one in found:

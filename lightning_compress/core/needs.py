@@ -1,0 +1,81 @@
+"""What a modifier needs from a run: one frozen object, which its class declares and everybody asks for.
+
+A class whose needs depend on its arguments overrides :attr:`Modifier.needs` with a property that returns one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["OLD_NAMES", "Needs", "refuse_old_names"]
+
+# Attributes of earlier versions, and the field of Needs that replaced each.
+OLD_NAMES = {
+    "needs_calibration": "calibration",
+    "needs_data": "data",
+    "one_pass": "one_pass",
+    "own_pass": "own_pass",
+    "surveys": "survey",
+    "needs_replay": "replay",
+    "compares": "dense_outputs",
+    "hands_over": "hand_over",
+    "best_needs_state": "checkpoint_state",
+    "reshapes": "changes_shapes",
+    "keeps_shapes": "fixed_shapes_from",
+    "parametrizes": "parametrizes",
+    "acts_in_window": "window",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Needs of one modifier; the default of every field suits a modifier that acts in training only.
+
+    Args:
+        calibration: Calibration events (CALIBRATION_START, BLOCK_END, ...). Implied by ``data``, ``survey``,
+            ``replay``, ``dense_outputs`` and ``hand_over``.
+        data: Calibration batches; without any it cannot work.
+        one_pass: It can finish each hooked module alone, at MODULE_READY, so that the walk may take one pass.
+        own_pass: A pass over the inputs of each block for itself: later modifiers must see the block as it leaves it.
+        survey: All calibration batches through the dense model before the walk (BLOCK_SURVEYED; one more forward pass).
+        replay: Whole blocks run again at BLOCK_END (``State.replay``), so that the walk must take two passes.
+        dense_outputs: The output of each block in the dense model (``State.dense``; one more forward pass).
+        hand_over: Calibration at ``start``, before the batch; a later modifier then trains on from the result. All that
+            it claims must be claimed again by a modifier after it that :meth:`Modifier.takes_over`.
+        checkpoint_state: Its :meth:`Modifier.state_dict` of the moment when weights were saved: weights of an earlier
+            checkpoint are of no use without it.
+        changes_shapes: Permission to change the shapes of parameters.
+        fixed_shapes_from: When it begins to keep tensors shaped as the weights that it :meth:`Modifier.touches`.
+        parametrizes: Weights that are computed from others from set-up on, so that the model is not a plain copy.
+        window: Whether ``start``, ``end`` and ``update`` have a meaning. None: they have if the class has a handler for
+            them, or acts in training only.
+    """
+
+    calibration: bool = False
+    data: bool = False
+    one_pass: bool = False
+    own_pass: bool = False
+    survey: bool = False
+    replay: bool = False
+    dense_outputs: bool = False
+    hand_over: bool = False
+    checkpoint_state: bool = False
+    changes_shapes: bool = False
+    fixed_shapes_from: Literal["never", "start", "set-up"] = "never"
+    parametrizes: bool = False
+    window: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.data or self.survey or self.replay or self.dense_outputs or self.hand_over:
+            object.__setattr__(self, "calibration", True)
+
+
+def refuse_old_names(class_name: str, attributes: Iterable[str]) -> None:
+    """ValueError names the attributes of earlier versions that a class declares, and what to write instead."""
+    fields = {name: OLD_NAMES[name] for name in attributes if name in OLD_NAMES}
+    if fields:
+        arguments = ", ".join(f"{field}=..." for field in dict.fromkeys(fields.values()))
+        raise ValueError(
+            f"{class_name} declares {', '.join(fields)}, which nothing reads any more; "
+            f"write needs = Needs({arguments}) in the class, from lightning_compress.core import Needs"
+        )
