@@ -20,7 +20,7 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-newest fuzz test-kernels test-slow test-real test-slurm lint same-bytes format clean
+.PHONY: help demo test test-newest fuzz test-kernels test-slow test-real test-slurm lint same-bytes house format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -91,6 +91,9 @@ lint: $(READY)  ## ruff and mypy
 
 same-bytes: $(READY)  ## whether exports are the same as at the commit BASE=main, byte for byte (ARGS="--only gptq")
 	$(BIN)/python scripts/same_bytes.py --base $(BASE) $(ARGS)
+
+house:  ## lengths, nesting, arguments, cycles, mirrored tests of the package (ARGS="--against main" shows both)
+	$(PYTHON) scripts/house.py $(ARGS)
 
 format: $(READY)  ## let ruff mend and format
 	$(BIN)/ruff check --fix .
