@@ -42,7 +42,7 @@ LONG_FILES = {
     "quant/schemes.py",
     "training/post_training.py",
 }
-MODULES_WITHOUT_TEST = 68
+MODULES_WITHOUT_TEST = 67
 DOCUMENTED = 0.79
 
 

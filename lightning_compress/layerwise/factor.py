@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factor", "added_diagonal", "energy", "factorize", "factorize_each"]
+__all__ = ["Factor", "added_diagonal", "energy", "factorize", "factorize_retrying", "undamped_energy"]
 
 MAX_DAMPENING = 1.0
 
@@ -78,25 +78,22 @@ def added_diagonal(H_CC: Tensor, dampening: float) -> Tensor:
     return added_C
 
 
-def factorize_each(H_PCC: Tensor, dampening: float, by_size: bool, retry: bool) -> tuple[list[Factor] | None, float]:
-    """Factor the H of every partition with one damping.
+def factorize_retrying(H_CC: Tensor, dampening: float, by_size: bool, retry: bool) -> tuple[Factor | None, float]:
+    """Factor H, where it is not positive definite with ten times the damping, up to 1.0.
 
     Args:
-        H_PCC: One H per partition.
+        H_CC: As in :func:`factorize`.
         dampening: As in :func:`factorize`.
         by_size: As in :func:`factorize`.
-        retry: Where one is not positive definite, try all again with ten times the damping, up to 1.0.
+        retry: False: only the first damping is tried.
 
     Returns:
-        The factors, or None when there is no way, and the last damping that was tried.
+        The factor, or None when no damping helps, and the last damping that was tried.
     """
     while True:
-        tried = [factorize(H_CC, dampening, by_size) for H_CC in H_PCC]
-        factors = [factor for factor in tried if factor is not None]
-        if len(factors) == len(tried):
-            return factors, dampening
-        if not retry or dampening >= MAX_DAMPENING:
-            return None, dampening
+        factor = factorize(H_CC, dampening, by_size)
+        if factor is not None or not retry or dampening >= MAX_DAMPENING:
+            return factor, dampening
         dampening = min(MAX_DAMPENING, max(10 * dampening, 0.01))
 
 
@@ -108,3 +105,8 @@ def energy(W_RC: Tensor, factor: Factor, block: int = 256) -> Tensor:
         i2 = min(i1 + block, len(W_CR))
         sum_R += factor.pivot_C[i1:i2].square() @ (factor.UT_CC[i1:i2, :i2] @ W_CR[:i2]).square_()
     return sum_R
+
+
+def undamped_energy(W_RC: Tensor, factor: Factor) -> float:
+    """The trace of W H W^T with H as it was before damping."""
+    return float((energy(W_RC, factor) - W_RC.square() @ factor.added_C).sum())

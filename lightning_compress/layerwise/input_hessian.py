@@ -10,7 +10,7 @@ Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all ot
 """
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +19,17 @@ from torch.nn.functional import pad
 
 from lightning_compress.ops.hessian import hessian_accumulate_, mirror_
 
-__all__ = ["InputMoment", "MomentPool", "NonFiniteMomentError", "PerShared", "Shared", "groups_as_partitions"]
+__all__ = [
+    "HessianPool",
+    "InputHessian",
+    "NonFiniteHessianError",
+    "PerHessian",
+    "SharedHessian",
+    "groups_as_partitions",
+]
 
 
-class NonFiniteMomentError(ValueError):
+class NonFiniteHessianError(ValueError):
     """H is not finite: the inputs are not, or their squares lie beyond float32."""
 
 
@@ -32,7 +39,7 @@ def groups_as_partitions(X_PNC: Tensor, g: int) -> Tensor:
     return X_PNC.unflatten(2, (-1, g)).transpose(1, 2).flatten(0, 1)
 
 
-class InputMoment:
+class InputHessian:
     """The statistic H = sum x x^T / N of one stream of inputs.
 
     Args:
@@ -52,7 +59,7 @@ class InputMoment:
         """Take N more tokens; any floating dtype, added up in float32.
 
         Raises:
-            NonFiniteMomentError: They hold NaN or Inf, or their squares lie beyond float32.
+            NonFiniteHessianError: They hold NaN or Inf, or their squares lie beyond float32.
             ValueError: They have another number of columns.
         """
         P, N, C = X_PNC.shape
@@ -65,8 +72,8 @@ class InputMoment:
         self.tokens += N
         if not torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()):  # any NaN or Inf reaches the diagonal
             if not torch.isfinite(X_PNC).all():
-                raise NonFiniteMomentError("holds NaN or Inf")
-            raise NonFiniteMomentError(
+                raise NonFiniteHessianError("holds NaN or Inf")
+            raise NonFiniteHessianError(
                 f"holds numbers up to {X_PNC.abs().max().item():.3g}, whose squares add up beyond float32; scale its "
                 f"inputs down, or add it to ignore"
             )
@@ -86,12 +93,12 @@ class InputMoment:
         return H_PCC.div_(max(1, self.tokens))
 
 
-class Shared:
+class SharedHessian:
     """A statistic and the modules that it belongs to: each must have seen every one of its inputs."""
 
     def __init__(self) -> None:
-        self.moment: InputMoment | None = None  # made with the first rows, which tell its size
-        self.held_out: InputMoment | None = None  # of every second input, where some are held out
+        self.statistic: InputHessian | None = None  # made with the first rows, which tell its size
+        self.held_out: InputHessian | None = None  # of every second input, where some are held out
         self.inputs = 0  # how many times the statistic was updated
         self.seen: dict[str, set[int]] = {}  # module -> which of these inputs it received
         self.closed = False  # the statistic was used; it cannot grow any more
@@ -100,29 +107,52 @@ class Shared:
     def members(self) -> list[str]:
         return list(self.seen)
 
+    @property
+    def tokens(self) -> int:
+        return 0 if self.statistic is None else self.statistic.tokens
+
     def is_level(self, name: str) -> bool:
         return len(self.seen[name]) == self.inputs
 
+    @property
+    def partitions(self) -> int:
+        """P; until :meth:`take`."""
+        assert self.statistic is not None
+        return len(self.statistic.sum_PCC)
+
+    def take(self) -> Iterator[tuple[Tensor, int, tuple[Tensor, Tensor] | None]]:
+        """For each partition H of all inputs [C, C], the tokens, and the H of both halves where inputs were held out.
+
+        The sums are used up.
+        """
+        assert self.statistic is not None
+        halves = None
+        if self.held_out is not None and self.held_out.tokens and self.statistic.tokens:
+            halves = self.statistic.value(), self.held_out.value()
+        self.join()
+        for p, H_CC in enumerate(self.statistic.take()):
+            yield H_CC, self.statistic.tokens, None if halves is None else (halves[0][p], halves[1][p])
+
     def join(self) -> None:
-        """What was held out counts from now on like all the rest."""
+        """Count what was held out like all the rest."""
         if self.held_out is not None:
-            assert self.moment is not None
-            self.moment.sum_PCC += self.held_out.sum_PCC
-            self.moment.tokens += self.held_out.tokens
+            assert self.statistic is not None
+            self.statistic.sum_PCC += self.held_out.sum_PCC
+            self.statistic.tokens += self.held_out.tokens
             self.held_out = None
 
 
 T = TypeVar("T")
 
 
-class PerShared(weakref.WeakKeyDictionary[Shared, T]):
+class PerHessian(weakref.WeakKeyDictionary[SharedHessian, T]):
     """Results for each statistic, kept for as long as the statistic lives; a pickled one is empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PerShared, ()
+        return PerHessian, ()
 
 
-class MomentPool:
+class HessianPool:
     """Statistics by module name; modules are joined by the identity of their input tensors.
 
     A module joins the statistic of another one when its first input is a tensor object that the other one received, in
@@ -130,13 +160,13 @@ class MomentPool:
 
     Args:
         share: False gives every module a statistic of its own.
-        hold_out: Every second input goes to ``Shared.held_out``.
+        hold_out: Every second input goes to ``SharedHessian.held_out``.
     """
 
     def __init__(self, share: bool = True, hold_out: bool = False):
         self.share, self.hold_out = share, hold_out
-        self._of: dict[str, Shared] = {}
-        self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], int, Shared, set[int]]] = {}
+        self._of: dict[str, SharedHessian] = {}
+        self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], int, SharedHessian, set[int]]] = {}
 
     def update(self, name: str, x: Tensor, layout: Hashable, rows: Callable[[], Tensor]) -> None:
         """Module ``name`` received ``x``.
@@ -148,14 +178,14 @@ class MomentPool:
             rows: Makes X [P, N, C] of x; called only when the statistic needs it.
 
         Raises:
-            NonFiniteMomentError: x holds NaN or Inf, or squares beyond float32; names the module and its input.
+            NonFiniteHessianError: x holds NaN or Inf, or squares beyond float32; names the module and its input.
             ValueError: x has another number of columns, or modules that shared their inputs no longer do.
         """
         key = (id(x), layout)
         shared, indices = self._find(key, x)
         own = self._of.get(name)
         if own is None:
-            own = self._of[name] = shared or Shared()
+            own = self._of[name] = shared or SharedHessian()
             own.seen[name] = set()
         seen = own.seen[name]
         if shared is own and (new := sorted(indices - seen)):
@@ -164,28 +194,28 @@ class MomentPool:
         if own.closed or not own.is_level(name):
             raise ValueError(self._parted(name, own))
         X_PNC = rows()
-        if own.moment is None:
+        if own.statistic is None:
             size = X_PNC.shape[0], X_PNC.shape[2], X_PNC.device
-            own.moment, own.held_out = InputMoment(*size), InputMoment(*size) if self.hold_out else None
-        moment = own.moment if own.held_out is None or own.inputs % 2 == 0 else own.held_out
+            own.statistic, own.held_out = InputHessian(*size), InputHessian(*size) if self.hold_out else None
+        moment = own.statistic if own.held_out is None or own.inputs % 2 == 0 else own.held_out
         try:
             moment.update(X_PNC)
-        except NonFiniteMomentError as error:
-            raise NonFiniteMomentError(f"input {own.inputs} (counted from 0) of {name!r} {error}") from error
+        except NonFiniteHessianError as error:
+            raise NonFiniteHessianError(f"input {own.inputs} (counted from 0) of {name!r} {error}") from error
         except ValueError as error:
             raise ValueError(f"input {own.inputs} (counted from 0) of {name!r}: {error}") from error
         seen.add(own.inputs)
         self._remember(key, x, own, own.inputs)
         own.inputs += 1
 
-    def get(self, name: str) -> Shared | None:
+    def get(self, name: str) -> SharedHessian | None:
         """The statistic of a module, to be used now (it is closed); None when the module never saw a token.
 
         Raises:
             ValueError: The module missed some of the inputs that the modules it shares with received.
         """
         shared = self._of.get(name)
-        if shared is None or shared.moment is None or not shared.moment.tokens:
+        if shared is None or shared.statistic is None or not shared.statistic.tokens:
             return None
         if not shared.is_level(name):
             raise ValueError(self._parted(name, shared))
@@ -204,14 +234,14 @@ class MomentPool:
         alive = {id(entry[2]) for entry in self._inputs.values() if entry[0]() is not None}
         self.drop(*[name for name, shared in self._of.items() if shared.closed and id(shared) not in alive])
 
-    def _find(self, key: tuple[int, Hashable], x: Tensor) -> tuple[Shared | None, set[int]]:
+    def _find(self, key: tuple[int, Hashable], x: Tensor) -> tuple[SharedHessian | None, set[int]]:
         """Who received this very tensor before, unchanged, and as which of its inputs."""
         entry = self._inputs.get(key) if self.share else None
         if entry is None or entry[0]() is not x or entry[1] != _version(x):
             return None, set()
         return entry[2], entry[3]
 
-    def _remember(self, key: tuple[int, Hashable], x: Tensor, shared: Shared, index: int) -> None:
+    def _remember(self, key: tuple[int, Hashable], x: Tensor, shared: SharedHessian, index: int) -> None:
         known, indices = self._find(key, x)
         if known is not shared:
             indices = set()
@@ -219,7 +249,7 @@ class MomentPool:
         indices.add(index)
 
     @staticmethod
-    def _parted(name: str, shared: Shared) -> str:
+    def _parted(name: str, shared: SharedHessian) -> str:
         others = [repr(m) for m in shared.members if m != name]
         return (
             f"{name!r} received the same input tensor as {', '.join(others) or 'itself'} in some calibration batches, "

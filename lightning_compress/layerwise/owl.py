@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.layers.matrix import as_matrix, inputs_as_rows
+from lightning_compress.layers.matrix import as_matrix
 
 __all__ = ["OutlierSurvey", "allocate", "outlier_share"]
 
@@ -57,9 +57,8 @@ class OutlierSurvey:
         self._layer: dict[str, str] = {}  # target -> its layer
         self._shares: dict[str, float] = {}
 
-    def observe(self, name: str, inputs: tuple[Tensor, ...], mask: Tensor | None) -> None:
-        """A target is called with ``inputs``. For a forward-pre hook."""
-        X_PNC = inputs_as_rows(self.modules[name], inputs[0], mask)
+    def observe(self, name: str, X_PNC: Tensor) -> None:
+        """Take one input of a target, [P, N, C]."""
         squares = X_PNC.float().square().sum(1)
         self._squares[name] = self._squares[name] + squares if name in self._squares else squares
         self._tokens[name] = self._tokens.get(name, 0) + X_PNC.shape[1]

@@ -9,35 +9,26 @@ scales that are chosen by what the output of the layer loses:
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
-from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, Needs, State
-from lightning_compress.distributed import all_reduce_
-from lightning_compress.layers.matrix import (
-    as_matrix,
-    input_layout,
-    inputs_as_rows,
-    is_embedding,
-    only_input,
-    partitions,
-)
-from lightning_compress.layerwise.input_hessian import MomentPool, PerShared, groups_as_partitions
-from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.core import Needs, State
+from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, is_embedding, partitions
+from lightning_compress.layerwise.input_hessian import PerHessian, groups_as_partitions
+from lightning_compress.layerwise.modifier import Layer, Solved
+from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.quant.embeddings import Embeddings
-from lightning_compress.quant.observers import InputMoment, Observer, ObserverName, is_observed, make_observer
-from lightning_compress.quant.rounding import DEAD_INPUT, round_embeddings, round_module
+from lightning_compress.quant.observers import MeanSquare, ObserverName
+from lightning_compress.quant.rounding import DEAD_INPUT
 from lightning_compress.quant.scales import group_columns
-from lightning_compress.quant.shared_scales import GlobalScales
 
 __all__ = ["QuantizationModifier"]
 
 
-class QuantizationModifier(QuantizationArguments, Modifier):
+class QuantizationModifier(LayerwiseQuantizer):
     """Round weights to nearest, and quantize activations where the scheme says so.
 
     Args:
@@ -56,6 +47,7 @@ class QuantizationModifier(QuantizationArguments, Modifier):
         averaging_constant: Of ``moving_average``: the weight of the newest batch.
     """
 
+    technique: ClassVar[str] = "rtn"
     every_format: ClassVar[bool] = True
     embeddings: ClassVar[Embeddings] = "shared"
 
@@ -64,127 +56,72 @@ class QuantizationModifier(QuantizationArguments, Modifier):
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
 
-    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # what is left to do
-    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
-    _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)
-    _moments: dict[str, InputMoment] = PrivateAttr(default_factory=dict)
-    _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
-    _forms: PerShared[Tensor] = PrivateAttr(default_factory=PerShared)
-    _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
+    _squares: dict[str, MeanSquare] = PrivateAttr(default_factory=dict)
+    _blocks: PerHessian[Tensor] = PrivateAttr(default_factory=PerHessian)
 
     @property
     def needs(self) -> Needs:
         data = self.has_static_inputs or self.scale_search in ("imatrix", "hessian")
         return Needs(calibration=True, data=data, one_pass=True)
 
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
-        self.assign(state.model)
-        return True
+    def set_up(self) -> None:
+        super().set_up()
+        if self.scale_search == "imatrix":
+            layers = {name: module for name, module in self._layers.items() if not is_embedding(module)}
+            self._squares = {n: MeanSquare(partitions(m), as_matrix(m).shape[1]) for n, m in layers.items()}
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
-        self._schemes = self.assign(state.model)
-        self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
-        self._globals = GlobalScales(self._modules, self._schemes)
-        self._pool = MomentPool(self.share_inputs)
-        for name, scheme in self._schemes.items():
-            args = scheme.input_activations
-            if is_observed(args):
-                self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
-            module = self._modules[name]
-            if self.scale_search == "imatrix" and not is_embedding(module):
-                self._moments[name] = InputMoment(partitions(module), as_matrix(module).shape[1])
-            by_form = self.scale_search == "hessian" and not is_embedding(module)
-            if name in self._observers or name in self._moments or by_form:
-                self.hook(module, lambda module, inputs, name=name: self._observe(name, module, inputs))
+    def watches(self, name: str, module: nn.Module) -> bool:
+        by_hessian = self.scale_search == "hessian" and not is_embedding(module)
+        return by_hessian or name in self._observers or name in self._squares
 
-    def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = only_input(name, inputs)
-        if self.scale_search == "hessian":
-            g = self._columns(name)
-            layout, mask = (input_layout(module), g), self.token_mask
+    def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
+        mask = self.token_mask
+        if self.scale_search == "hessian":  # no more than the blocks H_gg on the diagonal
+            g = group_columns(self.weights_of(name), as_matrix(module).shape[1])
+            layout = (input_layout(module), g)
             self._pool.update(name, x, layout, lambda: groups_as_partitions(inputs_as_rows(module, x, mask), g))
-            if name not in self._observers:
-                return
-        rows = inputs_as_rows(module, x, self.token_mask)
-        if name in self._moments:
-            self._moments[name].update(rows)
-        if name not in self._observers:
-            return
-        try:
-            self._observers[name].update(rows)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from error
+        if name in self._squares:
+            self._squares[name].update(inputs_as_rows(module, x, mask))
+        self.observe_range(name, module, x)
 
-    def _columns(self, name: str) -> int:
-        """g: columns of a module that share a scale."""
-        args = self._schemes[name].weights
-        assert args is not None
-        return group_columns(args, as_matrix(self._modules[name]).shape[1])
+    def solve_seen(self, state: State, names: Iterable[str]) -> None:
+        """Round those of ``names`` that are left and have seen the data that they need, if any."""
+        names = list(names)
+        self.round_tables(state, names)
+        statistics = self.seen(names)
+        for name in [name for name in names if name in self._layers]:
+            observer, square, shared = self._observers.get(name), self._squares.get(name), statistics.get(name)
+            waits = (observer is not None and not observer.batches) or (square is not None and not square.tokens)
+            if waits or (self.scale_search == "hessian" and shared is None):
+                continue
+            weighed: dict[str, Any] = {} if square is None else {"importance_PC": square.value()}
+            if shared is not None:
+                if shared not in self._blocks:
+                    assert shared.statistic is not None
+                    self._blocks[shared] = shared.statistic.take()
+                weighed = {"H_PGgg": self._blocks[shared].unflatten(0, (partitions(self._layers[name]), -1))}
+            flag = DEAD_INPUT if observer is not None and observer.is_dead else None
+            self.round(state, name, flag, None if shared is None else shared.tokens, **weighed)
 
-    def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._pool.drop_stale()
-        self._round(state, state.modules)
+    def solve(self, layer: Layer, prepared: Any) -> Solved:
+        raise AssertionError("layers are rounded by solve_seen: most of them wait for no statistic")
 
-    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._round(state, state.modules)
-        self._pool.drop(*state.modules)
+    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
+        raise AssertionError("layers are written by round_module")
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._round(state, self._modules)
-        self._round_unseen(state)
-        for name in self._schemes:
-            state.ledger.add(name, "rtn", flag="never saw data; left as it was")
-        if self._schemes:
+    def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
+        for name in [name for name in layers if name not in self._observers]:  # errors weigh the same in all columns
+            self.round(state, name, "never saw data; scales by mse", scale_search="mse")
+        for name in self._layers:
+            state.ledger.add(name, self.technique, flag="never saw data; left as it was")
+        if self._layers:
             warnings.warn(
-                f"{self.name}: {', '.join(self._schemes)} never saw data, so that static activation scales are "
+                f"{self.name}: {', '.join(self._layers)} never saw data, so that static activation scales are "
                 f"unknown; left as they were (ignore them, or use dynamic activations)",
                 stacklevel=2,
             )
-        self._schemes, self._modules, self._observers, self._moments = {}, {}, {}, {}
-        self._globals, self._pool = GlobalScales({}, {}), MomentPool()
-        self._forms.clear()
-        self.remove_hooks()
 
-    def _round(self, state: State, modules: Mapping[str, nn.Module]) -> None:
-        """Round those of ``modules`` that are left to do and whose activation scales, if static, are known."""
-        arguments = (self.scale_search, self._globals)
-        for name, facts in round_embeddings(modules, self._modules, self._schemes, *arguments):
-            state.ledger.add(name, "rtn", **facts)
-        for name in [name for name in modules if name in self._schemes]:
-            observer, moment = self._observers.get(name), self._moments.get(name)
-            if state.distributed:
-                for statistic in (observer, moment):
-                    if statistic is not None:
-                        all_reduce_(statistic)
-            if (observer is not None and not observer.batches) or (moment is not None and not moment.tokens):
-                continue
-            form, tokens = self._form(state, name)
-            if self.scale_search == "hessian" and form is None:
-                continue
-            self.remove_hooks(self._modules[name])
-            importance_PC = None if moment is None else moment.value()
-            module, scheme, shared = self._modules[name], self._schemes.pop(name), self._globals.of(name)
-            facts = round_module(name, module, scheme, self.scale_search, observer, shared, importance_PC, H_PGgg=form)
-            dead = observer is not None and observer.is_dead
-            state.ledger.add(name, "rtn", flag=DEAD_INPUT if dead else None, tokens=tokens, **facts)
-
-    def _form(self, state: State, name: str) -> tuple[Tensor | None, int | None]:
-        """With ``hessian``, E[x x^T] of each group of columns, [P, G, g, g], and its tokens; None before it saw any."""
-        shared = self._pool.get(name) if self.scale_search == "hessian" else None
-        if shared is None:
-            return None, None
-        assert shared.moment is not None
-        if shared not in self._forms:
-            if state.distributed:
-                all_reduce_(shared.moment)
-            self._forms[shared] = shared.moment.take()
-        return self._forms[shared].unflatten(0, (partitions(self._modules[name]), -1)), shared.moment.tokens
-
-    def _round_unseen(self, state: State) -> None:
-        """With imatrix and hessian, weights whose input was never seen: their errors weigh the same in all columns."""
-        for name in [name for name in self._schemes if name not in self._observers]:
-            scheme, shared = self._schemes.pop(name), self._globals.of(name)
-            facts = round_module(name, self._modules[name], scheme, "mse", None, shared)
-            state.ledger.add(name, "rtn", flag="never saw data; scales by mse", **facts)
+    def reset(self) -> None:
+        super().reset()
+        self._squares = {}
+        self._blocks.clear()

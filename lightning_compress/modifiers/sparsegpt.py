@@ -14,29 +14,19 @@ as in the paper) or row by row; that of N:M every M columns. What the sweep leav
 Shapes: R rows, C columns (inputs), b columns of a block, P partitions of a grouped convolution.
 """
 
-import time
-import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from lightning_compress.core import Event, Modifier, Needs, State
-from lightning_compress.distributed import all_reduce_
-from lightning_compress.layers.matrix import as_matrix, write_matrix
-from lightning_compress.layerwise.factor import Factor, energy, factorize_each
-from lightning_compress.layerwise.hessian_collector import Gathering
-from lightning_compress.layerwise.input_hessian import PerShared, Shared
+from lightning_compress.layerwise.factor import Factor, factorize_retrying, undamped_energy
 from lightning_compress.layerwise.least_squares_refit import refit
-from lightning_compress.layerwise.owl import OutlierSurvey
+from lightning_compress.layerwise.modifier import Hessian, Layer, Solved
+from lightning_compress.layerwise.pruner import LayerwisePruner
 from lightning_compress.ops.gptq_block import SUB_BLOCK, gptq_block_
-from lightning_compress.pruning.arguments import PruningArguments, never_saw_data, share_of_zeros
 from lightning_compress.pruning.masks import keep_highest, keep_rows
-from lightning_compress.quant.record import Quantized
-from lightning_compress.quant.schemes import check_finite
-from lightning_compress.quant.weight_metrics import sqnr_db, weight_error
 
 __all__ = ["SparseGPTModifier", "prune_columns"]
 
@@ -113,7 +103,7 @@ def _count(sparsity: float, units: int) -> int:
     return int(sparsity * units + 1e-9)
 
 
-class SparseGPTModifier(PruningArguments, Modifier):
+class SparseGPTModifier(LayerwisePruner):
     """Prune with SparseGPT on calibration data, and refit what is kept.
 
     Args:
@@ -139,15 +129,11 @@ class SparseGPTModifier(PruningArguments, Modifier):
         ValueError: A sparsity outside of [0, 1), a pattern whose sparsity is another, a width that it does not divide.
     """
 
+    technique: ClassVar[str] = "sparsegpt"
+
     block_size: int = Field(default=128, ge=1)
     scope: Literal["block", "row"] = "block"
     on_failure: Literal["raise", "retry"] = "raise"
-
-    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
-    _gathering: Gathering = PrivateAttr(default_factory=lambda: Gathering({}))
-    _survey: OutlierSurvey | None = PrivateAttr(default=None)
-    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)  # of single modules, where they differ
-    _solved: PerShared[tuple[Tensor, list[Factor]]] = PrivateAttr(default_factory=PerShared)
 
     @model_validator(mode="after")
     def _block_holds_patterns(self) -> "SparseGPTModifier":
@@ -158,106 +144,28 @@ class SparseGPTModifier(PruningArguments, Modifier):
             )
         return self
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(data=True, one_pass=True, own_pass=True, survey=self.sparsity_profile == "owl")
-
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
-        self.find(state.model)
-        return True
-
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
-        self._modules = self.find(state.model)
-        self._gathering = Gathering(self._modules, self.share_inputs)
-        self._survey = OutlierSurvey(self._modules, self.owl_m) if self.needs.survey else None
-        for name, module in self._modules.items():
-            statistic = self._survey or self._gathering
-            self.hook(module, lambda _, inputs, name=name, s=statistic: s.observe(name, inputs, self.token_mask))
-
-    def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert self._survey is not None
-        targets = {name: module for name, module in state.modules.items() if name in self._modules}
-        self._survey.close(state.block_name, targets)
-        self._sparsities = self._survey.sparsities(self.mean_sparsity, self.owl_lmbda)
-        for name, module in targets.items():
-            self.remove_hooks(module)
-            self.hook(module, lambda _, inputs, name=name: self._gathering.observe(name, inputs, self.token_mask))
-
-    def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._prune(state, state.modules)
-
-    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._prune(state, state.modules)
-        self._gathering.drop(state.modules)
-
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._prune(state, self._modules)
-        for name, module in self._gathering.left.items():
-            W_RC = as_matrix(module)
-            facts = {"sparsity": share_of_zeros(W_RC), "params": W_RC.numel(), "tokens": 0}
-            state.ledger.add(name, "sparsegpt", flag="never saw data; left as it was", **facts)
-        if unseen := list(self._gathering.left):
-            warnings.warn(never_saw_data(self.name, unseen), stacklevel=2)
-        self._modules, self._gathering, self._survey, self._sparsities = {}, Gathering({}), None, {}
-        self._solved.clear()
-        self.remove_hooks()
-
-    def _prune(self, state: State, modules: Mapping[str, nn.Module]) -> None:
-        for name, module, shared in self._gathering.complete(modules):
-            with torch.inference_mode(False), torch.no_grad():
-                self._prune_one(state, name, module, shared)
-            self.remove_hooks(module)
-
-    def _prune_one(self, state: State, name: str, module: nn.Module, shared: Shared) -> None:
-        start = time.perf_counter()
-        assert shared.moment is not None
-        if Quantized.of(module) is not None:
-            raise ValueError(f"{name!r} is quantized already: put {self.name} before what quantizes it")
-        check_finite({name: module})
-        if shared not in self._solved:
-            if state.distributed:
-                all_reduce_(shared.moment)
-            self._solved[shared] = self._factorize(name, shared)
-        H_PCC, factors = self._solved[shared]
-        W_RC = as_matrix(module).clone()
-        sparsity = self._sparsities.get(name, self.sparsity_of(name, module))
-        parts, error, total = [], 0.0, 0.0
-        for W, H_CC, factor in zip(W_RC.float().chunk(len(factors)), H_PCC, factors, strict=True):
-            Q, keep = prune_columns(W, factor, sparsity, self.pattern, self.block_size, self.scope)
-            Q = refit(W, Q, keep, H_CC, self.refit_iterations).to(W_RC.dtype)
-            D = W - Q.float()
-            error += float((energy(D, factor) - D.square() @ factor.added_C).sum())
-            total += float((energy(W, factor) - W.square() @ factor.added_C).sum())
-            parts.append(Q)
-        Q_RC = torch.cat(parts)
-        write_matrix(module, Q_RC)
-        dampening = factors[0].dampening
-        state.ledger.add(
-            name,
-            "sparsegpt",
-            flag=f"damping raised to {dampening:g}" if dampening != self.dampening_frac else None,
-            scheme=self.mask_structure,
-            sparsity=share_of_zeros(Q_RC),
-            error=max(0.0, error) / max(total, torch.finfo(torch.float32).tiny),
-            sqnr_db=sqnr_db(weight_error(W_RC, Q_RC)),
-            params=W_RC.numel(),
-            tokens=shared.moment.tokens,
-            seconds=time.perf_counter() - start,
-        )
-
-    def _factorize(self, name: str, shared: Shared) -> tuple[Tensor, list[Factor]]:
-        """The damped H of each partition, and their factors."""
-        assert shared.moment is not None
-        H_PCC = shared.moment.take()
-        factors, dampening = factorize_each(H_PCC, self.dampening_frac, by_size=False, retry=self.on_failure == "retry")
-        if factors is None:
+    def prepare(self, hessian: Hessian, layers: Sequence[Layer]) -> tuple[Tensor, Factor]:
+        """The damped H, and its factor."""
+        H_CC, retry = hessian.H_CC, self.on_failure == "retry"
+        factor, dampening = factorize_retrying(H_CC, self.dampening_frac, by_size=False, retry=retry)
+        if factor is None:
             raise ValueError(
-                f"H of {', '.join(map(repr, shared.members))} is not positive definite with dampening_frac="
-                f"{dampening:g} ({shared.moment.tokens} tokens for {H_PCC.shape[1]} columns); raise dampening_frac "
+                f"H of {', '.join(map(repr, hessian.layers))} is not positive definite with dampening_frac="
+                f"{dampening:g} ({hessian.tokens} tokens for {len(H_CC)} columns); raise dampening_frac "
                 f"(0.01 to 0.1 is usual), calibrate on more tokens, or set on_failure='retry'"
             )
-        for H_CC, factor in zip(H_PCC, factors, strict=True):
-            H_CC.diagonal().add_(factor.added_C)
-        return H_PCC, factors
+        H_CC.diagonal().add_(factor.added_C)
+        return H_CC, factor
+
+    def solve(self, layer: Layer, prepared: tuple[Tensor, Factor]) -> Solved:
+        H_CC, factor = prepared
+        W_RC = layer.W_RC.float()
+        Q_RC, keep_RC = prune_columns(W_RC, factor, self.sparsity_in(layer), self.pattern, self.block_size, self.scope)
+        Q_RC = refit(W_RC, Q_RC, keep_RC, H_CC, self.refit_iterations).to(layer.W_RC.dtype)
+        raised = factor.dampening != self.dampening_frac
+        return Solved(
+            Q_RC,
+            undamped_energy(W_RC - Q_RC.float(), factor),
+            undamped_energy(W_RC, factor),
+            flag=f"damping raised to {factor.dampening:g}" if raised else None,
+        )

@@ -1,6 +1,5 @@
 """The arguments that modifiers share which prune on calibration data: what is pruned, how much, in which structure."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -11,7 +10,7 @@ from lightning_compress.layers.matrix import as_matrix, check_weights_work, is_s
 from lightning_compress.layers.tied_weights import check_unshared
 from lightning_compress.pruning.masks import check_structure, n_of_m
 
-__all__ = ["PruningArguments", "never_saw_data", "share_of_zeros", "zeros_stay"]
+__all__ = ["PruningArguments", "share_of_zeros", "zeros_stay"]
 
 PRUNED = 1 / 3  # share of zeros from which on a weight is taken for pruned
 
@@ -138,11 +137,3 @@ def share_of_zeros(W_RC: Tensor) -> float:
 def zeros_stay(W_RC: Tensor, preserve_zeros: bool | None) -> bool:
     """Whether a quantizer leaves zeros zero: as it is told, else (None) where at least a third of the weights are."""
     return share_of_zeros(W_RC) >= PRUNED if preserve_zeros is None else preserve_zeros
-
-
-def never_saw_data(modifier: str, names: Sequence[str]) -> str:
-    """The warning about targets that calibration did not reach."""
-    return (
-        f"{modifier}: {', '.join(names)} never saw data and were left as they were, not pruned; were they called, in "
-        f"these batches, as modules of their own? (nn.MultiheadAttention uses the weight of its out_proj directly)"
-    )

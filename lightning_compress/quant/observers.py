@@ -25,7 +25,7 @@ from lightning_compress.quant.histogram import BINS, bins_of, edges, points
 
 __all__ = [
     "Entropy",
-    "InputMoment",
+    "MeanSquare",
     "MinMax",
     "MovingAverage",
     "MSE",
@@ -205,7 +205,7 @@ class Entropy(HistogramObserver):
         return float((P * (P / (Q / Q.sum())).log()).sum())
 
 
-class InputMoment:
+class MeanSquare:
     """E[x^2] of each input column, by partition: how much an error in a column of the weight matters (imatrix)."""
 
     reduce = {"sum_PC": "sum", "tokens": "sum"}

@@ -35,7 +35,7 @@ def test_targets_of_a_layer_are_looked_at_together_and_those_outside_by_themselv
     data["y"][:, :2] *= 20
     for name, x in data.items():
         for piece in x.split([7, 33]):
-            survey.observe(name, (piece,), None)
+            survey.observe(name, piece[None])
     survey.close("block", ["q", "k", "spare"])
     survey.close("", ["x", "y"])
     found = survey.sparsities(0.5, 0.1)

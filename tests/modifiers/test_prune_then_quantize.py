@@ -16,7 +16,7 @@ from lightning_compress import (
     save,
 )
 from lightning_compress.layerwise.factor import factorize
-from lightning_compress.modifiers.gptq.columns import round_columns
+from lightning_compress.modifiers.gptq.solver import round_columns
 from lightning_compress.quant.record import quantized_modules
 from lightning_compress.quant.scales import minmax
 from tests.support.pruning_runs import kept_per_group, problem

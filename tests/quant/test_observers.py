@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from lightning_compress.layers.matrix import inputs_as_rows
 from lightning_compress.layerwise import input_hessian as hessian
-from lightning_compress.quant.observers import MSE, InputMoment, MinMax, MovingAverage, Percentile, make_observer
+from lightning_compress.quant.observers import MSE, MeanSquare, MinMax, MovingAverage, Percentile, make_observer
 
 INT8 = QuantizationArgs(num_bits=8)
 ASYM = QuantizationArgs(num_bits=8, symmetric=False)
@@ -105,7 +105,7 @@ OBSERVERS = ["minmax", "moving_average", "mse", "percentile", "histogram"]
 STATISTICS = [*OBSERVERS, "imatrix", "hessian", "hessian of groups"]
 
 
-class OfGroups(hessian.InputMoment):
+class OfGroups(hessian.InputHessian):
     """The blocks on the diagonal of H, for groups of 4 columns."""
 
     def __init__(self):
@@ -117,8 +117,8 @@ class OfGroups(hessian.InputMoment):
 
 def made(name):
     moments = {
-        "imatrix": lambda: InputMoment(1, 8),
-        "hessian": lambda: hessian.InputMoment(1, 8),
+        "imatrix": lambda: MeanSquare(1, 8),
+        "hessian": lambda: hessian.InputHessian(1, 8),
         "hessian of groups": OfGroups,
     }
     return moments[name]() if name in moments else make_observer(name, ASYM, 0.1)
@@ -168,11 +168,11 @@ def test_masked_tokens_are_left_out(name):
 
 
 def test_moments_by_hand():
-    moment, x = InputMoment(2, 4), torch.randn(2, 9, 4)
+    moment, x = MeanSquare(2, 4), torch.randn(2, 9, 4)
     moment.update(x)
     assert_close(moment.value(), x.square().mean(1))
     with pytest.raises(ValueError, match="never saw data"):
-        InputMoment(1, 4).value()
+        MeanSquare(1, 4).value()
 
 
 def test_the_scale_is_in_the_dtype_asked_for():

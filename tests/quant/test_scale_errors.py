@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_compress.layerwise.input_hessian import InputMoment, groups_as_partitions
+from lightning_compress.layerwise.input_hessian import InputHessian, groups_as_partitions
 from lightning_compress.quant import scales
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.scale_errors import FormErrors, GridErrors
@@ -122,7 +122,7 @@ def test_the_more_it_knows_of_the_inputs_the_less_is_lost_on_others(bits):
 
 def test_groups_as_partitions_give_the_blocks_on_the_diagonal():
     X = torch.randn(2, 50, 10)
-    stat = InputMoment(2 * 3, 4)
+    stat = InputHessian(2 * 3, 4)
     for part in X.split([20, 30], 1):
         stat.update(groups_as_partitions(part, 4))
     for p in range(2):

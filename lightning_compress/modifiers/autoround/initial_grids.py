@@ -12,9 +12,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lightning_compress.layerwise.factor import factorize_each
+from lightning_compress.layerwise.factor import factorize_retrying
 from lightning_compress.modifiers.autoround.grid import LearnedGrid
-from lightning_compress.modifiers.gptq.solver import ScaleSearch, Solver
+from lightning_compress.modifiers.gptq.solver import Matrix, ScaleSearch, Solver, adjusted, rows_of
 from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.rounding import find_scales
 
@@ -36,7 +36,7 @@ class Start:
     scale_search: ScaleSearch
 
     @property
-    def needs_moments(self) -> bool:
+    def needs_hessian(self) -> bool:
         """Whether H is asked for."""
         return self.gptq or self.scale_search == "hessian"
 
@@ -61,11 +61,22 @@ class Start:
 
     def _gptq(self, W_RC: Tensor, args: QuantizationArgs, keep_RC: Tensor | None, H_PCC: Tensor) -> LearnedGrid | None:
         """None where no damping makes H positive definite."""
-        factors, _ = factorize_each(H_PCC, DAMPENING, by_size=True, retry=True)
-        if factors is None:
+        P, R, solver = len(H_PCC), len(W_RC), Solver(args, self.scale_search)
+        factors = [factorize_retrying(H_CC, DAMPENING, by_size=True, retry=True)[0] for H_CC in H_PCC]
+        factor_P = [factor for factor in factors if factor is not None]
+        if len(factor_P) < P:
             return None
-        keep = torch.ones_like(W_RC, dtype=torch.bool) if keep_RC is None else keep_RC
-        solved = Solver(args, self.scale_search)([W_RC], factors, [None], [keep])
-        scale, zero_point = solved.scales[0]
-        latent_RC = latent_of(solved.latents(factors), solved.Q_RC.to(W_RC.dtype), scale, zero_point, args)
+        keep_RC = torch.ones_like(W_RC, dtype=torch.bool) if keep_RC is None else keep_RC
+        common = solver.common_scales(W_RC, factor_P, None) if P > 1 else None
+        latents, solutions = [], []
+        for p, (W, keep, factor) in enumerate(zip(W_RC.chunk(P), keep_RC.chunk(P), factor_P, strict=True)):
+            given = None if common is None else rows_of(common, slice(p * R // P, (p + 1) * R // P), R, args)
+            (solved,) = solver([Matrix(W, keep, None, given)], factor)
+            latents.append(adjusted(solved.W_RC, solved.Q_RC, factor) * keep)
+            solutions.append(solved)
+        zeros = [one.zero_point for one in solutions if one.zero_point is not None]
+        scales = torch.cat([one.scale for one in solutions]), torch.cat(zeros) if zeros else None
+        scale, zero_point = common or scales
+        Q_RC = torch.cat([one.Q_RC for one in solutions]).to(W_RC.dtype)
+        latent_RC = latent_of(torch.cat(latents), Q_RC, scale, zero_point, args)
         return LearnedGrid(latent_RC, scale, zero_point, args, keep_RC)

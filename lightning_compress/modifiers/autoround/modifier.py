@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input, write_matrix
-from lightning_compress.layerwise.input_hessian import MomentPool
+from lightning_compress.layerwise.input_hessian import HessianPool
 from lightning_compress.modifiers.autoround.block import LearnedBlock
 from lightning_compress.modifiers.autoround.descent import Descent, descend
 from lightning_compress.modifiers.autoround.grid import LearnedGrid, OnGrid
@@ -83,7 +83,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # what is left to do
     _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
-    _pool: MomentPool = PrivateAttr(default_factory=MomentPool)
+    _pool: HessianPool = PrivateAttr(default_factory=HessianPool)
 
     @model_validator(mode="after")
     def _scheme_is_learnable(self) -> "AutoRoundModifier":
@@ -118,7 +118,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         assert state.model is not None
         self._schemes = self.assign(state.model)
         self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
-        self._pool = MomentPool()
+        self._pool = HessianPool()
         for name, module in self._modules.items():
             self.hook(module, lambda module, inputs, name=name: self._observe(name, module, inputs))
 
@@ -146,14 +146,14 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
                 f"these batches, as modules of their own?",
                 stacklevel=2,
             )
-        self._schemes, self._modules, self._tokens, self._pool = {}, {}, {}, MomentPool()
+        self._schemes, self._modules, self._tokens, self._pool = {}, {}, {}, HessianPool()
         self.remove_hooks()
 
     def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x, mask = only_input(name, inputs), self.token_mask
         X_PNC = inputs_as_rows(module, x, mask)
         self._tokens[name] = self._tokens.get(name, 0) + X_PNC.shape[1]
-        if self._begin.needs_moments:
+        if self._begin.needs_hessian:
             self._pool.update(name, x, input_layout(module), lambda: X_PNC)
 
     # -- one block ----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         assert args is not None
         check_dense(name, module)
         W_RC, shared = as_matrix(module), self._pool.get(name)
-        H_PCC = shared.moment.value() if shared is not None and shared.moment is not None else None
+        H_PCC = shared.statistic.value() if shared is not None and shared.statistic is not None else None
         return start(W_RC.clone(), args, W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else None, H_PCC)
 
     def _write(self, state: State, name: str, W_RC: Tensor, found: OnGrid, flag: str, facts: dict[str, Any]) -> None:

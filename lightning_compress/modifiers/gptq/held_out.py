@@ -5,15 +5,16 @@ with the H of B, (W - Q) H_B (W - Q)^T. What wins is then done to all rows with 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_compress.layerwise.factor import factorize_each
-from lightning_compress.modifiers.gptq.solver import Solver, damped, error_on
+from lightning_compress.layerwise.factor import Factor, factorize_retrying
+from lightning_compress.modifiers.gptq.refinement import weighted_error
+from lightning_compress.modifiers.gptq.solver import Matrix, OnGrid, Solver
 
-__all__ = ["DAMPENINGS", "Choice", "choose"]
+__all__ = ["DAMPENINGS", "Choice", "choose", "damped"]
 
 DAMPENINGS = (0.01, 0.03, 0.1, 0.3)
 ROWS = 64
@@ -35,11 +36,8 @@ class Choice:
 @torch.no_grad()
 def choose(
     solver: Solver,
-    matrices: Sequence[Tensor],
-    global_scales: Sequence[Tensor | None],
-    keeps: Sequence[Tensor],
-    A_PCC: Tensor,
-    B_PCC: Tensor,
+    matrices: Sequence[Matrix],
+    halves: tuple[Tensor, Tensor],
     dampenings: Sequence[float],
     by_size: bool,
     refine: bool,
@@ -47,40 +45,47 @@ def choose(
     """Solve some rows on A, judge them on B; None when no damping makes H of A positive definite.
 
     Args:
-        solver: For these modules.
-        matrices: The weight of each module, [rows, C].
-        global_scales: By module, or None.
-        keeps: False where a weight is to stay zero, by module.
-        A_PCC: H of one half.
-        B_PCC: H of the other.
+        solver: For these weights.
+        matrices: The weights.
+        halves: H of A and H of B, [C, C] each.
         dampenings: What to choose from.
         by_size: Columns in order of falling H_jj.
         refine: Whether refinement is wanted at all.
     """
-    each_R = [_some_rows(len(W_RC), len(A_PCC), solver, ROWS // len(matrices)).to(W_RC.device) for W_RC in matrices]
-    matrices = [W_RC[rows] for W_RC, rows in zip(matrices, each_R, strict=True)]
-    keeps = [keep[rows] for keep, rows in zip(keeps, each_R, strict=True)]
+    A_CC, B_CC = halves
+    matrices = [_some_rows(matrix, solver, ROWS // len(matrices)) for matrix in matrices]
     best: tuple[float, Choice] | None = None
     for dampening in dampenings:
-        factors, _ = factorize_each(A_PCC, dampening, by_size, retry=False)
-        if factors is None:
+        factor, _ = factorize_retrying(A_CC, dampening, by_size, retry=False)
+        if factor is None:
             continue
-        solved = solver(matrices, factors, global_scales, keeps)
-        error, better = float(error_on(solved.W_RC, solved.Q_RC, B_PCC).sum()), False
+        solved = solver(matrices, factor)
+        error, better = _error_on(solved, B_CC), False
         if refine:
-            again = solver.refined(solved, damped(A_PCC, factors), matrices[0].dtype)
-            refined = float(error_on(again.W_RC, again.Q_RC, B_PCC).sum())
+            refined = _error_on(solver.refined(solved, matrices, damped(A_CC, factor)), B_CC)
             error, better = min(error, refined), refined < error
         if best is None or error < best[0]:
             best = error, Choice(dampening, better)
     return None if best is None else best[1]
 
 
-def _some_rows(rows: int, partitions: int, solver: Solver, wanted: int) -> Tensor:
-    """Rows spread over a matrix, as many of each partition; all of them where rows share a scale."""
+def damped(H_CC: Tensor, factor: Factor) -> Tensor:
+    """H as it was factored, [C, C]: a copy with what was added to its diagonal."""
+    H_CC = H_CC.clone()
+    H_CC.diagonal().add_(factor.added_C)
+    return H_CC
+
+
+def _error_on(solved: Sequence[OnGrid], H_CC: Tensor) -> float:
+    """The trace of (W - Q) H (W - Q)^T over all weights."""
+    W_RC, Q_RC = torch.cat([one.W_RC for one in solved]), torch.cat([one.Q_RC for one in solved])
+    return float(weighted_error(W_RC, Q_RC, H_CC).sum())
+
+
+def _some_rows(matrix: Matrix, solver: Solver, wanted: int) -> Matrix:
+    """Rows spread over a weight; all of them where rows share a scale."""
+    R = len(matrix.W_RC)
     if solver.args.strategy in ("tensor", "block"):
-        return torch.arange(rows)
-    within = rows // partitions
-    take = min(within, max(1, wanted // partitions))
-    chosen = torch.linspace(0, within - 1, take, dtype=torch.float32).round().long()
-    return (torch.arange(partitions)[:, None] * within + chosen).flatten()
+        return matrix
+    rows = torch.linspace(0, R - 1, min(R, max(1, wanted)), dtype=torch.float32).round().long().to(matrix.W_RC.device)
+    return replace(matrix, W_RC=matrix.W_RC[rows], keep_RC=matrix.keep_RC[rows])

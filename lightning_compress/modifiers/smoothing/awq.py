@@ -30,7 +30,7 @@ from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.core.precision import plain_precision
 from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, input_layout, only_input, write_matrix
-from lightning_compress.layerwise.input_hessian import MomentPool
+from lightning_compress.layerwise.input_hessian import HessianPool
 from lightning_compress.layerwise.parent import ParentCalls, common_parent, keep_calls
 from lightning_compress.modifiers.smoothing.finder import PairFinder, no_pairs
 from lightning_compress.modifiers.smoothing.fold import fold, spread
@@ -297,9 +297,9 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
 
     def _look_again(
         self, state: State, parents: Mapping[str, str | None], measured: set[str]
-    ) -> tuple[dict[str, ParentCalls], MomentPool]:
+    ) -> tuple[dict[str, ParentCalls], HessianPool]:
         """All batches once more: calls of parents are kept, H of the layers in ``measured`` is added up."""
-        pool, replay = MomentPool(), state.replay
+        pool, replay = HessianPool(), state.replay
         assert replay is not None
 
         @plain_precision()
@@ -332,7 +332,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
 
     # -- the search ---------------------------------------------------------------------------------------------------
 
-    def _search(self, pair: Pair, calls: ParentCalls | None, moments: MomentPool) -> Tensor:
+    def _search(self, pair: Pair, calls: ParentCalls | None, moments: HessianPool) -> Tensor:
         """The best s of a pair, [J]."""
         J, fed = len(pair.channels_J), self._fed(pair)
         index = {name: pair.consumers[name].index_C for name in fed}
@@ -375,7 +375,7 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
                 write_matrix(self._modules[name], dense[name])
 
     def _layer_errors(
-        self, pair: Pair, fed: Sequence[str], moments: MomentPool, scales: Sequence[Tensor]
+        self, pair: Pair, fed: Sequence[str], moments: HessianPool, scales: Sequence[Tensor]
     ) -> list[float]:
         """The squared error of the layers' own outputs with each s, from second moments; inf where it was given up.
 
@@ -389,9 +389,9 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         for name in fed:
             shared = moments.get(name)
             assert shared is not None
-            assert shared.moment is not None
+            assert shared.statistic is not None
             s_KC = torch.stack([spread(pair.consumers[name].index_C, s_J) for s_J in scales])
-            H_CC = shared.moment.value()[0] * shared.moment.tokens
+            H_CC = shared.statistic.value()[0] * shared.statistic.tokens
             known.append((matrices[name], s_KC, self._grid_of(name), H_CC))
 
         def errors(some: Sequence[int], rung: int) -> list[float]:
@@ -408,13 +408,13 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
-    def _complete(self, state: State, name: str, s_C: Tensor | None, moments: MomentPool, seconds: float) -> None:
+    def _complete(self, state: State, name: str, s_C: Tensor | None, moments: HessianPool, seconds: float) -> None:
         """Clip and round one target whose scale is folded."""
         module, tokens = self._modules[name], self._means[name].tokens
         flag = None if s_C is not None else "no smoothing pair" + ("; rounded to nearest" if self.quantize else "")
         if self.clip and (shared := moments.get(name)) is not None and self._grid_of(name).strategy != "tensor":
-            assert shared.moment is not None
-            H_CC = shared.moment.value()[0]
+            assert shared.statistic is not None
+            H_CC = shared.statistic.value()[0]
             if s_C is not None:
                 H_CC = H_CC / s_C / s_C[:, None]  # of the inputs as they are now
             write_matrix(module, clipped(as_matrix(module), self._grid_of(name), H_CC))

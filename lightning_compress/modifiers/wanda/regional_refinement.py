@@ -23,7 +23,7 @@ __all__ = ["RMSprop", "Refinement", "Refined", "refine"]
 
 @dataclass(frozen=True)
 class Refinement:
-    """How to go about it.
+    """Settings of the refinement.
 
     Args:
         rounds: K; 0: prune, and be done.
@@ -40,15 +40,15 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Refined:
-    """What came out.
+    """Result of the refinement.
 
     Args:
-        found: Pruned weights by name, [R, C], as they are stored.
-        began: The squared error of the block's output with the weights it was compared with.
-        ended: That with ``found``.
+        weights: Pruned weights by name, [R, C], as they are stored.
+        began: Squared error of the block's output with the weights it was compared with.
+        ended: Squared error with ``weights``.
     """
 
-    found: dict[str, Tensor]
+    weights: dict[str, Tensor]
     began: float
     ended: float
 
@@ -65,31 +65,31 @@ def refine(
     Args:
         block: Between the two ends of :meth:`LearnedBlock.learning`.
         dense: Its weights by name, [R, C]; zeros stay.
-        rival: Pruned weights that the result shall not be worse than, where there are rounds.
+        rival: Pruned weights that the result must not be worse than, where there are rounds.
         prune: ``prune(name, W, first)`` gives the pruned weight, as it is stored, of W, float32; ``first``: W is dense.
         how: Rounds, steps, rate, seed.
     """
     began = ended = _error(block, rival)
-    found = dict(rival)
+    weights = dict(rival)
     W = {name: W_RC.float() for name, W_RC in dense.items()}
-    there = {name: W_RC != 0 for name, W_RC in dense.items()}
+    nonzero = {name: W_RC != 0 for name, W_RC in dense.items()}
     optimizers = {name: RMSprop(W_RC, how.rate) for name, W_RC in W.items()}
     order = drawn(block.count, how.seed)
-    for done in range(how.rounds + 1):
-        pruned = {name: prune(name, W_RC, done == 0) for name, W_RC in W.items()}
+    for round_ in range(how.rounds + 1):
+        pruned = {name: prune(name, W_RC, round_ == 0) for name, W_RC in W.items()}
         error = _error(block, pruned)
         if error < ended or not how.rounds:
-            found, ended = pruned, error
-        if done == how.rounds:
+            weights, ended = pruned, error
+        if round_ == how.rounds:
             break
         W = {name: Q_RC.float().clone() for name, Q_RC in pruned.items()}
         for _ in range(how.steps):
             with torch.enable_grad():
                 loss = block.error(next(order))
             for name, g_RC in block.gradients(loss).items():
-                optimizers[name].step(W[name], g_RC * there[name])
+                optimizers[name].step(W[name], g_RC * nonzero[name])
             block.write(W)
-    return Refined(found, began, ended)
+    return Refined(weights, began, ended)
 
 
 class RMSprop:

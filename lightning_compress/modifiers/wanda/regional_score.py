@@ -19,17 +19,17 @@ from lightning_compress.modifiers.autoround.block import LearnedBlock
 __all__ = ["RegionalGradient", "regional_gradients", "regional_norm"]
 
 
-def regional_norm(moment_C: Tensor, tokens: int, samples: int, G_RC: Tensor, alpha: float) -> Tensor:
+def regional_norm(square_C: Tensor, tokens: int, samples: int, G_RC: Tensor, alpha: float) -> Tensor:
     """What |W| is multiplied by, [R, C].
 
     Args:
-        moment_C: E[x_c^2] over tokens.
-        tokens: How many these were.
-        samples: In so many samples.
-        G_RC: The regional gradient.
-        alpha: Its weight.
+        square_C: E[x_c^2] over tokens.
+        tokens: Number of tokens.
+        samples: Number of samples that hold these tokens.
+        G_RC: Regional gradient.
+        alpha: Weight of the regional gradient.
     """
-    return (moment_C * (tokens / samples)).sqrt() + alpha * G_RC
+    return (square_C * (tokens / samples)).sqrt() + alpha * G_RC
 
 
 def regional_gradients(block: LearnedBlock, weights: Mapping[str, Tensor]) -> dict[str, "RegionalGradient"]:
@@ -39,15 +39,15 @@ def regional_gradients(block: LearnedBlock, weights: Mapping[str, Tensor]) -> di
         block: Between the two ends of :meth:`LearnedBlock.learning`.
         weights: By name, [R, C].
     """
-    found = {name: RegionalGradient(W_RC) for name, W_RC in weights.items()}
+    statistics = {name: RegionalGradient(W_RC) for name, W_RC in weights.items()}
     for i in range(block.count):
         with torch.enable_grad():
             norms = block.norms(i)
         for number, norm in enumerate(norms, 1):
             gradients = block.gradients_of(norm, again=number < len(norms))
-            for name, statistic in found.items():
+            for name, statistic in statistics.items():
                 statistic.update(gradients.get(name))
-    return found
+    return statistics
 
 
 class RegionalGradient:
@@ -56,8 +56,6 @@ class RegionalGradient:
     Args:
         like: A matrix [R, C], for shape and device.
     """
-
-    reduce = {"squares_RC": "sum", "samples": "sum"}
 
     def __init__(self, like: Tensor):
         self.squares_RC = torch.zeros_like(like, dtype=torch.float32)

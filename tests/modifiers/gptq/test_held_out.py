@@ -5,11 +5,11 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
-from lightning_compress.layerwise.factor import factorize_each
-from lightning_compress.modifiers.gptq.held_out import DAMPENINGS, Choice, choose
+from lightning_compress.layerwise.factor import factorize
+from lightning_compress.modifiers.gptq.held_out import DAMPENINGS, Choice, choose, damped
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.gptq.refinement import weighted_error
-from lightning_compress.modifiers.gptq.solver import Solver, damped, error_on
+from lightning_compress.modifiers.gptq.solver import Matrix, Solver
 from tests.support.quantization_runs import attention, batches, calibrate, correlated
 
 C = 64
@@ -18,45 +18,47 @@ W3 = QuantizationArgs(num_bits=3, type="int", symmetric=True, strategy="group", 
 
 def moment(tokens: int, seed: int) -> torch.Tensor:
     X = correlated(tokens, C, seed)
-    return (X.T @ X / tokens)[None]
+    return X.T @ X / tokens
 
 
 def test_the_choice_is_the_best_of_all_on_the_other_half():
-    W, keep = torch.randn(32, C, generator=torch.Generator().manual_seed(0)), torch.ones(32, C, dtype=torch.bool)
+    W = torch.randn(32, C, generator=torch.Generator().manual_seed(0))
+    matrix = Matrix(W, torch.ones(32, C, dtype=torch.bool))
     A, B, solver = moment(80, 1), moment(80, 2), Solver(W3, "hessian")
     errors = {}
     for dampening in DAMPENINGS:
-        factors, _ = factorize_each(A, dampening, True, retry=False)
-        solved = solver([W], factors, [None], [keep])
-        refined = solver.refined(solved, damped(A, factors), torch.float32)
+        factor = factorize(A, dampening, True)
+        solved = solver([matrix], factor)
+        refined = solver.refined(solved, [matrix], damped(A, factor))
         for name, found in ((False, solved), (True, refined)):
-            errors[dampening, name] = float(weighted_error(W, found.Q_RC, B[0]).sum())
-    found = choose(solver, [W], [None], [keep], A, B, DAMPENINGS, True, True)
+            errors[dampening, name] = float(weighted_error(W, found[0].Q_RC, B).sum())
+    found = choose(solver, [matrix], (A, B), DAMPENINGS, True, True)
     assert found is not None
     assert errors[found.dampening, found.refine] == min(errors.values())
-    plain = choose(solver, [W], [None], [keep], A, B, DAMPENINGS, True, False)
+    plain = choose(solver, [matrix], (A, B), DAMPENINGS, True, False)
     assert plain is not None
     assert (plain.refine, errors[plain.dampening, False]) == (False, min(errors[d, False] for d in DAMPENINGS))
 
 
 def test_refinement_that_does_worse_on_held_out_inputs_is_not_taken():
     """H of a few tokens with next to no damping is fitted, noise and all: other inputs lose more by it."""
-    W, keep = torch.randn(32, C, generator=torch.Generator().manual_seed(0)), torch.ones(32, C, dtype=torch.bool)
-    A, B, solver = moment(16, 1), torch.eye(C)[None], Solver(W3, "hessian")
-    factors, _ = factorize_each(A, 0.01, True, retry=False)
-    solved = solver([W], factors, [None], [keep])
-    refined = solver.refined(solved, damped(A, factors), torch.float32)
-    errors = [float(weighted_error(W, found.Q_RC, B[0]).sum()) for found in (solved, refined)]
+    W = torch.randn(32, C, generator=torch.Generator().manual_seed(0))
+    matrix = Matrix(W, torch.ones(32, C, dtype=torch.bool))
+    A, B, solver = moment(16, 1), torch.eye(C), Solver(W3, "hessian")
+    factor = factorize(A, 0.01, True)
+    solved = solver([matrix], factor)
+    refined = solver.refined(solved, [matrix], damped(A, factor))
+    errors = [float(weighted_error(W, found[0].Q_RC, B).sum()) for found in (solved, refined)]
     assert errors[1] > errors[0]
-    assert choose(solver, [W], [None], [keep], A, B, (0.01,), True, True) == Choice(0.01, False)
-    other = choose(solver, [W], [None], [keep], A, A, (0.01,), True, True)
+    assert choose(solver, [matrix], (A, B), (0.01,), True, True) == Choice(0.01, False)
+    other = choose(solver, [matrix], (A, A), (0.01,), True, True)
     assert other == Choice(0.01, True)
 
 
 def test_a_half_of_which_no_h_is_positive_definite_gives_no_choice():
-    W, keep = torch.ones(4, C), torch.ones(4, C, dtype=torch.bool)
-    A = torch.full((1, C, C), float("nan"))
-    assert choose(Solver(W3, "minmax"), [W], [None], [keep], A, A, (0.0,), True, True) is None
+    matrix = Matrix(torch.ones(4, C), torch.ones(4, C, dtype=torch.bool))
+    A = torch.full((C, C), float("nan"))
+    assert choose(Solver(W3, "minmax"), [matrix], (A, A), (0.0,), True, True) is None
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -87,7 +89,7 @@ def test_unseen_inputs_lose_less():
             model = attention(seed)
             calibrate(model, GPTQModifier(scheme="W3A16", group_size=32, **settings), data)
             made[name] = sum(
-                float(error_on(getattr(dense, n).weight.data, getattr(model, n).weight.data, H[None]).sum())
+                float(weighted_error(getattr(dense, n).weight.data, getattr(model, n).weight.data, H).sum())
                 for n in "qkv"
             )
         plain_error += made["plain"]

@@ -1,0 +1,294 @@
+"""The life of a technique that solves layers one by one from statistics of their inputs.
+
+    CALIBRATION_START    find the layers, hook them
+    each batch           the hook hands the input of a layer to :meth:`LayerwiseModifier.observe`
+    MODULE_READY         one-pass walk: all batches have arrived at these layers     -> solve, write, report
+    BLOCK_END            two-pass walk: all layers of the block have seen their data -> solve, write, report
+    CALIBRATION_END      layers that never saw data: :meth:`LayerwiseModifier.unseen`; hooks and statistics go
+
+A technique states its layers (``find_layers``) and implements ``solve``, tensors in and tensors out. Layers that
+receive the very same tensor share one Hessian, and what ``prepare`` makes of it. A grouped convolution is split here
+into as many independent problems as it has partitions, so that ``solve`` sees one weight matrix and one Hessian.
+
+Shapes: R rows, C columns (inputs), P partitions of a grouped convolution (1 for all other layers).
+"""
+
+import time
+from abc import abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from lightning_compress.core import Event, Modifier, State
+from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
+from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, SharedHessian
+
+__all__ = ["Hessian", "Layer", "LayerwiseModifier", "Solved"]
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """H = E[x x^T] of the inputs of one or more layers.
+
+    Args:
+        H_CC: Float32, both triangles. It may be changed in place.
+        tokens: Number of inputs that H is the mean of.
+        layers: Names of the layers that receive these inputs.
+        halves: H of every second batch and H of the other batches, where the modifier holds batches out.
+    """
+
+    H_CC: Tensor
+    tokens: int
+    layers: Sequence[str]
+    halves: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weight matrix of a module, or of one partition of a grouped convolution.
+
+    Args:
+        name: Dotted name of the module.
+        module: The module.
+        W_RC: Its rows of the weight, in the dtype of the module; they must not be changed in place.
+        rows: Which rows of the module's weight these are.
+        common: What :meth:`LayerwiseModifier.common` gave for the module.
+    """
+
+    name: str
+    module: nn.Module
+    W_RC: Tensor
+    rows: slice = field(default_factory=lambda: slice(None))
+    common: Any = None
+
+    def parts(self, P: int) -> list["Layer"]:
+        """The layer itself, or one layer for each of P partitions."""
+        if P == 1:
+            return [self]
+        R = len(self.W_RC) // P
+        ranges = [slice(p * R, (p + 1) * R) for p in range(P)]
+        return [replace(self, W_RC=self.W_RC[rows], rows=rows) for rows in ranges]
+
+
+@dataclass
+class Solved:
+    """What replaces the weight of a layer.
+
+    Args:
+        W_RC: The new weight; in the dtype of the module, unless ``write`` converts it.
+        error: Trace of (W - Q) H (W - Q)^T, with H as it was before damping.
+        energy: Trace of W H W^T.
+        flag: A remark for the ledger.
+        parts: Further tensors with one row for each row of the weight, such as scales.
+    """
+
+    W_RC: Tensor
+    error: float = 0.0
+    energy: float = 0.0
+    flag: str | None = None
+    parts: dict[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def relative_error(self) -> float:
+        """The error of the output as a share of the output."""
+        return max(0.0, self.error) / max(self.energy, torch.finfo(torch.float32).tiny)
+
+    @classmethod
+    def join(cls, each: Sequence["Solved"]) -> "Solved":
+        """The solutions of all partitions as one."""
+        if len(each) == 1:
+            return each[0]
+        parts: dict[str, Tensor | None] = {}
+        for key in each[0].parts:
+            tensors = [tensor for solved in each if (tensor := solved.parts[key]) is not None]
+            parts[key] = torch.cat(tensors) if tensors else None
+        flags = dict.fromkeys(solved.flag for solved in each if solved.flag)
+        error, energy = sum(s.error for s in each), sum(s.energy for s in each)
+        return cls(torch.cat([s.W_RC for s in each]), error, energy, "; ".join(flags) or None, parts)
+
+
+class LayerwiseModifier(Modifier):
+    """Base class of modifiers that solve layers from statistics of their inputs.
+
+    Implement :meth:`find_layers` and :meth:`solve`; the others have defaults.
+    """
+
+    technique: ClassVar[str]
+    """Name of the technique in the ledger."""
+
+    _layers: dict[str, nn.Module] = PrivateAttr(default_factory=dict)  # those that are not solved yet
+    _pool: HessianPool = PrivateAttr(default_factory=HessianPool)
+    _prepared: PerHessian[list[Any]] = PrivateAttr(default_factory=PerHessian)  # by partition
+
+    # -- what a technique says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers to solve, by dotted name; ValueError where one cannot be."""
+
+    def solve(self, layer: Layer, prepared: Any) -> Solved:
+        """The new weight of a layer.
+
+        Args:
+            layer: The layer, or one partition of it.
+            prepared: What :meth:`prepare` gave for the Hessian of its inputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} implements neither solve nor solve_together")
+
+    def prepare(self, hessian: Hessian, layers: Sequence[Layer]) -> Any:
+        """What solving needs of a Hessian, once for all layers that share it; None gives them up (:meth:`give_up`).
+
+        Args:
+            hessian: Of the inputs of these layers.
+            layers: Those of them that are solved first.
+        """
+        return hessian
+
+    def solve_together(self, layers: Sequence[Layer], prepared: Any) -> list[Solved]:
+        """Solutions for layers of one Hessian and one :meth:`group_of`."""
+        return [self.solve(layer, prepared) for layer in layers]
+
+    def group_of(self, name: str) -> Hashable:
+        """Layers of one Hessian and one group are solved together."""
+        return name
+
+    def common(self, layer: Layer, prepared: Sequence[Any]) -> Any:
+        """What the partitions of a grouped convolution share, such as a scale of the whole tensor."""
+        return None
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """ValueError where a layer cannot be solved, such as one that another modifier quantized."""
+
+    @abstractmethod
+    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
+        """Put the solution into the module (:func:`write_matrix`); returns facts for its row of the ledger."""
+
+    def give_up(self, state: State, name: str, tokens: int) -> None:
+        """Handle a layer for which :meth:`prepare` gave None."""
+        raise AssertionError(f"{self.name} gives no layer up")
+
+    @abstractmethod
+    def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
+        """Handle layers that never saw data: write their rows of the ledger, and warn by name."""
+
+    @property
+    def holds_out(self) -> bool:
+        """True where :attr:`Hessian.halves` are needed."""
+        return False
+
+    def set_up(self) -> None:
+        """Make what a calibration needs; the layers are known, and not hooked yet."""
+
+    # -- statistics ---------------------------------------------------------------------------------------------------
+
+    def watches(self, name: str, module: nn.Module) -> bool:
+        """True where the inputs of a layer are observed."""
+        return True
+
+    def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Take one input of a layer into its statistic."""
+        self._pool.update(name, x, input_layout(module), lambda: inputs_as_rows(module, x, self.token_mask))
+
+    # -- the life of it -----------------------------------------------------------------------------------------------
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        assert state.model is not None
+        self.find_layers(state.model)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert state.model is not None
+        self._layers = dict(self.find_layers(state.model))
+        self._pool = HessianPool(getattr(self, "share_inputs", True), hold_out=self.holds_out)
+        self.set_up()
+        for name, module in self._layers.items():
+            if self.watches(name, module):
+                self.hook(module, lambda module, inputs, n=name: self.observe(n, module, only_input(n, inputs)))
+
+    def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.solve_seen(state, state.modules)
+
+    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.solve_seen(state, state.modules)
+        self._pool.drop(*state.modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.solve_seen(state, list(self._layers))
+        if self._layers:
+            self.unseen(state, dict(self._layers))
+        self.reset()
+
+    def reset(self) -> None:
+        """Let all statistics and hooks go."""
+        self._layers, self._pool = {}, HessianPool()
+        self._prepared.clear()
+        self.remove_hooks()
+
+    # -- solving ------------------------------------------------------------------------------------------------------
+
+    def seen(self, names: Iterable[str]) -> dict[str, SharedHessian]:
+        """Those of ``names`` that are left and have seen data, with the statistic of their inputs."""
+        self._pool.drop_stale()
+        statistics = {name: self._pool.get(name) for name in names if name in self._layers}
+        return {name: shared for name, shared in statistics.items() if shared is not None}
+
+    def solve_seen(self, state: State, names: Iterable[str]) -> None:
+        """Solve those of ``names`` that are left and have seen data."""
+        groups: dict[tuple[SharedHessian, Hashable], list[str]] = {}
+        for name, shared in self.seen(names).items():
+            groups.setdefault((shared, self.group_of(name)), []).append(name)
+        with torch.inference_mode(False), torch.no_grad():
+            for (shared, _), members in groups.items():
+                self._solve_group(state, shared, members)
+
+    def _solve_group(self, state: State, shared: SharedHessian, names: Sequence[str]) -> None:
+        start = time.perf_counter()
+        layers = self.begin(names)
+        prepared = self.prepared(shared, layers)
+        if any(one is None for one in prepared):
+            for name in names:
+                self.give_up(state, name, shared.tokens)
+            return
+        P, rows = len(prepared), sum(len(layer.W_RC) for layer in layers)
+        if P > 1:
+            layers = [replace(layer, common=self.common(layer, prepared)) for layer in layers]
+        parts = zip(*[layer.parts(P) for layer in layers], strict=True)
+        by_partition = [self.solve_together(part, one) for part, one in zip(parts, prepared, strict=True)]
+        seconds = (time.perf_counter() - start) / rows
+        for layer, each in zip(layers, zip(*by_partition, strict=True), strict=True):
+            self.conclude(state, layer, Solved.join(each), shared.tokens, seconds * len(layer.W_RC))
+
+    def conclude(self, state: State, layer: Layer, solved: Solved, tokens: int, seconds: float) -> None:
+        """Write a solution into its layer, and its row into the ledger; the layer is done."""
+        start = time.perf_counter()
+        facts = {"error": solved.relative_error, "tokens": tokens, **self.write(layer, solved)}
+        self.finish(layer.name)
+        seconds += time.perf_counter() - start
+        state.ledger.add(layer.name, self.technique, flag=solved.flag, seconds=seconds, **facts)
+
+    def begin(self, names: Iterable[str]) -> list[Layer]:
+        """These layers, whole; ValueError where one cannot be solved."""
+        modules = {name: self._layers[name] for name in names}
+        for name, module in modules.items():
+            self.check(name, module)
+        return [Layer(name, module, as_matrix(module)) for name, module in modules.items()]
+
+    def finish(self, name: str) -> nn.Module:
+        """A layer is done: its hooks come off."""
+        module = self._layers.pop(name)
+        self.remove_hooks(module)
+        return module
+
+    def prepared(self, shared: SharedHessian, layers: Sequence[Layer]) -> list[Any]:
+        """What :meth:`prepare` gives for each partition of a Hessian, once for all layers that share it."""
+        if shared not in self._prepared:
+            parts = zip(*[layer.parts(shared.partitions) for layer in layers], strict=True)
+            self._prepared[shared] = [
+                self.prepare(Hessian(H_CC, tokens, shared.members, halves), part)
+                for (H_CC, tokens, halves), part in zip(shared.take(), parts, strict=True)
+            ]
+        return self._prepared[shared]

@@ -1,0 +1,85 @@
+"""What pruners on calibration data share: which layers, how sparse each becomes (OWL), their row of the ledger."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from lightning_compress.core import Event, Needs, State
+from lightning_compress.layers.matrix import as_matrix, inputs_as_rows, write_matrix
+from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
+from lightning_compress.layerwise.owl import OutlierSurvey
+from lightning_compress.pruning.arguments import PruningArguments, share_of_zeros
+from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.schemes import check_finite
+from lightning_compress.quant.weight_metrics import sqnr_db, weight_error
+
+__all__ = ["LayerwisePruner"]
+
+
+class LayerwisePruner(PruningArguments, LayerwiseModifier):
+    """Base class of modifiers that prune layers from the Hessian of their inputs: implement ``solve``."""
+
+    _survey: OutlierSurvey | None = PrivateAttr(default=None)
+    _surveyed: set[str] = PrivateAttr(default_factory=set)
+    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)  # of single layers, where OWL makes them differ
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(data=True, one_pass=True, own_pass=True, survey=self.sparsity_profile == "owl")
+
+    def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        return self.find(model)
+
+    def set_up(self) -> None:
+        self._survey = OutlierSurvey(self._layers, self.owl_m) if self.needs.survey else None
+
+    def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
+        assert self._survey is not None
+        names = [name for name in state.modules if name in self._layers]
+        self._survey.close(state.block_name, names)
+        self._sparsities = self._survey.sparsities(self.mean_sparsity, self.owl_lmbda)
+        self._surveyed.update(names)
+
+    def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
+        if self._survey is not None and name not in self._surveyed:
+            self._survey.observe(name, inputs_as_rows(module, x, self.token_mask))
+        else:
+            super().observe(name, module, x)
+
+    def sparsity_in(self, layer: Layer) -> float:
+        """The share of its weights that a layer loses."""
+        return self._sparsities.get(layer.name, self.sparsity_of(layer.name, layer.module))
+
+    def check(self, name: str, module: nn.Module) -> None:
+        if Quantized.of(module) is not None:
+            raise ValueError(f"{name!r} is quantized already: put {self.name} before what quantizes it")
+        check_finite({name: module})
+
+    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
+        facts = {
+            "scheme": self.mask_structure,
+            "sparsity": share_of_zeros(solved.W_RC),
+            "sqnr_db": sqnr_db(weight_error(layer.W_RC, solved.W_RC)),
+            "params": layer.W_RC.numel(),
+        }
+        write_matrix(layer.module, solved.W_RC)
+        return facts
+
+    def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
+        for name, module in layers.items():
+            W_RC = as_matrix(module)
+            facts = {"sparsity": share_of_zeros(W_RC), "params": W_RC.numel(), "tokens": 0}
+            state.ledger.add(name, self.technique, flag="never saw data; left as it was", **facts)
+        warnings.warn(
+            f"{self.name}: {', '.join(layers)} never saw data and were left as they were, not pruned; were they "
+            f"called, in these batches, as modules of their own? (nn.MultiheadAttention uses the weight of its "
+            f"out_proj directly)",
+            stacklevel=2,
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self._survey, self._surveyed, self._sparsities = None, set(), {}

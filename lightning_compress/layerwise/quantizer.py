@@ -1,0 +1,113 @@
+"""What quantizers on calibration data share: schemes by layer, static activation scales, embeddings, global scales."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from lightning_compress.core import State
+from lightning_compress.layers.matrix import inputs_as_rows, is_embedding
+from lightning_compress.layerwise.modifier import LayerwiseModifier
+from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
+from lightning_compress.quant.rounding import check_dense, round_embeddings, round_module
+from lightning_compress.quant.shared_scales import GlobalScales
+
+__all__ = ["LayerwiseQuantizer"]
+
+
+class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
+    """Base class of modifiers that quantize layers on calibration data: implement ``solve`` and ``write``."""
+
+    if TYPE_CHECKING:  # fields of the modifiers, each with a default and choices of its own
+        scale_search: str
+        observer: ObserverName
+        averaging_constant: float
+
+    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # of the layers that are left
+    _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)  # of static activations
+    _globals: GlobalScales = PrivateAttr(default_factory=lambda: GlobalScales({}, {}))
+
+    @property
+    def keeps_latents(self) -> bool:
+        """True where the values before rounding are kept beside each weight."""
+        return False
+
+    def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        self._schemes = self.assign(model)
+        return {name: model.get_submodule(name) for name in self._schemes}
+
+    def set_up(self) -> None:
+        self._globals = GlobalScales(self._layers, self._schemes)
+        self._observers = {}
+        for name, scheme in self._schemes.items():
+            args = scheme.input_activations
+            if is_observed(args) and not is_embedding(self._layers[name]):
+                self._observers[name] = make_observer(self.observer, args, self.averaging_constant)
+
+    def watches(self, name: str, module: nn.Module) -> bool:
+        return not is_embedding(module)
+
+    def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
+        super().observe(name, module, x)
+        self.observe_range(name, module, x)
+
+    def observe_range(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Take an input into the observer of a static activation, where the layer has one."""
+        if name in self._observers:
+            try:
+                self._observers[name].update(inputs_as_rows(module, x, self.token_mask))
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from error
+
+    def weights_of(self, name: str) -> QuantizationArgs:
+        """The grid of a layer's weight."""
+        args = self._schemes[name].weights
+        assert args is not None
+        return args
+
+    def check(self, name: str, module: nn.Module) -> None:
+        check_dense(name, module)
+
+    def solve_seen(self, state: State, names: Iterable[str]) -> None:
+        names = list(names)
+        self.round_tables(state, names)
+        super().solve_seen(state, names)
+
+    def round_tables(self, state: State, names: Sequence[str]) -> None:
+        """Round those of ``names`` that are embeddings, which no statistic is for."""
+        arguments = (self.scale_search, self._globals, self.keeps_latents)
+        for name, facts in round_embeddings(names, dict(self._layers), self._schemes, *arguments):
+            self.finish(name)
+            state.ledger.add(name, self.technique, **facts)
+
+    def round(self, state: State, name: str, flag: str | None, tokens: int | None = None, **arguments: Any) -> None:
+        """Round a layer to nearest.
+
+        Args:
+            state: For the ledger.
+            name: The layer, one that is left.
+            flag: A remark for the ledger.
+            tokens: For the ledger.
+            **arguments: Further ones of :func:`round_module`.
+        """
+        arguments = {
+            "scale_search": self.scale_search,
+            "observer": self._observers.get(name),
+            "global_scale": self._globals.of(name),
+            "keep_latent": self.keeps_latents,
+            **arguments,
+        }
+        scheme = self._schemes[name]
+        facts = round_module(name, self.finish(name), scheme, **arguments)
+        state.ledger.add(name, self.technique, flag=flag, tokens=tokens, **facts)
+
+    def finish(self, name: str) -> nn.Module:
+        self._schemes.pop(name, None)
+        return super().finish(name)
+
+    def reset(self) -> None:
+        super().reset()
+        self._schemes, self._observers, self._globals = {}, {}, GlobalScales({}, {})
