@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from lightning_compress import modifiers
 from lightning_compress.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +49,26 @@ def test_links_and_paths_lead_somewhere(page):
         assert any(file.endswith(f"/{path}") for file in files), f"{page.name} names {path}"
 
 
-def test_every_recipe_is_in_the_documentation():
-    text = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
-    missing = [p.stem for p in (ROOT / "conf" / "compress").glob("*.yaml") if f"`{p.stem}`" not in text]
-    assert not missing
+def names_in_tables(heading: str) -> list[str]:
+    """Names in the first column of docs/modifiers.md's tables "while training" and "after training" of that heading."""
+    start = rf"^\| (?:while|after) training \| {re.escape(heading)} \|.*\n\|[-|]+\n"
+    tables = re.findall(rf"{start}((?:\|.*\n)+)", (ROOT / "docs" / "modifiers.md").read_text(), re.MULTILINE)
+    return sorted(re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for rows in tables for row in rows.splitlines())))
+
+
+def test_the_tables_name_every_modifier_once():
+    assert names_in_tables("takes") == sorted(modifiers.modules())
+
+
+def test_the_tables_name_every_recipe_once():
+    assert names_in_tables("take it for") == sorted(p.stem for p in (ROOT / "conf" / "compress").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_modifiers_that_a_page_names_exist(page):
+    text = page.read_text()
+    known = {*modifiers.__all__, *re.findall(r"^class (\w+)", text, re.MULTILINE)}
+    assert set(re.findall(r"\b[A-Z]\w*Modifier\b", text)) <= known
 
 
 def overrides(page: Path) -> list[list[str]]:

@@ -2,12 +2,11 @@
 
 import importlib
 import pkgutil
-import re
+import warnings
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_compress.core.modifier import Modifier
@@ -22,15 +21,12 @@ class ModifierFactory:
     """Builds modifiers by name.
 
     A name is looked up among the registered classes first, then among installed plug-ins (the entry-point group
-    ``lightning_compress.modifiers``), then in this package. An import error of a module is kept and raised, with its
-    cause, when a name that it defines is asked for.
+    ``lightning_compress.modifiers``), then in this package. Only the module that defines the class is imported; when
+    that fails, the error is raised with its cause.
     """
 
     _registered: ClassVar[dict[str, type[Modifier]]] = {}
-    _plugins: ClassVar[dict[str, EntryPoint]] = {}
-    _main: ClassVar[dict[str, type[Modifier]]] = {}
-    _errors: ClassVar[dict[str, Exception]] = {}
-    _loaded: ClassVar[bool] = False
+    _plugins: ClassVar[dict[str, EntryPoint] | None] = None
 
     @classmethod
     def create(
@@ -53,27 +49,22 @@ class ModifierFactory:
     @classmethod
     def find(cls, type_: str, allow_registered: bool = True, allow_experimental: bool = True) -> type[Modifier]:
         """The class called ``type_``; raises as :meth:`create`."""
-        if not cls._loaded:
+        if cls._plugins is None:
             cls.refresh()
-        registered, plugins = cls._registered if allow_registered else {}, cls._plugins if allow_experimental else {}
+        registered = cls._registered if allow_registered else {}
+        plugins = (cls._plugins or {}) if allow_experimental else {}
         if type_ in registered:
             return registered[type_]
         if type_ in plugins:
-            try:
-                return _checked(type_, plugins[type_].load())
-            except (ImportError, AttributeError) as error:
-                source = plugins[type_].value
-                raise ImportError(f"the plug-in {type_!r} ({source}) failed to import: {error}") from error
-        if type_ in cls._main:
-            return cls._main[type_]
-        for module, fault in cls._errors.items():
-            if _defines(module, type_):
-                raise ImportError(f"{type_!r} is defined in {module}, which failed to import: {fault}") from fault
-        names = sorted({*registered, *plugins, *cls._main})
+            return _checked(type_, _imported(f"the plug-in {type_!r} ({plugins[type_].value})", plugins[type_].load))
+        package = importlib.import_module(PACKAGE)
+        modules: Mapping[str, str] = package.modules()
+        if type_ in modules:
+            return _imported(f"{type_!r} is defined in {modules[type_]}, which", partial(getattr, package, type_))
+        names = sorted({*registered, *plugins, *modules})
         near = get_close_matches(type_, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
-        broken = "".join(f"; {module} failed to import: {error}" for module, error in cls._errors.items())
-        raise ValueError(f"no modifier of type {type_!r} found; {hint}{broken}")
+        raise ValueError(f"no modifier of type {type_!r} found; {hint}")
 
     @classmethod
     def register(cls, type_: str | type[Modifier], modifier_class: type[Modifier] | None = None) -> Any:
@@ -85,7 +76,7 @@ class ModifierFactory:
         ...         return True
 
         Raises:
-            ValueError: It is no Modifier class.
+            ValueError: It is not a Modifier class.
         """
         if not isinstance(type_, str):
             return cls.register(getattr(type_, "__name__", repr(type_)), type_)
@@ -96,31 +87,27 @@ class ModifierFactory:
 
     @classmethod
     def refresh(cls) -> dict[str, type[Modifier]]:
-        """Scan the package and the plug-ins again; keeps what users registered, and returns those."""
-        cls._errors = {}
-        cls._main = cls.load_from_package(PACKAGE)
+        """Look for installed plug-ins again; keeps what users registered, and returns those."""
         cls._plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-        cls._loaded = True
         return dict(cls._registered)
 
     @classmethod
     def load_from_package(cls, package: str) -> dict[str, type[Modifier]]:
-        """Concrete ``...Modifier`` classes of a package and its modules; failed imports are kept for :meth:`find`."""
-        found: dict[str, type[Modifier]] = {}
+        """Concrete ``...Modifier`` classes of a package and its modules; a module that fails to import is a warning."""
+        classes: dict[str, type[Modifier]] = {}
         path = importlib.import_module(package).__path__
         names = [m.name for m in pkgutil.walk_packages(path, f"{package}.", onerror=lambda name: None)]
         for name in [package, *names]:
             try:
                 module = importlib.import_module(name)
             except Exception as error:
-                cls._errors[name] = error
+                warnings.warn(f"{name} failed to import, its modifiers are left out: {error}", stacklevel=2)
                 continue
-            classes = {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Modifier)}
-            for attribute, value in classes.items():
-                own = f"{value.__module__}.".startswith(f"{package}.")
-                if own and attribute.endswith("Modifier") and not value.__abstractmethods__:
-                    found.setdefault(attribute, value)
-        return found
+            for attribute, value in vars(module).items():
+                concrete = isinstance(value, type) and issubclass(value, Modifier) and not value.__abstractmethods__
+                if concrete and attribute.endswith("Modifier") and f"{value.__module__}.".startswith(f"{package}."):
+                    classes.setdefault(attribute, value)
+        return classes
 
 
 def _checked(name: str, value: Any) -> type[Modifier]:
@@ -129,8 +116,8 @@ def _checked(name: str, value: Any) -> type[Modifier]:
     return value
 
 
-def _defines(module: str, type_: str) -> bool:
-    """Whether the source of a module that cannot be imported holds ``class type_``."""
-    spec = find_spec(module)
-    source = Path(spec.origin).read_text(errors="ignore") if spec and spec.origin else ""
-    return re.search(rf"^class {re.escape(type_)}\b", source, re.MULTILINE) is not None
+def _imported(source: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:
+        raise ImportError(f"{source} failed to import: {error}") from error

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -60,7 +60,7 @@ class MappingArguments(BaseModel):
         return PairFinder(model, targets, self.mapped)
 
 
-class SmoothingModifier(MappingArguments, Modifier):
+class SmoothingModifier(MappingArguments, Modifier, ABC):
     """Moves a scale per channel from activations into weights; subclasses say which (:meth:`scale`).
 
     Args:
