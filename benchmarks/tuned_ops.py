@@ -49,7 +49,7 @@ class Subject:
 
     def fault(self, shape: Shape, launch: Any, capability: int, folder: Path) -> str | None:
         """Why a launch does not compile within the limits of the GPU, or None; files go into ``folder``."""
-        from tests.ops.compilation import SHARED, facts
+        from tests.support.triton_compilation import SHARED, facts
 
         try:
             found = facts(self.build(shape, launch, capability), folder)
@@ -83,7 +83,7 @@ def w4a16_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:
 
 def build_w4a16(shape: Shape, launch: Any, capability: int) -> Any:
     from lightning_compress.ops.w4a16_gemm.kernel import constants, w4a16_kernel
-    from tests.ops.compilation import compiled
+    from tests.support.triton_compilation import compiled
 
     _, _, K = shape
     fixed = constants(launch, K // GROUP, K, torch.bfloat16, False) | {"zero_ptr": None}
@@ -113,7 +113,7 @@ def hessian_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:
 
 def build_hessian(shape: Shape, launch: Any, capability: int) -> Any:
     from lightning_compress.ops.hessian.kernel import constants, hessian_kernel
-    from tests.ops.compilation import compiled
+    from tests.support.triton_compilation import compiled
 
     i, j, n = launch.block_i, launch.block_j, launch.block_n
     types = {"x_i": "*bf16", "x_j": "*bf16", "h": "*fp32"}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.contestants import llm_compressor_block, once
 from benchmarks.op_case import Case, Trial
-from lightning_compress.ops.gptq_block import Grid, cpu, gptq_block_, reference
+from lightning_compress.ops.gptq_block import Block, Grid, Rounding, cpu, gptq_block_, reference
 
 __all__ = ["cases"]
 
@@ -22,15 +22,16 @@ def cases(tiny: bool) -> list[Case]:
             U = (torch.randn(b, b, generator=random, device=device) * 0.2 / b**0.5).triu(1)
             scale = (torch.rand(1, R, generator=random, device=device) * 0.1 + 0.3).to(torch.bfloat16).float()
             group, grid = torch.zeros(b, dtype=torch.int32, device=device), Grid(-8, 7, 0, torch.bfloat16)
+            rounding = Rounding(grid, scale, None, group)
 
             def ours() -> Tensor:
                 A, Q, D = W.clone(), torch.empty_like(W), torch.empty_like(W)
-                gptq_block_(A, Q, D, W, U, grid, scale, None, group)
+                gptq_block_(Block(A, Q, D, W, U), rounding)
                 return Q
 
             def loop() -> Tensor:
                 A, Q, D = W.clone(), torch.empty_like(W), torch.empty_like(W)
-                cpu.gptq_block_(A, Q, D, W, U, grid, scale, None, zeros, None, 0, b, 16)
+                cpu.gptq_block_(Block(A, Q, D, W, U), rounding._replace(group_b=zeros), 0, b, 16)
                 return Q
 
             contestants: dict[str, Callable[[], Tensor]] = {"torch, column by column": loop}
@@ -40,7 +41,7 @@ def cases(tiny: bool) -> list[Case]:
                 theirs = once(llm_compressor_block, W.t().contiguous(), H, rows)
                 contestants["llm-compressor"] = lambda: theirs().t()
             zeros = torch.zeros(b, dtype=torch.int32)  # on the CPU: the loop reads it there
-            exact = lambda: reference.gptq_block(W, W, U, grid, scale, None, group)[1]  # noqa: E731
+            exact = lambda: reference.gptq_block(W, W, U, rounding)[1]  # noqa: E731
             return Trial(ours, contestants, exact)
 
         # A code that lies in the middle may fall either way in float32, and takes others with it

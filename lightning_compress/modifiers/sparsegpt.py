@@ -25,7 +25,7 @@ from lightning_compress.layerwise.factor import Factor, factorize_retrying, unda
 from lightning_compress.layerwise.least_squares_refit import refit
 from lightning_compress.layerwise.modifier import Hessian, Layer, Solved
 from lightning_compress.layerwise.pruner import LayerwisePruner
-from lightning_compress.ops.gptq_block import SUB_BLOCK, gptq_block_
+from lightning_compress.ops.gptq_block import SUB_BLOCK, Block, gptq_block_
 from lightning_compress.pruning.masks import keep_highest, keep_rows
 
 __all__ = ["SparseGPTModifier", "prune_columns"]
@@ -80,7 +80,8 @@ def prune_columns(
         """Columns first to last, whose mask is known; their errors reach all from low to high."""
         here, columns = slice(low, high), (first - low, last - low)
         D, U, keep = D_bR[low % block : low % block + high - low], U_CC[here, here], keep_CR[here]
-        gptq_block_(A_CR[here], Q_CR[here], D, W_CR[here], U, keep_bR=keep, columns=columns, sub_block=sub_block)
+        matrices = Block(A_CR[here], Q_CR[here], D, W_CR[here], U, keep)
+        gptq_block_(matrices, columns=columns, sub_block=sub_block)
 
     for i1 in range(0, C, block):
         i2 = min(i1 + block, C)

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.fake_quant.kernel import WARPS, blocks, gradient_kernel, value_kernel
-from tests.ops.compilation import POINTER, compiled, facts
+from tests.support.triton_compilation import POINTER, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

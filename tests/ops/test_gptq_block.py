@@ -7,14 +7,14 @@ import torch
 from torch.testing import assert_close
 
 from lightning_compress.ops import gptq_block as module
-from lightning_compress.ops.gptq_block import Grid, cpu, cuda, gptq_block_, reference
+from lightning_compress.ops.gptq_block import Block, Grid, Rounding, cpu, cuda, gptq_block_, reference
 from lightning_compress.ops.gptq_block.grid import round_float_
-from tests.ops.gptq_block_cases import GRIDS, block
+from tests.support.gptq_block_cases import GRIDS, block
 
 
-def run(A, W, U, *rest, **options):
+def run(A, W, U, rounding, keep, **options):
     A, Q, D = A.clone(), torch.full_like(A, torch.nan), torch.full_like(A, torch.nan)
-    gptq_block_(A, Q, D, W, U, *rest, **options)
+    gptq_block_(Block(A, Q, D, W, U, keep), rounding, **options)
     return A, Q, D
 
 
@@ -24,24 +24,26 @@ def run(A, W, U, *rest, **options):
 @pytest.mark.parametrize(("b", "R"), [(1, 1), (17, 5), (50, 9)], ids=str)
 def test_equals_float64(b, R, name, keep, dtype):
     for zero in (False, True) if name.startswith("int") else (False,):
-        case = block(b, R, GRIDS[name], zero=zero, keep=keep)
-        raised = [t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in case]
-        raised[2] = raised[2].triu(1).nan_to_num()
-        found = run(*raised)
-        for ours, exact in zip(found, reference.gptq_block(*raised), strict=True):
+        A, W, U, rounding, mask = block(b, R, GRIDS[name], zero=zero, keep=keep)
+        if rounding is not None:
+            points = rounding.zero_GR
+            scales = rounding.scale_GR.to(dtype), None if points is None else points.to(dtype)
+            rounding = rounding._replace(scale_GR=scales[0], zero_GR=scales[1])
+        case = (*(t.to(dtype) for t in (A, W, U.triu(1).nan_to_num())), rounding, mask)
+        for ours, exact in zip(run(*case), reference.gptq_block(*case), strict=True):
             assert_close(ours.double(), exact, rtol=1e-5, atol=2e-6 if dtype == torch.float32 else 1e-12)
 
 
 def test_columns_may_come_a_few_at_a_time():
-    A, W, U, grid, *rest = block(48, 6, GRIDS["int4"], keep=True)
+    A, W, U, rounding, keep = block(48, 6, GRIDS["int4"], keep=True)
     U = U.triu(1).nan_to_num()
-    whole = run(A, W, U, grid, *rest)
+    at_once = run(A, W, U, rounding, keep)
     A, Q, D = A.clone(), torch.full_like(A, torch.nan), torch.full_like(A, torch.nan)
     for start, stop in itertools.pairwise((0, 3, 4, 20, 41, 48)):
-        gptq_block_(A, Q, D, W, U, grid, *rest, columns=(start, stop))
+        gptq_block_(Block(A, Q, D, W, U, keep), rounding, columns=(start, stop))
         if stop < 48:
             assert Q[stop:].isnan().all()
-    for ours, expected in zip((A, Q, D), whole, strict=True):
+    for ours, expected in zip((A, Q, D), at_once, strict=True):
         assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -56,17 +58,17 @@ def test_numbers_of_a_format_are_the_nearest(bits):
 
 @pytest.mark.parametrize("name", ["int4", "none"])
 def test_op_is_registered_soundly_and_compiles_whole(name):
-    A, W, U, grid, scale, zero, group, keep = block(20, 5, GRIDS[name], keep=True)
+    A, W, U, rounding, keep = block(20, 5, GRIDS[name], keep=True)
     U = U.triu(1).nan_to_num()
-    g = grid or Grid(0, 0)
+    g, *scales = rounding or (Grid(0, 0), None, None, None)
     empty = torch.zeros_like(A)
-    arguments = (A.clone(), empty, empty.clone(), W, U, scale, zero, group, keep)
+    arguments = (A.clone(), empty, empty.clone(), W, U, *scales, keep)
     numbers = (float(g.low), float(g.high), g.float_bits, g.stored, g.through_bf16, 0, 20, 16)
     torch.library.opcheck(torch.ops.lightning_compress.gptq_block_, (*arguments, *numbers))
     compiled = torch.compile(gptq_block_, fullgraph=True, backend="aot_eager")
-    found = A.clone(), torch.zeros_like(A), torch.zeros_like(A)
-    compiled(*found, W, U, grid, scale, zero, group, keep)
-    for ours, expected in zip(found, run(A, W, U, grid, scale, zero, group, keep), strict=True):
+    outputs = A.clone(), torch.zeros_like(A), torch.zeros_like(A)
+    compiled(Block(*outputs, W, U, keep), rounding)
+    for ours, expected in zip(outputs, run(A, W, U, rounding, keep), strict=True):
         assert torch.equal(ours, expected)
 
 
@@ -76,7 +78,6 @@ def test_op_is_registered_soundly_and_compiles_whole(name):
         ({"W_bR": torch.zeros(3, 4)}, r"expected A, Q, D and W \[b, R\] and U \[b, b\], got \(2, 4\), .*\(3, 4\)"),
         ({"U_bb": torch.zeros(2, 3)}, r"and \(2, 3\)"),
         ({"W_bR": torch.zeros(2, 4).half()}, r"all in float32 or all in float64, got .*float16.*; .*convert with"),
-        ({"scale_GR": None}, "a grid needs a scale and the group of each column"),
         ({"scale_GR": torch.ones(1, 3)}, r"expected a scale \(and zero point\) \[G, 4\] .* got \(1, 3\) and \(2,\)"),
         ({"zero_GR": torch.ones(2, 4)}, r"got \(1, 4\), zero point \(2, 4\)"),
         ({"group_b": torch.zeros(2)}, "the group of each column must be int32 or int64, got torch.float32"),
@@ -87,13 +88,16 @@ def test_op_is_registered_soundly_and_compiles_whole(name):
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
-    good = {name: torch.zeros(2, 4) for name in ("A_bR", "Q_bR", "D_bR", "W_bR")} | {
-        "U_bb": torch.zeros(2, 2), "grid": Grid(-8, 7), "scale_GR": torch.ones(1, 4), "zero_GR": None,
-        "group_b": torch.zeros(2).long(),
-    }  # fmt: skip
-    gptq_block_(**good)
+    columns = Block(*(torch.zeros(2, 4) for _ in range(4)), torch.zeros(2, 2))
+    rounding = Rounding(Grid(-8, 7), torch.ones(1, 4), None, torch.zeros(2).long())
+    gptq_block_(columns, rounding)
+    (name, value), limits = next(iter(change.items())), change.get("columns")
+    if name in Block._fields:
+        columns = columns._replace(**{name: value})
+    elif limits is None:
+        rounding = rounding._replace(**{name: value})
     with pytest.raises(ValueError, match=message):
-        gptq_block_(**(good | change))
+        gptq_block_(columns, rounding, limits)
 
 
 def test_other_grids_are_refused():
@@ -103,39 +107,41 @@ def test_other_grids_are_refused():
         Grid(-1, 1, 0, torch.int8)
 
 
-def test_which_kernel_runs_and_what_is_said(monkeypatch):
+def test_which_kernel_runs_and_its_warnings(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
-    A = torch.zeros(2, 4)
+    A, W, U, rounding, _ = block(2, 4, GRIDS["int4"])
+    single = Block(A, A, A, W, U), rounding
+    double = Block(A.double(), A, A, W, U), rounding
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "missing", lambda *of: None)
-    assert module._kernel(A, GRIDS["int4"], None, None) is cuda.gptq_block_
+    assert module._kernel(*single) is cuda.gptq_block_
     monkeypatch.setattr(cuda, "missing", lambda *of: "NVRTC is not installed")
     with pytest.warns(UserWarning, match="by Triton's kernel, not by the one in CUDA C.*NVRTC is not installed"):
-        assert module._kernel(A, GRIDS["int4"], None, None).__module__.endswith("gptq_block.kernel")
+        assert module._kernel(*single).__module__.endswith("gptq_block.kernel")
     with pytest.warns(UserWarning, match=r"rounded one by one, without a fused kernel: it takes float32"):
-        assert module._kernel(A.double(), GRIDS["int4"], None, None) is None
+        assert module._kernel(*double) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="one by one, without a fused kernel: Triton is not installed"):
-        assert module._kernel(A, GRIDS["int4"], None, None) is None
+        assert module._kernel(*single) is None
 
 
 def test_kernels_take_128_columns_at_a_time(monkeypatch):
     """The way through the kernels, with torch's loop in the place of one."""
-    A, W, U, grid, *rest = block(300, 3, GRIDS["int4"], keep=True)
+    A, W, U, rounding, keep = block(300, 3, GRIDS["int4"], keep=True)
     U = U.triu(1).nan_to_num()
-    expected = run(A, W, U, grid, *rest)
-    seen = []
+    expected = run(A, W, U, rounding, keep)
+    sizes = []
 
-    def kernel_(A, Q, D, W, U, *arguments):
-        seen.append(len(A))
-        cpu.gptq_block_(A, Q, D, W, U, *arguments, 0, len(A), 16)
+    def kernel_(columns, rounding):
+        sizes.append(len(columns.A_bR))
+        cpu.gptq_block_(columns, rounding, 0, len(columns.A_bR), 16)
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     monkeypatch.setattr(module, "_kernel", lambda *of: kernel_)
-    found = A.clone().as_subclass(OnCuda), torch.zeros_like(A), torch.zeros_like(A)
-    module._block_(*found, W, U, *rest[:4], grid, 0, 300, 16)
-    assert seen == [128, 128, 44]
-    for ours, exact in zip(found, expected, strict=True):
+    outputs = A.clone().as_subclass(OnCuda), torch.zeros_like(A), torch.zeros_like(A)
+    module._block_(Block(*outputs, W, U, keep), rounding, 0, 300, 16)
+    assert sizes == [128, 128, 44]
+    for ours, exact in zip(outputs, expected, strict=True):
         assert_close(ours.as_subclass(torch.Tensor), exact, rtol=1e-5, atol=2e-6)

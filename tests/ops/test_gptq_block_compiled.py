@@ -16,8 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from lightning_compress.ops import nvrtc
 from lightning_compress.ops.gptq_block import cuda
 from lightning_compress.ops.gptq_block.kernel import constants, gptq_kernel
-from tests.ops.compilation import compiled, facts, tool
-from tests.ops.gptq_block_cases import GRIDS
+from tests.support.gptq_block_cases import GRIDS
+from tests.support.triton_compilation import compiled, facts, tool
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

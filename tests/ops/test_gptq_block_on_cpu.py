@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_compress.ops.gptq_block import Grid, reference
+from lightning_compress.ops.gptq_block import Grid, Rounding, reference
 from lightning_compress.ops.gptq_block.cuda import SOURCE, options, padded
-from tests.ops.gptq_block_cases import GRIDS, block
+from tests.support.gptq_block_cases import GRIDS, block
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
@@ -86,7 +86,8 @@ def build(tmp_path_factory):
     return built
 
 
-def run(library, A, W, U, grid, scale, zero, group, keep):
+def run(library, A, W, U, rounding, keep):
+    grid, scale, zero, group = rounding or (None, None, None, None)
     Q, D, U = torch.full_like(A, torch.nan), torch.full_like(A, torch.nan), padded(U)
     tensors = (A, Q, D, W, U, scale, zero, None if group is None else group.int(), keep)
     b, R = A.shape
@@ -126,7 +127,7 @@ def test_a_column_is_rounded_as_torch_rounds_it(name, build):
         grid.nearest_(A[0], scale[0], None if zero is None else zero[0], expected)
         library = build(grid, zero is not None, keep is not None)
         group = torch.zeros(1).int()
-        _, Q, _ = run(library, A, A.clone(), torch.zeros(1, 1), grid, scale, zero, group, keep)
+        _, Q, _ = run(library, A, A.clone(), torch.zeros(1, 1), Rounding(grid, scale, zero, group), keep)
         same = (Q[0] == expected) | (Q[0].isnan() & expected.isnan())  # the sign of a zero may differ
         assert same.all(), (s, v[~same][:5], Q[0][~same][:5], expected[~same][:5])
 

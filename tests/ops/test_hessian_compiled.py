@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from lightning_compress.ops.hessian.kernel import constants, hessian_kernel
 from lightning_compress.ops.hessian.launch import rule
-from tests.ops.compilation import POINTER, SHARED, compiled, facts
+from tests.support.triton_compilation import POINTER, SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.mask_2of4.kernel import FOURS, mask_kernel
-from tests.ops.compilation import POINTER, compiled, facts
+from tests.support.triton_compilation import POINTER, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.pack.kernel import WARPS, launch, pack_kernel, unpack_kernel
-from tests.ops.compilation import SHARED, compiled, facts
+from tests.support.triton_compilation import SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

@@ -107,7 +107,7 @@ def test_what_is_asked_wrongly_is_said(monkeypatch, capsys):
 
 def test_a_launch_beyond_the_limits_is_refused(monkeypatch, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
-    from tests.ops import compilation
+    from tests.support import triton_compilation as compilation
 
     one = subject(tmp_path / "t.json")
     fine = {"spills": 0, "stack": 0, "shared": 1000}

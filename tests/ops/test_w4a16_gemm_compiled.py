@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.w4a16_gemm.kernel import constants, w4a16_kernel
-from tests.ops.compilation import POINTER, SHARED, compiled, facts, loop_instructions
+from tests.support.triton_compilation import POINTER, SHARED, compiled, facts, loop_instructions
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

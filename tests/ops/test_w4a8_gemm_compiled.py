@@ -14,8 +14,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.w4a8_gemm.kernel import constants, w4a8_kernel
-from tests.ops.compilation import POINTER, SHARED, compiled, facts
 from tests.ops.test_w8a8_gemm_compiled import CORE
+from tests.support.triton_compilation import POINTER, SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.w8a8_gemm.kernel import gemm_kernel, quantize_kernel, rule
-from tests.ops.compilation import POINTER, SHARED, compiled, facts
+from tests.support.triton_compilation import POINTER, SHARED, compiled, facts
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_compress.layerwise.factor import Factor, undamped_energy
 from lightning_compress.modifiers.gptq.refinement import refine
-from lightning_compress.ops.gptq_block import Grid, gptq_block_
+from lightning_compress.ops.gptq_block import Block, Grid, Rounding, gptq_block_
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import expand, group_columns, integer_range
@@ -219,18 +219,19 @@ def round_columns(
         U_CC = U_CC.contiguous()  # kernels read its rows
     D_bR = W_CR.new_empty(min(block, C), R)
     group_C = factor.order_C // group_columns(args, C)
-    scale_GR, zero_GR = (
-        None if s is None else expand(s, R, args).to(W_RC.dtype).t().contiguous() for s in (scale, zero_point)
-    )
+
+    def by_group(s: Tensor) -> Tensor:
+        return expand(s, R, args).to(W_RC.dtype).t().contiguous()
+
+    scale_GR, zero_GR = by_group(scale), None if zero_point is None else by_group(zero_point)
     keep_CR = None if keep_RC is None else keep_RC.t().index_select(0, factor.order_C)
     grid = grid_of(args, W_RC.dtype if dtype is None else dtype)
     for i1 in range(0, C, block):
         i2 = min(i1 + block, C)
         here = slice(i1, i2)
-        gptq_block_(
-            A_CR[here], Q_CR[here], D_bR[: i2 - i1], W_CR[here], U_CC[here, here], grid, scale_GR, zero_GR,
-            group_C[here], None if keep_CR is None else keep_CR[here],
-        )  # fmt: skip
+        keep_bR = None if keep_CR is None else keep_CR[here]
+        columns = Block(A_CR[here], Q_CR[here], D_bR[: i2 - i1], W_CR[here], U_CC[here, here], keep_bR)
+        gptq_block_(columns, Rounding(grid, scale_GR, zero_GR, group_C[here]))
         if i2 < C:
             A_CR[i2:].addmm_(U_CC[here, i2:].t(), D_bR[: i2 - i1])
     loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_compress.ops import nvrtc
 from lightning_compress.ops.gptq_block.grid import EXPONENT, MANTISSA, Grid
+from lightning_compress.ops.gptq_block.operands import Block, Rounding
 
 __all__ = ["SOURCE", "gptq_block_", "missing", "options", "padded"]
 
 SOURCE = Path(__file__).with_name("kernel.cu").read_text()
-THREADS = 64  # of a program; as in kernel.cu
+THREADS = 64  # threads of a program; as in kernel.cu
 ALIGNED = 32  # columns; a multiple of PANEL in kernel.cu
 SHARED = 4 * (128 * 128 + 128 * THREADS)  # bytes; sm_89 has 101376
 
@@ -26,12 +27,12 @@ def missing(device: torch.device, grid: Grid | None, zero: bool, keep: bool) -> 
     """Why the kernel does not run on this device; None if it does."""
     if torch.version.hip is not None:
         return "torch is built for ROCm"
-    found = _kernel(device, tuple(options(grid, zero, keep)))
-    return found if isinstance(found, str) else None
+    kernel = _kernel(device, tuple(options(grid, zero, keep)))
+    return kernel if isinstance(kernel, str) else None
 
 
 def options(grid: Grid | None, zero: bool, keep: bool) -> list[str]:
-    """Of NVRTC, for one kind of grid."""
+    """The options of NVRTC for one kind of grid."""
     bits = 0 if grid is None else grid.float_bits
     return [
         "--fmad=false",
@@ -45,19 +46,10 @@ def options(grid: Grid | None, zero: bool, keep: bool) -> list[str]:
     ]
 
 
-def gptq_block_(
-    A_bR: Tensor,
-    Q_bR: Tensor,
-    D_bR: Tensor,
-    W_bR: Tensor,
-    U_bb: Tensor,
-    grid: Grid | None,
-    scale_GR: Tensor | None,
-    zero_GR: Tensor | None,
-    group_b: Tensor | None,
-    keep_bR: Tensor | None,
-) -> None:
-    """The whole block, float32; arguments as for :func:`lightning_compress.ops.gptq_block.gptq_block_`."""
+def gptq_block_(block: Block, rounding: Rounding | None) -> None:
+    """All columns of the block, float32; arguments as for :func:`lightning_compress.ops.gptq_block.gptq_block_`."""
+    A_bR, Q_bR, D_bR, W_bR, U_bb, keep_bR = block
+    grid, scale_GR, zero_GR, group_b = (None, None, None, None) if rounding is None else rounding
     kernel = _kernel(A_bR.device, tuple(options(grid, zero_GR is not None, keep_bR is not None)))
     assert isinstance(kernel, nvrtc.Kernel), kernel
     b, R = A_bR.shape
@@ -74,7 +66,10 @@ def gptq_block_(
 
 
 def padded(U_bb: Tensor) -> Tensor:
-    """U with contiguous rows that begin at 16 bytes, zeros filling up the last 32 columns; itself if it is so."""
+    """U with contiguous rows that begin at multiples of 16 bytes, padded with zeros to a multiple of 32 columns.
+
+    U itself is returned where it has this layout.
+    """
     b = len(U_bb)
     aligned = U_bb.stride(1) == 1 and U_bb.stride(0) % 4 == 0 and U_bb.data_ptr() % 16 == 0
     if aligned and b % ALIGNED == 0:
@@ -87,7 +82,7 @@ def padded(U_bb: Tensor) -> Tensor:
 
 @cache
 def _kernel(device: torch.device, options: tuple[str, ...]) -> nvrtc.Kernel | str:
-    """The kernel, or why there is none; both are found out once."""
+    """The kernel, or the reason why it does not run; both are cached."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:

@@ -1,9 +1,9 @@
-"""The grid that a column is rounded to, in the order of operations of compressed-tensors.
+"""The grid that a column is rounded to, with the order of operations of compressed-tensors.
 
     integers     q = (clamp(round(a / s + z), low, high) - z) s
     floats       q = clamp(round_to_float(a / s), low, high) s         E2M1 (4 bits), E2M3 (6 bits), E4M3 (8 bits)
 
-and then q as it will be stored: in 16 bits, for microscaled formats by way of bfloat16.
+Then q is rounded to the dtype that stores it: to 16 bits, for microscaled formats to bfloat16 first.
 """
 
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from torch import Tensor
 __all__ = ["Grid", "round_float_"]
 
 MANTISSA = {4: 1, 6: 3, 8: 3}  # bits after the point
-EXPONENT = {4: 0, 6: 0, 8: -6}  # the least; below 2^EXPONENT the steps are those of it
+EXPONENT = {4: 0, 6: 0, 8: -6}  # the least exponent; below 2^EXPONENT the spacing stays the same
 LARGEST = {4: 6.0, 6: 7.5, 8: 448.0}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What :meth:`nearest_` rounds to.
+    """The values that :meth:`nearest_` rounds to.
 
     Args:
         low: Lowest code, or lowest number of the format.
-        high: Highest.
-        float_bits: 4 (E2M1), 6 (E2M3), 8 (E4M3); 0: integers.
-        stored: In which values are kept: they are rounded to it. float16, bfloat16, float32 or float64.
-        through_bf16: Round to bfloat16 before.
+        high: Highest code, or highest number of the format.
+        float_bits: Format of floating-point codes: 4 (E2M1), 6 (E2M3), 8 (E4M3); 0: integers.
+        stored: Dtype that stores the values, float16, bfloat16, float32 or float64; they are rounded to it.
+        through_bf16: Round to bfloat16 before ``stored``.
 
     Raises:
-        ValueError: Other bits, or another dtype.
+        ValueError: ``float_bits`` or ``stored`` is none of these.
     """
 
     low: float
@@ -46,7 +46,7 @@ class Grid:
             raise ValueError(f"values are stored in float16, bfloat16, float32 or float64, got {self.stored}")
 
     def nearest_(self, a_R: Tensor, s_R: Tensor, z_R: Tensor | None, out: Tensor) -> None:
-        """Nearest grid point of a column, written into ``out``; all in one dtype, float32 or wider."""
+        """Write the grid points nearest to a column into ``out``; all tensors in one dtype, float32 or wider."""
         torch.div(a_R, s_R, out=out)
         if self.float_bits:
             round_float_(out, self.float_bits)
@@ -60,11 +60,11 @@ class Grid:
 
 
 def round_float_(x: Tensor, bits: int) -> Tensor:
-    """The nearest number of the format, ties to even, saturating; in place.
+    """Round to the nearest number of the format, ties to even, saturating; in place.
 
     Args:
-        x: float32 or wider.
-        bits: 4 (E2M1), 6 (E2M3) or 8 (E4M3).
+        x: Numbers, float32 or wider.
+        bits: Format, 4 (E2M1), 6 (E2M3) or 8 (E4M3).
     """
     if bits == 8:
         return x.copy_(x.clamp_(-LARGEST[8], LARGEST[8]).to(torch.float8_e4m3fn))

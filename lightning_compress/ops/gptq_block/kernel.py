@@ -1,7 +1,7 @@
-"""The Triton kernel, where there is no NVRTC: a tile of all columns of some rows, a loop over its columns.
+"""The Triton kernel, used where NVRTC is missing: a tile of all columns of some rows, a loop over its columns.
 
-A column is taken out of the tile by a masked sum, which is exact: all other terms are zero. Multiplications and
-additions of rounding must not be contracted, so fusing is off, and what is handed on is a multiply-add by name.
+A masked sum reads a column out of the tile; it is exact, since all other terms are zero. Multiplications and additions
+of rounding must not be contracted, so fusing is off, and errors are added by an explicit multiply-add.
 
 Shapes: R rows, B columns of the block, a power of two, up to 128. Runs under Triton 3.6 to 3.9.
 """
@@ -9,28 +9,19 @@ Shapes: R rows, B columns of the block, a power of two, up to 128. Runs under Tr
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lightning_compress.ops.gptq_block.grid import EXPONENT, MANTISSA, Grid
+from lightning_compress.ops.gptq_block.operands import Block, Rounding
 
 __all__ = ["BLOCK_R", "constants", "gptq_block_", "gptq_kernel"]
 
 BLOCK_R = 16  # rows of a program
 
 
-def gptq_block_(
-    A_bR: Tensor,
-    Q_bR: Tensor,
-    D_bR: Tensor,
-    W_bR: Tensor,
-    U_bb: Tensor,
-    grid: Grid | None,
-    scale_GR: Tensor | None,
-    zero_GR: Tensor | None,
-    group_b: Tensor | None,
-    keep_bR: Tensor | None,
-) -> None:
-    """The whole block, float32; arguments as for :func:`lightning_compress.ops.gptq_block.gptq_block_`."""
+def gptq_block_(block: Block, rounding: Rounding | None) -> None:
+    """All columns of the block, float32; arguments as for :func:`lightning_compress.ops.gptq_block.gptq_block_`."""
+    A_bR, Q_bR, D_bR, W_bR, U_bb, keep_bR = block
+    grid, scale_GR, zero_GR, group_b = (None, None, None, None) if rounding is None else rounding
     b, R = A_bR.shape
     low, high = (0.0, 0.0) if grid is None else (grid.low, grid.high)
     keep = None if keep_bR is None else keep_bR.view(torch.uint8)

@@ -1,10 +1,10 @@
 """The meaning of the op, slow and obvious. For each column j of the block, from left to right:
 
-    q_j = the grid point nearest to a_j, or a_j itself without a grid; 0 where it is gone
+    q_j = the grid point nearest to a_j, or a_j itself without a grid; 0 where the mask is False
     d_j = w_j - q_j
     a_k = a_k + d_j U_jk                 for all k > j
 
-Shapes: R rows, b columns of the block, G groups of columns that share a scale. Matrices stand on their side, [b, R].
+Shapes: R rows, b columns of the block, G groups of columns that share a scale. Matrices are transposed, [b, R].
 """
 
 from itertools import product
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.gptq_block.grid import Grid
+from lightning_compress.ops.gptq_block.operands import Rounding
 
 __all__ = ["gptq_block", "nearest"]
 
@@ -23,21 +24,17 @@ def gptq_block(
     A_bR: Tensor,
     W_bR: Tensor,
     U_bb: Tensor,
-    grid: Grid | None = None,
-    scale_GR: Tensor | None = None,
-    zero_GR: Tensor | None = None,
-    group_b: Tensor | None = None,
+    rounding: Rounding | None = None,
     keep_bR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A (each column as it was rounded), Q and D, each [b, R], in float64."""
+    """A (each column as it was just before rounding), Q and D, each [b, R], in float64."""
     A_bR, W_bR, U_bb = A_bR.double().clone(), W_bR.double(), U_bb.double()
     Q_bR, D_bR = torch.empty_like(A_bR), torch.empty_like(A_bR)
     b, R = A_bR.shape
     for j in range(b):
         q_R = A_bR[j]
-        if grid is not None:
-            assert scale_GR is not None
-            assert group_b is not None
+        if rounding is not None:
+            grid, scale_GR, zero_GR, group_b = rounding
             group = int(group_b[j])
             zero_R = torch.zeros(R, dtype=torch.float64) if zero_GR is None else zero_GR[group].double()
             q_R = nearest(q_R, scale_GR[group].double(), zero_R.to(q_R.device), grid)
@@ -50,12 +47,12 @@ def gptq_block(
 
 
 def nearest(a_R: Tensor, s_R: Tensor, z_R: Tensor, grid: Grid) -> Tensor:
-    """Of all numbers of the format the nearest one, times s; as it will be stored; float64."""
+    """The nearest of all numbers of the format, times s, rounded to the dtype that stores it; float64."""
     v_R = a_R / s_R
     if grid.float_bits:
         numbers = _numbers(grid.float_bits).to(a_R.device)
         distance = (v_R[:, None] - numbers).abs()
-        closest = distance == distance.amin(1, keepdim=True)  # two where it lies in the middle
+        closest = distance == distance.amin(1, keepdim=True)  # two numbers at a midpoint
         even = torch.arange(len(numbers), device=a_R.device) % 2 == 0
         q_R = numbers[(closest.int() * 2 + (closest & even).int()).argmax(1)]
     else:
@@ -65,7 +62,7 @@ def nearest(a_R: Tensor, s_R: Tensor, z_R: Tensor, grid: Grid) -> Tensor:
 
 
 def _numbers(bits: int) -> Tensor:
-    """Every number of the format, ascending; those with an even code stand at even places."""
+    """Every number of the format in ascending order; numbers with an even code have an even index."""
     mantissa, least, largest = FORMATS[bits]
     positive = {0.0}
     for exponent, m in product(range(least, 9), range(2**mantissa)):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.gptq_block import Grid
+from lightning_compress.ops.gptq_block import Grid, Rounding
 
 GRIDS: dict[str, Grid | None] = {
     "int4": Grid(-8, 7),
@@ -17,7 +17,7 @@ GRIDS: dict[str, Grid | None] = {
 
 
 def block(b: int, R: int, grid: Grid | None, *, zero: bool = False, keep: bool = False, seed: int = 0) -> tuple:
-    """A, W, U and what the op takes after them; groups of columns out of order, as with activation order."""
+    """A, W, U, rounding and mask; groups of columns out of order, as with activation order."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -25,11 +25,11 @@ def block(b: int, R: int, grid: Grid | None, *, zero: bool = False, keep: bool =
 
     W, U = normal(b, R) * 0.05, normal(b, b) / b**0.5
     A, G = W + 0.01 * normal(b, R), 3
-    U[torch.ones(b, b).tril().bool()] = torch.nan  # is not read
+    U[torch.ones(b, b).tril().bool()] = torch.nan  # the op does not read it
     mask = torch.rand(b, R, generator=random) > 0.4 if keep else None
     if grid is None:
-        return A, W, U, None, None, None, None, mask
+        return A, W, U, None, mask
     largest = min(grid.high, 100.0)
     scale = (torch.rand(G, R, generator=random) + 0.5) * 0.15 / largest
     points = torch.randint(-3, 4, (G, R), generator=random).float() if zero else None
-    return A, W, U, grid, scale, points, torch.randint(0, G, (b,), generator=random), mask
+    return A, W, U, Rounding(grid, scale, points, torch.randint(0, G, (b,), generator=random)), mask
