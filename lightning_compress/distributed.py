@@ -1,13 +1,13 @@
-"""Several processes on one calibration: add up statistics, split work by cost, send results. No-ops without a group."""
+"""What the processes of a training run tell one another: sums, tensors, values. No-ops without a group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["active", "all_reduce_", "broadcast_", "gather", "rank", "split_by_cost", "world_size"]
+__all__ = ["active", "all_reduce_", "broadcast_", "gather", "rank", "world_size"]
 
 _OPS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
 
@@ -42,17 +42,6 @@ def all_reduce_(statistic: Any) -> None:
             value.copy_(sent)
         else:
             setattr(statistic, attribute, type(value)(sent.item()))
-
-
-def split_by_cost(costs: Mapping[str, float], ranks: int) -> list[list[str]]:
-    """Names for each rank, so that the dearest rank is as cheap as a greedy split makes it (largest first)."""
-    shares: list[list[str]] = [[] for _ in range(ranks)]
-    totals = [0.0] * ranks
-    for name in sorted(costs, key=lambda n: (-costs[n], n)):
-        least = min(range(ranks), key=totals.__getitem__)
-        shares[least].append(name)
-        totals[least] += costs[name]
-    return shares
 
 
 def broadcast_(tensors: Sequence[Tensor], source: int) -> None:

@@ -1,13 +1,9 @@
 """Statistics over two ranks (gloo processes on this machine), and everything a no-op without a group."""
 
-import math
-import random
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from itertools import chain
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -78,24 +74,3 @@ def test_without_a_group_nothing_happens():
     distributed.broadcast_([x_NC], source=0)
     assert one.count == 5
     assert torch.equal(one.sum_C, two.sum_C)
-
-
-def test_each_name_goes_to_one_rank_whatever_the_order():
-    costs = {f"layer{i}": random.Random(i).random() for i in range(20)}
-    shares = distributed.split_by_cost(costs, 3)
-    assert sorted(chain(*shares)) == sorted(costs)
-    shuffled = dict(random.Random(0).sample(list(costs.items()), len(costs)))
-    assert distributed.split_by_cost(shuffled, 3) == shares  # ranks must agree on it
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_the_dearest_rank_is_no_dearer_than_the_bound_of_greedy_splits(ranks):
-    """Graham 1969: largest first is within 4/3 - 1/(3 m) of the best, which is at least max(mean, largest)."""
-    costs = {str(i): random.Random(i).uniform(1, 9) ** 2 for i in range(23)}
-    dearest = max(sum(costs[n] for n in share) for share in distributed.split_by_cost(costs, ranks))
-    best = max(math.fsum(costs.values()) / ranks, *costs.values())
-    assert (best <= dearest * (1 + 1e-12) and dearest <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9) or dearest == best
-
-
-def test_more_ranks_than_names():
-    assert distributed.split_by_cost({"a": 1, "b": 2}, 4) == [["b"], ["a"], [], []]

@@ -21,7 +21,6 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
-from lightning_compress.distributed import all_reduce_
 from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules, with_stand_in
 from lightning_compress.quant.observers import Observer, ObserverName, make_observer
 
@@ -165,7 +164,7 @@ class KVCacheModifier(Modifier):
                 record = QuantizedCache(self._args)
             elif observers["k"]:
                 dtype = next(self._left[name].parameters()).dtype
-                (k, k_zero), (v, v_zero) = (self._scale(state, observers[kind], dtype) for kind in "kv")
+                (k, k_zero), (v, v_zero) = (self._scale(observers[kind], dtype) for kind in "kv")
                 record = QuantizedCache(self._args, k, v, k_zero, v_zero)
             else:
                 continue
@@ -175,11 +174,8 @@ class KVCacheModifier(Modifier):
             grid = f"{self.format.upper()} {self.strategy}"
             state.ledger.add(name, "kv_cache", scheme=f"KV {grid}" if self.symmetric else f"KV {grid} asymmetric")
 
-    def _scale(self, state: State, observers: list[Observer], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def _scale(self, observers: list[Observer], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point (None: symmetric), [1] or [H, 1, 1]."""
-        if state.distributed:
-            for observer in observers:
-                all_reduce_(observer)
         scales, zeros = zip(*(observer.value(dtype) for observer in observers), strict=True)
         shape = (-1, 1, 1) if self.strategy == "head" else (-1,)
         return torch.cat(scales).view(shape), None if self.symmetric else torch.cat(zeros).view(shape)

@@ -20,7 +20,6 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
-from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matching import Names, clean_name, select
 from lightning_compress.layers.split_experts import fused_experts, is_split, join
 from lightning_compress.structure.config import check_states
@@ -190,8 +189,6 @@ class REAPModifier(Modifier):
     def _prune(self, state: State, name: str, router: str, kept: int, groups: int, config: dict[str, int]) -> None:
         assert state.model is not None
         start, model, statistic = time.perf_counter(), state.model, self._saliencies[name]
-        if state.distributed:
-            all_reduce_(statistic)
         if not statistic.tokens_E.sum():
             raise ValueError(f"the experts of {name!r} never saw data: none can be chosen; do batches reach them?")
         saliency_E = statistic.value()

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.core.precision import plain_precision
-from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, input_layout, only_input, write_matrix
 from lightning_compress.layerwise.input_hessian import HessianPool
 from lightning_compress.layerwise.parent import ParentCalls, common_parent, keep_calls
@@ -256,9 +255,6 @@ class AWQModifier(QuantizationArguments, MappingArguments, Modifier):
         assert state.replay is not None
         assert self._finder is not None
         start = time.perf_counter()
-        for name in seen:
-            if state.distributed:
-                all_reduce_(self._means[name])
         pairs = [pair for pair in self._finder.pairs(state.block_name, state.modules, state.replay) if self._fed(pair)]
         parents = {pair.source: self._parent(state, pair) for pair in pairs}
         alone = {name for pair in pairs if parents[pair.source] is None for name in self._fed(pair)}

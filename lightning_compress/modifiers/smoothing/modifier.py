@@ -12,7 +12,6 @@ from pydantic import BaseModel, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, EventType, Modifier, Needs, State
-from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.matching import Names, select
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, inputs_as_rows, is_supported, only_input
 from lightning_compress.modifiers.smoothing.finder import PairFinder, no_pairs
@@ -148,9 +147,6 @@ class SmoothingModifier(MappingArguments, Modifier, ABC):
     def _smooth(self, state: State, pair: Pair, seconds: float) -> None:
         start = time.perf_counter()
         statistics = {name: self._statistics[name] for name in pair.consumers if name in self._statistics}
-        if state.distributed:
-            for statistic in statistics.values():
-                all_reduce_(statistic)
         fed = [name for name, statistic in statistics.items() if statistic.tokens]
         if not fed:
             return
