@@ -14,7 +14,7 @@ What happens at the end (best weights, metric, calibration, metric again, export
 training/post_training.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.calibration.blocks import find_blocks
+from lightning_compress.calibration.options import Walk, check_device
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.core.ledger import Ledger
@@ -54,8 +55,9 @@ from lightning_compress.training.checks import (
 )
 from lightning_compress.training.clock import StepClock
 from lightning_compress.training.hyperparameters import write_plain_modules
+from lightning_compress.training.options import merge_options, named_modifiers
 from lightning_compress.training.outputs import FolderLock, Outputs
-from lightning_compress.training.post_training import Finish, Plan, check_best, check_device, is_resumed, processors
+from lightning_compress.training.post_training import Finish, check_best, is_resumed, processors
 from lightning_compress.training.pruned_checkpoints import carry_shapes, check_launcher, write_shapes
 from lightning_compress.training.rank_zero import alone
 from lightning_compress.training.resume_finished import earlier_end, new_run
@@ -116,11 +118,11 @@ class CompressionCallback(Callback):
         export_dir: str | None = None,
         calibration_batches: int = 16,
         blocks: str | list[str] | None = None,
-        walk: str = "auto",
+        walk: Walk = "auto",
         load_best: bool = True,
         evaluate: bool = True,
         eval_batches: int | None = None,
-        offload_device: str = "cpu",
+        offload_device: str | None = "cpu",
         allow_recipe_change: bool = False,
         seed: int = 0,
         moe_calibrate_all_experts: bool = False,
@@ -144,22 +146,15 @@ class CompressionCallback(Callback):
         if (modifiers is None) == (recipe is None):
             both = "both" if modifiers is not None else "neither"
             raise ValueError(f"expected either modifiers or recipe, got {both}: CompressionCallback(recipe='gptq_w4')")
+        settings: Mapping[str, Any] = {}
         if recipe is not None:
             read = read_recipe(recipe)
-            modifiers, arguments = read.modifiers, _filled(arguments, read.arguments)
-        for name, modifier in modifiers.items() if isinstance(modifiers, dict) else ():
-            if not isinstance(modifier, Modifier):
-                raise ValueError(
-                    f"modifiers.{name} is {modifier!r}, expected a Modifier; the recipe's entries that are one: "
-                    f"{', '.join(n for n, m in modifiers.items() if isinstance(m, Modifier)) or 'none'}"
-                )
-            modifier.called(name)
-        self.lifecycle = Lifecycle(_listed(modifiers))
+            modifiers, settings = read.modifiers, read.arguments
+        assert modifiers is not None
+        self.options = merge_options(arguments, settings, recipe)
+        self.lifecycle = Lifecycle(named_modifiers(modifiers))
         self.ledger = Ledger()
         self.recipe = dump_recipe(self.lifecycle.modifiers)
-        self.module = arguments.pop("module")
-        self.allow_recipe_change = arguments.pop("allow_recipe_change")
-        self.plan = Plan(**arguments, recipe_name=recipe)
         self.done = False
         self.clock = StepClock()
         self._root: LightningModule | None = None
@@ -194,7 +189,7 @@ class CompressionCallback(Callback):
         check_lightning(trainer, pl_module)
         self._stage = stage
         self._take_off()
-        self._undo_shapes = carry_shapes(pl_module, self.module)
+        self._undo_shapes = carry_shapes(pl_module, self.options.module)
         if stage != "fit":
             return
         check_strategy(trainer)
@@ -215,12 +210,12 @@ class CompressionCallback(Callback):
         """False when the model may not be built yet."""
         built_later = is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
         try:
-            name, module = choose(pl_module, self.module)
+            name, module = choose(pl_module, self.options.module)
         except ValueError:
             if built_later:
                 return False
             raise
-        certain = self.module is not None or name in ("model", "net", "backbone")
+        certain = self.options.module is not None or name in ("model", "net", "backbone")
         if built_later and (not certain or next(module.parameters(), None) is None):
             return False
         self._initialize(trainer, pl_module)
@@ -245,7 +240,7 @@ class CompressionCallback(Callback):
         self._undo = undo
 
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name, module = choose(pl_module, self.module)
+        name, module = choose(pl_module, self.options.module)
         self._state = self._batch_state = State(model=module, ledger=self.ledger)
         reshaping = any(m.needs.changes_shapes for m in self.lifecycle.modifiers)
         if reshaping:
@@ -270,19 +265,19 @@ class CompressionCallback(Callback):
         if not self.done and self._state.model is not None:
             check_uninterrupted(self._state.model)
             check_whole(self._state.model)  # not in setup: configure_model comes after it
-            if self.plan.blocks is not None:
-                find_blocks(self._state.model, self.plan.blocks)  # names that match nothing are told now
+            if self.options.calibration.blocks is not None:
+                find_blocks(self._state.model, self.options.calibration.blocks)  # names that match nothing are told now
             model, beside = self._state.model, processors(trainer, pl_module)
             alone(lambda: rehearse(model, beside), "looking at what will be exported")
-            check_device(self.plan)
+            check_device(self.options.calibration)
         self._outputs = None
         if not self.done and not trainer.fast_dev_run:
             self._prepare_outputs(trainer)  # not in setup: only now it is known whether a run is resumed
-            check_best(trainer, self.plan, self.lifecycle, self._saved_files)
+            check_best(trainer, self.options, self.lifecycle, self._saved_files)
 
     def _prepare_outputs(self, trainer: Trainer) -> None:
         """Resolve and check where this run writes, and keep other runs out."""
-        outputs = self._outputs = Outputs.of(trainer, self.plan.export_dir)
+        outputs = self._outputs = Outputs.of(trainer, self.options.export_dir)
 
         def prepare() -> None:
             for path in outputs.locks:
@@ -351,7 +346,7 @@ class CompressionCallback(Callback):
         if not any(m.start is not None and m.should_start(event) for m in self.lifecycle.modifiers):
             return
         self._dense_is_known = True
-        if self.plan.evaluate and not trainer.fast_dev_run:
+        if self.options.evaluate and not trainer.fast_dev_run:
             self._ending(trainer, pl_module, self.lifecycle, event).measure_dense()
 
     def _hand_over(self, trainer: Trainer, pl_module: LightningModule, event: Event) -> None:
@@ -481,7 +476,7 @@ class CompressionCallback(Callback):
         return True
 
     def _ending(self, trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, event: Event) -> Finish:
-        run = (self.plan, self.recipe, event, self._saved_files, self._outputs, self._run)
+        run = (self.options, self.recipe, event, self._saved_files, self._outputs, self._run)
         done = (self.clock.state_dict(), self._own_batches, self._seconds, self._facts)
         return Finish(trainer, pl_module, lifecycle, self._state, *run, *done)
 
@@ -557,7 +552,7 @@ class CompressionCallback(Callback):
                 self._say_what_is_missing(state_dict, receiver)
             return
         changes = recipe_difference(state_dict["recipe"], self.recipe)
-        if changes and not self.allow_recipe_change:
+        if changes and not self.options.allow_recipe_change:
             raise ValueError(
                 "the recipe differs from that of the checkpoint:\n  " + "\n  ".join(changes) + "\n"
                 "resume with the recipe of the first run, or set allow_recipe_change=True"
@@ -613,27 +608,9 @@ class CompressionCallback(Callback):
     # -- checks -------------------------------------------------------------------------------------------------------
 
     def _check_module(self, pl_module: LightningModule) -> None:
-        name, module = choose(pl_module, self.module)
+        name, module = choose(pl_module, self.options.module)
         if module is not self._state.model:
             raise ValueError(
                 f"the module {name!r} is another object than the one that the modifiers were initialized on: it was "
                 f"replaced after configure_model; build it in __init__, setup or configure_model"
             )
-
-
-def _listed(modifiers: Any) -> list[Modifier]:
-    if isinstance(modifiers, Mapping):
-        return list(modifiers.values())
-    if isinstance(modifiers, Sequence) and not isinstance(modifiers, str):
-        return list(modifiers)
-    return [modifiers]
-
-
-def _filled(arguments: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The callback's arguments; those at their default give way to what the recipe sets."""
-    defaults: dict[str, Any] = CompressionCallback.__init__.__kwdefaults__ or {}
-    if unknown := sorted(recipe.keys() - arguments.keys()):
-        raise ValueError(
-            f"the recipe sets {unknown}, which CompressionCallback does not take; it takes {sorted(arguments)}"
-        )
-    return {n: recipe.get(n, v) if v == defaults[n] else v for n, v in arguments.items()}

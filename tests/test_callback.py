@@ -493,8 +493,8 @@ def test_lightning_cli_builds_it(tmp_path):
     )  # fmt: skip
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, CompressionCallback))
     assert callback.lifecycle.modifiers[0].start == 2
-    assert callback.plan.blocks == ["Linear"]
-    assert callback.plan.calibration_batches == 3
+    assert callback.options.calibration.blocks == ["Linear"]
+    assert callback.options.calibration_batches == 3
 
 
 def test_lightning_cli_names_an_unknown_argument(capsys):
@@ -506,7 +506,9 @@ def test_lightning_cli_names_an_unknown_argument(capsys):
 
 def test_an_entry_that_no_modifier_answers_to_is_named():
     """As after ``++callbacks.compress.modifiers.gtpq.group_size=64``, where the recipe calls it gptq."""
-    with pytest.raises(ValueError, match=r"modifiers.gtpq is \{'group_size': 64\}, expected a Modifier; .* one: gptq$"):
+    with pytest.raises(
+        ValueError, match=r"modifiers.gtpq is \{'group_size': 64\}, expected a Modifier; .* are modifiers: gptq$"
+    ):
         CompressionCallback({"gptq": GPTQModifier(scheme="W4A16"), "gtpq": {"group_size": 64}})
 
 

@@ -11,7 +11,8 @@ from lightning_compress import CompressionCallback, QuantizationModifier, compre
 from lightning_compress.core import Event, State
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from lightning_compress.training.broadcast import ties
-from lightning_compress.training.post_training import Finish, Plan
+from lightning_compress.training.options import CallbackOptions
+from lightning_compress.training.post_training import Finish
 from lightning_compress.training.saved_files import SavedFiles
 from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
 
@@ -69,7 +70,7 @@ def test_quantized_activations_reach_every_rank(tmp_path):
 
 
 def ending(folder, module):
-    settings = (State(model=module.model), Plan(), {}, Event(), SavedFiles())
+    settings = (State(model=module.model), CallbackOptions(), {}, Event(), SavedFiles())
     return Finish(quiet(folder, **DDP), module, None, *settings, outputs=None, run="run", clock_state={})
 
 

@@ -125,7 +125,7 @@ def test_an_argument_is_overridden(app_config: Any) -> None:
 
 def test_an_argument_is_added(app_config: Any) -> None:
     cfg = app_config("+compress=gptq_w4", "+callbacks.compress.calibration_batches=3")
-    assert instantiate(cfg.callbacks.compress).plan.calibration_batches == 3
+    assert instantiate(cfg.callbacks.compress).options.calibration_batches == 3
 
 
 def test_a_key_that_the_recipe_lacks_is_refused_without_a_plus(app_config: Any) -> None:

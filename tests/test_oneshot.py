@@ -106,7 +106,7 @@ def test_a_seed_gives_the_same_result_and_leaves_the_random_state_alone():
 def test_no_batches():
     with pytest.raises(ValueError, match="Watcher needs calibration data and there are no batches"):
         compress(seeded(Layered), Watcher())
-    with pytest.raises(ValueError, match="batches yields nothing, expected at least one calibration batch; look at"):
+    with pytest.raises(ValueError, match="batches yields nothing, expected at least one calibration batch; check"):
         compress(seeded(Layered), Watcher(), [])
     used_up = iter([])
     with pytest.raises(ValueError, match="batches yields nothing"):

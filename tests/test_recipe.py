@@ -82,9 +82,9 @@ def test_a_list_of_modifiers_keeps_its_order():
 
 def test_the_callback_takes_what_else_the_recipe_sets(tmp_path):
     path = str(written(tmp_path, "compress: {calibration_batches: 5, seed: 7, modifiers: {a: {type: Recording}}}"))
-    assert CompressionCallback(recipe=path).plan.calibration_batches == 5
-    assert CompressionCallback(recipe=path, calibration_batches=9).plan.calibration_batches == 9
-    assert CompressionCallback(recipe=path).plan.seed == 7
+    assert CompressionCallback(recipe=path).options.calibration_batches == 5
+    assert CompressionCallback(recipe=path, calibration_batches=9).options.calibration_batches == 9
+    assert CompressionCallback(recipe=path).options.calibration.seed == 7
 
 
 def test_the_callback_refuses_what_it_does_not_know(tmp_path):
@@ -259,7 +259,7 @@ def alternatives(form):
             try:
                 yield cls(**arguments, **{field: value})
             except ValueError:
-                continue                                            # two arguments that exclude each other
+                continue  # two arguments that exclude each other
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -1,8 +1,8 @@
-"""What flows through a model while it calibrates: what is kept of a batch, whether it is finite.
+"""Activations of a model while it calibrates: how they are stored, and whether they are finite.
 
-A block's call is kept as its arguments with the hidden state taken out (:data:`HIDDEN` marks the place) and the hidden
-state apart: that is replaced by the block's output as the walk goes on. The other arguments (masks, position
-embeddings) are kept by reference, each object once, however many blocks and batches share it.
+A block's call is stored in two parts: its arguments, with :data:`HIDDEN` in the place of the hidden state, and the
+hidden state itself, which the block's output replaces as the walk advances. The other arguments (masks, position
+embeddings) are stored by reference, each object once, however many blocks and batches share it.
 
 Shapes: B batch, T tokens, C channels.
 """
@@ -22,8 +22,8 @@ from lightning_compress.layers.finite import is_finite, nonfinite
 __all__ = [
     "HIDDEN",
     "BatchRunner",
-    "Call",
-    "KeptCalls",
+    "BlockCall",
+    "SegmentInputs",
     "argument",
     "check_weights",
     "device_of",
@@ -38,15 +38,15 @@ __all__ = [
 
 
 class Hidden:
-    """Stands where the hidden state was."""
+    """Placeholder of the hidden state."""
 
 
 HIDDEN: Final = Hidden()
-SAMPLE_TOKENS = 32  # enough to see how a model goes; whole rows took 9 % of a walk over 16 of them
+SAMPLE_TOKENS = 32  # enough for the probe; full rows took 9 % of a walk over 16 of them
 
 
 @dataclass
-class Call:
+class BlockCall:
     """One call of a block: ``block(*args, **kwargs)``, :data:`HIDDEN` in the place of the hidden state."""
 
     args: tuple[Any, ...]
@@ -57,40 +57,40 @@ class Call:
         return args, {k: hidden if v is HIDDEN else v for k, v in self.kwargs.items()}
 
     @staticmethod
-    def without_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str | None) -> "Call":
-        """Take the argument ``at`` (a position or a name; None: there is none) out."""
-        return Call(
+    def without_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str | None) -> "BlockCall":
+        """The call without its argument ``at`` (a position or a name; None: no argument is the hidden state)."""
+        return BlockCall(
             tuple(HIDDEN if i == at else a for i, a in enumerate(args)),
             {k: HIDDEN if k == at else v for k, v in kwargs.items()},
         )
 
     @property
     def is_bare(self) -> bool:
-        """True when the hidden state is all that the block gets."""
+        """True when the hidden state is the only argument."""
         return len(self.args) + len(self.kwargs) == 1 and any(a is HIDDEN for a in [*self.args, *self.kwargs.values()])
 
 
 @dataclass
-class KeptCalls:
+class SegmentInputs:
     """Inputs of one segment of blocks, for every batch.
 
     Args:
-        device: Where they are kept; None: where they are.
-        hidden: Per batch the input of the block that is next, such as [B, T, C].
+        device: Device on which they are stored; None: the one on which they are computed.
+        hidden: Per batch the input of the next block, such as [B, T, C].
         calls: Per batch the other arguments, by block name.
     """
 
     device: torch.device | None
     hidden: list[Tensor | None] = field(default_factory=list)
-    calls: list[dict[str, Call]] = field(default_factory=list)
+    calls: list[dict[str, BlockCall]] = field(default_factory=list)
     _previous: list[Tensor] = field(default_factory=list)
 
-    def keep(self, hidden: Tensor | None, calls: Mapping[str, Call]) -> None:
-        """Keep a further batch; tensors that several calls share, or that equal those of the batch before, once."""
+    def add(self, hidden: Tensor | None, calls: Mapping[str, BlockCall]) -> None:
+        """Store a further batch; tensors that several calls share, or that equal those of the batch before, once."""
         moved: dict[int, Tensor] = {}
         equals, self._previous = self._previous, []
 
-        def keep_one(tensor: Tensor) -> Tensor:
+        def store(tensor: Tensor) -> Tensor:
             if id(tensor) not in moved:
                 value = tensor.to(self.device) if self.device is not None else tensor
                 value = next((old for old in equals if _same(old, value)), value)
@@ -98,25 +98,25 @@ class KeptCalls:
                 self._previous.append(value)
             return moved[id(tensor)]
 
-        self.calls.append({n: Call(*tree_map_only(Tensor, keep_one, (c.args, c.kwargs))) for n, c in calls.items()})
+        self.calls.append({n: BlockCall(*tree_map_only(Tensor, store, (c.args, c.kwargs))) for n, c in calls.items()})
         self.hidden.append(None)
         if hidden is not None:
             self.replace(len(self.hidden) - 1, hidden)
 
     def replace(self, batch: int, hidden: Tensor) -> None:
-        """The block's output is the next block's input; the old one is let go."""
+        """The block's output becomes the next block's input; the old input is released."""
         self.hidden[batch] = hidden.to(self.device, non_blocking=True) if self.device is not None else hidden
 
-    def twin(self) -> "KeptCalls":
-        """The same calls, with hidden states that move on apart from these."""
-        return KeptCalls(self.device, list(self.hidden), self.calls)
+    def dense_copy(self) -> "SegmentInputs":
+        """The same calls with hidden states of their own, for those of the dense model."""
+        return SegmentInputs(self.device, list(self.hidden), self.calls)
 
-    def take(
+    def arguments(
         self, batch: int, name: str, device: torch.device | None, copy: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the block for one batch, on its device; ``copy`` for a block that writes into them."""
         hidden = self.hidden[batch]
-        call = self.calls[batch].get(name, Call((HIDDEN,), {}))
+        call = self.calls[batch].get(name, BlockCall((HIDDEN,), {}))
         arguments = call.with_hidden(hidden) if hidden is not None else (call.args, call.kwargs)
 
         def place(tensor: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ class KeptCalls:
         args, kwargs = tree_map_only(Tensor, place, arguments)
         return args, kwargs
 
-    def forget(self, name: str) -> None:
-        """The block is done; its arguments are let go."""
+    def drop(self, name: str) -> None:
+        """Release the arguments of a block that is finished."""
         for calls in self.calls:
             calls.pop(name, None)
 
@@ -148,9 +148,9 @@ class BatchRunner:
 
 
 def small_sample(batch: Any) -> Any:
-    """A small batch of the same kind, to look at what a model does with it; None when it is not clear how to cut one.
+    """A small batch of the same kind, to see what a model does with it; None when it is not clear how to cut one.
 
-    That is the first row of every tensor, and of token ids (all tensors whole numbers, [B, T]) the first few tokens.
+    That is the first row of every tensor, and of token ids (all tensors of integers, [B, T]) the first few tokens.
     """
     tree = dict(batch) if isinstance(batch, Mapping) else batch
     tensors = tensors_of(tree)
@@ -171,13 +171,13 @@ def tree_move(tree: Any, device: torch.device | None) -> Any:
     """The same structure with its tensors on the device."""
     if device is None:
         return tree
-    if isinstance(tree, Mapping):  # a BatchEncoding is no node of torch's trees
+    if isinstance(tree, Mapping):  # a BatchEncoding is not a node of torch's trees
         return {key: tree_move(value, device) for key, value in tree.items()}
     return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), tree)
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where the module's first parameter or buffer lies; None when it has none."""
+    """Device of the module's first parameter or buffer; None when it has none."""
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
 
 
@@ -239,12 +239,12 @@ def find_nonfinite(tree: Any, mask: Tensor | None) -> str | None:
 
 
 def first_bad_module(model: nn.Module, prefix: str, run: Callable[[], Any]) -> str | None:
-    """Run again and name the first innermost module whose output is not finite although its input is; None: none."""
-    found: list[str] = []
+    """Run again: name of the first innermost module whose output is not finite although its input is, or None."""
+    names: list[str] = []
 
     def look(name: str, args: Any, output: Any) -> None:
-        if not found and find_nonfinite(output, None) and not find_nonfinite(args, None):
-            found.append(name)
+        if not names and find_nonfinite(output, None) and not find_nonfinite(args, None):
+            names.append(name)
 
     leaves = [(n, m) for n, m in model.named_modules(prefix=prefix) if not any(True for _ in m.children())]
     handles = [m.register_forward_hook(lambda _m, args, out, n=n: look(n, args, out)) for n, m in leaves]
@@ -253,7 +253,7 @@ def first_bad_module(model: nn.Module, prefix: str, run: Callable[[], Any]) -> s
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return names[0] if names else None
 
 
 def _same(old: Tensor, new: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""A group of modules is finished: which modifiers look at it together, with whose hooks on, and who is told what when.
+"""The passes over one group of modules: which modifiers see it together, which hooks act, and the order of events.
 
-The modifiers of a recipe fall into stages: one with ``needs.own_pass`` is a stage for itself, neighbours without
-share one.
-Each stage sees all batches go through the group as the stages before have left it; the last one may go in lockstep.
+The modifiers of a recipe form stages: one with ``needs.own_pass`` is a stage of its own, neighbours without it share
+one. In each stage all batches run through the group as the stages before have left it; the last stage may run in
+lockstep.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,18 +19,18 @@ from lightning_compress.calibration.probe import Probe, nonfinite_error
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.core.precision import model_precision
 
-__all__ = ["Group", "Stages", "one_pass_obstacle"]
+__all__ = ["ModuleGroup", "BlockPasses", "one_pass_obstacle"]
 
 
 @dataclass(frozen=True)
-class Group:
+class ModuleGroup:
     """Modules that are finished together.
 
     Args:
         name: The block's dotted name; empty outside of all blocks.
         block: The block; None outside of all blocks.
-        modules: Its modules by dotted name.
-        title: What to call it in messages and progress.
+        modules: Modules of the group by dotted name.
+        title: Name of the group in messages and progress.
     """
 
     name: str
@@ -40,17 +40,17 @@ class Group:
 
 
 @dataclass
-class Stages:
-    """Leads modifiers through groups.
+class BlockPasses:
+    """Runs the stages of a recipe over groups of modules.
 
     Args:
         lifecycle: The modifiers.
-        state: What they see, but for the group.
-        clock: The clock that events carry.
+        state: State of every event, but for the group.
+        clock: Clock of the events.
         masks: Per batch the tokens that count, [B, T]; None: all.
-        probe: In what order a forward pass calls the targets, and how often.
-        one_pass: The last stage goes in lockstep.
-        report: Called with a text when work goes on.
+        probe: Order and number of the calls of each target in a forward pass.
+        one_pass: The last stage runs in lockstep.
+        report: Called with a text as work advances.
     """
 
     lifecycle: Lifecycle
@@ -64,7 +64,7 @@ class Stages:
 
     def complete(
         self,
-        group: Group,
+        group: ModuleGroup,
         run: Callable[[int], object],
         propagate: Callable[[int], object] | None,
         dense: Callable[[int], Tensor] | None = None,
@@ -73,9 +73,9 @@ class Stages:
 
         Args:
             group: The modules.
-            run: Puts a batch through them; what comes out is dropped.
-            propagate: Puts a batch through them for the last time and keeps what comes out; None: nobody needs it.
-            dense: What they gave for a batch in the dense model; None: not known.
+            run: Runs a batch through them; the output is dropped.
+            propagate: Runs a batch through them for the last time and stores the output; None: it is not needed.
+            dense: Their output for a batch in the dense model; None: not known.
         """
         stages = stages_of(self.lifecycle.modifiers)
         for stage in stages:
@@ -83,24 +83,24 @@ class Stages:
             replay: Callable[[int], object] | None = partial(self._replay, group, run)
             if stage is stages[-1] and self.one_pass and hooked:
                 self._lockstep(stage, group, hooked, propagate or run, to_end=propagate is not None)
-                propagate = replay = None  # the inputs have moved on
+                propagate = replay = None  # the inputs are now those of the next block
             elif hooked:
                 self._look(stage, group, hooked, run)
-            with self.lifecycle.paused():  # what runs again in there is no new data for anyone
-                self.tell(EventType.BLOCK_END, group, stage, replay=replay, dense=dense)
+            with self.lifecycle.paused():  # a replay is not new data for any modifier
+                self.emit(EventType.BLOCK_END, group, stage, replay=replay, dense=dense)
             for modifier in stage:
-                if modifier.needs.calibration:  # what is finished may run again on the way to later groups
+                if modifier.needs.calibration:  # finished modules may run again on the way to later groups
                     modifier.remove_hooks(*group.modules.values())
         if propagate is not None:
             with self.lifecycle.paused():
                 for i in range(len(self.masks)):
-                    self.turn(i, f"{group.title}: outputs, batch {i + 1}/{len(self.masks)}")
+                    self.begin(i, f"{group.title}: outputs, batch {i + 1}/{len(self.masks)}")
                     propagate(i)
 
-    def tell(
+    def emit(
         self,
         type_: EventType,
-        group: Group,
+        group: ModuleGroup,
         only: Sequence[Modifier] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
         replay: Callable[[int], object] | None = None,
@@ -117,29 +117,33 @@ class Stages:
         )
         self.lifecycle.emit(state, replace(self.clock, type_=type_), only=only)
 
-    def turn(self, batch: int, text: str) -> None:
-        """This batch runs now."""
+    def begin(self, batch: int, text: str) -> None:
+        """A batch begins to run."""
         self.batch = batch
         self.lifecycle.set_token_mask(self.masks[batch])
         self.report(text)
 
-    def _replay(self, group: Group, run: Callable[[int], object], batch: int) -> object:
-        self.turn(batch, f"{group.title}: once more, batch {batch + 1}/{len(self.masks)}")
+    def _replay(self, group: ModuleGroup, run: Callable[[int], object], batch: int) -> object:
+        self.begin(batch, f"{group.title}: once more, batch {batch + 1}/{len(self.masks)}")
         with model_precision():
             return run(batch)
 
     def _look(
-        self, stage: Sequence[Modifier], group: Group, hooked: Mapping[nn.Module, str], run: Callable[[int], object]
+        self,
+        stage: Sequence[Modifier],
+        group: ModuleGroup,
+        hooked: Mapping[nn.Module, str],
+        run: Callable[[int], object],
     ) -> None:
         with self._only(stage), self._finite_inputs(hooked), self._stopped_when_seen(group, hooked):
             for i in range(len(self.masks)):
-                self.turn(i, f"{group.title}: statistics, batch {i + 1}/{len(self.masks)}")
+                self.begin(i, f"{group.title}: statistics, batch {i + 1}/{len(self.masks)}")
                 run_to_stop(partial(run, i))
 
     def _lockstep(
         self,
         stage: Sequence[Modifier],
-        group: Group,
+        group: ModuleGroup,
         hooked: Mapping[nn.Module, str],
         run: Callable[[int], object],
         to_end: bool,
@@ -149,31 +153,31 @@ class Stages:
         def ready(module: nn.Module) -> None:
             at[0] = hooked[module]
             self.report(f"{group.title}: {at[0]}")
-            self.tell(EventType.MODULE_READY, group, stage, {hooked[module]: module})
+            self.emit(EventType.MODULE_READY, group, stage, {hooked[module]: module})
 
-        # a modifier of weights alone (rounding) has nothing to wait for, and the batches shall meet what it left
+        # a modifier of weights alone (rounding) waits for no data, and the batches must run through its result
         weighty = {n: m for n, m in group.modules.items() if any(True for _ in m.parameters(recurse=False))}
         unhooked = {n: m for n, m in weighty.items() if m not in hooked}
         if unhooked:
-            self.tell(EventType.MODULE_READY, group, stage, unhooked)
+            self.emit(EventType.MODULE_READY, group, stage, unhooked)
         with self._only(stage), self._finite_inputs(hooked):
             run_in_lockstep(
                 [partial(run, i) for i in range(len(self.masks))],
                 hooked,
                 ready,
-                lambda i: self.turn(i, f"{group.title}: {at[0]}, batch {i + 1}/{len(self.masks)}"),
+                lambda i: self.begin(i, f"{group.title}: {at[0]}, batch {i + 1}/{len(self.masks)}"),
                 to_end,
             )
 
     @contextmanager
-    def _stopped_when_seen(self, group: Group, hooked: Mapping[nn.Module, str]) -> Iterator[None]:
-        """Runs end where the last input is seen: a Llama block's down_proj, a quarter of its work, is not computed."""
+    def _stopped_when_seen(self, group: ModuleGroup, hooked: Mapping[nn.Module, str]) -> Iterator[None]:
+        """End each run at the last input: a Llama block's down_proj, a quarter of its work, is not computed."""
         seen: dict[int, set[nn.Module]] = {}
 
         def arrive(module: nn.Module, _args: object) -> None:
-            here = seen.setdefault(self.batch, set())
-            here.add(module)
-            if len(here) == len(hooked):
+            modules = seen.setdefault(self.batch, set())
+            modules.add(module)
+            if len(modules) == len(hooked):
                 stop()
 
         once = all(self.probe.counts[module] == 1 for module in hooked)
@@ -183,17 +187,17 @@ class Stages:
                     stack.callback(module.register_forward_pre_hook(arrive).remove)
             yield
 
-    def _hooked(self, stage: Sequence[Modifier], group: Group) -> dict[nn.Module, str]:
+    def _hooked(self, stage: Sequence[Modifier], group: ModuleGroup) -> dict[nn.Module, str]:
         """Modules of the group that the stage has hooked to calibrate, in the order of their calls."""
         names = {module: name for name, module in group.modules.items()}
         calibrating = [modifier for modifier in stage if modifier.needs.calibration]
-        found = dict.fromkeys(m for modifier in calibrating for m in modifier.hooked if m in names)
+        hooked = dict.fromkeys(m for modifier in calibrating for m in modifier.hooked if m in names)
         order = self.probe.order
-        return {m: names[m] for m in sorted(found, key=lambda m: order.get(m, len(order)))}
+        return {m: names[m] for m in sorted(hooked, key=lambda m: order.get(m, len(order)))}
 
     @contextmanager
     def _only(self, stage: Sequence[Modifier]) -> Iterator[None]:
-        """The hooks of the other modifiers, and of those that only train, are paused inside."""
+        """Inside, the hooks of other modifiers are paused, and so are those of modifiers that do not calibrate."""
         with ExitStack() as stack:
             for modifier in self.lifecycle.modifiers:
                 if not modifier.needs.calibration or not any(modifier is member for member in stage):
@@ -202,7 +206,7 @@ class Stages:
 
     @contextmanager
     def _finite_inputs(self, hooked: Mapping[nn.Module, str]) -> Iterator[None]:
-        """Before a statistic sees NaN or Inf, a ValueError names the module and the batch."""
+        """ValueError with the module and the batch before NaN or Inf reaches a statistic."""
 
         def check(name: str, args: tuple[object, ...]) -> None:
             if kind := find_nonfinite(args[:1], self.masks[self.batch]):
@@ -216,7 +220,7 @@ class Stages:
 
 
 def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:
-    """Modifiers in recipe order, those with ``needs.own_pass`` apart."""
+    """Modifiers in recipe order; each one with ``needs.own_pass`` is a stage of its own."""
     stages: list[list[Modifier]] = []
     for modifier in modifiers:
         if modifier.needs.own_pass or not stages or stages[-1][-1].needs.own_pass:
@@ -229,13 +233,13 @@ def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:
 def one_pass_obstacle(
     modifiers: Sequence[Modifier], counts: Mapping[nn.Module, int], targets: Mapping[nn.Module, str], uncalled: bool
 ) -> str | None:
-    """Why the last stage cannot go in lockstep; None when it can.
+    """Why the last stage cannot run in lockstep; None when it can.
 
     Args:
-        modifiers: The recipe, its hooks on.
+        modifiers: The modifiers of the recipe, with their hooks on.
         counts: Calls per target in one forward pass.
-        targets: What modifiers have hooked, with names.
-        uncalled: Targets that the first batch does not reach (an expert without tokens?) are no obstacle.
+        targets: Modules that modifiers have hooked, with names.
+        uncalled: Whether targets that the first batch does not reach (an expert without tokens?) are allowed.
     """
     last = [m for m in stages_of(modifiers)[-1] if m.needs.calibration]
     for modifier in last:

@@ -1,8 +1,8 @@
-"""Find the repeated blocks of a model, whatever its class, from its structure alone.
+"""Find the repeated blocks of a model of any class, from its structure alone.
 
 A block is a child of a container (``ModuleList``, ``Sequential``, ``ModuleDict``) in which its class occurs more than
-once, such as the layers of a transformer or the stages of a CNN; of nested ones the outermost counts. Hugging Face's
-``_no_split_modules`` is read as a hint: a class named there is a block even where it occurs only once.
+once, such as the layers of a transformer or the stages of a CNN; of nested blocks the outermost is used. A class in
+Hugging Face's ``_no_split_modules`` is a block even where it occurs only once.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from lightning_compress.layers.matching import clean_name, select
 
 __all__ = ["find_blocks", "modules_of_block", "modules_outside"]
 
-SMALLEST_SHARE = 0.01  # of the largest container's weights; below it a list (of small heads, say) is no walk
+SMALLEST_SHARE = 0.01  # of the largest container's weights; a smaller list (of heads, say) holds no blocks
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -22,22 +22,22 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None) -> 
 
     Args:
         model: Any module.
-        blocks: Class names, dotted names or ``re:`` patterns of the blocks; None: find them.
+        blocks: Class names, dotted names or ``re:`` patterns of the blocks; None: they are searched for.
 
     Raises:
-        ValueError: ``blocks`` matches nothing, or is no regular expression.
+        ValueError: ``blocks`` matches nothing, or is not a valid regular expression.
     """
     if blocks is not None:
         return _outermost({n: _uncompiled(m) for n, m in select(model, blocks, field="blocks").items()})
     hints = _no_split_classes(model)
     containers = [c for c in _containers(_uncompiled(model), "", hints, set()) if c]
-    weights = [sum(_weights(block) for block in found.values()) for found in containers]
-    kept = [
-        found
-        for found, size in zip(containers, weights, strict=True)
-        if size >= SMALLEST_SHARE * max(weights) or any(type(block).__name__ in hints for block in found.values())
+    weights = [sum(_weights(block) for block in children.values()) for children in containers]
+    large = [
+        children
+        for children, size in zip(containers, weights, strict=True)
+        if size >= SMALLEST_SHARE * max(weights) or any(type(block).__name__ in hints for block in children.values())
     ]
-    return _outermost({name: block for found in kept for name, block in found.items()})
+    return _outermost({name: block for children in large for name, block in children.items()})
 
 
 def modules_of_block(name: str, block: nn.Module) -> dict[str, nn.Module]:
@@ -54,24 +54,24 @@ def modules_outside(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[s
 
 
 def _containers(module: nn.Module, name: str, hints: set[str], seen: set[nn.Module]) -> Iterable[dict[str, nn.Module]]:
-    """For each container, from the outside in, its children that are blocks; blocks are not looked into."""
+    """For each container, from the outside in, its children that are blocks; blocks are not searched."""
     if module in seen:
         return
     seen.add(module)
     children = {n: _uncompiled(c) for n, c in module.named_children()}
-    found: dict[str, nn.Module] = {}
+    blocks: dict[str, nn.Module] = {}
     if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
         classes = Counter(type(c) for c in children.values() if any(True for _ in c.children()) and _weights(c))
-        wanted = {c for c, times in classes.items() if times > 1 or c.__name__ in hints}
-        found = {n: c for n, c in children.items() if type(c) in wanted}
-        yield {f"{name}.{n}" if name else n: c for n, c in found.items()}
+        repeated = {c for c, times in classes.items() if times > 1 or c.__name__ in hints}
+        blocks = {n: c for n, c in children.items() if type(c) in repeated}
+        yield {f"{name}.{n}" if name else n: c for n, c in blocks.items()}
     for n, child in children.items():
-        if n not in found:
+        if n not in blocks:
             yield from _containers(child, f"{name}.{n}" if name else n, hints, seen)
 
 
 def _no_split_classes(model: nn.Module) -> set[str]:
-    """Class names in ``_no_split_modules`` of the model and of the models in it."""
+    """Class names in ``_no_split_modules`` of the model and of the models inside it."""
     hints: set[str] = set()
     for module in model.modules():
         named = getattr(module, "_no_split_modules", None)

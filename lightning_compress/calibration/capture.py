@@ -1,7 +1,7 @@
-"""Inputs of a segment of blocks without computing its blocks: each is stubbed, on the instance, and always unstubbed.
+"""Inputs of a segment of blocks without computing its blocks: each is replaced by a stub, on the instance.
 
-A stub hands the hidden state on in the structure that the probe has seen, so that the code around the blocks (masks,
-position embeddings, per-layer choices) runs as it is and each block's own arguments are known.
+A stub returns its hidden input in the structure of output that the probe saw, so that the code around the blocks
+(masks, position embeddings, per-layer choices) runs unchanged and shows the arguments of each block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,41 +10,41 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from lightning_compress.calibration.activations import Call, argument, put
+from lightning_compress.calibration.activations import BlockCall, argument, put
 from lightning_compress.calibration.probe import ProbedBlock
 
 __all__ = ["BrokenLinkError", "capture", "run_to_stop", "stop", "stopped_before", "stubbed"]
 
 
 class BrokenLinkError(Exception):
-    """A stubbed run does not lead from block to block as the dense run did."""
+    """With stubs, the blocks are not called as in the dense run."""
 
 
 class _Stop(BaseException):
-    """Ends a run early; no ``except Exception`` of a model catches it."""
+    """Ends a run early; ``except Exception`` in a model does not catch it."""
 
 
 def capture(
     run: Callable[[], Any], segment: Sequence[ProbedBlock], modules: Mapping[str, nn.Module]
-) -> tuple[Tensor | None, dict[str, Call]]:
+) -> tuple[Tensor | None, dict[str, BlockCall]]:
     """Run a batch up to the last block of a segment, and stop there.
 
     Args:
-        run: Puts the batch through the model; blocks before the segment are computed.
+        run: Runs the batch through the model; blocks before the segment are computed.
         segment: Blocks, the first one with its real input, the others linked to it.
         modules: Blocks by name.
 
     Returns:
-        The first block's hidden input, and the other arguments of every block. When the further blocks take nothing but
-        the hidden state there is nothing to learn about them: the run stops at the first one.
+        The first block's hidden input, and the other arguments of every block. Where all further blocks take nothing
+        but the hidden state, the run stops at the first one.
 
     Raises:
-        BrokenLinkError: The blocks are not called as the probe has seen them.
+        BrokenLinkError: The blocks are not called as in the probe.
     """
     if all(block.call.is_bare for block in segment[1:]):
         segment = segment[:1]
     hidden: Tensor | None = None
-    calls: dict[str, Call] = {}
+    calls: dict[str, BlockCall] = {}
 
     def note(block: ProbedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal hidden
@@ -57,11 +57,11 @@ def capture(
             hidden = value
         elif value is not hidden:
             raise BrokenLinkError(f"block {block.name!r} does not take what the block before it returns")
-        calls[block.name] = Call.without_hidden(args, kwargs, block.hidden_at)
+        calls[block.name] = BlockCall.without_hidden(args, kwargs, block.hidden_at)
 
     with ExitStack() as stack:
         for block in segment:
-            # the arguments are noted before other hooks of the block change them: in the walk those hooks run again
+            # before other hooks of the block change the arguments: in the walk those hooks run again
             handle = modules[block.name].register_forward_pre_hook(
                 lambda _m, args, kwargs, b=block: note(b, args, kwargs), with_kwargs=True, prepend=True
             )
@@ -79,11 +79,11 @@ def stubbed(
 ) -> Iterator[None]:
     """Inside, blocks of the segment return their hidden input, and the last one ``last()``.
 
-    Stubs keep nothing, so that several runs may be under way inside.
+    Stubs store nothing, so that several runs may be in progress inside.
     """
     with ExitStack() as stack:
         for block in segment[:-1]:
-            stack.enter_context(_forward_replaced(modules[block.name], _hand_on(block)))
+            stack.enter_context(_forward_replaced(modules[block.name], _stub(block)))
         stack.enter_context(_forward_replaced(modules[segment[-1].name], lambda *_args, **_kwargs: last()))
         yield
 
@@ -99,7 +99,7 @@ def stopped_before(block: nn.Module) -> Iterator[None]:
 
 
 def run_to_stop(run: Callable[[], Any]) -> None:
-    """Run up to where it is stopped, or to the end."""
+    """Run until :func:`stop` is called, or to the end."""
     with suppress(_Stop):
         run()
 
@@ -109,7 +109,7 @@ def stop() -> NoReturn:
     raise _Stop
 
 
-def _hand_on(block: ProbedBlock) -> Callable[..., Any]:
+def _stub(block: ProbedBlock) -> Callable[..., Any]:
     def stub(*args: Any, **kwargs: Any) -> Any:
         return put(block.template, block.out_at, argument(args, kwargs, block.hidden_at))
 
@@ -118,13 +118,13 @@ def _hand_on(block: ProbedBlock) -> Callable[..., Any]:
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module.forward`` is another function inside, on this instance only."""
-    own = module.__dict__.get("forward")  # accelerate puts one there, too
+    """Inside, ``module.forward`` is another function, on this instance only."""
+    original = module.__dict__.get("forward")  # accelerate puts one there, too
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if own is None:
+        if original is None:
             del module.__dict__["forward"]
         else:
-            module.__dict__["forward"] = own
+            module.__dict__["forward"] = original

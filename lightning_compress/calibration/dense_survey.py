@@ -1,4 +1,4 @@
-"""Before the walk, where a modifier asks for it: all batches once through the dense model, with its hooks on."""
+"""Before the walk: all batches once through the dense model, with the hooks of the modifiers that need it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,16 +26,16 @@ def survey(
     device: torch.device | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    """Show the dense model to the modifiers that survey it, then BLOCK_SURVEYED per block and for what lies outside.
+    """Show the dense model to the modifiers that survey it, then BLOCK_SURVEYED per block and for modules outside.
 
     Args:
         lifecycle: The modifiers, after CALIBRATION_START.
-        state: With the model.
-        clock: The clock of the events.
-        batches: What the model is run on.
-        runner: Runs it on a batch.
-        blocks: Its blocks by name; empty: everything lies outside.
-        device: Blocks are moved there for their turn, or the model when it has none; None: it stays.
+        state: State with the model.
+        clock: Clock of the events.
+        batches: Calibration batches.
+        runner: Runs the model on a batch.
+        blocks: Blocks of the model by name; empty: all modules are outside of blocks.
+        device: Device for the blocks in their turn, or for a model without blocks; None: nothing is moved.
         progress: Called before each batch.
     """
     model = runner.model

@@ -1,7 +1,7 @@
-"""How a calibration batch becomes the arguments of a model, and whether the model takes them.
+"""How a calibration batch becomes the arguments of a model, and whether the model accepts them.
 
-A mapping gives the keyword arguments that ``forward`` takes; of a tuple or list the first item goes in; anything else
-goes in as it is. ``labels`` are left out, for the loss is of no use here, unless ``forward`` needs them.
+A mapping gives the keyword arguments that ``forward`` takes; of a tuple or list the first item is the input; anything
+else is the input itself. ``labels`` are left out, since calibration needs no loss, unless ``forward`` requires them.
 """
 
 import inspect
@@ -25,7 +25,7 @@ IN_TRAINER: Final = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a model is called with, and the keys of the batch that it does not take."""
+    """Arguments of a call of the model, and the keys of the batch that it does not take."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -38,7 +38,7 @@ def run_model(model: nn.Module, batch: Any, advice: str = IN_COMPRESS) -> Any:
     Args:
         model: The model.
         batch: A calibration batch, on the model's device.
-        advice: What to do where the model cannot take it, for the message.
+        advice: Advice in the message where the model cannot take the batch.
     """
     arguments = _arguments(model, batch, advice)
     try:
@@ -92,7 +92,7 @@ def _keywords(model: nn.Module, batch: Mapping[str, Any], advice: str) -> Argume
     is_open = typed is None or signature is None
     chosen = {key: value for key, value in batch.items() if is_open or key in named or key in (typed or ())}
     config = getattr(model, "config", None)
-    # an encoder-decoder makes its decoder's input out of labels
+    # an encoder-decoder computes its decoder's input from labels
     needs_labels = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
     needs_labels |= "labels" in named and named["labels"].default is Parameter.empty
     if not needs_labels:
@@ -109,7 +109,7 @@ def _keywords(model: nn.Module, batch: Mapping[str, Any], advice: str) -> Argume
 
 
 def _signature(model: nn.Module) -> Signature | None:
-    """That of ``forward``; None where Python cannot tell (compiled by TorchScript)."""
+    """Signature of ``forward``; None where Python has none (compiled by TorchScript)."""
     try:
         return inspect.signature(getattr(model, "_orig_mod", model).forward)
     except (TypeError, ValueError):
@@ -117,7 +117,7 @@ def _signature(model: nn.Module) -> Signature | None:
 
 
 def _typed_keys(parameter: Parameter, model: nn.Module) -> frozenset[str] | None:
-    """The keys in the annotation of ``**kwargs: Unpack[SomeTypedDict]``; None: any key may come."""
+    """Keys in the annotation of ``**kwargs: Unpack[SomeTypedDict]``; None: any key is allowed."""
     annotation = parameter.annotation
     if isinstance(annotation, str):
         try:

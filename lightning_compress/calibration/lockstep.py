@@ -31,67 +31,80 @@ def run_in_lockstep(
     """Run ``works``, one per batch, finishing each module when all have arrived at it.
 
     Args:
-        works: What to run for each batch.
-        modules: Where to pause, with names, in the order in which they are called.
-        ready: Called once per module that was arrived at, on this thread, after the last batch that comes to it.
-        turn: Called with the batch's number before it goes on.
-        to_end: False: once all modules are finished, what is left of the works is not run.
+        works: Forward pass of each batch.
+        modules: Modules at which batches pause, with names, in the order of their calls.
+        ready: Called once per module that a batch arrives at, on this thread, after the last of its batches.
+        turn: Called with the number of a batch before it goes on.
+        to_end: False: the rest of the forward passes is not run once all modules are finished.
 
     Raises:
         ValueError: A batch arrives at a module that is finished already: the block calls its modules more than once, or
             in an order that depends on the data.
     """
-    order = {module: i for i, module in enumerate(modules)}
-    batches = [_Batch(i, work) for i, work in enumerate(works)]
-    running: list[_Batch] = []  # the one that has the turn
-    finished: set[nn.Module] = set()
-
-    def finish(module: nn.Module) -> bool:
-        """True when there is no more to do."""
-        finished.add(module)
-        ready(module)
-        return not to_end and len(finished) == len(modules)
-
-    def pause(module: nn.Module) -> None:
-        if module in finished:
-            raise ValueError(
-                f"batch {running[0].index if running else 0} comes to {modules[module]!r} after it was finished: the "
-                f"block calls it several times, or in an order that depends on the data; use walk='two_pass'"
-            )
-        if running:
-            running[0].pause(module)
-        elif finish(module):
-            raise _CancelledError
-
+    lockstep = _Lockstep(modules, ready, to_end)
     if len(works) == 1:  # nothing to wait for: no thread is needed
         turn(0)
-        with _paused_before(modules, pause), suppress(_CancelledError):
+        with _paused_before(modules, lockstep.arrive), suppress(_CancelledError):
             works[0]()
         return
-
-    def let_run(batch: _Batch) -> None:
-        running[:] = [batch]
-        turn(batch.index)
-        batch.resume()
-
+    batches = [_Batch(i, work) for i, work in enumerate(works)]
     try:
-        with _paused_before(modules, pause):
-            for batch in batches:
-                let_run(batch)
-            while waiting := [b for b in batches if b.waits_at is not None]:
-                module = min((b.waits_at for b in waiting if b.waits_at is not None), key=order.__getitem__)
-                if finish(module):
-                    break
-                for batch in waiting:
-                    if batch.waits_at is module:
-                        let_run(batch)
+        with _paused_before(modules, lockstep.arrive):
+            lockstep.run(batches, turn)
     finally:
         for batch in batches:
             batch.cancel()
 
 
+class _Lockstep:
+    """Which batch runs, and which modules are finished; the arguments are those of :func:`run_in_lockstep`."""
+
+    def __init__(self, modules: Mapping[nn.Module, str], ready: Callable[[nn.Module], None], to_end: bool):
+        self.modules, self.ready, self.to_end = modules, ready, to_end
+        self.order = {module: i for i, module in enumerate(modules)}
+        self.running: _Batch | None = None
+        self.finished: set[nn.Module] = set()
+
+    def run(self, batches: Sequence["_Batch"], turn: Callable[[int], None]) -> None:
+        """Let the batches go on until nothing waits, or until nothing more is needed."""
+
+        def resume(batch: _Batch) -> None:
+            self.running = batch
+            turn(batch.index)
+            batch.resume()
+
+        for batch in batches:
+            resume(batch)
+        while waiting := [b for b in batches if b.waits_at is not None]:
+            module = min((b.waits_at for b in waiting if b.waits_at is not None), key=self.order.__getitem__)
+            if self.finish(module):
+                return
+            for batch in waiting:
+                if batch.waits_at is module:
+                    resume(batch)
+
+    def arrive(self, module: nn.Module) -> None:
+        """A batch is about to run a module: on a thread of its own it waits, otherwise the module is finished now."""
+        if module in self.finished:
+            raise ValueError(
+                f"batch {self.running.index if self.running else 0} comes to {self.modules[module]!r} after it was "
+                f"finished: the block calls it several times, or in an order that depends on the data; use "
+                f"walk='two_pass'"
+            )
+        if self.running is not None:
+            self.running.pause(module)
+        elif self.finish(module):
+            raise _CancelledError
+
+    def finish(self, module: nn.Module) -> bool:
+        """Finish a module; True when nothing that comes after it is needed."""
+        self.finished.add(module)
+        self.ready(module)
+        return not self.to_end and len(self.finished) == len(self.modules)
+
+
 class _CancelledError(BaseException):
-    """Unwinds the thread of a batch that is not to go on."""
+    """Unwinds the thread of a batch that does not go on."""
 
 
 class _Batch:
@@ -158,7 +171,7 @@ class _Batch:
             self._hand_back()
 
     def _hand_back(self) -> None:
-        if self._stopped.locked():  # not when the caller has been interrupted and waits no more
+        if self._stopped.locked():  # not when the caller was interrupted and no longer waits
             self._stopped.release()
 
 

@@ -1,14 +1,14 @@
-"""The modes a model calibrates in, and gives back: eval, no gradients, eager, no KV cache, the random state."""
+"""The modes of a model while it calibrates: eval, no gradients, eager, no KV cache; all are put back afterwards."""
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["calibration_mode", "random_state_kept"]
+__all__ = ["calibration_mode", "forked_random_state"]
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_no_autocast_cache())
-        stack.enter_context(random_state_kept())
+        stack.enter_context(forked_random_state())
         stack.enter_context(_eval(model))
         stack.enter_context(_no_cache(model))
         stack.enter_context(_no_fused_attention())
@@ -32,17 +32,9 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
+def forked_random_state() -> AbstractContextManager[None]:
     """Torch's random state, CPU and CUDA, is afterwards what it was before."""
-    cpu: Tensor = torch.get_rng_state()
-    cuda: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
 @contextmanager
@@ -75,7 +67,7 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_fused_attention() -> Iterator[None]:
-    """``nn.TransformerEncoderLayer`` in eval mode may run fused, past its Linears: keep it from that."""
+    """``nn.TransformerEncoderLayer`` in eval mode may run as one fused op, which skips the hooks of its Linears."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -86,7 +78,7 @@ def _no_fused_attention() -> Iterator[None]:
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps low-precision copies of the weights, and would go on with them after a weight has changed."""
+    """Autocast caches low-precision copies of weights, and would use them after a weight has changed."""
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)

@@ -1,4 +1,4 @@
-"""Blocks visit the accelerator: there for their turn, back home afterwards."""
+"""Blocks are moved to the accelerator for their turn, and back afterwards."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,12 +9,20 @@ from torch import nn
 
 from lightning_compress.calibration.activations import device_of, tree_move
 
-__all__ = ["on_device", "streamed"]
+__all__ = ["exact_device", "on_device", "streamed"]
+
+
+def exact_device(device: str | torch.device | None) -> torch.device | None:
+    """The device with its index, so that devices compare; None stays None."""
+    if device is None:
+        return None
+    named = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if named.type == "cuda" and named.index is None else named
 
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """The module lies on the device inside, and where it was afterwards; None: it stays."""
+    """Inside, the module is on the device; afterwards it is where it was. None: it is not moved."""
     home = device_of(module)
     if device is None or home is None or home == device:
         yield
@@ -28,9 +36,9 @@ def on_device(module: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def streamed(blocks: Mapping[str, nn.Module], device: torch.device | None) -> Iterator[None]:
-    """Inside, every call of a block takes place on the device, one block there at a time; None: they stay.
+    """Inside, every call of a block runs on the device, one block there at a time; None: blocks are not moved.
 
-    Outputs come back to where the block lies, so that the code between the blocks notices nothing.
+    Outputs are moved back to where the block was, so that the code between the blocks needs no change.
     """
     if device is None:
         yield

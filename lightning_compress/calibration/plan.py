@@ -1,9 +1,9 @@
-"""How a model will be walked: segments of blocks that hand a hidden state on, and what lies between them.
+"""The order of the walk: segments of blocks that pass a hidden state on, and the modules between them.
 
-Within a segment each block's input is the output of the one before, so inputs are made once and walk along. Where that
-chain breaks (an encoder's end, stages that change shape, arguments computed from what a block returns) a new segment
-begins: its inputs are made by running the model from the start through what is compressed already. That is correct and
-slower. Nothing is believed: each segment's stubbed run is compared with the dense one on the first batch.
+Within a segment the input of each block is the output of the block before, so inputs are computed once per segment.
+Where that chain breaks (an encoder's end, stages that change shape, arguments computed from a block's output) a new
+segment begins: its inputs come from a run of the model from its start, through blocks that are compressed already. That
+is correct and slower. Each segment's run with stubs is compared with the dense run on the first batch.
 """
 
 import logging
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.calibration.activations import Call, put, take
+from lightning_compress.calibration.activations import BlockCall, put, take
 from lightning_compress.calibration.blocks import modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, stubbed
 from lightning_compress.calibration.probe import Probe, ProbedBlock
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["CalibrationPlan", "make_plan"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Plan:
+class CalibrationPlan:
     """The order of work.
 
     Args:
         blocks: Blocks that are walked, by name; empty: the model is walked as a whole.
-        segments: Blocks in the order of their calls; each starts a run from the model's beginning.
+        segments: Blocks in the order of their calls; the inputs of each segment take a run from the model's start.
         uncalled: Blocks that the forward pass does not reach.
-        outside: Modules in no block, ``outside[s]`` those that run before segment ``s``, the last ones after all.
-        stub_last: Modules after the last segment can be reached with that segment stubbed.
+        outside: Modules outside of all blocks: ``outside[s]`` run before segment ``s``, the last ones after all.
+        stub_last: Whether modules after the last segment can be reached with that segment stubbed.
     """
 
     blocks: dict[str, nn.Module] = field(default_factory=dict)
@@ -45,12 +45,12 @@ class Plan:
     stub_last: bool = False
 
     def split(self, index: int) -> None:
-        """Run the blocks of a segment one by one after all."""
+        """Turn a segment into one segment for each of its blocks."""
         if index + 1 == len(self.segments):
             self.stub_last = False
-        alone = [[block] for block in self.segments[index]]
-        self.segments[index : index + 1] = alone
-        self.outside[index : index + 1] = [{} for _ in alone]
+        single = [[block] for block in self.segments[index]]
+        self.segments[index : index + 1] = single
+        self.outside[index : index + 1] = [{} for _ in single]
 
 
 def make_plan(
@@ -59,25 +59,25 @@ def make_plan(
     blocks: Mapping[str, nn.Module],
     probe: Probe,
     targets: Mapping[nn.Module, str],
-) -> Plan:
+) -> CalibrationPlan:
     """Order the work.
 
     Args:
         model: The dense model, hooks of the modifiers paused.
-        run: Puts the first batch through it, as it did for the probe.
-        blocks: Blocks that were looked for, by name.
-        probe: What that run showed.
+        run: Runs the first batch through the model, as for the probe.
+        blocks: Blocks by name.
+        probe: Result of that run.
         targets: Modules that modifiers have hooked, with their names.
     """
     calls = [block.name for block in probe.blocks]
     if repeated := sorted({name for name in calls if calls.count(name) > 1}):
         warnings.warn(
             f"block {repeated[0]!r} runs {calls.count(repeated[0])} times per forward pass (shared weights?), so its "
-            f"inputs cannot be kept block by block: the model is walked as a whole, which needs the statistics of all "
-            f"targets at once; name other blocks with blocks=[...]",
+            f"inputs cannot be stored block by block: the model is walked as a whole, which needs the statistics of "
+            f"all targets at once; name other blocks with blocks=[...]",
             stacklevel=2,
         )
-        return whole(model)
+        return plan_without_blocks(model)
     if blocks and not calls:
         warnings.warn(
             f"the forward pass reaches none of the {len(blocks)} blocks ({next(iter(blocks))!r}, ...): the model is "
@@ -85,15 +85,15 @@ def make_plan(
             stacklevel=2,
         )
     if not calls:
-        return whole(model)
+        return plan_without_blocks(model)
     uncalled = {name: block for name, block in blocks.items() if name not in calls}
     if uncalled:
         warnings.warn(f"the forward pass does not reach the blocks {list(uncalled)}: they see no data", stacklevel=2)
     segments = [s for linked in _linked_runs(probe.blocks) for s in _verified(run, linked, blocks)]
     if len(segments) > 1:
         firsts = ", ".join(repr(segment[0].name) for segment in segments[1:])
-        logger.info("inputs of %s are made by running the model from its start (correct, but slower)", firsts)
-    return Plan(
+        logger.info("inputs of %s are computed by running the model from its start (correct, but slower)", firsts)
+    return CalibrationPlan(
         blocks=dict(blocks),
         segments=segments,
         uncalled=uncalled,
@@ -102,13 +102,13 @@ def make_plan(
     )
 
 
-def whole(model: nn.Module) -> Plan:
-    """A plan without blocks: everything at once."""
-    return Plan(outside=[modules_outside(model, {})])
+def plan_without_blocks(model: nn.Module) -> CalibrationPlan:
+    """A plan without blocks: all modules at once."""
+    return CalibrationPlan(outside=[modules_outside(model, {})])
 
 
 def _linked_runs(blocks: Sequence[ProbedBlock]) -> list[list[ProbedBlock]]:
-    """Cut where the chain breaks; and where the shape changes, unless the blocks take nothing but the hidden state."""
+    """Cut where the chain breaks, and where the shape changes unless the blocks take nothing but the hidden state."""
     runs: list[list[ProbedBlock]] = []
     for block in blocks:
         if runs and block.linked:
@@ -129,13 +129,13 @@ def _linked_runs(blocks: Sequence[ProbedBlock]) -> list[list[ProbedBlock]]:
 def _verified(
     run: Callable[[], Any], segment: list[ProbedBlock], modules: Mapping[str, nn.Module]
 ) -> list[list[ProbedBlock]]:
-    """The segment, or each of its blocks alone when a stubbed run does not give their arguments."""
+    """The segment, or each of its blocks as one when a run with stubs does not show their arguments."""
     if len(segment) == 1 or all(block.call.is_bare for block in segment[1:]):
         return [segment]
     try:
         _, calls = capture(run, segment, modules)
         wrong = next((b.name for b in segment if not _same_arguments(calls[b.name], b.call)), None)
-        reason = f"arguments of {wrong!r} are computed from what blocks return" if wrong is not None else None
+        reason = f"arguments of {wrong!r} are computed from outputs of blocks" if wrong is not None else None
     except BrokenLinkError as error:
         reason = str(error)
     except Exception as error:  # the model's own code, fed by stubs
@@ -149,15 +149,15 @@ def _verified(
 def _between(
     model: nn.Module, blocks: Mapping[str, nn.Module], segments: Sequence[Sequence[ProbedBlock]], probe: Probe
 ) -> list[dict[str, nn.Module]]:
-    """Modules outside of all blocks by the segment before which their last call comes; never called: at the end."""
+    """Modules outside of all blocks, by the segment before which their last call comes; uncalled ones at the end."""
     starts, calls = [], 0
     for segment in segments:
         starts.append(calls)
         calls += len(segment)
     groups: list[dict[str, nn.Module]] = [{} for _ in range(len(segments) + 1)]
     for name, module in modules_outside(model, blocks).items():
-        made = probe.gap.get(module, calls)
-        groups[sum(start < made for start in starts)][name] = module
+        before = probe.gap.get(module, calls)
+        groups[sum(start < before for start in starts)][name] = module
     return groups
 
 
@@ -176,10 +176,10 @@ def _tail_is_reached(
     hidden = take(probe.last_output, last.out_at)
     if not isinstance(hidden, Tensor):
         return False
-    got: dict[nn.Module, Any] = {}
+    seen: dict[nn.Module, Any] = {}
     handles = [
         module.register_forward_pre_hook(
-            lambda m, args, kwargs: got.__setitem__(m, (args, kwargs)), with_kwargs=True, prepend=True
+            lambda m, args, kwargs: seen.__setitem__(m, (args, kwargs)), with_kwargs=True, prepend=True
         )
         for module in wanted
     ]
@@ -192,16 +192,16 @@ def _tail_is_reached(
     finally:
         for handle in handles:
             handle.remove()
-    if all(m in got and _same_arguments(Call(*got[m]), Call(*wanted[m])) for m in wanted):
+    if all(m in seen and _same_arguments(BlockCall(*seen[m]), BlockCall(*wanted[m])) for m in wanted):
         return True
     logger.info("modules after the blocks use more than the last block's output: the whole model is run for them")
     return False
 
 
-def _same_arguments(one: Call, other: Call) -> bool:
+def _same_arguments(one: BlockCall, other: BlockCall) -> bool:
     """Equal tensors, equal plain values; other objects are not compared."""
-    ours, theirs = tree_leaves((one.args, one.kwargs)), tree_leaves((other.args, other.kwargs))
-    return len(ours) == len(theirs) and all(_same(a, b) for a, b in zip(ours, theirs, strict=True))
+    left, right = tree_leaves((one.args, one.kwargs)), tree_leaves((other.args, other.kwargs))
+    return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
 
 
 def _same(a: Any, b: Any) -> bool:

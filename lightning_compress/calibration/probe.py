@@ -1,7 +1,7 @@
-"""One dense run of the first batch: in what order blocks and targets are called, with what, and what leads to what.
+"""One dense run of the first batch: the order in which blocks and targets are called, their arguments, their links.
 
-Nothing is changed and nothing is counted as calibration. What it finds is what the walk is planned by (plan.py), and
-what can be told before hours of work: targets that never run, numbers that are not finite.
+Nothing is changed, and no modifier sees the data. The plan of the walk (plan.py) is made from the result, and errors
+are raised before hours of work: targets that never run, numbers that are not finite.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_compress.calibration.activations import (
     HIDDEN,
-    Call,
+    BlockCall,
     argument,
     find_nonfinite,
     first_bad_module,
@@ -36,15 +36,15 @@ class ProbedBlock:
         name: Dotted name.
         call: Its arguments; :data:`HIDDEN` in the place of the hidden state.
         hidden_at: Position or name of the argument that is the hidden state; None: it gets no tensor.
-        linked: The hidden state is the very tensor that the block before returned, untouched in between.
-        out_at: Where its output holds the hidden state; None: the output is it.
-        template: Its output with blank tensors.
-        keeps_shape: Its hidden state leaves in the shape and dtype it came in.
-        writes: It writes into its arguments in place.
+        linked: Whether the hidden state is the same tensor object that the block before returned, unchanged.
+        out_at: Position or key of the hidden state in the output; None: the output itself.
+        template: The output with blank tensors.
+        keeps_shape: Whether the hidden state has the same shape and dtype before and after the block.
+        writes: Whether the block writes into its arguments in place.
     """
 
     name: str
-    call: Call
+    call: BlockCall
     hidden_at: int | str | None
     linked: bool
     out_at: int | str | None = None
@@ -55,15 +55,15 @@ class ProbedBlock:
 
 @dataclass
 class Probe:
-    """What the run showed.
+    """Result of the run.
 
     Args:
-        blocks: Calls of blocks in the order they were made.
+        blocks: Calls of blocks, in order.
         counts: Calls per target; absent: never called.
         order: Targets by their first call.
         gap: Per module outside of all blocks the number of block calls made before its last call.
         inputs: Inputs of the targets outside of all blocks, from their last call.
-        last_output: What the last block returned.
+        last_output: Output of the last block.
     """
 
     blocks: list[ProbedBlock] = field(default_factory=list)
@@ -81,27 +81,27 @@ def run_probe(
     targets: Mapping[nn.Module, str],
     mask: Tensor | None,
 ) -> Probe:
-    """Run the first batch through the dense model and watch.
+    """Run the first batch through the dense model and record the calls.
 
     Args:
         model: The model, in the modes of calibration, hooks of the modifiers paused.
-        run: Puts the first batch through it.
+        run: Runs the first batch through the model.
         blocks: Blocks by name.
         targets: Modules that modifiers have hooked, with their names.
         mask: Tokens of the batch that count, [B, T]; None: all.
 
     Raises:
-        ValueError: NaN or Inf comes up; names the module.
+        ValueError: An activation is NaN or Inf; the message names the module.
     """
     outside = modules_outside(model, blocks)
-    recorder = _Recorder(blocks, targets, set(outside.values()), mask)
+    hooks = _ProbeHooks(blocks, targets, set(outside.values()), mask)
     try:
-        with recorder:
+        with hooks:
             run()
     except NonFiniteError as error:
         raise nonfinite_error(error.kind, error.where, 0, first_bad_module(model, "", run)) from None
-    recorder.finish()
-    return recorder.probe
+    hooks.finish()
+    return hooks.probe
 
 
 def nonfinite_error(kind: str, where: str, batch: int, module: str | None) -> ValueError:
@@ -114,15 +114,15 @@ def nonfinite_error(kind: str, where: str, batch: int, module: str | None) -> Va
 
 
 class NonFiniteError(Exception):
-    """NaN or Inf came up; who catches it may look for the module it came from."""
+    """An activation is NaN or Inf; the walk then searches for the module that it came from."""
 
     def __init__(self, kind: str, where: str, batch: int):
         super().__init__(kind, where, batch)
         self.kind, self.where, self.batch = kind, where, batch
 
 
-class _Recorder:
-    """Hooks on blocks and targets, on inside a ``with``."""
+class _ProbeHooks:
+    """Hooks on blocks and targets that record their calls, on inside a ``with``."""
 
     def __init__(
         self,
@@ -134,8 +134,8 @@ class _Recorder:
         self.blocks, self.targets, self.outside, self.mask = blocks, targets, outside, mask
         self.probe = Probe()
         self._handles: list[Any] = []
-        self._versions: list[int] = []  # of the arguments of the block that runs
-        self._input_kind: tuple[Any, ...] = ()  # shape and dtype of its hidden input, as it came in
+        self._versions: list[int] = []  # of the arguments of the running block
+        self._input_kind: tuple[Any, ...] = ()  # shape and dtype of its hidden input
         self._output: Any = None  # of the block before
         self._output_versions: dict[int, int] = {}
 
@@ -192,7 +192,9 @@ class _Recorder:
         self._output = None
         if not linked:
             hidden_at = _first_argument(args, kwargs)
-        self.probe.blocks.append(ProbedBlock(name, Call.without_hidden(args, kwargs, hidden_at), hidden_at, linked))
+        self.probe.blocks.append(
+            ProbedBlock(name, BlockCall.without_hidden(args, kwargs, hidden_at), hidden_at, linked)
+        )
         self._input_kind = _kind(argument(args, kwargs, hidden_at))
         self._versions = [_version(t) for t in tensors_of((args, kwargs))]
 
@@ -205,7 +207,7 @@ class _Recorder:
         self._output_versions = {id(t): _version(t) for _, t in _items(output)}
 
     def _link(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str | None, int | str | None]:
-        """(argument, place in the output before) that are one untouched tensor; (None, None) when there is none."""
+        """The argument that is a tensor of the output before, unchanged, and its place there; else (None, None)."""
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for at, value in named:
             for place, tensor in _items(self._output):
@@ -219,11 +221,11 @@ class _Recorder:
         block.keeps_shape = out_at is not _NOWHERE and _kind(take(self._output, out_at)) == self._input_kind
 
 
-_NOWHERE = HIDDEN  # no place in an output: it holds no tensor
+_NOWHERE = HIDDEN  # the place of the hidden state in an output without tensors
 
 
 def _items(output: Any) -> Iterable[tuple[int | str | None, Tensor]]:
-    """Places of an output and the tensors there; None for the output itself."""
+    """Tensors of an output with their positions or keys; None for the output itself."""
     if isinstance(output, Tensor):
         return [(None, output)]
     if isinstance(output, (tuple, list)):
@@ -248,7 +250,7 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str 
 
 
 def _blank(output: Any) -> Any:
-    """The same structure with every tensor replaced by one of NaN (zeros for integers): who reads it is found out."""
+    """The same structure with NaN in every tensor (zeros for integers), so that reading one has a visible effect."""
     if isinstance(output, Mapping):
         blank = copy.copy(output)
         for key, item in _items(output):

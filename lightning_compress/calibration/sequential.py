@@ -14,10 +14,10 @@
     CALIBRATION_END                        hooks come off
 
 Nothing is traced. Of the hidden states one block's are kept; other arguments are kept by reference until their block is
-done. At the moment every process walks alone: rank 0 calibrates where there are several (State.distributed is unused).
+done. Every process walks alone: where there are several, rank 0 calibrates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,8 @@ from lightning_compress.calibration.blocks import find_blocks
 from lightning_compress.calibration.dense_survey import survey
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
-from lightning_compress.calibration.walker import WALKS, Walk, Walker
+from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.calibration.walker import Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.layers.split_experts import split_while, watched
 
@@ -41,33 +42,23 @@ def calibrate(
     lifecycle: Lifecycle,
     state: State,
     batches: Sequence[Any] | None,
+    options: CalibrationOptions = CalibrationOptions(),  # noqa: B008  (frozen)
     *,
     clock: Event = Event(),  # noqa: B008  (frozen)
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    blocks: str | Sequence[str] | None = None,
-    walk: Walk = "auto",
-    device: str | torch.device | None = None,
-    offload_device: str | torch.device | None = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
-    moe_calibrate_all_experts: bool = False,
 ) -> None:
     """Show calibration data to the modifiers and let them compress the model, block after block.
 
     Args:
         lifecycle: The initialized modifiers.
-        state: With the model, which is changed in place.
-        batches: What the model is run on, in order; None for recipes that need no data.
-        clock: What the events' clock shows.
+        state: State with the model, which is changed in place.
+        batches: Calibration batches, in order; None for recipes that need no data.
+        options: How calibration goes through the model. The seed is not used here.
+        clock: Clock of the events.
         forward: ``forward(model, batch)`` runs the model on a batch; by default a mapping gives keyword arguments, of a
             tuple or list the first item is the input, and anything else is the input.
-        blocks: Class names, dotted names or ``re:`` patterns of the blocks; None: they are found.
-        walk: ``two_pass``: every block runs twice per batch. ``one_pass``: in lockstep, once (for modifiers that can
-            finish single modules). ``whole``: the model as one block, statistics of all targets at once. ``auto``: one
-            pass where every modifier and the model allow it, else two.
-        device: Blocks are moved there for their turn; None: the model stays where it is.
-        offload_device: Where the inputs of blocks are kept; None: where they are made.
-        progress: Called with what is done now, and how many of how many blocks are done.
-        moe_calibrate_all_experts: Fused experts that are watched get all tokens, not only those of the router.
+        progress: Called with a text, the number of finished blocks and the number of all blocks.
 
     Raises:
         ValueError: No batches although a modifier needs them, NaN or Inf in weights or activations, ``blocks`` that
@@ -76,31 +67,17 @@ def calibrate(
     model = state.model
     if model is None:
         raise ValueError("state.model is None; expected the model to compress, as State(model=model)")
-    if walk not in WALKS:
-        raise ValueError(f"walk={walk!r} is unknown; expected one of {', '.join(map(repr, WALKS))}")
-    if walk == "whole" and blocks is not None:
-        raise ValueError(f"walk='whole' takes the model as one block, so blocks={blocks!r} has no use; leave one out")
     _check_batches(lifecycle.modifiers, batches)
-    found = {} if walk == "whole" else find_blocks(model, blocks)
-    taken = [] if batches is None else list(batches)
-    if taken and forward is None and any(m.needs.data for m in lifecycle.modifiers):
-        check_batch(model, taken[0])
-    runner = BatchRunner(model, forward)
-    walker = Walker(lifecycle, state, clock, taken, runner, walk, _device(device), _device(offload_device), progress)
-    # weights that training goes on with stay one tensor: who takes over knows nothing of the experts in it
+    blocks = {} if options.walk == "whole" else find_blocks(model, options.blocks)
+    batches = [] if batches is None else list(batches)
+    if batches and forward is None and any(m.needs.data for m in lifecycle.modifiers):
+        check_batch(model, batches[0])
+    walker = Walker(lifecycle, state, clock, batches, BatchRunner(model, forward), options, progress)
+    # training continues on weights in one tensor: the modifier that comes next does not know the experts in it
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     try:
-        with mixtures, watched(model, moe_calibrate_all_experts), calibration_mode(model):
-            check_weights(model)
-            lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_START))
-            if taken:
-                survey(lifecycle, state, clock, taken, runner, found, walker.device, progress)
-            if walker.batches and any(m.hooked for m in lifecycle.modifiers if m.needs.calibration):
-                walker.walk_with_data(found)
-            else:
-                walker.walk_without_data(found)
-            lifecycle.set_token_mask(None)
-            lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
+        with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model):
+            _emit_all(walker, blocks)
     except BaseException as error:
         lifecycle.set_token_mask(None)
         lifecycle.abort()
@@ -109,20 +86,27 @@ def calibrate(
         raise
 
 
+def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
+    """From CALIBRATION_START to CALIBRATION_END."""
+    lifecycle, state, clock, batches = walker.lifecycle, walker.state, walker.clock, walker.batches
+    check_weights(walker.model)
+    lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_START))
+    if batches:
+        survey(lifecycle, state, clock, batches, walker.runner, blocks, walker.device, walker.progress)
+    if batches and any(m.hooked for m in lifecycle.modifiers if m.needs.calibration):
+        walker.walk_with_data(blocks)
+    else:
+        walker.walk_without_data(blocks)
+    lifecycle.set_token_mask(None)
+    lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
+
+
 def _check_batches(modifiers: Sequence[Modifier], batches: Sequence[Any] | None) -> None:
     if batches is not None and len(batches) == 0:
-        raise ValueError("batches is empty, expected at least one calibration batch; look at what the loader yields")
-    needy = [m.name for m in modifiers if m.needs.data]
-    if needy and batches is None:
+        raise ValueError("batches is empty, expected at least one calibration batch; check what the loader yields")
+    in_need = [m.name for m in modifiers if m.needs.data]
+    if in_need and batches is None:
         raise ValueError(
-            f"{', '.join(needy)} needs calibration data and there are no batches; pass batches=[...], such as a few "
+            f"{', '.join(in_need)} needs calibration data and there are no batches; pass batches=[...], such as a few "
             f"batches of the training data"
         )
-
-
-def _device(device: str | torch.device | None) -> torch.device | None:
-    """With its index, so that devices compare."""
-    if device is None:
-        return None
-    named = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if named.type == "cuda" and named.index is None else named

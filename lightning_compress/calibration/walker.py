@@ -1,18 +1,17 @@
-"""One calibration under way: its batches, its plan, what is done, what comes next (in the order of sequential.py)."""
+"""The state of one calibration: its batches, its plan, how far it is (events in the order of sequential.py)."""
 
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.calibration.activations import (
     BatchRunner,
-    KeptCalls,
+    SegmentInputs,
     device_of,
     find_nonfinite,
     first_bad_module,
@@ -23,20 +22,18 @@ from lightning_compress.calibration.activations import (
     token_mask,
     tree_move,
 )
-from lightning_compress.calibration.block_passes import Group, Stages, one_pass_obstacle
+from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup, one_pass_obstacle
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
-from lightning_compress.calibration.placement import on_device, streamed
-from lightning_compress.calibration.plan import Plan, make_plan, whole
+from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.calibration.placement import exact_device, on_device, streamed
+from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
 from lightning_compress.core import Event, EventType, Lifecycle, State
 
-__all__ = ["WALKS", "Walk", "Walker"]
+__all__ = ["Walker"]
 
 logger = logging.getLogger(__name__)
-
-Walk = Literal["auto", "one_pass", "two_pass", "whole"]
-WALKS = ("auto", "one_pass", "two_pass", "whole")
 
 
 class Walker:
@@ -49,28 +46,27 @@ class Walker:
         clock: Event,
         batches: Sequence[Any],
         runner: BatchRunner,
-        walk: Walk,
-        device: torch.device | None,
-        offload_device: torch.device | None,
+        options: CalibrationOptions,
         progress: Callable[[str, int, int], None] | None,
     ):
         self.lifecycle, self.state, self.clock, self.batches, self.runner = lifecycle, state, clock, batches, runner
-        self.walk, self.device, self.offload_device, self.progress = walk, device, offload_device, progress
+        self.walk, self.progress = options.walk, progress
+        self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
         self.model = runner.model
-        self.plan = Plan()
-        self.done, self.total = 0, 1
-        self.stages = Stages(lifecycle, state, clock, [], Probe(), False, self._report)
+        self.plan = CalibrationPlan()
+        self.finished, self.total = 0, 1
+        self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self._report)
 
     def walk_without_data(self, blocks: Mapping[str, nn.Module]) -> None:
-        """BLOCK_END for every block and for what lies outside; no forward pass."""
+        """BLOCK_END for every block and for the modules outside of blocks; no forward pass."""
         self.total = len(blocks) + 1
         for name, block in blocks.items():
             self._report(name)
-            self.stages.tell(EventType.BLOCK_END, block_group(name, block))
-            self.done += 1
+            self.passes.emit(EventType.BLOCK_END, block_group(name, block))
+            self.finished += 1
         self._report("modules outside of blocks")
-        self.stages.tell(EventType.BLOCK_END, outside_group(modules_outside(self.model, blocks)))
-        self.done += 1
+        self.passes.emit(EventType.BLOCK_END, outside_group(modules_outside(self.model, blocks)))
+        self.finished += 1
         self._report("done")
 
     def walk_with_data(self, blocks: Mapping[str, nn.Module]) -> None:
@@ -86,29 +82,29 @@ class Walker:
             if not blocks:
                 stack.enter_context(on_device(self.model, self.device))
             self._prepare(blocks)
-            plan, index, kept = self.plan, 0, KeptCalls(self.offload_device)
+            plan, index, inputs = self.plan, 0, SegmentInputs(self.offload_device)
             while index < len(plan.segments):
                 segment = plan.segments[index]
                 with stopped_before(plan.blocks[segment[0].name]):
                     self._complete_outside(index, lambda i: run_to_stop(partial(self._run, i)))
                 if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
                     decoding = "decoder" in segment[0].name.split(".")
-                    self.stages.masks = self._masks("decoder_attention_mask" if decoding else "attention_mask")
+                    self.passes.masks = self._masks("decoder_attention_mask" if decoding else "attention_mask")
                 captured = self._capture(segment)
                 if captured is None:
                     plan.split(index)
                     continue
-                kept = captured
+                inputs = captured
                 is_last = index + 1 == len(plan.segments)
-                self._walk_segment(segment, kept, keep_last=is_last and self._tail_needs_output())
+                self._walk_segment(segment, inputs, keep_last=is_last and self._tail_needs_output())
                 index += 1
             for name, block in plan.uncalled.items():
-                self.stages.tell(EventType.BLOCK_END, block_group(name, block))
-                self.done += 1
+                self.passes.emit(EventType.BLOCK_END, block_group(name, block))
+                self.finished += 1
             if plan.segments and plan.stub_last:
-                stack.enter_context(stubbed(plan.segments[-1], plan.blocks, last=lambda: self._last_output(kept)))
+                stack.enter_context(stubbed(plan.segments[-1], plan.blocks, last=lambda: self._last_output(inputs)))
             self._complete_outside(index, self._run)
-        self.done = self.total
+        self.finished = self.total
         self._report("done")
 
     # -- before the walk ----------------------------------------------------------------------------------------------
@@ -122,8 +118,9 @@ class Walker:
         with self.lifecycle.paused(), streamed(blocks, self.device):
             probe, run = self._probe(blocks, targets, masks[0])
             for module in warn_of_targets(self.model, probe, targets):
-                del targets[module]  # nothing will ever reach them
-            self.plan = make_plan(self.model, run, blocks, probe, targets) if blocks else whole(self.model)
+                del targets[module]  # no batch can reach them
+            plan = make_plan(self.model, run, blocks, probe, targets) if blocks else plan_without_blocks(self.model)
+        self.plan = plan
         explicit = self.walk == "one_pass"
         obstacle = one_pass_obstacle(self.lifecycle.modifiers, probe.counts, targets, uncalled=explicit)
         if explicit and obstacle is not None:
@@ -131,7 +128,7 @@ class Walker:
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
-        self.stages = Stages(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self._report)
+        self.passes = BlockPasses(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self._report)
         self.total = len(self.plan.blocks) + 1
 
     def _masks(self, key: str) -> list[Tensor | None]:
@@ -140,7 +137,7 @@ class Walker:
     def _probe(
         self, blocks: Mapping[str, nn.Module], targets: Mapping[nn.Module, str], mask: Tensor | None
     ) -> tuple[Probe, Callable[[], Any]]:
-        """Probe with a small sample if that reaches every target, else with the whole first batch."""
+        """Probe with a small sample if that reaches every target, otherwise with the first batch."""
         batch, never = self.batches[0], unreachable(self.model)
         if (sample := small_sample(batch)) is not None:
             run = partial(self.runner, sample)
@@ -148,72 +145,75 @@ class Walker:
                 probe = run_probe(self.model, run, blocks, targets, token_mask(sample))
                 if all(module in probe.counts or module in never for module in targets):
                     return probe, run
-            except Exception as error:  # made for whole batches, or at fault: then those will tell
+            except Exception as error:  # the model may need full batches; a fault shows up again with them
                 logger.info("a small sample alone cannot be run: %s: %s", type(error).__name__, error)
         run = partial(self.runner, batch)
         return run_probe(self.model, run, blocks, targets, mask), run
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
-    def _capture(self, segment: Sequence[ProbedBlock]) -> KeptCalls | None:
-        """Inputs of a segment; None when a batch does not go the way the first one went."""
-        kept = KeptCalls(self.offload_device)
+    def _capture(self, segment: Sequence[ProbedBlock]) -> SegmentInputs | None:
+        """Inputs of a segment; None when a batch does not run through the blocks as the first one did."""
+        inputs = SegmentInputs(self.offload_device)
         names = {block.name for block in segment}
         before = {name: block for name, block in self.plan.blocks.items() if name not in names}
         with self.lifecycle.paused(), streamed(before, self.device):
             for i in range(len(self.batches)):
-                self.stages.turn(i, f"{segment[0].name}: inputs, batch {i + 1}/{len(self.batches)}")
+                self.passes.begin(i, f"{segment[0].name}: inputs, batch {i + 1}/{len(self.batches)}")
                 try:
                     hidden, calls = capture(partial(self._run, i), segment, self.plan.blocks)
                 except Exception as error:
                     if len(segment) == 1 and isinstance(error, BrokenLinkError):
                         raise ValueError(
-                            f"calibration batch {i} does not go through the model as the first one did: {error}; "
+                            f"calibration batch {i} does not run through the model as the first one did: {error}; "
                             f"use walk='whole'"
                         ) from error
-                    if len(segment) == 1:  # no stub is to blame
+                    if len(segment) == 1:  # no stub can be the cause
                         raise
                     ends = segment[0].name, segment[-1].name
                     logger.info("blocks %s to %s are run one by one: batch %d: %s", *ends, i, error)
                     return None
-                if kind := find_nonfinite(hidden, self.stages.masks[i]):
+                if kind := find_nonfinite(hidden, self.passes.masks[i]):
                     where = f"the input of block {segment[0].name!r}"
                     raise nonfinite_error(kind, where, i, first_bad_module(self.model, "", partial(self._run, i)))
-                kept.keep(hidden, calls)
-        return kept
+                inputs.add(hidden, calls)
+        return inputs
 
-    def _walk_segment(self, segment: Sequence[ProbedBlock], kept: KeptCalls, keep_last: bool) -> None:
-        """Block after block; the hidden states in ``kept`` move on with them, and those of the dense model beside."""
+    def _walk_segment(self, segment: Sequence[ProbedBlock], inputs: SegmentInputs, keep_last: bool) -> None:
+        """Block after block. The hidden states in ``inputs`` advance with them, and so do those of the dense model."""
         compared = any(modifier.needs.dense_outputs for modifier in self.lifecycle.modifiers)
-        dense = kept.twin() if compared else None
+        dense = inputs.dense_copy() if compared else None
         for block in segment:
             module = self.plan.blocks[block.name]
             with on_device(module, self.device):
-                known = None if dense is None else self._pass_dense(block, module, dense)
-                run = partial(self._run_block, block, module, kept)
+                dense_outputs = None if dense is None else self._pass_dense(block, module, dense)
+                run = partial(self._run_block, block, module, inputs)
                 needed = keep_last or block is not segment[-1]
-                propagate = partial(self._propagate, block, run, kept) if needed else None
+                propagate = partial(self._propagate, block, run, inputs) if needed else None
                 try:
-                    self.stages.complete(block_group(block.name, module), run, propagate, known)
+                    self.passes.complete(block_group(block.name, module), run, propagate, dense_outputs)
                 except NonFiniteError as error:
                     with self.lifecycle.paused():
-                        again = partial(self._call_block, block, module, kept, error.batch)
+                        again = partial(self._call_block, block, module, inputs, error.batch)
                         source = first_bad_module(module, block.name, again)
                     raise nonfinite_error(error.kind, error.where, error.batch, source) from None
-            kept.forget(block.name)
-            self.done += 1
+            inputs.drop(block.name)
+            self.finished += 1
 
-    def _pass_dense(self, block: ProbedBlock, module: nn.Module, dense: KeptCalls) -> Callable[[int], Tensor] | None:
-        """The hidden states of the dense model move on; what they are now, by batch, or None where there are none.
+    def _pass_dense(
+        self, block: ProbedBlock, module: nn.Module, dense: SegmentInputs
+    ) -> Callable[[int], Tensor] | None:
+        """Advance the hidden states of the dense model by a block; a function that gives them by batch.
 
-        None too where the block returns other numbers in front of them, which replays would be compared with.
+        None where there are no hidden states, or where the block returns another tensor of floats before them: a
+        replay would be compared with that one.
         """
         if dense.hidden[0] is None:
             return None
         run, leads = partial(self._run_block, block, module, dense), True
         with self.lifecycle.paused():
             for i in range(len(self.batches)):
-                self.stages.turn(i, f"{block.name}: dense outputs, batch {i + 1}/{len(self.batches)}")
+                self.passes.begin(i, f"{block.name}: dense outputs, batch {i + 1}/{len(self.batches)}")
                 output = run(i)
                 hidden = take(output, block.out_at)
                 leads &= next(t for t in tensors_of(output) if t.is_floating_point()) is hidden
@@ -221,25 +221,25 @@ class Walker:
         if not leads:
             return None
 
-        def given(i: int) -> Tensor:
+        def dense_output(i: int) -> Tensor:
             hidden = dense.hidden[i]
             assert hidden is not None
             return hidden
 
-        return given
+        return dense_output
 
-    def _call_block(self, block: ProbedBlock, module: nn.Module, kept: KeptCalls, i: int) -> Any:
-        args, kwargs = kept.take(i, block.name, device_of(module), copy=block.writes)
+    def _call_block(self, block: ProbedBlock, module: nn.Module, inputs: SegmentInputs, i: int) -> Any:
+        args, kwargs = inputs.arguments(i, block.name, device_of(module), copy=block.writes)
         return module(*args, **kwargs)
 
-    def _run_block(self, block: ProbedBlock, module: nn.Module, kept: KeptCalls, i: int) -> Any:
-        output = self._call_block(block, module, kept, i)
-        if kind := find_nonfinite(take(output, block.out_at), self.stages.masks[i]):
+    def _run_block(self, block: ProbedBlock, module: nn.Module, inputs: SegmentInputs, i: int) -> Any:
+        output = self._call_block(block, module, inputs, i)
+        if kind := find_nonfinite(take(output, block.out_at), self.passes.masks[i]):
             raise NonFiniteError(kind, f"the output of block {block.name!r}", i)
         return output
 
-    def _propagate(self, block: ProbedBlock, run: Callable[[int], Any], kept: KeptCalls, i: int) -> None:
-        kept.replace(i, take(run(i), block.out_at))
+    def _propagate(self, block: ProbedBlock, run: Callable[[int], Any], inputs: SegmentInputs, i: int) -> None:
+        inputs.replace(i, take(run(i), block.out_at))
 
     # -- outside of blocks --------------------------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class Walker:
         modules = self.plan.outside[index]
         if modules or not self.plan.segments:
             with streamed(self.plan.blocks, self.device):
-                self.stages.complete(outside_group(modules), run, None)
+                self.passes.complete(outside_group(modules), run, None)
 
     def _tail_needs_output(self) -> bool:
         hooked = {m for modifier in self.lifecycle.modifiers if modifier.needs.calibration for m in modifier.hooked}
@@ -257,9 +257,9 @@ class Walker:
     def _run(self, i: int) -> Any:
         return self.runner(self.batches[i])
 
-    def _last_output(self, kept: KeptCalls) -> Any:
+    def _last_output(self, inputs: SegmentInputs) -> Any:
         """What the last block gave for the batch that runs now."""
-        last, hidden = self.plan.segments[-1][-1], kept.hidden[self.stages.batch]
+        last, hidden = self.plan.segments[-1][-1], inputs.hidden[self.passes.batch]
         assert isinstance(hidden, Tensor)
         home = device_of(self.plan.blocks[last.name])
         moved = hidden.to(home) if home is not None else hidden
@@ -268,27 +268,27 @@ class Walker:
 
     def _report(self, text: str) -> None:
         if self.progress is not None:
-            self.progress(text, self.done, self.total)
+            self.progress(text, self.finished, self.total)
 
 
-def block_group(name: str, block: nn.Module) -> Group:
-    """The modules of a block."""
-    return Group(name, block, modules_of_block(name, block), name)
+def block_group(name: str, block: nn.Module) -> ModuleGroup:
+    """The modules of one block."""
+    return ModuleGroup(name, block, modules_of_block(name, block), name)
 
 
-def outside_group(modules: Mapping[str, nn.Module]) -> Group:
-    """Modules in no block."""
-    return Group("", None, modules, "modules outside of blocks")
+def outside_group(modules: Mapping[str, nn.Module]) -> ModuleGroup:
+    """Modules outside of all blocks."""
+    return ModuleGroup("", None, modules, "modules outside of blocks")
 
 
 def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, str]) -> list[nn.Module]:
-    """Name the targets that the first batch does not reach; those that no batch can reach are returned."""
+    """Warn of the targets that the first batch does not reach; those that no batch can reach are returned."""
     unseen = {module: name for module, name in targets.items() if module not in probe.counts}
     never = unreachable(model) & unseen.keys()
     if bypassed := [name for module, name in unseen.items() if module in never]:
         warnings.warn(
             f"{bypassed}: nn.MultiheadAttention uses the weight of its out_proj without calling it, so no data is seen "
-            f"there; add them to ignore, or replace the attention by one that calls its Linears",
+            f"there; add them to ignore, or replace the attention with one that calls its Linears",
             stacklevel=2,
         )
     if other := [name for name in unseen.values() if name not in bypassed]:
@@ -301,5 +301,5 @@ def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, 
 
 
 def unreachable(model: nn.Module) -> set[nn.Module]:
-    """Modules whose weight is used by another one that never calls them."""
+    """Modules whose weight another module uses without calling them."""
     return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}

@@ -6,7 +6,7 @@ keeps what a checkpoint needs. It knows neither Lightning nor calibration: whoev
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import permutations
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.precision import plain_precision
 from lightning_compress.core.state import State
 
-__all__ = ["Lifecycle"]
+__all__ = ["Lifecycle", "modifiers_in_order"]
 
 E = EventType
 _TRAINING = {E.LOSS_CALCULATED, E.OPTIM_PRE_STEP, E.OPTIM_POST_STEP}
@@ -36,6 +36,14 @@ _BEFORE: dict[EventType, set[EventType | None]] = {
     E.BLOCK_END: {E.CALIBRATION_START, E.BLOCK_SURVEYED, E.MODULE_READY, E.BLOCK_END},
     E.CALIBRATION_END: {E.CALIBRATION_START, E.BLOCK_END},
 }
+
+
+def modifiers_in_order(modifiers: Any) -> list[Any]:
+    """One modifier, an iterable of them, or the values of a mapping, as a list; their types are not checked here."""
+    if isinstance(modifiers, Mapping):
+        return list(modifiers.values())
+    single = isinstance(modifiers, Modifier | type | str) or not isinstance(modifiers, Iterable)
+    return [modifiers] if single else list(modifiers)
 
 
 class Lifecycle:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from lightning_compress.calibration.activations import BatchRunner
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
 from lightning_compress.calibration.sequential import calibrate
-from lightning_compress.calibration.walker import WALKS, Walk
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
@@ -46,6 +45,7 @@ from lightning_compress.training.broadcast import share, ties
 from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.evaluation import Measurement, compare, evaluate
 from lightning_compress.training.memory import peak_memory_bytes
+from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.pruned_checkpoints import same_shapes
@@ -54,62 +54,7 @@ from lightning_compress.training.samples import OwnBatches, SideBySide, first_ba
 from lightning_compress.training.saved_files import SavedFiles
 from lightning_compress.training.submodule import is_compiled
 
-__all__ = ["Finish", "Plan", "check_best", "check_device", "is_resumed", "processors"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the user asked for at the end; the arguments of the callback of the same names."""
-
-    export_dir: str | None = None
-    calibration_batches: int = 16
-    blocks: str | Sequence[str] | None = None
-    walk: Walk = "auto"
-    load_best: bool = True
-    evaluate: bool = True
-    eval_batches: int | None = None
-    offload_device: str = "cpu"
-    seed: int = 0
-    moe_calibrate_all_experts: bool = False
-    verify: bool | Literal["auto"] = "auto"
-    recipe_name: str | None = None
-
-    def __post_init__(self) -> None:
-        """Hydra hands on what a command line says: types are looked at, too."""
-        for name in ("calibration_batches", "eval_batches", "seed"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole and not (name == "eval_batches" and value is None):
-                raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected a whole number")
-        for name in ("load_best", "evaluate", "moe_calibrate_all_experts"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected True or False")
-        if not isinstance(self.export_dir, str | Path | None):
-            raise ValueError(f"export_dir={self.export_dir!r} is a {type(self.export_dir).__name__}, expected a path")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed}: expected at least 0, and less than 2**63")
-        if self.calibration_batches < 1:
-            raise ValueError(f"calibration_batches={self.calibration_batches}: expected at least 1")
-        if self.eval_batches is not None and self.eval_batches < 1:
-            raise ValueError(f"eval_batches={self.eval_batches}: expected at least 1; evaluate=False measures nothing")
-        if self.verify not in ("auto", True, False):
-            raise ValueError(f"verify={self.verify!r}: expected 'auto', True or False")
-        if self.walk not in WALKS:
-            raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
-        try:
-            known = torch.device(self.offload_device).type != "meta"  # which keeps no values
-        except (RuntimeError, TypeError):
-            known = False
-        if not known:
-            raise ValueError(f"offload_device={self.offload_device!r}: expected a device such as 'cpu' or 'cuda'")
-
-
-def check_device(plan: Plan) -> None:
-    """ValueError now when activations cannot be kept where the user said."""
-    try:
-        torch.empty(1, dtype=torch.float32, device=plan.offload_device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"offload_device={plan.offload_device!r} is not on this machine: {error}") from error
+__all__ = ["Finish", "check_best", "is_resumed", "processors"]
 
 
 def processors(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
@@ -125,12 +70,12 @@ def processors(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
     return exported
 
 
-def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle, saved_files: SavedFiles) -> None:
+def check_best(trainer: Trainer, options: CallbackOptions, lifecycle: Lifecycle, saved_files: SavedFiles) -> None:
     """ValueError when the best checkpoint will hold weights without the scales that they were trained with.
 
     Warns when a resumed run's best so far will not be opened at its end.
     """
-    bare = [c for c in _model_checkpoints(trainer) if c.monitor and c.save_weights_only] if plan.load_best else []
+    bare = [c for c in _model_checkpoints(trainer) if c.monitor and c.save_weights_only] if options.load_best else []
     for modifier in lifecycle.modifiers if bare else ():
         if modifier.needs.checkpoint_state:
             raise ValueError(
@@ -138,7 +83,7 @@ def check_best(trainer: Trainer, plan: Plan, lifecycle: Lifecycle, saved_files: 
                 f"what {modifier.name} has learned beside them: leave save_weights_only out, or compress the last "
                 f"weights with load_best=False"
             )
-    for best in _best_checkpoints(trainer)[:1] if plan.load_best else ():
+    for best in _best_checkpoints(trainer)[:1] if options.load_best else ():
         if saved_files.will_refuse(best.best_model_path):
             rank_zero_warn(
                 f"the best checkpoint so far, {best.best_model_path}, was saved by another process and holds more than "
@@ -171,7 +116,7 @@ class Finish:
         pl_module: The LightningModule.
         lifecycle: Its modifiers, initialized.
         state: With the model that is compressed.
-        plan: What to do.
+        options: The callback's arguments.
         recipe: As primitives, for the export.
         clock: An event dated now.
         saved_files: The checkpoint files that this process saved.
@@ -185,7 +130,7 @@ class Finish:
     pl_module: LightningModule
     lifecycle: Lifecycle
     state: State
-    plan: Plan
+    options: CallbackOptions
     recipe: dict[str, Any]
     clock: Event
     saved_files: SavedFiles
@@ -324,7 +269,7 @@ class Finish:
             stack.enter_context(torch.autocast(self.trainer.strategy.root_device.type, enabled=False))
             stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            torch.manual_seed(self.plan.seed)
+            torch.manual_seed(self.options.calibration.seed)
             self.trainer.state.stage = RunningStage.VALIDATING  # augmentation asks for trainer.training
             try:
                 yield
@@ -342,7 +287,7 @@ class Finish:
     def _load_best(self) -> tuple[str | None, dict[str, Any]]:
         """The path that was loaded and the modifiers' state of then; None when no ModelCheckpoint follows a metric."""
         monitored = _best_checkpoints(self.trainer)
-        if not self.plan.load_best or not monitored:
+        if not self.options.load_best or not monitored:
             return None, {}
         best = monitored[0]
         read = self.saved_files.read(best.best_model_path, self.trainer)
@@ -369,7 +314,7 @@ class Finish:
     # -- metric -------------------------------------------------------------------------------------------------------
 
     def _measure(self, phase: str, progress: ProgressReport) -> Measurement:
-        if not self.plan.evaluate:
+        if not self.options.evaluate:
             return Measurement()
         loaders, limits = self._validation_loaders()
         with self._timed(phase):
@@ -406,7 +351,7 @@ class Finish:
         if not listed:
             rank_zero_info("no validation loader: the report will have no metric before and after")
         limits = known if len(known) == len(listed) else [None] * len(listed)
-        cap = 1 if trainer.fast_dev_run else self.plan.eval_batches
+        cap = 1 if trainer.fast_dev_run else self.options.eval_batches
         sizes = [sized_len(loader) for loader in listed]
         limits = [size if limit is None else limit for limit, size in zip(limits, sizes, strict=True)]
         return list(listed), [cap if n is None else n if cap is None else min(n, cap) for n in limits]
@@ -440,23 +385,20 @@ class Finish:
                 lifecycle,
                 self.state,
                 batches,
+                self.options.calibration,
                 clock=self.clock,
                 forward=self._forward(batches or []),
-                blocks=self.plan.blocks,
-                walk=self.plan.walk,
-                offload_device=self.plan.offload_device,
                 progress=lambda text, done, total: progress("calibration", done, total, text),
-                moe_calibrate_all_experts=self.plan.moe_calibrate_all_experts,
             )
 
     def _calibration_batches(self) -> list[Any]:
         """Batches as the model gets them, kept on the offload device."""
-        wanted = 1 if self.trainer.fast_dev_run else self.plan.calibration_batches
+        wanted = 1 if self.trainer.fast_dev_run else self.options.calibration_batches
         own = self.own_batches.loader(self._owners())
         if own is not None:
             loader, which = own, "the first of calibration_dataloader()"
         else:
-            loader, which = seeded_view(self._train_loader(), wanted, self.plan.seed)
+            loader, which = seeded_view(self._train_loader(), wanted, self.options.calibration.seed)
         batches = [self._offloaded(self._to_device(batch)) for batch in first_batches(loader, wanted)]
         if not batches:
             raise ValueError("the calibration loader is empty, expected at least one batch")
@@ -472,9 +414,10 @@ class Finish:
 
     def _offloaded(self, batch: Any) -> Any:
         """Batches for a ``calibration_step`` stay on the device: their tensors tell it which batch they are."""
-        if hasattr(self.pl_module, "calibration_step"):
+        device = self.options.calibration.offload_device
+        if device is None or hasattr(self.pl_module, "calibration_step"):
             return batch
-        return tree_map_only(Tensor, lambda t: t.to(self.plan.offload_device), batch)
+        return tree_map_only(Tensor, lambda t: t.to(device), batch)
 
     def _train_loader(self) -> Any:
         trainer = self.trainer
@@ -561,7 +504,7 @@ class Finish:
 
     def _verify(self, folder: Path) -> None:
         """Let plain transformers answer one batch from the folder; other answers than the model's are a warning."""
-        if not verify.is_wanted(self.module, folder, self.plan.verify):
+        if not verify.is_wanted(self.module, folder, self.options.verify):
             return
         with self._undisturbed(), self._timed("verify"):
             forward = self._forward([] if self.sample is None else [self.sample])
@@ -581,12 +524,12 @@ class Finish:
         return {
             "model": type(self.module).__name__,
             "model_bytes_after": on_disk or tensor_bytes(self.module) - saved,
-            "recipe": self.plan.recipe_name or self.recipe,
+            "recipe": self.options.recipe_name or self.recipe,
             "modifiers": self.recipe["modifiers"],
             "seconds": self.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}),
-            "seed": self.plan.seed,
+            "seed": self.options.calibration.seed,
             "global_step": self.clock.global_step,
         }
 

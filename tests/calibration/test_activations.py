@@ -7,8 +7,8 @@ from torch import nn
 from lightning_compress.calibration.activations import (
     HIDDEN,
     BatchRunner,
-    Call,
-    KeptCalls,
+    BlockCall,
+    SegmentInputs,
     find_nonfinite,
     put,
     small_sample,
@@ -34,35 +34,35 @@ def test_masks():
     assert token_mask(torch.ones(2, 2)) is None
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------
+# -- inputs of a segment -----------------------------------------------------------------------------------------------
 
 
 def test_what_blocks_and_batches_share_is_kept_once():
-    kept = KeptCalls(torch.device("cpu"))
+    inputs = SegmentInputs(torch.device("cpu"))
     for i in range(3):
         mask, table = torch.full((2, 2), i), torch.arange(4)  # a mask per batch, always the same table
-        call = Call((HIDDEN, None), {"mask": mask, "table": (table, [table])})
-        kept.keep(torch.full((2,), float(i)), {"a": call, "b": Call((HIDDEN,), {"mask": mask})})
-    tables = [calls["a"].kwargs["table"] for calls in kept.calls]
+        call = BlockCall((HIDDEN, None), {"mask": mask, "table": (table, [table])})
+        inputs.add(torch.full((2,), float(i)), {"a": call, "b": BlockCall((HIDDEN,), {"mask": mask})})
+    tables = [calls["a"].kwargs["table"] for calls in inputs.calls]
     assert len({id(t) for outer, (inner,) in tables for t in (outer, inner)}) == 1
-    for i, calls in enumerate(kept.calls):
+    for i, calls in enumerate(inputs.calls):
         assert calls["a"].kwargs["mask"] is calls["b"].kwargs["mask"]
         assert calls["a"].kwargs["mask"][0, 0] == i
 
 
 def test_arguments_come_back_with_the_hidden_state_in_its_place():
-    kept = KeptCalls(None)
+    inputs = SegmentInputs(None)
     hidden, mask = torch.ones(2), torch.zeros(2)
-    kept.keep(hidden, {"a": Call((1, HIDDEN), {"mask": mask}), "b": Call((), {"x": HIDDEN})})
-    args, kwargs = kept.take(0, "a", None, copy=False)
+    inputs.add(hidden, {"a": BlockCall((1, HIDDEN), {"mask": mask}), "b": BlockCall((), {"x": HIDDEN})})
+    args, kwargs = inputs.arguments(0, "a", None, copy=False)
     assert args[0] == 1
     assert args[1] is hidden
     assert kwargs["mask"] is mask
-    kept.replace(0, torch.full((2,), 2.0))
-    assert kept.take(0, "b", None, copy=False)[1]["x"].tolist() == [2, 2]
-    kept.take(0, "a", None, copy=True)[0][1].zero_()  # a block that writes into its input
-    assert kept.hidden[0].tolist() == [2, 2]
-    assert kept.take(0, "never captured", None, copy=False)[0][0] is kept.hidden[0]
+    inputs.replace(0, torch.full((2,), 2.0))
+    assert inputs.arguments(0, "b", None, copy=False)[1]["x"].tolist() == [2, 2]
+    inputs.arguments(0, "a", None, copy=True)[0][1].zero_()  # a block that writes into its input
+    assert inputs.hidden[0].tolist() == [2, 2]
+    assert inputs.arguments(0, "never captured", None, copy=False)[0][0] is inputs.hidden[0]
 
 
 Pair = namedtuple("Pair", "hidden weights")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration import calibrate
+from lightning_compress.calibration.options import CalibrationOptions
 from tests.support.calibration_models import (
     C,
     EncoderDecoder,
@@ -37,7 +38,9 @@ def away(monkeypatch):
 def test_one_block_at_a_time_is_on_the_device(away, walk, model_class, forward):
     there, seen = away
     model, plain, batches = seeded(model_class), LockstepWatcher(), make_batches(2, 2, 5, C)
-    calibrate(*started(plain, model=seeded(model_class)), batches, walk=walk, forward=forward)
+    calibrate(
+        *started(plain, model=seeded(model_class)), batches, forward=forward, options=CalibrationOptions(walk=walk)
+    )
     assert seen == []
 
     class There(LockstepWatcher):
@@ -51,7 +54,12 @@ def test_one_block_at_a_time_is_on_the_device(away, walk, model_class, forward):
             return model
 
     watcher = There()
-    calibrate(*started(watcher, model=model), batches, walk=walk, forward=forward, device="cpu:0", offload_device="cpu")
+    calibrate(
+        *started(watcher, model=model),
+        batches,
+        forward=forward,
+        options=CalibrationOptions(walk=walk, device="cpu:0", offload_device="cpu"),
+    )
     assert there == set()
     assert max(seen) == 1
     assert watcher.inputs.keys() == plain.inputs.keys()
@@ -69,8 +77,7 @@ def test_a_model_without_blocks_goes_as_a_whole(away):
     calibrate(
         *started(There(), model=model),
         make_batches(2, 2, 5, C),
-        walk="whole",
-        device="cpu:0",
+        CalibrationOptions(walk="whole", device="cpu:0"),
         forward=lambda m, x: m(x, torch.ones_like(x)),
     )
     assert there == set()
@@ -82,5 +89,7 @@ def test_blocks_come_home_after_an_error(away):
     model = seeded(Layered)
     model.layers[1].v.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        calibrate(*started(Watcher(), model=model), make_batches(2, 2, 5, C), device="cpu:0")
+        calibrate(
+            *started(Watcher(), model=model), make_batches(2, 2, 5, C), options=CalibrationOptions(device="cpu:0")
+        )
     assert there == set()

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lightning_compress.calibration import calibrate
+from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Event, Needs, State
 from tests.support.calibration_models import LockstepWatcher, Watcher, started
 
@@ -63,7 +64,7 @@ BATCHES = [{"x": torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(i)
 def test_each_batch_goes_through_the_block_as_it_is_now(walk):
     model, replayer = Model(), Replayer(targets=["Linear"])
     dense = Model()
-    calibrate(*started(replayer, model=model), BATCHES, walk=walk)
+    calibrate(*started(replayer, model=model), BATCHES, options=CalibrationOptions(walk=walk))
     x = BATCHES[1]["x"]
     if walk == "whole":
         assert torch.equal(replayer.outputs[""][1], dense(x))

@@ -9,6 +9,7 @@ from pydantic import PrivateAttr
 from torch import nn
 
 from lightning_compress.calibration import calibrate
+from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Event, Modifier, Needs
 from tests.support.calibration_models import (
     Biased,
@@ -44,7 +45,7 @@ def plain(forward, batches):
 def test_one_pass_gives_every_target_the_input_that_the_finished_model_gives_it(case):
     model_class, batches, forward = CASES[case]
     model, watcher = seeded(model_class), LockstepWatcher()
-    calibrate(*started(watcher, model=model), batches, forward=forward, walk="one_pass")
+    calibrate(*started(watcher, model=model), batches, forward=forward, options=CalibrationOptions(walk="one_pass"))
     model.eval()
     wanted = inputs_of(model, list(watcher.inputs), plain(forward, batches))
     for name, inputs in watcher.inputs.items():
@@ -61,7 +62,7 @@ def test_two_passes_give_a_block_the_inputs_that_the_compressed_blocks_before_it
     model_class, batches, forward = CASES[case]
     model, watcher = seeded(model_class), Watcher()
     dense = copy.deepcopy(model).eval()
-    calibrate(*started(watcher, model=model), batches, forward=forward, walk="two_pass")
+    calibrate(*started(watcher, model=model), batches, forward=forward, options=CalibrationOptions(walk="two_pass"))
     model.eval()
     done = [where for event, where in watcher.events if event == "BLOCK_END"]
     compressed = dict(model.named_modules())
@@ -83,7 +84,12 @@ def test_walks_agree_where_nothing_is_changed(case):
     seen = []
     for walk, watcher_class in [("one_pass", LockstepWatcher), ("two_pass", Watcher), ("whole", Watcher)]:
         watcher = watcher_class(change=False)
-        calibrate(*started(watcher, model=seeded(model_class)), batches, forward=forward, walk=walk)
+        calibrate(
+            *started(watcher, model=seeded(model_class)),
+            batches,
+            forward=forward,
+            options=CalibrationOptions(walk=walk),
+        )
         seen.append(watcher.inputs)
     for other in seen[1:]:
         assert other.keys() == seen[0].keys()
@@ -148,7 +154,11 @@ def test_weights_that_need_no_data_are_rounded_before_the_batches_meet_them(walk
             self._names.update({m: n for n, m in state.model.named_modules() if n.endswith((".q", ".k", ".v"))})
 
     model, rounding, watcher = seeded(Layered), WithoutData(), LockstepWatcher(targets=["re:layers.*out$"])
-    calibrate(*started(watcher, rounding, model=model), (batches := make_batches(2, 2, 5, C)), walk=walk)
+    calibrate(
+        *started(watcher, rounding, model=model),
+        (batches := make_batches(2, 2, 5, C)),
+        options=CalibrationOptions(walk=walk),
+    )
     assert len(rounding.finished) == 9
     wanted = inputs_of(model.eval(), list(watcher.inputs), plain(None, batches))
     same = [torch.equal(a, b) for n in wanted for a, b in zip(watcher.inputs[n], wanted[n], strict=True)]
@@ -206,7 +216,7 @@ def test_inputs_of_one_block_are_alive_not_of_all(walk):
 
     model = nn.Sequential(*[Counting() for _ in range(6)])
     watcher = Blind(change=False)
-    calibrate(*started(watcher, model=model), make_batches(4, 2, 5, C), walk=walk)
+    calibrate(*started(watcher, model=model), make_batches(4, 2, 5, C), options=CalibrationOptions(walk=walk))
     assert max(most) <= 4 + 2  # one per batch, and those on their way
 
 
@@ -239,7 +249,7 @@ def test_a_batch_that_goes_another_way_splits_the_segment(caplog):
 def test_slower_ways_are_told(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_compress"):
         calibrate(*started(Watcher(), model=seeded(Biased)), make_batches(2, 2, 5, C))
-    assert "arguments of 'blocks.1' are computed from what blocks return" in caplog.text
+    assert "arguments of 'blocks.1' are computed from outputs of blocks" in caplog.text
     assert "running the model from its start" in caplog.text
 
 
@@ -247,7 +257,9 @@ def test_slower_ways_are_told(caplog):
 def test_a_model_without_blocks_is_walked_as_a_whole(walk, caplog):
     model, watcher = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, 3)), LockstepWatcher()
     with caplog.at_level(logging.INFO, logger="lightning_compress"):
-        calibrate(*started(watcher, model=model), (batches := make_batches(2, 4, C)), walk=walk)
+        calibrate(
+            *started(watcher, model=model), (batches := make_batches(2, 4, C)), options=CalibrationOptions(walk=walk)
+        )
     assert "found no repeated blocks in Sequential: it is walked as a whole" in caplog.text
     assert watcher.events[-2] == ("BLOCK_END", "")
     assert watcher.finished == ["0", "2"]
@@ -273,7 +285,11 @@ def test_shared_blocks_make_it_a_whole_walk():
     assert len(watcher.inputs["layers.1.q"]) == 4
     impossible = pytest.raises(ValueError, match=r"walk='one_pass' is not possible: 'layers.0.q' runs 2 times")
     with pytest.warns(UserWarning, match="runs 2 times"), impossible:
-        calibrate(*started(LockstepWatcher(), model=seeded(Recurrent)), make_batches(2, 2, 5, C), walk="one_pass")
+        calibrate(
+            *started(LockstepWatcher(), model=seeded(Recurrent)),
+            make_batches(2, 2, 5, C),
+            options=CalibrationOptions(walk="one_pass"),
+        )
 
 
 def test_blocks_that_are_not_called_are_named_and_told_their_end():
@@ -326,7 +342,7 @@ def test_hooks_of_a_finished_input_act_on_batches_that_wait():
                 module.register_forward_pre_hook(lambda _m, args: ((args[0] * 4).round() / 4, *args[1:]))
 
     model, watcher, batches = seeded(Layered, 2), InputRounder(), make_batches(3, 2, 5, C)
-    calibrate(*started(watcher, model=model), batches, walk="one_pass")
+    calibrate(*started(watcher, model=model), batches, options=CalibrationOptions(walk="one_pass"))
     names = [n for n in watcher.inputs if n.startswith("layers.1")]
     seen = {n: [] for n in names}
     for n in names:  # before the rounding hooks, as the watcher
@@ -354,15 +370,27 @@ def test_progress_goes_up_to_its_total():
 
 
 def test_walk_is_checked():
-    with pytest.raises(ValueError, match="walk='twice' is unknown; expected one of 'auto', 'one_pass'"):
-        calibrate(*started(Watcher(), model=seeded(Layered)), make_batches(1, 2, 5, C), walk="twice")
+    with pytest.raises(ValueError, match="walk='twice': expected 'auto', 'one_pass'"):
+        calibrate(
+            *started(Watcher(), model=seeded(Layered)),
+            make_batches(1, 2, 5, C),
+            options=CalibrationOptions(walk="twice"),
+        )
     with pytest.raises(ValueError, match="Watcher finishes whole blocks, not single modules; use walk='two_pass'"):
-        calibrate(*started(Watcher(), model=seeded(Layered)), make_batches(1, 2, 5, C), walk="one_pass")
+        calibrate(
+            *started(Watcher(), model=seeded(Layered)),
+            make_batches(1, 2, 5, C),
+            options=CalibrationOptions(walk="one_pass"),
+        )
 
 
 def test_blocks_of_a_whole():
-    with pytest.raises(ValueError, match=r"walk='whole' takes the model as one block, so blocks='Mixer' has no use"):
-        calibrate(*started(Watcher(), model=seeded(Layered)), make_batches(1, 2, 5, C), blocks="Mixer", walk="whole")
+    with pytest.raises(ValueError, match=r"walk='whole' takes the model as one block, so blocks='Mixer' has no effect"):
+        calibrate(
+            *started(Watcher(), model=seeded(Layered)),
+            make_batches(1, 2, 5, C),
+            options=CalibrationOptions(blocks="Mixer", walk="whole"),
+        )
 
 
 def test_no_batches():
@@ -376,7 +404,11 @@ def test_no_batches():
 
 def test_blocks_that_match_nothing():
     with pytest.raises(ValueError, match=r"blocks=\['Lyer'\] matches none"):
-        calibrate(*started(Watcher(), model=seeded(Layered)), make_batches(1, 2, 5, C), blocks="Lyer")
+        calibrate(
+            *started(Watcher(), model=seeded(Layered)),
+            make_batches(1, 2, 5, C),
+            options=CalibrationOptions(blocks="Lyer"),
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -395,7 +427,7 @@ def test_a_batch_that_is_not_finite_is_named(walk, at):
     watcher = LockstepWatcher()
     lifecycle, state = started(watcher, model=seeded(Layered))
     with pytest.raises(ValueError, match=rf"NaN in .*'.*' for calibration batch {at}, expected finite numbers"):
-        calibrate(lifecycle, state, batches, walk=walk)
+        calibrate(lifecycle, state, batches, options=CalibrationOptions(walk=walk))
     assert watcher.hooked == []
 
 
@@ -419,7 +451,7 @@ def test_the_module_that_makes_it_is_named(walk):
     batches = make_batches(2, 2, C)
     batches[1] *= 1e4
     with pytest.raises(ValueError, match=r"Inf in the output of block '0' \(first out of module '0.pow'\) .* batch 1"):
-        calibrate(*started(LockstepWatcher(), model=model), batches, walk=walk)
+        calibrate(*started(LockstepWatcher(), model=model), batches, options=CalibrationOptions(walk=walk))
 
 
 def test_padding_may_be_anything():
@@ -462,10 +494,10 @@ def test_nothing_is_left_behind(walk, fails):
     before, watcher = everything(model), Failing()
     lifecycle, state = started(watcher, model=model)
     if fails is None:
-        calibrate(lifecycle, state, make_batches(3, 2, 5, C), walk=walk)
+        calibrate(lifecycle, state, make_batches(3, 2, 5, C), options=CalibrationOptions(walk=walk))
     else:
         with pytest.raises(BaseException, match=r"no such rounding|out of order|^$") as caught:
-            calibrate(lifecycle, state, make_batches(3, 2, 5, C), walk=walk)
+            calibrate(lifecycle, state, make_batches(3, 2, 5, C), options=CalibrationOptions(walk=walk))
         assert type(caught.value) is (KeyboardInterrupt if fails == "interrupt" else RuntimeError)
         if fails == "forward":  # with the traceback of the thread it was raised in
             assert caught.traceback[-1].name == "explode"
@@ -534,9 +566,9 @@ def test_batches_that_call_blocks_differently_are_told():
             return self.head(x)
 
     batches = [*make_batches(1, 1, 5, C), *make_batches(1, 2, 5, C)]
-    told = r"calibration batch 1 does not go .* as the first one did: block 'layers.2' was not called; use walk='whole'"
-    with pytest.raises(ValueError, match=told):
+    message = r"batch 1 does not run .* as the first one did: block 'layers.2' was not called; use walk='whole'"
+    with pytest.raises(ValueError, match=message):
         calibrate(*started(Watcher(), model=seeded(Shallow)), batches)
     watcher = Watcher()
-    calibrate(*started(watcher, model=seeded(Shallow)), batches, walk="whole")
+    calibrate(*started(watcher, model=seeded(Shallow)), batches, options=CalibrationOptions(walk="whole"))
     assert len(watcher.inputs["layers.2.q"]) == 1

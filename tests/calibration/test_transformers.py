@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_compress import AutoRoundModifier, AWQModifier, GPTQModifier, SmoothQuantModifier, compress
 from lightning_compress.calibration import calibrate
+from lightning_compress.calibration.options import CalibrationOptions
 from tests.support.calibration_models import LockstepWatcher, Watcher, inputs_of, started
 
 transformers = pytest.importorskip("transformers")
@@ -63,7 +64,7 @@ def test_every_target_sees_what_the_finished_model_shows_it(name):
     model, batches = make(name)
     dense = copy.deepcopy(model)
     watcher = LockstepWatcher(targets=["Linear", "Conv1D", "Conv2d"])
-    calibrate(*started(watcher, model=model), batches, walk="auto")
+    calibrate(*started(watcher, model=model), batches, options=CalibrationOptions(walk="auto"))
     assert {("MODULE_READY", target) for target in watcher.inputs} <= set(watcher.events)
     targets = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D", "Conv2d")]
     assert sorted(watcher.finished) == sorted(targets)
@@ -86,7 +87,7 @@ def test_walks_agree(name):
     seen = []
     for watcher, walk in [(LockstepWatcher(change=False), "auto"), (Watcher(change=False), "two_pass")]:
         model, batches = make(name)
-        calibrate(*started(watcher, model=model), batches, walk=walk)
+        calibrate(*started(watcher, model=model), batches, options=CalibrationOptions(walk=walk))
         seen.append(watcher.inputs)
     assert all(torch.equal(a, b) for n in seen[0] for a, b in zip(seen[0][n], seen[1][n], strict=True))
 

@@ -334,7 +334,6 @@ WRONG = [
     ("walk", "slow", "expected 'auto'"),
     ("offload_device", "gpu", "expected a device such as"),
     ("offload_device", "meta", "expected a device such as"),
-    ("offload_device", None, "expected a device such as"),
 ]
 
 

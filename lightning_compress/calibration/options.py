@@ -1,0 +1,83 @@
+"""How a model is calibrated: the options that ``CompressionCallback`` and ``compress`` hand down to the walk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+__all__ = ["WALKS", "CalibrationOptions", "Walk", "check_device", "check_flag", "check_whole_number"]
+
+Walk = Literal["auto", "one_pass", "two_pass", "whole"]
+WALKS = get_args(Walk)
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How calibration goes through a model.
+
+    Args:
+        blocks: Class names, dotted names or ``re:`` patterns of the model's repeated blocks; None: they are searched
+            for.
+        walk: ``two_pass``: every block runs twice per batch. ``one_pass``: in lockstep, once (for modifiers that can
+            finish single modules). ``whole``: the model as one block, statistics of all targets at once. ``auto``: one
+            pass where every modifier and the model allow it, else two.
+        device: Device that each block is moved to for its turn; None: the model stays where it is.
+        offload_device: Device on which the inputs of blocks are stored; None: the one on which they are computed.
+        seed: Seed of torch's random state while calibrating, and of the choice of calibration samples.
+        moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens, not only those that the
+            router sends to them; the outputs of the model stay the same.
+
+    Raises:
+        ValueError: A value has the wrong type, or is not one of the values above.
+    """
+
+    blocks: str | Sequence[str] | None = None
+    walk: Walk = "auto"
+    device: str | torch.device | None = None
+    offload_device: str | torch.device | None = "cpu"
+    seed: int = 0
+    moe_calibrate_all_experts: bool = False
+
+    def __post_init__(self) -> None:
+        """Check types, too: Hydra and YAML pass on whatever the user wrote."""
+        check_whole_number("seed", self.seed)
+        check_flag("moe_calibrate_all_experts", self.moe_calibrate_all_experts)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: expected at least 0, and less than 2**63")
+        if self.walk not in WALKS:
+            raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
+        if self.walk == "whole" and self.blocks is not None:
+            raise ValueError(
+                f"walk='whole' takes the model as one block, so blocks={self.blocks!r} has no effect; leave one out"
+            )
+        for name in ("device", "offload_device"):
+            if getattr(self, name) is not None and not _is_device(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a device such as 'cpu' or 'cuda'")
+
+
+def check_whole_number(name: str, value: Any) -> None:
+    """ValueError for anything but an int; True and False are not numbers here."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected a whole number")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """ValueError for anything but True and False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected True or False")
+
+
+def check_device(options: CalibrationOptions) -> None:
+    """ValueError where this machine cannot store tensors on ``offload_device``."""
+    try:
+        torch.empty(1, dtype=torch.float32, device=options.offload_device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"offload_device={options.offload_device!r} is not on this machine: {error}") from error
+
+
+def _is_device(name: Any) -> bool:
+    try:
+        return torch.device(name).type != "meta"  # it stores no values
+    except (RuntimeError, TypeError):
+        return False
