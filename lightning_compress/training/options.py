@@ -26,7 +26,7 @@ class CallbackOptions:
 
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     module: str | None = None
-    export_dir: str | Path | None = None
+    export_dir: str | None = None
     calibration_batches: int = 16
     load_best: bool = True
     evaluate: bool = True
