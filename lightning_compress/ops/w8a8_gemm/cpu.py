@@ -19,7 +19,7 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @torch.compiler.assume_constant_result
 def is_exact() -> bool:
     """Whether this process makes exact sums of the largest codes: VNNI is there, and oneDNN uses it."""
-    if not torch.cpu.get_capabilities().get("avx512_vnni", False):
+    if not torch.cpu._is_vnni_supported():
         return False
     codes_MK = torch.full((32, 64), 127, dtype=torch.int8)
     codes_MK[::2] = -128

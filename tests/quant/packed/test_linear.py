@@ -223,7 +223,7 @@ def test_int8_takes_the_int8_product():
 
 def test_without_vnni_int8_is_computed_dense(monkeypatch):
     """There both products of torch saturate; the result is that of the Linear all the same."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", bool)
     linear = quantized_linear("w8a8 token")
     packed, x = PackedLinear.from_quantized(linear), tokens(1, 3, COLUMNS)
     assert not is_exact()
@@ -250,7 +250,7 @@ CUDA = {
 @pytest.mark.parametrize("name", CUDA)
 def test_ways_on_cuda(name, monkeypatch):
     """Which one is chosen; and that its operands are right, by what the op computes on this device."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", bool)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("lightning_compress.quant.packed.backends.importlib.util.find_spec", lambda name: name)
     linear = quantized_linear(name)
