@@ -40,7 +40,10 @@ def compress(
 ) -> Ledger:
     """Compress a model in place.
 
-    >>> compress(model, GPTQModifier(scheme="W4A16"), loader, max_batches=16)
+    >>> model, batches = nn.Sequential(nn.Linear(128, 8)), [torch.randn(4, 128) for _ in range(3)]
+    >>> ledger = compress(model, "gptq_w4", batches, max_batches=2)
+    >>> len(model[0].weight[0].unique()) <= 16
+    True
 
     The options of calibration are keywords here, and one object, ``CalibrationOptions``, below: this signature is
     public.

@@ -1,7 +1,9 @@
 """The Python in the documentation runs, and what it names exists."""
 
+import doctest
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from lightning_compress import modifiers
 from lightning_compress.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
+DOCTESTED = [path for path in sorted((ROOT / "lightning_compress").rglob("*.py")) if ">>> " in path.read_text()]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 
 
@@ -26,6 +29,15 @@ def test_the_examples_run_from_top_to_bottom(name, tmp_path, monkeypatch):
     code = "\n".join(blocks(ROOT / name, "python"))
     assert code
     exec(compile(code, name, "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("path", DOCTESTED, ids=lambda p: p.stem)
+def test_the_examples_in_docstrings_run(path, monkeypatch):
+    monkeypatch.setattr("lightning_compress.core.factory.ModifierFactory._registered", {})
+    module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert outcome.attempted
+    assert not outcome.failed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
