@@ -11,6 +11,10 @@ READY := $(VENV)/.ready
 NEWEST := transformers==5.24.0 compressed-tensors==0.20.1
 NEWEST_VENV := .venv-newest
 NEWEST_READY := $(NEWEST_VENV)/.ready
+LOWEST_VENV := .venv-lowest
+LOWEST_READY := $(LOWEST_VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 
 RECIPE ?= gptq_w4
 ARGS ?=
@@ -21,6 +25,7 @@ DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_d
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
 .PHONY: help demo test test-newest fuzz test-kernels test-slow test-real test-slurm lint same-bytes house format clean
+.PHONY: coverage docs dist test-lowest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -36,6 +41,21 @@ $(NEWEST_READY): pyproject.toml constraints.txt scripts/setup.sh Makefile
 	grep -vE '^(transformers|compressed-tensors)==' constraints.txt > $(NEWEST_VENV)/constraints.txt
 	printf '%s\n' $(NEWEST) >> $(NEWEST_VENV)/constraints.txt
 	CONSTRAINTS=$(NEWEST_VENV)/constraints.txt PYTHON=$(PYTHON) scripts/setup.sh $(NEWEST_VENV)
+	@touch $@
+
+# A third one: the lowest versions that pyproject.toml promises.
+$(LOWEST_READY): pyproject.toml scripts/setup.sh scripts/lowest_versions.py
+	@mkdir -p $(LOWEST_VENV)
+	$(PYTHON) scripts/lowest_versions.py > $(LOWEST_VENV)/constraints.txt
+	CONSTRAINTS=$(LOWEST_VENV)/constraints.txt PYTHON=$(PYTHON) scripts/setup.sh $(LOWEST_VENV)
+	@touch $@
+
+# What builds the site reads the source and imports none of it, so its environment holds no torch.
+DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(DOCS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -c '$(DOCS_EXTRA)' | xargs $(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt
 	@touch $@
 
 # -- the demo: trains once, later runs compress the model that the first one trained ------------------------------------------
@@ -61,13 +81,20 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
 
 # Kernels twice: compiled, with all the others; and in Triton's interpreter, which must be chosen before Triton is imported.
+HERE := -m "not (slow or real or slurm or gpu)"
 test: $(READY)  ## the tests that need no GPU, no cluster and no download
-	$(TEST) $(PARALLEL) -m "not (slow or real or slurm or gpu)" $(ARGS)
+	$(TEST) $(PARALLEL) $(HERE) $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) tests/ops -k interpreted
 
 test-newest: $(NEWEST_READY)  ## exports, KV caches and reloads with the newest transformers and compressed-tensors
-	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -m "not (slow or real or slurm or gpu)" \
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(HERE) \
 		tests/export/test_kv_cache.py tests/export/test_reload.py $(ARGS)
+
+test-lowest: $(LOWEST_READY)  ## the tests with the lowest versions that pyproject.toml promises
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PARALLEL) $(HERE) $(ARGS)
+
+coverage: $(READY)  ## the tests, and the lines and branches of the package that they miss
+	$(TEST) $(PARALLEL) $(HERE) --cov --cov-report=term --cov-report=xml $(ARGS)
 
 fuzz: $(READY)  ## damaged files for every reader of the package, 30 seconds (ARGS="--seconds 600")
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.driver $(ARGS)
@@ -100,5 +127,12 @@ format: $(READY)  ## let ruff mend and format; write the names of the modifiers 
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_READY)  ## the documentation as a site, with API pages from docstrings; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
+
+dist: $(READY)  ## sdist in dist/, and the wheel that it builds
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
 clean:  ## forget the demo's model, the runs and the caches (the environment stays)
-	rm -rf logs build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf logs build dist site coverage.xml .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,66 @@
+"""What the site holds beside docs/: API pages by public name, and the README of each kernel (a hook of mkdocs.yml)."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+# Page of the API -> its title, and the public names on it. Every other public name is a modifier.
+PAGES = {
+    "callback": ("The callback", ["CompressionCallback"]),
+    "functions": ("compress, save, load, dequantize", ["compress", "save", "load", "dequantize"]),
+    "modifiers": ("Modifiers", []),
+    "lifecycle": ("Modifier and events", ["Modifier", "ModifierFactory", "EventType"]),
+    "recipes": ("Recipes", ["recipe"]),
+}
+
+
+def public_names() -> list[str]:
+    """``lightning_compress.__all__``, read without importing the package."""
+    for node in ast.parse((ROOT / "lightning_compress" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    raise ValueError("lightning_compress/__init__.py has no __all__ that is a list of names")
+
+
+def api_pages() -> dict[str, str]:
+    """Path of each page -> its Markdown: a title, and what mkdocstrings replaces by docstrings."""
+    placed = {name for _, names in PAGES.values() for name in names}
+    modifiers = [name for name in public_names() if name not in placed]
+    if strangers := [name for name in modifiers if not name.endswith("Modifier")]:
+        raise ValueError(f"no page for {', '.join(strangers)}; name one in PAGES of scripts/docs_site.py")
+    return {
+        f"api/{page}.md": "\n\n".join(
+            [f"# {title}", *(f"::: lightning_compress.{name}" for name in names or modifiers)]
+        )
+        for page, (title, names) in PAGES.items()
+    }
+
+
+def kernel_pages() -> dict[str, str]:
+    """Path of each page -> the README of its op."""
+    ops = ROOT / "lightning_compress" / "ops"
+    return {f"ops/{path.parent.name}.md": path.read_text() for path in sorted(ops.glob("*/README.md"))}
+
+
+def on_config(config: Any) -> Any:
+    kernels = next(entry for entry in config.nav if "Kernels" in entry)
+    kernels["Kernels"] = [kernels["Kernels"], *kernel_pages()]
+    config.nav.append({"API": [{title: f"api/{page}.md"} for page, (title, _) in PAGES.items()]})
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File
+
+    for path, text in {**api_pages(), **kernel_pages()}.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links that leave docs/: the README of a kernel is a page here; other files of the repository are named only."""
+    markdown = re.sub(r"\]\(\.\./lightning_compress/ops/(\w+)/README\.md\)", r"](ops/\1.md)", markdown)
+    return re.sub(r"\[([^]]+)\]\(\.\./[^)]+\)", r"\1", markdown)
