@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_compress.callback import CompressionCallback as CompressionCallback
     from lightning_compress.core.events import EventType as EventType
-    from lightning_compress.export.compressed_tensors import load as load
-    from lightning_compress.export.compressed_tensors import save as save
+    from lightning_compress.export.load import load as load
+    from lightning_compress.export.save import save as save
     from lightning_compress.modifiers import *  # noqa: F403
     from lightning_compress.oneshot import compress as compress
     from lightning_compress.quant.packed import dequantize as dequantize
@@ -27,8 +27,8 @@ _HOME = MappingProxyType(
         "EventType": "core.events",
         "compress": "oneshot",
         "dequantize": "quant.packed",
-        "load": "export.compressed_tensors",
-        "save": "export.compressed_tensors",
+        "load": "export.load",
+        "save": "export.save",
     }
 )
 

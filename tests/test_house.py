@@ -14,7 +14,6 @@ house = importlib.import_module("house")
 
 LONG_FUNCTIONS = {
     "callback.py: CompressionCallback.__init__",
-    "export/compressed_tensors.py: load",
 }
 WIDE_SIGNATURES = {
     "calibration/sequential.py: calibrate",
@@ -33,7 +32,6 @@ WIDE_SIGNATURES = {
 LONG_FILES = {
     "callback.py",
     "core/modifier.py",
-    "export/compressed_tensors.py",
     "modifiers/distillation/modifier.py",
     "modifiers/learned_mask/modifier.py",
     "modifiers/rotation/basis_tracer.py",

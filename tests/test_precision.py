@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 import lightning_compress as lc
 from lightning_compress.callback import CompressionCallback
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.quant.packing import TENSOR_FIELDS
 from lightning_compress.quant.record import quantized_modules, quantized_of
 

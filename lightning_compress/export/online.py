@@ -18,7 +18,7 @@ from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 
-__all__ = ["attach_all", "check_all", "online_entries", "seal", "unsealed"]
+__all__ = ["online_entries", "read_online", "seal", "unsealed"]
 
 REFUSAL = "online rotations: lightning_compress.load"  # pydantic shortens longer ones
 NOBODYS = "WithOnlineRotations"
@@ -49,16 +49,13 @@ def unsealed(config: Mapping[str, Any]) -> dict[str, Any]:
     return config | {"quantization_config": quantization | {"quantization_status": "compressed"}}
 
 
-def check_all(layout: nn.Module, entries: Mapping[str, Any], path: Path) -> None:
-    """ValueError names the file and the module when a rotation does not fit a module of the model."""
+def read_online(layout: nn.Module, entries: Mapping[str, Any], path: Path) -> dict[str, OnlineRotations]:
+    """Records from the entries of a file; ValueError names it, and the module that a rotation does not fit."""
+    records = {}
     for name, data in entries.items():
         with naming(path, f"online.{name}"):
             R, C = as_matrix(layout.get_submodule(name)).shape
-            for rotation in OnlineRotations.from_json(data).rotations:
+            records[name] = OnlineRotations.from_json(data)
+            for rotation in records[name].rotations:
                 rotation.apply(torch.zeros(1, C if rotation.side == "input" else R, dtype=torch.float32))
-
-
-def attach_all(model: nn.Module, entries: Mapping[str, Any]) -> None:
-    """Put the rotations back beside the modules of a loaded model, before anything else is hooked."""
-    for name, data in entries.items():
-        OnlineRotations.from_json(data).attach(model.get_submodule(name))
+    return records

@@ -1,4 +1,4 @@
-"""What lightning_compress.json may hold, checked before its use. What it is for: compressed_tensors.py."""
+"""What lightning_compress.json may hold, checked before its use. What it is for: save.py."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, m
 
 from lightning_compress.export.tensors import read_json
 
-__all__ = ["FORMAT_VERSION", "read_own"]
+__all__ = ["FORMAT_VERSION", "OWN_FILE", "read_own"]
 
+OWN_FILE = "lightning_compress.json"
 FORMAT_VERSION = 1
 
 Count = Annotated[int, Field(strict=True, ge=0)]

@@ -35,8 +35,8 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
 from lightning_compress.export import verify
-from lightning_compress.export.compressed_tensors import save
 from lightning_compress.export.guard import guard_save_pretrained
+from lightning_compress.export.save import save
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 from lightning_compress.quant.kv_cache import QuantizedCache
 from lightning_compress.quant.record import Quantized

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
-from lightning_compress.export.compressed_tensors import save
+from lightning_compress.export.save import save
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionCallback
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.modifiers.constant import ConstantPruningModifier
 from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier

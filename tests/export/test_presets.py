@@ -10,7 +10,8 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.export.tensors import read_json
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress

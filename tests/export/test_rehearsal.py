@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.export.compressed_tensors import save
 from lightning_compress.export.rehearsal import rehearse
+from lightning_compress.export.save import save
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.ops.w8a8_gemm.cpu import is_exact

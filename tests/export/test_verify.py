@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_compress.export.compressed_tensors import save
+from lightning_compress.export.save import save
 from lightning_compress.export.verify import answers, is_wanted
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress

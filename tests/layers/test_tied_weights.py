@@ -6,7 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress.core import Lifecycle, State
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.layers.tied_weights import owners_of
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier

@@ -7,7 +7,8 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.fake_quant import fake_quantize_input

@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress import dequantize
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.modifiers.kv_cache import KVCacheModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_compress import dequantize
-from lightning_compress.export.compressed_tensors import load, save
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 

@@ -1,0 +1,149 @@
+"""What of a model goes where in an export: which weights are packed, which stay dense and why; and what prevents it."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
+from lightning_compress.export.hugging_face import is_transformers
+from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress.layers.finite import nonfinite
+from lightning_compress.layers.matching import clean_name
+from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
+from lightning_compress.quant.packing import is_packable
+from lightning_compress.quant.record import Quantized, saw_rows
+
+__all__ = ["Contents", "Records", "check_weights", "contents_of", "warn_of_contents"]
+
+Records = Mapping[str, tuple[nn.Module, Quantized]]
+Stored = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is written of a model.
+
+    Args:
+        model: Packed Linears are replaced by Linears without memory.
+        records: Quantized modules and their records, by clean name.
+        dense: Those whose weight stays dense on disk, and why.
+        caches: Records of the KV cache, by attention module.
+        stored: Tensors of modules that are packed in memory, by name.
+    """
+
+    model: nn.Module
+    records: Records
+    dense: Mapping[str, str]
+    caches: Mapping[str, QuantizedCache]
+    stored: Stored
+
+    @property
+    def packed(self) -> Records:
+        """Modules whose weight is written packed."""
+        return {name: pair for name, pair in self.records.items() if name not in self.dense}
+
+    @property
+    def is_transformers(self) -> bool:
+        """True for a model of transformers."""
+        return is_transformers(self.model)
+
+
+def contents_of(model: nn.Module, stored: Stored) -> Contents:
+    """Sort the modules of a model by how they are written.
+
+    Args:
+        model: Not changed.
+        stored: Tensors of modules that are packed in memory, by name.
+
+    Raises:
+        ValueError: The KV cache of some attention modules is quantized, and that of others is not.
+    """
+    records: Records = {clean_name(name): pair for name, pair in Quantized.find(model).items()}
+    caches, dense = _caches(model), _dense_on_disk(model, records)
+    if is_transformers(model):
+        packed = {name: pair for name, pair in records.items() if name not in dense}
+        embeddings = unpackable_embeddings(packed, bool(caches))
+        dense |= {name: reason for name, reason in embeddings.items() if reason is not None}
+        in_bytes = embeddings.keys() - dense.keys()
+        records = {n: (module, unpacked(r) if n in in_bytes else r) for n, (module, r) in records.items()}
+    return Contents(model, records, dense, caches, stored)
+
+
+def warn_of_contents(contents: Contents) -> None:
+    """Warn of weights that stay dense, and of inputs that other loaders quantize otherwise."""
+    _warn_of_dense(contents)
+    _warn_of_rows(contents)
+
+
+def _caches(model: nn.Module) -> dict[str, QuantizedCache]:
+    """Records of the KV cache, by attention module; ValueError where loaders would quantize more than these."""
+    caches = {clean_name(name): record for name, (_, record) in QuantizedCache.find(model).items()}
+    if caches and (missing := [name for name in attention_modules(model) if name not in caches]):
+        raise ValueError(
+            f"the KV cache of {len(caches)} attention modules is quantized, that of {', '.join(missing[:5])} is not, "
+            f"and a folder can only say it of all; calibrate on data that reaches every one of them"
+        )
+    return caches
+
+
+def _dense_on_disk(model: nn.Module, records: Records) -> dict[str, str]:
+    """Quantized modules whose weight stays dense on disk, and why."""
+    owners = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(clean_name(name))
+    reasons = {}
+    for name, (module, _) in records.items():
+        if not is_packable(module):
+            reasons[name] = f"no loader reads a packed {type(module).__name__}"
+        elif isinstance(module, ExpertLinear):
+            continue
+        elif others := [other for other in owners[id(module.weight)] if other != name]:
+            reasons[name] = f"it shares its weight with {others[0]!r}"
+    return reasons
+
+
+def _warn_of_dense(contents: Contents) -> None:
+    reasons, records = contents.dense, contents.records
+    if not reasons:
+        return
+    listed = "; ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:5])
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    warnings.warn(
+        f"{len(reasons)} of {len(records)} quantized modules are written with dense weights, on their grid, "
+        f"so their size on disk does not shrink: {listed}{more}",
+        stacklevel=4,
+    )
+    if active := [name for name in reasons if records[name][1].scheme.input_activations is not None]:
+        warnings.warn(
+            f"transformers and vLLM will not quantize the inputs of {', '.join(active[:5])}, so their outputs differ "
+            f"from this model's; lightning_compress.load restores it",
+            stacklevel=4,
+        )
+
+
+def _warn_of_rows(contents: Contents) -> None:
+    """Of rows [rows, features] whose scales plain transformers takes together: their answers depend on one another."""
+    rows = [name for name, (module, _) in contents.packed.items() if saw_rows(module)]
+    if rows and contents.is_transformers:
+        warnings.warn(
+            f"{len(rows)} modules, such as {rows[0]}, get inputs [rows, features]: here each row has a scale of its "
+            f"own, plain transformers takes one for all rows, so that its answers depend on the rest of the batch; "
+            f"load the folder with lightning_compress.load, or add these modules to ignore",
+            stacklevel=4,
+        )
+
+
+def check_weights(model: nn.Module, stored: Stored) -> None:
+    """ValueError for weights that are not in memory, and for NaN or Inf."""
+    away = [clean_name(name) for name, p in model.named_parameters() if p.is_meta]
+    if away := [name for name in away if name.rpartition(".")[0] not in stored]:
+        raise ValueError(f"{len(away)} weights are not in memory, such as {away[0]}; load the model without offloading")
+    if broken := nonfinite(model):
+        listed = ", ".join(clean_name(name) for name in broken[:5])
+        raise ValueError(
+            f"NaN or Inf in {len(broken)} parameters or buffers, such as {listed}; such a model is not exported"
+        )

@@ -1,0 +1,194 @@
+"""Save a compressed model in the format of compressed-tensors, as transformers and vLLM load it.
+
+A folder holds
+
+    model.safetensors          packed weights and their scales; all other tensors as they are (several files above 5 GB)
+    config.json                the model's own (Hugging Face) plus ``quantization_config``
+    generation_config.json     and the tokenizer's files, where there are such
+    recipe.yaml                the recipe, where one was given
+    export_manifest.json       the names of these files, and of the run that wrote them
+    lightning_compress.json    only where needed: what compressed-tensors has no place for
+
+Two kinds of quantized modules stay dense on disk, their weights on the grid: those whose packed form no loader reads
+(convolutions, the Conv1D of GPT-2) and those that share their weight with another module. ``lightning_compress.json``
+keeps their grids, so that ``load`` restores them; it reads
+
+    {"format_version": 1,
+     "dense": {module: {"scheme": {...}, "scale": TENSOR, "zero_point": TENSOR or null, "input_scale": ..., ...}},
+     "names": {module: its name in model.safetensors, where transformers renames it},
+     "dtype": the model's, where config.json had to name another one,
+     "online": {module: rotations that run beside it}, see export/online.py,
+     "structure": the cuts that made the model smaller, where no config of transformers states its sizes}
+    TENSOR = {"dtype": "float32", "shape": [...], "values": [flat list of numbers]}
+
+Files are written in a fixed order and hold no time: two saves of one model are equal byte for byte.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from compressed_tensors.compressors import ModelCompressor
+from safetensors import SafetensorError
+from torch import nn
+
+from lightning_compress.core.interruption import check_uninterrupted
+from lightning_compress.export import hugging_face, plain_transformers
+from lightning_compress.export.contents import Contents, check_weights, contents_of, warn_of_contents
+from lightning_compress.export.experts import experts_first
+from lightning_compress.export.online import online_entries, seal
+from lightning_compress.export.own_file import FORMAT_VERSION, OWN_FILE
+from lightning_compress.export.quantization_config import cache_only, quantization_config
+from lightning_compress.export.rehearsal import rehearse
+from lightning_compress.export.state_on_disk import state_on_disk
+from lightning_compress.export.tensors import TensorFiles, write_tensors
+from lightning_compress.export.verify import answers
+from lightning_compress.files.atomic_folder import whole_folder
+from lightning_compress.layers.matching import without_parallel
+from lightning_compress.quant.kv_cache import unread_caches
+from lightning_compress.quant.packed import as_linears
+from lightning_compress.quant.packing import check_fit, tensor_names
+from lightning_compress.structure.surgery import record_of
+
+__all__ = ["save"]
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    recipe: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    origin: Mapping[str, Any] | None = None,
+    verify: bool = False,
+) -> Path:
+    """Write a compressed model; the model stays as it is, and what is written appears whole or not at all.
+
+    Needs memory for the packed weights beside the model, never for a second dense copy.
+
+    Args:
+        model: Any module. A Hugging Face model becomes a folder for ``from_pretrained``; any other gets the same
+            safetensors and a config.json without ``model_type``. Where nothing is quantized (a model that was only
+            pruned or distilled) the weights are written as they are, zeros included, and there is no
+            ``quantization_config``: the sparse formats of compressed-tensors are gone from its version 0.20.
+        folder: Where to; made together with missing parents.
+        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to lie beside the model, or a list.
+        recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
+        overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk. A folder
+            that this function did not write, or that holds other files too, is never replaced.
+        max_shard_bytes: Weights above this go into several files with an index.
+        origin: Kept in export_manifest.json: ``run``, the name of the run, and whatever else says where the model is
+            from. What is replaced must be of the same run.
+        verify: Let plain transformers, in a process of its own, answer the model's ``dummy_inputs`` from the folder
+            (some 10 seconds); the folder stays when its answers are not the model's.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ValueError: The model holds NaN, its compression was interrupted, the folder exists or cannot be written, the
+            recipe is not plain data; or, with ``verify``, what is wrong with the folder.
+        RuntimeError: A weight was changed after compression.
+        OSError: Writing failed, such as for a full disk; nothing is left behind.
+    """
+    model = without_parallel(getattr(model, "_orig_mod", model))  # torch.compile's wrapper
+    check_uninterrupted(model)
+    processors = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
+    with as_linears(model) as stored:
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "transformers quantized this model when it loaded it; load its folder with lightning_compress.load "
+                "instead and save what that returns"
+            )
+        rehearse(model, processors)
+        contents = contents_of(model, stored)
+        recipe_yaml = None if recipe is None else _yaml(recipe)
+        try:
+            with whole_folder(folder, overwrite=overwrite, origin=origin) as partial:
+                check_weights(model, stored)
+                for name in contents.dense:
+                    check_fit(name, *contents.records[name])
+                warn_of_contents(contents)
+                _write(contents, partial, max_shard_bytes)
+                for processor in processors:
+                    processor.save_pretrained(partial)
+                if recipe_yaml is not None:
+                    (partial / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"writing {folder} failed and nothing of it is left: {error}; is the disk full?") from error
+    path = Path(folder).expanduser().resolve()
+    if verify and (fault := answers(model, path)[1]):
+        raise ValueError(fault)
+    return path
+
+
+def _write(contents: Contents, folder: Path, max_shard_bytes: int) -> None:
+    """Weights and configs, in a folder that exists."""
+    on_disk = _write_weights(contents, folder, max_shard_bytes)
+    dtype = _write_quantization(contents, folder) if contents.packed or contents.caches else None
+    if contents.is_transformers:
+        plain_transformers.warn_of_misfits(contents.model)
+        plain_transformers.warn_of_dropped(contents.model)
+    own: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "dense": {name: contents.records[name][1].to_json() for name in contents.dense},
+        "names": {name: other for name, other in on_disk.items() if name != other},
+    }
+    if dtype is not None:
+        own["dtype"] = str(dtype).removeprefix("torch.")
+    if entries := online_entries(contents.model):
+        own["online"] = entries
+        seal(folder)
+    if not contents.is_transformers and (steps := record_of(contents.model)):
+        own["structure"] = steps
+    if len(own) > 3 or own["dense"] or own["names"]:
+        (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_weights(contents: Contents, folder: Path, max_shard_bytes: int) -> dict[str, str]:
+    """All tensors, and config.json without quantization; returns the names of quantized modules on disk."""
+    model, records = contents.model, contents.records
+    state = state_on_disk(model, contents.packed, contents.stored)
+    for name, cache in contents.caches.items():
+        state |= {f"{name}.{local}": getattr(cache, local).detach().cpu() for local in cache.tensor_names(cache.args)}
+    if contents.is_transformers:
+        hugging_face.write(model, state, folder, max_shard_bytes)
+        on_disk = hugging_face.names_on_disk(model, list(records))
+    else:
+        (folder / "config.json").write_text("{}\n", encoding="utf-8")
+        write_tensors(state, folder, max_shard_bytes)
+        on_disk = {name: name for name in records}
+    written = TensorFiles(folder)
+    for name, (module, record) in contents.packed.items():
+        written.check(on_disk[name], tensor_names(type(module), record.scheme))
+    return on_disk
+
+
+def _write_quantization(contents: Contents, folder: Path) -> torch.dtype | None:
+    """``quantization_config``; returns the dtype of the model where config.json has to name another one."""
+    model, packed = contents.model, contents.packed
+    args = next((cache.args for cache in contents.caches.values()), None)
+    config = quantization_config(model, packed) if packed or args is None else cache_only(args)
+    config.kv_cache_scheme = args
+    if contents.is_transformers:
+        experts_first(model, config, {name: record.scheme for name, (_, record) in packed.items()})
+        hugging_face.add_names_on_disk(model, config)
+    ModelCompressor(quantization_config=config).update_config(str(folder))
+    if not contents.is_transformers:
+        return None
+    if contents.caches:
+        plain_transformers.add_heads(model, folder)
+        plain_transformers.warn_of_caches(unread_caches(model))
+    return plain_transformers.mend_layout(model, config, packed, folder)
+
+
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    try:
+        return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe must hold plain numbers, strings, lists and dicts: {error}") from error

@@ -1,0 +1,77 @@
+"""The state dict of a model as it is written: weights replaced by their packed tensors, experts taken apart."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lightning_compress.export.experts import names_of_experts
+from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress.layers.matching import clean_name
+from lightning_compress.quant.packing import pack
+from lightning_compress.quant.record import Quantized
+
+__all__ = ["state_on_disk"]
+
+Records = Mapping[str, tuple[nn.Module, Quantized]]
+
+
+def state_on_disk(model: nn.Module, packed: Records, stored: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied.
+
+    Args:
+        model: Not changed.
+        packed: Modules whose weight is written packed, and their records, by name.
+        stored: Tensors of those that are packed in memory already, by name.
+    """
+    name_of = {id(module): name for name, (module, _) in packed.items()}
+    packed_at = {
+        f"{clean_name(path)}.weight": name_of[id(module)]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) in name_of
+    }
+    experts = _experts_on_disk(model, packed)
+    tensors_of: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Tensor] = {}
+    first: dict[int, Tensor] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        key = clean_name(key)
+        if isinstance(value, Tensor):
+            value = _unshared(value, first)
+        if key in experts:
+            state |= experts[key]
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only")
+        if (name := packed_at.get(key)) is None:
+            state[key] = value
+            continue
+        if name not in tensors_of:
+            in_memory = {local: tensor.cpu().contiguous() for local, tensor in stored.get(name, {}).items()}
+            tensors_of[name] = in_memory or pack(name, *packed[name])
+        state |= {key.removesuffix("weight") + local: tensor for local, tensor in tensors_of[name].items()}
+    return state
+
+
+def _unshared(value: Tensor, first: dict[int, Tensor]) -> Tensor:
+    """The tensor without gradient; a copy where it shares its memory without being tied (one Parameter).
+
+    Writers keep one of equal views, and a model that is built anew does not share them.
+    """
+    if value.is_meta or not value.numel():
+        return value.detach()
+    earlier = first.setdefault(value.untyped_storage().data_ptr(), value)
+    return value.detach() if earlier is value else value.detach().clone()
+
+
+def _experts_on_disk(model: nn.Module, packed: Records) -> dict[str, dict[str, Tensor]]:
+    """By key of a tensor of fused experts, the tensors of each expert, packed or dense, that replace it on disk."""
+    experts: dict[str, dict[str, Tensor]] = {}
+    if not any(isinstance(module, ExpertLinear) for module, _ in packed.values()):
+        return experts
+    for name, on_disk in names_of_experts(model).items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, ExpertLinear)
+        local = pack(name, *packed[name]) if name in packed else {"weight": linear.weight.detach()}
+        key = f"{name.rsplit('.', 2)[0]}.{linear.fused}"
+        experts.setdefault(key, {}).update({f"{on_disk}.{part}": tensor for part, tensor in local.items()})
+    return experts
