@@ -1,7 +1,7 @@
 """What the site holds beside docs/: API pages by public name, and the README of each kernel (a hook of mkdocs.yml)."""
 
-import ast
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,30 @@ PAGES = {
     "callback": ("The callback", ["CompressionCallback"]),
     "functions": ("compress, save, load, dequantize", ["compress", "save", "load", "dequantize"]),
     "modifiers": ("Modifiers", []),
-    "lifecycle": ("Modifier and events", ["Modifier", "ModifierFactory", "EventType"]),
+    "lifecycle": ("Modifier and events", ["Modifier", "ModifierInterface", "ModifierFactory", "EventType"]),
     "recipes": ("Recipes", ["recipe"]),
 }
 
 
-def public_names() -> list[str]:
-    """``lightning_compress.__all__``, read without importing the package."""
-    for node in ast.parse((ROOT / "lightning_compress" / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return ast.literal_eval(node.value)
-    raise ValueError("lightning_compress/__init__.py has no __all__ that is a list of names")
+def public_names() -> dict[str, str]:
+    """Each name at the top of the package -> the module that it comes from; this imports no torch."""
+    sys.path.insert(0, str(ROOT))
+    import lightning_compress
+    from lightning_compress import modifiers
+
+    modules = {name: f"lightning_compress.{module}" for name, module in lightning_compress._HOME.items()}
+    return {"recipe": "lightning_compress", **modules, **modifiers._CONTRACT, **modifiers.modules()}
 
 
 def api_pages() -> dict[str, str]:
     """Path of each page -> its Markdown: a title, and what mkdocstrings replaces by docstrings."""
+    modules = public_names()
     placed = {name for _, names in PAGES.values() for name in names}
-    modifiers = [name for name in public_names() if name not in placed]
-    if strangers := [name for name in modifiers if not name.endswith("Modifier")]:
+    rest = sorted(set(modules) - placed)
+    if strangers := [name for name in rest if not name.endswith("Modifier")]:
         raise ValueError(f"no page for {', '.join(strangers)}; name one in PAGES of scripts/docs_site.py")
     return {
-        f"api/{page}.md": "\n\n".join(
-            [f"# {title}", *(f"::: lightning_compress.{name}" for name in names or modifiers)]
-        )
+        f"api/{page}.md": "\n\n".join([f"# {title}", *(f"::: {modules[name]}.{name}" for name in names or rest)])
         for page, (title, names) in PAGES.items()
     }
 
