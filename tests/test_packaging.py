@@ -202,6 +202,12 @@ def test_the_wheel_names_its_licence_its_plugin_and_its_python(wheel: Path) -> N
     assert f"{info}/licenses/LICENSE" in archive.namelist()
 
 
+def test_the_smoke_test_of_the_release_passes(run: Run) -> None:
+    done = run("-P", str(ROOT / "scripts" / "smoke_test.py"))
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT) not in done.stdout
+
+
 def test_the_package_says_the_version_that_the_wheel_has(run: Run, wheel: Path) -> None:
     done = run("-c", "import lightning_compress as l; print(l.__version__, l.__file__)")
     version, file = done.stdout.split()
