@@ -80,21 +80,23 @@ class Solved:
 
     Args:
         W_RC: The new weight; in the dtype of the module, unless ``write`` converts it.
-        error: Trace of (W - Q) H (W - Q)^T, with H as it was before damping.
+        error: Trace of (W - Q) H (W - Q)^T, with H as it was before damping; None: not known.
         energy: Trace of W H W^T.
         flag: A remark for the ledger.
         parts: Further tensors with one row for each row of the weight, such as scales.
     """
 
     W_RC: Tensor
-    error: float = 0.0
+    error: float | None = None
     energy: float = 0.0
     flag: str | None = None
     parts: dict[str, Tensor | None] = field(default_factory=dict)
 
     @property
-    def relative_error(self) -> float:
-        """The error of the output as a share of the output."""
+    def relative_error(self) -> float | None:
+        """The error of the output as a share of the output; None: not known."""
+        if self.error is None:
+            return None
         return max(0.0, self.error) / max(self.energy, torch.finfo(torch.float32).tiny)
 
     @classmethod
@@ -107,7 +109,8 @@ class Solved:
             tensors = [tensor for solved in each if (tensor := solved.parts[key]) is not None]
             parts[key] = torch.cat(tensors) if tensors else None
         flags = dict.fromkeys(solved.flag for solved in each if solved.flag)
-        error, energy = sum(s.error for s in each), sum(s.energy for s in each)
+        error = None if any(s.error is None for s in each) else sum(s.error or 0.0 for s in each)
+        energy = sum(s.energy for s in each)
         return cls(torch.cat([s.W_RC for s in each]), error, energy, "; ".join(flags) or None, parts)
 
 

@@ -77,7 +77,7 @@ def test_layers_with_one_input_share_a_hessian_and_each_is_solved_once():
     assert torch.equal(model.spare.weight, dense["spare"])
     rows = {row.module: row for row in ledger}
     assert [rows[n].tokens for n in "qko"] == [30, 30, 30]
-    D = model.q.weight - dense["q"]
+    D = model.q.weight.detach() - dense["q"]
     assert rows["q"].error == pytest.approx(
         float(((D @ H) * D).sum() / ((dense["q"] @ H) * dense["q"]).sum()), rel=1e-5
     )

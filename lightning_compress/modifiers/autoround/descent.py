@@ -41,12 +41,12 @@ class Result:
     """What came out.
 
     Args:
-        found: Every weight on its grid.
+        weights: Every weight on its grid.
         began: The error of iterate 0 on all batches.
-        ended: That of ``found``.
+        ended: That of ``weights``.
     """
 
-    found: dict[str, OnGrid]
+    weights: dict[str, OnGrid]
     began: float
     ended: float
 
@@ -54,13 +54,13 @@ class Result:
 def descend(
     grids: Mapping[str, LearnedGrid], block: LearnedBlock, how: Descent, others: Sequence[dict[str, OnGrid]] = ()
 ) -> Result:
-    """Learn the rounding of a block's weights; what was found is in place in the end.
+    """Learn the rounding of a block's weights; the best weights are in place in the end.
 
     Args:
         grids: The weights by name, V = 0: iterate 0.
         block: Where they work, between the two ends of :meth:`LearnedBlock.learning`.
         how: Steps, rate, samples a step, seed.
-        others: Weights that shall not be better than what is found, such as those rounded to nearest.
+        others: Weights that must not be better than the result, such as those rounded to nearest.
     """
     start = best = last = {name: grid.now() for name, grid in grids.items()}
     block.place(start)
@@ -77,14 +77,14 @@ def descend(
             grids[name].step(gradient_RC, how.rate * (1 - t / how.iters))
         last = {name: grid.now() for name, grid in grids.items()}
         block.place(last)
-    found, ended = start, sum(each)
+    weights, ended = start, sum(each)
     for tried in [weights for weights in (last, best) if weights is not start] + list(others):
         block.place(tried)
         error = sum(float(block.error(i)) for i in range(block.count))
         if error < ended:
-            found, ended = tried, error
-    block.place(found)
-    return Result(found, sum(each), ended)
+            weights, ended = tried, error
+    block.place(weights)
+    return Result(weights, sum(each), ended)
 
 
 def drawn(count: int, seed: int) -> Iterator[int]:

@@ -18,26 +18,25 @@ Shapes: R rows, C columns.
 
 import time
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from lightning_compress.core import Event, Modifier, Needs, State
-from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input, write_matrix
-from lightning_compress.layerwise.input_hessian import HessianPool
+from lightning_compress.core import Event, Needs, State
+from lightning_compress.layers.matrix import inputs_as_rows, write_matrix
+from lightning_compress.layerwise.modifier import Layer, Solved
+from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.modifiers.autoround.block import LearnedBlock
 from lightning_compress.modifiers.autoround.descent import Descent, descend
 from lightning_compress.modifiers.autoround.grid import LearnedGrid, OnGrid
 from lightning_compress.modifiers.autoround.initial_grids import Start
 from lightning_compress.modifiers.gptq.solver import ScaleSearch
 from lightning_compress.pruning.arguments import share_of_zeros, zeros_stay
-from lightning_compress.quant.arguments import QuantizationArguments
-from lightning_compress.quant.record import Quantized, attach
-from lightning_compress.quant.rounding import check_dense, round_module
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 from lightning_compress.quant.weight_metrics import weight_facts
 
@@ -48,8 +47,10 @@ __all__ = ["AutoRoundModifier"]
 RATES = {"rtn": 1.0, "gptq": 0.05}
 
 
-class AutoRoundModifier(QuantizationArguments, Modifier):
+class AutoRoundModifier(LayerwiseQuantizer):
     """Quantize weights to integers; which way each is rounded is learned block by block.
+
+    Its layers wait for their block, and are learned together by replaying it: no layer is solved alone.
 
     Args:
         targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
@@ -71,6 +72,8 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
             which at least a third of the weights are.
     """
 
+    technique: ClassVar[str] = "autoround"
+
     iters: int = Field(default=200, ge=0)
     lr: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=8, ge=1)
@@ -80,10 +83,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
     target: Literal["dense", "same_input"] = "dense"
     preserve_zeros: bool | None = None
 
-    _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # what is left to do
-    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
-    _pool: HessianPool = PrivateAttr(default_factory=HessianPool)
 
     @model_validator(mode="after")
     def _scheme_is_learnable(self) -> "AutoRoundModifier":
@@ -91,7 +91,7 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
             assert scheme.weights is not None
             if scheme.weights.type != "int":
                 raise ValueError(
-                    f"{describe(scheme)} is no grid of integers, which is what AutoRound rounds to; take an integer "
+                    f"{describe(scheme)} is not a grid of integers, which AutoRound rounds to; take an integer "
                     f"scheme such as W4A16, or GPTQModifier for this one"
                 )
         if self.has_static_inputs:
@@ -106,25 +106,17 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
         return Needs(data=True, own_pass=True, dense_outputs=self.target == "dense")
 
     @property
-    def _begin(self) -> Start:
+    def _start(self) -> Start:
         return Start(self.init == "gptq", self.scale_search)
 
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
-        self.assign(state.model)
-        return True
+    def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
+        self._tokens[name] = self._tokens.get(name, 0) + inputs_as_rows(module, x, self.token_mask).shape[1]
+        if self._start.needs_hessian:
+            super().observe(name, module, x)
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
-        self._schemes = self.assign(state.model)
-        self._modules = {name: state.model.get_submodule(name) for name in self._schemes}
-        self._pool = HessianPool()
-        for name, module in self._modules.items():
-            self.hook(module, lambda module, inputs, name=name: self._observe(name, module, inputs))
-
-    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        seen = [name for name in state.modules if name in self._schemes and self._tokens.get(name)]
-        if not seen:
+    def solve_seen(self, state: State, names: Iterable[str]) -> None:
+        names = [name for name in names if name in self._layers and self._tokens.get(name)]
+        if not names:
             return
         if state.replay is None:
             raise ValueError(
@@ -132,70 +124,65 @@ class AutoRoundModifier(QuantizationArguments, Modifier):
                 f"gone; calibrate with walk='two_pass' or walk='auto'"
             )
         with torch.inference_mode(False), torch.no_grad():
-            self._learn(state, seen)
-        self._pool.drop(*seen)
+            start = time.perf_counter()
+            layers = [replace(layer, W_RC=layer.W_RC.clone()) for layer in self.begin(names)]
+            weights, error, flag = self._learned(state, layers)
+            seconds = (time.perf_counter() - start) / len(layers)
+            for layer in layers:
+                weight = weights[layer.name]
+                parts = {"scale": weight.scale, "zero_point": weight.zero_point}
+                solved = Solved(weight.value(), error, 1.0, flag, parts)
+                self.conclude(state, layer, solved, self._tokens[layer.name], seconds)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        unseen = list(self._schemes)
-        for name in unseen:
-            facts = round_module(name, self._modules[name], self._schemes[name], self.scale_search)
-            state.ledger.add(name, "autoround", flag="never saw data; rounded to nearest", tokens=0, **facts)
-        if unseen:
-            warnings.warn(
-                f"{self.name}: {', '.join(unseen)} never saw data and were rounded to nearest; were they called, in "
-                f"these batches, as modules of their own?",
-                stacklevel=2,
-            )
-        self._schemes, self._modules, self._tokens, self._pool = {}, {}, {}, HessianPool()
-        self.remove_hooks()
+        if self._layers:
+            self.unseen(state, dict(self._layers))
+        self.reset()
 
-    def _observe(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x, mask = only_input(name, inputs), self.token_mask
-        X_PNC = inputs_as_rows(module, x, mask)
-        self._tokens[name] = self._tokens.get(name, 0) + X_PNC.shape[1]
-        if self._begin.needs_hessian:
-            self._pool.update(name, x, input_layout(module), lambda: X_PNC)
-
-    # -- one block ----------------------------------------------------------------------------------------------------
-
-    def _learn(self, state: State, names: Sequence[str]) -> None:
-        """All weights of the block that have seen data."""
-        began = time.perf_counter()
+    def _learned(self, state: State, layers: Sequence[Layer]) -> tuple[dict[str, OnGrid], float | None, str]:
+        """The weights of a block on their grids, the relative error of its output, and a remark for the ledger."""
         assert state.model is not None
         assert state.replay is not None
-        modules = {name: self._modules[name] for name in names}
-        dense = {name: as_matrix(module).clone() for name, module in modules.items()}
+        modules = {layer.name: layer.module for layer in layers}
         block = LearnedBlock(modules, state.replay, lambda: self.token_mask, state.batches, state.dense)
-        grids = {name: self._grid(name, self._begin) for name in names}
-        found, flag, error = {name: grid.now() for name, grid in grids.items()}, "its pass ends here; not learned", None
-        if block.gives_output:
-            rounded = {name: self._grid(name, Start(False, "minmax")).now() for name in names}
-            rate = self.lr or RATES[self.init] / max(1, self.iters)
-            how = Descent(self.iters, rate, self.batch_size, self.seed)
-            with block.learning(state.model, {name: self._schemes[name].input_activations for name in names}):
-                result = descend(grids, block, how, [rounded])
-            found, power = result.found, block.power or 1.0
-            error = result.ended / power
-            flag = f"block error {result.began / power:.3g}, learned {error:.3g}"
-        seconds = (time.perf_counter() - began) / len(names)
-        for name in names:
-            self._write(state, name, dense[name], found[name], flag, {"error": error, "seconds": seconds})
+        grids = {layer.name: self._grid(layer, self._start) for layer in layers}
+        if not block.gives_output:
+            return {name: grid.now() for name, grid in grids.items()}, None, "its pass ends here; not learned"
+        rounded = {layer.name: self._grid(layer, Start(False, "minmax")).now() for layer in layers}
+        rate = self.lr or RATES[self.init] / max(1, self.iters)
+        descent = Descent(self.iters, rate, self.batch_size, self.seed)
+        with block.learning(state.model, {name: self._schemes[name].input_activations for name in modules}):
+            result = descend(grids, block, descent, [rounded])
+        power = block.power or 1.0
+        error = result.ended / power
+        return result.weights, error, f"block error {result.began / power:.3g}, learned {error:.3g}"
 
-    def _grid(self, name: str, start: Start) -> LearnedGrid:
-        module, args = self._modules[name], self._schemes[name].weights
-        assert args is not None
-        check_dense(name, module)
-        W_RC, shared = as_matrix(module), self._pool.get(name)
+    def _grid(self, layer: Layer, start: Start) -> LearnedGrid:
+        W_RC, shared = layer.W_RC, self._pool.get(layer.name)
         H_PCC = shared.statistic.value() if shared is not None and shared.statistic is not None else None
-        return start(W_RC.clone(), args, W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else None, H_PCC)
+        keep_RC = W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else None
+        return start(W_RC.clone(), self.weights_of(layer.name), keep_RC, H_PCC)
 
-    def _write(self, state: State, name: str, W_RC: Tensor, found: OnGrid, flag: str, facts: dict[str, Any]) -> None:
-        module, scheme = self._modules[name], self._schemes.pop(name)
-        quantized, Q_RC = Quantized(scheme, found.scale, found.zero_point), found.value()
-        facts = {**weight_facts(W_RC, Q_RC, quantized), **facts, "tokens": self._tokens.pop(name)}
-        if zeros_stay(W_RC, self.preserve_zeros):
-            facts["sparsity"] = share_of_zeros(Q_RC)
-        write_matrix(module, Q_RC)
-        attach(module, quantized)
-        self.remove_hooks(module)
-        state.ledger.add(name, "autoround", flag=flag, **facts)
+    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
+        scale, zero_point = solved.parts["scale"], solved.parts["zero_point"]
+        assert scale is not None
+        quantized = Quantized(self._schemes[layer.name], scale, zero_point)
+        facts = weight_facts(layer.W_RC, solved.W_RC, quantized)
+        if zeros_stay(layer.W_RC, self.preserve_zeros):
+            facts["sparsity"] = share_of_zeros(solved.W_RC)
+        write_matrix(layer.module, solved.W_RC)
+        quantized.attach(layer.module)
+        return facts
+
+    def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
+        for name in layers:
+            self.round(state, name, "never saw data; rounded to nearest", 0)
+        warnings.warn(
+            f"{self.name}: {', '.join(layers)} never saw data and were rounded to nearest; were they called, in "
+            f"these batches, as modules of their own?",
+            stacklevel=2,
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self._tokens = {}

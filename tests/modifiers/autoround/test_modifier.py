@@ -112,7 +112,7 @@ def test_the_result_is_never_worse_than_iterate_0(rate):
         result = descend({"fc": grid}, block, Descent(30, rate, 20, seed=0))
     assert result.ended <= result.began
     assert_close(sum(float(block.error(i)) for i in range(4)), result.ended)
-    assert torch.equal(as_matrix(layer), result.found["fc"].value())
+    assert torch.equal(as_matrix(layer), result.weights["fc"].value())
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_nor_than_the_others():
     bad = LearnedGrid(grid.W_RC, grid.scale * 5, None, grid.args)
     with block.learning(layer, {}):
         result = descend({"fc": bad}, block, Descent(2, 1e-3, 20, seed=0), [{"fc": good}])
-    assert result.found["fc"] is good
+    assert result.weights["fc"] is good
 
 
 def test_every_batch_comes_as_often_as_any_other_and_a_seed_is_an_order():
@@ -286,7 +286,7 @@ def test_pruned_weights_stay_zero(init):
         ({"scheme": "W4A16", "iters": -1}, "iters=-1: Input should be greater than or equal to 0"),
         ({"scheme": "W4A16", "lr": 0}, "lr=0: Input should be greater than 0"),
         ({"scheme": "W4A16", "batch_size": 0}, "batch_size=0: Input should be greater than or equal to 1"),
-        ({"scheme": "FP8_DYNAMIC"}, "is no grid of integers, which is what AutoRound rounds to; take an integer"),
+        ({"scheme": "FP8_DYNAMIC"}, "is not a grid of integers, which AutoRound rounds to; take an integer"),
         ({"scheme": "NVFP4A16"}, "which AutoRoundModifier does not know"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": {
             "num_bits": 8, "strategy": "tensor"}}}}, "static activations are not calibrated while"),
