@@ -1,6 +1,7 @@
 """What quantizers on calibration data share: schemes by layer, static activation scales, embeddings, global scales."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -8,23 +9,28 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from lightning_compress.core import State
-from lightning_compress.layers.matrix import inputs_as_rows, is_embedding
-from lightning_compress.layerwise.modifier import LayerwiseModifier
+from lightning_compress.layers.matrix import inputs_as_rows, is_embedding, write_matrix
+from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
+from lightning_compress.pruning.arguments import share_of_zeros, zeros_stay
 from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.fake_quant import latent_of, on_stored_grid
 from lightning_compress.quant.observers import Observer, ObserverName, is_observed, make_observer
-from lightning_compress.quant.rounding import check_dense, round_embeddings, round_module
+from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.rounding import check_dense, input_scales, round_embeddings, round_module
 from lightning_compress.quant.shared_scales import GlobalScales
+from lightning_compress.quant.weight_metrics import weight_facts
 
 __all__ = ["LayerwiseQuantizer"]
 
 
 class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
-    """Base class of modifiers that quantize layers on calibration data: implement ``solve`` and ``write``."""
+    """Base class of modifiers that quantize layers on calibration data: implement ``solve``."""
 
     if TYPE_CHECKING:  # fields of the modifiers, each with a default and choices of its own
         scale_search: str
         observer: ObserverName
         averaging_constant: float
+        preserve_zeros: bool | None
 
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # of the layers that are left
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)  # of static activations
@@ -103,6 +109,36 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         scheme = self._schemes[name]
         facts = round_module(name, self.finish(name), scheme, **arguments)
         state.ledger.add(name, self.technique, flag=flag, tokens=tokens, **facts)
+
+    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
+        """Attach scales and zero points (``solved.parts``, or what partitions share), and write the weight."""
+        W_RC, args = layer.W_RC, self.weights_of(layer.name)
+        scale, zero_point = layer.common or (solved.parts["scale"], solved.parts["zero_point"])
+        assert scale is not None
+        Q_RC, A_RC = on_stored_grid(solved.W_RC, scale, zero_point, args, W_RC.dtype), solved.parts.get("latent")
+        latent_RC = None if A_RC is None else latent_of(A_RC, Q_RC, scale, zero_point, args)
+        inputs = input_scales(self._observers.get(layer.name), W_RC.dtype)
+        extras = {"latent": latent_RC, "global_scale": self._globals.of(layer.name), **inputs}
+        quantized = Quantized(self._schemes[layer.name], scale, zero_point, **extras)
+        facts = weight_facts(W_RC, Q_RC, quantized)
+        if zeros_stay(W_RC, self.preserve_zeros):
+            facts["sparsity"] = share_of_zeros(solved.W_RC)
+        write_matrix(layer.module, Q_RC)
+        quantized.attach(layer.module)
+        return facts
+
+    def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
+        for name in layers:
+            if name in self._observers:  # without a static input scale no reader could use it
+                state.ledger.add(name, self.technique, flag="never saw data; left as it was", tokens=0)
+            else:
+                self.round(state, name, "never saw data; rounded to nearest", 0)
+        warnings.warn(
+            f"{self.name}: {', '.join(layers)} never saw data and were rounded to nearest (with static "
+            f"activations: left as they were); were they called, in these batches, as modules of their own? "
+            f"(nn.MultiheadAttention uses the weight of its out_proj directly)",
+            stacklevel=2,
+        )
 
     def finish(self, name: str) -> nn.Module:
         self._schemes.pop(name, None)

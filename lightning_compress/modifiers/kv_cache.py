@@ -37,6 +37,9 @@ STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 class KVCacheModifier(Modifier):
     """Quantize keys and values where they enter the cache, in all attention modules of a model of transformers.
 
+    It is not a LayerwiseModifier: it watches keys and values inside of attention, not inputs of a layer, and leaves all
+    weights as they are.
+
     Args:
         format: ``fp8`` (E4M3), ``int8`` or ``int4``.
         strategy: ``tensor`` and ``head``: calibrated scales, one for all or one for each head of keys and values.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lightning_compress.core import Needs, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, is_embedding, partitions
 from lightning_compress.layerwise.input_hessian import PerHessian, groups_as_partitions
-from lightning_compress.layerwise.modifier import Layer, Solved
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import MeanSquare, ObserverName
@@ -102,12 +101,6 @@ class QuantizationModifier(LayerwiseQuantizer):
                 weighed = {"H_PGgg": self._blocks[shared].unflatten(0, (partitions(self._layers[name]), -1))}
             flag = DEAD_INPUT if observer is not None and observer.is_dead else None
             self.round(state, name, flag, None if shared is None else shared.tokens, **weighed)
-
-    def solve(self, layer: Layer, prepared: Any) -> Solved:
-        raise AssertionError("layers are rounded by solve_seen: most of them wait for no statistic")
-
-    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
-        raise AssertionError("layers are written by round_module")
 
     def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
         for name in [name for name in layers if name not in self._observers]:  # errors weigh the same in all columns

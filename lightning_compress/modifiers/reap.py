@@ -94,8 +94,8 @@ class REAPModifier(Modifier):
     """Remove the least salient experts of every layer of a mixture.
 
     It works on experts that lie in one tensor, as those of transformers 5 do. Run it alone, and what quantizes or
-    prunes weights in a run after it. It is not a LayerwiseModifier: it decides on whole experts by what the router sends
-    them, after all batches, and no weight is solved.
+    prunes weights in a run after it. It is not a LayerwiseModifier: it decides on whole experts by what the router
+    sends them, after all batches, and no weight is solved.
 
     Args:
         sparsity: Share of the experts of a layer that goes, in [0, 1): ``floor(sparsity * E)`` of them, at the end of

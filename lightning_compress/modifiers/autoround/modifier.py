@@ -17,8 +17,7 @@ Shapes: R rows, C columns.
 """
 
 import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +26,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Needs, State
-from lightning_compress.layers.matrix import inputs_as_rows, write_matrix
+from lightning_compress.layers.matrix import inputs_as_rows
 from lightning_compress.layerwise.modifier import Layer, Solved
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.modifiers.autoround.block import LearnedBlock
@@ -35,10 +34,8 @@ from lightning_compress.modifiers.autoround.descent import Descent, descend
 from lightning_compress.modifiers.autoround.grid import LearnedGrid, OnGrid
 from lightning_compress.modifiers.autoround.initial_grids import Start
 from lightning_compress.modifiers.gptq.solver import ScaleSearch
-from lightning_compress.pruning.arguments import share_of_zeros, zeros_stay
-from lightning_compress.quant.record import Quantized
+from lightning_compress.pruning.arguments import zeros_stay
 from lightning_compress.quant.schemes import describe
-from lightning_compress.quant.weight_metrics import weight_facts
 
 __all__ = ["AutoRoundModifier"]
 
@@ -106,12 +103,12 @@ class AutoRoundModifier(LayerwiseQuantizer):
         return Needs(data=True, own_pass=True, dense_outputs=self.target == "dense")
 
     @property
-    def _start(self) -> Start:
+    def _initial(self) -> Start:
         return Start(self.init == "gptq", self.scale_search)
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         self._tokens[name] = self._tokens.get(name, 0) + inputs_as_rows(module, x, self.token_mask).shape[1]
-        if self._start.needs_hessian:
+        if self._initial.needs_hessian:
             super().observe(name, module, x)
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
@@ -145,7 +142,7 @@ class AutoRoundModifier(LayerwiseQuantizer):
         assert state.replay is not None
         modules = {layer.name: layer.module for layer in layers}
         block = LearnedBlock(modules, state.replay, lambda: self.token_mask, state.batches, state.dense)
-        grids = {layer.name: self._grid(layer, self._start) for layer in layers}
+        grids = {layer.name: self._grid(layer, self._initial) for layer in layers}
         if not block.gives_output:
             return {name: grid.now() for name, grid in grids.items()}, None, "its pass ends here; not learned"
         rounded = {layer.name: self._grid(layer, Start(False, "minmax")).now() for layer in layers}
@@ -162,26 +159,6 @@ class AutoRoundModifier(LayerwiseQuantizer):
         H_PCC = shared.statistic.value() if shared is not None and shared.statistic is not None else None
         keep_RC = W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else None
         return start(W_RC.clone(), self.weights_of(layer.name), keep_RC, H_PCC)
-
-    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
-        scale, zero_point = solved.parts["scale"], solved.parts["zero_point"]
-        assert scale is not None
-        quantized = Quantized(self._schemes[layer.name], scale, zero_point)
-        facts = weight_facts(layer.W_RC, solved.W_RC, quantized)
-        if zeros_stay(layer.W_RC, self.preserve_zeros):
-            facts["sparsity"] = share_of_zeros(solved.W_RC)
-        write_matrix(layer.module, solved.W_RC)
-        quantized.attach(layer.module)
-        return facts
-
-    def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
-        for name in layers:
-            self.round(state, name, "never saw data; rounded to nearest", 0)
-        warnings.warn(
-            f"{self.name}: {', '.join(layers)} never saw data and were rounded to nearest; were they called, in "
-            f"these batches, as modules of their own?",
-            stacklevel=2,
-        )
 
     def reset(self) -> None:
         super().reset()

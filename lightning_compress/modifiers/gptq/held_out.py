@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.layerwise.factor import Factor, factorize_retrying
-from lightning_compress.modifiers.gptq.refinement import weighted_error
+from lightning_compress.modifiers.gptq.refinement import refined, weighted_error
 from lightning_compress.modifiers.gptq.solver import Matrix, OnGrid, Solver
 
 __all__ = ["DAMPENINGS", "Choice", "choose", "damped"]
@@ -62,8 +62,8 @@ def choose(
         solved = solver(matrices, factor)
         error, better = _error_on(solved, B_CC), False
         if refine:
-            refined = _error_on(solver.refined(solved, matrices, damped(A_CC, factor)), B_CC)
-            error, better = min(error, refined), refined < error
+            error_refined = _error_on(refined(solver, solved, matrices, damped(A_CC, factor)), B_CC)
+            error, better = min(error, error_refined), error_refined < error
         if best is None or error < best[0]:
             best = error, Choice(dampening, better)
     return None if best is None else best[1]

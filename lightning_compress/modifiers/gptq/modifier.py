@@ -16,8 +16,7 @@ others: it is rounded to nearest.
 Shapes: R rows, C columns (inputs), G groups of g columns.
 """
 
-import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,12 +26,12 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Needs, State
-from lightning_compress.layers.matrix import as_matrix, partitions, write_matrix
+from lightning_compress.layers.matrix import as_matrix, partitions
 from lightning_compress.layerwise.factor import Factor, factorize_retrying
 from lightning_compress.layerwise.modifier import Hessian, Layer, Solved
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.modifiers.gptq.held_out import DAMPENINGS, Choice, choose, damped
-from lightning_compress.modifiers.gptq.refinement import is_refinable
+from lightning_compress.modifiers.gptq.refinement import is_refinable, refined
 from lightning_compress.modifiers.gptq.solver import (
     Matrix,
     Scales,
@@ -42,14 +41,11 @@ from lightning_compress.modifiers.gptq.solver import (
     output_error,
     rows_of,
 )
-from lightning_compress.pruning.arguments import share_of_zeros, zeros_stay
+from lightning_compress.pruning.arguments import zeros_stay
 from lightning_compress.quant.embeddings import Embeddings
-from lightning_compress.quant.fake_quant import latent_of, on_stored_grid
 from lightning_compress.quant.observers import ObserverName
-from lightning_compress.quant.record import Quantized
-from lightning_compress.quant.rounding import DEAD_INPUT, input_scales
+from lightning_compress.quant.rounding import DEAD_INPUT
 from lightning_compress.quant.schemes import no_group_order
-from lightning_compress.quant.weight_metrics import weight_facts
 
 __all__ = ["GPTQModifier"]
 
@@ -73,12 +69,8 @@ class GPTQModifier(LayerwiseQuantizer):
     """Quantize weights with GPTQ on calibration data.
 
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
-        ignore: The same, for what is left out.
-        scheme: A preset (``W4A16``, ``W8A8`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
-            sizes for one that fits each module.
-        config_groups: Schemes in full, in place of ``scheme``.
+        targets, ignore, scheme, group_size, config_groups: As in
+            :class:`~lightning_compress.quant.arguments.QuantizationArguments`.
         block_size: Columns after which errors reach all columns still to come; changes speed, not results.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal. ``auto``: of 0.01, 0.03, 0.1 and
             0.3 what loses least on every second batch when fitted to the others; then all batches count.
@@ -203,7 +195,7 @@ class GPTQModifier(LayerwiseQuantizer):
         matrices = [self._matrix(layer) for layer in layers]
         solved = solver(matrices, factor)
         if prepared.H_CC is not None and is_refinable(solver.args):
-            solved = solver.refined(solved, matrices, prepared.H_CC)
+            solved = refined(solver, solved, matrices, prepared.H_CC)
         results = []
         for matrix, one in zip(matrices, solved, strict=True):
             latent_RC = adjusted(one.W_RC, one.Q_RC, factor) * matrix.keep_RC if self.keeps_latents else None
@@ -225,38 +217,5 @@ class GPTQModifier(LayerwiseQuantizer):
         """False where a weight is zero and must stay zero."""
         return W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else torch.ones_like(W_RC, dtype=torch.bool)
 
-    # -- one layer ----------------------------------------------------------------------------------------------------
-
-    def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
-        name, W_RC, args = layer.name, layer.W_RC, self.weights_of(layer.name)
-        scale, zero_point = layer.common or (solved.parts["scale"], solved.parts["zero_point"])
-        assert scale is not None
-        Q_RC = on_stored_grid(solved.W_RC, scale, zero_point, args, W_RC.dtype)
-        A_RC = solved.parts["latent"]
-        latent = None if A_RC is None else latent_of(A_RC, Q_RC, scale, zero_point, args)
-        inputs = input_scales(self._observers.get(name), W_RC.dtype)
-        global_scale = self._globals.of(name)
-        quantized = Quantized(
-            self._schemes[name], scale, zero_point, latent=latent, global_scale=global_scale, **inputs
-        )
-        zeros = None if self._keep(W_RC).all() else share_of_zeros(solved.W_RC)
-        facts = {**weight_facts(W_RC, Q_RC, quantized), "sparsity": zeros}
-        write_matrix(layer.module, Q_RC)
-        quantized.attach(layer.module)
-        return facts
-
     def give_up(self, state: State, name: str, tokens: int) -> None:
         self.round(state, name, "H not positive definite; rounded to nearest", tokens)
-
-    def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
-        for name in layers:
-            if name in self._observers:  # without a static input scale no reader could use it
-                state.ledger.add(name, self.technique, flag="never saw data; left as it was", tokens=0)
-            else:
-                self.round(state, name, "never saw data; rounded to nearest", 0)
-        warnings.warn(
-            f"{self.name}: {', '.join(layers)} never saw data and were rounded to nearest (with static "
-            f"activations: left as they were); were they called, in these batches, as modules of their own? "
-            f"(nn.MultiheadAttention uses the weight of its out_proj directly)",
-            stacklevel=2,
-        )

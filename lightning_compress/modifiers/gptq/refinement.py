@@ -12,19 +12,39 @@ one, or what is refined is the noise of the calibration data.
 Shapes: R rows, C columns, G groups of g columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from lightning_compress.modifiers.gptq.solver import Matrix, OnGrid, Solver, grid_of, keep_of
 from lightning_compress.quant.scales import expand, group_columns
 
-__all__ = ["improve_codes", "is_refinable", "refine", "refit_scales", "weighted_error"]
+__all__ = ["improve_codes", "is_refinable", "refine", "refined", "refit_scales", "weighted_error"]
 
 Rounding = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]  # (values, scale, zero point, out) of one column
 SMALLEST = 0.25  # share of itself below which no refit takes a scale: its codes would mean something else
 BLOCK = 128
+
+
+def refined(solver: Solver, solved: Sequence[OnGrid], matrices: Sequence[Matrix], H_CC: Tensor) -> list[OnGrid]:
+    """Solutions with scales refitted and codes improved, where that lowers the loss of a row.
+
+    Args:
+        solver: What made the solutions.
+        solved: The solutions.
+        matrices: The weights.
+        H_CC: The damped H.
+    """
+    args, dtype, rows = solver.args, matrices[0].W_RC.dtype, [len(matrix.W_RC) for matrix in matrices]
+    W_RC, Q_RC = torch.cat([one.W_RC for one in solved]), torch.cat([one.Q_RC for one in solved])
+    scale_RG, zero_RG = solver.by_row([(one.scale, one.zero_point) for one in solved], matrices)
+    nearest = grid_of(args, dtype).nearest_
+    Q_RC, scale_RG, loss_R = refine(W_RC, Q_RC, scale_RG, zero_RG, args, H_CC, nearest, dtype, keep_of(matrices))
+    scales = [scale.contiguous() for scale in scale_RG.to(dtype).split(rows)]
+    pieces = zip(solved, Q_RC.split(rows), loss_R.split(rows), scales, strict=True)
+    return [OnGrid(one.W_RC, Q, loss, scale, one.zero_point) for one, Q, loss, scale in pieces]
 
 
 def refine(

@@ -15,23 +15,15 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from lightning_compress.layerwise.factor import Factor, undamped_energy
-from lightning_compress.modifiers.gptq.refinement import refine
 from lightning_compress.ops.gptq_block import Block, Grid, Rounding, gptq_block_
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import expand, group_columns, integer_range
 
 __all__ = [
-    "Matrix",
-    "OnGrid",
-    "ScaleSearch",
-    "Scales",
-    "Solver",
-    "adjusted",
-    "grid_of",
-    "output_error",
-    "round_columns",
-]
+    "Matrix", "OnGrid", "ScaleSearch", "Scales", "Solver", "adjusted", "grid_of", "keep_of", "output_error",
+    "round_columns", "rows_of",
+]  # fmt: skip
 
 PROPOSALS_UP_TO = 3  # bits; see Solver._proposals
 STACKED = 4096  # rows of one column loop: as fast as 9216 at 576 columns (0.13 s), at half the memory
@@ -94,31 +86,14 @@ class Solver:
         """One column loop for all weights, with the factor of the damped H."""
         weights = [matrix.W_RC for matrix in matrices]
         W_RC = (torch.cat(weights) if len(weights) > 1 else weights[0]).float()
-        keep_RC = _keep(matrices)
+        keep_RC = keep_of(matrices)
         proposals = list(zip(*[self._proposals(matrix, factor) for matrix in matrices], strict=True))
-        tried = [self._by_row(scales, matrices) for scales in proposals]
+        tried = [self.by_row(scales, matrices) for scales in proposals]
         Q_RC, loss_R, best_R = self._best_rows(W_RC, tried, factor, matrices[0].W_RC.dtype, keep_RC)
         rows = [len(matrix.W_RC) for matrix in matrices]
         scales = proposals[0] if best_R is None else _chosen(tried, best_R, rows)
         pieces = zip(W_RC.split(rows), Q_RC.split(rows), loss_R.split(rows), scales, strict=True)
         return [OnGrid(W, Q, loss, *scale) for W, Q, loss, scale in pieces]
-
-    def refined(self, solved: Sequence[OnGrid], matrices: Sequence[Matrix], H_CC: Tensor) -> list[OnGrid]:
-        """Scales refitted and codes improved, where that lowers the loss of a row.
-
-        Args:
-            solved: Solutions of these matrices.
-            matrices: The weights.
-            H_CC: The damped H.
-        """
-        dtype, rows = matrices[0].W_RC.dtype, [len(matrix.W_RC) for matrix in matrices]
-        W_RC, Q_RC = torch.cat([one.W_RC for one in solved]), torch.cat([one.Q_RC for one in solved])
-        scale_RG, zero_RG = self._by_row([(one.scale, one.zero_point) for one in solved], matrices)
-        nearest = grid_of(self.args, dtype).nearest_
-        Q_RC, scale_RG, loss_R = refine(W_RC, Q_RC, scale_RG, zero_RG, self.args, H_CC, nearest, dtype, _keep(matrices))
-        scales = [scale.contiguous() for scale in scale_RG.to(dtype).split(rows)]
-        pieces = zip(solved, Q_RC.split(rows), loss_R.split(rows), scales, strict=True)
-        return [OnGrid(one.W_RC, Q, loss, scale, one.zero_point) for one, Q, loss, scale in pieces]
 
     def common_scales(self, W_RC: Tensor, factors: Sequence[Factor], global_scale: Tensor | None) -> Scales | None:
         """Scales that rows of several partitions share, chosen by the mean of their inputs; None: they share none."""
@@ -149,7 +124,7 @@ class Solver:
         mean = (scale.float() * widest.float()).sqrt().to(scale.dtype)
         return [(scale, None), (mean, None), (widest, None)]
 
-    def _by_row(self, scales: Sequence[Scales], matrices: Sequence[Matrix]) -> Scales:
+    def by_row(self, scales: Sequence[Scales], matrices: Sequence[Matrix]) -> Scales:
         """Scales and zero points of all rows, [R, G] each."""
         rows = [len(matrix.W_RC) for matrix in matrices]
         scale_RG = torch.cat([expand(scale, R, self.args) for (scale, _), R in zip(scales, rows, strict=True)])
@@ -277,7 +252,7 @@ def rows_of(scales: Scales, rows: slice, R: int, args: QuantizationArgs) -> Scal
     return expand(scale, R, args)[rows], None if zero_point is None else expand(zero_point, R, args)[rows]
 
 
-def _keep(matrices: Sequence[Matrix]) -> Tensor | None:
+def keep_of(matrices: Sequence[Matrix]) -> Tensor | None:
     """False where a weight stays zero, [R, C] of all rows; None where that is nowhere."""
     keeps = [matrix.keep_RC for matrix in matrices]
     return None if all(bool(keep.all()) for keep in keeps) else torch.cat(keeps)

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_compress.layerwise.factor import factorize
 from lightning_compress.modifiers.gptq.held_out import DAMPENINGS, Choice, choose, damped
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
-from lightning_compress.modifiers.gptq.refinement import weighted_error
+from lightning_compress.modifiers.gptq.refinement import refined, weighted_error
 from lightning_compress.modifiers.gptq.solver import Matrix, Solver
 from tests.support.quantization_runs import attention, batches, calibrate, correlated
 
@@ -29,8 +29,8 @@ def test_the_choice_is_the_best_of_all_on_the_other_half():
     for dampening in DAMPENINGS:
         factor = factorize(A, dampening, True)
         solved = solver([matrix], factor)
-        refined = solver.refined(solved, [matrix], damped(A, factor))
-        for name, found in ((False, solved), (True, refined)):
+        better = refined(solver, solved, [matrix], damped(A, factor))
+        for name, found in ((False, solved), (True, better)):
             errors[dampening, name] = float(weighted_error(W, found[0].Q_RC, B).sum())
     found = choose(solver, [matrix], (A, B), DAMPENINGS, True, True)
     assert found is not None
@@ -47,8 +47,8 @@ def test_refinement_that_does_worse_on_held_out_inputs_is_not_taken():
     A, B, solver = moment(16, 1), torch.eye(C), Solver(W3, "hessian")
     factor = factorize(A, 0.01, True)
     solved = solver([matrix], factor)
-    refined = solver.refined(solved, [matrix], damped(A, factor))
-    errors = [float(weighted_error(W, found[0].Q_RC, B).sum()) for found in (solved, refined)]
+    better = refined(solver, solved, [matrix], damped(A, factor))
+    errors = [float(weighted_error(W, found[0].Q_RC, B).sum()) for found in (solved, better)]
     assert errors[1] > errors[0]
     assert choose(solver, [matrix], (A, B), (0.01,), True, True) == Choice(0.01, False)
     other = choose(solver, [matrix], (A, A), (0.01,), True, True)
