@@ -1,7 +1,7 @@
-"""The ways to compute the products of a packed Linear, and which schemes may take which, best first.
+"""Backends of the product of a packed Linear, and which of them a scheme may use, best first.
 
-A path says what it takes, makes its operands once, and multiplies. A new kernel is one class and one line in PATHS;
-what no path takes is computed with a dense weight.
+A backend says which calls it takes, prepares its operands once, and multiplies. A new kernel is one class and one line
+in BACKENDS; calls that no backend takes are computed with a dense weight.
 
 Shapes: M tokens, N output features, K input features, G groups of K / G columns.
 """
@@ -24,13 +24,13 @@ from lightning_compress.ops.w8a8_gemm import cpu as int8_cpu
 from lightning_compress.ops.w8a8_gemm import w8a8_linear
 from lightning_compress.quant.packed.inputs import input_codes
 
-__all__ = ["PATHS", "Call", "Path", "Weights", "paths_of"]
+__all__ = ["BACKENDS", "Backend", "ProductCall", "Weights", "backends_of"]
 
 FEW = 16  # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
 
 
-class Call(NamedTuple):
-    """What a path must know of a call: where x is, its dtype and dimensions, and whether its gradient is wanted."""
+class ProductCall(NamedTuple):
+    """What a backend must know of a call: device, dtype and dimensions of x, and whether it needs a gradient."""
 
     device: str
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 class Weights(Protocol):
-    """What a path may ask of a packed Linear."""
+    """The part of a packed Linear that a backend may use."""
 
     scheme: QuantizationScheme
     in_features: int
@@ -49,12 +49,12 @@ class Weights(Protocol):
     def optional(self, name: str) -> Tensor | None: ...
 
 
-class Path(Protocol):
-    """One way to compute y = x W^T, the bias left out."""
+class Backend(Protocol):
+    """One way to compute y = x W^T, without the bias."""
 
     name: str
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         """Whether it computes this, at least as quickly as a dense float32 Linear for few tokens."""
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
@@ -69,7 +69,7 @@ class Int4OnCuda:
 
     name = "w4a16_gemm"
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         return _on_cuda(call)
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
@@ -84,7 +84,7 @@ class Int4OnCpu:
 
     name = "_weight_int4pack_mm_for_cpu"
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         G = layer.stored("weight_scale").shape[-1]
         return _bf16_on_avx512(call) and takes_bf16(layer.out_features, layer.in_features, G)
 
@@ -100,7 +100,7 @@ class Int8OnCpu:
 
     name = "_weight_int8pack_mm"
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         rows = layer.stored("weight_scale").numel() in (1, layer.out_features)
         return _bf16_on_avx512(call) and rows and layer.scheme.weights.symmetric
 
@@ -124,7 +124,7 @@ class Int8InputsOnCpu:
 
     name = "qlinear"
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         plain = layer.scheme.weights.symmetric and layer.scheme.weights.strategy in ("channel", "tensor")
         return call.device == "cpu" and not call.gradient and plain and int8_cpu.is_exact()
 
@@ -147,7 +147,7 @@ class EightBitsOnCuda:
 
     name = "w8a8_linear"
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         args, weights = _inputs(layer), layer.scheme.weights
         plain = weights.symmetric and weights.strategy in ("channel", "tensor") and args.symmetric
         tokens = args.dynamic is True and args.strategy == "token" and call.ndim <= 3
@@ -165,7 +165,7 @@ class Int4InputsOnCuda:
 
     name = "w4a8_gemm"
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         args, weights = _inputs(layer), layer.scheme.weights
         plain = weights.symmetric and weights.strategy in ("channel", "group") and args.symmetric
         tokens = args.dynamic is True and args.strategy == "token" and call.ndim <= 3
@@ -185,7 +185,7 @@ class Fp4OnCuda:
 
     name = "fp4_gemm"
 
-    def takes(self, layer: Weights, call: Call) -> bool:
+    def takes(self, layer: Weights, call: ProductCall) -> bool:
         return _on_cuda(call)
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
@@ -196,27 +196,27 @@ class Fp4OnCuda:
         return fp4_gemm(x, *operands)
 
 
-PATHS: dict[tuple[str, str], tuple[Path, ...]] = {
+BACKENDS: dict[tuple[str, str], tuple[Backend, ...]] = {
     ("int4", ""): (Int4OnCuda(), Int4OnCpu()),
     ("int8", ""): (Int8OnCpu(),),
     ("int8", "int8"): (EightBitsOnCuda(), Int8InputsOnCpu()),
     ("float8", "float8"): (EightBitsOnCuda(),),
     ("int4", "int8"): (Int4InputsOnCuda(),),
     ("int4", "float8"): (Int4InputsOnCuda(),),
-    ("mxfloat4", ""): (Fp4OnCuda(),),
+    ("microscaled_float4", ""): (Fp4OnCuda(),),
 }
-"""By the kind of the weights and of the inputs ("": as they are)."""
+"""By the kind of the weights and of the inputs ("": not quantized)."""
 
 
-def paths_of(scheme: QuantizationScheme) -> tuple[Path, ...]:
-    """The paths that a scheme may take, best first; none for those that are computed dense."""
-    return PATHS.get((_kind(scheme.weights), _kind(scheme.input_activations)), ())
+def backends_of(scheme: QuantizationScheme) -> tuple[Backend, ...]:
+    """The backends for a scheme, best first; none for schemes that are computed dense."""
+    return BACKENDS.get((_kind(scheme.weights), _kind(scheme.input_activations)), ())
 
 
 def _kind(args: QuantizationArgs | None) -> str:
     if args is None:
         return ""
-    return f"{'mx' if args.scale_dtype is not None else ''}{QuantizationType(args.type).value}{args.num_bits}"
+    return f"{'microscaled_' if args.scale_dtype is not None else ''}{QuantizationType(args.type).value}{args.num_bits}"
 
 
 def _inputs(layer: Weights) -> QuantizationArgs:
@@ -242,12 +242,12 @@ def _scale_rows(layer: Weights) -> Tensor:
     return layer.stored("weight_scale").flatten().expand(layer.out_features).contiguous()
 
 
-def _bf16_on_avx512(call: Call) -> bool:
+def _bf16_on_avx512(call: ProductCall) -> bool:
     """On CPUs without AVX-512 these products may be slower than dense float32 ones."""
     return call.device == "cpu" and call.dtype == torch.bfloat16 and not call.gradient and _has_avx512()
 
 
-def _on_cuda(call: Call) -> bool:
+def _on_cuda(call: ProductCall) -> bool:
     """Where Triton's kernels run."""
     return call.device == "cuda" and call.dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_kernels()
 

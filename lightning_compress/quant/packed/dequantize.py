@@ -12,13 +12,13 @@ __all__ = ["dequantize"]
 
 
 def dequantize(model: nn.Module) -> list[str]:
-    """Forget, in place, that a model is quantized: weights keep their values, and inputs are no longer rounded.
+    """Remove the quantization of a model, in place: weights keep their values, and inputs are no longer rounded.
 
-    Call it where weights have left their grid, as by merging an adapter or by training, before ``compress`` puts them
-    on one again. Rotations that run beside modules stay, since the weights hold their other half.
+    Call it before ``compress`` when weights have left their grid, as by merging an adapter or by training. Rotations
+    that run beside modules stay, since the weights hold their other half.
 
     Args:
-        model: What ``compress`` or ``load`` returned. Packed Linears become ``nn.Linear``, in the dtype of the model.
+        model: A model from ``compress`` or ``load``. Packed Linears become ``nn.Linear``, in the dtype of the model.
 
     Returns:
         Names of the modules, and of those whose KV cache was quantized.

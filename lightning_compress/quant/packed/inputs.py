@@ -16,13 +16,13 @@ HALF_RANGE, LOWEST, HIGHEST = 127.5, -128, 127
 def input_codes(
     x: Tensor, args: QuantizationArgs, scale: Tensor | None, zero: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes int8 like x, what they are multiplied by, and their zero points (None: symmetric).
+    """Codes (int8, as x), their scales, and their zero points (None: symmetric).
 
     Args:
-        x: [..., K], floating.
+        x: [..., K], floating point.
         args: 8-bit integers, by token or by tensor.
-        scale: [1], of static inputs; None: found from x.
-        zero: [1], of static asymmetric inputs.
+        scale: [1], for static inputs; None: computed from x.
+        zero: [1], for static asymmetric inputs.
     """
     if args.dynamic:
         scale, zero = _dynamic(x, args)
@@ -34,7 +34,7 @@ def input_codes(
 
 
 def _dynamic(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point, for each token or for all, in the dimensions of x."""
+    """Scale and zero point, for each token or for all of x, with as many dimensions as x."""
     first = 0 if args.strategy == "tensor" else min(2, x.ndim - 1)
     dims = tuple(range(first, x.ndim))
     tiny = torch.finfo(x.dtype).tiny

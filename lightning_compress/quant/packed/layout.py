@@ -22,7 +22,7 @@ def fault_of(scheme: QuantizationScheme) -> str | None:
     if weights is None:
         return "scheme without weights"
     if weights.strategy not in STRATEGIES:
-        return f"weights of strategy {weights.strategy}"
+        return f"scheme with weights of strategy {weights.strategy}"
     if scheme.output_activations is not None:
         return "scheme with quantized outputs"
     return None
@@ -31,7 +31,7 @@ def fault_of(scheme: QuantizationScheme) -> str | None:
 def check_tensors(tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> tuple[int, int]:
     """N and K of tensors that fit one another and the scheme; ValueError where they do not."""
     if (fault := fault_of(scheme)) is not None:
-        raise ValueError(f"PackedLinear holds no {fault}; leave the Linear dense")
+        raise ValueError(f"a PackedLinear cannot hold a {fault}; leave the Linear dense")
     names = tensor_names(nn.Linear, scheme)
     unknown = sorted(tensors.keys() - set(names))
     missing = sorted((set(names) - set(ACTIVATION_NAMES) | _calibrated(scheme)) - tensors.keys())

@@ -1,8 +1,8 @@
 """PackedLinear: a Linear that computes on compressed weights, and keeps them as compressed-tensors stores them.
 
-Its state dict has the names, dtypes and shapes of the checkpoint. What the device at hand computes with (paths.py) is
-made from that at the first call and not saved. Where no path takes a call, a dense weight is made once: float32 on the
-CPU, the dtype of x elsewhere.
+Its state dict has the names, dtypes and shapes of the checkpoint. What a backend of the device computes with
+(backends.py) is made from that at the first call and not saved. Where no backend takes a call, a dense weight is made
+once: float32 on the CPU, the dtype of x elsewhere.
 
 Shapes: N output features, K input features, G groups of K / G columns.
 """
@@ -16,18 +16,18 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.quant.fake_quant import fake_quantize_input
-from lightning_compress.quant.packed.backends import Call, Path, paths_of
+from lightning_compress.quant.packed.backends import Backend, ProductCall, backends_of
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.weight import PackedWeight
 from lightning_compress.quant.packing import pack, unpack
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 
-__all__ = ["PackedLinear", "Shared"]
+__all__ = ["PackedLinear", "JointProduct"]
 
 
-class Shared(Protocol):
-    """What a Linear asks of the group that it makes one product with (siblings.py)."""
+class JointProduct(Protocol):
+    """A group of Linears that make one product (siblings.py), as its members use it."""
 
     def product(self, layer: "PackedLinear", x: Tensor) -> Tensor: ...
     def forget(self) -> None: ...
@@ -36,20 +36,20 @@ class Shared(Protocol):
 class PackedLinear(nn.Linear):
     """y = x W^T + b with a weight in any format of compressed-tensors, and inputs quantized where the scheme says so.
 
-    It is a Linear to those who ask, such as peft, but its ``weight`` can only be read (weight.py).
+    It is an ``nn.Linear`` for libraries such as peft, but its ``weight`` can only be read (weight.py).
 
     Args:
         tensors: As the checkpoint names them: ``weight_packed`` or ``weight``, ``weight_scale`` and so on, and
             ``input_scale``, ``input_zero_point``, ``input_global_scale`` of static inputs.
-        scheme: How they are quantized.
+        scheme: Quantization scheme of the tensors.
         bias: [N], or None.
-        dtype: Of the dense weight that it stands for; by default that of the bias or of the scale.
+        dtype: That of the dense weight; by default that of the bias or of the scale.
 
     Raises:
-        ValueError: They do not fit one another, or the scheme is not one for Linears.
+        ValueError: The tensors do not fit one another, or Linears cannot have the scheme.
     """
 
-    stands_for: ClassVar[str] = "Linear"  # to those who look for targets
+    stands_for: ClassVar[str] = "Linear"  # for selecting targets
 
     def __init__(
         self,
@@ -69,23 +69,23 @@ class PackedLinear(nn.Linear):
         self.dtype = dtype or (scale if bias is None else bias.dtype)
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float64):
             self.dtype = torch.float32
-        self.siblings: Shared | None = None
+        self.siblings: JointProduct | None = None
         self._prepared: dict[str, tuple[Any, ...]] = {}
-        self._chosen: dict[Call, Path | None] = {}
+        self._chosen: dict[ProductCall, Backend | None] = {}
 
     @classmethod
     def from_quantized(cls, module: nn.Module, name: str = "the module") -> Self:
         """The packed form of a Linear that carries a record; it stays as it is, and the bias is shared.
 
         Raises:
-            ValueError: The module is no quantized Linear, or its scheme is not one that is exported.
+            ValueError: The module is not a quantized Linear, or its scheme is not one that is exported.
             RuntimeError: Its weight was changed after compression.
         """
         record = Quantized.of(module)
         if not isinstance(module, nn.Linear) or record is None:
             raise ValueError(f"expected a Linear that was quantized, got {type(module).__name__}; compress it first")
         if (fault := fault_of(record.scheme)) is not None:
-            raise ValueError(f"PackedLinear holds no {fault}; leave the Linear dense")
+            raise ValueError(f"a PackedLinear cannot hold a {fault}; leave the Linear dense")
         tensors = {key: value.to(module.weight.device) for key, value in pack(name, module, record).items()}
         return cls(tensors, record.scheme, module.bias, module.weight.dtype).train(module.training)
 
@@ -98,9 +98,9 @@ class PackedLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """The result without bias."""
-        path = self.path(Call(x.device.type, x.dtype, x.ndim, x.requires_grad and torch.is_grad_enabled()))
-        if path is not None and x.numel():
-            return path.product(self, x, self._operands(path))
+        backend = self.backend(ProductCall(x.device.type, x.dtype, x.ndim, x.requires_grad and torch.is_grad_enabled()))
+        if backend is not None and x.numel():
+            return backend.product(self, x, self._operands(backend))
         args = self.scheme.input_activations
         if args is not None:
             calibrated = (self.optional(f"input_{name}") for name in ("scale", "zero_point", "global_scale"))
@@ -108,10 +108,12 @@ class PackedLinear(nn.Linear):
         wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
         return F.linear(x.to(wide), self._dense_once(wide)).to(x.dtype)  # bf16 products are slow on old CPUs
 
-    def path(self, call: Call) -> Path | None:
-        """Which way such a call goes; None: it is computed with a dense weight."""
+    def backend(self, call: ProductCall) -> Backend | None:
+        """The backend of such a call; None: it is computed with a dense weight."""
         if call not in self._chosen:
-            self._chosen[call] = next((path for path in paths_of(self.scheme) if path.takes(self, call)), None)
+            self._chosen[call] = next(
+                (backend for backend in backends_of(self.scheme) if backend.takes(self, call)), None
+            )
         return self._chosen[call]
 
     @property
@@ -129,7 +131,7 @@ class PackedLinear(nn.Linear):
         return weight if dtype is None else weight.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the checkpoint holds of this weight and its inputs, by local name."""
+        """The tensors of the checkpoint for this weight and its inputs, by local name."""
         return {name: value for name, value in self._buffers.items() if value is not None}
 
     def stored(self, name: str) -> Tensor:
@@ -143,7 +145,7 @@ class PackedLinear(nn.Linear):
         return self._buffers.get(name)
 
     def forget(self) -> None:
-        """Drop what was made from the tensors: they have changed, or moved."""
+        """Drop operands that were prepared from the tensors, which have changed or moved."""
         self._prepared, self._chosen = {}, {}
 
     def extra_repr(self) -> str:
@@ -153,11 +155,11 @@ class PackedLinear(nn.Linear):
             f"{describe(self.scheme)}"
         )
 
-    def _operands(self, path: Path) -> tuple[Any, ...]:
-        form = f"{path.name}{' compiled' if torch.compiler.is_compiling() else ''}"
+    def _operands(self, backend: Backend) -> tuple[Any, ...]:
+        form = f"{backend.name}{' compiled' if torch.compiler.is_compiling() else ''}"
         if form not in self._prepared:
             with torch.no_grad(), torch.inference_mode(False):
-                self._prepared = {form: path.prepare(self)}  # only the form that was used last is kept
+                self._prepared = {form: backend.prepare(self)}  # only the form that was used last is kept
         return self._prepared[form]
 
     def _dense_once(self, dtype: torch.dtype) -> Tensor:
@@ -169,12 +171,12 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Tensors of the checkpoint move, and keep their dtypes: ``model.to(torch.bfloat16)`` is for the others."""
-        kept = self.tensors()
-        for name in kept:
+        tensors = self.tensors()
+        for name in tensors:
             self._buffers[name] = None
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        for name, value in kept.items():
+        for name, value in tensors.items():
             moved = fn(value)
             self._buffers[name] = moved if moved.dtype == value.dtype else value.to(moved.device)
         self.forget()

@@ -1,4 +1,4 @@
-"""Linears of a model that are replaced by packed ones, and back for as long as a checkpoint is written."""
+"""Replace Linears of a model by packed ones, and put Linears in their place while a checkpoint is written."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quant.packed.backends import Call
+from lightning_compress.quant.packed.backends import ProductCall
 from lightning_compress.quant.packed.layout import fault_of
 from lightning_compress.quant.packed.linear import PackedLinear
 from lightning_compress.quant.record import Quantized
@@ -23,9 +23,9 @@ class Packing:
     """What :func:`pack_linears` did.
 
     Args:
-        names: Modules that are packed now.
+        names: Modules that were packed.
         dense: Quantized modules that stay dense, and why.
-        faster: How many of them would be packed if the model were of that dtype.
+        faster: How many of the dense ones would be packed if the model had that dtype.
     """
 
     names: tuple[str, ...]
@@ -46,9 +46,9 @@ def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, 
 
     Args:
         model: Any module.
-        stored: By name of the module, tensors of its checkpoint; the others are packed anew.
-        served: Leave those dense for which the device at hand has no path of its own (paths.py), such as float32
-            tokens times 4-bit weights on a CPU: they would compute with a dense copy beside the packed weight.
+        stored: Tensors of the checkpoint by name of the module; modules without any are packed from their weight.
+        served: Leave those dense for which the device has no backend (backends.py), such as float32 tokens times
+            4-bit weights on a CPU: they would compute with a dense copy beside the packed weight.
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     names, dense, faster = [], {}, Counter[torch.dtype]()
@@ -59,14 +59,14 @@ def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, 
             dense[name] = "their weight is shared"
         else:
             packed, weight = _packed(name, module, stored or {}), module.get_parameter("weight")
-            call = Call(weight.device.type, weight.dtype, 3, False)
-            if not served or packed.path(call) is not None:
+            call = ProductCall(weight.device.type, weight.dtype, 3, False)
+            if not served or packed.backend(call) is not None:
                 model.set_submodule(name, packed)
                 names.append(name)
                 continue
             kind = str(weight.dtype).removeprefix("torch.")
             dense[name] = f"this {weight.device.type} has no packed product in {kind}"
-            if packed.path(call._replace(dtype=torch.bfloat16)) is not None:
+            if packed.backend(call._replace(dtype=torch.bfloat16)) is not None:
                 faster[torch.bfloat16] += 1
     return Packing(tuple(names), dense, faster)
 
@@ -88,7 +88,7 @@ def _packed(name: str, module: nn.Module, stored: Mapping[str, Tensors]) -> Pack
 
 @contextmanager
 def as_linears(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Inside, each PackedLinear is a Linear without memory (meta) that carries a record; their tensors, by name."""
+    """Inside, each PackedLinear is a Linear on the meta device that carries a record; yields their tensors by name."""
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     try:
         for name, module in packed.items():

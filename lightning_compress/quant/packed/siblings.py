@@ -1,8 +1,8 @@
 """Linears that multiply the same x, such as q, k and v, as one product: one quantization of x, one call, longer rows.
 
-They stay modules of their own, with their names in the state dict. The first that is called computes for all, the
-others take their part, if they get the very same tensor, unchanged; if one ever does not, the group is given up.
-Calls whose gradient is wanted, and those under torch.compile, go each its own way.
+They stay separate modules, with their names in the state dict. The first one that is called computes the product of
+all, and the others return their rows of it when they get the same tensor object, unchanged; the first time that one
+gets another tensor, the group is dissolved. Calls that need a gradient, and calls under torch.compile, are separate.
 """
 
 from collections import defaultdict
@@ -20,13 +20,13 @@ __all__ = ["Siblings", "fuse_siblings"]
 def fuse_siblings(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str, ...]]:
     """Find packed Linears of one module that multiply the same tensor, and let each group make one product.
 
-    The model is called once, to see who gets which tensor. Members of a group have one scheme, equal columns, and
-    equal static scales of inputs.
+    The model is called once, to see which tensor each of them gets. Members of a group have one scheme, equal columns,
+    and equal static scales of inputs.
 
     Args:
         model: With :class:`PackedLinear` inside.
-        args: An example of its inputs.
-        kwargs: The same, by name.
+        args: Example inputs of the model.
+        kwargs: Example inputs by name.
 
     Returns:
         The names in each group.
@@ -38,17 +38,17 @@ def fuse_siblings(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str
         assert isinstance(layer, PackedLinear)
         if inputs and _stacks(layer):
             groups[(name.rpartition(".")[0], tuple(map(id, inputs)), _agreement(layer))].append(name)
-    found = [tuple(names) for names in groups.values() if len(names) > 1]
-    for names in found:
+    fused = [tuple(names) for names in groups.values() if len(names) > 1]
+    for names in fused:
         layers = [model.get_submodule(name) for name in names]
         siblings = Siblings([layer for layer in layers if isinstance(layer, PackedLinear)])
         for layer in siblings.layers:
             layer.siblings = siblings
-    return found
+    return fused
 
 
 class Siblings:
-    """A group; ``product`` is what each member calls.
+    """A group of packed Linears that make one product; each member calls ``product``.
 
     Args:
         layers: Two or more, in the order in which their rows are stacked.
@@ -69,12 +69,12 @@ class Siblings:
         version = 0 if x.is_inference() else x._version
         if self._waiting and self._x is x and self._version == version and id(layer) in self._waiting:
             y = self._waiting.pop(id(layer))
-        elif self._waiting:  # another x while some have not taken their part of the last one
+        elif self._waiting:  # another x, while rows of the last product are still waiting
             self.dissolve()
             return layer.product(x)
         else:
-            parts = self.stacked().product(x).split(self.sizes, -1)
-            self._waiting = {id(member): part for member, part in zip(self.layers, parts, strict=True)}
+            products = self.stacked().product(x).split(self.sizes, -1)
+            self._waiting = {id(member): y for member, y in zip(self.layers, products, strict=True)}
             self._x, self._version = x, version
             y = self._waiting.pop(id(layer))
         if not self._waiting:
@@ -82,7 +82,7 @@ class Siblings:
         return y
 
     def stacked(self) -> PackedLinear:
-        """All members as one; their own tensors become views of its tensors, so that there is one copy."""
+        """All members as one Linear; their tensors become views of its tensors, so that there is one copy."""
         if self._stacked is None:
             tensors = {}
             for name, value in self.layers[0].tensors().items():
@@ -97,19 +97,19 @@ class Siblings:
         return self._stacked
 
     def forget(self) -> None:
-        """The members' tensors have changed or moved: stack them anew at the next call."""
+        """Stack the tensors of the members again at the next call: they have changed or moved."""
         self._stacked, self._x, self._waiting = None, None, {}
 
     def dissolve(self) -> None:
-        """Each member computes on its own from now on."""
+        """Let each member compute its own product from now on."""
         self.forget()
         for layer in self.layers:
             layer.siblings = None
 
-    def _point_at(self, name: str, whole: Tensor) -> None:
-        parts = whole.split([len(layer.stored(name)) for layer in self.layers])
-        for layer, part in zip(self.layers, parts, strict=True):
-            layer._buffers[name] = part
+    def _point_at(self, name: str, stacked: Tensor) -> None:
+        views = stacked.split([len(layer.stored(name)) for layer in self.layers])
+        for layer, view in zip(self.layers, views, strict=True):
+            layer._buffers[name] = view
             layer.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Siblings:
 
 
 def _is_shared(name: str) -> bool:
-    """Of the whole group, not of its rows."""
+    """Whether the group has one such tensor, not one for each member."""
     return name.startswith("input_") or name == "weight_global_scale"
 
 
@@ -130,14 +130,14 @@ def _stacks(layer: PackedLinear) -> bool:
 
 
 def _agreement(layer: PackedLinear) -> tuple[Any, ...]:
-    """Equal for layers that may be stacked."""
+    """A key that is equal for layers that may be stacked."""
     kinds = tuple((name, t.dtype, t.device, t.shape[1:]) for name, t in layer.tensors().items())
     shared = tuple(tuple(t.flatten().tolist()) for name, t in layer.tensors().items() if _is_shared(name))
     return layer.scheme.model_dump_json(exclude={"targets"}), layer.in_features, kinds, shared
 
 
 def _inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """The tensors that each packed Linear got, in the order of its calls; none where one was changed in between."""
+    """The tensors that each packed Linear got, in the order of its calls; a copy of one that was changed in between."""
     seen: dict[str, list[Tensor]] = {}
     copies: dict[int, Tensor] = {}
 

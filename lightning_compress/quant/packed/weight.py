@@ -1,7 +1,7 @@
-"""What a packed Linear answers to those who read its ``weight``: the dense one, made when its numbers are needed.
+"""The ``weight`` of a packed Linear: a tensor that becomes dense when its numbers are needed.
 
 peft, and models such as T5, ask a Linear for the dtype or the device of its weight; that costs nothing. Arithmetic on
-it gets the dequantized weight, anew each time. Writing to it is an error: what is written would be lost.
+it gets the dequantized weight, anew each time. Writing to it is an error, since the new values would be lost.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,9 +21,9 @@ class PackedWeight(Tensor):
 
     Args:
         shape: N and K.
-        dtype: Of the dense weight.
-        device: Where the packed weight is.
-        dense: Makes it.
+        dtype: dtype of the dense weight.
+        device: Device of the packed weight.
+        dense: Returns the dense weight.
     """
 
     dense: Callable[[], Tensor]
@@ -32,7 +32,7 @@ class PackedWeight(Tensor):
     def __new__(
         cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, dense: Callable[[], Tensor]
     ) -> "PackedWeight":
-        one = torch.full((), torch.nan, dtype=dtype, device=device)  # whoever goes around this class sees NaN
+        one = torch.full((), torch.nan, dtype=dtype, device=device)  # code that bypasses this class reads NaN
         weight = one.expand(shape).as_subclass(cls)
         weight.dense = dense
         return weight
@@ -41,7 +41,7 @@ class PackedWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Metadata as they are; ``data`` and ``detach`` stay packed; all else is computed with the dense weight."""
+        """Return metadata as they are, keep ``data`` and ``detach`` packed, compute the rest with the dense weight."""
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         target = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init passes it by name
         if isinstance(target, PackedWeight):

@@ -5,72 +5,14 @@ import io
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.layers.matching import select
-from lightning_compress.ops.w8a8_gemm.cpu import is_exact
-from lightning_compress.quant.observers import make_observer
-from lightning_compress.quant.packed import PackedLinear, is_packable, pack_linears
-from lightning_compress.quant.packed.backends import Call
+from lightning_compress.quant.packed import PackedLinear, is_packable
 from lightning_compress.quant.packing import pack
 from lightning_compress.quant.record import Quantized
-from lightning_compress.quant.rounding import round_module
-
-INPUTS = {
-    "token": {"strategy": "token", "dynamic": True},
-    "token-asymmetric": {"strategy": "token", "dynamic": True, "symmetric": False},
-    "static": {"strategy": "tensor"},
-    "static-asymmetric": {"strategy": "tensor", "symmetric": False},
-}
-WEIGHTS = {
-    "g32": {"group_size": 32},
-    "g32-asymmetric": {"group_size": 32, "symmetric": False},
-    "g64": {"group_size": 64},
-    "channel": {},
-    "channel-asymmetric": {"symmetric": False},
-    "tensor": {"strategy": "tensor"},
-}
-INT4 = list(WEIGHTS)
-PRESETS = ["FP8", "FP8_DYNAMIC", "NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP6A16", "MXFP8"]
-PRESETS += ["W4A8 g64", "W4AFP8 g64"]
-INTEGERS = [f"w{bits} {grid}" for bits in (2, 3, 5, 8) for grid in ("g32", "channel-asymmetric")]
-INT8 = [f"w8a8 {inputs}" for inputs in INPUTS]
-SCHEMES = [*(f"w4 {grid}" for grid in WEIGHTS), *INTEGERS, "w8 channel", *INT8, *PRESETS]
-SHAPES = [(16, 64), (17, 192), (1, 64)]  # N, K
-COLUMNS = 64
-
-
-def scheme_named(name):
-    """``w4 g32``, ``w8a8 token``, ``FP8`` or ``W4A8 g64``."""
-    first, _, rest = name.partition(" ")
-    if first.startswith("w"):
-        bits = int(first[1])
-        inputs = QuantizationArgs(num_bits=8, **INPUTS[rest]) if "a" in first else None
-        grid = {} if inputs is not None else WEIGHTS[rest]
-        strategy = "group" if "group_size" in grid else "channel"
-        weights = QuantizationArgs(num_bits=bits, **({"strategy": strategy} | grid))
-        return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
-    scheme = preset_name_to_scheme(first, ["Linear"])
-    if rest:
-        scheme.weights.group_size = int(rest[1:])
-    return scheme
-
-
-def quantized_linear(name, N=16, K=COLUMNS, dtype=torch.float32, bias=True, seed=0):
-    torch.manual_seed(N + K + seed)
-    linear, scheme = nn.Linear(K, N, bias, dtype=dtype), scheme_named(name)
-    inputs, observer = scheme.input_activations, None
-    if inputs is not None and inputs.dynamic is not True:
-        observer = make_observer("minmax", inputs, 0.0)
-        observer.update(torch.randn(4, 8, K, dtype=dtype))
-    round_module("layer", linear, scheme, "minmax", observer)
-    return linear
-
-
-def tokens(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+from tests.support.packed_linears import COLUMNS, INT4, INT8, SCHEMES, SHAPES, quantized_linear, tokens
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -214,75 +156,6 @@ def test_compiles_whole(name, dtype):
         assert_close(compiled(x), packed(x), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(not is_exact(), reason="this CPU has no VNNI: int8 products are made dense")
-def test_int8_takes_the_int8_product():
-    packed = PackedLinear.from_quantized(quantized_linear("w8a8 token"))
-    packed(tokens(1, 3, COLUMNS))
-    assert list(packed._prepared) == ["qlinear"]
-
-
-def test_without_vnni_int8_is_computed_dense(monkeypatch):
-    """There both products of torch saturate; the result is that of the Linear all the same."""
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", bool)
-    linear = quantized_linear("w8a8 token")
-    packed, x = PackedLinear.from_quantized(linear), tokens(1, 3, COLUMNS)
-    assert not is_exact()
-    assert_close(packed(x), linear(x), rtol=1e-5, atol=1e-5)
-    assert list(packed._prepared) == ["dense torch.float32"]
-
-
-CUDA = {
-    "w4 g32": "w4a16_gemm",
-    "w4 channel-asymmetric": "w4a16_gemm",
-    "w8a8 token": "w8a8_linear",
-    "w8a8 static": "w8a8_linear",
-    "w8a8 token-asymmetric": None,
-    "FP8": "w8a8_linear",
-    "FP8_DYNAMIC": "w8a8_linear",
-    "W4A8 g64": "w4a8_gemm",
-    "W4AFP8 g64": "w4a8_gemm",
-    "NVFP4A16": "fp4_gemm",
-    "MXFP4A16": "fp4_gemm",
-    "MXFP4": None,
-}
-
-
-@pytest.mark.parametrize("name", CUDA)
-def test_ways_on_cuda(name, monkeypatch):
-    """Which one is chosen; and that its operands are right, by what the op computes on this device."""
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", bool)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("lightning_compress.quant.packed.backends.importlib.util.find_spec", lambda name: name)
-    linear = quantized_linear(name)
-    packed, x = PackedLinear.from_quantized(linear), tokens(2, 5, COLUMNS)
-    path = packed.path(Call("cuda", torch.float32, 3, True))
-    assert (path and path.name) == CUDA[name]
-    if path is not None:
-        y = path.product(packed, x, path.prepare(packed)) + packed.bias
-        error = (y - linear(x)).norm() / linear(x).norm()  # dense NVFP4 rounds weights to bfloat16
-        assert error < (2e-3 if name == "NVFP4A16" else 1e-5)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert PackedLinear.from_quantized(linear).path(Call("cuda", torch.float32, 3, True)) is None
-
-
-def test_linears_of_a_model_are_replaced():
-    model = nn.Sequential(quantized_linear("w4 g32", 64), nn.ReLU(), quantized_linear("w8 g32", 7), nn.Linear(7, 3))
-    x = torch.randn(1, 5, 64)
-    expected = model(x)
-    assert pack_linears(copy.deepcopy(model), served=True).names == ()  # float32 tokens: no way of their own
-    assert pack_linears(model).names == ("0", "2")
-    assert [type(m) for m in model] == [PackedLinear, nn.ReLU, PackedLinear, nn.Linear]
-    assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_shared_weight_stays_dense():
-    model = nn.ModuleList([quantized_linear("w4 g32", 64), nn.Embedding(64, 64)])
-    model[1].weight = model[0].weight
-    packing = pack_linears(model)
-    assert packing.names == ()
-    assert str(packing) == "packed 0 of 1 quantized modules; 1 stay dense: their weight is shared"
-
-
 def test_what_does_not_fit_is_refused():
     linear = quantized_linear("w4 g32")
     with pytest.raises(ValueError, match=r"expected x \[..., 64\], got \(2, 65\)"):
@@ -291,45 +164,9 @@ def test_what_does_not_fit_is_refused():
         PackedLinear.from_quantized(nn.Linear(4, 4))
     Quantized.of(linear).scheme.output_activations = QuantizationArgs()
     assert not is_packable(linear)
-    with pytest.raises(ValueError, match="holds no scheme with quantized outputs; leave the Linear dense"):
+    with pytest.raises(ValueError, match="cannot hold a scheme with quantized outputs; leave the Linear dense"):
         PackedLinear.from_quantized(linear)
     Quantized.of(linear).scheme.output_activations = None
     linear.weight.data += 0.01
     with pytest.raises(RuntimeError, match="changed after compression"):
         PackedLinear.from_quantized(linear)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("w4 g32", {"weight_packed": torch.zeros(16, 9).int()}, r"weight_packed torch.int32 \(16, 8\), got torch"),
-        ("w4 g32", {"weight_scale": torch.ones(16, 3)}, r"weight_scale \(16, 2\) of strategy group, got \(16, 3\)"),
-        (
-            "w4 g32-asymmetric",
-            {"weight_zero_point": torch.zeros(16, 2).int()},
-            r"weight_zero_point torch.int32 \(2, 2\), got .* \(16, 2\)",
-        ),
-        ("w4 g32", {"weight_g_idx": torch.zeros(64)}, r"unknown are \['weight_g_idx'\]"),
-        ("w8a8 token", {"weight": torch.zeros(16, 64)}, r"weight torch.int8 \(16, 64\), got torch.float32 \(16, 64\)"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused(name, change, message):
-    packed = PackedLinear.from_quantized(quantized_linear(name, bias=False))
-    with pytest.raises(ValueError, match=message):
-        PackedLinear(packed.tensors() | change, packed.scheme)
-
-
-def test_static_inputs_need_their_scale():
-    packed = PackedLinear.from_quantized(quantized_linear("w8a8 static", bias=False))
-    without = {key: value for key, value in packed.tensors().items() if key != "input_scale"}
-    with pytest.raises(ValueError, match=r"lacking are \['input_scale'\]"):
-        PackedLinear(without, packed.scheme)
-
-
-def test_what_is_packed_is_not_compressed_once_more():
-    model = nn.Sequential(quantized_linear("w4 g32"), nn.Linear(16, 64), quantized_linear("w4 g64"))
-    pack_linears(model)
-    for targets in (["Linear"], ["re:[02]"]):
-        with pytest.raises(ValueError, match="'0' and 1 more hold packed weights.*load the folder with packed=False"):
-            select(model, targets)
-    assert list(select(model, ["Linear"], ["0", "2"])) == ["1"]
