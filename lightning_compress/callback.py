@@ -7,8 +7,9 @@
     OPTIM_PRE_STEP     on_before_optimizer_step, before gradients are clipped
     OPTIM_POST_STEP    torch's step-post-hook of each optimizer: only steps that were made
     BATCH_END          on_train_batch_end
-    CALIBRATION_...    on_train_end; on_fit_end where training was skipped and on_train_end never came
-    FINALIZE           the same, after calibration
+    TRAINING_END       on_train_end; on_fit_end where training was skipped and on_train_end never came
+    CALIBRATION_...    the same, where a modifier calibrates
+    FINALIZE           the same, at last
 
 What happens at the end (best weights, metric, calibration, metric again, export, report) is in
 training/post_training.py.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.modes import forked_random_state
 from lightning_compress.calibration.options import CalibrationOptions, Walk
+from lightning_compress.calibration.training_end import end_training
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.core.interruption import check_uninterrupted, marked_when_interrupted
 from lightning_compress.core.lifecycle import modifiers_in_order
@@ -88,6 +89,7 @@ def compress(
         torch.manual_seed(seed)
         try:
             lifecycle.initialize(state)
+            end_training(lifecycle, state)
             if any(m.needs.calibration for m in lifecycle.modifiers):
                 calibrate(lifecycle, state, batches, options, forward=forward, progress=progress)
             lifecycle.finalize(state)

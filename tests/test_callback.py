@@ -537,3 +537,15 @@ def test_lightning_cli_builds_nested_modifiers_with_all_their_defaults(name, arg
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, CompressionCallback))
     (modifier,) = callback.lifecycle.modifiers
     assert modifier.model_dump() == getattr(lightning_compress, name)(**arguments).model_dump()
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_training_end_comes_once_whether_or_not_anything_was_trained(tmp_path, epochs):
+    recording = RecordingModifier()
+    data = Sums()
+    trainer = quiet(tmp_path, CompressionCallback(recording), max_epochs=epochs)
+    trainer.fit(Regression(), data)
+    steps = trainer.global_step
+    assert recording._events[-1] == ("TRAINING_END", steps, steps)
+    assert recording.names.count("TRAINING_END") == 1
+    assert recording._calls[-1] == "finalize"

@@ -12,7 +12,8 @@ One run, every event in its place::
         optimizer.step()
         OPTIM_POST_STEP                 # only when it did: not while gradients accumulate, not when AMP skipped
         BATCH_END
-    CALIBRATION_START                   # hooks go on
+    TRAINING_END                        # once, also when no training took place; what needs no data acts now
+    CALIBRATION_START                   # only if a modifier calibrates: hooks go on
     BLOCK_SURVEYED                      # per block, for modifiers that survey: all batches went through the dense model
     for block in model's blocks:
         every batch through the block
@@ -46,6 +47,7 @@ class EventType(StrEnum):
     OPTIM_PRE_STEP = "optim_pre_step"
     OPTIM_POST_STEP = "optim_post_step"
     BATCH_END = "batch_end"
+    TRAINING_END = "training_end"
     CALIBRATION_START = "calibration_start"
     BLOCK_SURVEYED = "block_surveyed"
     MODULE_READY = "module_ready"

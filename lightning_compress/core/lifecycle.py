@@ -30,7 +30,8 @@ _BEFORE: dict[EventType, set[EventType | None]] = {
     E.OPTIM_PRE_STEP: {E.BATCH_START, *_TRAINING},
     E.OPTIM_POST_STEP: {E.OPTIM_PRE_STEP},
     E.BATCH_END: {E.BATCH_START, *_TRAINING},
-    E.CALIBRATION_START: {None, E.BATCH_END, E.CALIBRATION_END},
+    E.TRAINING_END: {None, E.BATCH_END, E.CALIBRATION_END},
+    E.CALIBRATION_START: {None, E.BATCH_END, E.TRAINING_END, E.CALIBRATION_END},
     E.BLOCK_SURVEYED: {E.CALIBRATION_START, E.BLOCK_SURVEYED},
     E.MODULE_READY: {E.CALIBRATION_START, E.BLOCK_SURVEYED, E.MODULE_READY, E.BLOCK_END},
     E.BLOCK_END: {E.CALIBRATION_START, E.BLOCK_SURVEYED, E.MODULE_READY, E.BLOCK_END},
@@ -146,7 +147,7 @@ class Lifecycle:
         due = [m.needs.hand_over and not m.handed_over and m.should_start(event) for m in self.modifiers]
         if not any(due):
             return None
-        return Lifecycle([m for m, now in zip(self.modifiers, due, strict=True) if now or not m.needs.calibration])
+        return Lifecycle([m for m, now in zip(self.modifiers, due, strict=True) if now or not m.acts_after_training])
 
     @property
     def after_training(self) -> "Lifecycle":

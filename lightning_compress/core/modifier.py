@@ -29,7 +29,8 @@ __all__ = ["Modifier", "ModifierInterface"]
 
 HookKind = Literal["forward_pre", "forward"]
 
-_CALIBRATION = {
+_AFTER_TRAINING = {
+    EventType.TRAINING_END: "on_training_end",
     EventType.CALIBRATION_START: "on_calibration_start",
     EventType.BLOCK_SURVEYED: "on_block_surveyed",
     EventType.MODULE_READY: "on_module_ready",
@@ -182,6 +183,16 @@ class Modifier(ModifierInterface, BaseModel):
         return Needs()
 
     @property
+    def handles_training_end(self) -> bool:
+        """True when its class has a handler for TRAINING_END."""
+        return type(self).on_training_end is not Modifier.on_training_end
+
+    @property
+    def acts_after_training(self) -> bool:
+        """True when it changes the model once training is over, with calibration or without."""
+        return self.needs.calibration or self.handles_training_end
+
+    @property
     def handed_over(self) -> bool:
         """With ``needs.hand_over``: True once the calibration at ``start`` is done."""
         return self._handed_over
@@ -273,12 +284,12 @@ class Modifier(ModifierInterface, BaseModel):
             raise RuntimeError(f"{self.name} got {event.type_} after it was finalized")
         event = event.in_unit(self.unit)
         self.on_event(state, event, **kwargs)
-        if event.type_ == EventType.CALIBRATION_START:  # targets are looked for again, as at set-up
+        if event.type_ in (EventType.TRAINING_END, EventType.CALIBRATION_START):  # targets are looked for again
             with _each_warning_once(self._warned):
-                self.on_calibration_start(state, event, **kwargs)
+                getattr(self, _AFTER_TRAINING[event.type_])(state, event, **kwargs)
             return
-        if event.type_ in _CALIBRATION:
-            getattr(self, _CALIBRATION[event.type_])(state, event, **kwargs)
+        if event.type_ in _AFTER_TRAINING:
+            getattr(self, _AFTER_TRAINING[event.type_])(state, event, **kwargs)
             return
         opened = self._started and not self._ended
         if event.type_ == EventType.BATCH_START and not (self._started or self._ended) and self.should_start(event):
@@ -358,6 +369,13 @@ class Modifier(ModifierInterface, BaseModel):
 
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Called once, when the window closes; never without a start."""
+
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Called once, after training and before calibration, also when no training took place; on rank zero.
+
+        The place for work on the final weights that needs no calibration data. The model is in eval mode, without
+        gradients, and its weights are finite.
+        """
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Hook the targets (:meth:`hook`)."""
@@ -533,7 +551,7 @@ def _has_window(modifier: Modifier) -> bool:
         return modifier.needs.window
     handlers = ("on_start", "on_update", "on_end", "on_event")
     handled = any(getattr(type(modifier), name) is not getattr(Modifier, name) for name in handlers)
-    return handled or modifier.needs.hand_over or not modifier.needs.calibration
+    return handled or modifier.needs.hand_over or not modifier.acts_after_training
 
 
 def _kinds(annotation: Any) -> set[Any]:

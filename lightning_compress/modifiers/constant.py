@@ -28,7 +28,7 @@ class ConstantPruningModifier(Modifier):
         start: When the mask is read; the default is the first batch.
     """
 
-    needs: ClassVar[Needs] = Needs(calibration=True, fixed_shapes_from="start")
+    needs: ClassVar[Needs] = Needs(fixed_shapes_from="start")
 
     targets: Names = ["Linear"]
     ignore: Names = []
@@ -60,7 +60,7 @@ class ConstantPruningModifier(Modifier):
         if state["masks"] or not self._weights.masks:
             self._weights.masks = dict(state["masks"])
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
         before = self._weights.mean_sparsity()
         self._weights.apply_to_weights()
         if (after := self._weights.mean_sparsity()) > before:

@@ -74,7 +74,7 @@ class DepthPruningModifier(Modifier):
     @property
     def needs(self) -> Needs:
         measured = self.start is None and self.count is not None
-        return Needs(calibration=True, data=measured, survey=measured, changes_shapes=True)
+        return Needs(data=measured, survey=measured, changes_shapes=True)
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         """Later blocks get new names, so it does not matter which of them ``other`` works on."""
@@ -167,12 +167,14 @@ class DepthPruningModifier(Modifier):
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
         self._prune(state)
 
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self.start is None and not self.needs.data:
+            self._prune(state)
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         assert state.model is not None
         if self.needs.data:
             self._watch(state.model)
-        elif self.start is None:
-            self._prune(state)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
         if not state.block_name:  # the last one: what lies outside blocks

@@ -35,7 +35,7 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
             does not divide (the modules are named), an ``update`` larger than the window.
     """
 
-    needs: ClassVar[Needs] = Needs(calibration=True, fixed_shapes_from="start")
+    needs: ClassVar[Needs] = Needs(fixed_shapes_from="start")
 
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
     _curve: float | None = PrivateAttr(default=None)  # where on the schedule the masks are
@@ -80,7 +80,7 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
         self._take(state)
         self._reached = reached
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self.start is None:
             self._prune(1.0)
         elif self._reached is not None and (self._curve is None or self._curve < self._reached):
@@ -98,9 +98,10 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
             self.warn_of_an_early_end(self.name, self._weights.mean_sparsity(), self.end)
         self._reached = None
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
         for name, zeros in self._weights.sparsity().items():
             state.ledger.add(name, "magnitude", sparsity=zeros, params=self._weights.matrices()[name].numel())
+        return True
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
         ValueError: There is no window, an argument belongs to the other mode, or one has a value that it cannot have.
     """
 
-    needs: ClassVar[Needs] = Needs(calibration=True, checkpoint_state=True, fixed_shapes_from="start")
+    needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="start")
 
     start: float | None = 0.0
     mode: Literal["hard", "soft"] = "hard"
@@ -203,7 +203,7 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
         self._take(state)
         self._done = done or self._done  # the clock does not go back
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._final:
             before = self._weights.mean_sparsity()
             self._wear(self._final, self._dense())
@@ -223,9 +223,10 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
         matrices = self._weights.matrices()
         return sum(int(masks[name].sum()) if name in masks else W.numel() for name, W in matrices.items())
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
         for name, zeros in self._weights.sparsity().items():
             state.ledger.add(name, "movement", sparsity=zeros, params=self._weights.matrices()[name].numel())
+        return True
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ class REAPModifier(Modifier):
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         """Experts get new numbers, so that what ``other`` knows of them is wrong from then on."""
-        if not other.needs.calibration:
+        if not other.acts_after_training:
             return None
         return "it renumbers the experts that the other works on: compress with it first, with the other in a new run"
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from lightning_compress.calibration.activations import BatchRunner
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
 from lightning_compress.calibration.sequential import calibrate
+from lightning_compress.calibration.training_end import end_training
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
@@ -164,7 +165,7 @@ class Finish:
                 self.lifecycle.weights_loaded(saved)
             before = self._measure("metric before", progress)
             with self._timed("calibration"):
-                alone(lambda: self._calibrate(self.lifecycle.after_training, progress), "calibration")
+                alone(lambda: self._act_after_training(progress), "calibration")
                 share(self.module, self.pl_module.device)
             self.lifecycle.finalize(self.state)
             after = self._measure("metric after", progress)
@@ -215,7 +216,9 @@ class Finish:
         self._forget_compiled()
 
     def _calibrated(self, lifecycle: Lifecycle) -> dict[str, Any]:
-        self._calibrate(lifecycle, ProgressReport(shown=False))
+        batches = self._batches_for(lifecycle)
+        with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
+            self._calibrate(lifecycle, batches, ProgressReport(shown=False))
         return lifecycle.state_dict()
 
     def _forget_compiled(self) -> None:
@@ -372,24 +375,32 @@ class Finish:
 
     # -- calibration --------------------------------------------------------------------------------------------------
 
-    def _calibrate(self, lifecycle: Lifecycle, progress: ProgressReport) -> None:
+    def _act_after_training(self, progress: ProgressReport) -> None:
+        lifecycle = self.lifecycle.after_training
+        batches = self._batches_for(lifecycle)
+        with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
+            end_training(self.lifecycle, self.state, self.clock)
+            if any(m.needs.calibration for m in lifecycle.modifiers):
+                self._calibrate(lifecycle, batches, progress)
+
+    def _batches_for(self, lifecycle: Lifecycle) -> list[Any] | None:
         modifiers = lifecycle.modifiers
-        if not any(m.needs.calibration for m in modifiers):
-            return
         batches = self._calibration_batches() if any(m.needs.data for m in modifiers) else None
         if batches and not hasattr(self.pl_module, "calibration_step"):
             check_batch(self.module, batches[0], IN_TRAINER)  # again: perhaps nothing was trained
         self.sample = batches[0] if batches else None
-        with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
-            calibrate(
-                lifecycle,
-                self.state,
-                batches,
-                self.options.calibration,
-                clock=self.clock,
-                forward=self._forward(batches or []),
-                progress=lambda text, done, total: progress("calibration", done, total, text),
-            )
+        return batches
+
+    def _calibrate(self, lifecycle: Lifecycle, batches: list[Any] | None, progress: ProgressReport) -> None:
+        calibrate(
+            lifecycle,
+            self.state,
+            batches,
+            self.options.calibration,
+            clock=self.clock,
+            forward=self._forward(batches or []),
+            progress=lambda text, done, total: progress("calibration", done, total, text),
+        )
 
     def _calibration_batches(self) -> list[Any]:
         """Batches as the model gets them, kept on the offload device."""

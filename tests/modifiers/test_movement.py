@@ -309,8 +309,8 @@ def test_the_ledger_says_what_was_done():
     model = network()
     lifecycle = train(model, [MovementPruningModifier(end=4, final_sparsity=0.75)], 6)
     state = State(model=model)
-    lifecycle.emit(state, Event(EventType.CALIBRATION_START))
-    lifecycle.emit(state, Event(EventType.CALIBRATION_END))
+    lifecycle.emit(state, Event(EventType.TRAINING_END))
+    lifecycle.finalize(state)
     assert [(row.module, row.technique, row.sparsity, row.params) for row in state.ledger] == [
         ("0", "movement", 0.75, 512),
         ("2", "movement", 0.75, 256),

@@ -55,6 +55,7 @@ def calibrate(
     lifecycle = Lifecycle([modifiers] if isinstance(modifiers, Modifier) else modifiers)
     state = State(model=model)
     lifecycle.initialize(state)
+    lifecycle.emit(state, Event(EventType.TRAINING_END))
     lifecycle.emit(state, Event(EventType.CALIBRATION_START))
     with torch.no_grad():
         for i, batch in enumerate(data):

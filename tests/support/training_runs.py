@@ -43,7 +43,7 @@ class RecordingModifier(Modifier):
     def batches(self) -> list[str]:
         """The events of each batch as one word: S tart, L oss, p re-step, P ost-step, E nd."""
         names = ["BATCH_START", "LOSS_CALCULATED", "OPTIM_PRE_STEP", "OPTIM_POST_STEP", "BATCH_END"]
-        word = "".join("SLpPE"[names.index(name)] for name in self.names)
+        word = "".join("SLpPE"[names.index(name)] for name in self.names if name in names)
         return [f"S{rest}" for rest in word.split("S")[1:]]
 
 

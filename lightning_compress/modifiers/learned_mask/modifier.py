@@ -114,9 +114,7 @@ class LearnedMaskModifier(Modifier):
             module is fake-quantized while its mask is learned. Modules are named.
     """
 
-    needs: ClassVar[Needs] = Needs(
-        calibration=True, checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True
-    )
+    needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True)
 
     targets: Names = ["Linear"]
     ignore: Names = []
@@ -312,7 +310,7 @@ class LearnedMaskModifier(Modifier):
             return
         self._take(state)
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._final:
             warnings.warn(
                 f"{self.name}: the best checkpoint was saved before start={self.start} (unit: {self.unit}): its dense "

@@ -111,7 +111,7 @@ class RotationModifier(Modifier):
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration=True, data=self.learn, survey=self.learn, one_pass=True)
+        return Needs(data=self.learn, survey=self.learn, one_pass=True)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         model = _model(state)
@@ -120,16 +120,24 @@ class RotationModifier(Modifier):
         self._plan(model, found.followed)
         return True
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        if not self.learn:
+            self._prepare(state)
+            self._rotate(state)
+
+    def _prepare(self, state: State) -> Plan:
         model = _model(state)
         with model_precision():
             self._found = discover(model)
         self._pending = self._plan(model, self._found.followed)
+        return self._pending
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self.learn:
-            self._rotate(state)
             return
+        model, plan = _model(state), self._prepare(state)
         generator = Generator().manual_seed(self.seed)
-        for stream, _ in self._pending.streams:
+        for stream, _ in plan.streams:
             for norm in stream.norms:
                 if norm.module not in self._samples:
                     sample = self._samples[norm.module] = TokenSample(self.learn_tokens, generator)

@@ -124,7 +124,7 @@ class StructuredPruningModifier(Modifier):
     def needs(self) -> Needs:
         followed = self._kind not in ("auto", "channels") or self.input_shape is not None
         measured = self.start is None and (self.importance == "activation" or not followed)
-        return Needs(calibration=True, data=measured, survey=measured, changes_shapes=True)
+        return Needs(data=measured, survey=measured, changes_shapes=True)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -373,11 +373,13 @@ class StructuredPruningModifier(Modifier):
 
     # -- after training -----------------------------------------------------------------------------------------------
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        if self.start is None and self.needs.data:
-            self._observe(state)
-        elif self.start is None:
+    def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self.start is None and not self.needs.data:
             self._prune(state, self.ratio)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self.needs.data:
+            self._observe(state)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
         if not state.block_name:  # the last one: what lies outside blocks

@@ -166,8 +166,7 @@ def fitted(modifier, steps=200) -> tuple[nn.Sequential, float]:
         optimizer.step()
         lifecycle.emit(state, Event(EventType.OPTIM_POST_STEP, step + 1, step))
         lifecycle.emit(state, Event(EventType.BATCH_END, step + 1, step))
-    lifecycle.emit(state, Event(EventType.CALIBRATION_START))
-    lifecycle.emit(state, Event(EventType.CALIBRATION_END))
+    lifecycle.emit(state, Event(EventType.TRAINING_END))
     lifecycle.finalize(state)
     x = scale * torch.randn(512, 32, generator=torch.Generator().manual_seed(10**6))
     with torch.no_grad():
