@@ -16,8 +16,14 @@ if ! "$python" -m venv "$venv"; then
     exit 1
 fi
 
-# torch first, and pinned: left free, pip may fetch another build, gigabytes of CUDA libraries.
-install=("$venv/bin/python" -m pip install --disable-pip-version-check --constraint "${CONSTRAINTS:-constraints.txt}")
-[ -z "${TORCH_INDEX:-}" ] || "${install[@]}" --no-deps --index-url "$TORCH_INDEX" torch
-"${install[@]}" torch
-"${install[@]}" --editable ".[dev,hf,plot,kernels]"
+# torch first, and pinned: left free, pip may fetch another build, gigabytes of CUDA libraries. A build for CUDA brings the
+# Triton that it was built with; the pin of Triton is for builds that bring none.
+pins=${CONSTRAINTS:-constraints.txt}
+free_triton=$venv/pins-but-triton.txt
+grep -v '^triton==' "$pins" > "$free_triton"
+install=("$venv/bin/python" -m pip install --disable-pip-version-check)
+[ -z "${TORCH_INDEX:-}" ] || "${install[@]}" --constraint "$free_triton" --no-deps --index-url "$TORCH_INDEX" torch
+"${install[@]}" --constraint "$free_triton" torch
+brings_triton='from importlib.metadata import requires; exit(not any(r.startswith("triton") for r in requires("torch")))'
+if "$venv/bin/python" -c "$brings_triton"; then pins=$free_triton; fi
+"${install[@]}" --constraint "$pins" --editable ".[dev,hf,plot,kernels]"
