@@ -15,8 +15,8 @@ What happens at the end (best weights, metric, calibration, metric again, export
 training/post_training.py.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.export.experts import planned_fault
 from lightning_compress.export.rehearsal import rehearse
+from lightning_compress.layers.forward import patched
 from lightning_compress.layers.split_experts import split_while
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.record import Quantized
@@ -170,14 +171,12 @@ class CompressionCallback(Callback):
         self._receiver: LightningModule | None = None  # whom a checkpoint is being loaded into
         self._outputs: Outputs | None = None  # where this fit writes; None in a fast_dev_run
         self._lock = FolderLock()
-        self._unwatch: Callable[[], None] | None = None
         self._seconds: dict[str, float] = {}  # of what was done in the midst of training, for the report
         self._facts: dict[str, Any] = {}
         self._dense_is_known = False  # a window has opened: the model is no longer dense
         self._warned_stray_step = False
         self._knows_checkpoint = False  # one with a state of this callback was loaded
-        self._undo: Callable[[], None] | None = None
-        self._undo_shapes: Callable[[], None] | None = None
+        self._patches = ExitStack()  # of methods of the module and of the writer of checkpoints
         self._random: list[dict[str, Any]] | None = None  # of each rank, from a checkpoint; until it is restored
         self._resumed = False  # this fit goes on from a checkpoint; until training has begun
         self._hooked: list[nn.Module] = []  # modules with hooks, when the model was last compiled
@@ -190,7 +189,7 @@ class CompressionCallback(Callback):
         check_lightning(trainer, pl_module)
         self._stage = stage
         self._take_off()
-        self._undo_shapes = carry_shapes(pl_module, self.options.module)
+        self._patches.enter_context(carry_shapes(pl_module, self.options.module))
         if stage != "fit":
             return
         check_strategy(trainer)
@@ -203,7 +202,7 @@ class CompressionCallback(Callback):
         if self.done:
             return
         self._root, self._trained = pl_module, False
-        self._unwatch = self._saved_files.watch(trainer)
+        self._patches.callback(self._saved_files.watch(trainer))
         if not self.lifecycle.initialized and not self._initialize_now(trainer, pl_module):
             self._initialize_after_configure_model(trainer, pl_module)
 
@@ -224,7 +223,6 @@ class CompressionCallback(Callback):
 
     def _initialize_after_configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning calls ``configure_model`` between all setup hooks and the making of optimizers."""
-        own = vars(pl_module).get("configure_model")
         original = pl_module.configure_model
 
         def configure_model() -> None:
@@ -232,13 +230,7 @@ class CompressionCallback(Callback):
             if not self.lifecycle.initialized:
                 self._initialize(trainer, pl_module)
 
-        def undo() -> None:
-            vars(pl_module).pop("configure_model", None)
-            if own is not None:
-                vars(pl_module)["configure_model"] = own
-
-        vars(pl_module)["configure_model"] = configure_model  # on this object only
-        self._undo = undo
+        self._patches.enter_context(patched(pl_module, configure_model=configure_model))
 
     def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, module = choose(pl_module, self.options.module)
@@ -500,15 +492,7 @@ class CompressionCallback(Callback):
     def _take_off(self) -> None:
         self.clock.detach()
         self._lock.release()
-        if self._unwatch is not None:
-            self._unwatch()
-            self._unwatch = None
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
-        if self._undo_shapes is not None:
-            self._undo_shapes()
-            self._undo_shapes = None
+        self._patches.close()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

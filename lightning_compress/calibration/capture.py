@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.calibration.activations import BlockCall, argument, put
 from lightning_compress.calibration.probe import ProbedBlock
+from lightning_compress.layers.forward import patched
 
 __all__ = ["BrokenLinkError", "capture", "run_to_stop", "stop", "stopped_before", "stubbed"]
 
@@ -83,8 +84,8 @@ def stubbed(
     """
     with ExitStack() as stack:
         for block in segment[:-1]:
-            stack.enter_context(_forward_replaced(modules[block.name], _stub(block)))
-        stack.enter_context(_forward_replaced(modules[segment[-1].name], lambda *_args, **_kwargs: last()))
+            stack.enter_context(patched(modules[block.name], forward=_stub(block)))
+        stack.enter_context(patched(modules[segment[-1].name], forward=lambda *_args, **_kwargs: last()))
         yield
 
 
@@ -114,17 +115,3 @@ def _stub(block: ProbedBlock) -> Callable[..., Any]:
         return put(block.template, block.out_at, argument(args, kwargs, block.hidden_at))
 
     return stub
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``module.forward`` is another function, on this instance only."""
-    original = module.__dict__.get("forward")  # accelerate puts one there, too
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if original is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = original

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.layers.forward import eval_mode
+
 __all__ = ["calibration_mode", "forked_random_state"]
 
 
@@ -23,7 +25,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_no_autocast_cache())
         stack.enter_context(forked_random_state())
-        stack.enter_context(_eval(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(_no_cache(model))
         stack.enter_context(_no_fused_attention())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it costs a second
@@ -35,17 +37,6 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
 def forked_random_state() -> AbstractContextManager[None]:
     """Torch's random state, CPU and CUDA, is afterwards what it was before."""
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.text import Perplexity
 
+from lightning_compress.layers.forward import eval_mode, patched
+
 __all__ = ["Measurement", "compare", "evaluate", "is_causal_lm"]
 
 Sum = Callable[[Tensor], Tensor]
@@ -76,7 +78,7 @@ def evaluate(
         progress: Told the number of batches done.
     """
     batches = _batches(loaders, limits or [None] * len(loaders), transfer)
-    with torch.no_grad(), _eval_mode(root):
+    with torch.no_grad(), eval_mode(root):
         first = next(batches, None)
         if first is None:
             return Measurement()
@@ -266,8 +268,7 @@ def _own_metric(
     progress: Callable[[int], None],
 ) -> Measurement:
     recorder, losses, done = _Recorder(), _Recorder(), 0
-    logs: dict[str, Callable[..., Any]] = {"log": recorder.log, "log_dict": recorder.log_dict}
-    with _metric_states_kept(root), _replaced(root, logs):
+    with _metric_states_kept(root), patched(root, log=recorder.log, log_dict=recorder.log_dict):
         for batch, index, loader in _chain(first, rest):
             recorder.suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
             recorder.batch_size = losses.batch_size = _batch_size(batch)
@@ -283,19 +284,6 @@ def _own_metric(
         values = (losses if recorder.empty else recorder).values(total)
     order = sorted(values, key=lambda name: name != monitor)
     return Measurement(values={name: values[name] for name in order}, batches=done)
-
-
-@contextmanager
-def _replaced(root: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Methods of ``root`` are other functions inside; only of this object, and always undone."""
-    own = {name: vars(root)[name] for name in functions if name in vars(root)}
-    vars(root).update(functions)
-    try:
-        yield
-    finally:
-        for name in functions:
-            del vars(root)[name]
-        vars(root).update(own)
 
 
 @contextmanager
@@ -338,14 +326,3 @@ def _batch_size(batch: Any) -> int:
     inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else []
     sizes = (_batch_size(b) for b in inner if isinstance(b, Tensor | Mapping | list | tuple))
     return next(sizes, 1)
-
-
-@contextmanager
-def _eval_mode(root: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in root.modules()}
-    root.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -5,12 +5,14 @@ Lightning loads weights before it gives callbacks their state, and a freshly bui
 predict load a checkpoint; ``on_save_checkpoint`` comes for checkpoints of weights alone, too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_compress.layers.forward import patched
 from lightning_compress.structure.surgery import record_of, reshape
 from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.submodule import choose
@@ -53,14 +55,13 @@ def check_launcher(trainer: Trainer) -> None:
         )
 
 
-def carry_shapes(root: LightningModule, name: str | None) -> Callable[[], None]:
-    """Let the checkpoint hooks of this object write and read shapes, before its own; returns what undoes that.
+def carry_shapes(root: LightningModule, name: str | None) -> AbstractContextManager[None]:
+    """Inside, the checkpoint hooks of this object write and read shapes, before its own.
 
     Args:
         root: The LightningModule.
         name: Of the model inside it, as in :func:`choose`.
     """
-    own = {hook: vars(root)[hook] for hook in ("on_load_checkpoint", "on_save_checkpoint") if hook in vars(root)}
     load, save = root.on_load_checkpoint, root.on_save_checkpoint
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -72,10 +73,4 @@ def carry_shapes(root: LightningModule, name: str | None) -> Callable[[], None]:
         write_plain_modules(checkpoint)
         save(checkpoint)
 
-    def undo() -> None:
-        for hook in ("on_load_checkpoint", "on_save_checkpoint"):
-            vars(root).pop(hook, None)
-        vars(root).update(own)
-
-    vars(root).update(on_load_checkpoint=on_load_checkpoint, on_save_checkpoint=on_save_checkpoint)
-    return undo
+    return patched(root, on_load_checkpoint=on_load_checkpoint, on_save_checkpoint=on_save_checkpoint)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.layers.forward import eval_mode
+
 __all__ = ["token_run"]
 
 TOKENS = 16
@@ -28,19 +30,14 @@ def token_run(model: nn.Module, rows: int, seed: int = 0) -> Callable[[], Any]:
         keywords["decoder_input_ids"] = ids
 
     def run() -> Any:
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), eval_mode(model):
                 return model(input_ids=ids, **keywords) if "input_ids" in forward else model(ids)
         except Exception as error:
             raise ValueError(
                 f"rotation follows a run on token ids, and {type(model).__name__} does not run on "
                 f"[{rows}, {TOKENS}] of them: {error}; only models of token ids can be rotated"
             ) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     return run
 

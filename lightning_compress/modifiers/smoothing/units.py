@@ -6,9 +6,8 @@ that. So the scaled tensor goes through attention, activations and gates as they
 a unit is given there, divided by what it was given before, tells which channels of the source lead to its inputs.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["Call", "Recording", "find_units", "forward_replaced", "main_input", "probe", "record", "relative_change"]
+from lightning_compress.layers.forward import patched
+
+__all__ = ["Call", "Recording", "find_units", "main_input", "probe", "record", "relative_change"]
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,10 @@ def probe(
     with ExitStack() as stack:
         for name in recording.calls:
             unit = recording.units[name]
-            stack.enter_context(forward_replaced(unit, lambda *args, _n=name, **kw: answer(_n, args, kw)))
+            stack.enter_context(patched(unit, forward=lambda *args, _n=name, **kw: answer(_n, args, kw)))
         output = run()
     leaks = strayed or relative_change(recording.output, output) > 1e-5
     return given, leaks or any(counts[name] != len(calls) for name, calls in recording.calls.items())
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module.forward`` is another function inside, on this instance only."""
-    kept = copy.copy(module.__dict__)
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if "forward" in kept:
-            module.__dict__["forward"] = kept["forward"]
 
 
 def relative_change(before: Any, after: Any) -> float:

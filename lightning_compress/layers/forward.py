@@ -1,0 +1,39 @@
+"""Change an object for a while: methods of this one instance, the eval mode of a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["eval_mode", "patched"]
+
+
+@contextmanager
+def patched(thing: object, **attributes: Any) -> Iterator[None]:
+    """Inside, methods of this instance alone are other functions.
+
+    Afterwards it has what it had itself (accelerate puts a ``forward`` there, too), and else that of its class. The
+    ``patch_attr`` of compressed-tensors leaves the bound method on the instance, so that a copy of the model would call
+    the first one's; importing it costs 2 s.
+    """
+    before = {name: vars(thing)[name] for name in attributes if name in vars(thing)}
+    vars(thing).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            vars(thing).pop(name, None)
+        vars(thing).update(before)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
