@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from lightning_compress.pruning.masks import check_structure, global_masks, keep
 from lightning_compress.pruning.schedules import Schedule, progress, value_at
 
 __all__ = ["ScheduledSparsity"]
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduledSparsity(BaseModel):
@@ -35,9 +37,9 @@ class ScheduledSparsity(BaseModel):
     start: float | None = None  # that of the modifier
     targets: Names = ["Linear"]
     ignore: Names = []
-    init_sparsity: float = 0.0
-    final_sparsity: float = 0.5
-    layer_sparsity: dict[str, float] = Field(default_factory=dict)
+    init_sparsity: Share = 0.0
+    final_sparsity: Share = 0.5
+    layer_sparsity: dict[str, Share] = Field(default_factory=dict)
     schedule: Schedule = "cubic"
     power: float = Field(default=3.0, gt=0)
     mask_structure: str = "unstructured"
@@ -46,14 +48,10 @@ class ScheduledSparsity(BaseModel):
     @model_validator(mode="after")
     def _sparsities_fit(self) -> "ScheduledSparsity":
         shares = {f"layer_sparsity[{target!r}]": value for target, value in self.layer_sparsity.items()}
-        shares |= {"init_sparsity": self.init_sparsity, "final_sparsity": self.final_sparsity}
-        for name, value in shares.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value} must lie in [0, 1)")
+        for name, value in {**shares, "final_sparsity": self.final_sparsity}.items():
             if value < self.init_sparsity:
                 raise ValueError(f"{name}={value} is less than init_sparsity={self.init_sparsity}; sparsity only grows")
-            if name != "init_sparsity":
-                check_structure(self.mask_structure, value)
+            check_structure(self.mask_structure, value)
         if self.scope == "global" and (self.mask_structure != "unstructured" or self.layer_sparsity):
             raise ValueError("scope='global' ranks single weights over all targets: unstructured, no layer_sparsity")
         return self

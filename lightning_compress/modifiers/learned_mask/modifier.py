@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -123,8 +123,8 @@ class LearnedMaskModifier(Modifier):
     prior: str | Path | None = "magnitude"
     prior_strength: float = Field(default=3.0, ge=0)
     init_std: float = Field(default=0.01, ge=0)
-    tau: tuple[float, float] = (4.0, 0.05)
-    logit_scale: tuple[float, float] = (100.0, 500.0)
+    tau: tuple[PositiveFloat, PositiveFloat] = (4.0, 0.05)
+    logit_scale: tuple[PositiveFloat, PositiveFloat] = (100.0, 500.0)
     regularization: float = Field(default=1e-5, ge=0)
     freeze: Literal["all", "targets", "nothing"] = "all"
     seed: int = 0
@@ -148,9 +148,6 @@ class LearnedMaskModifier(Modifier):
                 f"mask_structure={self.mask_structure!r} has {count} patterns, each with a logit of its own; expected "
                 f"at most {MOST_PATTERNS}: 2:4 has 6, 4:8 has 70"
             )
-        for name in ("tau", "logit_scale"):
-            if min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: both values must be positive")
         return self
 
     @property

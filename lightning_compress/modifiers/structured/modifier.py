@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -81,11 +81,11 @@ class StructuredPruningModifier(Modifier):
     dimension: Dimension = "mlp"
     targets: Names | None = None
     ignore: Names = []
-    ratio: float = 0.25
+    ratio: float = Field(default=0.25, ge=0, lt=1)
     importance: Literal["magnitude", "taylor", "activation"] = "magnitude"
     schedule: Schedule = "linear"
     power: float = 3.0
-    round_to: int = 1
+    round_to: int = Field(default=1, ge=1)
     input_shape: list[int] | None = None
 
     _kind: Dimension = PrivateAttr(default="mlp")  # dimension, with auto settled by the model
@@ -99,10 +99,6 @@ class StructuredPruningModifier(Modifier):
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "StructuredPruningModifier":
-        if not 0 <= self.ratio < 1:
-            raise ValueError(f"ratio={self.ratio} must lie in [0, 1): it is the share of the units that goes")
-        if self.round_to < 1:
-            raise ValueError(f"round_to={self.round_to} must be at least 1")
         self._kind = self.dimension
         if self.input_shape is not None and self.dimension not in ("auto", "channels"):
             raise ValueError(f"input_shape is for dimension='channels'; {self.dimension!r} needs no forward pass")

@@ -377,7 +377,7 @@ def test_a_compiled_model():
         ({"end": 4, "mask_structure": "channel"}, "masks are learned for N:M"),
         ({"end": 4, "mask_structure": "4:2"}, "expected 0 < N < M"),
         ({"end": 4, "mask_structure": "8:16"}, "has 12870 patterns, each with a logit of its own"),
-        ({"end": 4, "tau": (1.0, 0.0)}, "tau=.*both values must be positive"),
+        ({"end": 4, "tau": (1.0, 0.0)}, "tau.1=0.0: Input should be greater than 0"),
         ({"end": 4, "freeze": "some"}, "freeze='some'"),
         ({"end": 4, "prior_strengh": 1}, "did you mean 'prior_strength'"),
     ],
