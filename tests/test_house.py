@@ -26,8 +26,6 @@ WIDE_SIGNATURES = {
     "ops/gptq_block/cpu.py: gptq_block_",
     "ops/gptq_block/cuda.py: gptq_block_",
     "ops/gptq_block/kernel.py: gptq_block_",
-    "training/evaluation.py: _Recorder.log",
-    "training/evaluation.py: evaluate",
 }
 LONG_FILES = {
     "callback.py",

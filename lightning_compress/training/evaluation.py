@@ -8,27 +8,31 @@ Cochran, Sampling Techniques, 3rd ed., eq. 6.9). With d_s the summed difference 
 
 Any other model is measured by its ``validation_step``: what that logs is recorded here and goes nowhere else. If it
 logs nothing, what ``on_validation_epoch_end`` logs counts, and after that the loss that the step returns.
+
+What ranks must add up is a state of a torchmetrics Metric, which does it when it computes: every rank calls these
+functions on its share.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.text import Perplexity
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
 
 from lightning_compress.layers.forward import eval_mode, patched
 
-__all__ = ["Measurement", "compare", "evaluate", "is_causal_lm"]
+__all__ = ["Batch", "Measurement", "batches_of", "compare", "evaluate", "is_causal_lm"]
 
-Sum = Callable[[Tensor], Tensor]
+CPU = torch.device("cpu")
+LOG = inspect.signature(LightningModule.log)
+EXTREMES = {"max": MaxMetric, "amax": MaxMetric, "min": MinMetric, "amin": MinMetric}  # by reduce_fx
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Measurement:
 
     Args:
         values: Every metric by name; the first is the one to show.
-        nll: Negative log-likelihood of each token, float32 [N], on the CPU; None for what is no language model.
+        nll: Negative log-likelihood of each token, float32 [N], on the CPU; None for what is not a language model.
         lengths: Tokens of each sequence, int64 [S]; they add up to N.
-        batches: How many were measured.
+        batches: Number of batches that were measured.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -48,18 +52,38 @@ class Measurement:
     batches: int = 0
 
 
+class Batch(NamedTuple):
+    """A batch on the device and its number in its loader, with the number of that; None where there is only one."""
+
+    data: Any
+    batch_idx: int
+    dataloader_idx: int | None
+
+
+def batches_of(
+    loaders: Sequence[Iterable[Any]], limits: Sequence[int | None], transfer: Callable[[Any, int], Any]
+) -> Iterator[Batch]:
+    """The batches of all loaders, one loader after the other.
+
+    Args:
+        loaders: Validation loaders.
+        limits: Number of batches of each loader; None: all.
+        transfer: Moves a batch of the loader with that number to the device.
+    """
+    for number, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
+        for index, batch in enumerate(islice(loader, limit)):
+            yield Batch(transfer(batch, number), index, number if len(loaders) > 1 else None)
+
+
 def evaluate(
-    root: nn.Module,
+    root: LightningModule,
     module: nn.Module,
-    loaders: Sequence[Iterable[Any]],
+    batches: Iterable[Batch],
     *,
     forward: Callable[[nn.Module, Any], Any],
-    limits: Sequence[int | None] | None = None,
-    transfer: Callable[[Any, int], Any] = lambda batch, loader: batch,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    step: str = "validation_step",
     monitor: str | None = None,
-    total: Sum = lambda t: t,
+    device: torch.device = CPU,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Measurement:
     """Measure a model; weights, metric states and the train/eval modes are afterwards as they were.
@@ -67,40 +91,44 @@ def evaluate(
     Args:
         root: The LightningModule, for its metric.
         module: The model inside it.
-        loaders: Validation loaders.
+        batches: Batches of validation, as :func:`batches_of` gives them.
         forward: Runs ``module`` on a batch.
-        limits: Batches of each loader; None: all.
-        transfer: Moves a batch of the loader with that number to the device.
         context: Entered around each step (precision).
-        step: The method of ``root`` that measures a batch.
         monitor: The metric to put first.
-        total: Sums a float64 tensor over ranks; every rank must call this function on its share.
-        progress: Told the number of batches done.
+        device: Device on which ranks add up.
+        progress: Called with the number of measured batches.
     """
-    batches = _batches(loaders, limits or [None] * len(loaders), transfer)
+    remaining = iter(batches)
     with torch.no_grad(), eval_mode(root):
-        first = next(batches, None)
+        first = next(remaining, None)
         if first is None:
             return Measurement()
-        if _reads_tokens(module, first[0]):
+        counted = _counted(chain([first], remaining), progress)
+        if _reads_tokens(module, first.data):
             with context():
-                logits = getattr(forward(module, first[0]), "logits", None)
-            if logits is not None and logits.ndim == 3 and logits.shape[:2] == first[0]["input_ids"].shape:
-                return _perplexity(module, first, batches, forward, context, progress)
-        return _own_metric(root, first, batches, len(loaders), context, step, monitor, total, progress)
+                logits = getattr(forward(module, first.data), "logits", None)
+            if logits is not None and logits.ndim == 3 and logits.shape[:2] == first.data["input_ids"].shape:
+                return _perplexity(module, counted, forward, context, device)
+        return _own_metric(root, counted, context, monitor, device)
 
 
-def compare(before: Measurement, after: Measurement, total: Sum = lambda t: t) -> dict[str, Any]:
+def _counted(batches: Iterable[Batch], progress: Callable[[int], None]) -> Iterator[Batch]:
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        progress(done)
+
+
+def compare(before: Measurement, after: Measurement, device: torch.device = CPU) -> dict[str, Any]:
     """The change of each metric, as primitives.
 
     Args:
         before: The dense model.
         after: The compressed model, measured on the same batches.
-        total: Sums a float64 tensor over ranks.
+        device: Device on which ranks add up.
 
     Returns:
         ``metric``: {name: {before, after, difference, standard_error}}, the error None where it is unknown (metrics
-        that are no mean over tokens, fewer than two sequences); ``evaluated_batches``; of a language model
+        that are not a mean over tokens, fewer than two sequences); ``evaluated_batches``; of a language model
         ``evaluated_tokens`` and ``evaluated_sequences`` too.
     """
     facts: dict[str, Any] = {"metric": {}, "evaluated_batches": after.batches}
@@ -109,33 +137,57 @@ def compare(before: Measurement, after: Measurement, total: Sum = lambda t: t) -
         facts["metric"][name] = {"before": b, "after": a, "difference": a - b, "standard_error": None}
     if before.nll is not None and after.nll is not None and before.lengths is not None:
         a_N, b_N = after.nll.double(), before.nll.double()
-        mean = _mean_over_tokens(a_N - b_N, before.lengths, total)
+        mean = mean_over_tokens(a_N - b_N, before.lengths, device)
         facts |= {"evaluated_tokens": mean.tokens, "evaluated_sequences": mean.sequences}
         facts["metric"]["nll"]["standard_error"] = mean.error
         # d exp(nll) = exp(nll) d nll (the delta method), at both ends of the pair
         b, a = before.values["perplexity"], after.values["perplexity"]
-        slope = _mean_over_tokens(a * a_N - b * b_N, before.lengths, total)
+        slope = mean_over_tokens(a * a_N - b * b_N, before.lengths, device)
         facts["metric"]["perplexity"]["standard_error"] = slope.error
     return facts
 
 
-@dataclass(frozen=True)
-class _Mean:
+class TokenMean(NamedTuple):
+    """A mean over tokens, its standard error (None for fewer than two sequences), and what it is over."""
+
     value: float
     error: float | None
     tokens: int
     sequences: int
 
 
-def _mean_over_tokens(d_N: Tensor, lengths_S: Tensor, total: Sum) -> _Mean:
-    """The ratio estimator of the module's docstring."""
-    n_S = lengths_S.double()
-    d_S = torch.stack([d.sum() for d in d_N.split(lengths_S.tolist())])
-    products_KS = torch.stack([torch.ones_like(n_S), n_S, d_S, d_S * d_S, n_S * d_S, n_S * n_S])
-    S, N, D, DD, ND, NN = total(products_KS.sum(1)).tolist()
-    mean = D / N
-    spread = max(DD - 2 * mean * ND + mean**2 * NN, 0.0)
-    return _Mean(mean, math.sqrt(S / (S - 1) * spread) / N if S > 1 else None, int(N), int(S))
+class TokenMeanMetric(Metric):
+    """The ratio estimator of the module's docstring, over all ranks."""
+
+    full_state_update = False
+    sums_K: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums_K", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, d_N: Tensor, lengths_S: Tensor) -> None:
+        """Add sequences of those lengths, whose tokens have the values d."""
+        n_S = lengths_S.double()
+        d_S = torch.stack([d.double().sum() for d in d_N.split(lengths_S.tolist())])
+        products_KS = torch.stack([torch.ones_like(n_S), n_S, d_S, d_S * d_S, n_S * d_S, n_S * n_S])
+        self.sums_K += products_KS.sum(1).to(self.sums_K.device)
+
+    def compute(self) -> TokenMean:
+        """The mean and its error."""
+        S, N, D, DD, ND, NN = self.sums_K
+        mean = D / N
+        spread = (DD - 2 * mean * ND + mean**2 * NN).clamp(min=0)
+        error = ((S / (S - 1) * spread).sqrt() / N).item() if S > 1 else None
+        return TokenMean(mean.item(), error, int(N), int(S))
+
+
+def mean_over_tokens(d_N: Tensor, lengths_S: Tensor, device: torch.device) -> TokenMean:
+    """The mean of d over the tokens of all ranks."""
+    metric = TokenMeanMetric().to(device)
+    metric.update(d_N, lengths_S)
+    mean: TokenMean = metric.compute()
+    return mean
 
 
 def is_causal_lm(module: nn.Module) -> bool | None:
@@ -157,32 +209,24 @@ def _reads_tokens(module: nn.Module, batch: Any) -> bool:
 
 def _perplexity(
     module: nn.Module,
-    first: tuple[Any, int, int],
-    rest: Iterable[tuple[Any, int, int]],
+    batches: Iterable[Batch],
     forward: Callable[[nn.Module, Any], Any],
     context: Callable[[], AbstractContextManager[Any]],
-    progress: Callable[[int], None],
+    device: torch.device,
 ) -> Measurement:
-    metric = Perplexity(ignore_index=-100).to(first[0]["input_ids"].device)
     nlls: list[Tensor] = []
-    done = 0
-    for batch, _, _ in _chain(first, rest):
+    count = 0
+    for count, (batch, _, _) in enumerate(batches, 1):  # noqa: B007
         with context():
             logits_BTV = forward(module, batch).logits
         for logits_TV, target_T in zip(logits_BTV, _targets(batch), strict=True):  # one sequence: small memory
             logits_TV, target_T = logits_TV[:-1].float(), target_T[1:]
-            metric.update(logits_TV[None], target_T[None])
             nll_T = nn.functional.cross_entropy(logits_TV, target_T, ignore_index=-100, reduction="none")
             nlls.append(nll_T[target_T != -100].cpu())
-        done += 1
-        progress(done)
-    perplexity = metric.compute().item()
-    return Measurement(
-        values={"perplexity": perplexity, "nll": math.log(perplexity)},
-        nll=torch.cat(nlls),
-        lengths=torch.tensor([len(n) for n in nlls], dtype=torch.int64),
-        batches=done,
-    )
+    nll_N, lengths_S = torch.cat(nlls), torch.tensor([len(n) for n in nlls], dtype=torch.int64)
+    nll = mean_over_tokens(nll_N, lengths_S, device).value
+    perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()  # inf above 709, where math.exp raises
+    return Measurement({"perplexity": perplexity, "nll": nll}, nll_N, lengths_S, count)
 
 
 def _targets(batch: Mapping[str, Any]) -> Tensor:
@@ -198,92 +242,76 @@ def _targets(batch: Mapping[str, Any]) -> Tensor:
 
 
 class _Recorder:
-    """Stands in for ``LightningModule.log`` and keeps what it is told."""
+    """Stands in for ``LightningModule.log`` and keeps what it is given as metrics, which ranks combine."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.weights: dict[str, float] = {}
-        self.extremes: dict[str, float] = {}
-        self.metrics: dict[str, Metric] = {}
+    def __init__(self, device: torch.device) -> None:
+        self.means: dict[str, Metric] = {}  # and sums
+        self.extremes: dict[str, Metric] = {}
+        self.metrics: dict[str, Metric] = {}  # objects of the user
         self.suffix = ""
         self.batch_size = 1
+        self.device = device
 
-    def log(
-        self,
-        name: str,
-        value: Any,
-        prog_bar: bool = False,
-        logger: bool | None = None,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: Any = "mean",
-        enable_graph: bool = False,
-        sync_dist: bool = False,
-        sync_dist_group: Any = None,
-        add_dataloader_idx: bool = True,
-        batch_size: int | None = None,
-        metric_attribute: str | None = None,
-        rank_zero_only: bool = False,
-    ) -> None:
-        name = f"{name}{self.suffix}" if add_dataloader_idx else name
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As ``LightningModule.log``."""
+        call = LOG.bind(None, *args, **kwargs)
+        call.apply_defaults()
+        name, value, reduce = (call.arguments[key] for key in ("name", "value", "reduce_fx"))
+        name = f"{name}{self.suffix}" if call.arguments["add_dataloader_idx"] else name
+        how = reduce if isinstance(reduce, str) else getattr(reduce, "__name__", "mean")
         if isinstance(value, Metric):
             self.metrics[name] = value
-            return
-        value = float(value)
-        how = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")
-        if how in ("max", "amax", "min", "amin"):
-            pick = max if "max" in how else min
-            self.extremes[name] = pick(self.extremes.get(name, value), value)
-            return
-        weight = (batch_size or self.batch_size) if how != "sum" else 0
-        self.sums[name] = self.sums.get(name, 0.0) + value * (weight or 1)
-        self.weights[name] = self.weights.get(name, 0.0) + weight
+        elif how in EXTREMES:
+            self._metric(self.extremes, name, EXTREMES[how]).update(float(value))
+        elif how == "sum":
+            self._metric(self.means, name, SumMetric).update(float(value))
+        else:
+            weight = call.arguments["batch_size"] or self.batch_size
+            self._metric(self.means, name, MeanMetric).update(float(value), weight)
+
+    def _metric(self, metrics: dict[str, Metric], name: str, kind: type[Metric]) -> Metric:
+        if name not in metrics:
+            metric = kind(nan_strategy=float("nan"))  # NaN stays NaN; torchmetrics would leave it out
+            metrics[name] = metric.set_dtype(torch.float64).to(self.device)
+        return metrics[name]
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **options: Any) -> None:
+        """As ``LightningModule.log_dict``."""
         for name, value in dictionary.items():
             self.log(name, value, *args, **options)
 
     @property
     def empty(self) -> bool:
-        return not (self.sums or self.extremes or self.metrics)
+        return not (self.means or self.extremes or self.metrics)
 
-    def values(self, total: Sum) -> dict[str, float]:
-        names = sorted(self.sums)
-        both = torch.tensor([[self.sums[n] for n in names], [self.weights[n] for n in names]], dtype=torch.float64)
-        sums, weights = total(both).tolist() if names else ([], [])
-        found = {n: s / w if w else s for n, s, w in zip(names, sums, weights, strict=True)}
-        computed = {n: m.compute() for n, m in self.metrics.items()}
-        return found | self.extremes | {n: float(v) for n, v in computed.items() if v.numel() == 1}
+    def values(self) -> dict[str, float]:
+        metrics = {**dict(sorted(self.means.items())), **self.extremes, **self.metrics}
+        computed = {name: metric.compute() for name, metric in metrics.items()}
+        return {name: float(value) for name, value in computed.items() if value.numel() == 1}
 
 
 def _own_metric(
-    root: nn.Module,
-    first: tuple[Any, int, int],
-    rest: Iterable[tuple[Any, int, int]],
-    loaders: int,
+    root: LightningModule,
+    batches: Iterable[Batch],
     context: Callable[[], AbstractContextManager[Any]],
-    step: str,
     monitor: str | None,
-    total: Sum,
-    progress: Callable[[int], None],
+    device: torch.device,
 ) -> Measurement:
-    recorder, losses, done = _Recorder(), _Recorder(), 0
+    recorder, losses, count = _Recorder(device), _Recorder(device), 0
     with _metric_states_kept(root), patched(root, log=recorder.log, log_dict=recorder.log_dict):
-        for batch, index, loader in _chain(first, rest):
-            recorder.suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
+        for count, (batch, index, loader) in enumerate(batches, 1):  # noqa: B007
+            recorder.suffix = "" if loader is None else f"/dataloader_idx_{loader}"
             recorder.batch_size = losses.batch_size = _batch_size(batch)
             with context():
-                output = getattr(root, step)(batch, index, *([loader] if loaders > 1 else []))
+                output: Any = root.validation_step(batch, index, *([] if loader is None else [loader]))
             loss = output.get("loss") if isinstance(output, Mapping) else output
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 losses.log("loss", loss)
-            done += 1
-            progress(done)
         if recorder.empty:
-            getattr(root, f"on_{step.removesuffix('_step')}_epoch_end", lambda: None)()
-        values = (losses if recorder.empty else recorder).values(total)
+            getattr(root, "on_validation_epoch_end", lambda: None)()
+        values = (losses if recorder.empty else recorder).values()
     order = sorted(values, key=lambda name: name != monitor)
-    return Measurement(values={name: values[name] for name in order}, batches=done)
+    return Measurement({name: values[name] for name in order}, batches=count)
 
 
 @contextmanager
@@ -291,32 +319,15 @@ def _metric_states_kept(root: nn.Module) -> Iterator[None]:
     """Metrics begin empty inside, and have their states back afterwards."""
     metrics = [m for m in root.modules() if isinstance(m, Metric)]
     names = [[*m._defaults, "_computed", "_update_count"] for m in metrics]
-    kept = [{n: deepcopy(getattr(m, n)) for n in own} for m, own in zip(metrics, names, strict=True)]
+    states = [{n: deepcopy(getattr(m, n)) for n in of_one} for m, of_one in zip(metrics, names, strict=True)]
     try:
         for metric in metrics:
             metric.reset()
         yield
     finally:
-        for metric, state in zip(metrics, kept, strict=True):
+        for metric, state in zip(metrics, states, strict=True):
             for name, value in state.items():
                 setattr(metric, name, value)
-
-
-# -- batches and modes ------------------------------------------------------------------------------------------------
-
-
-def _batches(
-    loaders: Sequence[Iterable[Any]], limits: Sequence[int | None], transfer: Callable[[Any, int], Any]
-) -> Iterator[tuple[Any, int, int]]:
-    """Each batch on the device, its index, and its loader's."""
-    for number, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
-        for index, batch in enumerate(islice(loader, limit)):
-            yield transfer(batch, number), index, number
-
-
-def _chain(first: tuple[Any, int, int], rest: Iterable[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
-    yield first
-    yield from rest
 
 
 def _batch_size(batch: Any) -> int:

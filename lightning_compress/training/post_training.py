@@ -44,7 +44,7 @@ from lightning_compress.quant.record import Quantized
 from lightning_compress.report import plots, summary, table
 from lightning_compress.training.broadcast import share, ties
 from lightning_compress.training.checks import tensor_bytes
-from lightning_compress.training.evaluation import Measurement, compare, evaluate
+from lightning_compress.training.evaluation import Measurement, batches_of, compare, evaluate
 from lightning_compress.training.memory import peak_memory_bytes
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.outputs import Outputs
@@ -169,7 +169,7 @@ class Finish:
                 share(self.module, self.pl_module.device)
             self.lifecycle.finalize(self.state)
             after = self._measure("metric after", progress)
-            self.facts |= compare(before, after, self._total)
+            self.facts |= compare(before, after, self._summing_device())
         guard_save_pretrained(self.module)
         self._warn_of_what_stays_behind()
         self._forget_compiled()
@@ -324,13 +324,11 @@ class Finish:
             return evaluate(
                 self.pl_module,
                 self.module,
-                loaders,
+                batches_of(loaders, limits, self._to_device),
                 forward=partial(run_model, advice=IN_TRAINER),
-                limits=limits,
-                transfer=self._to_device,
                 context=self.trainer.precision_plugin.val_step_context,
                 monitor=next((c.monitor for c in _model_checkpoints(self.trainer) if c.monitor), None),
-                total=self._total,
+                device=self._summing_device(),
                 progress=lambda done: progress(phase, done, sum(n or 0 for n in limits)),
             )
 
@@ -367,11 +365,9 @@ class Finish:
         batch = self.pl_module._on_before_batch_transfer(batch, dataloader_idx=loader)
         return self.trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
 
-    def _total(self, values: Tensor) -> Tensor:
-        if world_size() == 1:
-            return values
-        summed = self.trainer.strategy.reduce(values.to(self.trainer.strategy.root_device), reduce_op="sum")
-        return summed.to(values.device)
+    def _summing_device(self) -> torch.device:
+        """Where ranks add up; alone on the CPU, since MPS has no float64."""
+        return self.trainer.strategy.root_device if world_size() > 1 else torch.device("cpu")
 
     # -- calibration --------------------------------------------------------------------------------------------------
 

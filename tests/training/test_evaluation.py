@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torchmetrics import MaxMetric, MeanMetric, MeanSquaredError, MetricCollection
 
-from lightning_compress.training.evaluation import Measurement, compare, evaluate, is_causal_lm
+from lightning_compress.training.evaluation import (
+    Measurement,
+    TokenMeanMetric,
+    batches_of,
+    compare,
+    evaluate,
+    is_causal_lm,
+)
 from tests.support.training_runs import Regression, Sums
 
 V, T = 11, 6
@@ -44,7 +51,12 @@ def root_of(module):
 
 
 def measure(module, loader, **options):
-    return evaluate(root_of(module), module, [loader], forward=run, **options)
+    return evaluated(root_of(module), module, [loader], forward=run, **options)
+
+
+def evaluated(root, module, loaders, limits=None, **options):
+    batches = batches_of(loaders, limits or [None] * len(loaders), lambda batch, loader: batch)
+    return evaluate(root, module, batches, **options)
 
 
 # -- language models --------------------------------------------------------------------------------------------------
@@ -97,6 +109,14 @@ def test_limits_and_progress():
     assert told == [1, 2]
 
 
+def test_a_broken_model_has_infinite_perplexity():
+    module = TinyForCausalLM()
+    with torch.no_grad():
+        module.table.weight.mul_(1e4)
+    assert measure(module, batches()).values["perplexity"] == math.inf
+    assert 709 < measure(module, batches()).values["nll"] < math.inf
+
+
 def test_which_classes_are_causal():
     assert is_causal_lm(TinyForCausalLM()) is True
     assert is_causal_lm(type("GPT2LMHeadModel", (nn.Module,), {})()) is True
@@ -110,7 +130,7 @@ def test_a_masked_language_model_is_measured_by_its_own_metric():
     module = type("BertForMaskedLM", (pretrained,), {"forward": lambda self, input_ids: None})()
     root = root_of(module)
     root.validation_step = lambda batch, index: torch.tensor(3.0)
-    assert evaluate(root, module, [batches()], forward=run).values == {"loss": 3.0}
+    assert evaluated(root, module, [batches()], forward=run).values == {"loss": 3.0}
 
 
 # -- the difference ---------------------------------------------------------------------------------------------------
@@ -155,21 +175,16 @@ def test_the_error_of_perplexity_against_the_bootstrap():
 
 
 def test_ranks_add_up_to_the_whole():
-    generator = torch.Generator().manual_seed(0)
-    before, after = torch.rand(12, generator=generator), torch.rand(12, generator=generator)
-    whole = compare(lm(before, [3, 4, 5]), lm(after, [3, 4, 5]))
-    sums = []
-    halves = [(slice(0, 7), [3, 4]), (slice(7, 12), [5])]
-    values = lm(before, [3, 4, 5]).values, lm(after, [3, 4, 5]).values
-
-    def rank(cut, lengths, total):
-        pair = (Measurement(v, t[cut], torch.tensor(lengths), 1) for v, t in zip(values, (before, after), strict=True))
-        return compare(*pair, total=total)
-
-    for half in halves:
-        rank(*half, total=lambda t: sums.append(t) or t)
-    added = [sums[0] + sums[2], sums[1] + sums[3]]
-    assert rank(*halves[0], total=lambda t: added.pop(0)) == whole | {"evaluated_batches": 1}
+    """As a Metric reduces its state on gloo or NCCL: the sum of what two ranks have seen is what one has of it all."""
+    d_N = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    whole, first, second = TokenMeanMetric(), TokenMeanMetric(), TokenMeanMetric()
+    whole.update(d_N, torch.tensor([3, 4, 5]))
+    first.update(d_N[:7], torch.tensor([3, 4]))
+    second.update(d_N[7:], torch.tensor([5]))
+    first.sums_K = first._reductions["sums_K"](torch.stack([first.sums_K, second.sums_K]))
+    torch.testing.assert_close(first.compute(), whole.compute())
+    assert whole.compute().value == pytest.approx(d_N.mean().item())
+    assert whole.compute()[2:] == (12, 3)
 
 
 def test_one_sequence_has_no_error():
@@ -206,7 +221,7 @@ class Scores(Regression):
 
 
 def own(module, loaders, **options):
-    return evaluate(module, module.model, loaders, forward=lambda m, b: m(b[0]), **options)
+    return evaluated(module, module.model, loaders, forward=lambda m, b: m(b[0]), **options)
 
 
 def ragged():
@@ -228,6 +243,12 @@ def test_everything_that_is_logged_is_measured():
     weights = torch.tensor([4, 4, 2.0])
     expected["mean"] = (expected["mean"] * weights).sum() / 10
     assert found == {name: pytest.approx(float(value), rel=1e-5) for name, value in expected.items()}
+
+
+def test_what_is_not_a_number_is_not_left_out():
+    module = Regression()
+    module.validation_step = lambda batch, index: module.log("val", float("nan") if index else 1.0)
+    assert math.isnan(own(module, [ragged()]).values["val"])
 
 
 def test_log_and_metric_states_are_given_back():
