@@ -35,7 +35,6 @@ LONG_FILES = {
     "modifiers/rotation/basis_tracer.py",
     "modifiers/smoothing/awq.py",
     "modifiers/structured/modifier.py",
-    "quant/schemes.py",
     "training/post_training.py",
 }
 MODULES_WITHOUT_TEST = 67

@@ -14,7 +14,8 @@ from lightning_compress import (
     ModifierFactory,
     QuantizationModifier,
 )
-from lightning_compress.quant.schemes import assign, describe, from_groups
+from lightning_compress.quant.assignment import assign
+from lightning_compress.quant.schemes import describe, from_groups
 from lightning_compress.recipe import dump_recipe, load_recipe, read_recipe, recipe_difference
 from tests.support.training_runs import RecordingModifier
 

@@ -11,7 +11,7 @@ from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
 from lightning_compress.export.hugging_face import is_transformers
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.finite import nonfinite
-from lightning_compress.layers.matching import clean_name
+from lightning_compress.layers.matching import clean_name, shortlist
 from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
 from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.record import Quantized, saw_rows
@@ -83,7 +83,7 @@ def _caches(model: nn.Module) -> dict[str, QuantizedCache]:
     caches = {clean_name(name): record for name, (_, record) in QuantizedCache.find(model).items()}
     if caches and (missing := [name for name in attention_modules(model) if name not in caches]):
         raise ValueError(
-            f"the KV cache of {len(caches)} attention modules is quantized, that of {', '.join(missing[:5])} is not, "
+            f"the KV cache of {len(caches)} attention modules is quantized, that of {shortlist(missing)} is not, "
             f"and a folder can only say it of all; calibrate on data that reaches every one of them"
         )
     return caches
@@ -110,16 +110,15 @@ def _warn_of_dense(contents: Contents) -> None:
     reasons, records = contents.dense, contents.records
     if not reasons:
         return
-    listed = "; ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:5])
-    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    listed = shortlist((f"{name} ({reason})" for name, reason in reasons.items()), "; ")
     warnings.warn(
         f"{len(reasons)} of {len(records)} quantized modules are written with dense weights, on their grid, "
-        f"so their size on disk does not shrink: {listed}{more}",
+        f"so their size on disk does not shrink: {listed}",
         stacklevel=4,
     )
     if active := [name for name in reasons if records[name][1].scheme.input_activations is not None]:
         warnings.warn(
-            f"transformers and vLLM will not quantize the inputs of {', '.join(active[:5])}, so their outputs differ "
+            f"transformers and vLLM will not quantize the inputs of {shortlist(active)}, so their outputs differ "
             f"from this model's; lightning_compress.load restores it",
             stacklevel=4,
         )
@@ -143,7 +142,7 @@ def check_weights(model: nn.Module, stored: Stored) -> None:
     if away := [name for name in away if name.rpartition(".")[0] not in stored]:
         raise ValueError(f"{len(away)} weights are not in memory, such as {away[0]}; load the model without offloading")
     if broken := nonfinite(model):
-        listed = ", ".join(clean_name(name) for name in broken[:5])
+        listed = shortlist(map(clean_name, broken))
         raise ValueError(
             f"NaN or Inf in {len(broken)} parameters or buffers, such as {listed}; such a model is not exported"
         )

@@ -23,7 +23,7 @@ from lightning_compress.export.quantization_config import matched
 from lightning_compress.export.tensors import TensorFiles, naming, read_json
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.finite import nonfinite
-from lightning_compress.layers.matching import clean_name
+from lightning_compress.layers.matching import clean_name, shortlist
 from lightning_compress.layers.matrix import as_matrix, weight_of
 from lightning_compress.layers.records import Record
 from lightning_compress.layers.split_experts import fused_experts, join, split
@@ -296,7 +296,7 @@ def _filled(source: _Folder, layout: nn.Module, model: nn.Module | None, weights
 def _check_finite(folder: Path, broken: list[str]) -> None:
     if broken:
         raise ValueError(
-            f"{folder}: NaN or Inf in {len(broken)} parameters or buffers, such as {', '.join(broken[:5])}; the files "
+            f"{folder}: NaN or Inf in {len(broken)} parameters or buffers, such as {shortlist(broken)}; the files "
             f"are damaged, or were written by a version that did not look at buffers"
         )
 

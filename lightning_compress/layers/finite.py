@@ -1,6 +1,6 @@
 """Which tensors of a model hold NaN or Inf: such a model is neither calibrated, nor exported, nor loaded.
 
-Looked at is what a state dict holds: parameters and persistent buffers. In a buffer -Inf alone is right, as attention
+The tensors are those of a state dict: parameters and persistent buffers. In a buffer -Inf alone is right, as attention
 masks hold it, unless a normalization layer keeps its running statistics there.
 """
 
@@ -10,21 +10,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["is_finite", "nonfinite"]
+from lightning_compress.layers.matching import shortlist
+from lightning_compress.layers.matrix import weight_of
+
+__all__ = ["check_finite", "is_finite", "nonfinite"]
 
 
 def nonfinite(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Names of the parameters and persistent buffers that hold NaN or Inf; those on meta are passed over.
+    """Names of the parameters and persistent buffers that hold NaN or Inf; those on meta are skipped.
 
     Args:
         model: Any module.
-        values: Looked at in place of the model's own tensors where they hold the name.
+        values: Tensors by name that are checked in place of those of the model.
     """
     return [name for name, tensor, masks in _stored(model, values or {}) if not _is_sound(tensor, masks)]
 
 
+def check_finite(modules: Mapping[str, nn.Module]) -> None:
+    """ValueError names the modules whose weight holds NaN or Inf."""
+    weights = {name: weight_of(module) for name, module in modules.items()}
+    if broken := [repr(name) for name, weight in weights.items() if not (weight.is_meta or is_finite(weight))]:
+        raise ValueError(f"the weight of {shortlist(broken)} holds NaN or Inf; did training diverge?")
+
+
 def is_finite(tensor: Tensor) -> bool:
-    """True when no element is NaN or Inf. One reduction; elements are looked at only when their sum is not finite."""
+    """True when no element is NaN or Inf. One reduction; elements are checked only when their sum is not finite."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch reduces no float8

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 __all__ = [
-    "Names", "clean_name", "listed", "match_rank", "select", "select_weights", "unmatched_message", "warn_of_left_out",
-    "without_parallel",
+    "Names", "clean_name", "listed", "match_rank", "select", "select_weights", "shortlist", "unmatched_message",
+    "warn_of_left_out", "without_parallel",
 ]  # fmt: skip
 
 CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
@@ -212,6 +212,12 @@ def _near(target: str, known: Sequence[str]) -> list[str]:
     """Misspelled, or a part of a name; a word of three letters has no other near misses."""
     parts = [name for name in known if len(target) > 2 and target.lower() in name.lower()]
     return (get_close_matches(target, known, n=3) or parts)[:3]
+
+
+def shortlist(items: Iterable[str], separator: str = ", ") -> str:
+    """The first five items, and how many more there are."""
+    items = list(items)
+    return separator.join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def listed(entries: str | Sequence[str]) -> list[str]:

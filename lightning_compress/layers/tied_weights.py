@@ -1,12 +1,14 @@
 """Weights that several modules share: one Parameter with two owners, or two Parameters in the same memory.
 
-Who changes the weight of one such module changes the others with it.
+A change of the weight of one such module changes the others with it.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+
+from lightning_compress.layers.matching import shortlist
 
 __all__ = ["check_unshared", "owners_of", "shared_message", "shared_parameters"]
 
@@ -36,9 +38,9 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module], parameter
     """ValueError names the first of ``modules`` whose weight other modules share.
 
     Args:
-        model: The whole of it.
-        modules: What will be changed, by dotted name.
-        parameters: The parameter of each that will be changed.
+        model: Model that contains the modules.
+        modules: Modules that will be changed, by dotted name.
+        parameters: The parameter of each module that will be changed.
     """
     owners = owners_of(model)
     for name, parameter in parameters.items():
@@ -52,11 +54,11 @@ def shared_message(name: str, others: Sequence[str], targets: Sequence[str] = ()
     """Why a module is refused whose weight is shared.
 
     Args:
-        name: The module.
-        others: Names of the parameters of other modules that share it.
-        targets: Those of the other modules that are targets too.
+        name: Name of the module.
+        others: Names of the parameters of other modules that share its weight.
+        targets: Names of those other modules that are targets too.
     """
-    listed = ", ".join(map(repr, others[:5])) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    listed = shortlist(map(repr, others))
     both = " and ".join(map(repr, dict.fromkeys([name, *targets])))
     return (
         f"the weight of {name!r} is shared with {listed}, which would change with it; add {both} to ignore, or untie "

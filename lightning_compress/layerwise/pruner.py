@@ -8,12 +8,12 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Needs, State
+from lightning_compress.layers.finite import check_finite
 from lightning_compress.layers.matrix import as_matrix, inputs_as_rows, write_matrix
 from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
 from lightning_compress.layerwise.owl import OutlierSurvey
 from lightning_compress.pruning.arguments import PruningArguments, share_of_zeros
 from lightning_compress.quant.record import Quantized
-from lightning_compress.quant.schemes import check_finite
 from lightning_compress.quant.weight_metrics import sqnr_db, weight_error
 
 __all__ = ["LayerwisePruner"]

@@ -9,18 +9,10 @@ from pydantic import BaseModel, PrivateAttr, model_validator
 from torch import nn
 
 from lightning_compress.layers.matching import Names, listed, select_weights
+from lightning_compress.quant.assignment import GroupSizeError, assign
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import is_observed
-from lightning_compress.quant.schemes import (
-    GroupSize,
-    GroupSizeError,
-    assign,
-    describe,
-    from_groups,
-    from_inline,
-    from_presets,
-    is_special,
-)
+from lightning_compress.quant.schemes import GroupSize, describe, from_groups, from_inline, from_presets, is_special
 
 __all__ = ["QuantizationArguments"]
 
@@ -109,7 +101,7 @@ class QuantizationArguments(BaseModel):
         return dict(self._planned)
 
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
-        """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.schemes.assign`."""
+        """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.assignment.assign`."""
         ignore = listed(self.ignore)
         try:
             self._planned = assign(model, self.schemes, ignore, self.embeddings)

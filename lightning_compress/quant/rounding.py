@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from torch import Tensor, nn
 
+from lightning_compress.layers.finite import check_finite
 from lightning_compress.layers.matrix import as_matrix, is_embedding, write_matrix
 from lightning_compress.ops.group_quant import group_round
 from lightning_compress.quant.embeddings import sharers
@@ -16,7 +17,6 @@ from lightning_compress.quant.formats import global_scale_of, has_global_scale, 
 from lightning_compress.quant.observers import Observer
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import group_columns, minmax, search
-from lightning_compress.quant.schemes import check_finite
 from lightning_compress.quant.shared_scales import GlobalScales
 from lightning_compress.quant.weight_metrics import weight_error, weight_facts
 
