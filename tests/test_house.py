@@ -16,16 +16,9 @@ LONG_FUNCTIONS = {
     "callback.py: CompressionCallback.__init__",
 }
 WIDE_SIGNATURES = {
-    "calibration/sequential.py: calibrate",
     "callback.py: CompressionCallback.__init__",
     "modifiers/gptq/refinement.py: refine",
     "oneshot.py: compress",
-    "ops/gptq_block/__init__.py: _block_",
-    "ops/gptq_block/__init__.py: _check",
-    "ops/gptq_block/__init__.py: gptq_block_",
-    "ops/gptq_block/cpu.py: gptq_block_",
-    "ops/gptq_block/cuda.py: gptq_block_",
-    "ops/gptq_block/kernel.py: gptq_block_",
 }
 LONG_FILES = {
     "callback.py",
@@ -34,7 +27,6 @@ LONG_FILES = {
     "modifiers/learned_mask/modifier.py",
     "modifiers/rotation/basis_tracer.py",
     "modifiers/smoothing/awq.py",
-    "modifiers/structured/modifier.py",
     "training/post_training.py",
 }
 MODULES_WITHOUT_TEST = 67

@@ -11,10 +11,10 @@ was cut is part of every checkpoint, and of config.json where the model has one.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,12 +24,13 @@ from lightning_compress.core.needs import Needs
 from lightning_compress.core.precision import model_precision
 from lightning_compress.core.state import State
 from lightning_compress.distributed import world_size
-from lightning_compress.layers.matching import Names, listed, select
+from lightning_compress.layers.matching import listed
+from lightning_compress.modifiers.structured.arguments import UNITS, StructuredArguments
 from lightning_compress.modifiers.structured.graph import check_installed, find_channels, output_size
 from lightning_compress.modifiers.structured.trial import check_cut
-from lightning_compress.pruning.importance import input_energy, strongest, unit_gate_gradient, unit_square_sum
-from lightning_compress.pruning.schedules import Schedule, progress, value_at
-from lightning_compress.structure.blocks import find_heads, find_mlps, head_counts
+from lightning_compress.modifiers.structured.unit_statistics import UnitStatistics
+from lightning_compress.pruning.importance import input_energy, strongest
+from lightning_compress.structure.blocks import head_counts
 from lightning_compress.structure.config import check_states, head_fields, is_transformers, mlp_fields
 from lightning_compress.structure.final_shapes import shape_conflict
 from lightning_compress.structure.groups import (
@@ -38,7 +39,6 @@ from lightning_compress.structure.groups import (
     cut_of,
     group_from_state,
     group_state,
-    moved,
     renumbered,
     units_to_keep,
     without_layers,
@@ -47,11 +47,8 @@ from lightning_compress.structure.surgery import cut_tensors, record_of, tensors
 
 __all__ = ["StructuredPruningModifier"]
 
-Dimension = Literal["auto", "mlp", "heads", "channels"]
-UNITS = {"mlp": "neurons", "heads": "key/value heads", "channels": "channels"}
 
-
-class StructuredPruningModifier(Modifier):
+class StructuredPruningModifier(StructuredArguments):
     """Remove the least important units: at set-up (``start=0``), while training, or after it (no window).
 
     Args:
@@ -78,43 +75,12 @@ class StructuredPruningModifier(Modifier):
         ImportError: ``channels`` without torch-pruning.
     """
 
-    dimension: Dimension = "mlp"
-    targets: Names | None = None
-    ignore: Names = []
-    ratio: float = Field(default=0.25, ge=0, lt=1)
-    importance: Literal["magnitude", "taylor", "activation"] = "magnitude"
-    schedule: Schedule = "linear"
-    power: float = 3.0
-    round_to: int = Field(default=1, ge=1)
-    input_shape: list[int] | None = None
-
-    _kind: Dimension = PrivateAttr(default="mlp")  # dimension, with auto settled by the model
     _groups: dict[str, Group] = PrivateAttr(default_factory=dict)
-    _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # of the statistic, [U]
-    _seen: dict[str, int] = PrivateAttr(default_factory=dict)  # tokens, or steps
+    _statistics: UnitStatistics = PrivateAttr(default_factory=UnitStatistics)
     _in_batch: bool = PrivateAttr(default=False)
     _late: bool = PrivateAttr(default=False)  # started before the channels were known
     _steps: int = PrivateAttr(default=0)  # cuts in the model that the groups know of
     _before: int = PrivateAttr(default=0)  # parameters of the dense model
-
-    @model_validator(mode="after")
-    def _arguments_fit(self) -> "StructuredPruningModifier":
-        self._kind = self.dimension
-        if self.input_shape is not None and self.dimension not in ("auto", "channels"):
-            raise ValueError(f"input_shape is for dimension='channels'; {self.dimension!r} needs no forward pass")
-        if self.importance == "taylor" and self.start is None:
-            raise ValueError("importance='taylor' needs gradients: give start, after some steps of training")
-        if self.importance != "magnitude" and self.start == 0 and (self.end is None or self.schedule == "constant"):
-            raise ValueError(
-                f"importance={self.importance!r} needs batches before the cut, and start=0 cuts at set-up: give a "
-                f"later start, an end with a schedule that begins at 0, or importance='magnitude'"
-            )
-        if self.update and self.start is not None and self.end is not None and self.update > self.end - self.start:
-            raise ValueError(
-                f"update={self.update} is larger than the window from {self.start} to {self.end} ({self.unit}): give "
-                f"at most {self.end - self.start:g}"
-            )
-        return self
 
     @property
     def needs(self) -> Needs:
@@ -128,7 +94,7 @@ class StructuredPruningModifier(Modifier):
         """Find what hangs together, and refuse what cannot be done, before any training."""
         assert state.model is not None
         model = state.model
-        self._settle(model)
+        self.settle(model)
         self._before, self._steps = sum(p.numel() for p in model.parameters()), len(record_of(model))
         known = self._kind != "channels" or self.input_shape is not None
         if world_size() > 1 and self.start is not None and not (self.start == 0 and self.end is None and known):
@@ -143,14 +109,14 @@ class StructuredPruningModifier(Modifier):
                     f"dimension='channels' does not follow a {type(model).__name__} of transformers: use 'mlp', "
                     f"'heads', or DepthPruningModifier"
                 )
-            sizes = {name: output_size(module) for name, module in self._channel_targets(model).items()}
-            self._check_size(*max(sizes.items(), key=lambda pair: pair[1]))  # small ones may make the output
+            sizes = {name: output_size(module) for name, module in self.channel_targets(model).items()}
+            self.check_size(*max(sizes.items(), key=lambda pair: pair[1]))  # small ones may make the output
             if self.input_shape is not None:
                 parameter = next(model.parameters())
                 sample = torch.zeros(2, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
                 self._follow_channels(state, (sample,), {})
         else:
-            self._take(self._block_groups(model))
+            self._take(self.block_groups(model))
             self._check_config(model)
         if self.start is not None:
             self._observe(state)
@@ -158,65 +124,17 @@ class StructuredPruningModifier(Modifier):
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         assert state.model is not None
-        self._settle(state.model)
+        self.settle(state.model)
         if self._kind == "channels" or other.needs.fixed_shapes_from == "never":
             return shape_conflict(self, other, other.touches(state), earlier)
-        tensors = {piece.tensor for group in self._block_groups(state.model) for piece in group.slices}
+        tensors = {piece.tensor for group in self.block_groups(state.model) for piece in group.slices}
         shared = other.touches(state) & {name.rpartition(".")[0] for name in tensors}
         return shape_conflict(self, other, shared, earlier)
 
-    def _settle(self, model: nn.Module) -> None:
-        """``auto`` becomes ``mlp`` or ``channels``."""
-        if self._kind == "auto":
-            self._kind = "mlp" if is_transformers(model) or find_mlps(model) else "channels"
-
-    def _channel_targets(self, model: nn.Module) -> dict[str, nn.Module]:
-        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        there = [kind.__name__ for kind in kinds if any(isinstance(m, kind) for m in model.modules())]
-        chosen = select(model, self.targets or there or ["Linear"], self.ignore)
-        if wrong := [f"{n} ({type(m).__name__})" for n, m in chosen.items() if not isinstance(m, kinds)]:
-            raise ValueError(f"targets without output channels: {', '.join(wrong[:5])}; name Linears and convolutions")
-        return chosen
-
-    def _block_groups(self, model: nn.Module) -> list[Group]:
-        found = find_mlps(model) if self._kind == "mlp" else find_heads(model)
-        if not found:
-            what = "MLP (such as gate_proj, up_proj, down_proj, or fc1, fc2)"
-            if self._kind == "heads":
-                what = "attention with q_proj, k_proj, v_proj, o_proj and a head_dim"
-            typed = self.override("dimension", "channels")
-            raise ValueError(f"found no {what} in this {type(model).__name__}; use dimension='channels'{typed}")
-        if self.targets is None and not self.ignore:
-            return found
-        names = [g.name for g in found]
-        chosen = select(model, self.targets or names, self.ignore)
-        if not (kept := [g for g in found if g.name in chosen]):
-            raise ValueError(
-                f"targets={self.targets} matches no {self._kind} group: a target names the module that holds one, "
-                f"such as {names[0]!r} or {type(model.get_submodule(names[0])).__name__!r}"
-            )
-        return kept
-
     def _take(self, groups: list[Group]) -> None:
         for group in groups:
-            self._check_size(group.name, group.units)
+            self.check_size(group.name, group.units)
         self._groups = {group.name: group for group in groups}
-
-    def _check_size(self, name: str, units: int) -> None:
-        what, kept = UNITS[self._kind], units_to_keep(units, self.ratio, self.round_to)
-        if kept < 1:
-            raise ValueError(f"ratio={self.ratio} leaves none of the {units} {what} of {name!r}; take less")
-        if self._kind == "heads" and abs(self.ratio * units - round(self.ratio * units)) > 1e-6:
-            whole = ", ".join(f"{i / units:.4g}" for i in range(1, units))
-            raise ValueError(
-                f"ratio={self.ratio} cuts through the {units} {what} of {name!r}, which go whole, with all queries "
-                f"that share them; {f'give one of {whole}' if whole else 'there is only one: use another dimension'}"
-            )
-        if kept == units and self.ratio:
-            raise ValueError(
-                f"ratio={self.ratio} with round_to={self.round_to} removes none of the {units} {what} of {name!r}; "
-                f"take a larger ratio or a smaller round_to, or ignore it"
-            )
 
     def _check_config(self, model: nn.Module) -> None:
         """Of transformers: all sizes at the end must be what a config can state."""
@@ -233,7 +151,7 @@ class StructuredPruningModifier(Modifier):
 
     def _follow_channels(self, state: State, args: Any, kwargs: Any) -> None:
         assert state.model is not None
-        targets = self._channel_targets(state.model)
+        targets = self.channel_targets(state.model)
         with model_precision():
             groups, outputs = find_channels(state.model, targets, args, kwargs)
         if named := [name for name in outputs if name in listed(self.targets or [])]:
@@ -281,14 +199,9 @@ class StructuredPruningModifier(Modifier):
             group = self._groups[name]
             channel_dim = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
             energy, tokens = input_energy(args[0], channel_dim, group.slices[place].index, self.token_mask)
-            self._add(name, energy, tokens)
+            self._statistics.add(name, energy, tokens)
 
         return watch
-
-    def _add(self, name: str, value_U: Tensor, count: int) -> None:
-        before = self._sums.get(name)
-        self._sums[name] = value_U.double() if before is None else before.to(value_U.device) + value_U
-        self._seen[name] = self._seen.get(name, 0) + count
 
     @property
     def _done(self) -> bool:
@@ -301,34 +214,11 @@ class StructuredPruningModifier(Modifier):
         for path, kept in (pair for step in steps[self._steps :] for pair in step.get("layers", {}).items()):
             left = {name: without_layers(group, path, kept) for name, group in self._groups.items()}
             self._groups = {group.name: group for group in left.values() if group is not None}
-            self._sums = {new: v for name, v in self._sums.items() if (new := moved(name, path, kept)) is not None}
-            self._seen = {new: v for name, v in self._seen.items() if (new := moved(name, path, kept)) is not None}
+            self._statistics.rename(path, kept)
             if self.hooked:
                 self.remove_hooks()
                 self._watch(model)
         self._steps = len(steps)
-
-    def _add_gradients(self, model: nn.Module) -> None:
-        tensors = tensors_of(model)
-        for name, group in self._groups.items():
-            pieces = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
-            gates = [unit_gate_gradient(W, W.grad, p.dim, p.index).square() for p, W in pieces if W.grad is not None]
-            if gates:
-                self._add(name, torch.stack(gates).sum(0), 1)
-
-    def _scores(self, model: nn.Module, group: Group) -> Tensor:
-        """Importance of each unit, float [U], on the CPU."""
-        if self.importance == "magnitude":
-            tensors = tensors_of(model)
-            matrices = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
-            none = torch.zeros(group.units, dtype=torch.float32)
-            return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), none).sqrt()
-        if not self._seen.get(group.name):
-            raise ValueError(
-                f"{self.name}: importance={self.importance!r}, but {group.name!r} saw no batch before the cut; give a "
-                f"later start, or calibration batches"
-            )
-        return (self._sums[group.name] / self._seen[group.name]).sqrt().cpu()
 
     # -- while training -----------------------------------------------------------------------------------------------
 
@@ -352,15 +242,9 @@ class StructuredPruningModifier(Modifier):
             assert state.model is not None
             self._follow_layers(state.model)
             if not self._done:
-                self._add_gradients(state.model)
+                self._statistics.add_gradients(state.model, self._groups)
         elif event.type_ == EventType.BATCH_END and self._late and self._groups:
             self._advance(state, event)
-
-    def ratio_at(self, index: float) -> float:
-        """Share that is gone at a point in time."""
-        assert self.start is not None
-        end = self.start if self.end is None else self.end
-        return value_at(self.schedule, progress(index, self.start, end), 0.0, self.ratio, self.power)
 
     def _advance(self, state: State, event: Event) -> None:
         self._late = not self._groups
@@ -393,7 +277,8 @@ class StructuredPruningModifier(Modifier):
         for group in self._groups.values():
             count = units_to_keep(group.dense, ratio, self.round_to)
             if count < group.units:
-                kept.append((group, strongest(self._scores(model, group), count)))
+                scores_U = self._statistics.scores(model, group, self.importance)
+                kept.append((group, strongest(scores_U, count)))
         if kept:
             tensors = tensors_of(model)
             cut = cut_of(kept, {name: t.shape for name, t in tensors.items()})
@@ -408,9 +293,7 @@ class StructuredPruningModifier(Modifier):
     def _renumber(self, kept: list[tuple[Group, Tensor]], cut: Cut) -> None:
         units = {group.name: places for group, places in kept}
         self._groups = {name: renumbered(g, units.get(name), cut) for name, g in self._groups.items()}
-        for name in units:
-            self._sums.pop(name, None)
-            self._seen.pop(name, None)
+        self._statistics.forget(units)
 
     def _attributes(self, model: nn.Module, kept: list[tuple[Group, Tensor]]) -> dict[str, dict[str, int]]:
         if self._kind != "heads":
@@ -430,33 +313,32 @@ class StructuredPruningModifier(Modifier):
 
     def _report(self, state: State, model: nn.Module) -> None:
         tensors, what = tensors_of(model), UNITS[self._kind]
-        said = f"the model: {self._before} -> {sum(p.numel() for p in model.parameters())} parameters"
+        total = f"the model: {self._before} -> {sum(p.numel() for p in model.parameters())} parameters"
         for group in self._groups.values():
             if group.units < group.dense:
                 now = _weights_of(tensors, group)
                 row = state.ledger.add(
                     group.name, "structured", scheme=f"{group.dense} -> {group.units} {what}", params=now
                 )
-                row.flags[:] = [said, *(flag for flag in row.flags if not flag.startswith("the model:"))]
+                row.flags[:] = [total, *(flag for flag in row.flags if not flag.startswith("the model:"))]
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        own = {
+        state = {
             "groups": group_state(self._groups.values()),
-            "sums": dict(self._sums),
-            "seen": dict(self._seen),
+            **self._statistics.state_dict(),
             "late": self._late,
             "before": self._before,
             "steps": self._steps,
         }
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if state["groups"]:
             self._groups = {g.name: g for g in group_from_state(state["groups"])}
-        self._sums, self._seen = dict(state["sums"]), dict(state["seen"])
+        self._statistics.load_state_dict(state)
         self._late, self._before, self._steps = state["late"], state["before"], state["steps"]
 
 
