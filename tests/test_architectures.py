@@ -23,7 +23,7 @@ from lightning_compress import (
     load,
     save,
 )
-from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.record import Quantized
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.plain_reader import read_by_transformers
 
@@ -172,7 +172,7 @@ def test_models_of_plain_torch_go_through_and_come_back(name, recipe, tmp_path):
         again = load(save(model, tmp_path / "out"), build())
         assert 1e-3 < (wanted - dense).norm() / dense.norm() < 1.5
         assert_close(again(batches[0]), wanted, rtol=0, atol=1e-6)
-    assert quantized_modules(again).keys() == quantized_modules(model).keys()
+    assert Quantized.find(again).keys() == Quantized.find(model).keys()
 
 
 def test_a_convolutional_net_is_read_by_plain_torch(tmp_path):

@@ -25,7 +25,7 @@ from lightning_compress.callback import CompressionCallback
 from lightning_compress.export.load import load
 from lightning_compress.export.save import save
 from lightning_compress.quant.packing import TENSOR_FIELDS
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 
 DTYPES = {
     "32-true": torch.float32,
@@ -151,7 +151,7 @@ def by_hand(model: nn.Module, modifier: Any) -> nn.Module:
 
 def contents(model: nn.Module) -> dict[str, Tensor]:
     """Weights, buffers, and all tensors of the records of quantization."""
-    records = {name: quantized_of(module) for name, module in quantized_modules(model).items()}
+    records = {name: record for name, (_, record) in Quantized.find(model).items()}
     kept = {f"{name} {f}": getattr(record, f) for name, record in records.items() for f in TENSOR_FIELDS}
     return {**model.state_dict(), **{name: value for name, value in kept.items() if value is not None}}
 
@@ -249,7 +249,7 @@ def test_a_float64_model_is_rounded_as_a_float64_reader_multiplies(name, argumen
 
 def records_are_finite(model: nn.Module) -> bool:
     """Scales above 0 and finite, in the weight and in the record."""
-    records = [quantized_of(module) for module in quantized_modules(model).values()]
+    records = [record for _, record in Quantized.find(model).values()]
     scales = [getattr(record, name) for record in records for name in SCALES]
     return all(bool((scale.isfinite() & (scale.float() > 0)).all()) for scale in scales if scale is not None)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_compress import CompressionCallback, GPTQModifier, MagnitudePruningModifier, QATModifier, load
-from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.record import Quantized
 from tests.support.training_runs import Regression, Sums, quiet
 
 STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
@@ -87,7 +87,7 @@ def test_the_export_computes_what_was_trained(tmp_path, options):
     with torch.no_grad():
         assert torch.equal(loaded(X), last.outputs)
         assert torch.equal(model(X), last.outputs)
-    assert list(quantized_modules(loaded)) == ["0", "2"]
+    assert list(Quantized.find(loaded)) == ["0", "2"]
 
 
 def test_checkpoints_load_without_this_package(tmp_path):
@@ -151,7 +151,7 @@ def test_best_weights_from_before_the_start_are_rounded_with_a_warning(tmp_path)
     model = Worse(torch.optim.Adam)
     with pytest.warns(UserWarning, match="the best checkpoint was saved before start=6.0.*set load_best=False"):
         quiet(tmp_path, CompressionCallback(qat(start=6)), keeping, max_epochs=3).fit(model, Sums())
-    assert list(quantized_modules(model)) == ["model.0", "model.2"]
+    assert list(Quantized.find(model)) == ["model.0", "model.2"]
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -263,7 +263,7 @@ def test_other_ways_to_train(tmp_path, options):
     callback = CompressionCallback(qat(), evaluate=False)
     kept = [] if options.get("precision") == "bf16-true" else [last]
     quiet(tmp_path, *kept, callback, **options).fit(model, Sums())
-    assert list(quantized_modules(model)) == ["model.0", "model.2"]
+    assert list(Quantized.find(model)) == ["model.0", "model.2"]
     if kept and "precision" not in options:
         assert torch.equal(model(X), last.outputs)
 
@@ -308,7 +308,7 @@ RANKS = """
 import sys, torch
 from pathlib import Path
 from lightning_compress import CompressionCallback
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning.pytorch.strategies import DDPStrategy
 from tests.test_qat_training import STATIC, X, from_gptq, module, qat
 from tests.support.training_runs import Sums, quiet
@@ -319,9 +319,9 @@ callback = CompressionCallback({"qat": qat, "from_gptq": from_gptq}[sys.argv[2]]
     inputs=STATIC, start=2, averaging_constant=0.5))
 trainer = quiet(folder, callback, strategy=DDPStrategy(process_group_backend="gloo"), devices=2, max_epochs=2)
 trainer.fit(model, data)
-made = quantized_modules(model).items()
-said = {n: (quantized_of(m).scale, quantized_of(m).input_scale, m.weight.data) for n, m in made}
-torch.save(said, folder / f"rank{trainer.global_rank}.pt")
+records = Quantized.find(model).items()
+scales = {name: (record.scale, record.input_scale, layer.weight.data) for name, (layer, record) in records}
+torch.save(scales, folder / f"rank{trainer.global_rank}.pt")
 """
 
 

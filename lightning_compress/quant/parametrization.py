@@ -29,7 +29,7 @@ from lightning_compress.layers.matrix import as_matrix, is_transposed, write_mat
 from lightning_compress.ops.fake_quant import learned_step, relative_step, straight_through
 from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.input_parametrization import FakeQuantizeInput
-from lightning_compress.quant.record import Quantized, attach
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import integer_range
 
@@ -294,7 +294,7 @@ def finish(module: nn.Module) -> Quantized:
     assert fake is not None
     quantized = fake.record(original_weight(module).t() if fake.transposed else original_weight(module).flatten(1))
     _take_off(module, leave_parametrized=True)
-    attach(module, quantized)
+    quantized.attach(module)
     return quantized
 
 

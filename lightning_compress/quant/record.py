@@ -75,23 +75,3 @@ def note_rows(module: nn.Module, x: Tensor, args: QuantizationArgs) -> None:
 def saw_rows(module: nn.Module) -> bool:
     """Whether :func:`note_rows` noted such an input."""
     return getattr(module, _ROWS, False)
-
-
-def attach(module: nn.Module, quantized: Quantized) -> None:
-    """For code that is not moved to :class:`Record` yet."""
-    quantized.attach(module)
-
-
-def detach(module: nn.Module) -> None:
-    """For code that is not moved to :class:`Record` yet."""
-    Quantized.detach(module)
-
-
-def quantized_of(module: nn.Module) -> Quantized | None:
-    """For code that is not moved to :class:`Record` yet."""
-    return Quantized.of(module)
-
-
-def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """For code that is not moved to :class:`Record` yet."""
-    return {name: module for name, (module, _) in Quantized.find(model).items()}

@@ -16,7 +16,7 @@ from lightning_compress import (
 )
 from lightning_compress.calibration import calibrate
 from lightning_compress.core import Event, EventType, Lifecycle, State
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 from tests.support.architecture_models import ARCHITECTURES
 
 BOTH = {"targets": ["Embedding", "Linear"], "scheme": "W4A16", "group_size": 8}
@@ -58,7 +58,7 @@ def test_each_row_goes_to_nearest_in_groups_of_its_features():
     for name in ("words", "twin", "bag"):
         weight = model.get_submodule(name).weight.detach()
         assert_close(weight, nearest(before[f"{name}.weight"]), rtol=0, atol=1e-6)
-        assert quantized_of(model.get_submodule(name)).scale.shape == (24, 2)
+        assert Quantized.of(model.get_submodule(name)).scale.shape == (24, 2)
     row = next(row for row in ledger if row.module == "words")
     assert row.scheme == "W4A16 g8 sym"
     assert row.flags == ["an embedding: rounded to nearest, scales by minmax"]
@@ -106,7 +106,7 @@ def test_embeddings_with_one_table_are_rounded_once(kind):
     ledger = compress(model, kind(**BOTH, scale_search="minmax"), tokens())
     assert model.twin.weight is model.words.weight
     assert_close(model.words.weight.detach(), nearest(before), rtol=0, atol=1e-6)
-    assert quantized_of(model.twin) is quantized_of(model.words)
+    assert Quantized.of(model.twin) is Quantized.of(model.words)
     flags = {row.module: row.flags for row in ledger}
     assert flags["twin"] == ["looks its rows up in the table of words"]
 
@@ -118,7 +118,7 @@ def test_a_table_that_is_the_head_too_is_refused_with_what_to_do(name, kind):
     targets = ["re:.*(embed_tokens|shared|wte|word_embeddings)$"]
     with pytest.raises(ValueError, match=r"shared with '.*untie the two: give one of them a copy.*tie_word_embeddings"):
         Lifecycle([kind(**BOTH | {"targets": targets})]).initialize(State(model=model))
-    assert not quantized_modules(model)
+    assert not Quantized.find(model)
 
 
 def test_untied_as_the_message_says_the_head_stays_as_it_was():
@@ -128,7 +128,7 @@ def test_untied_as_the_message_says_the_head_stays_as_it_was():
     before = head.weight.detach().clone()
     compress(model, QuantizationModifier(targets=["Embedding"], scheme="W4A16", group_size=8), None)
     assert torch.equal(head.weight, before)
-    assert sorted(quantized_modules(model)) == ["transformer.wpe", "transformer.wte"]
+    assert sorted(Quantized.find(model)) == ["transformer.wpe", "transformer.wte"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_training_looks_up_rows_on_their_grid_and_leaves_them_there(gradient):
         wanted = model(batches[0])
         lifecycle.finalize(State(model=model))
         assert torch.equal(model(batches[0]), wanted)
-    record = quantized_of(model.words)
+    record = Quantized.of(model.words)
     codes = model.words.weight.detach().unflatten(1, (-1, 8)) / record.scale[..., None]
     assert_close(codes, codes.round(), rtol=0, atol=1e-4)
 

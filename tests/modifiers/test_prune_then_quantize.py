@@ -17,7 +17,7 @@ from lightning_compress import (
 )
 from lightning_compress.layerwise.factor import factorize
 from lightning_compress.modifiers.gptq.solver import round_columns
-from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
 from tests.support.pruning_runs import kept_per_group, problem
 from tests.support.quantization_runs import correlated
@@ -49,7 +49,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 def test_two_of_four_stays_through_gptq_export_and_load(tmp_path, grid, walk):
     model = network()
     ledger = compress(model, [SparseGPTModifier(mask_structure="2:4"), GPTQModifier(**grid)], data(), walk=walk)
-    assert len(quantized_modules(model)) == 4
+    assert len(Quantized.find(model)) == 4
     assert [row.technique for row in ledger].count("sparsegpt") == 4
     assert {row.sparsity for row in ledger if row.technique == "sparsegpt"} == {0.5}
     assert all(row.sparsity >= 0.5 for row in ledger if row.technique == "gptq")

@@ -26,7 +26,7 @@ from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.modifiers.constant import ConstantPruningModifier
 from lightning_compress.quant.parametrization import fake_quantize_of
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 from tests.support.training_loop import network, train
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(5))
@@ -79,7 +79,7 @@ def test_what_was_trained_is_what_is_left(name, gradient):
     model, lifecycle = trained(QATModifier(**GRIDS[name], gradient=gradient, averaging_constant=0.5))
     before, after = finished(model, lifecycle)
     assert torch.equal(before, after)
-    assert list(quantized_modules(model)) == ["0", "2"]
+    assert list(Quantized.find(model)) == ["0", "2"]
     again = network()
     again.load_state_dict(model.state_dict())
     assert type(model[0]) is nn.Linear
@@ -201,7 +201,7 @@ def test_static_activations_average_the_extremes_of_batches_until_they_freeze():
     for lowest, highest in seen[1:6]:
         low, high = low + 0.25 * (float(lowest) - low), high + 0.25 * (float(highest) - high)
     finished(model, lifecycle)
-    assert_close(quantized_of(model[0]).input_scale.item(), max(-low, high) / 127.5)
+    assert_close(Quantized.of(model[0]).input_scale.item(), max(-low, high) / 127.5)
 
 
 def test_a_model_in_eval_mode_is_observed_too():
@@ -217,7 +217,7 @@ def test_a_model_in_eval_mode_is_observed_too():
         model(3 * x)
     lifecycle.emit(state, Event(EventType.BATCH_END))
     finished(model, lifecycle)
-    assert_close(quantized_of(model[0]).input_scale.item(), float(x.abs().max()) / 127.5)
+    assert_close(Quantized.of(model[0]).input_scale.item(), float(x.abs().max()) / 127.5)
 
 
 @pytest.mark.parametrize("inputs", [STATIC, STATIC | {"symmetric": False}, STATIC | {"type": "float"}], ids=str)
@@ -239,7 +239,7 @@ def test_static_activation_scales_are_observed_then_learned_then_stand(inputs):
     assert fake_quantize_of(model[2]).input.change.grad == 0  # a gradient, for DDP, but zero
     before, after = finished(model, lifecycle)
     assert torch.equal(before, after)
-    assert quantized_of(model[2]).input_scale.item() == scales[-1]
+    assert Quantized.of(model[2]).input_scale.item() == scales[-1]
     assert list(model.state_dict()) == list(network().state_dict())
 
 
@@ -283,14 +283,14 @@ def test_training_starts_from_what_gptq_rounded(layer, grid):
         assert (latent[:, ::2] == 0).all()
     lifecycle.finalize(State(model=model))
     assert torch.equal(module.weight, weight)
-    assert quantized_of(module).latent is None
+    assert Quantized.of(module).latent is None
 
 
 def test_latents_stay_behind_when_the_weight_has_changed():
     model, data = network(), [torch.randn(64, 16)]
     compress(model, GPTQModifier(scheme="W3A16", group_size=8, keep_latents=True), data)
-    kept = quantized_of(model[0]).latent.clone()
-    scale = quantized_of(model[0]).scale
+    kept = Quantized.of(model[0]).latent.clone()
+    scale = Quantized.of(model[0]).scale
     with torch.no_grad():
         model[0].weight[0] -= scale[0].repeat_interleave(8)
     changed = model[0].weight.detach().clone()
@@ -306,7 +306,7 @@ def test_latents_are_not_exported(tmp_path):
     save(model, tmp_path / "out")
     names = load_file(tmp_path / "out" / "model.safetensors")
     assert {name.rpartition(".")[2] for name in names} == {"weight_packed", "weight_scale", "weight_shape", "bias"}
-    assert quantized_of(load(tmp_path / "out", network(), packed=False)[0]).latent is None
+    assert Quantized.of(load(tmp_path / "out", network(), packed=False)[0]).latent is None
 
 
 def test_training_goes_on_from_gptq():
@@ -316,7 +316,7 @@ def test_training_goes_on_from_gptq():
     compress(model, GPTQModifier(scheme="W3A16", group_size=8), data)
     lifecycle = Lifecycle([QATModifier(scheme="W3A16", group_size=8)])
     lifecycle.initialize(State(model=model))
-    assert quantized_modules(model) == {}
+    assert Quantized.find(model) == {}
     assert torch.equal(model(X), gptq(X))  # the very model that GPTQ made
     train(model, [], 3, lifecycle=lifecycle)
     before, after = finished(model, lifecycle)
@@ -349,12 +349,12 @@ def test_one_recipe_quantizes_first_and_trains_then():
     assert [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()] == accumulators  # DDP's hooks
     assert torch.equal(model(X), expected(X))
     for layer in (0, 2):
-        assert torch.equal(model[layer].parametrizations.weight.original, quantized_of(expected[layer]).latent)
+        assert torch.equal(model[layer].parametrizations.weight.original, Quantized.of(expected[layer]).latent)
     train(model, [], 3, lifecycle=lifecycle)
     assert not torch.equal(model(X), expected(X))
     before, after = finished(model, lifecycle)
     assert torch.equal(before, after)
-    assert list(quantized_modules(model)) == ["0", "2"]
+    assert list(Quantized.find(model)) == ["0", "2"]
 
 
 def test_without_training_the_recipe_is_gptq():
@@ -477,7 +477,7 @@ def test_another_quantizer_on_other_modules():
     ]
     ledger = compress(model, both, data)
     assert [(row.module, row.technique) for row in ledger] == [("2", "gptq"), ("0", "qat")]
-    assert list(quantized_modules(model)) == ["0", "2"]
+    assert list(Quantized.find(model)) == ["0", "2"]
 
 
 # -- BatchNorm --------------------------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_a_run_that_never_started_leaves_the_model_as_it_is():
     with pytest.warns(UserWarning, match="never started"):
         before, after = finished(model, lifecycle)
     assert torch.equal(before, after)
-    assert quantized_modules(model) == {}
+    assert Quantized.find(model) == {}
 
 
 def test_the_ledger_says_what_was_done():
@@ -589,7 +589,7 @@ def test_a_model_that_was_quantized_otherwise():
     ):
         with pytest.raises(ValueError, match=message):
             Lifecycle([modifier]).initialize(State(model=model))
-        assert list(quantized_modules(model)) == ["0", "2"]
+        assert list(Quantized.find(model)) == ["0", "2"]
         assert fake_quantize_of(model[0]) is None
 
 

@@ -14,7 +14,7 @@ from lightning_compress.core import Lifecycle, State
 from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.quant import scales
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.quantization_runs import attention, batches, calibrate, correlated, weights
 
@@ -58,7 +58,7 @@ def test_every_weight_is_on_the_grid_that_is_exported(bits, grain, symmetric, se
         QuantizationModifier(config_groups=groups(num_bits=bits, symmetric=symmetric, **grain), scale_search=search),
         [],
     )
-    record = quantized_of(model.q)
+    record = Quantized.of(model.q)
     args = record.scheme.weights
     zero = torch.zeros_like(record.scale, dtype=torch.int8) if record.zero_point is None else record.zero_point
     codes = quantize(model.q.weight, record.scale, zero, args, dtype=torch.int8)
@@ -72,7 +72,7 @@ def test_every_weight_is_on_the_grid_that_is_exported(bits, grain, symmetric, se
 def test_low_precision_weights_reload_to_the_bit(dtype):
     model = attention().to(dtype)
     calibrate(model, QuantizationModifier(scheme="W8A16", group_size=32), [])
-    record = quantized_of(model.q)
+    record = Quantized.of(model.q)
     assert record.scale.dtype == model.q.weight.dtype == dtype
     zero = torch.zeros_like(record.scale, dtype=torch.int8)
     wide = model.q.weight.float(), record.scale.float()  # in bf16 the quotient itself misses 8-bit codes
@@ -115,7 +115,7 @@ def test_static_activations_by_their_extremes():
     modifier = QuantizationModifier(scheme="FP8", ignore="spare")
     assert modifier.needs.data
     calibrate(model, modifier, data)
-    record = quantized_of(model.q)
+    record = Quantized.of(model.q)
     assert_close(record.input_scale, torch.stack(data).abs().max()[None] / 448)
     assert record.input_zero_point is None
     assert_close(record.scale, model.q.weight.abs().max()[None] / 448)
@@ -130,7 +130,7 @@ def test_padding_does_not_stretch_static_activations():
     padded[0, 30:] = 1e4
     modifier = QuantizationModifier(scheme="FP8", targets=["q"])
     calibrate(model, modifier, [padded], [mask])
-    assert_close(quantized_of(model.q).input_scale, x[mask].abs().max()[None] / 448)
+    assert_close(Quantized.of(model.q).input_scale, x[mask].abs().max()[None] / 448)
 
 
 def test_static_asymmetric_activations():
@@ -138,7 +138,7 @@ def test_static_asymmetric_activations():
     config["g"] |= {"input_activations": {"num_bits": 8, "symmetric": False}, "targets": ["q", "k", "v", "o"]}
     model = attention()
     calibrate(model, QuantizationModifier(config_groups=config, observer="mse"), batches(2))
-    record = quantized_of(model.o)
+    record = Quantized.of(model.o)
     assert record.input_zero_point.shape == record.input_scale.shape == (1,)
     model(batches(1)[0])
 
@@ -150,7 +150,7 @@ def test_static_targets_that_never_saw_data_are_named_and_left():
         ledger = calibrate(model, QuantizationModifier(scheme="FP8"), batches(1))
     assert ledger.rows[-1].flags == ["never saw data; left as it was"]
     assert torch.equal(model.spare.weight, before["spare.weight"])
-    assert quantized_of(model.spare) is None
+    assert Quantized.of(model.spare) is None
 
 
 def test_imatrix_scales_lower_the_error_that_inputs_weigh():
@@ -202,7 +202,7 @@ def test_hessian_scales_are_those_of_the_blocks_on_the_diagonal_of_h():
         calibrate(model, QuantizationModifier(**modifier, share_inputs=name != "alone"), given, masks)
         for n in "qkv":
             expected = scales.search(as_matrix(before.get_submodule(n)), args, H_Ggg=H_Ggg)[0]
-            assert_close(quantized_of(model.get_submodule(n)).scale, expected, rtol=1e-3, atol=0)
+            assert_close(Quantized.of(model.get_submodule(n)).scale, expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("layer", ["grouped conv", "transposed"])
@@ -233,7 +233,7 @@ def test_hessian_scales_are_the_same_in_one_pass_and_in_two():
         model, data = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].batches(2)
         arguments = {"targets": ["re:.*layers.0.*proj"], "scheme": "W3A16", "group_size": 16}
         compress(model, QuantizationModifier(**arguments, scale_search="hessian"), data, walk=walk)
-        found.append({n: quantized_of(model.get_submodule(f"model.layers.0.self_attn.{n}_proj")).scale for n in "qkv"})
+        found.append({n: Quantized.of(model.get_submodule(f"model.layers.0.self_attn.{n}_proj")).scale for n in "qkv"})
     assert_close(found[0], found[1], rtol=1e-3, atol=0)
 
 
@@ -323,5 +323,5 @@ def test_nothing_is_warned_of_when_all_is_well():
 def test_args_are_those_of_compressed_tensors():
     model = attention()
     calibrate(model, QuantizationModifier(config_groups=groups(num_bits=3, group_size=16)), [])
-    assert quantized_of(model.q).scheme.weights == QuantizationArgs(num_bits=3, group_size=16)
+    assert Quantized.of(model.q).scheme.weights == QuantizationArgs(num_bits=3, group_size=16)
     assert as_matrix(model.q).dtype == torch.float32

@@ -15,7 +15,7 @@ from lightning_compress.modifiers.autoround.block import LearnedBlock
 from lightning_compress.modifiers.autoround.descent import Descent, descend, drawn
 from lightning_compress.modifiers.autoround.grid import LearnedGrid, OnGrid
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.record import quantized_modules, quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.schemes import from_groups
 from tests.support import quantization_runs
@@ -61,9 +61,9 @@ def test_the_blocks_of_any_architecture_are_learned(name, init):
     modifier = AutoRoundModifier(config_groups=groups(name), ignore=ignore(model), iters=12, lr=0.05, init=init)
     ledger = compress(model, modifier, data)
     rows = {row.module: row for row in ledger}
-    assert set(rows) == set(quantized_modules(model)) != set()
+    assert set(rows) == set(Quantized.find(model)) != set()
     for module_name, row in rows.items():
-        record, W_RC = quantized_of(model.get_submodule(module_name)), as_matrix(model.get_submodule(module_name))
+        record, W_RC = Quantized.of(model.get_submodule(module_name)), as_matrix(model.get_submodule(module_name))
         assert torch.equal(round_weight(W_RC, record.scale, record.zero_point, record.scheme.weights), W_RC)
         assert record.scale.dtype == W_RC.dtype
         before, after = errors(row)
@@ -140,7 +140,7 @@ def test_without_steps_it_is_gptq():
     compress(ours, AutoRoundModifier(**scheme, iters=0), data)
     compress(theirs, GPTQModifier(**scheme), data)
     assert torch.equal(ours[0].weight, theirs[0].weight)
-    assert torch.equal(quantized_of(ours[0]).scale, quantized_of(theirs[0]).scale)
+    assert torch.equal(Quantized.of(ours[0]).scale, Quantized.of(theirs[0]).scale)
 
 
 # -- the block --------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_padding_does_not_count():
     models = [build("llama"), build("llama")]
     for model, batch in zip(models, (data, other), strict=True):
         compress(model, AutoRoundModifier(config_groups=groups("llama"), ignore=["lm_head"], iters=6), batch)
-    for name, module in quantized_modules(models[0]).items():
+    for name, (module, _) in Quantized.find(models[0]).items():
         assert_close(module.weight, models[1].get_submodule(name).weight)
 
 
@@ -231,7 +231,7 @@ def test_the_rest_of_the_model_stays_as_it_is():
     hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
     compress(model, AutoRoundModifier(config_groups=groups("llama"), ignore=["lm_head"], iters=4), batches("llama"))
     assert list(model.state_dict()) == keys
-    learned = {f"{name}.weight" for name in quantized_modules(model)}
+    learned = {f"{name}.weight" for name in Quantized.find(model)}
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert new.grad is None
         assert new.requires_grad == old.requires_grad
@@ -249,7 +249,7 @@ def test_the_seed_decides_and_the_mode_of_the_caller_does_not():
                 AutoRoundModifier(config_groups=groups("gelu"), iters=9, batch_size=1, seed=seed, init="rtn"),
                 batches("gelu"),
             )
-        return torch.cat([module.weight.flatten() for module in quantized_modules(model).values()])
+        return torch.cat([module.weight.flatten() for module, _ in Quantized.find(model).values()])
 
     first = result(0)
     assert torch.equal(first, result(0))
@@ -338,7 +338,7 @@ def test_who_never_saw_data_is_named_and_rounded():
     with pytest.warns(UserWarning, match="AutoRoundModifier: spare never saw data and were rounded to nearest"):
         rows = {row.module: row for row in compress(model, modifier, quantization_runs.batches(2))}
     assert rows["spare"].flags == ["never saw data; rounded to nearest"]
-    assert quantized_of(model.spare) is not None
+    assert Quantized.of(model.spare) is not None
 
 
 class Stemmed(nn.Module):

@@ -17,7 +17,7 @@ from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.gptq.solver import round_columns
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
-from lightning_compress.quant.record import detach, quantized_of
+from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
 from tests.support.quantization_runs import attention, batches, calibrate, correlated, weights
 
@@ -59,7 +59,7 @@ def test_the_walk_solves_each_module_with_its_own_inputs():
         scale, zero = minmax(W, args)
         expected, _ = round_columns(W, scale, zero, args, factorize(H, 0.01, True))
         assert_close(model.get_parameter(f"{name}.weight"), expected, msg=name)
-        assert torch.equal(quantized_of(model.get_submodule(name)).scale, scale)
+        assert torch.equal(Quantized.of(model.get_submodule(name)).scale, scale)
     assert [row.module for row in ledger] == ["q", "k", "v", "o"]
 
 
@@ -97,7 +97,7 @@ def test_two_schemes_on_one_input_share_the_factor_only(monkeypatch):
     model, plain = attention(), attention()
     calibrate(model, made(scheme={"W4A16": ["q", "v"], "W8A16": "k"}, ignore=[]), batches())
     assert calls == [64]
-    assert [quantized_of(m).scheme.weights.num_bits for m in (model.q, model.k, model.v)] == [4, 8, 4]
+    assert [Quantized.of(m).scheme.weights.num_bits for m in (model.q, model.k, model.v)] == [4, 8, 4]
     calibrate(plain, made(targets=["q"], ignore=[]), batches())
     assert_close(model.q.weight, plain.q.weight)
 
@@ -153,7 +153,7 @@ def test_every_weight_is_on_the_grid_that_is_exported(bits, grain, symmetric):
     model = attention()
     calibrate(model, GPTQModifier(config_groups=config), batches(2))
     for layer in (model.q, model.o):
-        record = quantized_of(layer)
+        record = Quantized.of(layer)
         args = record.scheme.weights
         zero = torch.zeros_like(record.scale, dtype=torch.int8) if record.zero_point is None else record.zero_point
         codes = quantize(layer.weight, record.scale, zero, args, dtype=torch.int8)
@@ -204,13 +204,13 @@ def test_the_conv1d_of_transformers_is_a_transposed_linear():
         modifier = GPTQModifier(scheme="W4A16", group_size=16, targets=[type(layer).__name__])
         calibrate(nn.Sequential(layer), modifier, [correlated(100, 32).view(2, 50, 32)])
     assert torch.equal(conv1d.weight.t(), linear.weight)
-    assert torch.equal(quantized_of(conv1d).scale, quantized_of(linear).scale)
+    assert torch.equal(Quantized.of(conv1d).scale, Quantized.of(linear).scale)
 
 
 def test_low_precision_weights():
     model = attention().bfloat16()
     calibrate(model, made(scheme="W8A16"), [x.bfloat16() for x in batches(1)])
-    record = quantized_of(model.q)
+    record = Quantized.of(model.q)
     assert record.scale.dtype == model.q.weight.dtype == torch.bfloat16
     codes = (model.q.weight.view(64, 4, 16).float() / record.scale[..., None].float()).round()
     assert torch.equal((codes * record.scale[..., None].float()).bfloat16().view(64, 64), model.q.weight)
@@ -229,7 +229,7 @@ def test_fp8_weights_and_static_activations():
     model, data = attention(), batches(2)
     dense, X = weights(model), inputs_of(model, data)
     ledger = calibrate(model, made(scheme="FP8", group_size=None), data)
-    record = quantized_of(model.q)
+    record = Quantized.of(model.q)
     assert_close(record.input_scale, torch.stack(data).abs().max()[None] / 448)
     assert torch.equal((model.q.weight / record.scale).to(torch.float8_e4m3fn).float() * record.scale, model.q.weight)
     scale = dense["q.weight"].abs().max() / 448
@@ -242,7 +242,7 @@ def test_the_column_order_is_written_into_the_scheme():
     for order, expected in (("static", "static"), ("weight", "weight"), (None, None)):
         model = attention()
         calibrate(model, made(actorder=order), batches(1))
-        assert quantized_of(model.q).scheme.weights.actorder == expected
+        assert Quantized.of(model.q).scheme.weights.actorder == expected
 
 
 def test_targets_that_never_saw_data_are_named_and_rounded():
@@ -255,7 +255,7 @@ def test_targets_that_never_saw_data_are_named_and_rounded():
     blocks = before.view(64, 4, 16)
     scale = blocks.abs().amax(-1, keepdim=True) / 7.5
     assert_close(model.spare.weight, ((blocks / scale).round().clamp(-8, 7) * scale).view(64, 64))
-    assert quantized_of(model.spare) is not None
+    assert Quantized.of(model.spare) is not None
 
 
 def test_static_targets_that_never_saw_data_are_left():
@@ -263,7 +263,7 @@ def test_static_targets_that_never_saw_data_are_left():
     with pytest.warns(UserWarning, match="left as they were"):
         ledger = calibrate(model, made(scheme="FP8", group_size=None, ignore=[]), batches(1))
     assert ledger.rows[-1].flags == ["never saw data; left as it was"]
-    assert quantized_of(model.spare) is None
+    assert Quantized.of(model.spare) is None
 
 
 def test_multihead_attention_uses_its_projection_behind_the_hooks_back():
@@ -325,7 +325,7 @@ def test_inputs_that_are_all_zero_are_rounded_to_nearest():
     calibrate(model, made(targets=["q"], ignore=[]), [torch.zeros(1, 9, 64)])
     calibrate(plain, QuantizationModifier(scheme="W4A16", group_size=16, targets=["q"]), [])
     assert torch.isfinite(model.q.weight).all()
-    assert (model.q.weight - plain.q.weight).abs().max() < quantized_of(plain.q).scale.max()
+    assert (model.q.weight - plain.q.weight).abs().max() < Quantized.of(plain.q).scale.max()
 
 
 def test_modules_that_part_after_sharing():
@@ -466,7 +466,7 @@ def test_inference_mode_leaves_weights_that_can_be_trained():
     with torch.inference_mode():
         calibrate(model, made(), batches(1))
     assert not model.q.weight.is_inference()
-    assert not quantized_of(model.q).scale.is_inference()
+    assert not Quantized.of(model.q).scale.is_inference()
     model(batches(1)[0]).sum().backward()
     assert as_matrix(model.q).shape == inputs_as_rows(model.q, batches(1)[0]).shape[2:] * 2
 
@@ -491,7 +491,7 @@ def test_every_walk_quantizes_every_target(walk):
     ledger = compress(model, GPTQModifier(scheme="W4A16", group_size=16, ignore="lm_head"), tokens(), walk=walk)
     assert len(ledger) == 14
     assert all(not row.flags and row.tokens == 240 and row.error < 0.02 for row in ledger)
-    assert quantized_of(model.lm_head) is None
+    assert Quantized.of(model.lm_head) is None
 
 
 def test_in_one_pass_every_module_is_solved_with_the_inputs_that_it_gets_in_the_end():
@@ -501,7 +501,7 @@ def test_in_one_pass_every_module_is_solved_with_the_inputs_that_it_gets_in_the_
     compress(model, modifier, tokens(), walk="one_pass")
     rows: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
-        if quantized_of(module) is not None:
+        if Quantized.of(module) is not None:
             keep = lambda _, args, name=name: rows.setdefault(name, []).append(args[0].flatten(0, 1))  # noqa: E731
             module.register_forward_pre_hook(keep)
     with torch.no_grad():
@@ -567,10 +567,10 @@ def test_no_row_loses_more_than_with_min_max_scales(symmetric, groups):
         compress(nn.Sequential(model), quantize_it, data, walk="whole")
         E = (as_matrix(model[0]) - W).view(groups, -1, H.shape[1])
         losses[search] = ((E @ H) * E).sum(-1).flatten()
-        quantized = quantized_of(model[0])
+        quantized = Quantized.of(model[0])
         grid_of = (quantized.scale, quantized.zero_point, quantized.scheme.weights)
         codes = quantize(as_matrix(model[0]), *grid_of, dtype=torch.int8)
         assert_close(dequantize(codes, *grid_of), as_matrix(model[0]), rtol=1e-6, atol=1e-6)
-        detach(model[0])
+        Quantized.detach(model[0])
     assert (losses["hessian"] <= losses["minmax"] * 1.0001).all()
     assert losses["hessian"].sum() < 0.95 * losses["minmax"].sum()

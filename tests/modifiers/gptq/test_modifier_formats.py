@@ -7,7 +7,7 @@ from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.record import quantized_of
+from lightning_compress.quant.record import Quantized
 from tests.support.quantization_runs import attention, batches, calibrate, weights
 
 FORMATS = ["NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"]
@@ -40,7 +40,7 @@ def test_better_than_rounding_and_on_the_grid(scheme):
         calibrate(model, rounding(**arguments, **options, ignore=["spare"]), data)
         found[how] = loss(model, before, H)
         for name in "qkvo":
-            record, W = quantized_of(model.get_submodule(name)), model.get_submodule(name).weight
+            record, W = Quantized.of(model.get_submodule(name)), model.get_submodule(name).weight
             assert torch.equal(round_weight(W, record.scale, record.zero_point, record.scheme.weights), W)
     assert found["minmax"] < 0.8 * found["rtn"]
     assert found["hessian"] < (0.95 if scheme == "NVFP4A16" else 1.05) * found["minmax"]
@@ -49,9 +49,9 @@ def test_better_than_rounding_and_on_the_grid(scheme):
 def test_nvfp4_with_activations_is_calibrated():
     model, data = attention(), batches(3)
     calibrate(model, GPTQModifier(scheme="NVFP4", ignore=["spare"]), data)
-    record = quantized_of(model.q)
+    record = Quantized.of(model.q)
     assert torch.equal(record.input_global_scale, 448 * 6 / torch.stack(data).abs().max()[None])
-    shared = [quantized_of(model.get_submodule(n)).global_scale for n in "qk"]
+    shared = [Quantized.of(model.get_submodule(n)).global_scale for n in "qk"]
     assert shared[0] != shared[1]  # q and k alone are no names that servers fuse
     dense = torch.nn.functional.linear(data[0], model.q.weight, model.q.bias)
     assert 0.001 < (model.q(data[0]) - dense).norm() / dense.norm() < 0.2

@@ -18,7 +18,7 @@ from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.pruning.masks import keep_mask
-from lightning_compress.quant.record import quantized_modules
+from lightning_compress.quant.record import Quantized
 from tests.support.pruning_runs import kept_per_group
 from tests.support.training_loop import network, train
 
@@ -322,7 +322,7 @@ def test_quantized_after_training_its_zeros_stay():
     data = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     with pytest.warns(UserWarning, match="no training step was made, so that the masks are those it begins with"):
         compress(model, [LearnedMaskModifier(end=9), GPTQModifier(scheme="W4A16", group_size=16)], data)
-    assert list(quantized_modules(model)) == ["0", "2"]
+    assert list(Quantized.find(model)) == ["0", "2"]
     assert (kept_per_group(model[0].weight.detach(), 4) <= 2).all()
     assert (model[0].weight == 0).float().mean() >= 0.5
 
