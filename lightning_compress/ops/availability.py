@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run where a tensor is; where they do not, the reason is said."""
+"""Whether Triton's kernels run on the device of a tensor; where they do not, a warning gives the reason."""
 
 import importlib.metadata
 import importlib.util
@@ -12,11 +12,11 @@ from torch import Tensor
 __all__ = ["OLDEST", "calls_kernel", "kernel_runs", "triton_version"]
 
 OLDEST = (3, 6)  # the first Triton that the kernels were compiled and interpreted with
-DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")  # that bring the module
+DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")  # distributions that contain the module
 
 
 def calls_kernel(x: Tensor) -> bool:
-    """Whether a kernel is called for x right away: on CUDA, in eager mode, where nothing traces or wraps x."""
+    """Whether a kernel is called for x directly: on CUDA, in eager mode, where nothing traces or wraps x."""
     return x.is_cuda and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -25,14 +25,14 @@ def kernel_runs(device: torch.device, instead: str, unfit: str | None = None) ->
 
     Args:
         device: A CUDA device.
-        instead: What happens without the kernel, as a main clause.
-        unfit: Why the kernel does not take the case at hand, if it does not.
+        instead: Main clause of the warning: what happens without the kernel.
+        unfit: Reason why the kernel cannot compute this case; None if it can.
     """
     if importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed (pip install triton)"
     elif (version := triton_version()) is not None and version < OLDEST:
-        found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
-        reason = f"Triton {found} is older than {oldest} (pip install -U triton)"
+        installed, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
+        reason = f"Triton {installed} is older than {oldest} (pip install -U triton)"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     elif unfit is not None:
@@ -45,11 +45,11 @@ def kernel_runs(device: torch.device, instead: str, unfit: str | None = None) ->
 
 @cache
 def triton_version() -> tuple[int, ...] | None:
-    """Of the Triton that is installed, major and minor; None where it does not say."""
+    """Major and minor version of the installed Triton; None if it is unknown."""
     for name in DISTRIBUTIONS:
         try:
-            found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version(name))
+            numbers = re.match(r"(\d+)\.(\d+)", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
-        return None if found is None else (int(found[1]), int(found[2]))
+        return None if numbers is None else (int(numbers[1]), int(numbers[2]))
     return None

@@ -1,8 +1,8 @@
-"""Machine code on disk that nobody but this user can have written: a driver runs it as it is.
+"""Machine code on disk, in files that only this user can write, since a driver runs the code without checks.
 
     folder/<key>.cubin    the 32 bytes of the SHA-256 of the code, its length in 8 bytes, the code
 
-A file that is not whole (power was lost) is as good as none. Where there are no owners of files, nothing is kept.
+An incomplete file (after a power failure) counts as missing. On systems without owners of files nothing is stored.
 """
 
 import contextlib
@@ -20,33 +20,33 @@ WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class CodeCache:
-    """The codes of one folder.
+    """Machine code in one folder.
 
     Args:
-        folder: Made for this user alone (0700) at the first :meth:`write`.
+        folder: Path of the folder; the first :meth:`write` makes it, for this user alone (0700).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, key: str) -> bytes | None:
-        """The code; None when it is not there, not whole, or not this user's."""
+        """The code; None if the file is missing, incomplete, or not owned by this user."""
         try:
             with self._opened() as folder:
                 if folder is None:
                     return None
                 descriptor = os.open(f"{key}.cubin", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
                 with open(descriptor, "rb") as file:
-                    ours = _is_ours(descriptor) and stat.S_ISREG(os.fstat(descriptor).st_mode)
-                    content = file.read() if ours else b""
+                    trusted = _is_private(descriptor) and stat.S_ISREG(os.fstat(descriptor).st_mode)
+                    content = file.read() if trusted else b""
         except OSError:
             return None
         digest, size, code = content[:32], content[32:40], content[40:]
-        whole = len(code) == int.from_bytes(size, "little") > 0 and hashlib.sha256(code).digest() == digest
-        return code if whole else None
+        complete = len(code) == int.from_bytes(size, "little") > 0 and hashlib.sha256(code).digest() == digest
+        return code if complete else None
 
     def write(self, key: str, code: bytes) -> None:
-        """Keep the code, whole or not at all; a disk that cannot be written is no fault."""
+        """Store the code in one step, complete or not at all; a disk that cannot be written is not an error."""
         if not hasattr(os, "getuid"):
             return
         partial = f".{key}.{secrets.token_hex(8)}"
@@ -70,18 +70,18 @@ class CodeCache:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int | None]:
-        """The folder as a descriptor; None, with a warning, when others may write into it."""
+        """The folder as a descriptor; None, with a warning, if other users may write into it."""
         if not hasattr(os, "getuid"):
             yield None
             return
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if _is_ours(descriptor):
+            if _is_private(descriptor):
                 yield descriptor
             else:
                 warnings.warn(
-                    f"{self.folder} belongs to another user, or others may write into it: kernels are compiled anew in "
-                    f"every process; run chmod 700 on it, or set XDG_CACHE_HOME to a folder of your own",
+                    f"{self.folder} belongs to another user, or others may write into it: kernels are compiled again "
+                    f"in every process; run chmod 700 on it, or set XDG_CACHE_HOME to a folder of your own",
                     stacklevel=5,
                 )
                 yield None
@@ -89,6 +89,6 @@ class CodeCache:
             os.close(descriptor)
 
 
-def _is_ours(descriptor: int) -> bool:
-    found = os.fstat(descriptor)
-    return found.st_uid == os.getuid() and not found.st_mode & WRITABLE_BY_OTHERS
+def _is_private(descriptor: int) -> bool:
+    status = os.fstat(descriptor)
+    return status.st_uid == os.getuid() and not status.st_mode & WRITABLE_BY_OTHERS

@@ -1,9 +1,10 @@
-"""Launch configurations that were measured: a table for each op, a JSON file beside its kernel; else the op's rule.
+"""Measured launch configurations: a table for each op, a JSON file beside its kernel. Other shapes use the op's rule.
 
-    {GPU: [{"at": {shape}, "launch": {fields of the op's Launch}, "us": .., "rule_us": .., "triton": ".."}]}
+    {GPU: [{"at": {shape}, "launch": {fields of the op's launch}, "us": .., "rule_us": .., "triton": ".."}]}
 
-An entry holds for the shape that it names, and for smaller ones in the one size that varies from call to call, such as
-the tokens of a product: of the entries that agree in all else the one with the smallest such size that is large enough.
+An entry applies to its shape, and to shapes that are smaller in the one size that varies from call to call, such as the
+number of tokens of a product: of the entries that agree in all other sizes, the one with the smallest sufficient size
+is used.
 ``benchmarks/tune_ops.py`` (make tune-gpu) writes the tables; nothing is tuned when a kernel is imported or called.
 """
 
@@ -18,67 +19,69 @@ __all__ = ["LaunchTable"]
 
 L = TypeVar("L")
 Shape = Mapping[str, Any]
-FACTS = ("us", "rule_us", "triton")  # of an entry, beside its shape and its launch
+MEASUREMENTS = ("us", "rule_us", "triton")  # keys of an entry beside its shape and its launch
 
 
 class LaunchTable(Generic[L]):
     """The measured launches of one op.
 
     Args:
-        path: The JSON file.
-        launch: Frozen dataclass of ints and bools.
-        exact: Names of what a shape must agree in.
-        at_most: Name of the size that an entry bounds.
+        path: Path of the JSON file.
+        launch: Class of the launches, a frozen dataclass of ints and bools.
+        exact: Names of the sizes that must be equal.
+        at_most: Name of the size of which an entry holds the upper bound.
     """
 
     def __init__(self, path: Path, launch: type[L], exact: Sequence[str], at_most: str):
         self.path, self.launch, self.exact, self.at_most = path, launch, tuple(exact), at_most
 
     def find(self, gpu: str, shape: Shape) -> L | None:
-        """The launch for a shape on a GPU, by its name; None where nothing was measured."""
+        """The launch for a shape on the GPU of this name; None if none was measured."""
         for bound, launch in self._sorted.get((gpu, *(shape[name] for name in self.exact)), ()):
             if shape[self.at_most] <= bound:
                 return launch
         return None
 
     def read(self) -> dict[str, list[dict[str, Any]]]:
-        """The entries by GPU.
+        """The entries of each GPU.
 
         Raises:
-            ValueError: An entry is not of the form above; the message names the file, the GPU and the entry.
+            ValueError: An entry does not have the form above; the message names the file, the GPU and the entry.
         """
         entries: dict[str, list[dict[str, Any]]] = json.loads(self.path.read_text("utf-8"))
         if not isinstance(entries, dict) or not all(isinstance(rows, list) for rows in entries.values()):
-            raise ValueError(f"{self.path.name} of {self.path.parent.name}: expected {{GPU: [entries]}}; tune it anew")
+            raise ValueError(
+                f"{self.path.name} of {self.path.parent.name}: expected {{GPU: [entries]}}; tune the op again"
+            )
         for gpu, rows in entries.items():
             seen = set()
             for row in rows:
                 fault = self._fault(row)
                 if fault is None and (key := tuple(sorted(row["at"].items()))) in seen:
-                    fault = "this shape comes twice"
+                    fault = "this shape is listed twice"
                 if fault is not None:
                     raise ValueError(
-                        f"{self.path.name} of {self.path.parent.name}, {gpu}, entry {row}: {fault}; take it out, and "
-                        f"tune the shape anew"
+                        f"{self.path.name} of {self.path.parent.name}, {gpu}, entry {row}: {fault}; remove it and "
+                        f"tune the shape again"
                     )
                 seen.add(key)
         return entries
 
     def write(self, gpu: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Put entries into the file, in place of those of the same shape; all others stay.
+        """Write entries into the file; they replace entries of the same shapes.
 
         Raises:
-            ValueError: As :meth:`read`; the file stays as it was.
+            ValueError: As for :meth:`read`; the file is not changed.
         """
         table = self.read()
         new = [dict(row) for row in entries]
         shapes = [row.get("at") for row in new]
-        kept = [row for row in table.get(gpu, []) if row["at"] not in shapes]
+        others = [row for row in table.get(gpu, []) if row["at"] not in shapes]
         for row in new:
             if (fault := self._fault(row)) is not None:
                 raise ValueError(f"cannot write entry {row}: {fault}")
         names = (*self.exact, self.at_most)
-        table[gpu] = sorted(kept + new, key=lambda row: [row["at"][name] for name in names])
+        table[gpu] = sorted(others + new, key=lambda row: [row["at"][name] for name in names])
         lines = [
             f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(row)}" for row in rows) + "\n  ]"
             for name, rows in sorted(table.items())
@@ -92,19 +95,19 @@ class LaunchTable(Generic[L]):
 
     @cached_property
     def _sorted(self) -> dict[tuple[Any, ...], list[tuple[int, L]]]:
-        found: dict[tuple[Any, ...], list[tuple[int, L]]] = {}
+        launches: dict[tuple[Any, ...], list[tuple[int, L]]] = {}
         for gpu, rows in self.read().items():
             for row in rows:
                 key = (gpu, *(row["at"][name] for name in self.exact))
-                found.setdefault(key, []).append((row["at"][self.at_most], self.launch_of(row)))
-        return {key: sorted(rows, key=lambda row: row[0]) for key, rows in found.items()}
+                launches.setdefault(key, []).append((row["at"][self.at_most], self.launch_of(row)))
+        return {key: sorted(rows, key=lambda row: row[0]) for key, rows in launches.items()}
 
     def _fault(self, row: Any) -> str | None:
-        """What is wrong with an entry."""
+        """What is wrong with an entry; None if it is valid."""
         if not isinstance(row, dict) or not isinstance(row.get("at"), dict) or not isinstance(row.get("launch"), dict):
             return 'expected "at" and "launch"'
-        if unknown := row.keys() - {"at", "launch", *FACTS}:
-            return f"unknown: {', '.join(sorted(unknown))}"
+        if unknown := row.keys() - {"at", "launch", *MEASUREMENTS}:
+            return f"unknown keys: {', '.join(sorted(unknown))}"
         if row["at"].keys() != {*self.exact, self.at_most}:
             return f'expected the sizes {", ".join([*self.exact, self.at_most])} in "at"'
         fields = dataclasses.fields(self.launch)  # type: ignore[arg-type]
@@ -115,7 +118,7 @@ class LaunchTable(Generic[L]):
             if type(value) is not types[name]:
                 return f"{name} must be {types[name].__name__}, got {value!r}"
             if type(value) is int and value < 1:
-                return f"{name} must be 1 at least, got {value}"
+                return f"{name} must be at least 1, got {value}"
         if type(row["at"][self.at_most]) is not int or row["at"][self.at_most] < 1:
-            return f"{self.at_most} must be an integer, 1 at least"
+            return f"{self.at_most} must be an integer of at least 1"
         return None

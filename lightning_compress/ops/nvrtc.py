@@ -1,11 +1,11 @@
-"""Kernels in CUDA C++ without a build step: NVRTC compiles them at first use, and the machine code is kept on disk.
+"""Kernels in CUDA C++ without a build step: NVRTC compiles them at first use, and the machine code is stored on disk.
 
-By ctypes on libnvrtc and libcuda, whose C interfaces have been the same for years; NVRTC comes with torch for CUDA.
-torch.cuda._compile_kernel does the same, but is private, keeps nothing on disk, and before it compiles it asks for
-the headers of a CUDA toolkit, which a torch from PyPI lacks; cuda.bindings is one more dependency.
+libnvrtc and libcuda are called through ctypes; their C interfaces have been stable for years, and NVRTC is installed
+with torch for CUDA. torch.cuda._compile_kernel does the same, but it is private, stores nothing on disk, and needs the
+headers of a CUDA toolkit, which torch from PyPI lacks; cuda.bindings would be one more dependency.
 
-Machine code lies in $XDG_CACHE_HOME/lightning_compress (or ~/.cache/...), named by all that went into it
-(code_cache.py).
+Machine code is stored in $XDG_CACHE_HOME/lightning_compress (or ~/.cache/...), under the hash of all inputs of the
+compiler (code_cache.py).
 """
 
 import ctypes
@@ -27,15 +27,15 @@ MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_...
 
 
 class UnavailableError(RuntimeError):
-    """There is no NVRTC, or it does not compile for this GPU, or the driver does not take the result."""
+    """NVRTC is missing or cannot compile for this GPU, or the driver rejects the machine code."""
 
 
 class Kernel:
     """A kernel on one device.
 
     Args:
-        driver: libcuda.
-        function: CUfunction.
+        driver: The library libcuda.
+        function: Handle of the kernel, a CUfunction.
     """
 
     def __init__(self, driver: Any, function: ctypes.c_void_p):
@@ -45,10 +45,10 @@ class Kernel:
         """Launch on torch's current stream.
 
         Args:
-            blocks: Of the grid.
-            threads: Of a block.
+            blocks: Number of blocks in the grid.
+            threads: Number of threads in a block.
             shared: Bytes of dynamic shared memory.
-            arguments: ctypes values, as the kernel declares them.
+            arguments: ctypes values, in the order and of the types of the kernel's parameters.
         """
         pointers = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(value) for value in arguments])
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -59,24 +59,24 @@ class Kernel:
 
 
 def load(source: str, name: str, options: Sequence[str], device: torch.device, shared: int) -> Kernel:
-    """The kernel ``name`` of ``source`` on a CUDA device, compiled if it has not been yet.
+    """The kernel ``name`` of ``source`` on a CUDA device, compiled unless its machine code is stored.
 
     Args:
-        source: CUDA C++; the kernel is extern "C".
-        name: Of the kernel.
-        options: Of NVRTC.
-        device: With an index.
-        shared: Bytes of dynamic shared memory that a launch may ask for.
+        source: CUDA C++ without headers; the kernel is extern "C".
+        name: Name of the kernel.
+        options: Options of NVRTC but for the architecture.
+        device: A CUDA device with an index.
+        shared: Bytes of dynamic shared memory that a launch may use.
 
     Raises:
-        UnavailableError: With the reason.
+        UnavailableError: The kernel cannot be compiled or loaded; the message gives the reason.
     """
     major, minor = torch.cuda.get_device_capability(device)
     code = compiled(source, [*options, f"--gpu-architecture=sm_{major}{minor}"])
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise UnavailableError(f"libcuda.so.1 does not load: {error}") from error
+        raise UnavailableError(f"libcuda.so.1 cannot be loaded: {error}") from error
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().query()  # the runtime makes its context this thread's
@@ -85,40 +85,40 @@ def load(source: str, name: str, options: Sequence[str], device: torch.device, s
             _driver_ok(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
             _driver_ok(driver, driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE, shared))
         except RuntimeError as error:
-            raise UnavailableError(f"the driver does not take {name}: {error}") from error
+            raise UnavailableError(f"the driver rejects {name}: {error}") from error
     return Kernel(driver, function)
 
 
 def compiled(source: str, options: Sequence[str]) -> bytes:
-    """Machine code (a cubin), from the disk where it lies there already.
+    """Machine code (a cubin), read from the disk if it is stored there.
 
     Args:
         source: CUDA C++ without headers.
-        options: Of NVRTC; one is --gpu-architecture=sm_..
+        options: Options of NVRTC, one of them --gpu-architecture=sm_..
 
     Raises:
-        UnavailableError: There is no NVRTC, or it reports an error.
+        UnavailableError: NVRTC is missing or reports an error.
     """
     nvrtc = library()
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    all_of_it = "\0".join([source, *options, f"{major.value}.{minor.value}"])
-    kept, key = CodeCache(_folder()), hashlib.sha256(all_of_it.encode()).hexdigest()
-    if (code := kept.read(key)) is None:
+    inputs = "\0".join([source, *options, f"{major.value}.{minor.value}"])
+    stored, key = CodeCache(_folder()), hashlib.sha256(inputs.encode()).hexdigest()
+    if (code := stored.read(key)) is None:
         code = _compile(nvrtc, source, options)
-        kept.write(key, code)
+        stored.write(key, code)
     return code
 
 
 @cache
 def library() -> Any:
-    """libnvrtc, of torch's own CUDA version first.
+    """The library libnvrtc, preferably of torch's CUDA version.
 
     Raises:
-        UnavailableError: It is nowhere.
+        UnavailableError: It is not installed.
     """
-    own = str(torch.version.cuda).split(".")[0]
-    majors = sorted(("13", "12"), key=lambda major: major != own)
+    torch_major = str(torch.version.cuda).split(".")[0]
+    majors = sorted(("13", "12"), key=lambda major: major != torch_major)
     names = [f"libnvrtc.so.{major}" for major in majors]
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -135,13 +135,13 @@ def _compile(nvrtc: Any, source: str, options: Sequence[str]) -> bytes:
     program = ctypes.c_void_p()
     _ok(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
     try:
-        words = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+        texts = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
         size = ctypes.c_size_t()
-        if nvrtc.nvrtcCompileProgram(program, len(options), words):
+        if nvrtc.nvrtcCompileProgram(program, len(options), texts):
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise UnavailableError(f"NVRTC does not compile it: {log.value.decode(errors='replace').strip()}")
+            raise UnavailableError(f"NVRTC cannot compile the kernel: {log.value.decode(errors='replace').strip()}")
         _ok(nvrtc, nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         code = ctypes.create_string_buffer(size.value)
         _ok(nvrtc, nvrtc.nvrtcGetCUBIN(program, code))

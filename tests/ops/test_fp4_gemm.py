@@ -149,7 +149,7 @@ def test_compiles_and_exports_whole():
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 96).double()}, "x must be float16, bfloat16 or float32, got torch.float64"),
-        ({"x": torch.zeros(2, 288)}, "K=288 columns, the weight 32 words of a row, which hold 1 to 128 columns"),
+        ({"x": torch.zeros(2, 288)}, "K=288 columns, a row of the weight has 32 words, which hold 1 to 128;"),
         ({"x": torch.zeros(2, 97)}, "3 groups do not divide K=97 columns"),
         ({"x": torch.zeros(2, 96, device="meta")}, "x is on meta, the weight on cpu"),
         ({"planes_NP": torch.zeros(5, 32)}, "int16 planes, uint8 scales and float32 divisors, got torch.float32"),
@@ -194,7 +194,7 @@ def test_what_the_kernel_cannot_run_is_said(monkeypatch):
         assert not fp4_gemm_module._kernel_runs(x, 32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.warns(UserWarning, match="groups of 24 columns are no multiple of 16"):
+    with pytest.warns(UserWarning, match="the group size 24 is not a multiple of 16"):
         assert not fp4_gemm_module._kernel_runs(x, 24)
     assert fp4_gemm_module._kernel_runs(x, 48)
 

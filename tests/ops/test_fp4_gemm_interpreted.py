@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from lightning_compress.ops.fp4_gemm import kernel, to_layout
-from lightning_compress.ops.w4a16_gemm.launch import Launch
+from lightning_compress.ops.w4a16_gemm.launch import W4Launch
 from tests.ops.test_fp4_gemm import exact, weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -31,7 +31,7 @@ SHAPES = [
 
 def check(x, N, form, split=1):
     tensors = weight(N, x.shape[1], form)
-    y = kernel.gemm(x, to_layout(*tensors), Launch(16, 64, split, 4, 3, False))
+    y = kernel.gemm(x, to_layout(*tensors), W4Launch(16, 64, split, 4, 3, False))
     expected = x.double() @ exact(*tensors).t()
     assert y.dtype == x.dtype
     assert ((y.double() - expected).norm() / expected.norm()) < TOLERANCE[x.dtype]

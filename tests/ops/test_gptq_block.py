@@ -118,7 +118,7 @@ def test_which_kernel_runs_and_its_warnings(monkeypatch):
     monkeypatch.setattr(cuda, "missing", lambda *of: "NVRTC is not installed")
     with pytest.warns(UserWarning, match="by Triton's kernel, not by the one in CUDA C.*NVRTC is not installed"):
         assert module._kernel(*single).__module__.endswith("gptq_block.kernel")
-    with pytest.warns(UserWarning, match=r"rounded one by one, without a fused kernel: it takes float32"):
+    with pytest.warns(UserWarning, match=r"rounded one by one, without a fused kernel: the kernel needs float32"):
         assert module._kernel(*double) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="one by one, without a fused kernel: Triton is not installed"):

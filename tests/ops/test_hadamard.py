@@ -46,8 +46,12 @@ def test_op_is_registered_soundly():
 @pytest.mark.parametrize(
     ("x", "B", "message"),
     [
-        (torch.zeros(2, 24), None, "24 features, which are no power of two times the 1 of the base; .* the order 3"),
-        (torch.zeros(2, 8), torch.ones(12, 12), "8 features, which are no power of two times the 12"),
+        (
+            torch.zeros(2, 24),
+            None,
+            "24 features, which is not a power of two times 1, the order of the base; .* order 3",
+        ),
+        (torch.zeros(2, 8), torch.ones(12, 12), "8 features, which is not a power of two times 12"),
         (torch.zeros(2, 8).int(), None, r"expected floating x \[..., n\] and a base \[m, m\], got torch.int32"),
         (torch.zeros(2, 8), torch.ones(4, 2), r"and base \(4, 2\)"),
         (torch.zeros(2, 8), torch.ones(4, 4, device="meta"), "x is on cpu and the base on meta"),

@@ -14,13 +14,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from lightning_compress.ops.hessian import kernel, mirror_
 from lightning_compress.ops.hessian.kernel import accumulate_
-from lightning_compress.ops.hessian.launch import Launch, rule, tiles
+from lightning_compress.ops.hessian.launch import HessianLaunch, rule, tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-SQUARE = Launch(32, 32, 16, 1, 8, 3, False)
-WIDE = Launch(32, 64, 16, 1, 8, 3, False)
-BY_DESCRIPTOR = Launch(32, 64, 16, 1, 8, 3, True)
+SQUARE = HessianLaunch(32, 32, 16, 1, 8, 3, False)
+WIDE = HessianLaunch(32, 64, 16, 1, 8, 3, False)
+BY_DESCRIPTOR = HessianLaunch(32, 64, 16, 1, 8, 3, True)
 
 
 def check(X_NC, launch):
@@ -51,7 +51,7 @@ def test_descriptors_equal_float64(N, C, dtype):
 
 @pytest.mark.parametrize("split", [2, 3])
 def test_parts_of_the_tokens_add_up(split):
-    check(torch.randn(37, 40).half(), Launch(32, 32, 16, split, 8, 3, False))  # 3 parts: the last has 5 tokens
+    check(torch.randn(37, 40).half(), HessianLaunch(32, 32, 16, split, 8, 3, False))  # 3 parts: the last has 5 tokens
 
 
 def test_tokens_and_columns_may_lie_apart():

@@ -52,14 +52,14 @@ def test_writing_replaces_entries_of_the_same_shape_alone(table):
     ("row", "message"),
     [
         ({"at": {"M": 1, "N": 64}}, 'expected "at" and "launch"'),
-        (entry(1, speed=3), "unknown: speed"),
+        (entry(1, speed=3), "unknown keys: speed"),
         (entry(1) | {"at": {"M": 1}}, 'expected the sizes N, M in "at"'),
         (entry(1) | {"launch": {"block": 16}}, 'expected the fields block, fast in "launch"'),
         (entry(1, block="16"), "block must be int, got '16'"),
         (entry(1, block=True), "block must be int, got True"),
         (entry(1, fast=1), "fast must be bool, got 1"),
-        (entry(1, block=0), "block must be 1 at least, got 0"),
-        (entry(0), "M must be an integer, 1 at least"),
+        (entry(1, block=0), "block must be at least 1, got 0"),
+        (entry(0), "M must be an integer of at least 1"),
     ],
 )
 def test_what_is_no_entry_is_refused(table, row, message):
@@ -67,13 +67,13 @@ def test_what_is_no_entry_is_refused(table, row, message):
         table.write("A100", [row])
     assert table.read() == {}
     table.path.write_text(json.dumps({"A100": [row]}))
-    with pytest.raises(ValueError, match=rf"launch.json of .*, A100, entry .*: .*{message}; take it out"):
+    with pytest.raises(ValueError, match=rf"launch.json of .*, A100, entry .*: .*{message}; remove it"):
         table.find("A100", {"M": 1, "N": 64})
 
 
 def test_a_shape_that_comes_twice_and_a_file_that_is_no_table_are_refused(table):
     table.path.write_text(json.dumps({"A100": [entry(1), entry(1, block=2)]}))
-    with pytest.raises(ValueError, match="this shape comes twice"):
+    with pytest.raises(ValueError, match="this shape is listed twice"):
         table.read()
     table.path.write_text("[]")
     with pytest.raises(ValueError, match=r"expected {GPU: \[entries\]}"):
@@ -94,23 +94,23 @@ def h200(monkeypatch):
 
 def test_the_table_goes_before_the_rule(monkeypatch, tmp_path, h200):
     bf16 = torch.bfloat16
-    ruled = w4a16.rule(16, 4096, 4096, bf16, 132)
-    assert w4a16.choose(16, 4096, 4096, bf16, h200) == ruled
+    by_rule = w4a16.rule(16, 4096, 4096, bf16, 132)
+    assert w4a16.choose(16, 4096, 4096, bf16, h200) == by_rule
     assert hessian.choose(16384, 4096, bf16, h200, True) == hessian.rule(16384, 4096, 132, True)
     assert not hessian.choose(16384, 4096, bf16, h200, False).descriptors
     path = tmp_path / "launch.json"
     path.write_text("{}")
     for op, at, launch in (
-        (w4a16, w4a16.shape(32, 4096, 4096, bf16, 128), w4a16.Launch(32, 128, 2, 8, 5, True)),
-        (hessian, hessian.shape(16384, 4096, bf16, True), hessian.Launch(128, 128, 32, 1, 4, 2, False)),
+        (w4a16, w4a16.shape(32, 4096, 4096, bf16, 128), w4a16.W4Launch(32, 128, 2, 8, 5, True)),
+        (hessian, hessian.shape(16384, 4096, bf16, True), hessian.HessianLaunch(128, 128, 32, 1, 4, 2, False)),
     ):
         path.write_text("{}")
-        table = LaunchTable(path, op.Launch, op.TABLE.exact, op.TABLE.at_most)
+        table = LaunchTable(path, op.TABLE.launch, op.TABLE.exact, op.TABLE.at_most)
         monkeypatch.setattr(op, "TABLE", table)
         table.write("H200", [{"at": at, "launch": vars(launch)}])
         if op is w4a16:
             assert op.choose(16, 4096, 4096, bf16, h200) == launch
-            assert op.choose(16, 4096, 4096, bf16, h200, group=64) == ruled
+            assert op.choose(16, 4096, 4096, bf16, h200, group=64) == by_rule
             assert op.choose(16, 4096, 4096, torch.float32, h200) == w4a16.rule(16, 4096, 4096, torch.float32, 132)
         else:
             assert op.choose(2048, 4096, bf16, h200, True) == launch

@@ -107,7 +107,7 @@ def test_compiles_and_exports_whole():
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 96).double()}, "x must be float16, bfloat16 or float32, got torch.float64"),
-        ({"x": torch.zeros(2, 200)}, "K=200 columns, the weight 32 words of a row, which hold 1 to 128 columns"),
+        ({"x": torch.zeros(2, 200)}, "K=200 columns, a row of the weight has 32 words, which hold 1 to 128;"),
         ({"x": torch.zeros(2, 97)}, "3 groups do not divide K=97 columns"),
         ({"x": torch.zeros(2, 96, device="meta")}, "x is on meta, the weight on cpu"),
         ({"planes_NP": torch.zeros(5, 32)}, "expected int16 planes and a floating scale, got torch.float32"),
@@ -133,6 +133,6 @@ def test_what_the_kernel_cannot_run_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="T4 is older than compute capability 8.0"):
         assert not w4a16_gemm_module._kernel_runs(x, 32, 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.warns(UserWarning, match="groups of 48 columns are no multiple of 32"):
+    with pytest.warns(UserWarning, match="the group size 48 is not a multiple of 32"):
         assert not w4a16_gemm_module._kernel_runs(x, 48, 2)
     assert w4a16_gemm_module._kernel_runs(x, 48, 1)

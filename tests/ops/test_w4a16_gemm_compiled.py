@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from lightning_compress.ops.w4a16_gemm.launch import Launch, rule
+from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
 
 pytest.importorskip("triton", reason="Triton is not installed: make test-kernels")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -19,7 +19,7 @@ from tests.support.triton_compilation import POINTER, SHARED, compiled, facts, l
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
 
-def kernel_for(capability: int, launch: Launch, groups: int, K: int, dtype, asymmetric: bool):
+def kernel_for(capability: int, launch: W4Launch, groups: int, K: int, dtype, asymmetric: bool):
     """The kernel for one shape and GPU, and its machine code."""
     fixed = constants(launch, groups, K, dtype, asymmetric) | ({} if asymmetric else {"zero_ptr": None})
     types = {

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from lightning_compress.ops.w4a16_gemm import grid_rows, kernel, to_planes
-from lightning_compress.ops.w4a16_gemm.launch import Launch, rule
+from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
 from tests.ops.test_w4a16_gemm import weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -38,17 +38,17 @@ def check(x, N, G, symmetric, launch):
 def test_equals_float64(M, N, K, G, dtype, symmetric):
     x = torch.randn(M, K).to(dtype)
     for scale_sums in (True, False):
-        check(x, N, G, symmetric, Launch(16, 64, 1, 4, 3, scale_sums))
+        check(x, N, G, symmetric, W4Launch(16, 64, 1, 4, 3, scale_sums))
 
 
 @pytest.mark.parametrize("split", [2, 3])
 def test_parts_of_k_add_up(split):
-    check(torch.randn(5, 256), 17, 8, False, Launch(16, 64, split, 4, 3, True))  # 3 parts of 2 blocks: one is empty
+    check(torch.randn(5, 256), 17, 8, False, W4Launch(16, 64, split, 4, 3, True))  # 3 parts of 2 blocks: one is empty
 
 
 def test_rows_of_x_may_lie_apart():
-    check(torch.randn(6, 300)[::2, :192], 17, 6, True, Launch(16, 64, 1, 4, 3, True))
-    check(torch.randn(192, 5).t(), 17, 6, True, Launch(16, 64, 1, 4, 3, True))
+    check(torch.randn(6, 300)[::2, :192], 17, 6, True, W4Launch(16, 64, 1, 4, 3, True))
+    check(torch.randn(192, 5).t(), 17, 6, True, W4Launch(16, 64, 1, 4, 3, True))
 
 
 def test_no_tokens():

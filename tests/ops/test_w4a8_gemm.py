@@ -124,7 +124,7 @@ def test_compiles_and_exports_whole():
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 96).double()}, "x must be float16, bfloat16 or float32, got torch.float64"),
-        ({"x": torch.zeros(2, 192)}, "K=192 columns, the weight 64 bytes of a row, each of 2 columns in planes of 64"),
+        ({"x": torch.zeros(2, 192)}, "K=192 columns, a row of the weight has 64 bytes of 2 columns in planes of 64"),
         ({"x": torch.zeros(2, 97)}, "3 groups do not divide K=97 columns"),
         ({"x": torch.zeros(2, 96, device="meta")}, "x is on meta, the weight on cpu"),
         ({"planes_NP": torch.zeros(5, 64)}, "expected int8 planes and a floating scale, got torch.float32"),
@@ -156,7 +156,7 @@ def test_what_the_kernel_cannot_run_is_said(monkeypatch):
     x = torch.zeros(2, 96)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.warns(UserWarning, match="dequantized for every call, without a fused kernel: groups of 48 columns"):
+    with pytest.warns(UserWarning, match="dequantized for every call, without a fused kernel: the group size 48"):
         assert not w4a8_gemm_module._kernel_runs(x, 48, 2)
     assert w4a8_gemm_module._kernel_runs(x, 48, 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from lightning_compress.ops.w4a8_gemm import kernel, reference, to_planes
-from lightning_compress.ops.w4a16_gemm.launch import Launch
+from lightning_compress.ops.w4a16_gemm.launch import W4Launch
 from lightning_compress.ops.w8a8_gemm import KINDS
 from lightning_compress.ops.w8a8_gemm.reference import quantize_tokens
 from tests.ops.test_w4a8_gemm import rows, weight
@@ -25,7 +25,7 @@ SHAPES = [(1, 17, 192, 6), (17, 65, 256, 2), (3, 33, 200, 1), (5, 1, 192, 3), (2
 def check(M, N, K, G, kind, dtype=torch.float32, split=1):
     values, scale = weight(N, K, G)
     tokens = quantize_tokens(torch.randn(M, K), kind)
-    y = kernel.gemm(*tokens, to_planes(values, K, G), rows(scale), dtype, Launch(16, 64, split, 4, 3, True))
+    y = kernel.gemm(*tokens, to_planes(values, K, G), rows(scale), dtype, W4Launch(16, 64, split, 4, 3, True))
     expected = reference.gemm(*tokens, values, scale)
     assert y.dtype == dtype
     assert ((y.double() - expected).norm() / expected.norm()) < (1e-3 if dtype == torch.float16 else 5e-7)

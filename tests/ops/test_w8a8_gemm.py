@@ -192,7 +192,7 @@ def test_nan_stays_nan():
 
 def test_what_the_kernel_cannot_run_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="8-bit products are made by torch, without a fused kernel: Triton is not"):
+    with pytest.warns(UserWarning, match="8-bit products are computed by torch, without a fused kernel: Triton is not"):
         assert not w8a8_gemm_module._kernel_runs(torch.device("cpu"))
 
 

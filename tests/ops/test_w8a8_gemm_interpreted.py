@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from lightning_compress.ops.w8a8_gemm import KINDS, kernel, reference
-from lightning_compress.ops.w8a8_gemm.kernel import Launch, rule
+from lightning_compress.ops.w8a8_gemm.kernel import W8Launch, rule
 from lightning_compress.ops.w8a8_gemm.reference import quantize, quantize_tokens
 from tests.ops.test_w8a8_gemm import case
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def test_equals_float64(M, N, K, split, kind):
     arguments = case(M, N, K, kind)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-3)):
-        y = kernel.gemm(*arguments, dtype, Launch(16, 64, 64, split, 4, 3))
+        y = kernel.gemm(*arguments, dtype, W8Launch(16, 64, 64, split, 4, 3))
         assert y.dtype == dtype
         assert_close(y.double(), reference.gemm(*arguments), rtol=tolerance, atol=1e-3)
 
@@ -35,7 +35,7 @@ def test_equals_float64(M, N, K, split, kind):
 @pytest.mark.parametrize(("M", "K", "split"), [(1, 16, 1), (5, 200, 2)], ids=str)
 def test_tokens_are_quantized_on_the_way(M, K, split, dtype, kind):
     _, _, weight, scale_N = case(M, 65, K, kind)
-    x, launch = torch.randn(M, K).to(dtype), Launch(16, 64, 64, split, 4, 3)
+    x, launch = torch.randn(M, K).to(dtype), W8Launch(16, 64, 64, split, 4, 3)
     x[-1, :3] = 0
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # of the result
     for scale in (None, torch.tensor([0.03]).to(dtype)):
@@ -51,7 +51,7 @@ def test_all_e4m3_bits_are_worth_their_number():
     codes = codes[codes.float().isfinite()][None]
     one = torch.ones(1, dtype=torch.float8_e4m3fn)
     arguments = codes.t().contiguous(), torch.ones(1), one[None], torch.ones(1)
-    y = kernel.gemm(*arguments, torch.float32, Launch(16, 64, 16, 1, 4, 3))
+    y = kernel.gemm(*arguments, torch.float32, W8Launch(16, 64, 16, 1, 4, 3))
     assert torch.equal(y[:, 0], codes[0].float())
 
 

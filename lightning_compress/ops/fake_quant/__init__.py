@@ -1,8 +1,8 @@
-"""Quantize and dequantize in one go, with gradients: straight through, or with a learned scale (LSQ).
+"""Quantize and dequantize in one pass, with gradients: straight-through, or with a learned scale (LSQ).
 
-The value is bit for bit what compressed-tensors computes from the stored scale (worked out in float32, in the dtype of
-W at the end); equations and gradients are in reference.py. Memory: W, its scale and zero point are kept for backward,
-nothing else. On CUDA one kernel makes the value, and one all gradients (README beside this file).
+The value is bit for bit that of compressed-tensors for the stored scale (computed in float32, rounded to the dtype of W
+at the end); equations and gradients are in reference.py. Only W, its scale and its zero point are saved for backward.
+On CUDA one kernel computes the value, and another one all gradients (README beside this file).
 
 Shapes: R rows, C columns, G groups of C / G columns; scale and zero point [1], [R, 1] or [R, G].
 """
@@ -27,13 +27,13 @@ def straight_through(
 ) -> Tensor:
     """The quantized weight, [R, C]; its gradient goes to W unchanged, except where W is clamped: there it is 0.
 
-    Numbers that round to the last value of the grid are not clamped: half a step beyond it belongs to the range. So the
+    Numbers that round to the last value of the grid are not clamped: the range extends half a step beyond it. So the
     largest weight of a group whose scale is its extreme / 7.5 keeps its gradient.
 
     Args:
-        W_RC: Any floating dtype.
-        scale: Positive; gets no gradient.
-        zero: Integers of any dtype, or None for 0.
+        W_RC: Weight, any floating dtype.
+        scale: Positive scales, [1], [R, 1] or [R, G]; they get no gradient.
+        zero: Zero points, integers of any dtype in the shape of the scale; None for 0.
         low: Lowest code.
         high: Highest code.
         float8: Round to FP8 (e4m3) in place of integers.
@@ -50,8 +50,8 @@ def learned_step(
 ) -> Tensor:
     """The quantized weight, [R, C], with the gradients of LSQ for W and for the scale.
 
-    The scale's gradient is multiplied by 1 / sqrt(N high), N being the weights of one scale. Arguments and errors are
-    those of :func:`straight_through`.
+    The scale's gradient is multiplied by 1 / sqrt(N high), N being the number of weights of one scale. Arguments and
+    errors are those of :func:`straight_through`.
     """
     _check(W_RC, scale, zero)
     return _LearnedStep.apply(W_RC, scale, zero, low, high, float8)
@@ -70,14 +70,14 @@ def learned_value(
     """``value``, with the gradients of LSQ for the activation x and for its scale.
 
     Args:
-        x: Any shape, any floating dtype.
-        value: x on the grid, as the model that is exported computes it.
-        scale: [1].
-        zero: [1], or None for 0.
+        x: Activation, any shape, any floating dtype.
+        value: x rounded to the grid, as the exported model computes it.
+        scale: Scale, [1].
+        zero: Zero point, [1]; None for 0.
         low: Lowest code.
         high: Highest code.
         float8: The grid is that of FP8 (e4m3), not integers.
-        features: N in 1 / sqrt(N high), by which the gradient of the scale is multiplied.
+        features: N in 1 / sqrt(N high), the factor of the gradient of the scale.
     """
     return _LearnedValue.apply(x, value, scale, zero, low, high, float8, features)
 
@@ -85,20 +85,21 @@ def learned_value(
 def relative_step(start: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale s = start * (1 + change), positive, in ``dtype``; ``change`` gets the gradient ds / start.
 
-    A scale is a hundred times smaller than 1, and Adam moves every parameter by the learning rate, whatever its size:
-    that is a share of the scale here. Under SGD, s moves exactly as if it were the parameter itself: the gradient is
-    divided by ``start``, not multiplied, and ds = start * dchange. Weight decay pulls s back to ``start``.
+    A scale is about a hundred times smaller than 1, and a step of Adam has the size of the learning rate for every
+    parameter; with ``change`` as the parameter, a step is relative to the scale. Under SGD, s changes exactly as if it
+    were the parameter itself: the gradient is divided by ``start``, not multiplied, and ds = start * dchange. Weight
+    decay pulls s back to ``start``.
 
     Args:
-        start: Positive, gets no gradient.
-        change: The parameter, in the shape of ``start``; 0 at first.
-        dtype: That of the weight, in which scales are stored.
+        start: Initial scale, positive; it gets no gradient.
+        change: The parameter, in the shape of ``start``, initially 0.
+        dtype: Dtype of the weight, which stores the scales.
     """
     return _RelativeStep.apply(start, change, dtype)
 
 
 def replace_value(x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
-    """``value``, whose gradient goes to x, where ``inside`` (None: everywhere) is True."""
+    """``value``; its gradient goes to x where ``inside`` is True (None: everywhere)."""
     return _ReplaceValue.apply(x, value, inside)
 
 
@@ -215,7 +216,7 @@ def _learned_gradients(
     count: int,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of W [R, C] and of the scale (in its shape), divided by sqrt(count high); None where it is not needed."""
+    """The gradients of W [R, C] and of the scale (in its shape, divided by sqrt(count high)); None if not needed."""
     if _takes_kernel(W_RC):
         from lightning_compress.ops.fake_quant import kernel
 
@@ -229,7 +230,7 @@ def _learned_gradients(
         return gradient_W, None
     c_RGg = v_RGg.clamp(low, high)
     outside_RGg = c_RGg if z_RG1 is None else c_RGg - z_RG1
-    slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8).sub_(v_RGg), outside_RGg)  # z falls out inside
+    slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8).sub_(v_RGg), outside_RGg)  # z cancels inside
     summed_RG = slope_RGg.mul_(gradient_RGg).sum(-1)
     summed = summed_RG.sum().view(1) if scale.ndim == 1 else summed_RG
     return gradient_W, (summed / (count * high) ** 0.5).to(scale.dtype)
@@ -247,14 +248,14 @@ def _value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: f
 
 
 def _takes_kernel(W_RC: Tensor) -> bool:
-    """Compiled code takes torch's arithmetic, which the compiler fuses as well."""
+    """Whether the kernel runs; compiled code uses torch's arithmetic, which the compiler fuses as well."""
     if not calls_kernel(W_RC) or W_RC.dtype not in KERNEL_DTYPES or not W_RC.numel():
         return False
     return kernel_runs(W_RC.device, "weights are quantized by a dozen kernels of torch")
 
 
 def _scaled(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A new tensor v = W / s + z [R, G, g] (per tensor: G = 1), s and z [R or 1, G, 1], in float32 at least."""
+    """A new tensor v = W / s + z [R, G, g] (per tensor: G = 1), and s and z [R or 1, G, 1], in float32 or wider."""
     wide = torch.promote_types(W_RC.dtype, torch.float32)
     G = scale.shape[-1]
     s_RG1 = scale.to(wide).view(-1, G, 1)
@@ -278,8 +279,8 @@ def _check(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> None:
     by_row = W_RC.ndim == scale.ndim == 2 and scale.shape[0] == W_RC.shape[0] and W_RC.shape[1] % scale.shape[1] == 0
     fits = by_row or (W_RC.ndim == 2 and scale.shape == (1,))
     if not fits or (zero is not None and zero.shape != scale.shape):
-        came = "" if zero is None else f" and zero point {tuple(zero.shape)}"
+        zero_point = "" if zero is None else f" and zero point {tuple(zero.shape)}"
         raise ValueError(
             f"expected W [R, C] and a scale [1], [R, 1] or [R, G] with G a divisor of C, and a zero point of its "
-            f"shape; got W {tuple(W_RC.shape)}, scale {tuple(scale.shape)}{came}"
+            f"shape; got W {tuple(W_RC.shape)}, scale {tuple(scale.shape)}{zero_point}"
         )

@@ -1,11 +1,11 @@
-"""The Triton kernels: quantize and dequantize in one pass, and all gradients in one.
+"""The Triton kernels: quantize and dequantize in one pass, and all gradients in another.
 
-The matrix is seen as lines of the columns that share one scale (per tensor: lines of any length, all of that scale).
-A program takes some lines, piece by piece. All is worked out in float32, and value by value as torch does: division
-rounds correctly, nothing is fused into a multiply-add. Sums over a line are added up by one program; results repeat.
+The matrix is treated as lines of the columns that share one scale (per tensor: lines of any length, all of one scale).
+A program processes a few lines, tile by tile. All arithmetic is in float32, and the same as torch's: division rounds
+correctly, nothing is fused into a multiply-add. One program adds up the sums of a line; results are reproducible.
 
-Integers are rounded by adding and subtracting 1.5 * 2^23, exact to nearest even below 2^22. FP8 (e4m3) likewise, with
-that number times the spacing at v: 2^(e - 3), and 2^-9 below 2^-6; neither a conversion of a given GPU nor one of the
+Integers are rounded by adding and subtracting 1.5 * 2^23, exact to nearest even below 2^22. FP8 (e4m3) is rounded in
+the same way, with that number times the spacing at v: 2^(e - 3), and 2^-9 below 2^-6; no conversion of a GPU or of the
 interpreter is needed.
 
 Shapes: L lines of g columns; blocks of BLOCK_L lines, BLOCK_C columns; runs under Triton 3.6 to 3.9.
@@ -19,11 +19,11 @@ from torch import Tensor
 __all__ = ["blocks", "clamp", "gradient_kernel", "gradients", "round_code", "value", "value_kernel"]
 
 WARPS = 4
-FLAT = 1024  # columns of a line where one scale is all there is
+FLAT = 1024  # columns of a line where the tensor has one scale
 
 
 def value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool) -> Tensor:
-    """W^ [R, C] in the dtype of W, float16, bfloat16 or float32; the rest as in the reference."""
+    """W^ [R, C] in the dtype of W, float16, bfloat16 or float32; other arguments as in the reference."""
     W_RC = W_RC.contiguous()
     out = torch.empty_like(W_RC)
     L, g = _lines(W_RC, scale)
@@ -47,18 +47,20 @@ def gradients(
     beyond: float | None,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of W [R, C], in the dtype of its gradient, and of the scale, float32 and not divided; None where not needed.
+    """The gradients of W [R, C], in the dtype of the gradient of W^, and of the scale, float32 and not divided.
+
+    A gradient that is not needed is None.
 
     Args:
-        gradient_RC: Of W^.
-        W_RC: As in :func:`value`, with all that follows.
-        scale: [1], [R, 1] or [R, G].
-        zero: Of its shape, or None.
+        gradient_RC: Gradient of W^.
+        W_RC: Weight, float16, bfloat16 or float32.
+        scale: Scales, [1], [R, 1] or [R, G].
+        zero: Zero points in the shape of the scale, or None.
         low: Lowest code.
         high: Highest code.
         float8: The grid is that of FP8.
-        beyond: How far outside of the grid the gradient of W is still 1, inclusive; None: 1 strictly inside (LSQ).
-        needed: The gradients of W and of the scale.
+        beyond: Distance beyond the grid up to which the gradient of W is 1, inclusive; None: 1 strictly inside (LSQ).
+        needed: Whether the gradient of W and that of the scale are needed.
     """
     W_RC, gradient_RC = W_RC.contiguous(), gradient_RC.contiguous()
     of_W = torch.empty_like(gradient_RC) if needed[0] else None
@@ -77,7 +79,7 @@ def gradients(
 
 
 def blocks(g: int) -> tuple[int, int]:
-    """Lines and columns of a piece: 2048 numbers, 16 to a thread."""
+    """Lines and columns of a tile: 2048 numbers, 16 for each thread."""
     block_c = min(triton.next_power_of_2(g), 1024)
     return 2048 // block_c, block_c
 
@@ -96,7 +98,7 @@ def value_kernel(
     line_L = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     s_L, z_L = _grid(s_ptr, z_ptr, line_L, L, TENSOR, HAS_ZERO)
     for c in range(0, g, BLOCK_C):
-        at_LC, inside_LC = _piece(line_L, c, total, L, g, BLOCK_C)
+        at_LC, inside_LC = _tile(line_L, c, total, L, g, BLOCK_C)
         w_LC = tl.load(w_ptr + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
         v_LC = tl.div_rn(w_LC, tl.broadcast_to(s_L[:, None], w_LC.shape)) + z_L[:, None]
         q_LC = round_code(clamp(v_LC, low, high), FLOAT8)
@@ -113,7 +115,7 @@ def gradient_kernel(
     s_L, z_L = _grid(s_ptr, z_ptr, line_L, L, TENSOR, HAS_ZERO)
     sums_LC = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     for c in range(0, g, BLOCK_C):
-        at_LC, inside_LC = _piece(line_L, c, total, L, g, BLOCK_C)
+        at_LC, inside_LC = _tile(line_L, c, total, L, g, BLOCK_C)
         w_LC = tl.load(w_ptr + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
         gradient_LC = tl.load(gradient_ptr + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
         v_LC = tl.div_rn(w_LC, tl.broadcast_to(s_L[:, None], w_LC.shape)) + z_L[:, None]
@@ -145,8 +147,8 @@ def _grid(s_ptr, z_ptr, line_L, L, TENSOR: tl.constexpr, HAS_ZERO: tl.constexpr)
 
 
 @triton.jit
-def _piece(line_L, c, total, L, g, BLOCK_C: tl.constexpr):
-    """Where the numbers of a piece lie, and which of them there are."""
+def _tile(line_L, c, total, L, g, BLOCK_C: tl.constexpr):
+    """Offsets of the numbers of a tile, and which of them are inside the matrix."""
     column_C = c + tl.arange(0, BLOCK_C)
     at_LC = line_L.to(tl.int64)[:, None] * g + column_C[None, :]
     return at_LC, (line_L < L)[:, None] & (column_C < g)[None, :] & (at_LC < total)
@@ -160,7 +162,7 @@ def clamp(v, low, high):
 
 @triton.jit
 def round_code(v, FLOAT8: tl.constexpr):
-    """To the nearest value of the grid, ties to even; |v| < 2^22."""
+    """The nearest value of the grid, ties to even; |v| < 2^22."""
     if FLOAT8:
         power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # 2^e
         base = tl.maximum(power, 0.015625, propagate_nan=tl.PropagateNan.ALL) * 1572864.0  # 2^(e - 3) 1.5 2^23

@@ -1,10 +1,10 @@
-"""The meaning of the op, slow and obvious: values, and the gradients that training uses in their place.
+"""Reference of the op, slow and obvious: values, and the gradients that training uses.
 
     q   = clamp(round(W / s + z), low, high)        to integers, or to the values of FP8 (e4m3)
     W^  = (q - z) s
 
-Rounding has no useful derivative. Both gradients are those of a surrogate in which rounding is the identity (straight
-through) or adds an error r that does not move (LSQ: Esser et al. 2020, arXiv:1902.08153, eq. 3 and 5):
+Rounding has no useful derivative. Both gradients are those of a surrogate in which rounding is the identity
+(straight-through) or adds a constant error r (LSQ: Esser et al. 2020, arXiv:1902.08153, eq. 3 and 5):
 
     straight through    dW^/dW = 1 where rounding lands on the grid, 0 where it is clamped
     LSQ                 dW^/dW = 1 where low < v < high, else 0;      v = W / s + z
@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["fake_quantize", "learned_step_gradients", "straight_through_gradient"]
 
 HALF_STEP = {False: 0.5, True: 16.0}
-"""How far beyond the last value of the grid numbers still round to it: integers, and FP8, whose last step is 32."""
+"""Distance beyond the last value of the grid up to which numbers round to it: integers; FP8, whose last step is 32."""
 
 
 def fake_quantize(
@@ -41,7 +41,7 @@ def straight_through_gradient(
     high: float,
     float8: bool = False,
 ) -> Tensor:
-    """The gradient of W [R, C], from that of W^."""
+    """The gradient of W [R, C], from the gradient of W^."""
     _, _, v_RC = _on_grid(W_RC, scale, zero)
     half = HALF_STEP[float8]
     return gradient_RC * ((v_RC >= low - half) & (v_RC <= high + half))
@@ -56,7 +56,7 @@ def learned_step_gradients(
     high: float,
     float8: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of W [R, C] and of the scale (in its shape), from that of W^."""
+    """The gradients of W [R, C] and of the scale (in its shape), from the gradient of W^."""
     s_RC, z_RC, v_RC = _on_grid(W_RC, scale, zero)
     q_RC = v_RC.to(torch.float8_e4m3fn).to(v_RC.dtype) if float8 else v_RC.round()
     slope_RC = (q_RC - z_RC) - W_RC / s_RC
@@ -74,7 +74,7 @@ def learned_step_gradients(
 
 
 def _on_grid(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """s, z and v = W / s + z, each [R, C], in float32 at least."""
+    """s, z and v = W / s + z, each [R, C], in float32 or wider."""
     R, C = W_RC.shape
     wide = torch.promote_types(W_RC.dtype, torch.float32)
     s_RG, z_RG = (t.to(wide).expand(R, -1) for t in (scale, torch.zeros_like(scale) if zero is None else zero))

@@ -1,6 +1,6 @@
 """y = x W^T with FP4 weights (NVFP4, MXFP4): bf16, fp16 or float32 tokens times E2M1 codes, scaled group by group.
 
-On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, the weight is dequantized for the call.
+On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, each call dequantizes the weight.
 Layout, roofline and measured numbers are in the README beside this file.
 
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
@@ -25,10 +25,10 @@ def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) 
     """The product x W^T, [..., N], in the dtype of x; the gradient goes to x, so that adapters train on packed weights.
 
     Args:
-        x: [..., K], float16, bfloat16 or float32.
-        planes_NP: int16; this and what follows from :func:`to_layout`.
-        scale_GN: uint8.
-        divisor_N: float32.
+        x: Tokens, [..., K], float16, bfloat16 or float32.
+        planes_NP: Bits of the codes, int16, from :func:`to_layout`.
+        scale_GN: Scales, uint8, from :func:`to_layout`.
+        divisor_N: Divisors of the scales, float32, from :func:`to_layout`.
 
     Raises:
         ValueError: Dtypes, devices or shapes do not fit.
@@ -40,7 +40,7 @@ def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) 
 
 
 def check(x: Tensor, layout: Layout) -> None:
-    """ValueError when the arguments of :func:`fp4_gemm` do not fit."""
+    """ValueError where the arguments of :func:`fp4_gemm` do not fit."""
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
     kinds = tuple(t.dtype for t in layout)
@@ -66,11 +66,11 @@ def check(x: Tensor, layout: Layout) -> None:
     P = planes_NP.shape[1]
     if -(-K // BLOCK) * PLANE != P:
         raise ValueError(
-            f"x has K={K} columns, the weight {P} words of a row, which hold {P * 4 - BLOCK + 1} to {P * 4} columns; "
+            f"x has K={K} columns, a row of the weight has {P} words, which hold {P * 4 - BLOCK + 1} to {P * 4}; "
             f"pass the x of this layer"
         )
     if not all(t.is_contiguous() for t in layout):
-        raise ValueError("planes, scale and divisor must be contiguous; call .contiguous() once, when loading")
+        raise ValueError("planes, scale and divisor must be contiguous; call .contiguous() once, after loading")
 
 
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) 
 
 
 def _kernel_runs(x: Tensor, group: int) -> bool:
-    unfit = f"groups of {group} columns are no multiple of 16" if group % 16 else None
+    unfit = f"the group size {group} is not a multiple of 16" if group % 16 else None
     return kernel_runs(x.device, "FP4 weights are dequantized for every call", unfit)
 
 

@@ -1,15 +1,15 @@
 """The Triton kernel: out^T = W X^T with FP4 weights, in the design of w4a16_gemm.
 
-One program makes a tile of BLOCK_N features times BLOCK_M tokens. For each block of 128 columns it loads a tile of
+One program computes a tile of BLOCK_N features times BLOCK_M tokens. For each block of 128 columns it loads a tile of
 16-bit words and, plane by plane (layout.py), places the bits of its codes in bf16 or fp16 numbers: one shift and one
-mask for two codes, no constant is subtracted; the fourth plane is put together from three pieces. These numbers are
-codes times 2^-126 (bf16) or 2^-14 (fp16); one product with the scale, times 2^127 or 2^15, makes weights of them. Code
-and scale have six significant bits together, so that this product is exact, also in fp16 (scales below 2^-24 of the
-largest of a row lose bits there), and scales need not wait for the sums. What is left, a divisor per row, comes last.
+mask for two codes, no constant is subtracted; the fourth plane is joined from three pieces. These numbers are codes
+times 2^-126 (bf16) or 2^-14 (fp16); the product with the scale, times 2^127 or 2^15, gives the weights. Code and scale
+have six significant bits together, so that this product is exact, also in fp16 (where scales below 2^-24 of the largest
+of a row lose bits), and the scales can be applied before the sums. The divisor of each row is applied last.
 
-float32 tokens are cut into two parts of TF32, in which the weights are exact.
+float32 tokens are split into two TF32 numbers, in which the weights are exact.
 
-Programs that share the columns among them write float32 sums each, which are added in a fixed order: results repeat.
+Programs that split the columns write float32 sums, which are added in a fixed order: results are reproducible.
 
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.fp4_gemm.layout import Layout
-from lightning_compress.ops.w4a16_gemm.launch import Launch, choose
+from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
 __all__ = ["constants", "fp4_kernel", "gemm"]
 
 
-def gemm(x_MK: Tensor, layout: Layout, launch: Launch | None = None) -> Tensor:
+def gemm(x_MK: Tensor, layout: Layout, launch: W4Launch | None = None) -> Tensor:
     """The product x W^T [M, N] in the dtype of x; arguments as ``fp4_gemm`` checks them, groups of 16 n columns."""
     M, K = x_MK.shape
     G, N = layout.scale.shape
@@ -46,7 +46,7 @@ def gemm(x_MK: Tensor, layout: Layout, launch: Launch | None = None) -> Tensor:
 
 
 def constants(
-    launch: Launch, groups: int, K: int, dtype: torch.dtype, interpreted: bool = False
+    launch: W4Launch, groups: int, K: int, dtype: torch.dtype, interpreted: bool = False
 ) -> dict[str, int | bool]:
     """The compile-time arguments of the kernel."""
     return {
@@ -66,7 +66,7 @@ def fp4_kernel(
     GROUP: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """GROUP columns, a multiple of 16, have one scale; BITS and ASM say how codes become floats."""
+    """GROUP columns, a multiple of 16, have one scale; BITS and ASM select how codes become floats."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     split = tl.program_id(2)
@@ -94,11 +94,11 @@ def fp4_kernel(
                 scale_N2 = tl.load(scale_ptr + group_2[None, :] * N + row_N[:, None], mask=rows[:, None], other=8)
                 scale_Nc = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (BLOCK_N, 2, 16)), (BLOCK_N, 32))
             w_Nc = _weights(words_Nc, scale_Nc.to(tl.int32), j, x_ptr.dtype.element_ty, BITS, ASM)
-            if x_ptr.dtype.element_ty == tl.float32:  # weights are exact in TF32, x is in two parts
+            if x_ptr.dtype.element_ty == tl.float32:  # weights are exact in TF32, x is split in two
                 high_cM = (x_cM.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
                 sums_NM = tl.dot(w_Nc, high_cM, sums_NM, input_precision="tf32")
                 x_cM -= high_cM
-            if INTERPRETED:  # NumPy knows no bf16, and is slow in fp16
+            if INTERPRETED:  # NumPy has no bf16, and is slow in fp16
                 w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
             sums_NM = tl.dot(w_Nc, x_cM, sums_NM, input_precision="tf32")
     divisor_N = tl.load(divisor_ptr + row_N, mask=rows, other=1.0)
@@ -109,7 +109,7 @@ def fp4_kernel(
 
 @triton.jit
 def _inside(k, K, WHOLE: tl.constexpr):
-    """k, or the last column: planes beyond K have no group, and their x is 0."""
+    """k, or the last column: planes past K have no group, and their x is 0."""
     return k if WHOLE else tl.minimum(k, K - 1)
 
 

@@ -1,18 +1,18 @@
-"""The weight as the kernel reads it: planes of FP4 bits and one byte of scale per group, made once from the checkpoint.
+"""The layout that the kernel reads: planes of FP4 bits and one byte of scale per group, made once from the checkpoint.
 
-Words of 16 bits hold four codes, as in w4a16_gemm: columns come in blocks of 128 (the last is filled up with zeros),
-and element j (0 to 3) of word c (0 to 31) of block b is column 128 b + 32 j + c. The bits of element 0 stand where a
-bf16 number has its sign and the lowest bits of exponent and mantissa, those of elements 1 and 2 three and six bits
-below: one shift and one mask make bf16 numbers of them, 2^-126 times the code. The fourth fills the gaps.
+Words of 16 bits hold four codes, as in w4a16_gemm: columns are in blocks of 128 (the last is padded with zeros), and
+element j (0 to 3) of word c (0 to 31) of block b is column 128 b + 32 j + c. The bits of element 0 have the positions
+of the sign and the lowest bits of exponent and mantissa of a bf16 number, those of elements 1 and 2 are three and six
+bits lower: one shift and one mask give bf16 numbers, 2^-126 times the code. The bits of element 3 fill the gaps.
 
-    bit    15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0         s sign, e exponent, m mantissa; of element 0 to 3
+    bit    15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0         s sign, e exponent, m mantissa of elements 0 to 3
            s0 s3 e3 s1 e3 m3 s2 e0 e0 m0 e1 e1 m1 e2 e2 m2
 
-A scale is a byte without sign, five bits of exponent E above three of mantissa m, worth (1 + m / 8) 2^(E - 31) beside
-a divisor of its row: every e4m3 number has such a byte (2^8 has E = 31), and so has every power of two down to 2^-30 of
-the largest of its row. Codes in groups of smaller scales, and of scale 0, become 0.
+A scale is a byte without sign, five bits of exponent E above three of mantissa m, with the value (1 + m / 8) 2^(E - 31)
+over the divisor of its row: every e4m3 number has such a byte (2^8 has E = 31), and so has every power of two down to
+2^-30 of the largest of its row. Codes in groups with smaller scales, and with scale 0, become 0.
 
-Shapes: N output features, K input features, G groups, P = 32 ceil(K / 128) words of a row.
+Shapes: N output features, K input features, G groups, P = 32 ceil(K / 128) words in a row.
 """
 
 from typing import NamedTuple
@@ -39,12 +39,12 @@ class Layout(NamedTuple):
 
 
 def to_layout(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | None = None) -> Layout:
-    """Of the tensors of a checkpoint; rows of several (q, k, v) may be put together afterwards.
+    """The layout of the tensors of a checkpoint; rows of several layouts (q, k, v) may be concatenated.
 
     Args:
-        weight_packed: uint8 [N, K / 2].
-        scale_NG: float8_e4m3fn (NVFP4), or uint8 exponents (MXFP4).
-        global_scale: float32, one number; NVFP4 only.
+        weight_packed: Codes, uint8 [N, K / 2].
+        scale_NG: Scales, float8_e4m3fn (NVFP4), or uint8 exponents (MXFP4).
+        global_scale: Scale of the tensor, one float32 number; NVFP4 only.
 
     Raises:
         ValueError: Dtypes or shapes do not fit, or a scale is negative or NaN.
@@ -62,14 +62,14 @@ def to_layout(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | No
         one = torch.ones(1, device=scale_NG.device, dtype=torch.float32)
         one = one if global_scale is None else global_scale.reshape(1)
         divisor_N = (one * 2.0 ** (1 - E4M3_TOP)).expand(N).contiguous()
-    gone_NG = byte_NG < 8
-    codes_NK = unpack(weight_packed).int().masked_fill(gone_NG.repeat_interleave(K // G, 1), 0)
-    scale_GN = byte_NG.masked_fill(gone_NG, 8).to(torch.uint8).t().contiguous()
+    zero_NG = byte_NG < 8
+    codes_NK = unpack(weight_packed).int().masked_fill(zero_NG.repeat_interleave(K // G, 1), 0)
+    scale_GN = byte_NG.masked_fill(zero_NG, 8).to(torch.uint8).t().contiguous()
     return Layout(_planes(codes_NK), scale_GN, divisor_N)
 
 
 def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:
-    """W [N, K]: (code * scale) in float32, rounded to ``dtype``, as the reference does it with the checkpoint."""
+    """W [N, K]: (code * scale) in float32, rounded to ``dtype``, equal to the reference on the checkpoint."""
     G, N = layout.scale.shape
     w_NB1c = layout.planes.view(N, -1, 1, PLANE).int()
     first, second, third = (w_NB1c << shift for shift in (0, 3, 6))
@@ -83,14 +83,14 @@ def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:
 
 
 def _planes(codes_NK: Tensor) -> Tensor:
-    """int16 [N, P] of codes 0 to 15."""
+    """Planes int16 [N, P] of codes 0 to 15."""
     codes_NK = F.pad(codes_NK, (0, -codes_NK.shape[1] % BLOCK))
     codes_jNBc = codes_NK.view(len(codes_NK), -1, PLANES, PLANE).movedim(2, 0)
     sign, size = codes_jNBc >> 3, codes_jNBc & 7
     words = sign[3] << 14 | size[3] >> 2 << 13 | (size[3] & 3) << 10
     for j in range(3):
         words = words | sign[j] << 15 - 3 * j | size[j] << 6 - 3 * j
-    return words.to(torch.int16).flatten(1)  # wraps above 2^15, as meant
+    return words.to(torch.int16).flatten(1)  # wraps above 2^15, as intended
 
 
 def _check(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | None) -> None:
@@ -114,4 +114,4 @@ def _check(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | None)
     s_NG = scales(scale_NG, torch.float32)
     nan = scale_NG == 255 if scale_NG.dtype == torch.uint8 else s_NG.isnan()
     if nan.any() or (s_NG < 0).any():
-        raise ValueError("weight_scale holds NaN or negative scales; the checkpoint is damaged: write it anew")
+        raise ValueError("weight_scale holds NaN or negative scales; the checkpoint is damaged: write it again")

@@ -1,4 +1,4 @@
-"""FP4 weights of a compressed-tensors checkpoint, dequantized; and the product with them, slow and obvious.
+"""FP4 weights of a compressed-tensors checkpoint, dequantized, and the product with them, slow and obvious.
 
     W_nk = code_nk * s_n,group(k) / g          y = x W^T
 
@@ -21,10 +21,10 @@ def gemm(x: Tensor, weight_packed: Tensor, scale_NG: Tensor, global_scale: Tenso
     """The product x W^T in float64, [..., N], with weights that are not rounded.
 
     Args:
-        x: [..., K], any floating dtype.
-        weight_packed: uint8 [N, K / 2].
-        scale_NG: float8_e4m3fn, or uint8 exponents.
-        global_scale: float32 [1] of NVFP4.
+        x: Tokens, [..., K], any floating dtype.
+        weight_packed: Codes, uint8 [N, K / 2].
+        scale_NG: Scales, float8_e4m3fn, or uint8 exponents.
+        global_scale: Scale of the tensor, float32 [1]; NVFP4 only.
     """
     return x.double() @ dequantize(weight_packed, scale_NG, global_scale, torch.float64).t()
 
@@ -32,7 +32,7 @@ def gemm(x: Tensor, weight_packed: Tensor, scale_NG: Tensor, global_scale: Tenso
 def dequantize(
     weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """W [N, K], worked out in float32 (float64 if ``dtype`` is) and rounded to ``dtype``.
+    """W [N, K], computed in float32 (float64 if ``dtype`` is) and rounded to ``dtype``.
 
     compressed-tensors decompresses to bfloat16, whatever the model's dtype.
     """
@@ -48,7 +48,7 @@ def dequantize(
 
 
 def scales(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is stored (e4m3, or exponents of two) as numbers."""
+    """The stored scales (e4m3, or exponents of two) as numbers."""
     if scale_NG.dtype != torch.uint8:
         return scale_NG.to(dtype)
     return torch.ldexp(torch.ones_like(scale_NG, dtype=dtype), scale_NG.int() - 127)

@@ -1,4 +1,4 @@
-"""One block of GPTQ's columns for all rows: round a column, add its error to the later columns, go on to the next.
+"""One block of GPTQ's columns for all rows: round a column, add its error to the later columns, and so on.
 
 On CUDA a kernel in CUDA C++ runs, compiled by NVRTC at first use, or Triton's kernel where NVRTC is missing; elsewhere
 a loop in torch on two levels. Without a grid, and with a mask, it is the update of SparseGPT. README beside this file.
@@ -73,7 +73,7 @@ def _kernel(block: Block, rounding: Rounding | None) -> Callable[[Block, Roundin
     A_bR, grid, zero_GR = block.A_bR, None, None
     if rounding is not None:
         grid, zero_GR = rounding.grid, rounding.zero_GR
-    unfit = None if A_bR.dtype == torch.float32 else f"it takes float32, not {A_bR.dtype}"
+    unfit = None if A_bR.dtype == torch.float32 else f"the kernel needs float32, got {A_bR.dtype}"
     missing = unfit or cuda.missing(A_bR.device, grid, zero_GR is not None, block.keep_bR is not None)
     if missing is None:
         return cuda.gptq_block_

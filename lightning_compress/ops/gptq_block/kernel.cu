@@ -1,14 +1,14 @@
 // One block of GPTQ's columns for all rows: one thread per row, PANEL columns at a time in registers.
 //
-//     a_j = A_j + sum_{k<j} d_k U_kj,   q_j = the grid point nearest to a_j, 0 where it is gone,   d_j = w_j - q_j
+//     a_j = A_j + sum_{k<j} d_k U_kj,   q_j = the grid point nearest to a_j, 0 where keep is 0,   d_j = w_j - q_j
 //
-// A, W, Q and D are [b, R], so that threads of a warp read neighbours. What later columns take over from earlier panels
-// is summed up when they are read (errors wait in shared memory, a column of it for each thread); within a panel each
-// error goes to the columns after it at once. So the code has the length of one panel: all 128 columns unrolled are
-// 8128 multiply-adds in a row.
+// A, W, Q and D are [b, R], so that threads of a warp read neighbours. The errors of earlier panels are added to a column
+// when it is read (errors are stored in shared memory, one column of it for each thread); within a panel each error is
+// added to the later columns at once. So the code has the length of one panel: all 128 columns unrolled would be 8128
+// consecutive multiply-adds.
 //
-// Compiled by NVRTC without headers; FORMAT, ZERO, KEEP, BF16, FP16, MANTISSA and EXPONENT are given as -D. On a CPU
-// (see the tests) the macros below stand for what only a GPU has. Multiplications and additions must not be contracted
+// Compiled by NVRTC without headers; FORMAT, ZERO, KEEP, BF16, FP16, MANTISSA and EXPONENT are defined by -D. On a CPU
+// (see the tests) the macros below are replaced, since they use features that only a GPU has. Multiplications and additions must not be contracted
 // (--fmad=false): rounding follows compressed-tensors operation by operation.
 
 #if ZERO
@@ -25,7 +25,7 @@
 #define WAIT_FOR_ALL_BUT(groups) asm volatile("cp.async.wait_group %0;" :: "n"(groups) : "memory")
 #define STORE_IF(condition, to, value) asm volatile( \
     "{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.f32 [%1], %2; }" \
-    :: "r"((int)(condition)), "l"(to), "f"(value) : "memory")          // never a branch, and never put off
+    :: "r"((int)(condition)), "l"(to), "f"(value) : "memory")          // without a branch, and without delay
 #define BITS(x) __float_as_uint(x)
 #define FROM_BITS(u) __uint_as_float(u)
 __device__ __forceinline__ float reciprocal(float x) {                 // off by one unit in the last place at most
@@ -35,8 +35,8 @@ __device__ __forceinline__ float reciprocal(float x) {                 // off by
 }
 #endif
 
-// a / s, correctly rounded, s in [2^-149, 2^127). The compiler's own division branches, so nothing is moved past it.
-// A power of two, which takes s into [1, 2), makes branches needless.
+// a / s, correctly rounded, s in [2^-149, 2^127). The compiler's division branches, and no instruction is moved past it.
+// Scaling s into [1, 2) by a power of two makes branches unnecessary.
 __device__ __forceinline__ float quotient(float a, float s) {
     const float power = FROM_BITS(0x7f000000 - (BITS(s) & 0x7f800000));
     a *= power;
@@ -46,7 +46,7 @@ __device__ __forceinline__ float quotient(float a, float s) {
     const float first = a * y;
     const float second = fmaf(y, fmaf(-s, first, a), first);
     const float third = fmaf(y, fmaf(-s, second, a), second);
-    return fabsf(first) < 1073741824.0f ? third : first;               // clamped anyway; infinite ones would end as NaN
+    return fabsf(first) < 1073741824.0f ? third : first;               // clamped later; infinite ones would become NaN
 }
 
 #if FORMAT == 2
@@ -99,8 +99,8 @@ __device__ __forceinline__ float nearest(float a, float s, float z, float low, f
 }
 #endif
 
-// U is [p, p] with rows of stride_u, p the next multiple of PANEL from b on, zeros where there are no columns; its rows
-// begin at multiples of 16 bytes. S and Z are [G, R], group [b]. Shared memory: p * p + p * THREADS floats.
+// U is [p, p] with a row stride of stride_u, p being b rounded up to a multiple of PANEL, padded with zeros; its rows begin
+// at multiples of 16 bytes. S and Z are [G, R], group [b]. Shared memory: p * p + p * THREADS floats.
 extern "C" __global__ void __launch_bounds__(THREADS) gptq_block(
     float* __restrict__ A, float* __restrict__ Q, float* __restrict__ D, const float* __restrict__ W,
     const float* __restrict__ U, const float* __restrict__ S, const float* __restrict__ Z,
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gptq_block(
     const unsigned stride = R;
     float* errors = shared + p * p + threadIdx.x;
 
-    // Rows of U, of each what lies in its own panel and in later ones; those of the first panel can be waited for alone.
+    // Rows of U, from the columns of their panel on. The rows of the first panel are a group that can be awaited alone.
     for (int j = threadIdx.x / 32; j < p; j += THREADS / 32) {
         for (int k = j / PANEL * PANEL + threadIdx.x % 32 * 4; k < p; k += 128)
             COPY_16_BYTES(shared + j * p + k, U + (long long)j * stride_u + k);
@@ -126,12 +126,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) gptq_block(
     #pragma unroll 1
     for (int j0 = 0; j0 < b; j0 += PANEL) {
 #if KEEP
-        unsigned kept = 0;                                              // a bit for each column
+        unsigned mask = 0;                                              // a bit for each column
         #pragma unroll
-        for (int j = 0; j < PANEL; ++j) kept |= (unsigned)keep[min(j0 + j, b - 1) * stride + r] << j;
+        for (int j = 0; j < PANEL; ++j) mask |= (unsigned)keep[min(j0 + j, b - 1) * stride + r] << j;
 #endif
-        // All that the panel needs is asked for now: errors of earlier panels are summed up while it comes. Past the
-        // last column, the last one is read again: what comes of it reaches no other column and is not stored.
+        // All loads of the panel start here, and errors of earlier panels are summed while they are in flight. Past the
+        // last column the last one is read again: its results reach no other column and are not stored.
         float a[PANEL], sum[PANEL], w[PANEL];
         #pragma unroll
         for (int j = 0; j < PANEL; ++j) {
@@ -171,14 +171,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) gptq_block(
             float q = a[j];
 #endif
 #if KEEP
-            if (!(kept >> j & 1)) q = 0.0f;
+            if (!(mask >> j & 1)) q = 0.0f;
 #endif
             const float d = w[j] - q;
             errors[(j0 + j) * THREADS] = d;
-            const bool there = inside && j0 + j < b;
-            STORE_IF(there, A + at, a[j]);
-            STORE_IF(there, Q + at, q);
-            STORE_IF(there, D + at, d);
+            const bool valid = inside && j0 + j < b;
+            STORE_IF(valid, A + at, a[j]);
+            STORE_IF(valid, Q + at, q);
+            STORE_IF(valid, D + at, d);
             #pragma unroll
             for (int k = j + 1; k < PANEL; ++k) a[k] = fmaf(d, shared[(j0 + j) * p + j0 + k], a[k]);
         }

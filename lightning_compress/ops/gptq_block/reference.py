@@ -1,4 +1,4 @@
-"""The meaning of the op, slow and obvious. For each column j of the block, from left to right:
+"""Reference of the op, slow and obvious. For each column j of the block, from left to right:
 
     q_j = the grid point nearest to a_j, or a_j itself without a grid; 0 where the mask is False
     d_j = w_j - q_j

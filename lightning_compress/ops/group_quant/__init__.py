@@ -1,7 +1,7 @@
-"""Min-max, scale, zero point, rounding and packing of a weight in one go: round to nearest, and nothing else.
+"""Min-max, scale, zero point, rounding and packing of a weight in one pass: plain round-to-nearest.
 
-On CUDA a Triton kernel reads W once and writes what is asked for; elsewhere torch takes its steps one by one. Results
-are bit for bit those of compressed-tensors' calculate_qparams, quantize and pack_to_int32. README beside this file.
+On CUDA a Triton kernel reads W once and writes the results; elsewhere torch executes the steps one by one. Results are
+bit for bit those of compressed-tensors' calculate_qparams, quantize and pack_to_int32. README beside this file.
 
 Shapes: N rows, K columns, G groups of K / G columns in a row, P = ceil(K bits / 32) words.
 """
@@ -23,46 +23,46 @@ def group_quant(W_NK: Tensor, group: int, bits: int, symmetric: bool = True) -> 
     """Words int32 [N, P], scale [N, G] in the dtype of W, and zero point int8 [N, G], or None (symmetric).
 
     Args:
-        W_NK: float16, bfloat16 or float32, finite.
-        group: Columns that share a scale; K for one scale per row.
-        bits: 2 to 8.
-        symmetric: Without a zero point.
+        W_NK: Weight, float16, bfloat16 or float32, finite.
+        group: Number of columns that share a scale; K for one scale per row.
+        bits: Bits of a code, 2 to 8.
+        symmetric: The grid has no zero point.
 
     Raises:
-        ValueError: Another dtype, shape or number of bits, or the group does not divide K.
+        ValueError: Wrong dtype, shape or number of bits, or the group does not divide K.
     """
     _check(W_NK, group, bits)
-    return _called(W_NK, group, bits, symmetric, False, True)
+    return _dispatch(W_NK, group, bits, symmetric, False, True)
 
 
 def group_round(
     W_NK: Tensor, group: int, bits: int = 8, symmetric: bool = True, float8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same, with the value W^ [N, K], in the dtype of W, in place of words.
+    """The same with the dequantized weight W^ [N, K], in the dtype of W, in place of words.
 
     Rows of activations are tokens: with ``group`` = K this is dynamic quantization per token.
 
     Args:
-        W_NK: As for :func:`group_quant`.
-        group: As there.
-        bits: As there.
-        symmetric: As there.
-        float8: FP8 (e4m3) in place of integers; symmetric.
+        W_NK: Weight, float16, bfloat16 or float32, finite.
+        group: Number of columns that share a scale; K for one scale per row.
+        bits: Bits of a code, 2 to 8.
+        symmetric: The grid has no zero point.
+        float8: Round to FP8 (e4m3) in place of integers; symmetric only.
 
     Raises:
-        ValueError: As there; or FP8 with a zero point.
+        ValueError: As for :func:`group_quant`, or FP8 with a zero point.
     """
     _check(W_NK, group, bits)
     if float8 and not symmetric:
-        raise ValueError("FP8 has no zero point; pass symmetric=True, or integers")
-    return _called(W_NK, group, bits, symmetric, float8, False)
+        raise ValueError("FP8 has no zero point; pass symmetric=True, or float8=False")
+    return _dispatch(W_NK, group, bits, symmetric, float8, False)
 
 
 def _check(W_NK: Tensor, group: int, bits: int) -> None:
     if W_NK.dtype not in DTYPES or W_NK.ndim != 2:
         raise ValueError(
-            f"expected W [N, K] in float16, bfloat16 or float32, got {W_NK.dtype} {tuple(W_NK.shape)}; convert it, or "
-            f"see it as a matrix"
+            f"expected W [N, K] in float16, bfloat16 or float32, got {W_NK.dtype} {tuple(W_NK.shape)}; convert "
+            f"and reshape it"
         )
     if not 2 <= bits <= 8:
         raise ValueError(f"expected 2 to 8 bits, got {bits}")
@@ -71,7 +71,7 @@ def _check(W_NK: Tensor, group: int, bits: int) -> None:
         raise ValueError(f"groups of {group} columns do not divide K={K}; pass a divisor, or K for one scale per row")
 
 
-def _called(
+def _dispatch(
     W_NK: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     W_NK = W_NK.detach()
@@ -96,14 +96,14 @@ def _group_quant(
 
 def _kernel_runs(W_NK: Tensor, group: int, packed: bool) -> bool:
     straddles = packed and group % 32 and group != W_NK.shape[1]
-    unfit = f"groups of {group} columns are no multiple of 32" if straddles else None
+    unfit = f"the group size {group} is not a multiple of 32" if straddles else None
     return kernel_runs(W_NK.device, "weights are quantized and packed by dozens of kernels of torch", unfit)
 
 
 def _group_quant_tensors(
     W: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The zero point of a symmetric grid is empty: an op returns tensors."""
+    """With an empty zero point for a symmetric grid, since an op cannot return None."""
     out, scale, zero = _group_quant(W, group, bits, symmetric, float8, packed)
     return out, scale, scale.new_empty((0,), dtype=torch.int8) if zero is None else zero
 

@@ -1,8 +1,8 @@
-"""The Triton kernel: extremes, scale, zero point, codes, and words or values, from one reading of W.
+"""The Triton kernel: extremes, scale, zero point, codes, and words or values, from one pass over W.
 
-The matrix is seen as lines of the columns that share one scale. A program takes some lines, up to 1024 columns of each
-at a time; longer ones it reads twice, the second time from L2. Scales are rounded step by step to the dtype that
-stores them, once for each line. Rounding needs no conversion instruction (fake_quant says how).
+The matrix is treated as lines of the columns that share one scale. A program processes a few lines, up to 1024 columns
+of each at a time; longer lines are read twice, the second time from L2. Scales are rounded step by step to the dtype
+that stores them, once for each line. Rounding needs no conversion instruction (see fake_quant/kernel.py).
 
 Shapes: L lines of g columns, P = ceil(g bits / 32) words; blocks of BLOCK_L lines, BLOCK_C columns; Triton 3.6 to 3.9.
 """
@@ -24,15 +24,15 @@ WARPS = 4
 def group_quant(
     W_NK: Tensor, group: int, bits: int, symmetric: bool, float8: bool, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Words int32 [N, P] or values [N, K], scale [N, G] and zero point int8 [N, G] or None; as the reference.
+    """Words int32 [N, P] or values [N, K], scale [N, G] and zero point int8 [N, G] or None; equal to the reference.
 
     Args:
-        W_NK: float16, bfloat16 or float32.
-        group: Columns of a scale, a multiple of 32 where ``packed``, or K.
-        bits: 2 to 8.
-        symmetric: No zero point.
-        float8: Round to FP8 (e4m3), values only.
-        packed: Words, else values.
+        W_NK: Weight, float16, bfloat16 or float32.
+        group: Number of columns that share a scale; with ``packed`` a multiple of 32, or K.
+        bits: Bits of a code, 2 to 8.
+        symmetric: The grid has no zero point.
+        float8: Round to FP8 (e4m3); values only.
+        packed: Give words, otherwise values.
     """
     W_NK = W_NK.contiguous()
     (N, K), device = W_NK.shape, W_NK.device
@@ -53,7 +53,7 @@ def group_quant(
 def constants(
     group: int, bits: int, symmetric: bool, float8: bool, packed: bool, interpreted: bool = False
 ) -> dict[str, int | bool]:
-    """The compile-time arguments: pieces of 2048 numbers, 16 to a thread."""
+    """The compile-time arguments: tiles of 2048 numbers, 16 for each thread."""
     block_c = max(32, min(triton.next_power_of_2(group), 1024))
     return {
         "BITS": bits,
@@ -74,13 +74,13 @@ def group_quant_kernel(
     BITS: tl.constexpr, WORDS: tl.constexpr, SYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, PACKED: tl.constexpr,
     ONCE: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """ONCE: a line is one piece."""
+    """ONCE: a line fits into one tile."""
     line_L = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
-    w_LC = _piece(w_ptr, line_L, 0, L, g, BLOCK_C)
+    w_LC = _load(w_ptr, line_L, 0, L, g, BLOCK_C)
     lowest_LC, highest_LC = tl.minimum(w_LC, 0.0), tl.maximum(w_LC, 0.0)
     if not ONCE:
         for c in range(BLOCK_C, g, BLOCK_C):
-            more_LC = _piece(w_ptr, line_L, c, L, g, BLOCK_C)
+            more_LC = _load(w_ptr, line_L, c, L, g, BLOCK_C)
             lowest_LC, highest_LC = tl.minimum(lowest_LC, more_LC), tl.maximum(highest_LC, more_LC)
     s_L, z_L = _qparams(
         tl.min(lowest_LC, 1), tl.max(highest_LC, 1), low, high, eps, scale_ptr.dtype.element_ty, SYMMETRIC, INTERPRETED
@@ -89,18 +89,18 @@ def group_quant_kernel(
     if not SYMMETRIC:
         tl.store(zero_ptr + line_L, z_L.to(tl.int8), mask=line_L < L)
     if ONCE:
-        _put(w_LC, s_L, z_L, out_ptr, line_L, 0, L, g, P, low, high, BITS, WORDS, FLOAT8, PACKED, INTERPRETED,
+        _store(w_LC, s_L, z_L, out_ptr, line_L, 0, L, g, P, low, high, BITS, WORDS, FLOAT8, PACKED, INTERPRETED,
              BLOCK_L, BLOCK_C)  # fmt: skip
     else:
         for c in range(0, g, BLOCK_C):
-            w_LC = _piece(w_ptr, line_L, c, L, g, BLOCK_C)
-            _put(w_LC, s_L, z_L, out_ptr, line_L, c, L, g, P, low, high, BITS, WORDS, FLOAT8, PACKED, INTERPRETED,
+            w_LC = _load(w_ptr, line_L, c, L, g, BLOCK_C)
+            _store(w_LC, s_L, z_L, out_ptr, line_L, c, L, g, P, low, high, BITS, WORDS, FLOAT8, PACKED, INTERPRETED,
                  BLOCK_L, BLOCK_C)  # fmt: skip
 
 
 @triton.jit
-def _piece(w_ptr, line_L, c, L, g, BLOCK_C: tl.constexpr):
-    """Numbers of some lines from column c on, float32; 0 beyond the end."""
+def _load(w_ptr, line_L, c, L, g, BLOCK_C: tl.constexpr):
+    """Numbers of some lines from column c on, float32; 0 past the end."""
     column_C = c + tl.arange(0, BLOCK_C)
     inside_LC = (line_L < L)[:, None] & (column_C < g)[None, :]
     return tl.load(w_ptr + line_L[:, None] * g + column_C[None, :], mask=inside_LC, other=0.0).to(tl.float32)
@@ -110,7 +110,7 @@ def _piece(w_ptr, line_L, c, L, g, BLOCK_C: tl.constexpr):
 def _qparams(
     a_L, b_L, low, high, eps, dtype: tl.constexpr, SYMMETRIC: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Scale and zero point, float32 numbers that ``dtype`` and int8 hold."""
+    """Scale and zero point, in float32, exact in ``dtype`` and int8."""
     if SYMMETRIC:
         s_L = _stored(_divided(tl.maximum(-a_L, b_L), (high - low) / 2), dtype, INTERPRETED)
         z_L = tl.zeros(s_L.shape, tl.float32)
@@ -141,12 +141,12 @@ def _stored(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _put(
+def _store(
     w_LC, s_L, z_L, out_ptr, line_L, c, L, g, P, low, high,
     BITS: tl.constexpr, WORDS: tl.constexpr, FLOAT8: tl.constexpr, PACKED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Round a piece, and write its words or its values."""
+    """Round a tile, and write its words or its values."""
     column_C = c + tl.arange(0, BLOCK_C)
     v_LC = tl.div_rn(w_LC, tl.broadcast_to(s_L[:, None], w_LC.shape)) + z_L[:, None]
     q_LC = round_code(clamp(v_LC, low, high), FLOAT8)

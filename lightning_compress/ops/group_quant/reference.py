@@ -1,13 +1,13 @@
-"""The meaning of the ops, slow and obvious: scale and zero point from the extremes of a group, then the codes.
+"""Reference of the ops, slow and obvious: scale and zero point from the extremes of a group, then the codes.
 
     a = min(W, 0)    b = max(W, 0)    of a group, so that 0 is always on the grid
     symmetric:  s = max(-a, b) / ((high - low) / 2)
     asymmetric: s = (b - a) / (high - low)      z = round(clamp(low - a / s, low, high)), ties to even
     q = round(clamp(W / s + z, low, high))      W^ = (q - z) s
 
-Scales are worked out in the dtype of W, each step rounded to it, as compressed-tensors' calculate_qparams does; codes
-in float32, from the scale that is stored. A scale of 0 becomes the epsilon of its dtype, and a group of zeros has the
-zero point 0. FP8 (e4m3) rounds to its numbers in place of integers, low and high being -448 and 448.
+Scales are computed in the dtype of W, each step rounded to it, as in compressed-tensors' calculate_qparams; codes are
+computed in float32 from the stored scale. A scale of 0 becomes the epsilon of its dtype, and a group of zeros has the
+zero point 0. FP8 (e4m3) rounds to its numbers in place of integers, with low and high -448 and 448.
 
 Shapes: N rows, K columns, G groups of g = K / G columns in a row.
 """

@@ -1,6 +1,6 @@
-"""x times a Hadamard matrix of order n = m 2^k, for online rotations: y = x (B (x) S) scale, S that of Sylvester.
+"""x times a Hadamard matrix of order n = m 2^k, for online rotations: y = x (B (x) S) scale, S Sylvester's matrix.
 
-On CUDA a Triton kernel reads x and writes y once; elsewhere butterflies of torch run. README beside this file.
+On CUDA a Triton kernel reads x and writes y once; elsewhere torch computes butterflies. README beside this file.
 
 Shapes: x [..., n], n = m P, base B [m, m] of +-1, P a power of two.
 """
@@ -17,25 +17,25 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def hadamard_transform(x: Tensor, base_mm: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """The product x (B (x) S_P) scale, in the dtype of x; with a gradient for x.
+    """The product x (B (x) S_P) scale, in the dtype of x, with a gradient for x.
 
     Args:
         x: [..., n], floating point.
-        base_mm: The part of the matrix that Sylvester's construction does not give; None where n is a power of two.
-            With B^T in place of B, and scale 1 / (n scale), the transform is taken back.
-        scale: Such as 1 / sqrt(n), which makes it orthogonal.
+        base_mm: Hadamard matrix B of the order that remains beside a power of two; None where n is a power of two. B^T
+            in place of B, with scale 1 / (n scale), gives the inverse transform.
+        scale: Factor of the result; 1 / sqrt(n) makes the transform orthogonal.
 
     Raises:
-        ValueError: n is no power of two times the order of the base, or x is not floating.
+        ValueError: n is not a power of two times the order of the base, or x is not floating.
     """
     m = 1 if base_mm is None else len(base_mm)
     n = x.shape[-1] if x.ndim else 0
     if not x.is_floating_point() or (base_mm is not None and base_mm.shape != (m, m)):
-        came = "" if base_mm is None else f" and base {tuple(base_mm.shape)}"
-        raise ValueError(f"expected floating x [..., n] and a base [m, m], got {x.dtype} {tuple(x.shape)}{came}")
+        base = "" if base_mm is None else f" and base {tuple(base_mm.shape)}"
+        raise ValueError(f"expected floating x [..., n] and a base [m, m], got {x.dtype} {tuple(x.shape)}{base}")
     if n < m or n % m or (n // m) & (n // m - 1):
         raise ValueError(
-            f"x has {n} features, which are no power of two times the {m} of the base; pass the base of the order "
+            f"x has {n} features, which is not a power of two times {m}, the order of the base; pass a base of order "
             f"{n // (n & -n) if n else 0} times a power of two"
         )
     if base_mm is not None and base_mm.device != x.device:
@@ -59,11 +59,11 @@ def _transform(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
 
 def _kernel_runs(x: Tensor, base_mm: Tensor | None) -> bool:
     P = x.shape[-1] // (1 if base_mm is None else len(base_mm))
-    return P >= 16 and kernel_runs(x.device, "Hadamard transforms take a pass over memory for each factor of two")
+    return P >= 16 and kernel_runs(x.device, "Hadamard transforms read and write memory once for each factor of two")
 
 
 def _butterflies(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
-    """In the dtype of x, O(n (m + log n)); differentiable as it is."""
+    """The transform in O(n (m + log n)), in the dtype of x; differentiable."""
     m = 1 if base_mm is None else len(base_mm)
     power, half = x.shape[-1] // m, 1
     y = x.reshape(-1, m, power)

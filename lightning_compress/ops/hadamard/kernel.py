@@ -1,14 +1,15 @@
 """The Triton kernel: n = m 2^k features of a row in registers, read and written once.
 
-The power of two is cut into digits of 16 to 128, S_4096 = S_16 (x) S_16 (x) S_16, and each digit is one product in the
-tensor cores with a matrix of +-1, which is made from its indices. After each, the tile is turned so that the next digit
-lies last; after all of them it lies as at first. The base is one more product, the first.
+The power of two is split into digits of 16 to 128, S_4096 = S_16 (x) S_16 (x) S_16, and each digit is one product in
+the tensor cores with a matrix of +-1, which is computed from its indices. After each product the tile is transposed so
+that the next digit is the last dimension; after all of them the order is the original one. The base is one more
+product, the first.
 
-A product with +-1 is exact but for its sum, in float32. Numbers go in as they are (16-bit x, first product), else as
-the sum of bf16 parts: two, which hold 16 bits, or three of float32 x.
+Products with +-1 are exact, and sums are in float32. 16-bit x enters the first product unchanged; other operands are
+split into sums of bf16 numbers: two, which hold 16 bits, or three for float32 x.
 
-A base of more than 64, and what exceeds 16384 numbers in a tile (4096 with a base before sm_90, where more spill), is
-left to a matrix product after the kernel.
+For a base of more than 64, and tiles of more than 16384 numbers (4096 with a base before sm_90, where larger tiles
+spill), a matrix product follows the kernel.
 
 Shapes: A rows of a tile (of x; with a base, its padded order), P features of a row of a tile; Triton 3.6 to 3.9.
 """
@@ -27,7 +28,7 @@ LARGEST_BASE = 64
 
 
 def transform(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
-    """y [..., n] in the dtype of x, float16, bfloat16 or float32; n / m is 16 at least."""
+    """y [..., n] in the dtype of x, float16, bfloat16 or float32; n / m is at least 16."""
     x_Rn, m = x.reshape(-1, x.shape[-1]), 1 if base_mm is None else len(base_mm)
     P = x_Rn.shape[1] // m
     if m == 1 or _fits(m, P, x.device):
@@ -62,7 +63,7 @@ def _tiles(x_Rn: Tensor, base_mm: Tensor | None, m: int, P: int, scale: float) -
 
 
 def constants(m: int, P: int, dtype: torch.dtype, interpreted: bool = False) -> dict[str, int]:
-    """The compile-time arguments of the kernel: tile, digits (1: none), parts of a number."""
+    """The compile-time arguments of the kernel: tile, digits (1: none), bf16 numbers that an operand is split into."""
     digits: list[int] = []
     rest = P
     while rest > 128:
@@ -84,7 +85,7 @@ def constants(m: int, P: int, dtype: torch.dtype, interpreted: bool = False) -> 
 
 
 def warps(m: int, P: int) -> int:
-    """Of a program; found by compiling: fewer spill."""
+    """Warps of a program; with fewer, registers spill (measured by compiling)."""
     if m > 1 or P == 128:
         return 8
     return 4 if P <= 4096 else 8 if P <= 8192 else 16
@@ -105,7 +106,7 @@ def hadamard_kernel(
         rows_A = at_A < R
     at_AP = at_A[:, None] * P + tl.arange(0, P)[None, :]
     y_AP = tl.load(x_ptr + at_AP, mask=rows_A[:, None], other=0.0)
-    EXACT: tl.constexpr = 3 if PARTS == 3 else 1  # 16-bit numbers are one part, as long as they are x
+    EXACT: tl.constexpr = 3 if PARTS == 3 else 1  # 16-bit x is not split
     if M > 1:
         at_AA = a_A[None, :] * M + a_A[:, None]  # B^T
         base_AA = tl.load(base_ptr + at_AA, mask=rows_A[None, :] & rows_A[:, None], other=0.0)
@@ -122,7 +123,7 @@ def hadamard_kernel(
 
 @triton.jit
 def _digit(y_AP, A: tl.constexpr, P: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Transform the last digit, and put it first."""
+    """Transform the last digit, and make it the first."""
     i_F = tl.arange(0, F)
     parity_FF = i_F[:, None] & i_F[None, :]
     parity_FF = parity_FF ^ (parity_FF >> 4)
@@ -131,16 +132,16 @@ def _digit(y_AP, A: tl.constexpr, P: tl.constexpr, F: tl.constexpr, PARTS: tl.co
     S_FF = (1 - 2 * (parity_FF & 1)).to(tl.float32)
     y_QF = _product(tl.reshape(y_AP, (A * (P // F), F)), S_FF, PARTS, False, INTERPRETED)
     if P == F:
-        turned_AP = y_QF
+        y_AP = y_QF
     else:
-        turned_AP = tl.reshape(tl.permute(tl.reshape(y_QF, (A, P // F, F)), (0, 2, 1)), (A, P))
-    return turned_AP
+        y_AP = tl.reshape(tl.permute(tl.reshape(y_QF, (A, P // F, F)), (0, 2, 1)), (A, P))
+    return y_AP
 
 
 @triton.jit
 def _product(a, b, PARTS: tl.constexpr, SIGNS_FIRST: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The product of numbers and signs, float32; SIGNS_FIRST: a are the signs."""
-    if INTERPRETED:  # NumPy knows no bf16
+    """The product of numbers and signs, float32; SIGNS_FIRST: a holds the signs."""
+    if INTERPRETED:  # NumPy has no bf16
         sums = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif PARTS == 1:
         if SIGNS_FIRST:
@@ -152,10 +153,10 @@ def _product(a, b, PARTS: tl.constexpr, SIGNS_FIRST: tl.constexpr, INTERPRETED: 
         signs = a.to(tl.bfloat16) if SIGNS_FIRST else b.to(tl.bfloat16)
         sums = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
         for _ in tl.static_range(PARTS):
-            part = rest.to(tl.bfloat16)
+            high = rest.to(tl.bfloat16)
             if SIGNS_FIRST:
-                sums = tl.dot(signs, part, sums)
+                sums = tl.dot(signs, high, sums)
             else:
-                sums = tl.dot(part, signs, sums)
-            rest -= part.to(tl.float32)
+                sums = tl.dot(high, signs, sums)
+            rest -= high.to(tl.float32)
     return sums

@@ -1,4 +1,4 @@
-"""The meaning of the op, slow and obvious.
+"""Reference of the op, slow and obvious.
 
     y = x (B (x) S_P) scale         S_1 = [1],  S_2p = [[S_p, S_p], [S_p, -S_p]]       (Sylvester 1867)
 

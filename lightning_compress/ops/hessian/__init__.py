@@ -1,4 +1,4 @@
-"""H += X^T X, of which only the lower triangle is worked out: the second moment of a layer's inputs.
+"""H += X^T X, computed in the lower triangle only: the Hessian of a layer, from its inputs.
 
 Shapes: N tokens, C columns (input features). Layout, cost and measured times are in the README beside this file.
 """
@@ -19,12 +19,12 @@ LEAF = 96  # columns of a tile on the diagonal: 48 to 144 run equally (AMD EPYC,
 
 
 def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
-    """Add X^T X to the lower triangle of H, in place; what is above it means nothing until :func:`mirror_`.
+    """Add X^T X to the lower triangle of H, in place; values above the diagonal are undefined until :func:`mirror_`.
 
     Args:
         H_CC: float32 or float64, [C, C], contiguous.
-        X_NC: [N, C], any floating dtype. bf16 and fp16 add up in float32: on CUDA in the tensor cores, where their
-            products are exact; elsewhere X is raised to the dtype of H first.
+        X_NC: [N, C], any floating dtype. Sums of bf16 and fp16 are in float32: on CUDA in the tensor cores, where their
+            products are exact; elsewhere X is converted to the dtype of H first.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit.
@@ -46,7 +46,7 @@ def mirror_(H_CC: Tensor) -> Tensor:
     for rows, columns in tiles(0, len(H_CC)):
         if rows != columns:
             H_CC[columns, rows].copy_(H_CC[rows, columns].t())
-        else:  # a kernel's own tiles do not end where these do
+        else:  # tiles of the kernel have other limits
             H_CC[rows, rows].copy_(H_CC[rows, rows].tril() + H_CC[rows, rows].tril(-1).t())
     return H_CC
 
@@ -65,13 +65,13 @@ def _accumulate_(H_CC: Tensor, X_NC: Tensor) -> None:
 
 
 def _kernel_runs(device: torch.device) -> bool:
-    return kernel_runs(device, "X^T X is worked out whole, in float32")
+    return kernel_runs(device, "X^T X is computed in both triangles, in float32")
 
 
 def tiles(low: int, high: int) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of tiles that cover the lower triangle of [low:high, low:high]: its halves, the square between.
 
-    The squares are as large as can be, so that nearly all of the work runs at the speed of a large GEMM.
+    The squares are as large as possible, so that nearly all of the work runs at the speed of a large GEMM.
     """
     if high - low <= LEAF:
         yield slice(low, high), slice(low, high)

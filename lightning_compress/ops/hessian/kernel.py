@@ -1,14 +1,14 @@
 """The Triton kernel: tiles of the lower triangle of X^T X from 16-bit X, added up in float32 registers.
 
-One program makes one tile of H from all tokens of its part. Two ways to memory:
+One program computes one tile of H from all tokens of its share. There are two ways to access memory:
 
-    descriptors    sm_90 and later, X aligned: tiles of X come by the tensor memory accelerator, and the sums go back as
-                   its reduce-add, a quarter of the columns at a time (all at once needs more shared memory than there
-                   is; load, add and store of 128 x 256 sums spill registers)
-    pointers       everything else, any stride: tiles of 128 x 128, load, add and store
+    descriptors    sm_90 and later, X aligned: the tensor memory accelerator loads tiles of X and adds the sums to H, a
+                   quarter of the columns at a time (all at once would need more shared memory than the GPU has; load,
+                   add and store of 128 x 256 sums spill registers)
+    pointers       all other cases, any stride: tiles of 128 x 128, load, add and store
 
-Where there are too few tiles for the processors, the tokens are split, and the parts are added in a fixed order:
-results repeat. A launch takes 16384 tokens at most, since tensor cores truncate their float32 sums.
+With fewer tiles than processors the tokens are split, and the sums of the splits are added in a fixed order: results
+are reproducible. A launch has at most 16384 tokens, since tensor cores truncate their float32 sums.
 
 Shapes: N tokens, C columns; tiles of BLOCK_I rows and BLOCK_J columns of H; runs under Triton 3.6 to 3.9.
 """
@@ -19,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lightning_compress.ops.hessian.launch import Launch, choose, tiles
+from lightning_compress.ops.hessian.launch import HessianLaunch, choose, tiles
 
 __all__ = ["accumulate_", "constants", "hessian_kernel"]
 
-TOKENS = 16384  # of a launch: at C = 14336, 0.8 GB of H are read and written in a twentieth of its time
+TOKENS = 16384  # tokens of a launch: at C = 14336, 0.8 GB of H are read and written in a twentieth of its time
 
 
-def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch | None = None) -> Tensor:
+def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch | None = None) -> Tensor:
     """Add X^T X to the lower triangle of H float32, in place; X bf16 or fp16 of any stride."""
     for X in X_NC.split(TOKENS):
         if len(X):
@@ -35,36 +35,36 @@ def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch | None = None) -> Ten
 
 
 def _aligned(H_CC: Tensor, X_NC: Tensor) -> bool:
-    """Whether tensor descriptors may be made of both."""
+    """Whether tensor descriptors of both tensors are possible."""
     return (
         X_NC.stride(1) == 1 and X_NC.stride(0) % 8 == 0 and X_NC.data_ptr() % 16 == 0
         and H_CC.stride(0) % 4 == 0 and H_CC.data_ptr() % 16 == 0
     )  # fmt: skip
 
 
-def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: Launch) -> None:
+def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch) -> None:
     N, C = X_NC.shape
     split = launch.split
     out = H_CC if split == 1 else torch.zeros(split, C, C, device=H_CC.device, dtype=H_CC.dtype)
     interpreted = not isinstance(hessian_kernel, triton.JITFunction)
     x, h = X_NC, out
     if launch.descriptors:
-        assert split == 1, "parts are added by pointers"
+        assert split == 1, "sums of splits are added by pointers"
         x_i = TensorDescriptor.from_tensor(X_NC, [launch.block_n, launch.block_i])
         x_j = TensorDescriptor.from_tensor(X_NC, [launch.block_n, launch.block_j])
         h = TensorDescriptor.from_tensor(out, [launch.block_i, launch.block_j // 4])
     else:
         x_i = x_j = x
-    per_part = triton.cdiv(triton.cdiv(N, launch.block_n), split) * launch.block_n
+    per_split = triton.cdiv(triton.cdiv(N, launch.block_n), split) * launch.block_n
     hessian_kernel[(tiles(C, launch.block_i, launch.block_j), split)](
-        x_i, x_j, h, N, C, X_NC.stride(0), X_NC.stride(1), per_part, **constants(launch, interpreted),
+        x_i, x_j, h, N, C, X_NC.stride(0), X_NC.stride(1), per_split, **constants(launch, interpreted),
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if split > 1:
         H_CC += out.sum(0)
 
 
-def constants(launch: Launch, interpreted: bool = False) -> dict[str, int | bool]:
+def constants(launch: HessianLaunch, interpreted: bool = False) -> dict[str, int | bool]:
     """The compile-time arguments of the kernel."""
     return {
         "ADD": launch.split == 1,
@@ -78,15 +78,15 @@ def constants(launch: Launch, interpreted: bool = False) -> dict[str, int | bool
 
 @triton.jit
 def hessian_kernel(
-    x_i, x_j, h, N, C, stride_n, stride_c, per_part,
+    x_i, x_j, h, N, C, stride_n, stride_c, per_split,
     ADD: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x_i and x_j are descriptors of the same X, or its pointer; ADD: to what is in h, not into a part of its own."""
+    """x_i and x_j are descriptors of the same X, or its pointer; ADD: add to h, not into the sums of a split."""
     i, j = _tile(tl.program_id(0), BLOCK_J // BLOCK_I)
     if i * BLOCK_I < C:
-        start = tl.program_id(1) * per_part
-        stop = tl.minimum(start + per_part, N)
+        start = tl.program_id(1) * per_split
+        stop = tl.minimum(start + per_split, N)
         row_I = i * BLOCK_I + tl.arange(0, BLOCK_I)
         column_J = j * BLOCK_J + tl.arange(0, BLOCK_J)
         sums_IJ = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
@@ -100,7 +100,7 @@ def hessian_kernel(
                 rows, columns = tokens & (row_I < C)[None, :], tokens & (column_J < C)[None, :]
                 a_NI = tl.load(x_i + at_N + row_I[None, :] * stride_c, mask=rows, other=0.0)
                 b_NJ = tl.load(x_j + at_N + column_J[None, :] * stride_c, mask=columns, other=0.0)
-            if INTERPRETED:  # NumPy knows no bf16
+            if INTERPRETED:  # NumPy has no bf16
                 a_NI, b_NJ = a_NI.to(tl.float32), b_NJ.to(tl.float32)
             sums_IJ = tl.dot(tl.trans(a_NI), b_NJ, sums_IJ)
         if DESCRIPTORS:

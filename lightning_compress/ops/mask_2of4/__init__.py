@@ -1,4 +1,4 @@
-"""The 2:4 mask of a matrix of scores: of every four neighbours in a row the two highest stay.
+"""The 2:4 mask of a matrix of scores: of every four neighbours in a row it keeps the two highest.
 
 On CUDA a Triton kernel compares them in registers; elsewhere torch sorts. README beside this file.
 
@@ -18,18 +18,18 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def mask_2of4(score_RC: Tensor) -> Tensor:
-    """Bool [R, C], True where the weight stays; of equal scores the later one stays, NaN is the highest.
+    """Bool [R, C], True where the weight is kept; of equal scores the later one is kept, NaN is the highest.
 
     Args:
-        score_RC: Floating.
+        score_RC: Scores, any floating dtype.
 
     Raises:
-        ValueError: C is no multiple of four, or the scores are not floating.
+        ValueError: C is not a multiple of four, or the scores are not floating.
     """
     if score_RC.ndim != 2 or score_RC.shape[1] % 4 or not score_RC.is_floating_point():
         raise ValueError(
-            f"expected floating scores [R, C], C a multiple of 4, got {score_RC.dtype} {tuple(score_RC.shape)}; leave "
-            f"the matrix out, or choose another pattern"
+            f"expected floating scores [R, C], C a multiple of 4, got {score_RC.dtype} {tuple(score_RC.shape)}; "
+            f"add the layer to ignore, or choose another pattern"
         )
     if score_RC.is_cuda and not calls_kernel(score_RC):
         keep_RC: Tensor = _mask_op(score_RC.detach())
@@ -46,7 +46,7 @@ def _mask(score_RC: Tensor) -> Tensor:
 
 
 def _kernel_runs(device: torch.device) -> bool:
-    return kernel_runs(device, "scores of 2:4 masks are sorted")
+    return kernel_runs(device, "scores of 2:4 masks are sorted by torch")
 
 
 def _mask_fake(score: Tensor) -> Tensor:

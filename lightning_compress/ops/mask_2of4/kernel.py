@@ -1,6 +1,6 @@
-"""The Triton kernel: four scores of a thread are compared in pairs, a score stays that beats two of the other three.
+"""The Triton kernel: a thread compares four scores in pairs and keeps those that exceed two of the other three.
 
-Scores come and bytes go in their order, neighbours to neighbouring threads. Runs under Triton 3.6 to 3.9.
+Scores are read and bytes are written in order, neighbours by neighbouring threads. Runs under Triton 3.6 to 3.9.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["mask_2of4", "mask_kernel"]
 
-FOURS = 512  # of a program: 4 of each thread
+FOURS = 512  # groups of four scores in a program: 4 groups for each thread
 
 
 def mask_2of4(score_RC: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Integer codes of 1 to 8 bits packed densely into 32-bit words, as compressed-tensors stores them; and back, exactly.
+"""Integer codes of 1 to 8 bits packed densely into 32-bit words, as compressed-tensors stores them; exact inverses.
 
-On CUDA a Triton kernel reads and writes once; elsewhere lanes of 64 bits do (lanes.py). README beside this file.
+On CUDA a Triton kernel reads and writes once; elsewhere torch packs in lanes of 64 bits (lanes.py). README beside this
+file.
 
 Shapes: C codes along the dimension that is packed, P = ceil(C bits / 32) words.
 """
@@ -16,16 +17,16 @@ __all__ = ["pack", "unpack"]
 
 
 def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
-    """Words int32, contiguous, in the shape of ``codes`` but for P in place of C.
+    """Words int32, contiguous, in the shape of ``codes`` with P in place of C.
 
     Args:
-        codes: int8, from -2^(bits - 1) to 2^(bits - 1) - 1; of others the low ``bits`` bits count.
-        bits: 1 to 8. 32 codes fill ``bits`` words, the first in the lowest bits; codes of 3, 5, 6 and 7 bits may lie in
-            two words.
-        dim: Along which codes are packed. Missing codes of a last word are zeros.
+        codes: int8, from -2^(bits - 1) to 2^(bits - 1) - 1; of other values only the lowest ``bits`` bits are used.
+        bits: Bits of a code, 1 to 8. 32 codes fill ``bits`` words, the first in the lowest bits; codes of 3, 5, 6 and
+            7 bits may extend over two words.
+        dim: Dimension along which codes are packed. Unused bits of the last word are zero.
 
     Raises:
-        ValueError: Another dtype, number of bits or dimension.
+        ValueError: Wrong dtype, number of bits or dimension.
     """
     _check(codes, torch.int8, bits, dim)
     words: Tensor = (_pack_op if _needs_op(codes) else _pack)(codes.movedim(dim, -1), bits)
@@ -33,22 +34,22 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
-    """Codes int8, contiguous, in the shape of ``words`` but for C = ``size`` in place of P.
+    """Codes int8, contiguous, in the shape of ``words`` with C = ``size`` in place of P.
 
     Args:
         words: int32, from :func:`pack`.
-        bits: As they were packed with.
-        size: C.
-        dim: Along which codes were packed.
+        bits: Number of bits of a code, 1 to 8, as for :func:`pack`.
+        size: Number of codes C.
+        dim: Dimension along which codes were packed.
 
     Raises:
-        ValueError: Another dtype, number of bits or dimension, or so many codes do not fill the words.
+        ValueError: Wrong dtype, number of bits or dimension, or P words do not hold C codes.
     """
     _check(words, torch.int32, bits, dim)
     P = words.shape[dim]
     if size < 0 or -(-size * bits // 32) != P:
         raise ValueError(
-            f"{size} codes of {bits} bits take {-(-size * bits // 32)} words, got {P} along dimension {dim}: "
+            f"{size} codes of {bits} bits need {-(-size * bits // 32)} words, got {P} along dimension {dim}: "
             f"{tuple(words.shape)}; pass the size and the bits that were packed"
         )
     codes: Tensor = (_unpack_op if _needs_op(words) else _unpack)(words.movedim(dim, -1), bits, size)
@@ -61,7 +62,7 @@ def _check(t: Tensor, dtype: torch.dtype, bits: int, dim: int) -> None:
     if not 1 <= bits <= 8:
         raise ValueError(f"expected 1 to 8 bits, got {bits}")
     if not -t.ndim <= dim < t.ndim:
-        raise ValueError(f"dimension {dim} is none of a tensor of shape {tuple(t.shape)}; pass one that it has")
+        raise ValueError(f"dimension {dim} is out of range for a tensor of shape {tuple(t.shape)}")
 
 
 def _needs_op(t: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The Triton kernels: groups of 32 codes, which fill as many words as a code has bits, read and written once.
 
-A thread adds up four neighbouring codes to a quad of 4 b bits; the eight quads of a group are then taken apart, shifted
-to where their bits lie in each word, and put together again. Unpacking goes the same way back. What a word takes from
+A thread joins four neighbouring codes to a quad of 4 b bits; the eight quads of a group are then separated, shifted to
+the positions of their bits in each word, and joined again. Unpacking is the reverse. Which bits of a word belong to
 which quad is known when the kernel is compiled.
 
 Shapes: R rows of C codes or P words, in G = ceil(C / 32) groups; runs under Triton 3.6 to 3.9.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["GROUPS", "WARPS", "launch", "pack", "pack_kernel", "pack_quads", "unpack", "unpack_kernel"]
 
-GROUPS = 128  # of a program: one or two 16-byte loads of codes to a thread
+GROUPS = 128  # groups in a program: one or two 16-byte loads of codes to a thread
 WARPS = 4
 
 
@@ -40,12 +40,12 @@ def unpack(words_RP: Tensor, bits: int, C: int) -> Tensor:
 
 
 def launch(R: int, C: int, P: int, bits: int) -> tuple[tuple[int], dict[str, int | bool], tuple[int, int, int]]:
-    """Grid, compile-time arguments and sizes. Rows that end with a group are seen as one; WHOLE says so."""
-    whole = C % 32 == 0
-    R, C, P = (1, R * C, R * P) if whole else (R, C, P)
+    """Grid, compile-time arguments and sizes. Rows of complete groups are treated as one row, with WHOLE."""
+    complete = C % 32 == 0
+    R, C, P = (1, R * C, R * P) if complete else (R, C, P)
     G = triton.cdiv(C, 32)
-    block = GROUPS if whole else min(GROUPS, max(16, triton.next_power_of_2(G)))
-    fixed = {"BITS": bits, "WORDS": triton.next_power_of_2(bits), "WHOLE": whole, "BLOCK": block}
+    block = GROUPS if complete else min(GROUPS, max(16, triton.next_power_of_2(G)))
+    fixed = {"BITS": bits, "WORDS": triton.next_power_of_2(bits), "WHOLE": complete, "BLOCK": block}
     return (R * triton.cdiv(G, block),), fixed, (C, P, G)
 
 
@@ -91,7 +91,7 @@ def unpack_kernel(
 
 @triton.jit
 def pack_quads(u_Bc, BITS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Words int32 [BLOCK, WORDS], those beyond BITS zero, of 32 numbers 0 to 2^BITS - 1, int32."""
+    """Words int32 [BLOCK, WORDS] of 32 numbers 0 to 2^BITS - 1, int32; words from BITS on are zero."""
     u_Bqj = tl.reshape(u_Bc, (BLOCK, 8, 4)).to(tl.uint32, bitcast=True)
     shift_j = (tl.arange(0, 4) * BITS).to(tl.uint32)
     quads = _apart(tl.sum(u_Bqj << shift_j[None, None, :], 2), 8, BLOCK)
@@ -114,19 +114,19 @@ def pack_quads(u_Bc, BITS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _word(quads, W: tl.constexpr, BITS: tl.constexpr):
-    """Word W of a group: the quads whose bits lie in it."""
+    """Word W of a group, from the quads that have bits in it."""
     word = tl.zeros_like(quads[0])
     for k in tl.static_range(8):
-        if BITS * k // 8 == W:  # where the quad begins
+        if BITS * k // 8 == W:  # the first bits of the quad
             word |= quads[k] << 4 * BITS * k % 32
-        elif (BITS * k + BITS - 1) // 8 == W:  # where the rest of it lies
+        elif (BITS * k + BITS - 1) // 8 == W:  # its other bits
             word |= quads[k] >> 32 - 4 * BITS * k % 32
     return word
 
 
 @triton.jit
 def _quad(words, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """Quad K of a group: 4 BITS bits, of one word or of two."""
+    """Quad K of a group: 4 BITS bits, from one word or from two."""
     quad = words[4 * BITS * K // 32] >> 4 * BITS * K % 32
     if 4 * BITS * K % 32 + 4 * BITS > 32:
         quad |= words[4 * BITS * K // 32 + 1] << 32 - 4 * BITS * K % 32
@@ -163,7 +163,7 @@ def _groups(G, BLOCK: tl.constexpr):
 
 @triton.jit
 def _codes(row, group_B, C, G, WHOLE: tl.constexpr):
-    """Where the codes of groups lie, and which of them there are."""
+    """Offsets of the codes of groups, and which of them are inside the row."""
     column_Bc = group_B[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside_Bc = (group_B < G)[:, None] if WHOLE else column_Bc < C
     return row * C + column_Bc, inside_Bc
@@ -171,7 +171,7 @@ def _codes(row, group_B, C, G, WHOLE: tl.constexpr):
 
 @triton.jit
 def _words(row, group_B, P, G, BITS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr):
-    """The same for words; WORDS - BITS columns stand for none."""
+    """The same for words; the last WORDS - BITS columns are unused."""
     column_w = tl.arange(0, WORDS)
     column_Bw = group_B[:, None] * BITS + column_w[None, :]
     inside_Bw = (group_B < G)[:, None] if WHOLE else column_Bw < P

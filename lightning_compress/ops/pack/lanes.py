@@ -1,12 +1,12 @@
-"""Packing in plain torch: neighbours are merged in ever wider lanes of one integer, a few passes over the codes in all.
+"""Packing in plain torch: neighbours are merged in ever wider lanes of one integer, in a few passes over the codes.
 
     8 codes of b bits, a byte each      | b | b | b | b | b | b | b | b |     one int64
-    pairs, in 16 bits each              |  2b   |  2b   |  2b   |  2b   |     the odd byte moves down by 8 - b
+    pairs, in 16 bits each              |  2b   |  2b   |  2b   |  2b   |     the odd byte shifts down by 8 - b
     fours, in 32 bits each              |      4b       |      4b       |     16 - 2b
     all                                 |              8b               |     32 - 4b: its first b bytes are the result
 
-Where 2 or 4 codes fill a byte (4 and 2 bits), an int16 or int32 does. Rows are taken some at a time, so that what lies
-between the passes stays in the cache. Bytes of a word are in the order of little-endian machines.
+Where 2 or 4 codes fill a byte (4 and 2 bits), an int16 or int32 is enough. A few rows are packed at a time, so that
+intermediate values stay in the cache. Bytes of a word are in little-endian order.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["pack_rows", "unpack_rows"]
 
-CHUNK = 1 << 18  # codes at a time: 2^18 and 2^20 ran equally, 2^16 takes twice as long (AMD EPYC, one thread)
+CHUNK = 1 << 18  # codes at a time: 2^18 and 2^20 ran equally, 2^16 took twice as long (AMD EPYC, one thread)
 LANES = {8: (torch.uint8, 1), 4: (torch.int16, 2), 2: (torch.int32, 4)}  # other widths: (torch.int64, 8)
 
 
@@ -41,9 +41,9 @@ def unpack_rows(words_RP: Tensor, bits: int, C: int) -> Tensor:
 def _pack(codes_RC: Tensor, bits: int, words_RP: Tensor) -> None:
     lane, n = LANES.get(bits, (torch.int64, 8))
     offset, C = 1 << bits - 1, codes_RC.shape[1]
-    whole_RC = F.pad(codes_RC, (0, -C % 32), value=-offset) if C % 32 else codes_RC.contiguous()
-    v = whole_RC.view(lane).bitwise_xor(_every(8, offset, n)).bitwise_and_(_every(8, (1 << bits) - 1, n))
-    size = 1  # codes of a lane
+    padded_RC = F.pad(codes_RC, (0, -C % 32), value=-offset) if C % 32 else codes_RC.contiguous()
+    v = padded_RC.view(lane).bitwise_xor(_every(8, offset, n)).bitwise_and_(_every(8, (1 << bits) - 1, n))
+    size = 1  # codes in a lane
     while size < n:
         low = _every(16 * size, (1 << size * bits) - 1, n // (2 * size))
         v = _merged(v, v >> size * (8 - bits), low, low << size * bits, bits)
@@ -54,8 +54,8 @@ def _pack(codes_RC: Tensor, bits: int, words_RP: Tensor) -> None:
 
 def _unpack(words_RP: Tensor, bits: int, codes_RC: Tensor) -> None:
     lane, n = LANES.get(bits, (torch.int64, 8))
-    whole_RP = F.pad(words_RP, (0, -words_RP.shape[1] % bits)) if words_RP.shape[1] % bits else words_RP.contiguous()
-    bytes_RB = whole_RP.view(torch.uint8)
+    padded_RP = F.pad(words_RP, (0, -words_RP.shape[1] % bits)) if words_RP.shape[1] % bits else words_RP.contiguous()
+    bytes_RB = padded_RP.view(torch.uint8)
     if 8 % bits == 0:
         v = bytes_RB.to(lane)
     else:
@@ -68,11 +68,11 @@ def _unpack(words_RP: Tensor, bits: int, codes_RC: Tensor) -> None:
     torch.sub(v.view(torch.int8)[:, : codes_RC.shape[1]], 1 << bits - 1, out=codes_RC)
 
 
-def _merged(v: Tensor, moved: Tensor, low: int, high: int, bits: int) -> Tensor:
-    """The bits ``low`` of v and ``high`` of what was moved; up to 4 bits neither reaches into the other's."""
+def _merged(v: Tensor, shifted: Tensor, low: int, high: int, bits: int) -> Tensor:
+    """The bits ``low`` of v and ``high`` of ``shifted``; with up to 4 bits the two do not overlap."""
     if bits <= 4:
-        return moved.bitwise_or_(v).bitwise_and_(low | high)
-    return moved.bitwise_and_(high).bitwise_or_(v & low)
+        return shifted.bitwise_or_(v).bitwise_and_(low | high)
+    return shifted.bitwise_and_(high).bitwise_or_(v & low)
 
 
 def _every(step: int, mask: int, times: int) -> int:

@@ -1,8 +1,8 @@
-"""The meaning of the ops, slow and obvious.
+"""Reference of the ops, slow and obvious.
 
     u_c = code_c + 2^(b - 1)        bit i of u_c is bit b c + i of the row; bit 32 w + j of the row is bit j of word w
 
-So codes of 3, 5, 6 and 7 bits straddle words, and 32 codes fill b words. Bits of a last word that no code fills are 0.
+So codes of 3, 5, 6 and 7 bits may extend over two words, and 32 codes fill b words. Unused bits of the last word are 0.
 
 Shapes: C codes of b bits in a row, P = ceil(C b / 32) words.
 """
@@ -19,7 +19,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     each = (codes.int() + 2 ** (bits - 1)).unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1
     row = each.flatten(-2)
     words = F.pad(row, (0, -row.shape[-1] % 32)).unflatten(-1, (-1, 32)).long() << torch.arange(32, device=codes.device)
-    return words.sum(-1).to(torch.int32)  # wraps above 2^31, as meant
+    return words.sum(-1).to(torch.int32)  # wraps above 2^31, as intended
 
 
 def unpack(words: Tensor, bits: int, size: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""y = x W^T with int4 weights: bf16, fp16 or float32 tokens times codes that are scaled group by group.
+"""y = x W^T with int4 weights: bf16, fp16 or float32 tokens times codes with a scale for each group.
 
-On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, the weight is dequantized for the call.
+On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, each call dequantizes the weight.
 Layout, roofline and measured numbers are in the README beside this file.
 
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
@@ -24,10 +24,10 @@ def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor |
     """The product x W^T, [..., N], in the dtype of x; the gradient goes to x, so that adapters train on packed weights.
 
     Args:
-        x: [..., K], float16, bfloat16 or float32.
-        planes_NP: int16, from :func:`to_planes`.
-        scale_GN: Floating; from :func:`grid_rows`.
-        zero_GN: int8, 0 to 15, from :func:`grid_rows`; None for a symmetric grid.
+        x: Tokens, [..., K], float16, bfloat16 or float32.
+        planes_NP: Codes, int16, from :func:`to_planes`.
+        scale_GN: Scales, any floating dtype, from :func:`grid_rows`.
+        zero_GN: Zero points, int8, 0 to 15, from :func:`grid_rows`; None for a symmetric grid.
 
     Raises:
         ValueError: Dtypes, devices or shapes do not fit.
@@ -38,7 +38,7 @@ def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor |
 
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> None:
-    """ValueError when the arguments of :func:`w4a16_gemm` do not fit."""
+    """ValueError where the arguments of :func:`w4a16_gemm` do not fit."""
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
     if planes_NP.dtype != torch.int16 or not scale_GN.is_floating_point():
@@ -64,13 +64,13 @@ def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None
     K, G, P = x.shape[-1], scale_GN.shape[0], planes_NP.shape[1]
     if -(-K // BLOCK) * PLANE != P:
         raise ValueError(
-            f"x has K={K} columns, the weight {P} words of a row, which hold {P * 4 - BLOCK + 1} to {P * 4} columns; "
+            f"x has K={K} columns, a row of the weight has {P} words, which hold {P * 4 - BLOCK + 1} to {P * 4}; "
             f"pass the x of this layer"
         )
     if K % G:
         raise ValueError(f"{G} groups do not divide K={K} columns; pass a scale [G, N] with G a divisor of K")
     if not all(t.is_contiguous() for t in weights):
-        raise ValueError("planes, scale and zero points must be contiguous; call .contiguous() once, when loading")
+        raise ValueError("planes, scale and zero points must be contiguous; call .contiguous() once, after loading")
 
 
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> Tensor:
@@ -84,7 +84,7 @@ def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | N
 
 
 def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
-    unfit = f"groups of {group} columns are no multiple of {PLANE}" if groups > 1 and group % PLANE else None
+    unfit = f"the group size {group} is not a multiple of {PLANE}" if groups > 1 and group % PLANE else None
     return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit)
 
 

@@ -1,7 +1,7 @@
-"""int4 weights on the CPU: torch's own bf16 kernel, which reads 4-bit weights.
+"""int4 weights on the CPU: torch's bf16 kernel, which reads 4-bit weights.
 
-Its float32 variant is many times slower than a dense product, so float32 tokens get a dense weight instead. Measured
-times are in the README beside this file.
+Its float32 variant is many times slower than a dense product, so the weight is dense for float32 tokens. Measured times
+are in the README beside this file.
 
 Shapes: N output features, K input features, G groups of K / G columns.
 """
@@ -15,7 +15,7 @@ __all__ = ["gemm_bf16", "prepare_bf16", "takes_bf16"]
 
 
 def takes_bf16(N: int, K: int, G: int) -> bool:
-    """Whether torch's kernel takes this weight; where it does not, a wrong shape is not always an error there."""
+    """Whether torch's kernel supports this weight; it does not always report a wrong shape."""
     return N % 16 == 0 and K % G == 0 and K // G in (32, 64, 128, 256)
 
 

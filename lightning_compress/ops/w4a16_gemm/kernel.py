@@ -1,14 +1,14 @@
-"""The Triton kernel: out^T = W X^T, group by group, so that the weight is the operand that wgmma takes from registers.
+"""The Triton kernel: out^T = W X^T, group by group, so that the weight is the operand that wgmma reads from registers.
 
-One program makes a tile of BLOCK_N features times BLOCK_M tokens. For each block of 128 columns it loads one tile of
+One program computes a tile of BLOCK_N features times BLOCK_M tokens. For each block of 128 columns it loads one tile of
 16-bit words and, plane by plane (layout.py), turns 32 columns of codes into floats by placing their bits below a
 constant exponent: 0x4300 | n is 128 + n in bf16, 0x6400 | n is 1024 + n in fp16; subtracting that constant and the zero
 point is exact. On CUDA one lop3 does it for two codes.
 
-Scales multiply the float32 sums of a group where there are few tokens (exact codes enter the product), the weights
-where there are many (fewer registers; rounds as the dense bf16 weight does).
+For few tokens scales multiply the float32 sums of a group (exact codes enter the product), for many tokens the weights
+(fewer registers; rounded like the dense bf16 weight).
 
-Programs that share the columns among them write float32 sums each, which are added in a fixed order: results repeat.
+Programs that split the columns write float32 sums, which are added in a fixed order: results are reproducible.
 
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_compress.ops.w4a16_gemm.launch import Launch, choose
+from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
 __all__ = ["constants", "gemm", "w4a16_kernel"]
 
 
 def gemm(
-    x_MK: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None, launch: Launch | None = None
+    x_MK: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None, launch: W4Launch | None = None
 ) -> Tensor:
     """The product x W^T [M, N] in the dtype of x; arguments as ``w4a16_gemm`` checks them, groups of 32 n columns."""
     M, K = x_MK.shape
@@ -47,7 +47,7 @@ def gemm(
 
 
 def constants(
-    launch: Launch, groups: int, K: int, dtype: torch.dtype, asymmetric: bool, interpreted: bool = False
+    launch: W4Launch, groups: int, K: int, dtype: torch.dtype, asymmetric: bool, interpreted: bool = False
 ) -> dict[str, int | bool]:
     """The compile-time arguments of the kernel."""
     return {
@@ -69,7 +69,7 @@ def w4a16_kernel(
     GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, SCALE_SUMS: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """GROUP columns have one scale (0: a whole row); BITS and ASM say how codes become floats."""
+    """GROUP columns have one scale (0: all columns of a row); BITS and ASM select how codes become floats."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     split = tl.program_id(2)
@@ -89,7 +89,7 @@ def w4a16_kernel(
         if PER_BLOCK:
             scale_N, zero_N = _grid(scale_ptr, zero_ptr, b * 128 // GROUP * N + row_N, rows, HAS_ZERO)
             if SCALE_SUMS:
-                part_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                group_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for j in tl.static_range(4):
             k = b * 128 + j * 32
             if WHOLE:
@@ -98,21 +98,21 @@ def w4a16_kernel(
                 inside = tokens[None, :] & (k + column_c < K)[:, None]
             x_cM = tl.load(tokens_ptr + k, mask=inside, other=0.0)
             if PER_PLANE:
-                group = tl.minimum(k, K - 1) // GROUP  # planes beyond K have no group; their x is 0
+                group = tl.minimum(k, K - 1) // GROUP  # planes past K have no group; their x is 0
                 scale_N, zero_N = _grid(scale_ptr, zero_ptr, group * N + row_N, rows, HAS_ZERO)
             w_Nc = _codes(words_Nc, 4 * j, zero_N, x_ptr.dtype.element_ty, BITS, ASM)
             if not SCALE_SUMS and GROUP != 0:
                 w_Nc = (w_Nc * scale_N[:, None].to(w_Nc.dtype)).to(w_Nc.dtype)
-            if INTERPRETED:  # NumPy knows no bf16, and is slow in fp16
+            if INTERPRETED:  # NumPy has no bf16, and is slow in fp16
                 w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
             if SCALE_SUMS and PER_BLOCK:
-                part_NM = tl.dot(w_Nc, x_cM, part_NM, input_precision="tf32x3")
+                group_NM = tl.dot(w_Nc, x_cM, group_NM, input_precision="tf32x3")
             elif SCALE_SUMS and PER_PLANE:
                 sums_NM += tl.dot(w_Nc, x_cM, input_precision="tf32x3") * scale_N[:, None].to(tl.float32)
             else:
                 sums_NM = tl.dot(w_Nc, x_cM, sums_NM, input_precision="tf32x3")
         if SCALE_SUMS and PER_BLOCK:
-            sums_NM += part_NM * scale_N[:, None].to(tl.float32)
+            sums_NM += group_NM * scale_N[:, None].to(tl.float32)
     if GROUP == 0:
         sums_NM *= scale_N[:, None].to(tl.float32)
     out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
@@ -121,7 +121,7 @@ def w4a16_kernel(
 
 @triton.jit
 def _grid(scale_ptr, zero_ptr, at_N, rows, HAS_ZERO: tl.constexpr):
-    """Scale, and zero point in float32, of the rows of a tile."""
+    """Scale of the rows of a tile, and their zero point in float32."""
     scale_N = tl.load(scale_ptr + at_N, mask=rows, other=0.0)
     if HAS_ZERO:
         zero_N = tl.load(zero_ptr + at_N, mask=rows, other=8).to(tl.float32)

@@ -1,4 +1,4 @@
-"""How the kernel is launched: tile, warps, stages, split of k; from the table of a GPU (launch.json), else by a rule.
+"""Launches of the kernel: tile, warps, stages, split of k; from the table of a GPU (launch.json), or by a rule.
 
 Shapes: M tokens, N output features, K input features, groups of ``group`` columns (K: one scale per row).
 """
@@ -12,11 +12,11 @@ import torch
 
 from lightning_compress.ops.launches import LaunchTable
 
-__all__ = ["TABLE", "Launch", "candidates", "choose", "rule", "shape"]
+__all__ = ["TABLE", "W4Launch", "candidates", "choose", "rule", "shape"]
 
 
 @dataclass(frozen=True)
-class Launch:
+class W4Launch:
     """Tile of block_m tokens and block_n features; ``scale_sums``: scales after the dot, not in the weight."""
 
     block_m: int
@@ -27,10 +27,10 @@ class Launch:
     scale_sums: bool
 
 
-TABLE = LaunchTable(Path(__file__).with_suffix(".json"), Launch, exact=("N", "K", "group", "dtype"), at_most="M")
+TABLE = LaunchTable(Path(__file__).with_suffix(".json"), W4Launch, exact=("N", "K", "group", "dtype"), at_most="M")
 
 
-def choose(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, group: int = 128) -> Launch:
+def choose(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, group: int = 128) -> W4Launch:
     """The launch for this shape on this device."""
     if device.type != "cuda":
         return rule(M, N, K, dtype, processors=1)
@@ -40,11 +40,11 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, gro
 
 
 def shape(M: int, N: int, K: int, dtype: torch.dtype, group: int) -> dict[str, int | str]:
-    """As the table names it."""
+    """The shape under the names of the table."""
     return {"M": M, "N": N, "K": K, "group": group, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def rule(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Launch:
+def rule(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> W4Launch:
     """Small tiles while memory bounds the product, k split until every processor has a tile; not measured yet."""
     few = M <= 64 or dtype == torch.float32
     block_m = min(max(16, 1 << (M - 1).bit_length()), 32 if dtype == torch.float32 else 64 if few else 128)
@@ -52,23 +52,23 @@ def rule(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Launch:
     tiles = -(-M // block_m) * -(-N // block_n)
     blocks = -(-K // 128)
     split = 1
-    while tiles * split < processors and blocks >= 2 * split * 8:  # each part keeps 8 blocks of 128 columns
+    while tiles * split < processors and blocks >= 2 * split * 8:  # at least 8 blocks of 128 columns for each split
         split *= 2
     scale_sums = dtype == torch.float32 or M <= 32
-    return Launch(block_m, block_n, split, warps=4 if few else 8, stages=3, scale_sums=scale_sums)
+    return W4Launch(block_m, block_n, split, warps=4 if few else 8, stages=3, scale_sums=scale_sums)
 
 
-def candidates(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Iterator[Launch]:
-    """What a tuner tries, the rule's launch first: tiles about as high as M, splits up to four tiles a processor."""
+def candidates(M: int, N: int, K: int, dtype: torch.dtype, processors: int) -> Iterator[W4Launch]:
+    """The launches that the tuner tries, the rule's first: tiles of about M tokens, up to four tiles per processor."""
     yield rule(M, N, K, dtype, processors)
-    whole = min(max(16, 1 << (M - 1).bit_length()), 128)
+    rows = min(max(16, 1 << (M - 1).bit_length()), 128)
     blocks = -(-K // 128)
     splits = [1 << i for i in range(blocks.bit_length()) if blocks >= 4 << i]
     for block_m, block_n, warps, stages, scale_sums in product(
-        sorted({whole, max(16, whole // 2)}), (64, 128), (4, 8), (2, 3, 4, 5), (True, False)
+        sorted({rows, max(16, rows // 2)}), (64, 128), (4, 8), (2, 3, 4, 5), (True, False)
     ):
         tiles = -(-M // block_m) * -(-N // block_n)
         for split in splits or [1]:
-            launch = Launch(block_m, block_n, split, warps, stages, scale_sums)
+            launch = W4Launch(block_m, block_n, split, warps, stages, scale_sums)
             if (split == 1 or tiles * split <= 4 * processors) and launch != rule(M, N, K, dtype, processors):
                 yield launch

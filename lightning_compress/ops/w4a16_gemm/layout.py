@@ -1,10 +1,10 @@
-"""The weight as the kernel reads it: nibble planes, made once from the checkpoint's words, of the same size.
+"""The layout that the kernel reads: nibble planes, made once from the checkpoint's words, of the same size.
 
-Columns come in blocks of 128 (the last is filled up with zeros). Nibble j (0 to 3) of the 16-bit word c (0 to 31) of
-block b is column k = 128 b + 32 j + c: one shift and one mask give 32 neighbouring columns, two to a 32-bit register,
-and the matching piece of x is contiguous. Any group of a multiple of 32 columns has one scale per plane.
+Columns are in blocks of 128 (the last is padded with zeros). Nibble j (0 to 3) of the 16-bit word c (0 to 31) of block
+b is column k = 128 b + 32 j + c: one shift and one mask give 32 neighbouring columns, two in a 32-bit register, and the
+same columns of x are contiguous. Any group of a multiple of 32 columns has one scale per plane.
 
-Shapes: N output features, K input features, G groups, P = 32 ceil(K / 128) words of a row.
+Shapes: N output features, K input features, G groups, P = 32 ceil(K / 128) words in a row.
 """
 
 import torch
@@ -21,11 +21,11 @@ PLANES = BLOCK // PLANE
 
 
 def to_planes(weight_packed: Tensor) -> Tensor:
-    """int16 [N, P] from the checkpoint's int32 [N, ceil(K / 8)]."""
+    """Planes int16 [N, P] of the checkpoint's words int32 [N, ceil(K / 8)]."""
     codes_NK = unpack(weight_packed, weight_packed.shape[1] * CODES_PER_WORD)
     codes_NK = F.pad(codes_NK, (0, -codes_NK.shape[1] % BLOCK))
     planes_NBjc = codes_NK.view(len(codes_NK), -1, PLANES, PLANE).int()
-    return (planes_NBjc << _shifts(codes_NK.device)).sum(2).to(torch.int16).flatten(1)  # wraps above 2^15, as meant
+    return (planes_NBjc << _shifts(codes_NK.device)).sum(2).to(torch.int16).flatten(1)  # wraps above 2^15, as intended
 
 
 def from_planes(planes_NP: Tensor, K: int) -> Tensor:
@@ -36,7 +36,7 @@ def from_planes(planes_NP: Tensor, K: int) -> Tensor:
 
 
 def grid_rows(scale_NG: Tensor, zero_packed: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scales [G, N] and zero points int8 [G, N] (or None): neighbouring rows of a tile lie beside one another."""
+    """Scales [G, N] and zero points int8 [G, N] (or None): neighbouring rows of a tile are neighbours in memory."""
     zero_GN = None if zero_packed is None else unpack_zero(zero_packed, len(scale_NG)).t().contiguous()
     return scale_NG.t().contiguous(), zero_GN
 

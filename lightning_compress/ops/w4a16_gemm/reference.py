@@ -1,9 +1,9 @@
-"""int4 weights of a compressed-tensors checkpoint, dequantized; and the product with them, slow and obvious.
+"""int4 weights of a compressed-tensors checkpoint, dequantized, and the product with them, slow and obvious.
 
     W_nk = (code_nk - zero_n,group(k)) * scale_n,group(k)          y = x W^T
 
-Codes and zero points are stored as numbers 0 to 15 (8 is added to the signed ones), eight to a 32-bit word, the first
-in the lowest bits: codes along k, zero points along n. Without zero points, 8 stands for 0.
+Codes and zero points are stored as numbers 0 to 15 (8 is added to signed numbers), eight in a 32-bit word, the first in
+the lowest bits: codes along k, zero points along n. Without zero points, 8 stands for 0.
 
 Shapes: M tokens, N output features, K input features, G groups of K / G columns each (1: one scale per row).
 """
@@ -21,10 +21,10 @@ def gemm(x: Tensor, weight_packed: Tensor, scale_NG: Tensor, zero_packed: Tensor
     """The product x W^T in float64, [..., N].
 
     Args:
-        x: [..., K], any floating dtype.
-        weight_packed: int32 [N, ceil(K / 8)].
-        scale_NG: Any floating dtype.
-        zero_packed: int32 [ceil(N / 8), G], or None for a symmetric grid.
+        x: Tokens, [..., K], any floating dtype.
+        weight_packed: Codes, int32 [N, ceil(K / 8)].
+        scale_NG: Scales, any floating dtype.
+        zero_packed: Zero points, int32 [ceil(N / 8), G]; None for a symmetric grid.
     """
     return x.double() @ dequantize(weight_packed, scale_NG, zero_packed, x.shape[-1], torch.float64).t()
 
@@ -32,7 +32,7 @@ def gemm(x: Tensor, weight_packed: Tensor, scale_NG: Tensor, zero_packed: Tensor
 def dequantize(
     weight_packed: Tensor, scale_NG: Tensor, zero_packed: Tensor | None, K: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """W [N, K], worked out in float32 (float64 if ``dtype`` is) and rounded to ``dtype``, by default the scale's."""
+    """W [N, K], computed in float32 (float64 if ``dtype`` is) and rounded to ``dtype``, by default the scale's."""
     dtype = dtype or scale_NG.dtype
     wide = torch.promote_types(dtype, torch.float32)
     N, G = scale_NG.shape
@@ -53,7 +53,9 @@ def unpack_zero(zero_packed: Tensor, N: int) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """The reverse of :func:`unpack`, int32; numbers missing in the last word of a row are 0."""
-    whole = torch.nn.functional.pad(codes, (0, -codes.shape[1] % CODES_PER_WORD)).long()
+    """The reverse of :func:`unpack`, int32; unused bits of the last word of a row are 0."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % CODES_PER_WORD)).long()
     shifts = torch.arange(0, 32, 4, device=codes.device)
-    return (whole.unflatten(1, (-1, CODES_PER_WORD)) << shifts).sum(-1).to(torch.int32)  # wraps above 2^31, as meant
+    return (
+        (padded.unflatten(1, (-1, CODES_PER_WORD)) << shifts).sum(-1).to(torch.int32)
+    )  # wraps above 2^31, as intended

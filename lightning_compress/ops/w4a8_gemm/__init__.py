@@ -1,9 +1,9 @@
-"""y = x W^T with int4 weights and tokens quantized to 8 bits on the way, FP8 (e4m3) or int8.
+"""y = x W^T with int4 weights and tokens quantized to 8 bits by the op, FP8 (e4m3) or int8.
 
-On CUDA the Triton kernels quantize tokens and multiply; elsewhere, and where they cannot run, torch does, on the same
-codes. Layout, roofline and measured numbers are in the README beside this file.
+On CUDA the Triton kernels quantize tokens and multiply; elsewhere, and where they cannot run, torch computes with the
+same codes. Layout, roofline and measured numbers are in the README beside this file.
 
-Shapes: M tokens, N output features, K input features, G groups of K / G columns, P bytes of a row.
+Shapes: M tokens, N output features, K input features, G groups of K / G columns, P bytes in a row.
 """
 
 import torch
@@ -21,13 +21,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """The product, [..., N], in the dtype of x; the gradient passes the rounding of tokens straight to x.
+    """The product, [..., N], in the dtype of x; the gradient of x is straight-through.
 
     Args:
-        x: [..., K], float16, bfloat16 or float32.
-        planes_NP: int8, from :func:`to_planes`.
-        scale_GN: Floating, of a symmetric grid; the checkpoint's scale, transposed and contiguous.
-        kind: Of the codes of tokens: float8_e4m3fn (preset W4AFP8) or int8 (W4A8); see w8a8_gemm's quantize_tokens.
+        x: Tokens, [..., K], float16, bfloat16 or float32.
+        planes_NP: Codes, int8, from :func:`to_planes`.
+        scale_GN: Scales of a symmetric grid, any floating dtype: those of the checkpoint, transposed and contiguous.
+        kind: Dtype of the codes of tokens, float8_e4m3fn (preset W4AFP8) or int8 (W4A8); see quantize_tokens of
+            w8a8_gemm.
 
     Raises:
         ValueError: Dtypes, devices or shapes do not fit.
@@ -38,7 +39,7 @@ def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype 
 
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> None:
-    """ValueError when the arguments of :func:`w4a8_gemm` do not fit."""
+    """ValueError where the arguments of :func:`w4a8_gemm` do not fit."""
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
     if kind not in KINDS:
@@ -63,11 +64,11 @@ def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> 
     plane = plane_of(K, G)
     if -(-K // (PLANES * plane)) * plane != P:
         raise ValueError(
-            f"x has K={K} columns, the weight {P} bytes of a row, each of {PLANES} columns in planes of {plane}; pass "
+            f"x has K={K} columns, a row of the weight has {P} bytes of {PLANES} columns in planes of {plane}; pass "
             f"the x of this layer"
         )
     if not planes_NP.is_contiguous() or not scale_GN.is_contiguous():
-        raise ValueError("planes and scale must be contiguous; call .contiguous() once, when loading")
+        raise ValueError("planes and scale must be contiguous; call .contiguous() once, after loading")
 
 
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> Tensor:
@@ -83,7 +84,7 @@ def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) 
 
 
 def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
-    unfit = f"groups of {group} columns are no multiple of 32" if groups > 1 and group % 32 else None
+    unfit = f"the group size {group} is not a multiple of 32" if groups > 1 and group % 32 else None
     return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit)
 
 

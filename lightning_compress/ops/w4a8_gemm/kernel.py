@@ -1,12 +1,12 @@
 """The Triton kernel: out^T = W X^T with int4 weights and tokens in 8 bits, in the design of w4a16_gemm.
 
-One program makes a tile of BLOCK_N features times BLOCK_M tokens. For each block of two planes (layout.py) it loads a
-tile of bytes and makes 8-bit operands of its codes, four at a time: e4m3 of code 2^-9 for FP8 tokens, int8 for int8
-tokens. Group scales multiply the sums of a group, which leave the tensor core at least every 128 columns, since it adds
-e4m3 products with fewer bits than float32 has. Below compute capability 8.9 there is no e4m3: its bits are placed in
-fp16.
+One program computes a tile of BLOCK_N features times BLOCK_M tokens. For each block of two planes (layout.py) it loads
+a tile of bytes and converts its codes to 8-bit operands, four at a time: e4m3 of code 2^-9 for FP8 tokens, int8 for
+int8 tokens. Group scales multiply the sums of a group, which leave the tensor core at least every 128 columns, since it
+adds e4m3 products with fewer bits than float32 has. GPUs below compute capability 8.9 have no e4m3: its bits are placed
+in fp16.
 
-Programs that share the columns among them write float32 sums each, which are added in a fixed order: results repeat.
+Programs that split the columns write float32 sums, which are added in a fixed order: results are reproducible.
 
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, plane_of
-from lightning_compress.ops.w4a16_gemm.launch import Launch, rule
+from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
 from lightning_compress.ops.w8a8_gemm.kernel import e4m3_half, e4m3_mode
 
 __all__ = ["constants", "gemm", "w4a8_kernel"]
@@ -25,7 +25,7 @@ __all__ = ["constants", "gemm", "w4a8_kernel"]
 
 def gemm(
     codes_MK: Tensor, scale_M: Tensor, planes_NP: Tensor, scale_GN: Tensor, dtype: torch.dtype,
-    launch: Launch | None = None,
+    launch: W4Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in ``dtype``; codes int8 or float8_e4m3fn, contiguous, the weight as ``w4a8_gemm`` checks it."""
     (M, K), (G, N) = codes_MK.shape, scale_GN.shape
@@ -48,7 +48,7 @@ def gemm(
 
 
 def constants(
-    launch: Launch, groups: int, K: int, kind: torch.dtype, native: bool, interpreted: bool = False
+    launch: W4Launch, groups: int, K: int, kind: torch.dtype, native: bool, interpreted: bool = False
 ) -> dict[str, int | bool]:
     """The compile-time arguments of the kernel."""
     plane = plane_of(K, groups)
@@ -70,7 +70,7 @@ def w4a8_kernel(
     GROUP: tl.constexpr, PLANE: tl.constexpr, WHOLE: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """GROUP columns, a multiple of PLANE, have one scale (0: a whole row)."""
+    """GROUP columns, a multiple of PLANE, have one scale (0: all columns of a row)."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     split = tl.program_id(2)
@@ -85,7 +85,7 @@ def w4a8_kernel(
     sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for b in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
         bytes_Nc = tl.load(bytes_ptr + b * PLANE, mask=rows[:, None], other=0)
-        part_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+        group_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
         for j in tl.static_range(2):
             k = (b * 2 + j) * PLANE
             if WHOLE:
@@ -95,31 +95,31 @@ def w4a8_kernel(
             x_cM = tl.load(tokens_ptr + k, mask=inside, other=0)
             w_Nc = _operand(bytes_Nc, j, INTEGER, INTERPRETED)
             if PER_PLANE:
-                part_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+                group_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
             if INTEGER:
-                part_NM = tl.dot(w_Nc, x_cM, part_NM, out_dtype=tl.int32)
+                group_NM = tl.dot(w_Nc, x_cM, group_NM, out_dtype=tl.int32)
             elif NATIVE:
-                part_NM = tl.dot(w_Nc.to(tl.float8e4nv, bitcast=True), x_cM.to(tl.float8e4nv, bitcast=True), part_NM)
+                group_NM = tl.dot(w_Nc.to(tl.float8e4nv, bitcast=True), x_cM.to(tl.float8e4nv, bitcast=True), group_NM)
             else:
                 w_Nc, x_cM = e4m3_half(w_Nc), e4m3_half(x_cM)
                 if INTERPRETED:  # NumPy is slow in fp16
                     w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
-                part_NM = tl.dot(w_Nc, x_cM, part_NM)
+                group_NM = tl.dot(w_Nc, x_cM, group_NM)
             if PER_PLANE:
-                group = tl.minimum(k, K - 1) // GROUP  # planes beyond K have no group; their x is 0
+                group = tl.minimum(k, K - 1) // GROUP  # planes past K have no group; their x is 0
                 scale_N = tl.load(scale_ptr + group * N + row_N, mask=rows, other=0.0).to(tl.float32)
-                sums_NM += part_NM.to(tl.float32) * scale_N[:, None]
+                sums_NM += group_NM.to(tl.float32) * scale_N[:, None]
         if not PER_PLANE:
             if GROUP > 0:
                 scale_N = tl.load(scale_ptr + b * 2 * PLANE // GROUP * N + row_N, mask=rows, other=0.0).to(tl.float32)
-                sums_NM += part_NM.to(tl.float32) * scale_N[:, None]
+                sums_NM += group_NM.to(tl.float32) * scale_N[:, None]
             else:
-                sums_NM += part_NM.to(tl.float32)
+                sums_NM += group_NM.to(tl.float32)
     if GROUP == 0:
         scale_N = tl.load(scale_ptr + row_N, mask=rows, other=0.0).to(tl.float32)
         sums_NM *= scale_N[:, None]
-    WORTH: tl.constexpr = 1.0 if INTEGER else 512.0 if NATIVE else 33554432.0  # 2^9; and 2^8 for each side in fp16
-    scale_M = tl.load(scale_m_ptr + token_M, mask=tokens, other=0.0) * WORTH
+    FACTOR: tl.constexpr = 1.0 if INTEGER else 512.0 if NATIVE else 33554432.0  # 2^9; and 2^8 for each side in fp16
+    scale_M = tl.load(scale_m_ptr + token_M, mask=tokens, other=0.0) * FACTOR
     out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
     out = (sums_NM * scale_M[None, :]).to(out_ptr.dtype.element_ty)
     tl.store(out_NM, out, mask=rows[:, None] & tokens[None, :])
@@ -133,12 +133,14 @@ def _operand(bytes_Nc, J: tl.constexpr, INTEGER: tl.constexpr, INTERPRETED: tl.c
         sign_Nc = nibble_Nc >> 3
         w_Nc = (nibble_Nc ^ (sign_Nc * 0xF7) if INTEGER else nibble_Nc + sign_Nc * 0x79).to(tl.int8)
     else:
-        w_Nc = tl.inline_asm_elementwise(_made(4 * J, INTEGER), "=r,r", [bytes_Nc], dtype=tl.int8, is_pure=True, pack=4)
+        w_Nc = tl.inline_asm_elementwise(
+            _four_codes(4 * J, INTEGER), "=r,r", [bytes_Nc], dtype=tl.int8, is_pure=True, pack=4
+        )
     return w_Nc
 
 
 @triton.constexpr_function
-def _made(shift: int, integer: bool) -> str:
+def _four_codes(shift: int, integer: bool) -> str:
     """PTX: four codes from the half bytes at ``shift``."""
     body = f"shr.b32 t, $1, {shift}; and.b32 t, t, 0x0f0f0f0f; shr.b32 s, $1, {shift + 3}; and.b32 s, s, 0x01010101; "
     body += "mul.lo.u32 s, s, 0xf7; xor.b32 $0, s, t; " if integer else "mad.lo.u32 $0, s, 0x79, t; "

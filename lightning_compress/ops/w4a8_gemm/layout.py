@@ -1,14 +1,15 @@
-"""The weight as the kernel reads it: two codes to a byte, in planes of neighbouring columns, made once when loading.
+"""The layout that the kernel reads: two codes in a byte, in planes of neighbouring columns, made once after loading.
 
-Columns come in blocks of two planes (the last is filled up with zeros): the lower half of byte c of block b is column
-2 L b + c, the upper half column 2 L b + L + c, with planes of L = 64 columns, 32 where groups are no multiple of 64.
-Four neighbouring columns lie in a 32-bit register, as the tensor cores want 8-bit operands.
+Columns are in blocks of two planes (the last is padded with zeros): the lower half of byte c of block b is column
+2 L b + c, the upper half column 2 L b + L + c, with planes of L = 64 columns, or 32 where the group size is not a
+multiple of 64. Four neighbouring columns are in a 32-bit register, which is the order of 8-bit operands of the tensor
+cores.
 
-The four bits of a code v are v where it is positive or 0, and 8 + (-v - 1) where it is negative. With zeros above, the
-first are e4m3 already: byte n is n 2^-9, for subnormal numbers and the first normal ones, 0 to 15. Adding 0x79 to the
-others makes a sign and -v: one product with the sign bits does it for four, and -8 is not lost.
+The four bits of a code v are v where it is positive or 0, and 8 + (-v - 1) where it is negative. With zeros above, bits
+of the first kind are e4m3 numbers: byte n is n 2^-9, for subnormal numbers and the first normal ones, 0 to 15. Adding
+0x79 to the others gives a sign and -v: one product with the sign bits adds it to four codes, and -8 is exact as well.
 
-Shapes: N output features, K input features, G groups, P bytes of a row.
+Shapes: N output features, K input features, G groups, P bytes in a row.
 """
 
 import torch
@@ -23,20 +24,20 @@ PLANES = 2
 
 
 def plane_of(K: int, groups: int) -> int:
-    """Columns of a plane."""
+    """Number of columns in a plane."""
     return 64 if groups == 1 or K // groups % 64 == 0 else 32
 
 
 def to_planes(weight: Tensor, K: int, groups: int) -> Tensor:
-    """int8 [N, P] of the checkpoint's codes.
+    """Planes int8 [N, P] of the checkpoint's codes.
 
     Args:
-        weight: int32 [N, ceil(K / 8)] (pack-quantized), or int8 codes [N, K] of -8 to 7 (int-quantized).
-        K: Columns.
-        groups: G; how wide planes are depends on it.
+        weight: Codes, int32 [N, ceil(K / 8)] (pack-quantized), or int8 [N, K] of -8 to 7 (int-quantized).
+        K: Number of columns.
+        groups: Number of groups G; the width of planes depends on it.
 
     Raises:
-        ValueError: Another dtype or shape, or groups that do not divide K.
+        ValueError: Wrong dtype or shape, or the number of groups does not divide K.
     """
     columns = {torch.int32: -(-K // 8), torch.int8: K}.get(weight.dtype)
     if weight.ndim != 2 or weight.shape[1] != columns:
@@ -49,7 +50,7 @@ def to_planes(weight: Tensor, K: int, groups: int) -> Tensor:
     plane = plane_of(K, groups)
     v_NK = F.pad(signed(weight, K).int(), (0, -K % (PLANES * plane)))
     nibble_NBjc = torch.where(v_NK < 0, 7 - v_NK, v_NK).view(len(v_NK), -1, PLANES, plane)
-    return (nibble_NBjc[:, :, 0] | nibble_NBjc[:, :, 1] << 4).to(torch.int8).flatten(1)  # wraps, as meant
+    return (nibble_NBjc[:, :, 0] | nibble_NBjc[:, :, 1] << 4).to(torch.int8).flatten(1)  # wraps, as intended
 
 
 def codes(planes_NP: Tensor, K: int, groups: int) -> Tensor:

@@ -16,19 +16,19 @@ __all__ = ["dequantize", "gemm", "signed"]
 
 
 def gemm(codes_MK: Tensor, scale_M: Tensor, weight: Tensor, scale_NG: Tensor) -> Tensor:
-    """y [M, N] in float64; ``weight`` as :func:`dequantize` takes it."""
+    """y [M, N] in float64; ``weight`` as for :func:`dequantize`."""
     W_NK = dequantize(weight, scale_NG, codes_MK.shape[1], torch.float64)
     return codes_MK.double() @ W_NK.t() * scale_M.double()[:, None]
 
 
 def dequantize(weight: Tensor, scale_NG: Tensor, K: int, dtype: torch.dtype | None = None) -> Tensor:
-    """W [N, K], worked out in float32 (float64 if ``dtype`` is) and rounded to ``dtype``, by default the scale's.
+    """W [N, K], computed in float32 (float64 if ``dtype`` is) and rounded to ``dtype``, by default the scale's.
 
     Args:
-        weight: int32 [N, ceil(K / 8)] (pack-quantized), or int8 codes [N, K] (int-quantized).
-        scale_NG: Any floating dtype.
-        K: Columns.
-        dtype: Of the result.
+        weight: Codes, int32 [N, ceil(K / 8)] (pack-quantized), or int8 [N, K] (int-quantized).
+        scale_NG: Scales, any floating dtype.
+        K: Number of columns.
+        dtype: Dtype of the result.
     """
     dtype = dtype or scale_NG.dtype
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""y = (codes of x) (codes of W)^T in 8 bits, int8 or FP8 (e4m3), scaled by token and by output feature.
+"""y = (codes of x) (codes of W)^T in 8 bits, int8 or FP8 (e4m3), with a scale per token and per output feature.
 
-On CUDA a Triton kernel makes products of few tokens, and torch's own 8-bit products those of many; elsewhere float32
-products, exact for int8. README beside this file.
+On CUDA a Triton kernel multiplies few tokens, and torch's 8-bit products multiply many; elsewhere products are in
+float32, exact for int8. README beside this file.
 
 Shapes: M tokens, N output features, K input features.
 """
@@ -19,20 +19,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = (torch.int8, torch.float8_e4m3fn)
 FEW = 64  # tokens up to which the kernel is expected to win over cuBLASLt; not measured yet
 FUSED = 8  # tokens up to which quantizing in every program should beat a launch; not measured yet
-EXACT = 1024  # products of -128 and -128 whose sum float32 holds: 2^24
+EXACT = 1024  # number of products (-128) (-128) whose sum, 2^24, is exact in float32
 
 
 def quantize_tokens(x: Tensor, kind: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Codes [..., K] and scales float32 [...], symmetric: the largest of a token is 127.5 steps of int8, 448 of e4m3.
+    """Codes [..., K] and scales float32 [...], symmetric: the maximum of a token is 127.5 steps of int8, 448 of e4m3.
 
     Both are those of compressed-tensors' fake-quantize, with its roundings to the dtype of x.
 
     Args:
-        x: float16, bfloat16 or float32, [..., K].
-        kind: int8 or float8_e4m3fn.
+        x: Tokens, float16, bfloat16 or float32, [..., K].
+        kind: Dtype of the codes, int8 or float8_e4m3fn.
 
     Raises:
-        ValueError: Another dtype, or no columns.
+        ValueError: Wrong dtype, or no columns.
     """
     _check_tokens(x, kind)
     codes, scale = (_quantize_op if torch.compiler.is_compiling() else _quantize)(x.detach(), kind)
@@ -43,7 +43,7 @@ def quantize_static(x: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
     """Codes [..., K] of ``kind`` for one fixed scale [1]; the quotient has the dtype of x and scale together.
 
     Raises:
-        ValueError: Another dtype, no columns, or more than one scale.
+        ValueError: Wrong dtype, no columns, or more than one scale.
     """
     _check_tokens(x, kind)
     if scale.shape != (1,) or not scale.is_floating_point():
@@ -55,11 +55,11 @@ def w8a8_gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, 
     """The product [..., N] in ``dtype``; no gradients.
 
     Args:
-        codes: int8 or float8_e4m3fn, [..., K], from :func:`quantize_tokens`.
-        scale: float32 [...], or [1]: one for all tokens.
-        weight_NK: Of the dtype of the codes, contiguous.
-        scale_N: float32 [N], or [1]: one for all features.
-        dtype: float16, bfloat16 or float32.
+        codes: Codes of tokens, int8 or float8_e4m3fn, [..., K], from :func:`quantize_tokens`.
+        scale: Scales of tokens, float32 [...], or [1]: one for all tokens.
+        weight_NK: Codes of the weight, in the dtype of ``codes``, contiguous.
+        scale_N: Scales of the weight, float32 [N], or [1]: one for all features.
+        dtype: Dtype of the product, float16, bfloat16 or float32.
 
     Raises:
         ValueError: Dtypes, shapes or devices do not fit.
@@ -84,13 +84,13 @@ def w8a8_gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, 
 
 
 def w8a8_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The product [..., N] of x quantized on the way, in its dtype; the gradient passes the rounding straight to x.
+    """The product [..., N] of quantized x, in the dtype of x; the gradient of x is straight-through.
 
     Args:
-        x: float16, bfloat16 or float32, [..., K].
-        weight_NK: int8 or float8_e4m3fn, contiguous; codes of x are of the same dtype.
-        scale_N: float32 [N], or [1]: one for all features.
-        scale: One fixed floating scale [1] of x; None: one per token, found on the way.
+        x: Tokens, float16, bfloat16 or float32, [..., K].
+        weight_NK: Codes of the weight, int8 or float8_e4m3fn, contiguous; codes of x have the same dtype.
+        scale_N: Scales of the weight, float32 [N], or [1]: one for all features.
+        scale: Fixed floating scale [1] of x; None: each token gets its own scale.
 
     Raises:
         ValueError: Dtypes, shapes or devices do not fit.
@@ -118,9 +118,9 @@ def _check_tokens(x: Tensor, kind: torch.dtype) -> None:
 
 def _check_place(what: str, tokens: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> None:
     if len({t.device for t in (*tokens, *weights)}) > 1:
-        raise ValueError(f"{what} on {tokens[0].device}, the weight is on {weights[0].device}; put all on one device")
+        raise ValueError(f"{what} on {tokens[0].device}, the weight is on {weights[0].device}; put them on one device")
     if not weights[0].is_contiguous():
-        raise ValueError("the weight must be contiguous; call .contiguous() once, when loading")
+        raise ValueError("the weight must be contiguous; call .contiguous() once, after loading")
 
 
 def _quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def _quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 def _linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None) -> Tensor:
     N, K = weight_NK.shape
     x_MK = x.reshape(-1, K)
-    wider = scale is not None and torch.promote_types(x.dtype, scale.dtype) != x.dtype  # the kernel rounds to x's
+    wider = scale is not None and torch.promote_types(x.dtype, scale.dtype) != x.dtype  # the kernel rounds to x.dtype
     if x.is_cuda and N and 0 < len(x_MK) <= FUSED and not wider and _kernel_runs(x.device):
         from lightning_compress.ops.w8a8_gemm.kernel import fused_gemm
 
@@ -151,15 +151,15 @@ def _gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, dtyp
     N, K = weight_NK.shape
     codes_MK, scale_M = codes.reshape(-1, K).contiguous(), scale.reshape(-1).contiguous()
     M = len(codes_MK)
-    of_torch = codes.is_cuda and M > 16 and _torch_multiplies(codes.device, codes.dtype, N, K)
-    if codes.is_cuda and M and N and not (of_torch and M > FEW) and _kernel_runs(codes.device):
+    by_torch = codes.is_cuda and M > 16 and _torch_multiplies(codes.device, codes.dtype, N, K)
+    if codes.is_cuda and M and N and not (by_torch and M > FEW) and _kernel_runs(codes.device):
         from lightning_compress.ops.w8a8_gemm.kernel import gemm
 
         y_MN = gemm(codes_MK, scale_M, weight_NK, scale_N, dtype)
     elif codes.dtype == torch.int8:
-        sums_MN = torch._int_mm(codes_MK, weight_NK.t()) if of_torch else _exact(codes_MK, weight_NK)
+        sums_MN = torch._int_mm(codes_MK, weight_NK.t()) if by_torch else _exact(codes_MK, weight_NK)
         y_MN = (sums_MN * scale_N * scale_M[:, None]).to(dtype)
-    elif of_torch:
+    elif by_torch:
         y_MN = _by_scaled_mm(codes_MK, scale_M, weight_NK, scale_N, dtype)
     else:
         y_MN = (codes_MK.float() @ weight_NK.float().t() * scale_N * scale_M[:, None]).to(dtype)
@@ -167,14 +167,14 @@ def _gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, dtyp
 
 
 def _torch_multiplies(device: torch.device, kind: torch.dtype, N: int, K: int) -> bool:
-    """Whether cuBLASLt takes such weights."""
+    """Whether cuBLASLt supports weights of this shape and dtype."""
     if kind == torch.int8:
         return N % 8 == 0 and K % 8 == 0
     return N % 16 == 0 and K % 16 == 0 and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _by_scaled_mm(codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """y [M, N] by torch's FP8 product: it takes scales by row and column only into bf16, single ones into all."""
+    """y [M, N] by torch's FP8 product, which supports scales by row and column for bf16 results only."""
     by_row = len(scale_M) > 1 or len(scale_N) > 1
     if by_row and dtype == torch.bfloat16:
         rows = scale_M.expand(len(codes_MK)).contiguous()[:, None], scale_N.expand(len(weight_NK)).contiguous()[None]
@@ -187,7 +187,7 @@ def _by_scaled_mm(codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N:
 
 
 def _exact(codes_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """int32 [M, N] by float32 products; torch's own int8 product is slow on CPUs without VNNI."""
+    """int32 [M, N] by float32 products; torch's int8 product is slow on CPUs without VNNI."""
     sums_MN = torch.zeros(len(codes_MK), len(weight_NK), dtype=torch.int32, device=codes_MK.device)
     for x, w in zip(codes_MK.split(EXACT, 1), weight_NK.split(EXACT, 1), strict=True):
         sums_MN += (x.float() @ w.float().t()).int()
@@ -195,7 +195,7 @@ def _exact(codes_MK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 def _kernel_runs(device: torch.device) -> bool:
-    return kernel_runs(device, "8-bit products are made by torch")
+    return kernel_runs(device, "8-bit products are computed by torch")
 
 
 def _dense(weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,13 @@
-"""The Triton kernels: products of 8-bit codes in the tensor cores with scales at the end, and tokens to codes.
+"""The Triton kernels: products of 8-bit codes in the tensor cores with scales at the end, and codes of tokens.
 
-out^T = W X^T, as in w4a16_gemm: the features of a tile are the rows that wgmma wants, also where there is one token.
-Both operands lie with k innermost, as wgmma wants 8 bits. int8 is added up in int32, so that any split of k gives the
-same; e4m3 in float32, and the sums of 128 columns are taken out of the tensor core, which adds with fewer bits.
-Below compute capability 8.9 there is no e4m3: its bits, placed in fp16 (e4m3 times 2^-8, exact), are multiplied.
+out^T = W X^T, as in w4a16_gemm: the features of a tile are the rows that wgmma needs, also with one token. In both
+operands k is the innermost dimension, as wgmma requires for 8 bits. int8 is summed in int32, so that any split of k
+gives the same result; e4m3 is summed in float32, and the sums leave the tensor core every 128 columns, since it adds
+with fewer bits. GPUs below compute capability 8.9 have no e4m3: its bits, placed in fp16 (e4m3 times 2^-8, exact), are
+multiplied.
 
-A fused launch takes x itself: each program finds the largest of its tokens first, which lies in L2 for the other
-programs, and makes codes on the way to the product.
+A fused launch reads x itself: each program first computes the maxima of its tokens, which are in L2 for the other
+programs, and then quantizes x in front of the product.
 
 Shapes: M tokens, N output features, K input features; runs under Triton 3.6 to 3.9.
 """
@@ -21,13 +22,13 @@ from torch import Tensor
 from lightning_compress.ops.w8a8_gemm.reference import HALF_RANGE
 
 __all__ = [
-    "Launch", "e4m3_half", "e4m3_mode", "fused_gemm", "gemm", "gemm_kernel", "quantize_kernel", "quantize_tokens",
+    "W8Launch", "e4m3_half", "e4m3_mode", "fused_gemm", "gemm", "gemm_kernel", "quantize_kernel", "quantize_tokens",
     "rule",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Launch:
+class W8Launch:
     """Tile of block_m tokens and block_n features, block_k columns at a time."""
 
     block_m: int
@@ -38,28 +39,28 @@ class Launch:
     stages: int
 
 
-def rule(M: int, N: int, K: int, processors: int) -> Launch:
+def rule(M: int, N: int, K: int, processors: int) -> W8Launch:
     """Small tiles while memory bounds the product, k split until every processor has a tile; not measured yet."""
     few = M <= 64
     block_m, block_n = min(max(16, 1 << (M - 1).bit_length()), 128), 64 if few else 128
     tiles, blocks, split = triton.cdiv(M, block_m) * triton.cdiv(N, block_n), triton.cdiv(K, 128), 1
-    while tiles * split < processors and blocks >= 2 * split * 4:  # each part keeps 4 blocks
+    while tiles * split < processors and blocks >= 2 * split * 4:  # at least 4 blocks for each split
         split *= 2
-    return Launch(block_m, block_n, 128, split, warps=4 if few else 8, stages=4 if few else 3)
+    return W8Launch(block_m, block_n, 128, split, warps=4 if few else 8, stages=4 if few else 3)
 
 
 def gemm(
     codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype,
-    launch: Launch | None = None,
+    launch: W8Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in ``dtype``; arguments as ``w8a8_gemm`` checks them, codes and weight of one dtype."""
     return _launch(codes_MK, codes_MK.dtype, scale_M, weight_NK, scale_N, dtype, launch, fused=False, dynamic=False)
 
 
 def fused_gemm(
-    x_MK: Tensor, scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor, launch: Launch | None = None
+    x_MK: Tensor, scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor, launch: W8Launch | None = None
 ) -> Tensor:
-    """y [M, N] in the dtype of x, which is quantized on the way: by token, or with a given scale [1]."""
+    """y [M, N] in the dtype of x, which the kernel quantizes: by token, or with the scale [1]."""
     x_MK, dynamic = x_MK.contiguous(), scale is None
     scale_M = torch.empty(len(x_MK), dtype=torch.float32, device=x_MK.device) if scale is None else scale
     return _launch(x_MK, weight_NK.dtype, scale_M, weight_NK, scale_N, x_MK.dtype, launch, fused=True, dynamic=dynamic)
@@ -67,30 +68,30 @@ def fused_gemm(
 
 def _launch(
     x_MK: Tensor, kind: torch.dtype, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype,
-    launch: Launch | None, *, fused: bool, dynamic: bool,
+    launch: W8Launch | None, *, fused: bool, dynamic: bool,
 ) -> Tensor:  # fmt: skip
     (M, K), N = x_MK.shape, len(weight_NK)
     if launch is None:
         launch = rule(M, N, K, torch.cuda.get_device_properties(x_MK.device).multi_processor_count)
-    whole, integer = launch.split == 1, kind == torch.int8
+    single, integer = launch.split == 1, kind == torch.int8
     partial = torch.int32 if integer else torch.float32
-    out = torch.empty((launch.split, M, N), dtype=dtype if whole else partial, device=x_MK.device)
+    out = torch.empty((launch.split, M, N), dtype=dtype if single else partial, device=x_MK.device)
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
-    per_part = triton.cdiv(triton.cdiv(K, launch.block_k), launch.split) * launch.block_k
+    per_split = triton.cdiv(triton.cdiv(K, launch.block_k), launch.split) * launch.block_k
     native, interpreted = e4m3_mode(x_MK.device)
     gemm_kernel[grid](
-        x_MK if fused else x_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, M, N, K, per_part,
+        x_MK if fused else x_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, M, N, K, per_split,
         int(len(scale_M) > 1), int(len(scale_N) > 1), HALF_RANGE[kind], torch.finfo(dtype).eps, FUSED=fused,
-        DYNAMIC=dynamic, INTEGER=integer, NATIVE=native, INTERPRETED=interpreted, WHOLE=whole, BLOCK_M=launch.block_m,
+        DYNAMIC=dynamic, INTEGER=integer, NATIVE=native, INTERPRETED=interpreted, WHOLE=single, BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    if whole:
+    if single:
         return out[0]
     return (out.sum(0, dtype=partial) * scale_N * scale_M[:, None]).to(dtype)
 
 
 def e4m3_mode(device: torch.device) -> tuple[bool, bool]:
-    """Whether the tensor cores know e4m3, and whether Triton's interpreter runs (which rounds to e4m3 otherwise)."""
+    """Whether the tensor cores have e4m3, and whether Triton's interpreter runs (which rounds to e4m3 differently)."""
     interpreted = not isinstance(gemm_kernel, triton.JITFunction)
     return not interpreted and torch.cuda.get_device_capability(device) >= (8, 9), interpreted
 
@@ -110,14 +111,14 @@ def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def gemm_kernel(
-    x_ptr, weight_ptr, scale_m_ptr, scale_n_ptr, out_ptr, M, N, K, per_part, step_m, step_n, half_range, epsilon,
+    x_ptr, weight_ptr, scale_m_ptr, scale_n_ptr, out_ptr, M, N, K, per_split, step_m, step_n, half_range, epsilon,
     FUSED: tl.constexpr, DYNAMIC: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, INTERPRETED: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``step_m`` and ``step_n`` are 0 where one scale serves all; FUSED: x holds no codes but tokens."""
+    """``step_m`` and ``step_n`` are 0 for one scale in all; FUSED: x holds tokens, not codes."""
     row_N = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    part = tl.program_id(2)
+    split = tl.program_id(2)
     column_K = tl.arange(0, BLOCK_K)
     rows, tokens = row_N < N, token_M < M
     if DYNAMIC:
@@ -126,12 +127,12 @@ def gemm_kernel(
             x_KM = _tile(x_ptr, token_M, tokens, k + column_K, K)
             largest_KM = tl.maximum(largest_KM, _magnitude(x_KM))
         s_M = _token_scale(tl.max(largest_KM, 0), half_range, epsilon, x_ptr.dtype.element_ty)
-        if tl.program_id(0) == 0 and part == 0:
+        if tl.program_id(0) == 0 and split == 0:
             tl.store(scale_m_ptr + token_M, s_M, mask=tokens)
     else:
         s_M = tl.load(scale_m_ptr + token_M * step_m, mask=tokens, other=1.0)
     sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
-    for k in range(part * per_part, tl.minimum((part + 1) * per_part, K), BLOCK_K):
+    for k in range(split * per_split, tl.minimum((split + 1) * per_split, K), BLOCK_K):
         columns = k + column_K < K
         w_NK = tl.load(
             weight_ptr + row_N[:, None] * K + (k + column_K)[None, :], mask=rows[:, None] & columns[None, :], other=0
@@ -149,9 +150,9 @@ def gemm_kernel(
                 w_NK, x_KM = w_NK.to(tl.float32), x_KM.to(tl.float32)
             sums_NM = tl.dot(w_NK, x_KM, sums_NM)
     if not INTEGER and not NATIVE:
-        sums_NM *= 65536.0  # 2^8 for each
+        sums_NM *= 65536.0  # 2^8 for each operand
     inside = rows[:, None] & tokens[None, :]
-    at_NM = out_ptr + (part.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
+    at_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
     if WHOLE:
         s_N = tl.load(scale_n_ptr + row_N * step_n, mask=rows, other=0.0)
         tl.store(at_NM, (sums_NM * s_N[:, None] * s_M[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
@@ -161,7 +162,7 @@ def gemm_kernel(
 
 @triton.jit
 def quantize_kernel(x_ptr, codes_ptr, scale_ptr, K, half_range, epsilon, INTEGER: tl.constexpr, BLOCK: tl.constexpr):
-    """One token; what it reads twice lies in L2 by then."""
+    """One token; the second reading is from L2."""
     start = tl.program_id(0).to(tl.int64) * K
     largest_B = tl.zeros((BLOCK,), tl.int32)
     for k in range(0, K, BLOCK):
@@ -178,14 +179,14 @@ def quantize_kernel(x_ptr, codes_ptr, scale_ptr, K, half_range, epsilon, INTEGER
 
 @triton.jit
 def _tile(x_ptr, token_M, tokens, column_K, K):
-    """x, or its codes, k first."""
+    """A tile of x, or of its codes, k first."""
     at_KM = x_ptr + token_M[None, :] * K + column_K[:, None]
     return tl.load(at_KM, mask=tokens[None, :] & (column_K < K)[:, None], other=0)
 
 
 @triton.jit
 def _magnitude(x):
-    """Bits of |x| in float32: in the order of the numbers, above all of them NaN, which a maximum of floats drops."""
+    """Bits of |x| in float32, in the order of the numbers, with NaN, which a maximum of floats would drop, on top."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -198,7 +199,7 @@ def _token_scale(largest, half_range, epsilon, dtype: tl.constexpr):
 
 @triton.jit
 def _codes(x, scale, dtype: tl.constexpr, INTEGER: tl.constexpr):
-    """int8 of x / scale, rounded to ``dtype`` in between: an integer, or the bits of e4m3."""
+    """int8 of x / scale, the quotient rounded to ``dtype``: an integer, or the bits of e4m3."""
     x = x.to(tl.float32)
     v = _rounded(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype)
     if INTEGER:
@@ -206,8 +207,8 @@ def _codes(x, scale, dtype: tl.constexpr, INTEGER: tl.constexpr):
     else:
         size = tl.minimum(tl.abs(v), 448.0)
         bits = size.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # exponents from 2^-6 up
-        steps = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15  # of 2^-9, below
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # from 2^-6 on
+        steps = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15  # multiples of 2^-9, below
         code = tl.where(size < 0.015625, steps, normal) | ((v.to(tl.int32, bitcast=True) >> 24) & 0x80)
         codes = tl.where(v == v, code, 0x7F).to(tl.int8)
     return codes
@@ -215,7 +216,7 @@ def _codes(x, scale, dtype: tl.constexpr, INTEGER: tl.constexpr):
 
 @triton.jit
 def _rounded(v, dtype: tl.constexpr):
-    """v, to the nearest number of ``dtype``, ties to even; in bits for bf16, where the interpreter truncates."""
+    """v rounded to the nearest number of ``dtype``, ties to even; on bits for bf16, since the interpreter truncates."""
     if dtype == tl.bfloat16:
         bits = v.to(tl.int32, bitcast=True)
         v = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -226,6 +227,6 @@ def _rounded(v, dtype: tl.constexpr):
 
 @triton.jit
 def e4m3_half(codes):
-    """fp16 of int8 bits of e4m3, times 2^-8: sign, exponent and mantissa in their places."""
+    """fp16 of int8 bits of e4m3, times 2^-8: sign, exponent and mantissa moved to their positions."""
     bits = codes.to(tl.int16)
     return ((bits & -32768) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
