@@ -55,16 +55,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.seed is not None:
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
 
+    callbacks = instantiate_each(cfg.get("callbacks"), Callback)  # first: a recipe's mistake shows before data is read
+    compresses = any(isinstance(callback, CompressionCallback) for callback in callbacks)
+    if not (cfg.train or cfg.test or compresses):
+        raise ValueError("nothing to do: train=false, test=false, and no +compress=NAME; set one of them")
     log.info("data: %s", cfg.data._target_)
     data = hydra.utils.instantiate(cfg.data)
     log.info("model: %s", cfg.model._target_)
     model = hydra.utils.instantiate(cfg.model)
     log.info("%.2f million parameters", sum(p.numel() for p in model.parameters()) / 1e6)
-    callbacks = instantiate_each(cfg.get("callbacks"), Callback)
     loggers = instantiate_each(cfg.get("logger"), Logger)
-    compresses = any(isinstance(callback, CompressionCallback) for callback in callbacks)
-    if not (cfg.train or cfg.test or compresses):
-        raise ValueError("nothing to do: train=false, test=false, and no +compress=NAME; set one of them")
 
     # Without training, fit has no epoch to run: it only sets up, and the callback compresses the model as it is.
     trainer: lightning.Trainer = hydra.utils.instantiate(

@@ -1,6 +1,7 @@
 """Recipes: modifiers from YAML, built by name.
 
-A recipe is a file of ``conf/compress`` (named ``gptq_w4``), a file of the user's, or a dict::
+A recipe is a file of ``conf/compress`` (named ``gptq_w4``), a file of the user's, or a dict. Hydra composes what a file
+names in its ``defaults``; all of it, or what one file or dict holds, reads::
 
     compress:
       calibration_batches: 32                          # optional arguments of the callback
@@ -11,14 +12,10 @@ A recipe is a file of ``conf/compress`` (named ``gptq_w4``), a file of the user'
 else may stand in a ``_target_``: a file that someone sent names modifiers, it does not call functions.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lightning_compress.core.factory import ModifierFactory
 from lightning_compress.core.lifecycle import Lifecycle
@@ -27,8 +24,6 @@ from lightning_compress.core.modifier import Modifier
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "read_recipe", "recipe_difference"]
 
 OWN = "lightning_compress."
-DEPTH = 40                 # of mappings and lists inside of each other; the deepest recipe of the package has 7
-ENTRIES = 100_000          # with every alias written out
 
 
 @dataclass(frozen=True)
@@ -59,14 +54,15 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
         ValueError: There is no such recipe (near misses are listed), it is not a recipe, a ``_target_`` is not a
             modifier of this package, or an argument is wrong.
     """
+    from lightning_compress.recipe_files import check_plain, locate, read_file  # imports Hydra
+
     if isinstance(source, Mapping):
+        check_plain(source, "the recipe")
         return _build(source, "the recipe")
     if not isinstance(source, str | Path):
-        raise ValueError(
-            f"expected the name of a recipe, the path of a YAML file or a mapping, got {source!r}"
-        )
-    path = _locate(source)
-    return _build(_parsed(path), str(path))
+        raise ValueError(f"expected the name of a recipe, the path of a YAML file or a mapping, got {source!r}")
+    path = locate(source)
+    return _build(read_file(path), str(path))
 
 
 def dump_recipe(modifiers: Sequence[Modifier]) -> dict[str, Any]:
@@ -105,110 +101,15 @@ def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
     return lines
 
 
-# -- where a recipe is ------------------------------------------------------------------------------------------------
-
-
-def _locate(source: str | Path) -> Path:
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if not path.is_file():
-            raise ValueError(f"recipe {str(source)!r}: there is no such file")
-        return path
-    known = {p.stem: p for p in sorted(_folder().glob("*.yaml"))}
-    if path.name not in known:
-        near = get_close_matches(path.name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"no recipe is called {path.name!r}; {hint} (a file of yours is given by its path, x.yaml)")
-    return known[path.name]
-
-
-def _folder() -> Path:
-    """``conf/compress``: in the package (wheel), or beside it (checkout)."""
-    package = Path(__file__).parent
-    installed = package / "conf" / "compress"
-    return installed if installed.is_dir() else package.parent / "conf" / "compress"
-
-
-class _Loader(yaml.SafeLoader):
-    """Of YAML 1.1 what reads as it looks: no key twice, no number in base 8 or 60, no digits with underscores."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands here twice; the last would win", key.start_mark
-                    )
-                seen.add((key.tag, key.value))
-        return node
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        is_int, text = node.tag.endswith(":int"), self.construct_scalar(node)
-        value = self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
-        if "_" in text or ":" in text or re.fullmatch(r"[-+]?0[0-9]+", text):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{text} would be read as {value}; write that, or {text!r} in quotes", node.start_mark
-            )
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
-
-
-def _parsed(path: Path) -> Any:
-    """What a file holds; ValueError names it, whatever is wrong."""
-    try:
-        return yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error}); save it in that encoding") from error
-    except RecursionError:
-        raise ValueError(f"{path} is not a recipe: hundreds of mappings and lists stand in each other") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:      # !!int x, !!bool x ...
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-
-
-def _check_size(content: Any, origin: str) -> None:
-    """ValueError for what stands inside of itself, is nested too deep, or is too large with its aliases written out."""
-    measured: dict[int, tuple[Any, int, int]] = {}          # with the object, so that its id stays taken
-    around: set[int] = set()
-
-    def measure(value: Any) -> tuple[int, int]:
-        """Its entries, and how many mappings and lists stand in each other."""
-        if isinstance(value, str | bytes) or not isinstance(value, Mapping | Sequence):
-            return 1, 0
-        if id(value) in around:
-            raise ValueError(f"{origin} is not a recipe: an alias in it stands inside of what it names")
-        if id(value) not in measured:
-            around.add(id(value))
-            inner = [measure(item) for item in (value.values() if isinstance(value, Mapping) else value)]
-            around.remove(id(value))
-            entries, depth = 1 + sum(n for n, _ in inner), 1 + max((d for _, d in inner), default=0)
-            measured[id(value)] = value, entries, depth
-            if depth > DEPTH or entries > ENTRIES:
-                raise ValueError(
-                    f"{origin} is not a recipe: with its aliases written out it has more than {ENTRIES:,} entries, or "
-                    f"more than {DEPTH} mappings and lists in each other"
-                )
-        return measured[id(value)][1:]
-
-    try:
-        measure(content)
-    except RecursionError:
-        raise ValueError(f"{origin} is not a recipe: hundreds of mappings and lists stand in each other") from None
-
-
 # -- what is in it ----------------------------------------------------------------------------------------------------
 
 
 def _build(content: Any, origin: str) -> Recipe:
-    _check_size(content, origin)
     arguments = _named_arguments(_descend(content, origin), origin)
     if "defaults" in arguments:
-        raise ValueError(f"{origin} has a defaults list, which only Hydra resolves: use +compress=... there")
-    _refuse_interpolation(arguments, origin)
+        raise ValueError(
+            f"{origin} has a defaults list, which is resolved at the top of a file only: save it as x.yaml"
+        )
     target = arguments.pop("_target_", f"{OWN}CompressionCallback")
     if target not in (f"{OWN}CompressionCallback", f"{OWN}callback.CompressionCallback"):
         raise ValueError(f"{origin}: _target_: {target} is not allowed here, expected {OWN}CompressionCallback")
@@ -279,12 +180,6 @@ def _refuse_targets(value: Any, place: str) -> None:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for i, inner in enumerate(value):
             _refuse_targets(inner, f"{place}[{i}]")
-
-
-def _refuse_interpolation(value: Any, place: str) -> None:
-    for name, leaf in _flat(value).items():
-        if isinstance(leaf, str) and "${" in leaf:
-            raise ValueError(f"{place}: {name}: {leaf!r} is an interpolation, which only Hydra resolves; write a value")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -505,7 +505,7 @@ def test_lightning_cli_names_an_unknown_argument(capsys):
 
 
 def test_an_entry_that_no_modifier_answers_to_is_named():
-    """As after ``++callbacks.compress.modifiers.gtpq.group_size=64``, where the recipe calls it gptq."""
+    """As after ``callbacks.compress.modifiers.gtpq.group_size=64``, where the recipe calls it gptq."""
     with pytest.raises(
         ValueError, match=r"modifiers.gtpq is \{'group_size': 64\}, expected a Modifier; .* are modifiers: gptq$"
     ):

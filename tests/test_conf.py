@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError
 
 import lightning_compress
 from lightning_compress import CompressionCallback
@@ -57,8 +58,8 @@ def test_a_file_of_compress_begins_with_its_package_and_says_what_it_does(path: 
     lines = path.read_text().splitlines()
     comments = [line for line in lines if line.startswith("# ") and "@package" not in line]
     assert comments
-    if "scheme" not in path.parts:                              # a scheme goes where the recipe that lists it says
-        assert lines[0].startswith("# @package callbacks")      # a comment above it would void it
+    if "scheme" not in path.parts:  # a scheme goes where the recipe that lists it says
+        assert lines[0].startswith("# @package callbacks")  # a comment above it would void it
     if path.parent == CONF / "compress":
         assert any(f"+compress={path.stem}" in line for line in comments)
 
@@ -91,8 +92,12 @@ def test_hydra_and_recipe_by_name_build_the_same_modifiers(app_config: Any, name
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_complete_in_its_own_file(name: str) -> None:
-    assert "defaults" not in yaml.safe_load((CONF / "compress" / f"{name}.yaml").read_text())
+def test_a_recipe_is_blocks_and_the_difference(name: str) -> None:
+    text = (CONF / "compress" / f"{name}.yaml").read_text()
+    assert "_target_" not in text
+    defaults = yaml.safe_load(text)["defaults"]
+    assert defaults[0] == "base/callback" or defaults[0] in RECIPES
+    assert ("_self_" in defaults) == ("\ncompress:" in text)
 
 
 def test_arguments_arrive_as_plain_lists(app_config: Any) -> None:
@@ -123,23 +128,69 @@ def test_an_argument_is_overridden(app_config: Any) -> None:
     assert modifiers(cfg)["gptq"]["scheme"] == "W8A16"
 
 
-def test_an_argument_is_added(app_config: Any) -> None:
-    cfg = app_config("+compress=gptq_w4", "+callbacks.compress.calibration_batches=3")
-    assert instantiate(cfg.callbacks.compress).options.calibration_batches == 3
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_an_argument_that_the_recipe_does_not_spell_out_is_set_with_and_without_a_plus(
+    app_config: Any, plus: str
+) -> None:
+    at = f"{plus}callbacks.compress"
+    cfg = app_config("+compress=gptq_w4", f"{at}.calibration_batches=3", f"{at}.modifiers.gptq.actorder=null")
+    callback = instantiate(cfg.callbacks.compress)
+    assert callback.options.calibration_batches == 3
+    assert callback.lifecycle.modifiers[0].actorder is None
 
 
-def test_a_key_that_the_recipe_lacks_is_refused_without_a_plus(app_config: Any) -> None:
-    with pytest.raises(ConfigCompositionException) as caught:
-        app_config("+compress=gptq_w4", "callbacks.compress.modifiers.gptq.schema=W8A16")
-    assert isinstance(caught.value.__cause__, ConfigAttributeError)
-    assert "Key 'schema' is not in struct" in str(caught.value.__cause__)
+def test_every_field_of_every_modifier_is_set_without_a_plus(app_config: Any) -> None:
+    blocks = sorted(path.stem for path in (CONF / "compress" / "modifier").glob("*.yaml"))
+    stack = f"+compress=[{','.join(['base/callback', *(f'modifier/{name}' for name in blocks)])}]"
+    kinds = {name: entry["_target_"].rpartition(".")[2] for name, entry in unset(app_config(stack)).items()}
+    fields = {name: [*getattr(lightning_compress, kind).model_fields] for name, kind in kinds.items()}
+    at = "callbacks.compress.modifiers"
+    cfg = app_config(stack, *(f"{at}.{name}.{field}={field}" for name, each in fields.items() for field in each))
+    assert len(fields) == len(blocks)
+    for name, each in fields.items():
+        assert {field: modifiers(cfg)[name][field] for field in each} == {field: field for field in each}
 
 
-def test_a_key_that_the_modifier_lacks_is_named(app_config: Any) -> None:
-    cfg = app_config("+compress=gptq_w4", "+callbacks.compress.modifiers.gptq.schema=W8A16")
-    with pytest.raises(Exception, match="schema") as caught:
+def unset(cfg: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg.callbacks.compress.modifiers)  # type: ignore[return-value]
+
+
+def test_a_mapping_of_ones_own_takes_the_place_of_nothing_and_of_a_number(app_config: Any) -> None:
+    at = "callbacks.compress.modifiers"
+    cfg = app_config("+compress=sparsegpt_50", f"{at}.sparsegpt.sparsity={{Conv2d: 0.7, Linear: 0.2}}")
+    assert modifiers(cfg)["sparsegpt"]["sparsity"] == {"Conv2d": 0.7, "Linear": 0.2}
+    cfg = app_config("+compress=distill", f"{at}.distill.hidden={{first: second}}")
+    assert instantiate(cfg.callbacks.compress).lifecycle.modifiers[0].hidden == {"first": "second"}
+
+
+def test_a_key_that_the_modifier_lacks_is_refused_with_a_near_miss(app_config: Any) -> None:
+    cfg = app_config("+compress=gptq_w4", "callbacks.compress.modifiers.gptq.schema=W8A16")
+    with pytest.raises(Exception, match="unknown argument 'schema'; did you mean 'scheme'") as caught:
         instantiate(cfg.callbacks.compress)
     assert "callbacks.compress.modifiers.gptq" in str(caught.value)
+
+
+def test_a_key_that_the_callback_lacks_is_named(app_config: Any) -> None:
+    cfg = app_config("+compress=gptq_w4", "callbacks.compress.calibrationbatches=3")
+    with pytest.raises(Exception, match="calibrationbatches") as caught:
+        instantiate(cfg.callbacks.compress)
+    assert "callbacks.compress" in str(caught.value)
+
+
+def test_what_is_not_of_the_recipe_stays_closed(app_config: Any) -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        app_config("+compress=gptq_w4", "callbacks.model_chekpoint.monitor=x")
+    assert "Key 'model_chekpoint' is not in struct" in str(caught.value.__cause__)
+
+
+def test_entries_of_one_name_are_merged_key_by_key(app_config: Any) -> None:
+    assert modifiers(app_config("+compress=[prune_2of4,magnitude_cubic]"))["magnitude"] == {
+        "_target_": "lightning_compress.MagnitudePruningModifier", "targets": ["Linear"], "ignore": ["re:.*lm_head"],
+        "mask_structure": "2:4", "final_sparsity": 0.5, "schedule": "cubic", "unit": "fraction", "start": 0.1,
+        "end": 0.75, "update": 0.01,
+    }  # fmt: skip
+    hessian = modifiers(app_config("+compress=[rtn_w4_hessian,rtn_w8]"))["rtn"]
+    assert (hessian["scale_search"], hessian["scheme"], hessian["group_size"]) == ("hessian", "W8A16", -1)
 
 
 def test_an_unknown_recipe_lists_the_known_ones(app_config: Any) -> None:
@@ -223,6 +274,23 @@ def test_a_users_recipe_changes_one_of_ours(own_recipes: Path) -> None:
     assert instantiate(OmegaConf.create(recipe)).lifecycle.modifiers[0].dampening_frac == 0.05
 
 
+@pytest.mark.parametrize("name", ["gptq_w2", "awq", "smoothquant_w8a8"])
+def test_a_copy_of_one_recipe_works_in_an_app_of_the_users(tmp_path: Path, name: str) -> None:
+    """An app in the style of the lightning-hydra-template, with a copy of one file and nothing else of ours."""
+    (tmp_path / "compress").mkdir()
+    (tmp_path / "compress" / "copied.yaml").write_bytes((CONF / "compress" / f"{name}.yaml").read_bytes())
+    (tmp_path / "train.yaml").write_text("defaults: [_self_, {callbacks: default}]\nseed: null\n")
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "default.yaml").write_text("lr_monitor: {_target_: some.Monitor}\n")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        copied, ours = (compose("train", [f"+compress={n}"]) for n in ("copied", name))
+    assert list(copied.callbacks) == ["lr_monitor", "compress"]
+    assert copied == ours
+    by_path = CompressionCallback(recipe=str(tmp_path / "compress" / "copied.yaml"))
+    assert by_path.recipe == instantiate(copied.callbacks.compress).recipe
+
+
 @pytest.mark.parametrize("path", sorted((CONF / "compress" / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_scheme_builds_a_modifier(app_config: Any, path: Path) -> None:
     at = "callbacks.compress.modifiers.gptq.config_groups.all"
@@ -235,7 +303,7 @@ def test_every_modifier_has_a_file() -> None:
     entries = [entry for path in files for entry in yaml.safe_load(path.read_text()).values()]
     named = {entry["_target_"].rpartition(".")[2] for entry in entries}
     modifiers = {name for name in lightning_compress.__all__ if name.endswith("Modifier")}
-    other_names = {"QuIPModifier", "SpinQuantModifier", "REAPPruningModifier"}       # of RotationModifier, REAPModifier
+    other_names = {"QuIPModifier", "SpinQuantModifier", "REAPPruningModifier"}  # of RotationModifier, REAPModifier
     assert modifiers - named == {"Modifier"} | other_names
 
 

@@ -180,6 +180,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_the_plugin_and_no_more(whee
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"lightning_compress/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "conf/compress").rglob("*.yaml")}
     assert recipes <= names
+    assert "lightning_compress/conf/compress/recipe.schema.json" in names
     assert {"lightning_compress/py.typed", "hydra_plugins/lightning_compress_searchpath.py"} <= names
     ops = ROOT / "lightning_compress/ops"
     sources = {p.relative_to(ROOT).as_posix() for pattern in ("*.cu", "*.json") for p in ops.rglob(pattern)}
@@ -251,12 +252,12 @@ def test_the_app_without_compress_is_as_before(run: Run, tmp_path: Path) -> None
 
 
 def test_recipes_stack_and_change_there(run: Run) -> None:
-    changed = "callbacks.compress.modifiers.gptq.scheme=W8A16"
-    done = run("src/show.py", "+compress=[rtn_w8,gptq_w4]", changed, "--cfg=job")
+    at = "callbacks.compress.modifiers.gptq"
+    done = run("src/show.py", "+compress=[rtn_w8,gptq_w4]", f"{at}.scheme=W8A16", f"{at}.actorder=null", "--cfg=job")
     assert done.returncode == 0, done.stderr
     modifiers = yaml.safe_load(done.stdout)["callbacks"]["compress"]["modifiers"]
     assert list(modifiers) == ["rtn", "gptq"]
-    assert modifiers["gptq"]["scheme"] == "W8A16"
+    assert (modifiers["gptq"]["scheme"], modifiers["gptq"]["actorder"]) == ("W8A16", None)
 
 
 def test_the_app_sees_our_recipes_and_none_of_our_other_groups(run: Run) -> None:

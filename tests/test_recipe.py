@@ -1,11 +1,17 @@
 """Recipes: found by name, built by name, and nothing called that a file says."""
 
+import ast
 import os
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir, version
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobRuntime
+from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_compress import (
@@ -39,8 +45,8 @@ def written(folder, text):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONF.glob("*.yaml")))
 def test_every_recipe_of_the_package_builds(name):
-    entries = yaml.safe_load((CONF / f"{name}.yaml").read_text())["compress"]["modifiers"]
-    assert [type(m).__name__ for m in load_recipe(name)] == [e["_target_"].rpartition(".")[2] for e in entries.values()]
+    assert load_recipe(name)
+    assert dump_recipe(load_recipe(CONF / f"{name}.yaml")) == dump_recipe(load_recipe(name))
 
 
 def test_a_recipe_by_name():
@@ -94,6 +100,88 @@ def test_the_callback_refuses_what_it_does_not_know(tmp_path):
         CompressionCallback(recipe=path)
 
 
+# -- defaults ---------------------------------------------------------------------------------------------------------
+
+HEADER = "# @package callbacks\n"
+
+
+def test_a_file_begins_from_a_recipe_or_from_blocks_of_the_package_and_of_its_own_folder(tmp_path):
+    folder = tmp_path / "my recipes (2)"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts" / "short.yaml").write_text(HEADER + "compress: {seed: 7, modifiers: {gptq: {block_size: 64}}}\n")
+    defaults = "defaults: [gptq_w4, parts/short, scheme/int3_auto@compress.modifiers.rtn.config_groups.all, _self_]\n"
+    rtn = "rtn: {type: QuantizationModifier}"
+    recipe = read_recipe(written(folder, HEADER + defaults + f"compress: {{modifiers: {{gptq: {{start: 0}}, {rtn}}}}}"))
+    gptq, rtn = recipe.modifiers
+    assert (gptq.scheme, gptq.group_size, gptq.block_size, gptq.start) == ("W4A16", "auto", 64, 0)
+    assert rtn.config_groups["all"]["weights"]["num_bits"] == 3
+    assert recipe.arguments == {"seed": 7}
+
+
+def test_a_file_of_the_users_comes_before_one_of_ours(tmp_path):
+    (tmp_path / "gptq_w4.yaml").write_text(
+        HEADER + "defaults: [modifier/gptq]\ncompress: {modifiers: {gptq: {scheme: W8A16}}}"
+    )
+    (modifier,) = load_recipe(written(tmp_path, HEADER + "defaults: [gptq_w4]\n"))
+    assert modifier.scheme == "W8A16"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults: [base/callback, modifier/gtpq]", "its defaults cannot be composed: Could not load '.*gtpq'[.]?$"),
+        ("defaults: [base/callback, modifier/freeze]", "defaults cannot be composed: Missing mandatory value: targets"),
+        ("defaults: [mine]", "the files in its defaults name each other in a circle"),
+        ("defaults: 3", "its defaults cannot be composed: .*must be a list"),
+        ("defaults: [[gptq_w4]]", "its defaults cannot be composed"),
+        ("defaults: ['../../etc/hosts']", "its defaults cannot be composed: .*etc/hosts"),
+        ("defaults: [gptq_w4, _self_]\nnull: 3", "its defaults cannot be composed: Incompatible key type"),
+        ("defaults: ['${oc.env:HOME}']", r"'\$\{oc.env:HOME\}' is an interpolation"),
+        ("defaults: [{'/${oc.env:HOME}': x}]", "is an interpolation"),
+        ("defaults: [gptq_w4, _self_]\ncompress: {modifiers: {gptq: {start: '${x}'}}}", "is an interpolation"),
+        ("defaults: [gptq_w4, _self_]\ncompress: {modifiers: {gptq: {_target_: os.system}}}", "os.system is refused"),
+        ("defaults: [gptq_w4, _self_]\ncompress: {_target_: os.system}", "os.system is not allowed here"),
+        ("defaults: [gptq_w4, _self_]\ncompress: {modifiers: {gptq: {start: 010}}}", "010 would be read as 8"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_defaults_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(written(tmp_path, HEADER + text))
+    assert "mine.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["defaults: ['${called:x}']", "compress: {modifiers: {gptq: {start: '${called:x}'}}}"])
+def test_no_resolver_is_called_for_a_file_that_another_file_names(tmp_path, text):
+    called = []
+    OmegaConf.register_new_resolver("called", called.append)
+    try:
+        (tmp_path / "other.yaml").write_text(HEADER + text)
+        with pytest.raises(ValueError, match=r"other\.yaml: '\$\{called:x\}' is an interpolation"):
+            load_recipe(written(tmp_path, HEADER + "defaults: [gptq_w4, other]"))
+        assert called == []
+    finally:
+        OmegaConf.clear_resolver("called")
+
+
+def test_reading_leaves_a_hydra_app_that_is_running_as_it_is(tmp_path):
+    (tmp_path / "app.yaml").write_text("x: 1\n")
+    with initialize_config_dir(str(tmp_path), job_name="mine", version_base="1.3"):
+        hydra, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+        base, name = version.getbase(), JobRuntime.instance().get("name")
+        assert load_recipe("gptq_w2")
+        assert GlobalHydra.instance().hydra is hydra
+        assert HydraConfig.instance().cfg is config
+        assert (version.getbase(), JobRuntime.instance().get("name")) == (base, name)
+        assert compose("app") == {"x": 1}
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_importing_recipes_does_not_import_hydra():
+    tree = ast.parse((CONF.parents[1] / "lightning_compress" / "recipe.py").read_text())
+    names = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("hydra" in name or "recipe_files" in name for name in names), names
+
+
 # -- what a file may not do -------------------------------------------------------------------------------------------
 
 
@@ -143,7 +231,7 @@ def test_yaml_tags_are_not_obeyed(tmp_path):
         ({"modifiers": {"a": {"start": 3}}}, "modifiers.a needs either type or _target_"),
         ({"modifiers": {"a": {"type": "Recordin"}}}, "modifiers.a: no modifier of type 'Recordin' found; did you mean"),
         ({"modifiers": {"a": {"type": "Recording", "strat": 3}}}, "modifiers.a: .*unknown argument 'strat'"),
-        ({"defaults": ["x"], "modifiers": {"a": {"type": "Recording"}}}, "only Hydra resolves"),
+        ({"defaults": ["x"], "modifiers": {"a": {"type": "Recording"}}}, "has a defaults list, .* save it as x.yaml"),
         ({"modifiers": {"a": {"type": "Recording", "start": "${x}"}}}, "is an interpolation"),
     ],
 )

@@ -175,7 +175,7 @@ class Modifier(ModifierInterface, BaseModel):
         hydra = sys.modules.get("hydra.core.hydra_config")
         if self._entry is None or hydra is None or not hydra.HydraConfig.initialized():
             return ""
-        return f"; on the command line: ++callbacks.compress.modifiers.{self._entry}.{argument}={value}"
+        return f"; on the command line: callbacks.compress.modifiers.{self._entry}.{argument}={value}"
 
     @property
     def needs(self) -> Needs:

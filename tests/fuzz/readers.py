@@ -82,7 +82,7 @@ RECIPES = Path(__file__).parents[2] / "conf" / "compress"
 TOKENS = (
     "[", "]", "{", "}", ":", "- ", "\n", "  ", "&a ", "*a", "!!python/object:os.system", "null", "010", "1:20", ".nan",
     "<<: *a", "modifiers:", "type: GPTQModifier", "_target_: os.system", "${oc.env:HOME}", "re:(", "\t", "'", "é",
-    "2:4",
+    "2:4", "defaults: [", "defaults: {", "_self_", "../", "@", "modifier/gptq", "optional ", "# @package ", "hydra/",
 )  # fmt: skip
 
 
