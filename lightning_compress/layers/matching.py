@@ -22,7 +22,7 @@ CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
 Names = str | list[str]
 """The type of ``targets`` and ``ignore`` in every modifier: one entry, or several."""
 
-LEFT_OUT = 0.1  # of the weights: a patch embedding or the first convolution is less, and nobody's mistake
+LEFT_OUT = 0.1  # of the weights: a patch embedding or the first convolution is less, and not a mistake
 
 
 def clean_name(name: str) -> str:
@@ -51,8 +51,8 @@ def select(
     Warns of a target, and of a name or class in ``ignore``, that matches nothing while others do.
 
     Raises:
-        ValueError: A pattern is no regular expression, nothing matches, everything that matches is ignored, or what
-            matches holds packed weights (its class says which other it ``stands_for``).
+        ValueError: A pattern is not a valid regular expression, nothing matches, everything that matches is ignored, or
+            what matches holds packed weights (its class says which other it ``stands_for``).
     """
     targets, ignore = listed(targets), listed(ignore)
     check_patterns(targets, field)
@@ -93,29 +93,29 @@ def select_weights(
 ) -> dict[str, nn.Module]:
     """As :func:`select`, but of what patterns match only modules that hold a matrix themselves.
 
-    So ``re:.*mlp.*`` means the layers of an MLP, not the MLP around them nor its activation function. What is given by
-    its name or its class is taken as it is.
+    So ``re:.*mlp.*`` means the layers of an MLP, not the MLP around them nor its activation function. A module that is
+    named, or matched by its class, needs no matrix.
 
     Raises:
         ValueError: As in :func:`select`, or a pattern matches no module that holds a matrix.
     """
     chosen = select(model, targets, ignore, field=field)
-    kept: dict[str, nn.Module] = {}
+    selected: dict[str, nn.Module] = {}
     for target in listed(targets):
         matched = {name: module for name, module in chosen.items() if match_rank(name, module, target)}
-        held = {n: m for n, m in matched.items() if not target.startswith("re:") or _holds_matrix(m)}
-        if matched and not held:
+        layers = {n: m for n, m in matched.items() if not target.startswith("re:") or _holds_matrix(m)}
+        if matched and not layers:
             some = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in [*matched.items()][:3])
             raise ValueError(
                 f"{field}={target!r} matches {some}, which hold no matrix of their own; to mean the layers inside, let "
                 f"the pattern match their names too, as in 're:.*mlp.*'"
             )
-        kept |= held
-    return {name: module for name, module in chosen.items() if name in kept}
+        selected |= layers
+    return {name: module for name, module in chosen.items() if name in selected}
 
 
 def _holds_matrix(module: nn.Module) -> bool:
-    """Also where a parametrization computes it, or where it is no Parameter."""
+    """Also where a parametrization computes it, or where it is not a Parameter."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False), getattr(module, "weight", None)]
     return hasattr(module, "parametrizations") or any(isinstance(t, torch.Tensor) and t.ndim > 1 for t in tensors)
 
@@ -140,7 +140,7 @@ def match_rank(name: str, module: nn.Module, target: str) -> int:
         return 2 if re.match(target[3:], name) else 0
     if target == name:
         return 3
-    return 1 if any(c.__name__ == target for c in type(module).__mro__ if c is not object) else 0
+    return 1 if any(c.__name__ == target for c in type(module).__mro__ if issubclass(c, nn.Module)) else 0
 
 
 def warn_of_left_out(
@@ -149,13 +149,13 @@ def warn_of_left_out(
     """Warn where ``Linear`` in ``targets``, as in every recipe, leaves much of a model as it is: GPT-2, CNN, LSTM.
 
     What counts are weights (parameters of two dimensions and more) that are in no embedding and that ``ignore`` does
-    not name. Who gave names, patterns, or other classes alone has chosen; then nothing is said.
+    not name. Names, patterns, and other classes alone are a choice: then there is no warning.
 
     Args:
-        model: The whole of it.
-        chosen: What :func:`select` made of targets and ignore.
-        targets: As given.
-        ignore: As given.
+        model: The model.
+        chosen: The modules that :func:`select` returned for targets and ignore.
+        targets: Class names, dotted names, ``re:`` patterns.
+        ignore: The same, for what is left out.
     """
     targets, ignore = listed(targets), listed(ignore)
     classes = {c.__name__ for m in model.modules() for c in type(m).__mro__}
@@ -164,16 +164,16 @@ def warn_of_left_out(
     held = {id(p) for m in chosen.values() for p in m.parameters() if p.ndim > 1}
     views = (getattr(m, "weight", None) for m in chosen.values() if "weight" not in m._parameters)
     held |= {id(view._base) for view in views if view is not None}  # one expert's slice of the tensor of all
-    seen, taken, left = set(held), 0, dict[str, list[int]]()
+    seen, reached, left = set(held), 0, dict[str, list[int]]()
     for name, module in model.named_modules():
         weights = {id(p): p.numel() for p in module.parameters(recurse=False) if p.ndim > 1}
-        taken += sum(size for key, size in weights.items() if key in held)
+        reached += sum(size for key, size in weights.items() if key in held)
         size = sum(size for key, size in weights.items() if key not in seen)
         seen |= set(weights)
         if size and "Embedding" not in type(module).__name__ and not any(match_rank(name, module, e) for e in ignore):
             left.setdefault(type(module).__name__, []).append(size)
     lost = sum(map(sum, left.values()))
-    if lost <= LEFT_OUT * (taken + lost):
+    if lost <= LEFT_OUT * (reached + lost):
         return
     kinds = sorted(left.items(), key=lambda kind: -sum(kind[1]))[:3]
     named = ", ".join(f"{len(sizes)} {kind} ({sum(sizes):,})" for kind, sizes in kinds)
@@ -182,21 +182,21 @@ def warn_of_left_out(
     advice = [f"to compress {' and '.join(possible)} too, add them to targets"] if possible else []
     advice += [f"no modifier compresses the weights of {' or '.join(beyond)}"] if beyond else []
     warnings.warn(
-        f"targets={targets} reaches {taken:,} of {taken + lost:,} weights and leaves the others as they are: {named}; "
-        f"{'; '.join(advice)}; to leave them as they are without this warning, add them to ignore (embeddings are not "
-        f"counted)",
+        f"targets={targets} reaches {reached:,} of {reached + lost:,} weights and leaves the others as they are: "
+        f"{named}; {'; '.join(advice)}; to leave them as they are without this warning, add them to ignore "
+        f"(embeddings are not counted)",
         stacklevel=3,
     )
 
 
 def check_patterns(entries: Iterable[str], field: str) -> None:
-    """ValueError names the field and the pattern that is no regular expression."""
+    """ValueError names the field and the pattern that is not a valid regular expression."""
     for entry in entries:
         if entry.startswith("re:"):
             try:
                 re.compile(entry[3:])
             except re.error as error:
-                raise ValueError(f"{field}: {entry!r} is no regular expression: {error}") from error
+                raise ValueError(f"{field}: {entry!r} is not a valid regular expression: {error}") from error
 
 
 def unmatched_message(targets: Sequence[str], named: dict[str, nn.Module], field: str) -> str:

@@ -1,6 +1,6 @@
 """summary.json (the run in figures) and modules.csv (one line for each row of the ledger).
 
-``facts`` are primitives, told by whoever ran the compression. The keys that the report knows::
+``facts`` are primitives about the run. The keys that the report knows::
 
     model               name of the model
     recipe              name of the recipe, or the recipe itself
@@ -88,13 +88,13 @@ def totals(ledger: Ledger) -> dict[str, Any]:
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of what decides the numbers; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _plain(value: Any) -> Any:

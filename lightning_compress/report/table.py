@@ -22,9 +22,9 @@ __all__ = ["render", "show"]
 WORST = 5  # modules with the largest error that are shown one by one
 NAMED = 3  # modules that are named for each flag
 SHORT = 0.01  # seconds; a phase below is not worth a figure
-WIDTH = 80  # columns of a log, and of a terminal that does not tell
+WIDTH = 80  # columns of a log
 STACKED = ("median error", "worst error")  # headers in two lines
-WORDS = ("metric", "module", "technique", "scheme", "flags")  # columns that are no figures
+WORDS = ("metric", "module", "technique", "scheme", "flags")  # columns that are not figures
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def _print(console: Console, ledger: Ledger, facts: Mapping[str, Any]) -> None:
 
 
 def _sections(ledger: Ledger, facts: Mapping[str, Any]) -> list[Section]:
-    found = [_metrics(facts), _techniques(ledger), _worst(ledger)]
-    return [section for section in found if section.rows]
+    sections = [_metrics(facts), _techniques(ledger), _worst(ledger)]
+    return [section for section in sections if section.rows]
 
 
 def _metrics(facts: Mapping[str, Any]) -> Section:

@@ -93,7 +93,7 @@ def test_the_user_names_them():
     ("blocks", "message"),
     [
         ("Mixr", r"blocks=\['Mixr'\] matches none of the model's .*did you mean 'Mixer'"),
-        (["re:("], r"blocks: 're:\(' is no regular expression"),
+        (["re:("], r"blocks: 're:\(' is not a valid regular expression"),
     ],
 )
 def test_names_that_match_nothing(blocks, message):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from compressed_tensors.utils.match import is_match
 from torch import nn
 
 import lightning_compress
@@ -71,6 +72,23 @@ def test_ranks(model):
     assert ranks == [3, 2, 1, 1, 0, 0]
 
 
+class Mixin:
+    pass
+
+
+class MixedLinear(Mixin, nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("name", ["lm_head", "layers.0.q_proj", "layers.10.q_proj"])
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), MixedLinear(2, 2), nn.LayerNorm(2)], ids=str)
+def test_a_target_matches_what_it_matches_for_readers_of_the_export(name, module):
+    """vLLM and transformers read targets and ignore of an export by compressed-tensors."""
+    classes, names = ["Linear", "MixedLinear", "Mixin", "Module", "object"], ["lm_head", "layers.0.q_proj"]
+    targets = [*classes, *names, "re:layers.1", "re:.*head"]
+    assert [match_rank(name, module, t) > 0 for t in targets] == [is_match(name, module, t) for t in targets]
+
+
 # -- compiled modules ------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +142,7 @@ def test_everything_is_ignored(model):
     ("field", "arguments"), [("targets", ("re:layers.(",)), ("ignore", ("Linear", ["re:layers.("]))]
 )
 def test_an_invalid_pattern_names_field_and_pattern(model, field, arguments):
-    with pytest.raises(ValueError, match=rf"{field}: 're:layers\.\(' is no regular expression: .*position"):
+    with pytest.raises(ValueError, match=rf"{field}: 're:layers\.\(' is not a valid regular expression: .*position"):
         select(model, *arguments)
 
 

@@ -279,7 +279,7 @@ def test_arguments_that_do_not_work(arguments, message):
         ({"scheme": "W4A16", "targets": ["Lin"]}, "matches none of the model's 5 modules; did you mean 'Linear'"),
         ({"scheme": "W4A16", "ignore": ["Linear"]}, "leaves nothing"),
         ({"scheme": "W4A16"}, "group_size=128 is larger than the input columns of 'q'"),
-        ({"scheme": "W4A16", "ignore": "re:)"}, r"ignore: 're:\)' is no regular expression"),
+        ({"scheme": "W4A16", "ignore": "re:)"}, r"ignore: 're:\)' is not a valid regular expression"),
     ],
 )
 def test_faults_come_at_initialize(arguments, message):

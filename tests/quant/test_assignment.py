@@ -42,8 +42,8 @@ def test_convolutions_and_their_columns():
     [
         (["Linaer"], [], r"targets=\['Linaer'\] matches none of the model's 5 modules; did you mean 'Linear'"),
         (["Linear"], ["re:.*"], r"ignore=\['re:\.\*'\] leaves nothing of the 3 modules"),
-        (["re:[a"], [], r"targets: 're:\[a' is no regular expression"),
-        (["Linear"], ["re:(b"], r"ignore: 're:\(b' is no regular expression"),
+        (["re:[a"], [], r"targets: 're:\[a' is not a valid regular expression"),
+        (["Linear"], ["re:(b"], r"ignore: 're:\(b' is not a valid regular expression"),
         (["Linear", "LayerNorm"], [], r"cannot quantize 'norm' \(LayerNorm\): expected Linear, Conv1d, Conv2d"),
     ],
 )

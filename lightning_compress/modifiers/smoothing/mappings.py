@@ -31,7 +31,7 @@ def parse(entries: Sequence[Any]) -> list[Mapped]:
         entries: ``{smooth_layer: ..., balance_layers: [...]}``, or ``[balance_layers, smooth_layer]``.
 
     Raises:
-        ValueError: An entry is neither, or a pattern is no regular expression.
+        ValueError: An entry is neither, or a pattern is not a valid regular expression.
     """
     parsed = []
     for number, entry in enumerate(entries):

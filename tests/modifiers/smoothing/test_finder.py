@@ -286,7 +286,7 @@ def test_a_smoothing_pair_that_is_not_invariant(source, consumers, why):
     ({"smooth_layer": "fc1"}, "balance_layers"),
     ({"smooth_layer": "fc1", "balance_layers": []}, "expected"),
     ({"smooth_layer": "fc1", "balance_layer": ["fc2"]}, "expected"),
-    ([["fc2"], "re:("], "no regular expression"),
+    ([["fc2"], "re:("], "not a valid regular expression"),
 ])  # fmt: skip
 def test_a_mapping_that_is_none(entry, message):
     with pytest.raises(ValueError, match=r"mappings\[0\].*" + message):
