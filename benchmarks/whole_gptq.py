@@ -23,10 +23,10 @@ __all__ = ["LLAMA", "STAGES", "TINY", "Found", "Job", "StageClock", "run", "tabl
 
 FORWARD = "forward passes"
 OF_MODIFIER = {  # by the method of GPTQModifier that a stage is
-    "_observe": "Hessians",
-    "_prepare": "factorization",
-    "_solve_together": "column loop",
-    "_write": "writing back",
+    "observe": "Hessians",
+    "prepare": "factorization",
+    "solve_together": "column loop",
+    "write": "writing back",
 }
 OF_SOLVER = {"_proposals": "scales"}  # inside of the column loop's method
 STAGES = (FORWARD, "Hessians", "factorization", "scales", "column loop", "writing back")
