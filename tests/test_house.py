@@ -23,8 +23,6 @@ WIDE_SIGNATURES = {
 LONG_FILES = {
     "callback.py",
     "core/modifier.py",
-    "modifiers/distillation/modifier.py",
-    "modifiers/learned_mask/modifier.py",
     "modifiers/rotation/basis_tracer.py",
     "modifiers/smoothing/awq.py",
     "training/post_training.py",

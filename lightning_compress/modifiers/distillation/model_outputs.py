@@ -6,7 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["attention_maps", "features_last", "inputs_of", "is_causal", "logits_of", "token_mask"]
+__all__ = [
+    "ask_for_attention",
+    "attention_maps",
+    "check_attention",
+    "features_last",
+    "inputs_of",
+    "is_causal",
+    "logits_of",
+    "token_mask",
+]
 
 
 def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,3 +129,18 @@ def token_mask(
     for mask in masks[1:]:
         whole = whole & mask.to(whole.device)
     return whole
+
+
+def check_attention(model: nn.Module) -> None:
+    """ValueError where a model cannot be asked for its attention maps."""
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
+    if not any(p.name == "output_attentions" or p.kind == p.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"attention_weight: the forward of {type(model).__name__} takes no output_attentions, so that it cannot be "
+            f"asked for its attention maps as models of transformers can; leave it out, or give hidden=..."
+        )
+
+
+def ask_for_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward-pre hook that asks a model of transformers for its attention maps."""
+    return args, {**kwargs, "output_attentions": True}

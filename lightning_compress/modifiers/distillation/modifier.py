@@ -10,7 +10,6 @@ in eval mode, never trains, and enters neither ``state_dict`` nor optimizer nor 
 """
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -38,7 +37,9 @@ from lightning_compress.modifiers.distillation.divergence import (
 from lightning_compress.modifiers.distillation.frozen_teacher import FrozenTeacher
 from lightning_compress.modifiers.distillation.hidden_states import HiddenPairs
 from lightning_compress.modifiers.distillation.model_outputs import (
+    ask_for_attention,
     attention_maps,
+    check_attention,
     inputs_of,
     is_causal,
     logits_of,
@@ -70,7 +71,7 @@ class DistillationModifier(Modifier):
             ``top_k`` is 64 there unless it is given. Not with ``hidden`` and ``attention_weight``.
         cache_limit_gib: What a teacher's cache may take on disk, in GiB, by all ranks together.
         class_dim: Dimension of the logits that holds the classes; 1 for maps [batch, classes, height, width].
-        hidden: Pairs of module names, student's to teacher's, whose outputs shall agree.
+        hidden: Pairs of module names, student's to teacher's, whose outputs must agree.
         hidden_weight: w_h.
         hidden_distance: ``mse`` (normalized) or ``cosine``.
         feature_dim: Dimension of the hidden states that holds the features; None: 1 where they have 4 or 5 dimensions
@@ -143,12 +144,12 @@ class DistillationModifier(Modifier):
             raise ValueError(f"update={self.update}: distillation acts on every batch of its window; leave update out")
         if self.cache_dir is not None and (self.divergence is None or self.hidden or self.attention_weight):
             raise ValueError("cache_dir keeps logits: hidden and attention_weight need the teacher in every batch")
-        if self._kept and self.temperature < 1 / POWERS[-1]:
+        if self._top_count and self.temperature < 1 / POWERS[-1]:
             raise ValueError(f"temperature={self.temperature} with top_k or cache_dir: at least {1 / POWERS[-1]}")
         return self
 
     @property
-    def _kept(self) -> int | None:
+    def _top_count(self) -> int | None:
         return self.top_k or (CACHED if self.cache_dir is not None else None)
 
     @property
@@ -186,18 +187,18 @@ class DistillationModifier(Modifier):
                 f"the same one in the next run; leave out cache_dir"
             )
         if self.attention_weight:
-            _check_attention(state.model)
+            check_attention(state.model)
         self._hidden = HiddenPairs(self.hidden, self.feature_dim, Projections(self.projection_lr))
         self._hidden.check(state.model, self._teacher.module)
         self._teacher_hash = "" if self._copied_late else self._teacher.hash
         return True
 
     def _check_sizes(self, model: nn.Module, teacher: nn.Module) -> None:
-        ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (model, teacher))
-        if self.divergence is not None and ours and theirs and ours != theirs:
+        size, teacher_size = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (model, teacher))
+        if self.divergence is not None and size and teacher_size and size != teacher_size:
             raise ValueError(
-                f"the teacher's vocabulary has {theirs} tokens, the model's {ours}: expected one vocabulary; distil "
-                f"hidden states instead (divergence=None, hidden=...)"
+                f"the teacher's vocabulary has {teacher_size} tokens, the model's {size}: expected one vocabulary; "
+                f"distil hidden states instead (divergence=None, hidden=...)"
             )
 
     # -- while training ------------------------------------------------------------------------------------------------
@@ -211,14 +212,14 @@ class DistillationModifier(Modifier):
             self._teacher_hash, self._restored = self._teacher.hash, {}
         if self.cache_dir is not None:
             identity = {
-                "teacher": self._teacher.hash, "top_k": self._kept, "powers": POWERS, "class_dim": self.class_dim,
+                "teacher": self._teacher.hash, "top_k": self._top_count, "powers": POWERS, "class_dim": self.class_dim,
             }  # fmt: skip
             cache = AnswerCache(self.cache_dir, identity, self.cache_limit_gib * 2**30)
             self._recall = Recall(cache)
             self._recall.epochs = self._epochs or self._recall.epochs
         self.hook(state.model, self._remember_call, "forward", with_kwargs=True)
         if self.attention_weight:
-            self.hook(state.model, _ask_for_attention, "forward_pre", with_kwargs=True)
+            self.hook(state.model, ask_for_attention, "forward_pre", with_kwargs=True)
         assert self._hidden is not None
         self._hidden.watch(state.model, self._teacher.module, self.hook)
 
@@ -310,47 +311,47 @@ class DistillationModifier(Modifier):
         total = torch.zeros((), device=state.loss.device, dtype=torch.float32)
         answer = None if self._recall is not None else ask()
         if self.divergence is not None:
-            ours = logits_of(student, self.class_dim)
-            if self._kept is None:
-                theirs = self._fitting(ours, answer)
-                per_token = logit_divergence(ours, theirs, self.temperature, self.divergence, self.beta)
+            logits = logits_of(student, self.class_dim)
+            if self._top_count is None:
+                teacher_logits = self._fitting(logits, answer)
+                per_token = logit_divergence(logits, teacher_logits, self.temperature, self.divergence, self.beta)
             else:
-                kept = self._top(ours, named, event, ask if answer is None else lambda: answer)
-                per_token = top_k_divergence(ours, kept, self.temperature, self.divergence, self.beta)
+                top = self._top(logits, named, event, ask if answer is None else lambda: answer)
+                per_token = top_k_divergence(logits, top, self.temperature, self.divergence, self.beta)
             total = total + mean(per_token)
-        for ours, theirs in self._hidden.take():
-            total = total + self.hidden_weight * mean(hidden_distance(ours, theirs, self.hidden_distance))
+        for hidden, teacher_hidden in self._hidden.take():
+            total = total + self.hidden_weight * mean(hidden_distance(hidden, teacher_hidden, self.hidden_distance))
         if self.attention_weight:
-            for map_, theirs in attention_maps(student, answer):
-                total = total + self.attention_weight * mean(attention_distance(map_, theirs.to(map_.device)))
+            for map_, teacher_map in attention_maps(student, answer):
+                total = total + self.attention_weight * mean(attention_distance(map_, teacher_map.to(map_.device)))
         return total
 
-    def _fitting(self, ours: Tensor, answer: Any) -> Tensor:
-        theirs = logits_of(answer, self.class_dim).to(ours.device)
-        if theirs.shape != ours.shape:
+    def _fitting(self, logits: Tensor, answer: Any) -> Tensor:
+        teacher_logits = logits_of(answer, self.class_dim).to(logits.device)
+        if teacher_logits.shape != logits.shape:
             raise ValueError(
-                f"the teacher's logits have shape {tuple(theirs.shape)}, the student's {tuple(ours.shape)}: "
+                f"the teacher's logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}: "
                 f"expected one vocabulary; distil hidden states instead (divergence=None, hidden=...)"
             )
-        return theirs
+        return teacher_logits
 
-    def _top(self, ours: Tensor, named: dict[str, Any], event: Event, ask: Callable[[], Any]) -> TopLogits:
+    def _top(self, logits: Tensor, named: dict[str, Any], event: Event, ask: Callable[[], Any]) -> TopLogits:
         """The teacher's likeliest classes, in the shape of the student's logits; from the cache where it knows them."""
-        assert self._kept is not None
-        k = self.top_k or min(self._kept, ours.shape[-1])
+        assert self._top_count is not None
+        k = self.top_k or min(self._top_count, logits.shape[-1])
 
         def fresh() -> dict[str, Tensor]:
-            top = top_logits(self._fitting(ours, ask()), k)
+            top = top_logits(self._fitting(logits, ask()), k)
             if not torch.isfinite(top.log_p_NK).all():
                 raise ValueError(
                     f"the distillation loss is nan at step {event.global_step}: expected a finite number; look at the "
                     f"teacher's logits"
                 )
-            return {n: t.reshape(len(ours), -1, t.shape[-1]) for n, t in top._asdict().items()}
+            return {n: t.reshape(len(logits), -1, t.shape[-1]) for n, t in top._asdict().items()}
 
         recall, per_epoch = self._recall, _batches_per_epoch(event)
-        found = fresh() if recall is None else recall.answers(named, ours.shape[:-1], fresh, per_epoch)
-        return TopLogits(**{n: t.to(ours.device).view(*ours.shape[:-1], t.shape[-1]) for n, t in found.items()})
+        answers = fresh() if recall is None else recall.answers(named, logits.shape[:-1], fresh, per_epoch)
+        return TopLogits(**{n: t.to(logits.device).view(*logits.shape[:-1], t.shape[-1]) for n, t in answers.items()})
 
     def _remember_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.is_grad_enabled():  # not module.training: what from_pretrained returns trains in eval mode
@@ -389,19 +390,6 @@ class DistillationModifier(Modifier):
             self._epochs[-1] = [0, 0]
         if self._recall is not None and self._epochs:  # a window that opens at 0 has opened already
             self._recall.epochs = self._epochs
-
-
-def _check_attention(model: nn.Module) -> None:
-    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
-    if not any(p.name == "output_attentions" or p.kind == p.VAR_KEYWORD for p in parameters):
-        raise ValueError(
-            f"attention_weight: the forward of {type(model).__name__} takes no output_attentions, so that it cannot be "
-            f"asked for its attention maps as models of transformers can; leave it out, or give hidden=..."
-        )
-
-
-def _ask_for_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "output_attentions": True}
 
 
 def _batches_per_epoch(event: Event) -> int | None:

@@ -1,7 +1,7 @@
 r"""Learned N:M masks: which two of four weights stay is trained, the weights themselves are not.
 
     W' = W m~(l)                                   while training: one soft mask for every optimizer step
-    L <- L - lambda sum (W m~)^2                   weights that stay shall be large, so that gradients stay alive
+    L <- L - lambda sum (W m~)^2                   weights that stay are kept large, so that gradients stay alive
     W' = W S_argmax l                              while evaluating, and in the end
 
 Fang et al. 2024, "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models", arXiv:2409.17481. The masks
@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_compress.core.events import Event, EventType
@@ -29,70 +28,25 @@ from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.layers.dense_keys import original_weight, parametrization_of, put_on, take_off
 from lightning_compress.layers.matching import Names, select_weights, warn_of_left_out
-from lightning_compress.layers.matrix import is_transposed
-from lightning_compress.modifiers.learned_mask.gumbel import gumbel, hard_mask, patterns, prior_shift, soft_mask
+from lightning_compress.modifiers.learned_mask.gumbel import patterns, prior_shift
+from lightning_compress.modifiers.learned_mask.mask_logits import (
+    MaskLogits,
+    logits_of,
+    noise_seed,
+    other_parametrizations,
+)
+from lightning_compress.modifiers.learned_mask.prior import read_weights
 from lightning_compress.pruning.masked import MaskedWeights, check_own_weights, has_matrix, trained_weight
 from lightning_compress.pruning.masks import check_structure, keep_mask, n_of_m
 from lightning_compress.pruning.schedules import progress, value_at
 
-__all__ = ["LearnedMaskModifier", "MaskLogits"]
+__all__ = ["LearnedMaskModifier"]
 
 MOST_PATTERNS = 100  # 2:4 has 6, 4:8 has 70
 
 
-class MaskLogits(nn.Module):
-    """The parametrization of a weight: dense while it sleeps, times a soft or a hard mask while it is ``active``.
-
-    Args:
-        module: The layer, its weight still dense.
-        S_KM: The patterns.
-        logits: Where they begin, float32 [R, C / M, K].
-    """
-
-    passes_in_the_end = True  # see layers/matrix.py
-    keeps_zeros = True  # see pruning/masked.py
-
-    def __init__(self, module: nn.Module, S_KM: Tensor, logits: Tensor):
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-        self.S_KM, self.transposed = S_KM, is_transposed(module)
-        self.active = False
-        self.in_batch = False  # of training; also what runs without gradients
-        # tensors: numbers would compile anew each step
-        self.kappa, self.tau = (torch.ones((), dtype=torch.float32) for _ in range(2))
-        self.seed = 0
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if not self.active:
-            # DDP waits for the gradient of every parameter, and gets zeros
-            unused = 0 * self.logits.sum().to(weight.dtype) if torch.is_grad_enabled() else None
-            return weight.view_as(weight) if unused is None else weight + unused  # a view: no second owner of it
-        soft = self.in_batch or torch.is_grad_enabled()  # modes say nothing: see from_pretrained
-        mask = self.soft() if soft else self.hard()
-        return weight * self.like(mask, weight)
-
-    def soft(self) -> Tensor:
-        """The mask of this batch, [R, C]."""
-        device = self.logits.device
-        self.S_KM, self.kappa, self.tau = self.S_KM.to(device), self.kappa.to(device), self.tau.to(device)
-        return soft_mask(self.logits, self._noise(), self.kappa, self.tau, self.S_KM)
-
-    def hard(self) -> Tensor:
-        """The mask that is most likely, bool [R, C]."""
-        self.S_KM = self.S_KM.to(self.logits.device)
-        return hard_mask(self.logits.detach(), self.S_KM)
-
-    def like(self, mask_RC: Tensor, weight: Tensor) -> Tensor:
-        mask = mask_RC.t() if self.transposed else mask_RC.reshape(weight.shape)
-        return mask.to(weight.dtype)
-
-    @torch.compiler.disable  # a generator cannot be traced
-    def _noise(self) -> Tensor:
-        return gumbel(tuple(self.logits.shape), self.seed, self.logits.device)
-
-
 class LearnedMaskModifier(Modifier):
-    """Learn N:M masks between ``start`` and ``end``; then they are worn for good.
+    """Learn N:M masks between ``start`` and ``end``; then they are applied for good.
 
     Args:
         targets: Modules whose masks are learned: classes, names, ``re:`` patterns.
@@ -110,8 +64,8 @@ class LearnedMaskModifier(Modifier):
         seed: Of the noise.
 
     Raises:
-        ValueError: There is no window, the structure is no N:M or does not divide a weight, the prior lacks a weight; a
-            module is fake-quantized while its mask is learned. Modules are named.
+        ValueError: There is no window, the structure is not N:M or does not divide a weight, the prior lacks a weight,
+            or a module is fake-quantized while its mask is learned. Modules are named.
     """
 
     needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True)
@@ -153,9 +107,9 @@ class LearnedMaskModifier(Modifier):
     @property
     def pattern(self) -> tuple[int, int]:
         """(N, M)."""
-        found = n_of_m(self.mask_structure)
-        assert found is not None
-        return found
+        pattern = n_of_m(self.mask_structure)
+        assert pattern is not None
+        return pattern
 
     def claims(self, state: State) -> dict[str, str]:
         assert state.model is not None
@@ -179,20 +133,20 @@ class LearnedMaskModifier(Modifier):
         warn_of_left_out(state.model, self._weights.modules, self.targets, self.ignore)
         priors = self._priors()
         S_KM = patterns(*self.pattern)
-        for place, (name, module) in enumerate(self._weights.modules.items()):
+        for index, (name, module) in enumerate(self._weights.modules.items()):
             W_RC = self._weights.matrices()[name]
             shape = (W_RC.shape[0], W_RC.shape[1] // self.pattern[1], len(S_KM))
-            generator = torch.Generator().manual_seed(_seed(self.seed, 0, place))
+            generator = torch.Generator().manual_seed(noise_seed(self.seed, 0, index))
             logits = self.init_std * torch.randn(shape, generator=generator, dtype=torch.float32)
             if name in priors:
                 logits += self.init_std * self.prior_strength * prior_shift(priors[name].cpu(), S_KM)
             put_on(module, MaskLogits(module, S_KM, logits.to(W_RC.device)))
-        learned = {id(_logits(module).logits) for module in self._weights.modules.values()}
-        held = {id(trained_weight(module)) for module in self._weights.modules.values()}
+        learned = {id(logits_of(module).logits) for module in self._weights.modules.values()}
+        targets = {id(trained_weight(module)) for module in self._weights.modules.values()}
         self._frozen = [
             p
             for p in state.model.parameters()
-            if id(p) not in learned and (self.freeze == "all" or (self.freeze == "targets" and id(p) in held))
+            if id(p) not in learned and (self.freeze == "all" or (self.freeze == "targets" and id(p) in targets))
         ]
         return True
 
@@ -218,7 +172,7 @@ class LearnedMaskModifier(Modifier):
             return {}
         matrices = self._weights.matrices()
         if self.prior != "magnitude":
-            matrices = _read(Path(self.prior), self._weights)
+            matrices = read_weights(Path(self.prior), self._weights)
         return {name: keep_mask(W_RC.float().abs(), 0.0, self.mask_structure) for name, W_RC in matrices.items()}
 
     # -- while training ------------------------------------------------------------------------------------------------
@@ -226,7 +180,7 @@ class LearnedMaskModifier(Modifier):
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self._done:
             for module in self._weights.modules.values():
-                _logits(module).active = True
+                logits_of(module).active = True
             self._draw(event)
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -264,33 +218,33 @@ class LearnedMaskModifier(Modifier):
         assert self.start is not None
         assert self.end is not None
         p = progress(event.current_index, self.start, self.end)
-        for place, (name, module) in enumerate(self._weights.modules.items()):
-            logits = _logits(module)
-            if any(getattr(part, "active", False) for part in _others(module)):
+        for index, (name, module) in enumerate(self._weights.modules.items()):
+            logits = logits_of(module)
+            if any(getattr(part, "active", False) for part in other_parametrizations(module)):
                 raise ValueError(
                     f"{self.name} learns the mask of {name!r}, which is fake-quantized at the same time: let "
                     f"quantization start where masks are done, at {self.end:g} (unit: {self.unit}), or leave either out"
                 )
             logits.tau.fill_(value_at("linear", p, *self.tau))
             logits.kappa.fill_(value_at("linear", p, *self.logit_scale))
-            logits.seed = _seed(self.seed, event.global_batch + 1, place)
+            logits.seed = noise_seed(self.seed, event.global_batch + 1, index)
 
     def _regularize(self, state: State, event: Event) -> None:
         assert state.loss is not None
         total = torch.zeros((), device=state.loss.device, dtype=torch.float32)
         for module in self._weights.modules.values():
-            logits, weight = _logits(module), original_weight(module)
+            logits, weight = logits_of(module), original_weight(module)
             total = total + (weight.float() * logits.like(logits.soft(), weight).float()).square().sum()
         state.loss.add_(-self.regularization * total.to(state.loss) / event.batches_per_step)
 
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self._done:  # else it is resumed past the end
-            self._wear(self._chosen())
+            self._apply(self._hard_masks())
 
-    def _chosen(self) -> dict[str, Tensor]:
-        return {name: _logits(module).hard() for name, module in self._weights.modules.items()}
+    def _hard_masks(self) -> dict[str, Tensor]:
+        return {name: logits_of(module).hard() for name, module in self._weights.modules.items()}
 
-    def _wear(self, masks: Mapping[str, Tensor]) -> None:
+    def _apply(self, masks: Mapping[str, Tensor]) -> None:
         """Zeros into the weights, for good; what is parametrized still passes the weight as it is."""
         for module in self._weights.modules.values():
             if (logits := parametrization_of(module, MaskLogits)) is not None:
@@ -303,9 +257,9 @@ class LearnedMaskModifier(Modifier):
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
         """The best weights are back, and so are the logits that they were saved with."""
         if self._started and not state["started"]:
-            self._final = dict(self._weights.masks) or self._chosen()
+            self._final = dict(self._weights.masks) or self._hard_masks()
             return
-        self._take(state)
+        self._restore(state)
 
     def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._final:
@@ -320,18 +274,18 @@ class LearnedMaskModifier(Modifier):
                 f"{self.prior}); they are learned in Trainer.fit",
                 stacklevel=2,
             )
-        self._wear_last()
+        self._apply_last()
 
-    def _wear_last(self) -> None:
+    def _apply_last(self) -> None:
         """The masks that there are in the end, whatever was loaded in between."""
         if self._started or self._resumed or self._done:
-            self._wear(self._final or (self._weights.masks if self._done else self._chosen()))
+            self._apply(self._final or (self._weights.masks if self._done else self._hard_masks()))
         self._final = {}
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Take the logits off; the same on every rank."""
         with torch.inference_mode(False), torch.no_grad():
-            self._wear_last()
+            self._apply_last()
             for name, module in self._weights.modules.items():
                 if parametrization_of(module, MaskLogits) is not None:
                     take_off(module, MaskLogits, leave_parametrized=False)
@@ -345,71 +299,21 @@ class LearnedMaskModifier(Modifier):
 
     def state_dict(self) -> dict[str, Any]:
         logits = {
-            name: found.logits.detach().clone()
+            name: parametrization.logits.detach().clone()
             for name, module in self._weights.modules.items()
-            if (found := parametrization_of(module, MaskLogits)) is not None
+            if (parametrization := parametrization_of(module, MaskLogits)) is not None
         }
         return {**super().state_dict(), "logits": logits, "masks": dict(self._weights.masks), "done": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._take(state)
+        self._restore(state)
 
     @torch.no_grad()
-    def _take(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self._weights.masks, self._done = dict(state["masks"]), state["done"]
         for name, module in self._weights.modules.items():
-            if (found := parametrization_of(module, MaskLogits)) is not None:
+            if (logits := parametrization_of(module, MaskLogits)) is not None:
                 if name in state["logits"]:
-                    found.logits.copy_(state["logits"][name])
-                found.active = (state["started"] or self._started) and not self._done
-
-
-def _logits(module: nn.Module) -> MaskLogits:
-    found = parametrization_of(module, MaskLogits)
-    assert found is not None
-    return found
-
-
-def _others(module: nn.Module) -> list[nn.Module]:
-    parts = module.get_submodule("parametrizations.weight").children()
-    return [part for part in parts if not isinstance(part, MaskLogits)]
-
-
-def _seed(seed: int, batch: int, place: int) -> int:
-    """One number for the noise of one module in one batch; neighbours are far apart."""
-    mixed = seed
-    for part in (batch, place):
-        mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
-    return mixed
-
-
-def _read(path: Path, weights: MaskedWeights) -> dict[str, Tensor]:
-    """The weights [R, C] of a sparse model, by module name."""
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.exists() or file.suffix != ".safetensors":
-        raise ValueError(
-            f"prior={str(path)!r}: expected 'magnitude', a .safetensors file, or a folder that holds model.safetensors"
-        )
-    read = {}
-    try:
-        opened = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"prior={str(path)!r}: {file.name} is not a whole safetensors file: {error}") from error
-    with opened as stored:
-        names = set(stored.keys())
-        for name, W_RC in weights.matrices().items():
-            if f"{name}.weight" not in names:
-                raise ValueError(
-                    f"prior={str(path)!r} has no {name}.weight; it holds {len(names)} tensors, such as "
-                    f"{', '.join(sorted(names)[:3])}: give a dense-format model with the names of this one"
-                )
-            weight = stored.get_tensor(f"{name}.weight")
-            matrix = weight.t() if is_transposed(weights.modules[name]) else weight.flatten(1)
-            if matrix.shape != W_RC.shape:
-                raise ValueError(
-                    f"prior={str(path)!r}: {name}.weight is {tuple(matrix.shape)} as a matrix, and in this model "
-                    f"{tuple(W_RC.shape)}; give the same model, sparse"
-                )
-            read[name] = matrix
-    return read
+                    logits.logits.copy_(state["logits"][name])
+                logits.active = (state["started"] or self._started) and not self._done

@@ -1,23 +1,20 @@
 """Learned masks: the gradient is that of the paper, weights stand still, and the masks that come out are N:M."""
 
 import copy
-from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.layers.dense_keys import parametrization_of
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
-from lightning_compress.modifiers.learned_mask.gumbel import gumbel, hard_mask, patterns, prior_shift, soft_mask
-from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier, MaskLogits
+from lightning_compress.modifiers.learned_mask.mask_logits import MaskLogits
+from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.oneshot import compress
-from lightning_compress.pruning.masks import keep_mask
 from lightning_compress.quant.record import Quantized
 from tests.support.pruning_runs import kept_per_group
 from tests.support.training_loop import network, train
@@ -43,72 +40,6 @@ def loop(model, lifecycle, steps, first=0, lr=0.05):
     )
 
 
-# -- the maths --------------------------------------------------------------------------------------------------------
-
-
-def test_the_patterns_are_all_masks_that_keep_n_of_m():
-    expected = {bits for bits in product((0.0, 1.0), repeat=4) if sum(bits) == 2}
-    assert {tuple(row) for row in patterns(2, 4).tolist()} == expected
-    assert patterns(4, 8).shape == (70, 8)
-
-
-def test_gumbel_noise_makes_softmax_a_choice_with_its_probabilities():
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5, 0.0])
-    noise = gumbel((40000, 6), 3, torch.device("cpu"))
-    chosen = (logits + noise).argmax(1).bincount(minlength=6) / 40000
-    assert_close(chosen, logits.softmax(0), atol=0.01, rtol=0)
-    assert torch.equal(noise, gumbel((40000, 6), 3, torch.device("cpu")))
-    assert not torch.equal(noise, gumbel((40000, 6), 4, torch.device("cpu")))
-
-
-def test_a_cold_soft_mask_is_a_hard_one():
-    S, one = patterns(2, 4), torch.ones(())
-    logits, none = torch.randn(5, 3, 6), torch.zeros(5, 3, 6)
-    assert_close(soft_mask(logits, none, one, 1e-4 * one, S), hard_mask(logits, S).float(), atol=1e-3, rtol=0)
-    assert_close(soft_mask(logits, none, one, 1e4 * one, S), torch.full((5, 12), 0.5), atol=1e-3, rtol=0)
-
-
-def test_the_prior_favours_its_pattern_and_what_is_like_it():
-    S = patterns(2, 4)
-    for k, mask in enumerate(S):
-        shift = prior_shift(mask[None] > 0, S)[0, 0]
-        assert shift.argmax() == k
-        assert shift.sum() == 0
-        assert sorted(shift.tolist()) == [-1, 0, 0, 0, 0, 1]  # the opposite pattern, and the four between
-
-
-# -- the gradient -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_gradient_is_that_of_the_softmax_by_hand(accumulate):
-    """dL/dl_k = kappa / tau p_k (a_k - sum_j p_j a_j), a = S dL/dm, dL/dm = (dL/dW') W - 2 lambda W^2 m."""
-    model, strength = nn.Sequential(nn.Linear(16, 8)), 0.01
-    W, b = model[0].weight.detach().double().clone(), model[0].bias.detach().double()
-    _, lifecycle = started(model, regularization=strength)
-    logits, state, S = logits_of(model[0]), State(model=model), patterns(2, 4).double()
-    expected = torch.zeros(8, 4, 6, dtype=torch.float64)
-    for micro in range(accumulate):
-        x, y = torch.randn(12, 16), torch.randint(0, 8, (12,))
-        clock = {"global_step": 30, "global_batch": 7 + micro, "batches_per_step": accumulate}
-        lifecycle.emit(state, Event(EventType.BATCH_START, **clock))
-        loss = nn.functional.cross_entropy(model(x), y) / accumulate
-        lifecycle.emit(state.but(loss=loss), Event(EventType.LOSS_CALCULATED, **clock))
-        loss.backward()
-        lifecycle.emit(state, Event(EventType.BATCH_END, **clock))
-
-        tau, kappa = 4 + 0.3 * (0.05 - 4), 100 + 0.3 * 400
-        g = gumbel((8, 4, 6), logits.seed, torch.device("cpu")).double()
-        p = ((kappa * logits.logits.detach().double() + g) / tau).softmax(-1)
-        m = (p @ S).flatten(1)
-        masked = (W * m).requires_grad_()
-        (nn.functional.cross_entropy(x.double() @ masked.t() + b, y) / accumulate).backward()
-        gate = masked.grad * W - 2 * strength * W.square() * m / accumulate
-        a = gate.reshape(8, 4, 4) @ S.t()
-        expected += kappa / tau * p * (a - (p * a).sum(-1, keepdim=True))
-    assert_close(logits.logits.grad.double(), expected, rtol=1e-3, atol=1e-6)
-
-
 def test_a_model_in_eval_mode_learns_masks_too():
     """Lightning leaves modes alone, and from_pretrained returns a model in eval mode."""
     model = network().eval()
@@ -116,24 +47,6 @@ def test_a_model_in_eval_mode_learns_masks_too():
     lifecycle.emit(State(model=model), Event(EventType.BATCH_START, 0, 0))
     model(torch.randn(3, 16)).square().sum().backward()
     assert logits_of(model[0]).logits.grad.abs().sum() > 0
-
-
-def test_noise_is_new_in_every_batch_and_the_same_in_a_repeated_forward():
-    model = network()
-    _, lifecycle = started(model)
-    x, seen = torch.randn(3, 16), []
-    for number in range(3):
-        lifecycle.emit(State(model=model), Event(EventType.BATCH_START, number, number))
-        seen.append(model(x).detach())
-        assert torch.equal(model(x).detach(), seen[-1])
-        lifecycle.emit(State(model=model), Event(EventType.BATCH_END, number, number))
-    assert not torch.equal(seen[0], seen[1])
-    with torch.no_grad():  # validation, whatever mode the model is in
-        W = hard_mask(logits_of(model[0]).logits, patterns(2, 4)) * model[0].parametrizations.weight.original
-        assert torch.equal(model[0].weight, W)
-
-
-# -- a run ------------------------------------------------------------------------------------------------------------
 
 
 def planted(seed: int = 0) -> tuple[nn.Sequential, torch.Tensor]:
@@ -278,43 +191,6 @@ def test_a_resumed_run_ends_with_the_same_bits(stop):
     for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert (kept_per_group(resumed[0].weight.detach(), 4) == 2).all()
-
-
-# -- priors -----------------------------------------------------------------------------------------------------------
-
-
-def test_it_begins_with_the_mask_of_magnitude():
-    model = network()
-    expected = keep_mask(model[0].weight.detach().abs(), 0.5, "2:4")
-    started(model)
-    assert (logits_of(model[0]).hard() == expected).float().mean() > 0.95
-
-
-def test_it_begins_with_the_mask_of_a_sparse_model(tmp_path):
-    model, sparse = network(), network()
-    mask = keep_mask(torch.rand(32, 16), 0.5, "2:4")
-    with torch.no_grad():
-        sparse[0].weight.mul_(mask)
-    save_file(dict(sparse.state_dict()), tmp_path / "model.safetensors")
-    started(model, prior=str(tmp_path), prior_strength=30.0)
-    assert torch.equal(logits_of(model[0]).hard(), mask)
-
-
-def test_priors_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="expected 'magnitude', a .safetensors file, or a folder"):
-        started(network(), prior=tmp_path)
-    save_file({"0.weight": torch.ones(32, 16)}, tmp_path / "part.safetensors")
-    with pytest.raises(ValueError, match="has no 2.weight; it holds 1 tensors, such as 0.weight"):
-        started(network(), prior=tmp_path / "part.safetensors")
-    save_file({"0.weight": torch.ones(4, 16), "2.weight": torch.ones(8, 32)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"0.weight is \(4, 16\) as a matrix, and in this model \(32, 16\)"):
-        started(network(), prior=tmp_path / "other.safetensors")
-    (tmp_path / "half.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"half.safetensors is not a whole safetensors file"):
-        started(network(), prior=tmp_path / "half.safetensors")
-
-
-# -- with others ------------------------------------------------------------------------------------------------------
 
 
 def test_quantized_after_training_its_zeros_stay():

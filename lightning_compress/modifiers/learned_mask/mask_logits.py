@@ -1,0 +1,82 @@
+"""The parametrization of a weight whose N:M mask is learned: logits, noise, the soft and the hard mask."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.layers.dense_keys import parametrization_of
+from lightning_compress.layers.matrix import is_transposed
+from lightning_compress.modifiers.learned_mask.gumbel import gumbel, hard_mask, soft_mask
+
+__all__ = ["MaskLogits", "logits_of", "noise_seed", "other_parametrizations"]
+
+
+class MaskLogits(nn.Module):
+    """The parametrization of a weight: dense while it sleeps, times a soft or a hard mask while it is ``active``.
+
+    Args:
+        module: The layer, its weight still dense.
+        S_KM: The patterns.
+        logits: Where they begin, float32 [R, C / M, K].
+    """
+
+    passes_in_the_end = True  # see layers/matrix.py
+    keeps_zeros = True  # see pruning/masked.py
+
+    def __init__(self, module: nn.Module, S_KM: Tensor, logits: Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.S_KM, self.transposed = S_KM, is_transposed(module)
+        self.active = False
+        self.in_batch = False  # of training; also what runs without gradients
+        # tensors: numbers would compile anew each step
+        self.kappa, self.tau = (torch.ones((), dtype=torch.float32) for _ in range(2))
+        self.seed = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.active:
+            # DDP waits for the gradient of every parameter, and gets zeros
+            unused = 0 * self.logits.sum().to(weight.dtype) if torch.is_grad_enabled() else None
+            return weight.view_as(weight) if unused is None else weight + unused  # a view: no second owner of it
+        soft = self.in_batch or torch.is_grad_enabled()  # modes say nothing: see from_pretrained
+        mask = self.soft() if soft else self.hard()
+        return weight * self.like(mask, weight)
+
+    def soft(self) -> Tensor:
+        """The mask of this batch, [R, C]."""
+        device = self.logits.device
+        self.S_KM, self.kappa, self.tau = self.S_KM.to(device), self.kappa.to(device), self.tau.to(device)
+        return soft_mask(self.logits, self._noise(), self.kappa, self.tau, self.S_KM)
+
+    def hard(self) -> Tensor:
+        """The mask that is most likely, bool [R, C]."""
+        self.S_KM = self.S_KM.to(self.logits.device)
+        return hard_mask(self.logits.detach(), self.S_KM)
+
+    def like(self, mask_RC: Tensor, weight: Tensor) -> Tensor:
+        mask = mask_RC.t() if self.transposed else mask_RC.reshape(weight.shape)
+        return mask.to(weight.dtype)
+
+    @torch.compiler.disable  # a generator cannot be traced
+    def _noise(self) -> Tensor:
+        return gumbel(tuple(self.logits.shape), self.seed, self.logits.device)
+
+
+def logits_of(module: nn.Module) -> MaskLogits:
+    """The logits of a module, which must have some."""
+    logits = parametrization_of(module, MaskLogits)
+    assert logits is not None
+    return logits
+
+
+def other_parametrizations(module: nn.Module) -> list[nn.Module]:
+    """The parametrizations of a weight beside its logits."""
+    children = module.get_submodule("parametrizations.weight").children()
+    return [child for child in children if not isinstance(child, MaskLogits)]
+
+
+def noise_seed(seed: int, batch: int, index: int) -> int:
+    """One number for the noise of one module in one batch; neighbours are far apart."""
+    mixed = seed
+    for number in (batch, index):
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed
