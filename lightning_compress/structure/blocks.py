@@ -85,7 +85,7 @@ def find_layers(model: nn.Module, name: str | None = None) -> str:
     """The dotted name of the model's list of blocks: the longest ModuleList or Sequential of one class of blocks.
 
     Raises:
-        ValueError: There is none, several are as long, or ``name`` is no list of modules.
+        ValueError: There is none, several are as long, or ``name`` is not a list of modules.
     """
     lists = {
         path: module
@@ -94,7 +94,9 @@ def find_layers(model: nn.Module, name: str | None = None) -> str:
     }
     if name is not None:
         if name not in lists:
-            raise ValueError(f"blocks={name!r} is no ModuleList or Sequential of layers; the model has {list(lists)}")
+            raise ValueError(
+                f"blocks={name!r} is not a ModuleList or Sequential of layers; the model has {list(lists)}"
+            )
         return name
     alike = {
         path: len(module)

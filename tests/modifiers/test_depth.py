@@ -135,7 +135,7 @@ UNFIT = [
     (Tower, {"layers": [4, -1]}, "names a block twice"),
     (Tower, {"layers": [0, 1, 2, 3, 4]}, "5 of 5 blocks in 'blocks' cannot go"),
     (Tower, {"count": 2, "protect": 2, "start": 3}, "2 of 5 blocks .* with protect=2"),
-    (Tower, {"layers": [0], "blocks": "head"}, r"blocks='head' is no ModuleList .* the model has \['blocks'\]"),
+    (Tower, {"layers": [0], "blocks": "head"}, r"blocks='head' is not a ModuleList .* the model has \['blocks'\]"),
     (residuals, {"layers": [0]}, "cannot tell which list of blocks is meant, found none"),
 ]
 

@@ -9,8 +9,6 @@ from torch.testing import assert_close
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.formats import round_float_
 from lightning_compress.quant.scales import expand, minmax, search
-from lightning_compress.quant.schemes import from_groups
-from lightning_compress.quant.shared_scales import GlobalScales
 
 MICROSCALED = ["NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"]
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -108,21 +106,3 @@ def test_blocks_by_a_loop_over_them(shape):
     by_row = expand(scale, shape[0], args)
     assert by_row.shape == (shape[0], scale.shape[1])
     assert torch.equal(expand(by_row, shape[0], args), by_row)
-
-
-def test_what_servers_fuse_shares_a_global_scale_and_nothing_else_does():
-    names = ["a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj", "b.q_proj"]
-    modules = {name: torch.nn.Linear(32, 32) for name in names}
-    for size, module in enumerate(modules.values(), 1):
-        module.weight.data *= size
-    (scheme,) = from_groups({"NVFP4A16": ["Linear"]})
-    shared = GlobalScales(modules, dict.fromkeys(names, scheme))
-    largest = max(modules[f"a.{n}_proj"].weight.abs().max() for n in "qkv")
-    found = shared.of("a.k_proj")
-    assert_close(found, 448 * 6 / largest.detach()[None])
-    modules["a.q_proj"].weight.data *= 9  # kept: k is rounded by now
-    assert shared.of("a.q_proj") is found
-    assert_close(shared.of("b.q_proj"), 448 * 6 / modules["b.q_proj"].weight.detach().abs().max()[None])
-    assert shared.of("a.o_proj") != found
-    (plain,) = from_groups({"MXFP4A16": ["Linear"]})
-    assert GlobalScales(modules, dict.fromkeys(names, plain)).of("a.q_proj") is None

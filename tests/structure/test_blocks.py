@@ -1,62 +1,48 @@
-"""What hangs together in transformer blocks: neurons of MLPs, heads with their queries."""
+"""MLPs, heads and lists of layers are found by the names of their layers."""
 
+import pytest
 import torch
-from torch.testing import assert_close
+from torch import nn
 
-from lightning_compress.core import Lifecycle, State
-from lightning_compress.modifiers.structured.modifier import StructuredPruningModifier
-from tests.support.structure_runs import llama, silenced, tokens
-
-
-def initialized(model, *modifiers):
-    """The lifecycle at the end of set-up, as compress() and the callback begin."""
-    lifecycle = Lifecycle(modifiers)
-    lifecycle.initialize(State(model=model))
-    return lifecycle
+from lightning_compress.structure.blocks import find_heads, find_layers, find_mlps, head_counts
+from tests.support.structure_runs import llama
 
 
-def test_mlps_lose_their_weakest_neurons_and_compute_as_if_those_were_zero():
-    model, dense = llama(), llama()
-    initialized(model, StructuredPruningModifier(dimension="mlp", ratio=0.25, start=0))
-    zeroed = {}
-    for name, mlp in dense.named_modules():
-        if type(mlp).__name__ == "LlamaMLP":
-            parts = [mlp.gate_proj.weight.square().sum(1), mlp.up_proj.weight.square().sum(1)]
-            weakest = sum(parts, mlp.down_proj.weight.square().sum(0)).argsort()[:12]
-            zeroed[f"{name}.down_proj"] = lambda x, weakest=weakest: x.index_fill(-1, weakest, 0.0)
-            small = model.get_submodule(name)
-            assert (small.gate_proj.out_features, small.up_proj.out_features, small.down_proj.in_features) == (36,) * 3
-    silenced(dense, zeroed)
-    assert len(zeroed) == 3
-    assert model.config.intermediate_size == 36
-    assert_close(model(**tokens()).logits, dense(**tokens()).logits)
+def test_the_parts_of_a_llama():
+    model = llama(num_hidden_layers=2)  # 8 query heads of 4 numbers on 4 key/value heads, 48 neurons
+    mlps, heads = find_mlps(model), find_heads(model)
+    assert [(group.name, group.units) for group in mlps] == [(f"model.layers.{i}.mlp", 48) for i in range(2)]
+    tensors = [(piece.tensor.rpartition("mlp.")[2], piece.dim, piece.consumer) for piece in mlps[0].slices]
+    assert tensors == [("gate_proj.weight", 0, False), ("up_proj.weight", 0, False), ("down_proj.weight", 1, True)]
+    assert [(group.name, group.units) for group in heads] == [(f"model.layers.{i}.self_attn", 4) for i in range(2)]
+    by_name = {piece.tensor.rpartition("attn.")[2]: piece.index for piece in heads[0].slices}
+    assert by_name["k_proj.weight"][1].tolist() == [4, 5, 6, 7]
+    assert by_name["q_proj.weight"][1].tolist() == list(range(8, 16))  # two query heads share a key head
+    assert find_layers(model) == "model.layers"
 
 
-def test_heads_go_in_groups_and_the_rest_computes_as_if_those_were_zero():
-    model, dense = llama(), llama()
-    initialized(model, StructuredPruningModifier(dimension="heads", ratio=0.5, start=0))
-    zeroed = {}
-    for name, attention in dense.named_modules():
-        if type(attention).__name__ == "LlamaAttention":
-            makers = [getattr(attention, f"{p}_proj").weight.view(4, -1).square().sum(1) for p in "qkv"]
-            columns = attention.o_proj.weight.t().reshape(4, -1).square().sum(1)
-            weakest = sum(makers, columns).argsort()[:2]
-            places = torch.cat([torch.arange(8) + 8 * int(g) for g in weakest])  # 2 query heads of 4 in each group
-            zeroed[f"{name}.o_proj"] = lambda x, places=places: x.index_fill(-1, places, 0.0)
-    silenced(dense, zeroed)
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (4, 2, 4)
-    assert model.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
-    assert_close(model(**tokens()).logits, dense(**tokens()).logits)
-    with torch.no_grad():
-        generated = model.generate(**tokens(count=1), max_new_tokens=4, do_sample=False, use_cache=True)
-        plain = model.generate(**tokens(count=1), max_new_tokens=4, do_sample=False, use_cache=False)
-    assert torch.equal(generated, plain)
+def test_heads_are_counted_in_proportion():
+    module = nn.Module()
+    module.num_heads, module.num_key_value_heads = 8, 4
+    assert head_counts(module, 3, 4) == {"num_heads": 6, "num_key_value_heads": 3}
 
 
-def test_mlps_and_heads_stack():
-    model = llama()
-    modifiers = [StructuredPruningModifier(dimension=d, ratio=r, start=0) for d, r in (("mlp", 0.5), ("heads", 0.25))]
-    initialized(model, *modifiers)
-    rebuilt = type(model)(model.config).eval()
-    rebuilt.load_state_dict(model.state_dict())
-    assert_close(rebuilt(**tokens()).logits, model(**tokens()).logits)
+def test_sides_that_do_not_fit_make_no_group():
+    mlp = nn.Module()
+    mlp.fc1, mlp.fc2 = nn.Linear(4, 8), nn.Linear(6, 4)
+    assert find_mlps(nn.Sequential(mlp)) == []
+    mlp.fc2 = nn.Linear(8, 4)
+    (group,) = find_mlps(nn.Sequential(mlp))
+    assert [(piece.tensor, piece.dim) for piece in group.slices] == [
+        ("0.fc1.weight", 0), ("0.fc1.bias", 0), ("0.fc2.weight", 1)
+    ]  # fmt: skip
+    assert torch.equal(group.slices[0].index.flatten(), torch.arange(8))
+
+
+def test_lists_that_cannot_be_told_apart_must_be_named():
+    model = nn.ModuleDict({side: nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3)) for side in "ab"})
+    with pytest.raises(ValueError, match=r"found \['a', 'b'\]; name it: blocks='model.layers'"):
+        find_layers(model)
+    assert find_layers(model, "b") == "b"
+    with pytest.raises(ValueError, match=r"blocks='c' is not a ModuleList or Sequential of layers; the model has"):
+        find_layers(model, "c")
