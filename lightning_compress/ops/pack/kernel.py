@@ -143,12 +143,16 @@ def _apart(x_BN, N: tl.constexpr, BLOCK: tl.constexpr):
     else:
         evens, odds = tl.split(tl.reshape(x_BN, (BLOCK, N // 2, 2)))
         if N == 4:
-            (x0, x2), (x1, x3) = tl.split(evens), tl.split(odds)
+            x0, x2 = tl.split(evens)
+            x1, x3 = tl.split(odds)
             columns = (x0, x1, x2, x3)  # type: ignore[assignment]
         else:
             x04, x26 = tl.split(tl.reshape(evens, (BLOCK, 2, 2)))
             x15, x37 = tl.split(tl.reshape(odds, (BLOCK, 2, 2)))
-            (x0, x4), (x2, x6), (x1, x5), (x3, x7) = tl.split(x04), tl.split(x26), tl.split(x15), tl.split(x37)
+            x0, x4 = tl.split(x04)
+            x2, x6 = tl.split(x26)
+            x1, x5 = tl.split(x15)
+            x3, x7 = tl.split(x37)
             columns = (x0, x1, x2, x3, x4, x5, x6, x7)  # type: ignore[assignment]
     return columns
 
