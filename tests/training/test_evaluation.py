@@ -1,5 +1,6 @@
 """Numbers before and after."""
 
+import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,13 +12,13 @@ from torchmetrics import MaxMetric, MeanMetric, MeanSquaredError, MetricCollecti
 
 from lightning_compress.training.evaluation import (
     Measurement,
-    TokenMeanMetric,
     batches_of,
     compare,
     evaluate,
     is_causal_lm,
 )
 from tests.support.training_runs import Regression, Sums
+from tests.support.two_ranks import run_two_ranks
 
 V, T = 11, 6
 
@@ -174,17 +175,34 @@ def test_the_error_of_perplexity_against_the_bootstrap():
     assert found["standard_error"] == pytest.approx(drawn.std().item(), rel=0.1)
 
 
-def test_ranks_add_up_to_the_whole():
-    """As a Metric reduces its state on gloo or NCCL: the sum of what two ranks have seen is what one has of it all."""
-    d_N = torch.rand(12, generator=torch.Generator().manual_seed(0))
-    whole, first, second = TokenMeanMetric(), TokenMeanMetric(), TokenMeanMetric()
-    whole.update(d_N, torch.tensor([3, 4, 5]))
-    first.update(d_N[:7], torch.tensor([3, 4]))
-    second.update(d_N[7:], torch.tensor([5]))
-    first.sums_K = first._reductions["sums_K"](torch.stack([first.sums_K, second.sums_K]))
-    torch.testing.assert_close(first.compute(), whole.compute())
-    assert whole.compute().value == pytest.approx(d_N.mean().item())
-    assert whole.compute()[2:] == (12, 3)
+def test_two_ranks_measure_what_one_does(tmp_path):
+    """Of a language model, and of what a validation_step logs with each reduce_fx; the second rank has fewer rows."""
+    dense, pruned, loader = TinyForCausalLM(0), TinyForCausalLM(1), batches((3, 3, 1))
+    logs = [3.0, 1.0, 2.0]
+
+    def results(chosen):
+        root = Regression()
+        root.validation_step = lambda batch, index: [
+            root.log(f"val/{how}", logs[chosen[index]], reduce_fx=how) for how in ("mean", "sum", "max", "min")
+        ]
+        before, after = (measure(module, [loader[i] for i in chosen]) for module in (dense, pruned))
+        rows = [(loader[i]["input_ids"].float(),) for i in chosen]
+        facts = compare(before, after) | {"own": own(root, [rows]).values, "values": after.values}
+        return facts | {"evaluated_batches": None}
+
+    def work(rank):
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(results([0, 2] if rank == 0 else [1])))
+
+    assert run_two_ranks(work, tmp_path, seconds=60) == ["", ""]
+    expected = results([0, 1, 2])
+    for rank in (0, 1):
+        shared = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert shared.pop("own") == pytest.approx(expected["own"])
+        assert shared.pop("values") == pytest.approx(expected["values"])
+        errors = {name: entry["standard_error"] for name, entry in expected["metric"].items()}
+        assert {n: entry["standard_error"] for n, entry in shared["metric"].items()} == pytest.approx(errors)
+        assert (shared["evaluated_tokens"], shared["evaluated_sequences"]) == (7 * (T - 1), 7)
 
 
 def test_one_sequence_has_no_error():
