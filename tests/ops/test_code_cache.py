@@ -1,4 +1,4 @@
-"""Machine code is compiled anew where the file is damaged, or another user could have written it."""
+"""Machine code is compiled again where the file is damaged, or another user could have written it."""
 
 import ctypes
 import os
@@ -55,7 +55,7 @@ def folder_of(tmp_path):
     return tmp_path / "cache" / "lightning_compress"
 
 
-def test_code_is_compiled_once_and_kept_for_its_user_alone(tmp_path, compiler):
+def test_code_is_compiled_once_and_stored_for_its_user_alone(tmp_path, compiler):
     before = os.umask(0)
     try:
         assert [compiled(), compiled()] == [b"cubi1", b"cubi1"]
@@ -72,7 +72,7 @@ def test_code_is_compiled_once_and_kept_for_its_user_alone(tmp_path, compiler):
      lambda b: bytes(45), lambda b: b[40:]],
     ids=["empty", "half a header", "cut", "longer", "one byte", "zeros", "without a header"],
 )  # fmt: skip
-def test_a_damaged_file_is_compiled_anew(tmp_path, compiler, damage):
+def test_a_damaged_file_is_compiled_again(tmp_path, compiler, damage):
     compiled()
     (file,) = folder_of(tmp_path).iterdir()
     file.write_bytes(damage(file.read_bytes()))
@@ -101,23 +101,23 @@ def test_a_folder_that_others_may_write_into_is_not_used(tmp_path, compiler, mod
 
 
 def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
-    kept = CodeCache(tmp_path / "codes")
-    kept.write("key", b"code")
-    assert kept.read("key") == b"code"
+    codes = CodeCache(tmp_path / "codes")
+    codes.write("key", b"code")
+    assert codes.read("key") == b"code"
     uid = os.getuid()
     monkeypatch.setattr(code_cache.os, "getuid", lambda: uid + 1)
     with pytest.warns(UserWarning, match="belongs to another user"):
-        assert kept.read("key") is None
+        assert codes.read("key") is None
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
     def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
-    kept = CodeCache(tmp_path / "codes")
+    codes = CodeCache(tmp_path / "codes")
     monkeypatch.setattr(code_cache.os, "fsync", no_space)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kept.write("key", b"code")
-        assert kept.read("key") is None
+        codes.write("key", b"code")
+        assert codes.read("key") is None
     assert list((tmp_path / "codes").iterdir()) == []

@@ -5,6 +5,7 @@ A GPU is played: tensors say that they are on one, while the kernels cannot run,
 
 import importlib
 import importlib.util
+import re
 import warnings
 from pathlib import Path
 
@@ -91,34 +92,16 @@ def old_gpu(monkeypatch):
 
 @pytest.mark.parametrize("hindrance", [missing, too_old, old_gpu])
 @pytest.mark.parametrize(("function", "x"), EACH)
-def test_without_a_kernel_torch_computes_it_and_that_is_said_once(function, x, hindrance, monkeypatch):
+def test_without_a_kernel_torch_computes_the_result_and_warns_once(function, x, hindrance, monkeypatch):
     expected = function(x)
     reason = hindrance(monkeypatch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         with monkeypatch.context() as played:
             played.setattr(torch.Tensor, "is_cuda", True, raising=False)
-            found = [function(x) for _ in range(2)]
-    for result in found:
+            results = [function(x) for _ in range(2)]
+    for result in results:
         assert_close(result, expected)
-    said = [str(w.message) for w in caught if "without a fused kernel" in str(w.message)]
-    assert len(said) == 1, said
-    with pytest.raises(UserWarning, match=f"without a fused kernel: {reason}"):
-        raise UserWarning(said[0])
-
-
-@pytest.mark.parametrize(
-    ("installed", "version"),
-    [
-        ({"triton": "3.9.0"}, (3, 9)), ({"triton": "3.10.1+cu130"}, (3, 10)), ({"pytorch-triton": "3.5.0"}, (3, 5)),
-        ({"triton": "unknown"}, None), ({}, None),
-    ],
-)  # fmt: skip
-def test_the_version_of_triton_is_that_of_its_distribution(installed, version, monkeypatch):
-    def of(name):
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(importlib.metadata, "version", of)
-    assert availability.triton_version.__wrapped__() == version
+    messages = [str(w.message) for w in caught if "without a fused kernel" in str(w.message)]
+    assert len(messages) == 1, messages
+    assert re.search(f"without a fused kernel: {reason}", messages[0])
