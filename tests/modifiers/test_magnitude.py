@@ -7,15 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
 from lightning_compress.modifiers.constant import ConstantPruningModifier
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
-from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
-from lightning_compress.modifiers.movement import MovementPruningModifier
 from lightning_compress.oneshot import compress
 from tests.support.training_loop import network, train
 
@@ -120,12 +117,6 @@ def test_a_global_ranking_prunes_where_weights_are_small():
     assert sparsity(model[2]) < 0.05 < sparsity(model[0])
 
 
-def test_single_layers_may_have_their_own_sparsity():
-    model = network()
-    train(model, [MagnitudePruningModifier(start=0, end=1, final_sparsity=0.5, layer_sparsity={"re:2": 0.75})], 2)
-    assert (sparsity(model[0]), sparsity(model[2])) == (0.5, 0.75)
-
-
 def test_without_a_window_it_prunes_once_after_training():
     model = network()
     before = model[0].weight.detach().clone()
@@ -174,21 +165,6 @@ def test_a_resumed_run_ends_with_the_same_bits(stop):
         assert torch.equal(ours, theirs)
 
 
-def test_constant_pruning_holds_zeros_and_lets_them_go_at_its_end():
-    model = network()
-    with torch.no_grad():
-        model[0].weight[::2] = 0
-    zeros = model[0].weight == 0
-    held: list[bool] = []
-    train(
-        model,
-        [ConstantPruningModifier(end=5)],
-        8,
-        after_step=lambda step: held.append(bool((model[0].weight[zeros] == 0).all())),
-    )
-    assert held == [True] * 5 + [False] * 3
-
-
 @pytest.mark.parametrize("first", ["magnitude", "constant"])
 def test_in_one_shot_a_quantizer_behind_it_keeps_the_zeros(first):
     """No Trainer: magnitude pruning prunes, constant pruning leaves a pruned model as it is and reports its zeros."""
@@ -207,84 +183,3 @@ def test_in_one_shot_a_quantizer_behind_it_keeps_the_zeros(first):
         assert not torch.equal(layer.weight, before.weight)
     rows = [row for row in ledger if row.technique in ("magnitude", "constant pruning")]
     assert [row.sparsity >= 0.5 for row in rows] == [True, True]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"final_sparsity": 1.5}, "final_sparsity=1.5: Input should be less than 1"),
-        ({"init_sparsity": -0.5}, "init_sparsity=-0.5: Input should be greater than or equal to 0"),
-        ({"layer_sparsity": {"0": 1.0}}, "layer_sparsity.0=1.0: Input should be less than 1"),
-        ({"init_sparsity": 0.6, "final_sparsity": 0.5}, "less than init_sparsity=0.6; sparsity only grows"),
-        ({"mask_structure": "2:4", "final_sparsity": 0.7}, "has sparsity 0.5, but 0.7 was asked for"),
-        ({"mask_structure": "3:2"}, "expected 0 < N < M"),
-        ({"start": 0, "end": 4, "update": 9}, "update=9.0 is larger than the window from 0.0 to 4.0"),
-        ({"start": 4, "end": 2}, "end=2.0 must lie after start=4.0"),
-        ({"scope": "global", "mask_structure": "channel"}, "ranks single weights over all targets"),
-        ({"schedule": "cubik"}, "schedule"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        MagnitudePruningModifier(**arguments)
-
-
-def test_a_weight_that_is_no_matrix_is_refused_before_training():
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU())
-    for targets, name in ((["Linear", "1"], r"1 \(LayerNorm\)"), (["2"], r"2 \(ReLU\)")):
-        with pytest.raises(ValueError, match=f"cannot prune {name}: expected modules with a weight"):
-            Lifecycle([MagnitudePruningModifier(targets=targets)]).initialize(State(model=model))
-
-
-@pytest.mark.parametrize("kind", ["magnitude", "constant"])
-def test_a_weight_that_shrinks_under_its_mask_is_named(kind):
-    model = network()
-    modifier = MagnitudePruningModifier(start=0) if kind == "magnitude" else ConstantPruningModifier()
-    lifecycle = train(model, [modifier], 2)
-    model[0].weight = nn.Parameter(model[0].weight.detach()[:16])
-    model[2].weight = nn.Parameter(model[2].weight.detach()[:, :16])
-    model[0].bias = nn.Parameter(model[0].bias.detach()[:16])
-    with pytest.raises(ValueError, match=r"mask of '0' is \(32, 16\), and its weight is \(16, 16\) now: .*structured"):
-        train(model, [], 3, first=2, lifecycle=lifecycle)
-
-
-def test_a_width_that_the_pattern_does_not_divide_is_refused_before_training():
-    modifier = MagnitudePruningModifier(mask_structure="2:4", targets=["0"])
-    with pytest.raises(ValueError, match=r"does not fit: 0 \(2:4 does not divide 10 columns"):
-        Lifecycle([modifier]).initialize(State(model=nn.Sequential(nn.Linear(10, 4))))
-
-
-class LowRank(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.update = nn.Parameter(torch.ones(1))
-
-    def forward(self, weight):
-        return weight + self.update
-
-
-@pytest.mark.parametrize(
-    ("put_on", "kind"),
-    [
-        (lambda linear: parametrize.register_parametrization(linear, "weight", LowRank()), "LowRank"),
-        (parametrizations.weight_norm, "_WeightNorm"),
-    ],
-    ids=["low rank", "weight_norm"],
-)
-@pytest.mark.parametrize(
-    "modifier",
-    [
-        lambda: MagnitudePruningModifier(start=0),
-        lambda: ConstantPruningModifier(),
-        lambda: MovementPruningModifier(start=0, end=4),
-        lambda: LearnedMaskModifier(start=0, end=4),
-    ],
-    ids=["magnitude", "constant", "movement", "learned mask"],
-)
-def test_a_weight_that_a_foreign_parametrization_computes_is_refused(modifier, put_on, kind):
-    """Zeros under it would be none in the weight, and the report would claim them."""
-    model = network()
-    put_on(model[0])
-    with pytest.raises(ValueError, match=rf"cannot prune '0' \({kind}\).*merge it first"):
-        Lifecycle([modifier()]).initialize(State(model=model))

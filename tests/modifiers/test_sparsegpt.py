@@ -2,18 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
-from transformers.pytorch_utils import Conv1D
 
-from lightning_compress import GPTQModifier, compress
-from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.layerwise.factor import factorize
 from lightning_compress.layerwise.least_squares_refit import refit
 from lightning_compress.modifiers.sparsegpt import SparseGPTModifier, prune_columns
 from lightning_compress.modifiers.wanda.modifier import wanda_mask
 from lightning_compress.pruning.masks import keep_mask
-from tests.support.pruning_runs import REFUSED, kept_per_group, problem, relative_error
+from tests.support.pruning_runs import kept_per_group, problem, relative_error
 from tests.support.quantization_runs import attention, batches, calibrate, correlated, weights
 
 F64 = torch.float64
@@ -130,9 +127,6 @@ def test_sparsegpt_beats_wanda_beats_magnitude_and_the_refit_beats_all(sparsity,
     assert errors[0] < 0.95 * errors[1] < 0.8 * errors[2]
 
 
-# -- the modifier -----------------------------------------------------------------------------------------------------
-
-
 def test_every_target_is_pruned_and_the_ledger_says_how():
     model, data = attention(), batches()
     before, hidden = weights(model), torch.cat(data).reshape(-1, 64)
@@ -159,65 +153,6 @@ def test_without_the_refit_it_is_the_paper():
     assert_close(model.q.weight.detach(), expected.float(), rtol=1e-2, atol=1e-3)
 
 
-def test_splitting_the_batches_changes_nothing():
-    data, modifier = batches(), {"targets": ["q", "k"], "mask_structure": "2:4"}
-    whole, parts = attention(), attention()
-    calibrate(whole, SparseGPTModifier(**modifier), [torch.cat(data)])
-    calibrate(parts, SparseGPTModifier(**modifier), [piece for batch in data for piece in batch.split(1)])
-    for name in ("q", "k"):
-        one, other = getattr(whole, name).weight, getattr(parts, name).weight
-        assert torch.equal(one == 0, other == 0)
-        assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-def test_padding_does_not_count():
-    data = batches(2)
-    masks = [torch.arange(48).expand(2, 48) < 30 for _ in data]
-    padded = [torch.where(mask[..., None], x, 1e3) for x, mask in zip(data, masks, strict=True)]
-    clean, dirty = attention(), attention()
-    calibrate(clean, SparseGPTModifier(targets=["q"]), [x[:, :30] for x in data])
-    calibrate(dirty, SparseGPTModifier(targets=["q"]), padded, masks)
-    assert_close(dirty.q.weight, clean.q.weight, rtol=1e-3, atol=1e-4)
-
-
-def test_layers_may_have_their_own_sparsity():
-    model = attention()
-    calibrate(model, SparseGPTModifier(sparsity={"re:[qo]": 0.75, "q": 0.25}), batches())
-    zeros = [(getattr(model, n).weight == 0).float().mean().item() for n in "qkvo"]
-    assert zeros == [0.25, 0.0, 0.0, 0.75]
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (nn.Conv2d(4, 8, 3, padding=1), (6, 4, 10, 10)),
-        (nn.Conv2d(8, 8, 3, groups=2, stride=2), (6, 8, 21, 21)),
-        (nn.Conv1d(4, 8, 3, padding="same"), (8, 4, 20)),
-        (Conv1D(8, 12), (5, 20, 12)),
-    ],
-    ids=["conv2d", "grouped", "conv1d", "gpt2"],
-)
-def test_convolutions_and_transposed_layers(layer, shape):
-    torch.manual_seed(0)
-    x = torch.randn(shape)
-    model = nn.Sequential(layer)
-    dense, W = layer(x).detach(), as_matrix(layer).clone()
-    [row] = calibrate(model, SparseGPTModifier(targets=[type(layer).__name__], mask_structure="2:4"), [x])
-    Q = as_matrix(layer)
-    assert (kept_per_group(Q, 4) == 2).all()
-    bias = layer.bias.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 3 or isinstance(layer, nn.Conv1d) else layer.bias
-    error = ((layer(x) - dense).square().sum() / (dense - bias).square().sum()).item()
-    assert row.error == pytest.approx(error, rel=1e-2)
-    assert not torch.equal(Q, W)
-
-
-@pytest.mark.parametrize("walk", ["one_pass", "two_pass", "whole"])
-def test_in_every_walk(walk):
-    model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)])
-    ledger = compress(model, SparseGPTModifier(), [correlated(64, 16, i) for i in range(3)], walk=walk)
-    assert [(row.sparsity, row.tokens) for row in ledger] == [(0.5, 192)] * 4
-
-
 def test_h_that_is_not_positive_definite():
     few = [correlated(8, 64).view(1, 8, 64)]
     with pytest.raises(ValueError, match=r"H of 'q' is not positive definite with dampening_frac=0 \(8 tokens for 64"):
@@ -226,38 +161,3 @@ def test_h_that_is_not_positive_definite():
     ledger = calibrate(model, SparseGPTModifier(targets=["q"], dampening_frac=0, on_failure="retry"), few)
     assert ledger.rows[0].flags == ["damping raised to 0.01"]
     assert (model.q.weight == 0).sum() == 2048
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        *REFUSED,
-        ({"mask_structure": "3:6"}, "block_size=128 is no multiple of 6"),
-        ({"scope": "layer"}, "scope='layer'"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        SparseGPTModifier(**arguments)
-
-
-def test_targets_that_cannot_be_pruned_are_named_before_any_work():
-    model = nn.Sequential(nn.Linear(10, 4), nn.Embedding(4, 4))
-    with pytest.raises(ValueError, match=r"mask_structure='2:4' does not divide the columns of 0 \(10\)"):
-        compress(model, SparseGPTModifier(mask_structure="2:4"), [torch.randn(2, 10)])
-    with pytest.raises(ValueError, match=r"cannot prune 1 \(Embedding\)"):
-        compress(model, SparseGPTModifier(targets=["Embedding"]), [torch.randn(2, 10)])
-    with pytest.raises(ValueError, match="needs calibration data"):
-        compress(model, SparseGPTModifier(), None)
-
-
-def test_what_is_quantized_already_is_refused():
-    model = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(ValueError, match="'0' is quantized already: put SparseGPTModifier before what quantizes it"):
-        compress(model, [GPTQModifier(scheme="W4A16", group_size=32), SparseGPTModifier()], [correlated(256, 32)])
-
-
-def test_nan_is_named():
-    with pytest.raises(ValueError, match=r"nan|NaN"):
-        compress(nn.Sequential(nn.Linear(8, 8)), SparseGPTModifier(), [torch.full((4, 8), float("nan"))])
