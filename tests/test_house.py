@@ -24,10 +24,9 @@ LONG_FILES = {
     "callback.py",
     "core/modifier.py",
     "modifiers/rotation/basis_tracer.py",
-    "modifiers/smoothing/awq.py",
     "training/post_training.py",
 }
-MODULES_WITHOUT_TEST = 44
+MODULES_WITHOUT_TEST = 36
 DOCUMENTED = 0.79
 
 

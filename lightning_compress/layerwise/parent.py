@@ -1,6 +1,6 @@
-"""The module around layers that are fed by one source (an attention, an MLP): its calls kept, its output's error.
+"""The module around layers that one source feeds (an attention, an MLP): its recorded calls, and its output's error.
 
-Kept are the parent's inputs and its dense outputs for all batches, of one block at a time, where they were made.
+Recorded are the inputs and dense outputs of the parent for all batches of one block, on the device they were made on.
 """
 
 import math
@@ -15,28 +15,27 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_compress.core.precision import model_precision
 
-__all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "keep_calls"]
+__all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "record_calls"]
 
-SAME = 1e-2  # of the largest output: what rounding may differ by; a call that is cut wrongly is far beyond
+SAME = 1e-2  # of the largest output: rounding differs by less, a call that is split wrongly by far more
 
 
 def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:
-    """The innermost module that holds all of these and has a forward of its own; None where there is none.
+    """The innermost module that holds all of these layers and has a forward of its own; None where there is none.
 
     Args:
-        names: Dotted names, at least two.
-        modules: The modules of the block by dotted name.
+        names: Dotted names of the layers, at least two.
+        modules: Modules of the block by dotted name.
     """
-    parts = [name.split(".") for name in names]
-    common = 0
-    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    while common:
-        name = ".".join(parts[0][:common])
+    paths = [name.split(".") for name in names]
+    depth = 0
+    while all(len(path) > depth + 1 and path[depth] == paths[0][depth] for path in paths):
+        depth += 1
+    for end in range(depth, 0, -1):
+        name = ".".join(paths[0][:end])
         if name in modules and not isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
-            whole = all(f"{name}.{child}" in modules for child, _ in modules[name].named_modules() if child)
-            return name if whole else None  # else blocks lie inside that are walked by themselves
-        common -= 1
+            is_inside = all(f"{name}.{child}" in modules for child, _ in modules[name].named_modules() if child)
+            return name if is_inside else None  # else it holds blocks, which are walked one by one
     return None
 
 
@@ -54,32 +53,31 @@ class ParentCalls:
         total = 0.0
         for i in batches:
             args, kwargs = self.arguments[i]
-            both = self._run(args, kwargs), self.outputs[i]
-            output, dense = (counted(tensor, self.masks[i]).float() for tensor in both)
+            outputs = self._run(args, kwargs), self.outputs[i]
+            output, dense = (counted(tensor, self.masks[i]).float() for tensor in outputs)
             total += float((output - dense).square().sum().double())
         return total
 
     def split(self, tokens: int) -> "ParentCalls":
-        """The same calls in pieces of at least so many tokens, cut between samples.
+        """The same calls in pieces of at least so many tokens, each of some samples.
 
-        What is cut is every tensor whose leading size is that of the output. Whether the parent may be called so is
-        tried on a piece of the first call, with the weights as they are now; where it fails, or gives something else,
-        nothing is cut.
+        Every tensor whose leading size is that of the output is split. A piece of the first call is tried with the
+        weights as they are now; where the parent fails, or returns something else, nothing is split.
         """
         pieces = ParentCalls(self.module)
         for (args, kwargs), output, mask in zip(self.arguments, self.outputs, self.masks, strict=True):
             samples = len(output) if output.ndim > 2 else 1
-            each = max(1, math.ceil(tokens * samples * output.shape[-1] / output.numel())) if output.numel() else 1
-            for i in range(0, samples, each) if samples > 1 else ():
-
-                def part(tensor: Tensor, i: int = i, samples: int = samples, each: int = each) -> Tensor:
-                    return tensor[i : i + each] if tensor.ndim and len(tensor) == samples else tensor
-
-                cut_args, cut_kwargs = tree_map_only(Tensor, part, (args, kwargs))
-                pieces.add(cut_args, cut_kwargs, part(output), None if mask is None else part(mask))
+            step = max(1, math.ceil(tokens * samples * output.shape[-1] / output.numel())) if output.numel() else 1
             if samples == 1:
                 pieces.add(args, kwargs, output, mask)
-        return pieces if len(pieces.outputs) > len(self.outputs) and pieces.hold() else self
+                continue
+            for i in range(0, samples, step):
+
+                def piece(tensor: Tensor, rows: slice = slice(i, i + step), samples: int = samples) -> Tensor:
+                    return tensor[rows] if tensor.ndim and len(tensor) == samples else tensor
+
+                pieces.add(*tree_map_only(Tensor, piece, (args, kwargs, output, mask)))
+        return pieces if len(pieces.outputs) > len(self.outputs) and pieces.reproduce() else self
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, mask: Tensor | None) -> None:
         """One more call."""
@@ -87,82 +85,80 @@ class ParentCalls:
         self.outputs.append(output)
         self.masks.append(mask)
 
-    def hold(self) -> bool:
-        """Whether the parent answers the first call as is written here, up to rounding."""
+    def reproduce(self) -> bool:
+        """Whether the parent returns the recorded output of the first call, up to rounding."""
         args, kwargs = self.arguments[0]
         try:
-            found = self._run(args, kwargs)
-        except Exception:  # made for whole batches
+            output = self._run(args, kwargs)
+        except Exception:  # a parent that takes only whole batches
             return False
-        expected = self.outputs[0]
-        same = found.shape == expected.shape
-        return same and bool((found - expected).abs().max() <= SAME * expected.abs().max())
+        dense = self.outputs[0]
+        return output.shape == dense.shape and bool((output - dense).abs().max() <= SAME * dense.abs().max())
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         with model_precision():
             return first_tensor(self.module(*args, **kwargs))
 
     def tokens(self) -> list[int]:
-        """How many count, by batch."""
+        """Number of tokens that count in each call."""
         rows = [counted(output, mask) for output, mask in zip(self.outputs, self.masks, strict=True)]
         return [t.numel() // max(1, t.shape[-1]) if t.ndim else t.numel() for t in rows]
 
 
-def keep_calls(
+def record_calls(
     parents: Mapping[str, nn.Module], run: Callable[[], Any], mask: Callable[[], Tensor | None]
 ) -> dict[str, ParentCalls]:
-    """Run all batches once and keep the calls of some parents.
+    """Run all batches once and record the calls of some parents.
 
     Args:
-        parents: By dotted name.
+        parents: Modules by dotted name.
         run: Puts all batches through the block.
-        mask: The tokens that count of the batch that runs now.
+        mask: Returns the tokens that count of the current batch.
 
     Returns:
-        By name; those that are never called are left out.
+        Calls by the name of the parent; a parent that is never called is left out.
     """
-    kept = {name: ParentCalls(module) for name, module in parents.items()}
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    calls = {name: ParentCalls(module) for name, module in parents.items()}
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def own(tensor: Tensor) -> Tensor:
-        """A copy, since the block may write into it; one for all calls that get the very same tensor."""
-        if id(tensor) not in shared or shared[id(tensor)][0] is not tensor:
-            shared[id(tensor)] = (tensor, tensor.clone())
-        return shared[id(tensor)][1]
+    def shared_copy(tensor: Tensor) -> Tensor:
+        """A copy, since the block may write into the tensor; one for all calls that receive it."""
+        if id(tensor) not in copies or copies[id(tensor)][0] is not tensor:
+            copies[id(tensor)] = (tensor, tensor.clone())
+        return copies[id(tensor)][1]
 
     def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.clone() if tensor is hidden else own(tensor)
+            return tensor.clone() if tensor is hidden else shared_copy(tensor)
 
-        kept[name].arguments.append(tree_map_only(Tensor, copy, (args, kwargs)))
-        kept[name].masks.append(mask())
+        calls[name].arguments.append(tree_map_only(Tensor, copy, (args, kwargs)))
+        calls[name].masks.append(mask())
+
+    def after(name: str, output: Any) -> None:
+        calls[name].outputs.append(first_tensor(output).clone())
 
     with ExitStack() as stack:
         for name, module in parents.items():
-            stack.callback(
-                module.register_forward_pre_hook(
-                    lambda _m, args, kwargs, n=name: before(n, args, kwargs), with_kwargs=True
-                ).remove
+            handles = (
+                module.register_forward_pre_hook(lambda _m, *call, n=name: before(n, *call), with_kwargs=True),
+                module.register_forward_hook(lambda _m, _args, output, n=name: after(n, output)),
             )
-            stack.callback(
-                module.register_forward_hook(
-                    lambda _m, _args, output, n=name: kept[n].outputs.append(first_tensor(output).clone())
-                ).remove
-            )
+            for handle in handles:
+                stack.callback(handle.remove)
         run()
-    return {name: calls for name, calls in kept.items() if calls.outputs}
+    return {name: recorded for name, recorded in calls.items() if recorded.outputs}
 
 
 def first_tensor(output: Any) -> Tensor:
     """The first floating tensor of an output."""
-    found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return found[0] if found else torch.zeros(0, dtype=torch.float32)
+    tensors = (t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+    return next(tensors, torch.zeros(0, dtype=torch.float32))
 
 
 def counted(output: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens that count, where the output's leading shape is that of the mask."""
+    """The tokens that count, where the leading shape of the output is the one of the mask."""
     if mask is None:
         return output
     mask = mask.to(output.device)

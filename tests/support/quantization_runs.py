@@ -1,11 +1,14 @@
 """Small models, data with outlier columns, and a calibration driven by hand, event by event."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, EventType, Ledger, Lifecycle, Modifier, State
+from lightning_compress.quant.schemes import from_groups
 
 
 class Attention(nn.Module):
@@ -29,6 +32,13 @@ class Attention(nn.Module):
 def attention(seed: int = 0) -> Attention:
     torch.manual_seed(seed)
     return Attention().eval()
+
+
+def int4(**weights: Any) -> QuantizationArgs:
+    """A grid of 4-bit integers, with other arguments of compressed-tensors."""
+    args = from_groups({"g": {"targets": ["Linear"], "weights": {"num_bits": 4, **weights}}})[0].weights
+    assert args is not None
+    return args
 
 
 def correlated(tokens: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,14 +1,16 @@
-"""What the tests of smoothing share: tiny models of many architectures, their batches, and planted outlier channels."""
+"""Tiny models of many architectures, their batches, and planted outlier channels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.modifiers.smoothing.finder import PairFinder
 from lightning_compress.modifiers.smoothing.fold import fold
+from lightning_compress.modifiers.smoothing.mappings import parse
+from lightning_compress.modifiers.smoothing.pair import Pair
+from lightning_compress.modifiers.smoothing.pair_finder import PairFinder
 
 C, FF = 32, 64
 
@@ -23,7 +25,7 @@ class Expert(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts that each get the tokens routed to them; ``router`` is no Linear: a weight used in a function."""
+    """Experts that each get the tokens routed to them; ``router`` is not a Linear: its weight is used in a function."""
 
     def __init__(self, experts: int = 4) -> None:
         super().__init__()
@@ -103,20 +105,20 @@ TRANSFORMERS: dict[str, Callable[[Any], nn.Module]] = {
     ),
     "vit": _vit,
 }
-OWN: dict[str, Callable[[], nn.Module]] = {
+PLAIN_TORCH: dict[str, Callable[[], nn.Module]] = {
     "mixture": lambda: nn.Sequential(MixtureBlock(), MixtureBlock()),
     "relu": lambda: nn.Sequential(Plain(nn.ReLU(inplace=True)), Plain(nn.ReLU(inplace=True))),
     "gelu": lambda: nn.Sequential(Plain(nn.GELU()), Plain(nn.GELU())),
     "flat": lambda: nn.Sequential(nn.LayerNorm(C), nn.Linear(C, FF), nn.ReLU(), nn.Linear(FF, C)),
 }
-NAMES = [*TRANSFORMERS, *OWN]
+NAMES = [*TRANSFORMERS, *PLAIN_TORCH]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model whose norms and biases are no longer ones and zeros."""
     torch.manual_seed(0)
-    if name in OWN:
-        model = OWN[name]()
+    if name in PLAIN_TORCH:
+        model = PLAIN_TORCH[name]()
     else:
         model = TRANSFORMERS[name](pytest.importorskip("transformers"))
     for parameter in model.parameters():
@@ -130,24 +132,24 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def batches(name: str, count: int = 3, seed: int = 1) -> list[Any]:
     """Inputs with, for language models, one padded batch."""
     generator = torch.Generator().manual_seed(seed)
-    if name in OWN:
+    if name in PLAIN_TORCH:
         return [torch.randn(2, 12, C, generator=generator) for _ in range(count)]
     if name == "vit":
         return [{"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)} for _ in range(count)]
-    found = []
+    data = []
     for i in range(count):
         ids = torch.randint(3, 48, (2, 12), generator=generator)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         batch["attention_mask"][0, : 3 * (i == 1)] = 0
-        found.append(batch | ({"decoder_input_ids": ids.clone()} if name == "t5" else {}))
-    return found
+        data.append(batch | ({"decoder_input_ids": ids.clone()} if name == "t5" else {}))
+    return data
 
 
 def output(model: nn.Module, batch: Any) -> Tensor:
     """Logits, or the plain output."""
     with torch.no_grad():
-        found = model(**batch) if isinstance(batch, dict) else model(batch)
-    return found if isinstance(found, Tensor) else found.logits
+        result = model(**batch) if isinstance(batch, dict) else model(batch)
+    return result if isinstance(result, Tensor) else result.logits
 
 
 def targets(name: str) -> list[str]:
@@ -155,7 +157,7 @@ def targets(name: str) -> list[str]:
 
 
 def ignore(model: nn.Module) -> list[str]:
-    """Heads: what comes last and is no part of a block."""
+    """Heads: the last layers, outside of all blocks."""
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ("head" in n or n == "classifier")]
 
 
@@ -165,13 +167,32 @@ def change(model: nn.Module, dense: nn.Module, data: Sequence[Any]) -> float:
     return float((after - before).norm() / before.norm())
 
 
+def find_pairs(
+    model: str | nn.Module, data: Sequence[Any], mappings: list[Any] | None = None
+) -> tuple[nn.Module, dict[str, nn.Module], list[Pair]]:
+    """A model as one block, its modules, and the pairs that feed its linear layers but for the heads."""
+    model = build(model) if isinstance(model, str) else model
+    modules = {name: module for name, module in model.named_modules() if name}
+    layers = {n: m for n, m in linears(modules).items() if "head" not in n and n != "classifier"}
+    finder = PairFinder(model, layers, None if mappings is None else parse(mappings))
+
+    def replay(i: int) -> Any:
+        return model(**data[i]) if isinstance(data[i], dict) else model(data[i])
+
+    with torch.no_grad():
+        return model, modules, finder.pairs("", modules, replay)
+
+
+def linears(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+
+
 def planted(model: nn.Module, batch: Any, factor: float = 60.0, channels: Sequence[int] = (3, 17)) -> nn.Module:
     """Outliers as real models have them: some channels of norms much larger, the weights behind them smaller."""
     modules = {name: module for name, module in model.named_modules() if name}
-    linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     with torch.no_grad():
-        found = PairFinder(model, linears).pairs("", modules, lambda _: output(model, batch))
-    for pair in found:
+        pairs = PairFinder(model, linears(modules)).pairs("", modules, lambda _: output(model, batch))
+    for pair in pairs:
         if "norm" in pair.source or "ln_" in pair.source:
             s_J = torch.ones(len(pair.channels_J))
             s_J[list(channels)] = 1 / factor

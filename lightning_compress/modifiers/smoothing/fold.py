@@ -1,4 +1,4 @@
-"""Fold a scale into a source and its consumers, take it back, and check that the block's function is as it was."""
+"""Fold a scale into a source and its consumers, undo it, and measure how much the block changes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import is_transposed
 from lightning_compress.modifiers.smoothing.pair import Consumer, Pair, SourceForm
-from lightning_compress.modifiers.smoothing.units import find_units, record, relative_change
+from lightning_compress.modifiers.smoothing.unit_probe import find_units, record, relative_change
 
-__all__ = ["change_by_folding", "fold", "kept", "scale_consumer", "scale_source"]
+__all__ = ["change_by_folding", "fold", "restored", "scale_consumer", "scale_source"]
 
 
 @torch.no_grad()
 def fold(pair: Pair, modules: Mapping[str, nn.Module], s_J: Tensor) -> None:
-    """Divide the source's channels by s and multiply what consumers make of them, in place.
+    """Divide the channels of the source by s and multiply the weights of its consumers by s, in place.
 
     Args:
-        pair: The pair.
-        modules: By dotted name.
-        s_J: The scale, above 0, worked with in float32 and rounded once to the dtype of each parameter.
+        pair: Source and consumers.
+        modules: Modules of the block by dotted name.
+        s_J: The scale, above 0; computed in float32 and rounded once to the dtype of each parameter.
     """
     scale_source(modules[pair.source], pair.form, pair.channels_J, s_J)
     for name, consumer in pair.consumers.items():
@@ -35,7 +35,7 @@ def scale_source(unit: nn.Module, form: SourceForm, channels_J: Tensor, s_J: Ten
         axis = output_axis(unit) if parameter.ndim > 1 else 0
         shape = [-1 if i == axis else 1 for i in range(parameter.ndim)]
         channels = channels_J.to(parameter.device)
-        old = parameter.index_select(axis, channels).to(_working(parameter))
+        old = parameter.index_select(axis, channels).to(_work_dtype(parameter))
         s = s_J.to(old).view(shape)
         new = (1 + old) / s - 1 if form == "one_plus_weight" and name == "weight" else old / s
         parameter.index_copy_(axis, channels, new.to(parameter.dtype))
@@ -43,10 +43,10 @@ def scale_source(unit: nn.Module, form: SourceForm, channels_J: Tensor, s_J: Ten
 
 @torch.no_grad()
 def scale_consumer(unit: nn.Module, consumer: Consumer, s_J: Tensor) -> None:
-    """Multiply what the weights make of each scaled input channel by s."""
+    """Multiply the weights of each scaled input channel by s."""
     for name, axis in consumer.axes.items():
         parameter = unit.get_parameter(name)
-        s_C = spread(consumer.index_C, s_J).to(parameter.device, _working(parameter))
+        s_C = spread(consumer.index_C, s_J).to(parameter.device, _work_dtype(parameter))
         shape = [-1 if i == axis % parameter.ndim else 1 for i in range(parameter.ndim)]
         parameter.copy_((parameter.to(s_C.dtype) * s_C.view(shape)).to(parameter.dtype))
 
@@ -63,8 +63,8 @@ def output_axis(unit: nn.Module) -> int:
 
 
 @contextmanager
-def kept(*units: nn.Module) -> Iterator[None]:
-    """Parameters of these modules are afterwards, to the bit, what they were."""
+def restored(*units: nn.Module) -> Iterator[None]:
+    """Put the parameters of these modules back to their values, bit for bit, when the context ends."""
     before = {p: p.detach().clone() for unit in units for p in unit.parameters(recurse=False)}
     try:
         yield
@@ -77,20 +77,21 @@ def kept(*units: nn.Module) -> Iterator[None]:
 def change_by_folding(
     pairs: Sequence[Pair], modules: Mapping[str, nn.Module], run: Callable[[], Any], generator: torch.Generator
 ) -> float:
-    """How much a block's function changes when random scales are folded; the parameters are as before afterwards.
+    """How much the outputs of a block change when random scales are folded; the parameters are restored.
 
-    That is the largest ||change|| / ||value|| of the block's output and of the outputs of all units but the sources:
-    next to a large residual the block's output alone would hide much. Scales are 2^-2 ... 2^2, exact in any dtype.
+    This is the largest ||change|| / ||value|| of the output of the block and of the outputs of all units but the
+    sources: a large residual would hide much in the output of the block alone. Scales are 2^-2 ... 2^2, exact in any
+    dtype.
     """
     sources = {pair.source for pair in pairs}
-    seen = find_units({name: module for name, module in modules.items() if name not in sources})
-    before = record(seen, run, inputs=False)
+    units = find_units({name: module for name, module in modules.items() if name not in sources})
+    before = record(units, run, inputs=False)
     involved = {name for pair in pairs for name in [pair.source, *pair.consumers]}
-    with kept(*[modules[name] for name in involved]):
+    with restored(*[modules[name] for name in involved]):
         for pair in pairs:
             exponents = torch.randint(-2, 3, pair.channels_J.shape, generator=generator)
             fold(pair, modules, torch.exp2(exponents.float()).to(pair.channels_J.device))
-        after = record(seen, run, inputs=False)
+        after = record(units, run, inputs=False)
     if list(before.calls) != list(after.calls):
         return float("inf")
     outputs = [(before.output, after.output)]
@@ -101,5 +102,5 @@ def change_by_folding(
     return max(relative_change(a, b) for a, b in outputs)
 
 
-def _working(parameter: Tensor) -> torch.dtype:
+def _work_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32

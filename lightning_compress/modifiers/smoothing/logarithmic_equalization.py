@@ -3,9 +3,9 @@
     s_j = max|X_j| / log2(2 + max|X_j|)            eq. (6), per input channel j of all layers that one source feeds
     X' = X / s,  W' = W * s
 
-Afterwards channel j reaches log2(2 + max|X_j|): outliers are pulled in, small channels stay as they are. Weights are
-not asked. 1 / s goes into the source, the norm or the linear layer that makes X; sources are found and checked
-(smoothing/).
+Afterwards channel j reaches log2(2 + max|X_j|): outliers shrink, small channels stay as they are, whatever the weights
+are. 1 / s goes into the source, the norm or the linear layer that makes X; sources are found and checked
+(pair_finder.py).
 """
 
 from typing import ClassVar
@@ -25,16 +25,10 @@ def equalizing_scale(x_J: Tensor) -> Tensor:
 
 
 class LogarithmicEqualizationModifier(SmoothingModifier):
-    """Pull in the outliers of activations; the model computes what it did. Put it before what quantizes.
+    """Shrink the outliers of activations; the model computes the same. Put it before modifiers that quantize.
 
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of the layers whose inputs shall be smooth.
-        ignore: The same, for what is left out.
-        mappings: Pairs by hand, in place of those that are found: ``{smooth_layer: ..., balance_layers: [...]}`` or
-            ``[balance_layers, smooth_layer]``, names or patterns.
-
-    Raises:
-        ValueError: A pair given by hand is not invariant, or matches nothing.
+        targets: As in :class:`SmoothingModifier`, like ``ignore`` and ``mappings``.
     """
 
     technique: ClassVar[str] = "logarithmic_equalization"

@@ -1,23 +1,24 @@
-"""Smoothing pairs given by hand: a source and what it feeds, by name or pattern, for all blocks at once."""
+"""Smoothing pairs given by hand: a source and the layers that it feeds, by name or pattern, for all blocks at once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
 
 from lightning_compress.layers.matching import check_patterns, match_rank
 
-__all__ = ["Mapped", "parse", "resolve", "unmatched"]
+__all__ = ["Mapped", "parse", "resolve", "shared_prefix", "unmatched"]
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """One entry.
+    """One mapping.
 
     Args:
-        source: What the source matches: a dotted name, a ``re:`` pattern, a class.
-        consumers: What the modules match that it feeds.
+        source: Dotted name, ``re:`` pattern or class of the source.
+        consumers: Dotted names, ``re:`` patterns or classes of the modules that the source feeds.
     """
 
     source: str
@@ -25,7 +26,7 @@ class Mapped:
 
 
 def parse(entries: Sequence[Any]) -> list[Mapped]:
-    """Entries as users write them.
+    """Mappings from the entries of a recipe.
 
     Args:
         entries: ``{smooth_layer: ..., balance_layers: [...]}``, or ``[balance_layers, smooth_layer]``.
@@ -37,12 +38,12 @@ def parse(entries: Sequence[Any]) -> list[Mapped]:
     for number, entry in enumerate(entries):
         if isinstance(entry, Mapping):
             source, consumers = entry.get("smooth_layer"), entry.get("balance_layers")
-            fine = set(entry) == {"smooth_layer", "balance_layers"}
+            well_formed = set(entry) == {"smooth_layer", "balance_layers"}
         else:
-            fine = isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2
-            consumers, source = entry if fine else (None, None)
+            well_formed = isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2
+            consumers, source = entry if well_formed else (None, None)
         consumers = [consumers] if isinstance(consumers, str) else consumers
-        if not fine or not isinstance(source, str) or not isinstance(consumers, Sequence) or not consumers:
+        if not well_formed or not isinstance(source, str) or not isinstance(consumers, Sequence) or not consumers:
             raise ValueError(
                 f"mappings[{number}]={entry!r}: expected {{'smooth_layer': 're:.*input_layernorm', 'balance_layers': "
                 f"['re:.*q_proj', 're:.*k_proj', 're:.*v_proj']}}, or [balance_layers, smooth_layer]"
@@ -53,7 +54,7 @@ def parse(entries: Sequence[Any]) -> list[Mapped]:
 
 
 def resolve(mappings: Sequence[Mapped], modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Per source among ``modules`` the names of what it shall feed.
+    """For each source among ``modules`` the names of the modules that it feeds.
 
     Where an entry names several sources (experts), each gets the consumers that share most of its name.
     """
@@ -62,22 +63,18 @@ def resolve(mappings: Sequence[Mapped], modules: Mapping[str, nn.Module]) -> dic
         sources = [n for n, m in modules.items() if match_rank(n, m, mapped.source)]
         for name, module in modules.items():
             if sources and any(match_rank(name, module, c) for c in mapped.consumers):
-                nearest = max(sources, key=lambda source: _common(source, name))
+                nearest = max(sources, key=lambda source: shared_prefix(source, name))
                 resolved.setdefault(nearest, []).append(name)
     return resolved
 
 
 def unmatched(mappings: Sequence[Mapped], modules: Mapping[str, nn.Module]) -> list[tuple[int, str]]:
-    """(number, part) of the entries that match nothing in a model."""
-    parts = [(i, part) for i, mapped in enumerate(mappings) for part in (mapped.source, *mapped.consumers)]
-    return [(i, part) for i, part in parts if not any(match_rank(n, m, part) for n, m in modules.items())]
+    """(number of the mapping, pattern) for patterns that match nothing in a model."""
+    patterns = [(i, pattern) for i, mapped in enumerate(mappings) for pattern in (mapped.source, *mapped.consumers)]
+    return [(i, pattern) for i, pattern in patterns if not any(match_rank(n, m, pattern) for n, m in modules.items())]
 
 
-def _common(one: str, other: str) -> int:
-    """How many leading parts two names share."""
-    shared = 0
-    for a, b in zip(one.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared
+def shared_prefix(one: str, other: str) -> int:
+    """How many leading parts two dotted names share."""
+    equal = (a == b for a, b in zip(one.split("."), other.split("."), strict=False))
+    return sum(takewhile(bool, equal))

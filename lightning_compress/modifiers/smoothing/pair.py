@@ -1,4 +1,4 @@
-"""What a smoothing pair is: a source and its consumers, channel by channel."""
+"""A smoothing pair: a source and its consumers, channel by channel."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,11 +13,11 @@ SourceForm = Literal["rows", "weight", "one_plus_weight"]
 
 @dataclass(frozen=True)
 class Consumer:
-    """Where a scale goes in a module that is fed by a source.
+    """Where a scale goes in a module that a source feeds.
 
     Args:
-        axes: Parameter name -> the axis that runs over its input channels.
-        index_C: Per input channel its place among the scaled channels of the source, int64; -1 where it is not scaled.
+        axes: The axis that runs over input channels, by name of the parameter.
+        index_C: Index of each input channel into the scaled channels of the source, int64; -1 where it is not scaled.
     """
 
     axes: Mapping[str, int]
@@ -26,13 +26,13 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and all that it feeds: ``source / s`` and ``consumers * s`` leave the block's function as it was.
+    """A source and all that it feeds: ``source / s`` and ``consumers * s`` compute the same block.
 
     Args:
-        source: Dotted name.
+        source: Dotted name of the source.
         form: How the source holds its scale: in ``rows`` of its matrix, in a ``weight`` per channel, or in 1 + weight.
         channels_J: Output channels of the source that are scaled, int64.
-        consumers: By dotted name.
+        consumers: Modules that the source feeds, by dotted name.
     """
 
     source: str

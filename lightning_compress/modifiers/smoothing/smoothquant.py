@@ -3,7 +3,7 @@
     s_j = max|X_j|^a / max|W_j|^(1 - a)            eq. (4), per input channel j of all layers that one source feeds
     X' = X / s,  W' = W * s                        eq. (3): X' W'^T = X W^T
 
-1 / s goes into the source: the norm or the linear layer that makes X. Sources are found and checked (smoothing/).
+1 / s goes into the source: the norm or the linear layer that makes X. Sources are found and checked (pair_finder.py).
 """
 
 from typing import ClassVar
@@ -23,24 +23,18 @@ def smoothing_scale(x_J: Tensor, w_J: Tensor, strength: float) -> Tensor:
     Args:
         x_J: max |x| of each channel.
         w_J: max |w| of each channel.
-        strength: a in [0, 1]: 1 leaves all of the difficulty to the weights, 0 none of it.
+        strength: a in [0, 1]; 1 moves all of the difficulty to the weights, 0 none of it.
     """
     s_J = x_J.double().pow(strength) / w_J.double().pow(1 - strength)
     return torch.where((x_J > 0) & (w_J > 0), s_J.clamp(1e-5, 1e5), 1.0).float()
 
 
 class SmoothQuantModifier(SmoothingModifier):
-    """Make activations easy to quantize; the model computes what it did. Put it before what quantizes.
+    """Make activations easy to quantize; the model computes the same. Put it before modifiers that quantize.
 
     Args:
         smoothing_strength: a; 0.5 suits most models, 0.75 to 0.85 those with strong outliers.
-        targets: Class names, dotted names or ``re:`` patterns of the layers whose inputs shall be smooth.
-        ignore: The same, for what is left out.
-        mappings: Pairs by hand, in place of those that are found: ``{smooth_layer: ..., balance_layers: [...]}`` or
-            ``[balance_layers, smooth_layer]``, names or patterns.
-
-    Raises:
-        ValueError: A pair given by hand is not invariant, or matches nothing.
+        targets: As in :class:`SmoothingModifier`, like ``ignore`` and ``mappings``.
     """
 
     technique: ClassVar[str] = "smoothquant"

@@ -1,4 +1,4 @@
-"""AWQ: formula, grid, the exact error of a layer; ratio 0 is rounding to nearest, the best ratio is better."""
+"""AWQ on models: ratio 0 is rounding to nearest, the best ratio is better on held-out data."""
 
 import copy
 import gc
@@ -10,114 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress import AWQModifier, GPTQModifier, QuantizationModifier, compress
-from lightning_compress.modifiers.smoothing.awq import (
-    AT_ONCE,
-    CLIPS,
-    Point,
-    awq_scale,
-    clipped,
-    grid,
-    group_sizes,
-    layer_errors,
-    rounded_with,
-)
-from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.scales import minmax
-from lightning_compress.quant.schemes import from_groups
-from tests.support.quantization_runs import correlated
+from lightning_compress.modifiers.smoothing.awq_scales import awq_scale, grid, group_sizes, rounded_with
+from tests.support.quantization_runs import int4
 from tests.support.smoothing_models import FF, NAMES, C, Plain, batches, build, change, ignore, output, planted, targets
-
-
-def args(**weights):
-    return from_groups({"g": {"targets": ["Linear"], "weights": {"num_bits": 4, **weights}}})[0].weights
-
-
-GRAINS = {
-    "group": args(group_size=16),
-    "asymmetric": args(group_size=8, symmetric=False),
-    "channel": args(strategy="channel"),
-    "tensor": args(strategy="tensor"),
-}
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-# -- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def test_the_grid_begins_with_rounding_to_nearest():
-    assert grid(1, True) == grid(1, False) == [Point(0.0, False)]
-    assert [p.ratio for p in grid(5, False)] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert grid(4, True) == [Point(0.0, False), Point(0.0, True), Point(0.5, True), Point(1.0, True)]
-    for duo in (True, False):
-        points = grid(20, duo)
-        assert len(points) == len(set(points)) == 20
-        assert [p.is_identity for p in points] == [True] + [False] * 19
-
-
-def test_the_scale_is_that_of_the_paper():
-    x, w = torch.tensor([1.0, 4.0, 16.0, 0.0]), torch.tensor([0.5, 0.25, 0.125, 0.7])
-    plain = torch.tensor([1.0, 2.0, 4.0])
-    assert_close(awq_scale(x, w, Point(0.5, False))[:3], plain / 2)  # sqrt(max min) = 2
-    duo = plain / (w[:3].sqrt() + 1e-4)
-    assert_close(awq_scale(x, w, Point(0.5, True))[:3], duo / (duo.max() * duo.min()).sqrt())
-    for point in grid(20, True):
-        s = awq_scale(x, w, point)
-        assert s[3] == 1  # always zero: left alone
-        assert bool(((s > 0) & s.isfinite()).all())
-    assert torch.equal(awq_scale(x, w, Point(0.0, False)), torch.ones(4))
-
-
-@pytest.mark.parametrize("grain", GRAINS)
-def test_sizes_of_columns_within_their_groups(grain):
-    W = torch.randn(6, 32)
-    sizes = group_sizes(W, GRAINS[grain])
-    g = {"group": 16, "asymmetric": 8, "channel": 32, "tensor": 32}[grain]
-    for column in (0, 7, 19):
-        start = column // g * g
-        top = [W.abs().max() if grain == "tensor" else W[row, start : start + g].abs().max() for row in range(6)]
-        expected = torch.stack([W[row, column].abs() / (t + 1e-6) for row, t in enumerate(top)]).mean()
-        assert_close(sizes[column], expected)
-
-
-@pytest.mark.parametrize("grain", GRAINS)
-def test_the_error_of_a_layer_is_that_of_its_outputs(grain, monkeypatch):
-    """All points at once, against a loop that computes outputs."""
-    monkeypatch.setattr("lightning_compress.modifiers.smoothing.awq.AT_ONCE", 400)  # in pieces of two points
-    W, X, s_KC = torch.randn(6, 32), correlated(50, 32), torch.rand(5, 32) + 0.5
-    errors = layer_errors(W, s_KC, GRAINS[grain], X.t() @ X / len(X))
-    for s_C, error in zip(s_KC, errors, strict=True):
-        Y = X @ rounded_with(W, s_C, GRAINS[grain]).t()
-        assert float(error) == pytest.approx(float((Y - X @ W.t()).square().sum() / len(X)), rel=1e-3)
-    assert AT_ONCE > 400
-
-
-@pytest.mark.parametrize("grain", ["group", "asymmetric", "channel"])
-def test_clipping_takes_the_best_range_of_every_group(grain):
-    """Against a loop over rows, groups and ranges."""
-    grid_args = GRAINS[grain]
-    W, X = torch.randn(4, 32), correlated(80, 32)
-    W[1, 5] = 9.0
-    H = X.t() @ X / len(X)
-    found, g = clipped(W, grid_args, H), {"group": 16, "asymmetric": 8, "channel": 32}[grain]
-
-    def loss(cut, row, cols):
-        D = (round_weight(cut, *minmax(cut, grid_args), grid_args) - W)[row, cols]
-        return float(D @ H[cols, cols] @ D)
-
-    for row in range(4):
-        for start in range(0, 32, g):
-            cols = slice(start, start + g)
-            top = W[row, cols].abs().max()  # no float: an ulp decides how the limit is rounded
-            best = min(loss(W.clamp(-top * c, top * c), row, cols) for c in CLIPS)
-            assert loss(found, row, cols) == pytest.approx(best, rel=1e-4)
-    assert not torch.equal(found, W)
-
-
-# -- on models --------------------------------------------------------------------------------------------------------
 
 
 def scheme(name, bits=4, group=8):
@@ -130,7 +30,7 @@ def run(model, name, modifiers, data=None, **arguments):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_quantizing_the_model_computes_what_it_did(name):
+def test_without_quantizing_the_model_computes_the_same(name):
     model = planted(build(name), batches(name)[0])
     dense = copy.deepcopy(model)
     ledger = run(model, name, AWQModifier(**scheme(name, 3), ignore=ignore(model), quantize=False, n_grid=6))
@@ -142,11 +42,11 @@ def test_without_quantizing_the_model_computes_what_it_did(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "relu", "mixtral"])
 def test_ratio_0_is_rounding_to_nearest_bit_for_bit(name):
     dense = build(name)
-    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
-    run(ours, name, AWQModifier(**scheme(name), ignore=ignore(dense), n_grid=1))
+    awq, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    run(awq, name, AWQModifier(**scheme(name), ignore=ignore(dense), n_grid=1))
     run(plain, name, QuantizationModifier(**scheme(name), ignore=ignore(dense)))
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
-    assert any(not torch.equal(p, q) for p, q in zip(ours.parameters(), dense.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(awq.parameters(), plain.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(awq.parameters(), dense.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("name", "bits", "arguments"), [
@@ -162,28 +62,28 @@ def test_ratio_0_is_rounding_to_nearest_bit_for_bit(name):
 def test_better_than_rounding_on_held_out_data(name, bits, arguments):
     data, held_out = batches(name), batches(name, count=4, seed=9)
     dense = planted(build(name), data[0], factor=8)
-    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    awq, plain = copy.deepcopy(dense), copy.deepcopy(dense)
     setting = {**scheme(name, bits), "ignore": ignore(dense)}
-    run(ours, name, AWQModifier(**setting, **arguments), data)
+    run(awq, name, AWQModifier(**setting, **arguments), data)
     run(plain, name, QuantizationModifier(**setting), data)
-    assert change(ours, dense, held_out) < 0.9 * change(plain, dense, held_out)
+    assert change(awq, dense, held_out) < 0.9 * change(plain, dense, held_out)
 
 
 def test_the_best_point_is_the_best_of_the_grid():
-    """An attention-like parent, every point tried by hand."""
+    """An MLP as the parent, every point tried by hand."""
     data = batches("llama")
     model = planted(build("llama"), data[0], factor=8)
     dense = copy.deepcopy(model)
     run(model, "llama", AWQModifier(**scheme("llama", 3), ignore=["lm_head"], quantize=False, n_grid=7), data)
     layer, before = model.model.layers[0], dense.model.layers[0]
-    seen = []
-    handle = before.mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].detach()))
+    inputs = []
+    handle = before.mlp.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach()))
     masks = [batch["attention_mask"].bool() for batch in data]
     for batch in data:
         output(dense, batch)
     handle.remove()
-    x = torch.cat([s[m] for s, m in zip(seen, masks, strict=True)])
-    grid_args = args(num_bits=3, group_size=8)
+    x = torch.cat([x[m] for x, m in zip(inputs, masks, strict=True)])
+    grid_args = int4(num_bits=3, group_size=8)
     W = {name: before.mlp.get_submodule(name).weight.detach().clone() for name in ("gate_proj", "up_proj")}
     w = torch.stack([group_sizes(v, grid_args) for v in W.values()]).mean(0)
     errors, scales = [], [awq_scale(x.abs().mean(0), w, point) for point in grid(7, True)]
@@ -193,11 +93,11 @@ def test_the_best_point_is_the_best_of_the_grid():
             trial.get_submodule(name).weight.data = rounded_with(weight, s, grid_args)
         with torch.no_grad():
             errors.append(float((trial(x) - before.mlp(x)).square().mean()))
-    found = before.post_attention_layernorm.weight / layer.post_attention_layernorm.weight
-    assert_close(found, scales[errors.index(min(errors))], rtol=1e-3, atol=1e-4)
+    s = before.post_attention_layernorm.weight / layer.post_attention_layernorm.weight
+    assert_close(s, scales[errors.index(min(errors))], rtol=1e-3, atol=1e-4)
 
 
-def test_what_comes_behind_it_quantizes():
+def test_a_later_modifier_quantizes():
     data = batches("llama")
     dense = planted(build("llama"), data[0], factor=8)
     model = copy.deepcopy(dense)
@@ -216,26 +116,26 @@ def test_what_comes_behind_it_quantizes():
 
 
 def test_the_calls_of_one_block_are_in_memory(monkeypatch):
-    """What is kept of the parents of a block is gone when the next block is looked at."""
+    """The calls recorded for a block are deleted before the next block is searched."""
     from lightning_compress.modifiers.smoothing import awq
 
-    alive, seen = weakref.WeakSet(), []
-    keep_calls = awq.keep_calls
+    alive, counts = weakref.WeakSet(), []
+    record_calls = awq.record_calls
 
     def counted(*arguments):
         gc.collect()
-        seen.append(len(alive))
-        kept = keep_calls(*arguments)
-        alive.update(tensor for calls in kept.values() for tensor in calls.outputs)
+        counts.append(len(alive))
+        recorded = record_calls(*arguments)
+        alive.update(tensor for calls in recorded.values() for tensor in calls.outputs)
         assert alive
-        return kept
+        return recorded
 
-    monkeypatch.setattr(awq, "keep_calls", counted)
+    monkeypatch.setattr(awq, "record_calls", counted)
     run(build("llama"), "llama", AWQModifier(**scheme("llama"), ignore=["lm_head"], n_grid=3), batches("llama"))
-    assert seen == [0, 0]
+    assert counts == [0, 0]
 
 
-def test_the_walk_goes_on_with_what_is_rounded():
+def test_the_walk_goes_on_with_rounded_weights():
     """The second block's statistics come from the first one as it is afterwards."""
     data = batches("relu")
     together, apart = build("relu"), build("relu")
@@ -279,11 +179,8 @@ def test_layers_that_never_saw_data():
     assert torch.equal(before, model[0].spare.weight)
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
-
-
 class Split(nn.Module):
-    """One norm, two layers: no module but the model holds both."""
+    """One norm, two layers: only the model holds both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +199,7 @@ def test_an_awq_target_without_a_parent():
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     compress(models[0], AWQModifier(**scheme("flat"), mappings=by_hand, loss="layer"), batches("flat"))
-    compress(models[1], AWQModifier(**scheme("flat")), batches("flat"))  # found: measured layer by layer
+    compress(models[1], AWQModifier(**scheme("flat")), batches("flat"))  # without mappings: measured layer by layer
     compress(models[2], QuantizationModifier(**scheme("flat")), batches("flat"))
     assert torch.equal(models[0].a.weight, models[1].a.weight)
     assert not torch.equal(models[0].a.weight, models[2].a.weight)
@@ -336,7 +233,7 @@ def test_arguments_that_are_refused(arguments, message):
         AWQModifier(**arguments)
 
 
-def test_what_is_told_before_any_data_is_read():
+def test_errors_before_any_data_is_read():
     model = build("gelu")
     with pytest.raises(ValueError, match="group_size=128 is larger than the input columns"):
         run(model, "gelu", AWQModifier(scheme="W4A16"))

@@ -13,13 +13,13 @@ KINDS = {ChannelMax: lambda x: x.abs().amax(0), ChannelMean: lambda x: x.abs().m
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_splitting_the_batch_changes_nothing(kind, dtype):
     x = torch.randn(60, 8).to(dtype)
-    whole, parts = kind(8), kind(8)
-    whole.update(x)
+    at_once, pieces = kind(8), kind(8)
+    at_once.update(x)
     for piece in x.split([7, 0, 23, 30]):
-        parts.update(piece)
-    assert_close(whole.value(), parts.value())
-    assert_close(whole.value(), KINDS[kind](x.float()))
-    assert parts.tokens == 60
+        pieces.update(piece)
+    assert_close(at_once.value(), pieces.value())
+    assert_close(at_once.value(), KINDS[kind](x.float()))
+    assert pieces.tokens == 60
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -29,8 +29,8 @@ def test_two_ranks_are_one(kind):
     ranks[0].update(x[:13])
     ranks[1].update(x[13:])
     for name, how in kind.reduce.items():
-        ours, theirs = (torch.as_tensor(getattr(rank, name)) for rank in ranks)
-        setattr(ranks[0], name, torch.maximum(ours, theirs) if how == "max" else ours + theirs)
+        one, two = (torch.as_tensor(getattr(rank, name)) for rank in ranks)
+        setattr(ranks[0], name, torch.maximum(one, two) if how == "max" else one + two)
     assert_close(ranks[0].value(), KINDS[kind](x))
 
 

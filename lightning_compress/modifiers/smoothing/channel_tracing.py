@@ -1,10 +1,10 @@
-"""Which channels of a source lead to which inputs of which units, found by probing a block as it is.
+"""Which channels of a source lead to which input channels of which units, measured by probing a block.
 
-Each source in turn answers with channel j times 2^e_j while all units answer as before (units.py). Where a unit is then
-given exactly 2^e times what it was given before, its channel comes from a channel of the source with that e; a few runs
-with other exponents, the digits of j, tell which one. So v_proj -> attention -> o_proj is found with the repeated heads
-of GQA, up_proj -> gate -> down_proj, fc1 -> ReLU -> fc2, and the values of a fused qkv; a residual, a softmax, a GELU
-shows and rules the source out. Powers of two are exact in any floating dtype.
+Each source in turn returns channel j times 2^e_j while all other units return what they returned before
+(unit_probe.py). Where an input channel of a unit then is exactly 2^e times what it was, it comes from a channel of the
+source with that e; a few runs with other exponents, the digits of j, show which one. This finds v_proj -> attention ->
+o_proj with the repeated heads of GQA, up_proj -> gate -> down_proj, fc1 -> ReLU -> fc2, and the values of a fused qkv;
+a residual, a softmax or a GELU shows, and the source is ruled out. Powers of two are exact in any floating dtype.
 
 Shapes: R output channels of the source, J of them that are scaled, N tokens, C input channels of a consumer.
 """
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import is_transposed
-from lightning_compress.modifiers.smoothing.fold import kept, scale_consumer, scale_source
+from lightning_compress.modifiers.smoothing.fold import restored, scale_consumer, scale_source
+from lightning_compress.modifiers.smoothing.mappings import shared_prefix
 from lightning_compress.modifiers.smoothing.pair import Consumer, Pair, SourceForm
-from lightning_compress.modifiers.smoothing.units import Call, Recording, main_input, probe, relative_change
+from lightning_compress.modifiers.smoothing.unit_probe import Recording, UnitCall, probe, relative_change
 
 __all__ = ["sources_of", "trace"]
 
 EXPONENTS = (-3, -2, -1, 1, 2, 3)  # a digit of a channel's number; none is 0, so that every run shows every channel
-UNTOUCHED, UNKNOWN = -1, -2  # of an input channel: not fed by the source; always zero, so that nobody knows
+UNTOUCHED, UNKNOWN = -1, -2  # an input channel that the source does not feed; one that is always zero
 CLOSE = 1e-5
 
 
@@ -32,7 +33,7 @@ def sources_of(recording: Recording, frozen: set[int]) -> Iterator[tuple[str, So
     """Units that run once and whose output channels can be scaled, in the order of their calls.
 
     Args:
-        recording: Of the block.
+        recording: Recorded run of the block.
         frozen: ``id`` of parameters that must not change.
     """
     for name, calls in recording.calls.items():
@@ -50,31 +51,32 @@ def trace(
     frozen: set[int],
     head_counts: Sequence[int] = (),
 ) -> Pair | None:
-    """The pair of a source, or None: where what it feeds cannot all make up for a scale.
+    """The pair of a source; None where a scale of the source cannot be undone in all that it feeds.
 
     Args:
-        recording: Of the block.
+        recording: Recorded run of the block.
         run: Puts the recorded batch through the block again.
-        source: A unit.
-        form: How it holds its scale.
+        source: Name of the unit that is the source.
+        form: How the source holds its scale.
         frozen: ``id`` of parameters that must not change.
-        head_counts: Numbers of heads that may be in the block. Of a fused qkv only some channels can be scaled: the
+        head_counts: Numbers of heads that the block may have. Of a fused qkv only some channels can be scaled: the
             last ones, the first ones, or the last ones of each head.
     """
     output = recording.calls[source][0].output
     R = output.shape[-1]
     channels_J = torch.arange(R, device=output.device)
-    given, leaks = probe(recording, run, source, _factor(channels_J, R, 0))
-    if not given:
+    inputs, leaks = probe(recording, run, source, _factor(channels_J, R, 0))
+    if not inputs:
         return None
-    if leaks or any(_exponents(recording.calls[name], xs) is None for name, xs in given.items()):
-        widths = [x.shape[-1] for name in given for call in recording.calls[name] if (x := _main(call)) is not None]
+    if leaks or any(_exponents(recording.calls[name], xs) is None for name, xs in inputs.items()):
+        widths = [
+            x.shape[-1] for name in inputs for call in recording.calls[name] if (x := call.main_input) is not None
+        ]
         if form != "rows" or not widths or min(widths) >= R:  # not fused: it feeds nothing narrower
             return None
-        some_J = _part_that_scales(recording, run, source, R, head_counts)
-        if some_J is None:
+        if (scalable_J := _scalable_channels(recording, run, source, R, head_counts)) is None:
             return None
-        channels_J = some_J.to(output.device)
+        channels_J = scalable_J
     indices = _indices(recording, run, source, channels_J, R)
     return None if indices is None else _paired(recording, source, form, channels_J, indices, frozen)
 
@@ -82,21 +84,23 @@ def trace(
 # -- what is a source -------------------------------------------------------------------------------------------------
 
 
-def _form(unit: nn.Module, call: Call) -> SourceForm | None:
+def _form(unit: nn.Module, call: UnitCall) -> SourceForm | None:
     if isinstance(unit, nn.Linear) or is_transposed(unit):
         return "rows"
-    own = dict(unit.named_parameters(recurse=False))
+    parameters = dict(unit.named_parameters(recurse=False))
     R = call.output.shape[-1]
-    if "weight" not in own or own.keys() - {"weight", "bias"} or any(p.shape != (R,) for p in own.values()):
+    if not {"weight"} <= parameters.keys() <= {"weight", "bias"} or any(p.shape != (R,) for p in parameters.values()):
         return None
     channels = torch.arange(R, device=call.output.device)
     factor_R = _factor(channels, R, 0)
     forms: tuple[SourceForm, ...] = ("weight", "one_plus_weight")
     for form in forms:
-        with kept(unit):
+        with restored(unit):
             scale_source(unit, form, channels, 1 / factor_R)
             scaled = unit(*call.args, **call.kwargs)
-        if relative_change(call.output * factor_R.to(call.output.dtype), scaled) <= _tolerance(form, own["weight"]):
+        if relative_change(call.output * factor_R.to(call.output.dtype), scaled) <= _tolerance(
+            form, parameters["weight"]
+        ):
             return form
     return None
 
@@ -122,15 +126,11 @@ def _factor(channels_J: Tensor, R: int, digit: int) -> Tensor:
     return factor_R
 
 
-def _main(call: Call) -> Tensor | None:
-    return main_input(call.args, call.kwargs)
-
-
-def _exponents(calls: Sequence[Call], xs: Sequence[Tensor | None]) -> Tensor | None:
-    """Per input channel the e with x_now = 2^e x_before, NaN where it is always zero; None where there is no such e."""
+def _exponents(calls: Sequence[UnitCall], xs: Sequence[Tensor | None]) -> Tensor | None:
+    """e of each input channel with x_now = 2^e x_before, NaN where it is always zero; None where there is no such e."""
     merged: Tensor | None = None
     for call, now in zip(calls, xs, strict=True):
-        before = _main(call)
+        before = call.main_input
         if now is None or before is None or before.ndim < 2:
             return None
         if now.numel() == 0:
@@ -150,9 +150,9 @@ def _exponents(calls: Sequence[Call], xs: Sequence[Tensor | None]) -> Tensor | N
 
 
 def _exponents_of(before_NC: Tensor, now_NC: Tensor, close: float) -> Tensor | None:
-    size_C, at_C = before_NC.abs().max(0)
-    alive_C = size_C > 0
-    ratio_C = (now_NC.gather(0, at_C[None]) / before_NC.gather(0, at_C[None]))[0]
+    largest_C, row_C = before_NC.abs().max(0)
+    alive_C = largest_C > 0
+    ratio_C = (now_NC.gather(0, row_C[None]) / before_NC.gather(0, row_C[None]))[0]
     if not bool(((ratio_C > 0) & ratio_C.isfinite())[alive_C].all()):
         return None
     e_C = torch.where(alive_C, ratio_C.log2().round(), torch.nan)
@@ -164,14 +164,14 @@ def _exponents_of(before_NC: Tensor, now_NC: Tensor, close: float) -> Tensor | N
 def _indices(
     recording: Recording, run: Callable[[], Any], source: str, channels_J: Tensor, R: int
 ) -> dict[str, Tensor] | None:
-    """Per fed unit and input channel the place in ``channels_J`` it comes from; None where that does not hold."""
+    """For each input channel of each fed unit its index into ``channels_J``; None where a unit has no such index."""
     J, base, digit = len(channels_J), len(EXPONENTS), 0
-    found: dict[str, Tensor] = {}
+    indices: dict[str, Tensor] = {}
     while digit == 0 or base**digit < J:
-        given, leaks = probe(recording, run, source, _factor(channels_J, R, digit))
-        if leaks or (digit and given.keys() != found.keys()):
+        inputs, leaks = probe(recording, run, source, _factor(channels_J, R, digit))
+        if leaks or (digit and inputs.keys() != indices.keys()):
             return None
-        for name, xs in given.items():
+        for name, xs in inputs.items():
             if (e_C := _exponents(recording.calls[name], xs)) is None:
                 return None
             digits_C = torch.full_like(e_C, torch.nan)
@@ -179,22 +179,22 @@ def _indices(
                 digits_C[e_C == exponent] = value
             if (digits_C.isnan() & (e_C != 0) & ~e_C.isnan()).any():
                 return None  # a product of channels, or a power
-            place_C = (digits_C * base**digit).nan_to_num(0.0).long()
-            place_C = torch.where(e_C.isnan(), UNKNOWN, torch.where(e_C == 0, UNTOUCHED, place_C))
+            index_C = (digits_C * base**digit).nan_to_num(0.0).long()
+            index_C = torch.where(e_C.isnan(), UNKNOWN, torch.where(e_C == 0, UNTOUCHED, index_C))
             if digit:
-                before_C = found[name]
-                if ((before_C < 0) != (place_C < 0)).any():
+                lower_C = indices[name]
+                if ((lower_C < 0) != (index_C < 0)).any():
                     return None
-                place_C = torch.where(place_C < 0, place_C, before_C + place_C)
-            found[name] = place_C
+                index_C = torch.where(index_C < 0, index_C, lower_C + index_C)
+            indices[name] = index_C
         digit += 1
-    if any((index_C >= J).any() for index_C in found.values()):
+    if any((index_C >= J).any() for index_C in indices.values()):
         return None
-    return {name: _filled(index_C, found.values(), J) for name, index_C in found.items()}
+    return {name: _filled(index_C, indices.values(), J) for name, index_C in indices.items()}
 
 
 def _filled(index_C: Tensor, others: Any, J: int) -> Tensor:
-    """Channels that were always zero (a dead ReLU) go where the pattern of the others, or another unit, puts them."""
+    """Indices of channels that were always zero (a dead ReLU), by the pattern of the others or by another unit."""
     unknown_C, known_C = index_C == UNKNOWN, index_C >= 0
     if not unknown_C.any():
         return index_C
@@ -202,22 +202,22 @@ def _filled(index_C: Tensor, others: Any, J: int) -> Tensor:
     for other_C in others:
         if other_C.shape == index_C.shape and bool((other_C == index_C)[known_C & (other_C >= 0)].all()):
             filled_C = torch.where((filled_C == UNKNOWN) & (other_C >= 0), other_C, filled_C)
-    place_C = torch.arange(len(index_C), device=index_C.device)
-    shifts = (index_C - place_C)[known_C].unique()
+    channel_C = torch.arange(len(index_C), device=index_C.device)
+    shifts = (index_C - channel_C)[known_C].unique()
     if len(shifts) == 1:
-        guess_C = place_C + shifts[0]
+        guess_C = channel_C + shifts[0]
         filled_C = torch.where((filled_C == UNKNOWN) & (guess_C >= 0) & (guess_C < J), guess_C, filled_C)
     return filled_C.clamp(min=UNTOUCHED)
 
 
-def _part_that_scales(
+def _scalable_channels(
     recording: Recording, run: Callable[[], Any], source: str, R: int, head_counts: Sequence[int]
 ) -> Tensor | None:
-    """The most channels of a fused layer that scale: the last ones, the first ones, the last or first of each head."""
+    """As many channels of a fused layer as scale: the last or first ones, or the last or first ones of each head."""
 
     def fits(channels_J: Tensor) -> bool:
-        given, leaks = probe(recording, run, source, _factor(channels_J, R, 0))
-        return not leaks and all(_exponents(recording.calls[name], xs) is not None for name, xs in given.items())
+        inputs, leaks = probe(recording, run, source, _factor(channels_J, R, 0))
+        return not leaks and all(_exponents(recording.calls[name], xs) is not None for name, xs in inputs.items())
 
     device = recording.calls[source][0].output.device
     best = torch.arange(0, device=device)
@@ -233,7 +233,7 @@ def _part_that_scales(
     return best if len(best) else None
 
 
-# -- what makes up for a scale ----------------------------------------------------------------------------------------
+# -- where a scale is undone ------------------------------------------------------------------------------------------
 
 
 def _paired(
@@ -248,12 +248,12 @@ def _paired(
     used_J = used_J[used_J >= 0]
     if not len(used_J):
         return None
-    place_J = torch.full_like(channels_J, UNTOUCHED)
-    place_J[used_J] = torch.arange(len(used_J), device=place_J.device)
+    renumbered_J = torch.full_like(channels_J, UNTOUCHED)
+    renumbered_J[used_J] = torch.arange(len(used_J), device=channels_J.device)
     consumers: dict[str, Consumer] = {}
     for name, old_C in indices.items():
         unit = recording.units[name]
-        index_C = torch.where(old_C >= 0, place_J[old_C.clamp(min=0)], UNTOUCHED)
+        index_C = torch.where(old_C >= 0, renumbered_J[old_C.clamp(min=0)], UNTOUCHED)
         axes = None if _is_frozen(unit, frozen) else _axes(unit, recording.calls[name], index_C, len(used_J))
         if axes is None:
             return None
@@ -263,13 +263,13 @@ def _paired(
     return Pair(source, form, channels_J[used_J], consumers)
 
 
-def _axes(unit: nn.Module, calls: Sequence[Call], index_C: Tensor, J: int) -> dict[str, int] | None:
-    """The axes of the parameters that run over input channels: those along which a scale makes up for one of x."""
-    own = dict(unit.named_parameters(recurse=False))
+def _axes(unit: nn.Module, calls: Sequence[UnitCall], index_C: Tensor, J: int) -> dict[str, int] | None:
+    """The axes of the parameters that run over input channels: a scale along them undoes one of x."""
+    parameters = dict(unit.named_parameters(recurse=False))
     C = len(index_C)
-    options = [[a for a in reversed(range(p.ndim)) if p.shape[a] == C] + [None] for p in own.values()]
-    call = max(calls, key=lambda c: x.numel() if (x := _main(c)) is not None else 0)
-    x = _main(call)
+    options = [[a for a in reversed(range(p.ndim)) if p.shape[a] == C] + [None] for p in parameters.values()]
+    call = max(calls, key=lambda c: x.numel() if (x := c.main_input) is not None else 0)
+    x = call.main_input
     assert x is not None
     exponents = torch.tensor(EXPONENTS, device=x.device, dtype=torch.float32)
     s_J = torch.exp2(exponents[torch.arange(J, device=x.device) % len(EXPONENTS)])
@@ -277,9 +277,9 @@ def _axes(unit: nn.Module, calls: Sequence[Call], index_C: Tensor, J: int) -> di
     args = tuple(divided if a is x else a for a in call.args)
     kwargs = {key: divided if value is x else value for key, value in call.kwargs.items()}
     for choice in sorted(product(*options), key=lambda axes: sum(a is not None for a in axes)):
-        axes = {name: axis for name, axis in zip(own, choice, strict=True) if axis is not None}
+        axes = {name: axis for name, axis in zip(parameters, choice, strict=True) if axis is not None}
         if axes:
-            with kept(unit):
+            with restored(unit):
                 scale_consumer(unit, Consumer(axes, index_C), s_J)
                 output = unit(*args, **kwargs)
             if relative_change(call.output, output) <= CLOSE:
@@ -288,32 +288,33 @@ def _axes(unit: nn.Module, calls: Sequence[Call], index_C: Tensor, J: int) -> di
 
 
 def _add_silent(recording: Recording, source: str, consumers: dict[str, Consumer], frozen: set[int]) -> bool:
-    """Experts that got no token of this batch are fed as their siblings are; False when one of them must not change."""
+    """Add experts that received no token of this batch like their siblings; False when one of them must not change."""
     silent = [n for n in recording.units if all(_is_empty(call) for call in recording.calls.get(n, []))]
     for name, consumer in list(consumers.items()):
         for other in silent:
-            if other not in consumers and _siblings(name, other, source):
-                unit, model = recording.units[other], recording.units[name]
-                shapes = [{n: p.shape for n, p in u.named_parameters(recurse=False)} for u in (unit, model)]
-                if shapes[0] != shapes[1]:
-                    continue
-                if _is_frozen(unit, frozen):
-                    return False
-                consumers[other] = consumer
+            if other in consumers or not _are_siblings(name, other, source):
+                continue
+            shapes = [
+                {key: p.shape for key, p in recording.units[unit].named_parameters(recurse=False)}
+                for unit in (name, other)
+            ]
+            if shapes[0] != shapes[1]:
+                continue
+            if _is_frozen(recording.units[other], frozen):
+                return False
+            consumers[other] = consumer
     return True
 
 
-def _is_empty(call: Call) -> bool:
-    x = _main(call)
+def _is_empty(call: UnitCall) -> bool:
+    x = call.main_input
     return x is not None and x.numel() == 0
 
 
-def _siblings(name: str, other: str, source: str) -> bool:
-    """Whether two names differ in numbers alone, behind what ``name`` has in common with the source."""
-    ours, theirs, parts = name.split("."), other.split("."), source.split(".")
-    common = 0
-    while common < min(len(ours), len(parts)) and ours[common] == parts[common]:
-        common += 1
-    if len(ours) != len(theirs) or ours[:common] != theirs[:common]:
+def _are_siblings(one: str, other: str, source: str) -> bool:
+    """Whether two names differ in numbers alone, and only behind the prefix that the first shares with the source."""
+    parts, other_parts = one.split("."), other.split(".")
+    prefix = shared_prefix(one, source)
+    if len(parts) != len(other_parts) or parts[:prefix] != other_parts[:prefix]:
         return False
-    return all(a == b or (a.isdecimal() and b.isdecimal()) for a, b in zip(ours, theirs, strict=True))
+    return all(a == b or (a.isdecimal() and b.isdecimal()) for a, b in zip(parts, other_parts, strict=True))
