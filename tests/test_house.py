@@ -22,7 +22,6 @@ WIDE_SIGNATURES = {
 }
 LONG_FILES = {
     "callback.py",
-    "core/modifier.py",
     "modifiers/rotation/basis_tracer.py",
     "training/post_training.py",
 }

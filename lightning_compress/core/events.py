@@ -1,8 +1,8 @@
-r"""What happens to a model, and when: the events that modifiers act on.
+r"""The events that modifiers act on, and their clock.
 
 One run, every event in its place::
 
-    INITIALIZE                          # before optimizers exist: masks, scales, fake-quant go on
+    INITIALIZE                          # before optimizers exist: set up masks, scales, fake-quantization
     for batch in training:
         BATCH_START
         loss = training_step(batch)
@@ -10,16 +10,16 @@ One run, every event in its place::
         loss.backward()
         OPTIM_PRE_STEP                  # only when the optimizer will step
         optimizer.step()
-        OPTIM_POST_STEP                 # only when it did: not while gradients accumulate, not when AMP skipped
+        OPTIM_POST_STEP                 # only when it did: not while gradients accumulate, not when AMP skips
         BATCH_END
-    TRAINING_END                        # once, also when no training took place; what needs no data acts now
-    CALIBRATION_START                   # only if a modifier calibrates: hooks go on
+    TRAINING_END                        # once, also when no training took place; modifiers without data act
+    CALIBRATION_START                   # only if a modifier calibrates: hooks are set
     BLOCK_SURVEYED                      # per block, for modifiers that survey: all batches went through the dense model
     for block in model's blocks:
         every batch through the block
             MODULE_READY                # one-pass walk only: these modules have seen all their inputs
         BLOCK_END                       # the block has seen all its inputs
-    CALIBRATION_END                     # hooks come off; targets that never saw data are named
+    CALIBRATION_END                     # hooks are removed; targets without data are named
     FINALIZE
 
 An :class:`Event` carries the clock. Three units measure it: optimizer steps, epochs (steps / steps_per_epoch)
@@ -61,8 +61,8 @@ class Event:
     """One event and the clock at that moment.
 
     Args:
-        type_: What happened.
-        global_step: Optimizer steps that were really made before this moment (skipped fp16 steps do not count).
+        type_: Type of the event.
+        global_step: Optimizer steps made before this moment (skipped fp16 steps do not count).
         global_batch: Training batches started before this one.
         steps_per_epoch: Optimizer steps in an epoch; None where it is unknown (an endless loader).
         total_steps: Optimizer steps in the whole run; None where it is unknown.

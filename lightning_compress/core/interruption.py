@@ -19,7 +19,7 @@ def marked_when_interrupted(model: nn.Module, rows: Callable[[], int]) -> Iterat
     """Mark the model when the block inside raises and has changed it; an error before any change leaves no mark.
 
     Args:
-        model: What is compressed inside.
+        model: Model that is compressed inside.
         rows: How many rows the ledger has: each compressed module adds one.
     """
     before, count = _samples(model), rows()

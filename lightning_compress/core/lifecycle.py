@@ -1,8 +1,8 @@
 """Ordered modifiers, and the events that reach them.
 
-The lifecycle checks that events come in an order that can be, hands each to the modifiers in recipe order, and
-keeps what a checkpoint needs. It knows neither Lightning nor calibration: whoever drives the run calls
-:meth:`Lifecycle.emit`. Whatever the precision of the run, handlers find float32 as default dtype, and no autocast.
+The lifecycle checks the order of events, passes each to the modifiers in recipe order, and holds the state that a
+checkpoint needs. It knows neither Lightning nor calibration: the callback, ``compress`` and the walk call
+:meth:`Lifecycle.emit`. Handlers run with float32 as default dtype and without autocast, whatever the run's precision.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ class Lifecycle:
     """The modifiers of one run.
 
     Args:
-        modifiers: In recipe order; two of one class are welcome.
+        modifiers: Modifiers in recipe order; a class may occur twice.
     """
 
     def __init__(self, modifiers: Sequence[Modifier]):
@@ -64,7 +64,7 @@ class Lifecycle:
             if not isinstance(modifier, Modifier):
                 raise ValueError(f"expected a Modifier, got {type(modifier).__name__}: {modifier!r}")
         if len({id(m) for m in modifiers}) < len(modifiers):
-            raise ValueError("the same modifier object stands twice in the recipe; make two of them")
+            raise ValueError("the same modifier object is in the recipe twice; create two")
         self.modifiers = list(modifiers)
         self.last: EventType | None = None
 
@@ -78,11 +78,11 @@ class Lifecycle:
 
     @plain_precision()
     def initialize(self, state: State, event: Event | None = None, **kwargs: Any) -> None:
-        """Initialize every modifier; when one fails, hooks of all come off and the error goes on.
+        """Initialize every modifier; when one fails, the hooks of all are removed and the error is raised.
 
         Raises:
-            ValueError: Two modifiers claim the same of one module, and the later does not go on from the earlier; it
-                names all three. Or nobody goes on from one that hands over. Or two cannot work side by side.
+            ValueError: Two modifiers claim the same work on a module and the later does not continue from the earlier
+                (all three are named), a modifier hands over and none continues, or two cannot work side by side.
         """
         with self._hooks_off_on_error():
             self._check_claims(state)
@@ -104,9 +104,9 @@ class Lifecycle:
         for (module, what), (key, modifier) in owners.items():
             if modifier.needs.hand_over:
                 raise ValueError(
-                    f"{key} has start={modifier.start}, so it will {what} {module!r} while training goes on, and no "
-                    f"modifier after it in the recipe goes on from that; add one, such as a QATModifier of the same "
-                    f"targets, scheme and start, or leave start out: then it acts after training"
+                    f"{key} has start={modifier.start}, so it will {what} {module!r} during training, and no "
+                    f"later modifier of the recipe trains on from the result; add one, such as a QATModifier with the "
+                    f"same targets, scheme and start, or leave start out: then it acts after training"
                 )
 
     def _check_pairs(self, state: State) -> None:
@@ -117,7 +117,7 @@ class Lifecycle:
 
     @plain_precision()
     def finalize(self, state: State, **kwargs: Any) -> None:
-        """Finalize every modifier; when one fails, hooks of all come off and the error goes on."""
+        """Finalize every modifier; when one fails, the hooks of all are removed and the error is raised."""
         with self._hooks_off_on_error():
             for modifier in self.modifiers:
                 modifier.finalize(state, **kwargs)
@@ -125,13 +125,13 @@ class Lifecycle:
 
     @plain_precision()
     def emit(self, state: State, event: Event, only: Sequence[Modifier] | None = None, **kwargs: Any) -> None:
-        """Hand an event to the modifiers, in order.
+        """Pass an event to the modifiers, in order.
 
         Args:
-            state: What they may see.
-            event: What happened.
-            only: Calibration may address some of the modifiers.
-            **kwargs: Go to the handlers as they are.
+            state: State at this event.
+            event: The event and its clock.
+            only: Modifiers that get it; None: all.
+            **kwargs: Passed on to the handlers.
 
         Raises:
             ValueError: The event cannot follow the one before it, or is INITIALIZE or FINALIZE (these are methods).
@@ -143,7 +143,7 @@ class Lifecycle:
             modifier.update_event(state, event, **kwargs)
 
     def handing_over(self, event: Event) -> "Lifecycle | None":
-        """Who calibrates before the batch that begins with ``event``, with all that only watch; None: nobody does."""
+        """Modifiers that calibrate before the batch of ``event``, and those of training; None where none calibrates."""
         due = [m.needs.hand_over and not m.handed_over and m.should_start(event) for m in self.modifiers]
         if not any(due):
             return None
@@ -151,20 +151,20 @@ class Lifecycle:
 
     @property
     def after_training(self) -> "Lifecycle":
-        """Who calibrates when training is over: all but those that hand over before."""
+        """Modifiers that act after training: all but those that hand over before."""
         return Lifecycle([m for m in self.modifiers if not m.needs.hand_over])
 
     @property
     def acting(self) -> bool:
-        """Whether the events of the batch that has begun can reach a handler of any modifier."""
+        """True when the events of this batch can reach a handler of a modifier."""
         return any(m.acting for m in self.modifiers)
 
     def skip_batch(self) -> None:
-        """No modifier is acting, so whoever drives the run leaves out the other events of this batch."""
+        """Note that the other events of this batch are left out, as no modifier acts."""
         self.last = None
 
     def check_order(self, type_: EventType | None) -> None:
-        """Note that an event happens now; ValueError names both when it cannot follow the last one."""
+        """Note an event; ValueError names it and the last one when it cannot follow that."""
         if type_ is None or type_ not in _BEFORE:
             raise ValueError(f"{type_} is not emitted; call initialize() or finalize()")
         if self.last not in _BEFORE[type_]:
@@ -174,7 +174,7 @@ class Lifecycle:
         self.last = type_
 
     def abort(self) -> None:
-        """An exception ended the run: take all hooks off, forget the open batch."""
+        """Remove all hooks and forget the open batch, after an exception."""
         for modifier in self.modifiers:
             modifier.interrupt()
         self.last = None
@@ -189,14 +189,14 @@ class Lifecycle:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """No modifier's hook acts inside; nests, and gives back what was before."""
+        """Pause the hooks of all modifiers; can be nested."""
         with ExitStack() as stack:
             for modifier in self.modifiers:
                 stack.enter_context(modifier.paused())
             yield
 
     def set_token_mask(self, mask: Tensor | None) -> None:
-        """Tell the modifiers which tokens of the batch that runs now are no padding."""
+        """Give the modifiers the mask of the tokens of the current batch that are not padding."""
         for modifier in self.modifiers:
             modifier._token_mask = mask
 
@@ -214,14 +214,14 @@ class Lifecycle:
 
     @plain_precision()
     def weights_loaded(self, state: dict[str, Any]) -> None:
-        """The weights of a checkpoint are back in the model; ``state`` is what :meth:`state_dict` gave then."""
+        """The weights of a checkpoint are loaded; ``state`` is what :meth:`state_dict` returned when it was saved."""
         for key, modifier in zip(self.keys(), self.modifiers, strict=True):
             if key in state:
                 modifier.on_weights_loaded(state[key])
 
     @plain_precision()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the checkpoint holds other modifiers than this recipe."""
+        """Restore what :meth:`state_dict` returned; ValueError when the modifiers are not those of this recipe."""
         if list(state) != self.keys():
             raise ValueError(
                 f"the checkpoint was written with the modifiers {list(state)}, this recipe has {self.keys()}; "
@@ -235,7 +235,7 @@ def _clash(module: str, what: str, first: str, earlier: Modifier, second: str, l
     hint = ""
     would_hand_over = earlier.model_copy(update={"start": later.start}).needs.hand_over
     if would_hand_over and type(later).takes_over is not Modifier.takes_over:
-        hint = f"; give {first} the start of {second} if that shall go on from its result"
+        hint = f"; give {first} the start of {second} if {second} must train on from its result"
     return (
         f"two modifiers of the recipe {what} {module!r}, {first} and {second}; give them different targets, or let one "
         f"of them ignore it{hint}"

@@ -1,4 +1,4 @@
-"""What a modifier may see at an event. Plain frozen data, built by the caller; never global."""
+"""State: what a handler sees at an event. Frozen data that the caller builds; never global."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ __all__ = ["State"]
 
 @dataclass(frozen=True)
 class State:
-    """The world as one event sees it.
+    """Model, batch and calibration data at one event.
 
     Args:
         model: The model that is compressed (not the LightningModule around it).
@@ -25,17 +25,17 @@ class State:
         block: At BLOCK_SURVEYED, BLOCK_END and MODULE_READY the block that is calibrated; None for modules outside of
             all blocks.
         block_name: Its dotted name inside ``model``; empty outside of all blocks.
-        modules: At BLOCK_SURVEYED and BLOCK_END every module of the block, at MODULE_READY those whose inputs are
-            complete, by their dotted name inside ``model``.
-        replay: At BLOCK_END, for a modifier that must see the block at work again: ``replay(i)`` puts calibration batch
-            ``i`` through it as it is now and returns what comes out (None where the run ends before that). No
-            modifier's hook acts then, and ``token_mask`` is that batch's. None: no data, or its inputs are gone.
+        modules: At BLOCK_SURVEYED and BLOCK_END every module of the block, at MODULE_READY those with complete
+            inputs, by their dotted name inside ``model``.
+        replay: At BLOCK_END, for a modifier that must see the block at work again: ``replay(i)`` runs the block
+            on calibration batch ``i`` and returns its output (None where the run ends before that), with hooks paused
+            and that batch's ``token_mask``. None: no data, or the inputs are no longer stored.
         dense: At BLOCK_END, for a modifier that asks for it (``needs.dense_outputs``): ``dense(i)`` is the hidden
             state that the block gave for batch ``i`` before anything was done to it, its input coming from dense blocks
-            too, on the device where inputs are kept. None: nobody asks, these modules are no block, or the hidden state
-            is not the first tensor that it returns.
+            too, on the device where inputs are kept. None: no modifier asks, these modules are not a block, or the
+            hidden state is not the first tensor that it returns.
         batches: How many batches ``replay`` knows.
-        ledger: Where facts on modules go.
+        ledger: Ledger of the facts on modules.
         distributed: True when several ranks calibrate together.
     """
 

@@ -38,7 +38,7 @@ def test_something_else_than_a_modifier(recording):
 
 def test_one_object_twice(recording):
     modifier = recording()
-    with pytest.raises(ValueError, match="the same modifier object stands twice in the recipe"):
+    with pytest.raises(ValueError, match="the same modifier object is in the recipe twice; create two"):
         Lifecycle([modifier, modifier])
 
 

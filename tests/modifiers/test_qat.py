@@ -371,13 +371,13 @@ def test_without_training_the_recipe_is_gptq():
     [
         (
             [GPTQModifier(scheme="W4A16", group_size=8), QATModifier(scheme="W4A16", group_size=8)],
-            "two modifiers.*quantize '0'.*give GPTQModifier the start of QATModifier if that shall go on from its",
+            "two modifiers.*quantize '0'.*give GPTQModifier the start of QATModifier if QATModifier must",
         ),
         (from_gptq()[::-1], "two modifiers of the recipe quantize '0', QATModifier and GPTQModifier"),
-        (from_gptq()[:1], "has start=0.0, so it will quantize '0' while training goes.*add one, such as a QAT"),
+        (from_gptq()[:1], "has start=0.0, so it will quantize '0' during training.*add one, such as a QAT"),
         (
             [from_gptq()[0], QATModifier(scheme="W3A16", group_size=8, targets=["0"])],
-            "GPTQModifier has start=0.0, so it will quantize '2' while training goes on",
+            "GPTQModifier has start=0.0, so it will quantize '2' during training",
         ),
         (
             [from_gptq(2)[0], from_gptq(5)[1]],

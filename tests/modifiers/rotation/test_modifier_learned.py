@@ -117,5 +117,5 @@ def test_nothing_to_learn_from_is_an_error():
 )
 @pytest.mark.parametrize(("window", "named"), [({"start": 0}, "start=0"), ({"start": 2, "end": 5}, "start=2, end=5")])
 def test_a_window_in_training_is_refused_where_the_work_is_done_after_it(made, window, named):
-    with pytest.raises(ValueError, match=f"{named} would do nothing: .*Modifier works on calibration data, once train"):
+    with pytest.raises(ValueError, match=f"{named} would do nothing: .*Modifier acts after training, on the final"):
         made(**window)
