@@ -1,8 +1,30 @@
-"""Signatures of modifiers for the site: the fields of a pydantic model are its arguments (an extension of griffe)."""
+"""Docstrings as the site shows them: fields of modifiers are their arguments, roles are code (griffe loads it)."""
 
+import re
 from typing import Any
 
-from griffe import Class, ExprCall, ExprKeyword, Extension, Function, Package, Parameter, ParameterKind, Parameters
+from griffe import (
+    Class,
+    ExprCall,
+    ExprKeyword,
+    Extension,
+    Function,
+    Object,
+    Package,
+    Parameter,
+    ParameterKind,
+    Parameters,
+)
+
+ROLE = re.compile(r":(?:class|func|meth|mod|attr):`~?(?:[\w.]+\.)?(\w+)`")
+
+
+class PlainRoles(Extension):
+    """Shows ``:class:`~package.module.Name``` as ``Name``, and ``text::`` above an example as ``text:``."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"::$", ":", ROLE.sub(r"`\1`", obj.docstring.value), flags=re.MULTILINE)
 
 
 class FieldsAsArguments(Extension):

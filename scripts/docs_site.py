@@ -17,6 +17,10 @@ PAGES = {
 }
 
 
+# An enumeration explains its members in one text, not each by itself: they are shown without one.
+MEMBERS = {"EventType": "\n    options: {show_if_no_docstring: true}"}
+
+
 def public_names() -> dict[str, str]:
     """Each name at the top of the package -> the module that it comes from; this imports no torch."""
     sys.path.insert(0, str(ROOT))
@@ -35,7 +39,9 @@ def api_pages() -> dict[str, str]:
     if strangers := [name for name in rest if not name.endswith("Modifier")]:
         raise ValueError(f"no page for {', '.join(strangers)}; name one in PAGES of scripts/docs_site.py")
     return {
-        f"api/{page}.md": "\n\n".join([f"# {title}", *(f"::: {modules[name]}.{name}" for name in names or rest)])
+        f"api/{page}.md": "\n\n".join(
+            [f"# {title}", *(f"::: {modules[name]}.{name}{MEMBERS.get(name, '')}" for name in names or rest)]
+        )
         for page, (title, names) in PAGES.items()
     }
 

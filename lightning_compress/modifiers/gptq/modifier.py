@@ -69,7 +69,7 @@ class GPTQModifier(LayerwiseQuantizer):
     """Quantize weights with GPTQ on calibration data.
 
     Args:
-        targets, ignore, scheme, group_size, config_groups: As in
+        targets: What is quantized; this, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are as in
             :class:`~lightning_compress.quant.arguments.QuantizationArguments`.
         block_size: Columns after which errors reach all columns still to come; changes speed, not results.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal. ``auto``: of 0.01, 0.03, 0.1 and
