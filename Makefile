@@ -122,8 +122,9 @@ same-bytes: $(READY)  ## whether exports are the same as at the commit BASE=main
 house:  ## lengths, nesting, arguments, cycles, mirrored tests of the package (ARGS="--against main" shows both)
 	$(PYTHON) scripts/house.py $(ARGS)
 
-format: $(READY)  ## let ruff mend and format; write the names of the modifiers for type checkers
+format: $(READY)  ## let ruff mend and format; write the modifiers' names for type checkers, their arguments for editors
 	$(BIN)/python -m scripts.modifier_stub
+	$(BIN)/python -m scripts.recipe_schemas
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,4 +1,4 @@
-"""The JSON schema of recipe files, for editors, from the pydantic models:  python scripts/recipe_schemas.py
+"""The JSON schema of recipe files, for editors, from the pydantic models:  make format
 
 It is written to conf/compress/recipe.schema.json.
 An entry of ``modifiers`` is checked against the modifier that its ``_target_`` (or ``type``) names, or else against the

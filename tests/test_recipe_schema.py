@@ -1,6 +1,5 @@
 """The schema that editors check recipes against: as the models are now, true to every recipe, useful in mistakes."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import yaml
 
 from lightning_compress import CompressionCallback
 from lightning_compress.recipe import load_recipe
+from scripts import recipe_schemas
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf" / "compress"
@@ -28,12 +28,9 @@ def errors(validator, recipe):
 
 
 def test_the_schema_is_that_of_the_models():
-    spec = importlib.util.spec_from_file_location("recipe_schemas", ROOT / "scripts" / "recipe_schemas.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    written = script.SCHEMA.read_text(encoding="utf-8")
-    assert written == script.as_text(script.recipe_schema()) + "\n", (
-        "run  python scripts/recipe_schemas.py  and commit what it writes"
+    written = recipe_schemas.SCHEMA.read_text(encoding="utf-8")
+    assert written == recipe_schemas.as_text(recipe_schemas.recipe_schema()) + "\n", (
+        "run  make format  (or python -m scripts.recipe_schemas) and commit what it writes"
     )
 
 

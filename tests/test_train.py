@@ -235,6 +235,13 @@ def test_nothing_to_do_is_refused(app_config: Any, library: str) -> None:
         app.train(app_config(*TINY, library, "train=false", "test=false"))
 
 
+def test_a_wrong_argument_is_refused_before_data_and_model_are_made(app_config: Any) -> None:
+    cfg = app_config("+compress=gptq_w4", "callbacks.compress.modifiers.gptq.schema=W8A16")
+    cfg.data._target_ = cfg.model._target_ = "not.there"
+    with pytest.raises(Exception, match="unknown argument 'schema'; did you mean 'scheme'"):
+        app.train(cfg)
+
+
 def test_a_logger_among_the_callbacks_is_refused() -> None:
     from lightning.pytorch.callbacks import Callback
 
