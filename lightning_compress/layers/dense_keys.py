@@ -1,7 +1,7 @@
-"""A parametrized weight that is saved and loaded as if it were none: the dense weight under its own name, nothing else.
+"""A parametrized weight that is saved and loaded as a plain one: the dense weight under its own name, nothing else.
 
-What a parametrization holds beside it (learned scales, logits of masks) is parameters for the optimizer, and kept in a
-checkpoint by whoever put it on.
+Other parameters of a parametrization (learned scales, logits of masks) are for the optimizer; the modifier that put the
+parametrization on keeps them in its own state.
 """
 
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ P = TypeVar("P", bound=nn.Module)
 
 
 def put_on(module: nn.Module, parametrization: nn.Module) -> None:
-    """Let the weight of a module pass through a parametrization, after those that are there."""
+    """Let the weight of a module pass through a parametrization, after existing ones."""
     parametrize.register_parametrization(module, "weight", parametrization)
     module.register_state_dict_post_hook(_dense_keys_out)
     module.register_load_state_dict_pre_hook(_dense_keys_in)
@@ -38,23 +38,23 @@ def original_weight(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def take_off(module: nn.Module, kind: type[nn.Module], leave_parametrized: bool) -> None:
-    """Take a parametrization off; the last one takes the hooks with it.
+    """Remove a parametrization, and with the last one the hooks.
 
     Args:
-        module: Where it is.
-        kind: Its class.
+        module: The parametrized module.
+        kind: Class of the parametrization.
         leave_parametrized: True: all parametrizations come off, and the weight keeps the value that they gave it.
             False: only this one does, and the weight keeps the value that it was made from.
     """
-    parts = module.get_submodule("parametrizations.weight")
-    if not leave_parametrized and sum(1 for _ in parts.children()) > 1:
-        assert isinstance(parts, nn.ModuleList)
-        del parts[next(i for i, part in enumerate(parts) if isinstance(part, kind))]
+    steps = module.get_submodule("parametrizations.weight")
+    if not leave_parametrized and sum(1 for _ in steps.children()) > 1:
+        assert isinstance(steps, nn.ModuleList)
+        del steps[next(i for i, step in enumerate(steps) if isinstance(step, kind))]
         return
     parametrize.remove_parametrizations(module, "weight", leave_parametrized)
     for name in [name for name in module._parameters if name != "weight"]:
         module._parameters[name] = module._parameters.pop(name)  # the weight comes first, as before
-    # by identity, not by kept handles: those would not survive copy.deepcopy of the model
+    # by identity: handles would not survive copy.deepcopy of the model
     for hooks, function in (
         (module._state_dict_hooks, _dense_keys_out),
         (module._load_state_dict_pre_hooks, _dense_keys_in),
@@ -74,7 +74,7 @@ def unparametrize(module: nn.Module) -> None:
 
 
 def remove_hook(hooks: dict[int, Any], function: Any) -> None:
-    """Take a function off one of a module's tables of hooks."""
+    """Remove a function from one of the tables of hooks of a module."""
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
         del hooks[key]
 
@@ -94,7 +94,7 @@ def _dense_keys_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 
 def _dense_keys_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load a dense weight; all else stays as it is."""
+    """Load a dense weight; other parameters stay as they are."""
     if prefix + "weight" in state_dict:
         state_dict[prefix + ORIGINAL] = state_dict.pop(prefix + "weight")
     for name, parameter in module.get_submodule("parametrizations.weight").named_parameters():

@@ -1,7 +1,7 @@
 """One projection of one expert: a Linear whose weight is a slice of the tensor that holds all experts.
 
-It owns nothing. The fused tensor stays the one parameter, so that the keys of ``state_dict``, the optimizer and the
-number of parameters are those of the dense model; what is written into the slice is written into that tensor.
+It owns no parameter. The fused tensor stays the only one, so that the keys of ``state_dict``, the optimizer and the
+number of parameters are those of the dense model; values written into the slice are written into that tensor.
 
 Shapes: E experts, F rows of the fused tensor [E, F, C] (gate above up), R rows and C columns of the slice.
 """
@@ -19,15 +19,15 @@ class ExpertLinear(nn.Linear):
     """``y = x W^T`` with W = fused[expert, rows].
 
     Args:
-        home: The module with the fused tensor; it is not registered below this one.
+        home: The module with the fused tensor; it is not a submodule of this one.
         fused: Name of that tensor there, [E, F, C].
-        expert: Which expert.
+        expert: Index of the expert.
         rows: First and last row plus one, inside of F.
     """
 
     def __init__(self, home: nn.Module, fused: str, expert: int, rows: tuple[int, int]):
         nn.Module.__init__(self)
-        self._home: tuple[nn.Module, str] = (home, fused)  # a tuple, so that it is no submodule
+        self._home: tuple[nn.Module, str] = (home, fused)  # a tuple, so that it does not become a submodule
         self.fused, self.expert, self.rows = fused, expert, rows
         self.in_features, self.out_features = home.get_parameter(fused).shape[-1], rows[1] - rows[0]
         self.register_parameter("bias", None)
@@ -43,9 +43,9 @@ class ExpertLinear(nn.Linear):
         home, fused = self._home
         return home.get_parameter(fused)
 
-    def slice_of(self, whole: Tensor) -> Tensor:
-        """This expert's [R, C] of a tensor that is laid out as the fused one."""
-        return whole[self.expert, slice(*self.rows)]
+    def slice_of(self, fused: Tensor) -> Tensor:
+        """The slice [R, C] of this expert in a tensor with the layout of the fused one."""
+        return fused[self.expert, slice(*self.rows)]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = super().__call__(x, *args, **kwargs)
@@ -59,5 +59,5 @@ def mark_tokens(x_NC: Tensor, tokens_N: Tensor) -> Tensor:
 
 
 def tokens_of(x_NC: Tensor) -> Tensor | None:
-    """What :func:`mark_tokens` noted."""
+    """The tokens that :func:`mark_tokens` noted, or None."""
     return getattr(x_NC, _TOKENS, None)

@@ -3,8 +3,8 @@
 The one file that knows how Linear, Conv1d, Conv2d and the Conv1D of Hugging Face's GPT-2 store their weight: all else
 sees W [R, C] and X [P, N, C] with y = x W^T.
 
-An embedding (Embedding, EmbeddingBag) has a W too, a row for each token, but multiplies nothing: tokens look their row
-up, y = W[token]. Its error is that of the rows themselves, each apart: there are no inputs that weigh columns.
+An embedding (Embedding, EmbeddingBag) has a W too, with a row for each token, but multiplies nothing: a token selects
+its row, y = W[token]. Its error is the error of each row by itself: there are no inputs that weigh columns.
 
 Shapes: R rows (output features; of an embedding tokens), C columns (inputs of one output; of an embedding its
 features), N tokens (a convolution: places of the window), P partitions (groups of a grouped convolution, each with its
@@ -45,9 +45,9 @@ def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bo
     """ValueError names a module whose weight cannot be read or written, and says why and what to do.
 
     Args:
-        modules: What a modifier will change, by dotted name.
-        verb: What it does to them, such as ``quantize``.
-        in_place: It does arithmetic in place, which tensors made under ``torch.inference_mode`` do not allow.
+        modules: Modules that a modifier will change, by dotted name.
+        verb: What the modifier does to them, such as ``quantize``.
+        in_place: Whether it computes in place, which tensors made under ``torch.inference_mode`` do not allow.
     """
     faults = {name: fault for name, module in modules.items() if (fault := _weight_fault(module, in_place))}
     for name, fault in faults.items():
@@ -57,13 +57,13 @@ def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bo
 
 
 def _weight_fault(module: nn.Module, in_place: bool) -> str | None:
-    """Why the weight is none to work with, and what to do; None too where the module has no weight at all."""
+    """Why the weight cannot be used, and what to do; None where it can, or where the module has no weight."""
     if isinstance(module, ExpertLinear) or isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
-        return None  # whoever asks looks at those himself
-    own = module._parameters
-    if "weight" not in own:
+        return None  # the callers check those
+    parameters = module._parameters
+    if "weight" not in parameters:
         return _computed(module)
-    weight = own["weight"]
+    weight = parameters["weight"]
     if weight is None:
         return "its weight is None; give it one"
     if weight.is_meta:
@@ -82,13 +82,13 @@ def _weight_fault(module: nn.Module, in_place: bool) -> str | None:
 
 
 def _computed(module: nn.Module) -> str | None:
-    """Why ``weight`` is not a Parameter of its own; None where there is no such thing."""
-    own = module._parameters
-    if "weight_g" in own:
+    """Why ``weight`` is not a Parameter of the module; None where the module has no ``weight``."""
+    parameters = module._parameters
+    if "weight_g" in parameters:
         return "torch.nn.utils.weight_norm computes its weight; call torch.nn.utils.remove_weight_norm(module) first"
-    if "weight_orig" in own and "weight_mask" in module._buffers:
+    if "weight_orig" in parameters and "weight_mask" in module._buffers:
         return "torch.nn.utils.prune computes its weight; call torch.nn.utils.prune.remove(module, 'weight') first"
-    if "weight_orig" in own:
+    if "weight_orig" in parameters:
         return "torch.nn.utils.spectral_norm computes its weight; call torch.nn.utils.remove_spectral_norm first"
     weight = getattr(module, "weight", None)
     if callable(weight) and not isinstance(weight, Tensor):
@@ -109,7 +109,7 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """True when its weight is a table whose rows are looked up."""
+    """True when its weight is a table whose rows are selected by token."""
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and isinstance(_stored(module), nn.Parameter)
 
 
@@ -128,11 +128,11 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
 
 
 def _stored(module: nn.Module) -> Any:
-    """The weight, or what it is computed from by parametrizations that pass it as it is in the end (they say so)."""
+    """The weight, or the parameter behind parametrizations with ``passes_in_the_end``, which leave it as it is."""
     lists = getattr(module, "parametrizations", None)
     if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
         return getattr(module, "weight", None)
-    passing = all(getattr(part, "passes_in_the_end", False) for part in lists["weight"].children())
+    passing = all(getattr(step, "passes_in_the_end", False) for step in lists["weight"].children())
     return module.get_parameter("parametrizations.weight.original") if passing else None
 
 
@@ -141,7 +141,7 @@ def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
 
     Args:
         module: The layer.
-        like: In place of the weight a tensor that is laid out like its parameter, such as the gradient.
+        like: A tensor in the layout of the parameter, such as the gradient, to be used in place of the weight.
     """
     if not (is_supported(module) or is_embedding(module)):
         kinds = f"{SUPPORTED}, or an embedding"
@@ -181,12 +181,12 @@ def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> 
             (the batch may be missing) for convolutions.
         mask: True for tokens that count, bool [batch, tokens]. It applies where the leading shape of x is the mask's,
             where x holds the same tokens flattened into one dimension, or some of them (layers/expert.py); other
-            inputs are taken whole.
+            inputs are not masked.
     """
     if not isinstance(module, CONVOLUTIONS):
         if mask is not None and x.ndim > 1:
             mask = mask.to(x.device)
-            if (tokens_N := tokens_of(x)) is not None:  # those that the router sent
+            if (tokens_N := tokens_of(x)) is not None:  # tokens that the router sent here
                 x = x[mask.flatten()[tokens_N]]
             elif x.shape[:-1] == mask.shape:
                 x = x[mask]
@@ -197,13 +197,15 @@ def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> 
 
 
 def only_input(name: str, inputs: tuple[Any, ...]) -> Tensor:
-    """The tensor among the positional arguments of a call, which is what hooks see.
+    """The tensor among the positional arguments of a call, which hooks get.
 
     Raises:
-        ValueError: It came as a keyword argument; the message names the module.
+        ValueError: It was passed by keyword; the message names the module.
     """
     if not inputs:
-        raise ValueError(f"{name!r} was called with keywords alone, which hooks cannot see; call it as layer(x)")
+        raise ValueError(
+            f"{name!r} was called with keyword arguments alone, which hooks do not get; call it as layer(x)"
+        )
     return inputs[0]
 
 
@@ -221,7 +223,7 @@ def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
-    """(left, right) of each dimension, the last one first, as ``F.pad`` wants it."""
+    """(left, right) of each dimension, the last one first, as ``F.pad`` expects."""
     pads: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
         if module.padding == "same":
@@ -233,5 +235,5 @@ def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """The Conv1D of transformers (weight [in, out]), told by its name so that transformers need not be installed."""
+    """The Conv1D of transformers (weight [in, out]), recognized by name so that transformers need not be installed."""
     return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)

@@ -1,4 +1,4 @@
-"""A fused mixture as modules: one Linear for each expert and projection, for whoever hooks, solves and packs Linears.
+"""A fused mixture as modules: a Linear for each expert and projection, which hooks, solvers and packing work on.
 
 transformers 5 holds the experts of a layer in two parameters, gate_up_proj [E, 2 I, H] and down_proj [E, H, I]. Here
 the module that owns them gets a child for each expert,
@@ -7,8 +7,8 @@ the module that owns them gets a child for each expert,
     experts.0.up_proj     rows [I, 2 I)                         experts.1.gate_proj   ...
 
 that are views (layers/expert.py): no weight is copied and no parameter is added. The forward pass goes through the
-children as long as one of them is watched or quantizes its input, expert after expert, and through the module's own
-code otherwise.
+children, expert after expert, as long as one of them has a hook or quantizes its input, and through the code of the
+module otherwise.
 
 Shapes: N tokens of a batch, K experts per token, E experts, H hidden, I inside of an expert.
 """
@@ -45,7 +45,7 @@ def is_split(module: nn.Module) -> bool:
 
 def split(model: nn.Module) -> list[str]:
     """Give fused experts their children; names of those that had none. A mixture of another layout gets a warning."""
-    done = []
+    names = []
     for name, module in list(model.named_modules()):
         if (fault := _fault(module)) is None or is_split(module):
             continue
@@ -63,12 +63,12 @@ def split(model: nn.Module) -> list[str]:
             child.down_proj = ExpertLinear(module, "down_proj", expert, (0, module.get_parameter("down_proj").shape[1]))
             module.add_module(str(expert), child.train(module.training))
         module.forward = MethodType(_forward, module)
-        done.append(clean_name(name))
-    return done
+        names.append(clean_name(name))
+    return names
 
 
 def join(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Take the children off again, of all fused experts or of those named, where none of them carries a record."""
+    """Remove the children again, of all fused experts or of those named, where no child carries a record."""
     for name, module in list(model.named_modules()):
         if not is_split(module) or (names is not None and clean_name(name) not in names):
             continue
@@ -77,7 +77,7 @@ def join(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
 
 def unsplit(module: nn.Module) -> None:
-    """Take the children off one module that :func:`is_split`, whatever they carry."""
+    """Remove the children of one module that :func:`is_split`, whatever they carry."""
     for expert in [name for name, _ in module.named_children() if name.isdigit()]:
         delattr(module, expert)
     del module.__dict__["forward"]
@@ -85,7 +85,7 @@ def unsplit(module: nn.Module) -> None:
 
 @contextmanager
 def split_while(model: nn.Module) -> Iterator[None]:
-    """Inside, fused experts have their children; afterwards those have that are quantized."""
+    """Inside, fused experts have their children; afterwards only those that are quantized keep them."""
     names = split(model)
     try:
         yield
@@ -98,9 +98,9 @@ def watched(model: nn.Module, all_experts: bool = False) -> Iterator[None]:
     """Inside, tokens are counted; afterwards experts that the router sent none are named, in a warning.
 
     Args:
-        model: Its fused experts have their children already.
-        all_experts: Every watched expert gets every token, and there is no such warning. What the mixture returns
-            stays what the router makes of it.
+        model: A model whose fused experts have their children already.
+        all_experts: Every expert with a hook gets every token, and there is no such warning. The output of the
+            mixture is still the one that the router chooses.
     """
     mixtures = {clean_name(name): module for name, module in model.named_modules() if is_split(module)}
     for module in mixtures.values():
@@ -117,27 +117,27 @@ def watched(model: nn.Module, all_experts: bool = False) -> Iterator[None]:
         for name, counts in counted.items()
         if counts and not all_experts
     }
-    if told := [f"{name} ({', '.join(experts)})" for name, experts in unseen.items() if experts]:
+    if unused := [f"{name} ({', '.join(experts)})" for name, experts in unseen.items() if experts]:
         warnings.warn(
-            f"the router sent no calibration token to the experts of {'; '.join(told)}: what needs data is only "
+            f"the router sent no calibration token to the experts of {'; '.join(unused)}: what needs data is only "
             f"rounded there, or left as it was; calibrate on more tokens, or set moe_calibrate_all_experts=True",
             stacklevel=3,
         )
 
 
 def _fault(module: nn.Module) -> str | None:
-    """None: no fused experts; else why they cannot be split, empty where they can."""
-    own = dict(module.named_parameters(recurse=False))  # not _parameters: a scripted module has another kind
-    down, both = own.get("down_proj"), own.get("gate_up_proj")
+    """Why fused experts cannot be split; empty where they can, None where a module has no fused experts."""
+    parameters = dict(module.named_parameters(recurse=False))  # not _parameters: a scripted module has another kind
+    down, both = parameters.get("down_proj"), parameters.get("gate_up_proj")
     if down is None or down.ndim != 3:
         return None
     if both is None:
         return "they have no gate_up_proj of gate and up in one tensor"
-    if getattr(module, "has_bias", "gate_up_proj_bias" in own):
+    if getattr(module, "has_bias", "gate_up_proj_bias" in parameters):
         return "they have biases"
-    ordered = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
+    is_ordered = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
     E, H, inner = down.shape
-    if not ordered or both.shape != (E, 2 * inner, H) or not callable(getattr(module, "_apply_gate", None)):
+    if not is_ordered or both.shape != (E, 2 * inner, H) or not callable(getattr(module, "_apply_gate", None)):
         return "their weights lie transposed or interleaved"
     if getattr(module, "has_post_expert_norm", False):
         return "they have a norm behind each expert"
@@ -159,7 +159,7 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     Args:
         self: The module with the fused tensors.
         hidden_states: [N, H].
-        top_k_index: [N, K], an index of E or above stands for no expert.
+        top_k_index: [N, K]; an index of E or above means no expert.
         top_k_weights: [N, K].
     """
     if not any(linear._forward_pre_hooks for linear in _linears(self)):

@@ -1,4 +1,4 @@
-"""The arguments that every quantizing modifier shares: what is quantized, and how."""
+"""The arguments that every quantizing modifier shares: which modules are quantized, and how."""
 
 import warnings
 from functools import cached_property
@@ -21,8 +21,8 @@ class QuantizationArguments(BaseModel):
     """Mixin of modifiers.
 
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
-        ignore: The same, for what is left out.
+        targets: Class names, dotted names or ``re:`` patterns of the modules that are quantized, with ``scheme``.
+        ignore: Class names, dotted names or ``re:`` patterns of modules that are left out.
         scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), a mapping of presets to their targets, or one
             scheme in full: ``{weights: {num_bits: 4, group_size: auto}}``.
         group_size: Takes the place of the preset's group size; -1 for one scale per row. Of a list each module gets the
@@ -31,11 +31,11 @@ class QuantizationArguments(BaseModel):
     """
 
     every_format: ClassVar[bool] = False
-    """True when it finds scales and rounds by quant.scales and quant.fake_quant alone, so that formats work whose
-    scales have a format of their own, or are shared by blocks."""
+    """True for a modifier that finds scales and rounds by quant.scales and quant.fake_quant alone, so that formats work
+    whose scales have a format of their own, or are shared by blocks."""
 
     embeddings: ClassVar[Embeddings] = "refused"
-    """What becomes of embeddings among the targets."""
+    """How embeddings among the targets are treated."""
 
     targets: Names = ["Linear"]
     ignore: Names = []
@@ -50,10 +50,10 @@ class QuantizationArguments(BaseModel):
         if (self.scheme is None) == (self.config_groups is None):
             came = "neither" if self.scheme is None else "both"
             raise ValueError(f"expected either scheme (such as 'W4A16') or config_groups, got {came}")
-        usual = type(self).model_fields["targets"].default  # recipes as dumped, and LightningCLI, spell it out
+        usual = type(self).model_fields["targets"].default  # dumped recipes and LightningCLI write the default
         if not (isinstance(self.scheme, str) or self._is_inline) and self.targets not in (usual, *usual):
             field = "config_groups" if self.scheme is None else "scheme as a mapping"
-            raise ValueError(f"targets and {field} exclude each other: the targets stand inside; leave targets out")
+            raise ValueError(f"targets and {field} exclude each other: the targets are inside; leave targets out")
         if self.group_size is not None and (self.scheme is None or self._is_inline):
             field = "config_groups" if self.scheme is None else "a scheme in full"
             raise ValueError(f"group_size and {field} exclude each other: write group_size inside, under weights")
@@ -75,7 +75,7 @@ class QuantizationArguments(BaseModel):
             assert isinstance(self.scheme, dict)
             return from_inline(self.scheme, listed(self.targets))
         targets = listed(self.targets)
-        presets: Any = self.scheme  # values that are mappings are refused there
+        presets: Any = self.scheme  # from_presets refuses values that are mappings
         return from_presets(presets, targets, self.group_size)
 
     @property
@@ -91,13 +91,13 @@ class QuantizationArguments(BaseModel):
         """One quantizer for each module: :meth:`lightning_compress.core.Modifier.claims`."""
         ignore = listed(self.ignore)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # assign will say it again
+            warnings.simplefilter("ignore")  # assign warns again
             names = {name for scheme in self.schemes for name in select_weights(state.model, scheme.targets, ignore)}
         return dict.fromkeys(sorted(names), "quantize")
 
     @property
     def planned(self) -> dict[str, QuantizationScheme]:
-        """What :meth:`assign` found last."""
+        """The last result of :meth:`assign`."""
         return dict(self._planned)
 
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
@@ -107,7 +107,7 @@ class QuantizationArguments(BaseModel):
             self._planned = assign(model, self.schemes, ignore, self.embeddings)
             return dict(self._planned)
         except GroupSizeError as error:
-            override = getattr(self, "override", None)  # of a modifier that Hydra built
+            override = getattr(self, "override", None)  # where Hydra built the modifier
             if override is None or (argument := self._group_size_of(error.scheme)) is None:
                 raise
             raise ValueError(f"{error}{override(argument, error.size)}") from None

@@ -1,11 +1,11 @@
-"""Quantize and dequantize in one go, through compressed-tensors, so that what runs here is what a reload computes.
+"""Quantize and dequantize at once, through compressed-tensors, so that a model computes the same after a reload.
 
-Without gradients, since compressed-tensors works under ``no_grad``; those of inputs pass straight through.
+There is no gradient for weights, since compressed-tensors works under ``no_grad``; that of inputs passes through.
 
 Dynamic scales of ``token``: compressed-tensors keeps dimensions 0 and 1 of an input. That is one scale per token of
 [batch, tokens, features], but one scale for all rows of [batch, features], and one per input channel of an image, which
 varies along the sum of the convolution and so has no integer kernel. Here a row has a scale of its own, and so has each
-sample of a convolution. Whatever has three dimensions or more is left to compressed-tensors.
+sample of a convolution. Inputs of three dimensions and more are left to compressed-tensors.
 """
 
 import torch
@@ -27,7 +27,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
-    """The nearest point of the grid for every weight, worked out in float32 or wider, in the dtype of W.
+    """The nearest point of the grid for every weight, computed in float32 or wider, in the dtype of W.
 
     Args:
         W_RC: [R, C].
@@ -53,7 +53,7 @@ def latent_of(A_RC: Tensor, Q_RC: Tensor, scale: Tensor, zero_point: Tensor | No
 
     Args:
         A_RC: Values before rounding, [R, C].
-        Q_RC: The weight that was made of them, on the grid, in its own dtype.
+        Q_RC: The weight on the grid that they were rounded to, in its own dtype.
         scale: As for :func:`round_weight`.
         zero_point: As for :func:`round_weight`.
         args: As for :func:`round_weight`.
@@ -70,9 +70,9 @@ def fake_quantize_input(
     zero_point: Tensor | None,
     global_scale: Tensor | None = None,
 ) -> Tensor:
-    """An activation on its grid: scales from x itself when ``args.dynamic``, else the calibrated ones.
+    """An activation on its grid, with scales from x when ``args.dynamic`` and calibrated ones otherwise.
 
-    NVFP4 has both: scales of 16 columns from x itself, and ``global_scale``, [1], from calibration. The gradient of the
+    NVFP4 has both: scales of 16 columns from x, and ``global_scale``, [1], from calibration. The gradient of the
     value goes to x unchanged.
     """
     if x.numel() == 0:

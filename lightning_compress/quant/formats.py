@@ -1,10 +1,10 @@
-"""Formats of small floats, and of scales that are no plain floats.
+"""Formats of small floats, and of scales that are not plain floats.
 
     E2M1 (4 bits)   0 .5 1 1.5 2 3 4 6               E2M3 (6 bits)   up to 7.5         E4M3 (8 bits)   up to 448
     NVFP4           E2M1, for 16 columns a scale in E4M3, for the tensor one in float32:  w = c * s / g
     MXFP4, 6, 8     E2M1, E2M3, E4M3, for 32 columns a scale that is a power of two (E8M0, OCP Microscaling v1.0)
 
-In this package the scale of a weight is always what its codes are multiplied by, in float32 for these formats: s / g
+In this package the scale of a weight is always the factor of its codes, in float32 for these formats: s / g
 for NVFP4 (g = 448 * 6 / max|W|, so that the largest s is the largest E4M3 number). compressed-tensors decompresses them
 to bfloat16, whatever the model's dtype; so their dequantized values are rounded to bfloat16 here too, and what runs
 here is what a reload computes.
@@ -45,7 +45,7 @@ def global_scale_of(low: Tensor, high: Tensor) -> Tensor:
 
 
 def stored_as(W_RC: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> Tensor:
-    """Dequantized weights as the loader has them, in ``dtype``: microscaled ones pass through bfloat16."""
+    """Dequantized weights as a loader computes them, in ``dtype``: microscaled ones pass through bfloat16."""
     return (W_RC.to(torch.bfloat16) if is_microscaled(args) else W_RC).to(dtype)
 
 
@@ -53,7 +53,7 @@ def nearby_scales(scale_RG: Tensor, args: QuantizationArgs, global_scale: Tensor
     """Scales that the format can store around those of a microscaled weight, [R, G] each.
 
     Args:
-        scale_RG: From the extremes, float32.
+        scale_RG: Scales from the extremes, float32.
         args: The format.
         global_scale: g of NVFP4, [1].
     """

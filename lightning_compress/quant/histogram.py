@@ -1,7 +1,7 @@
-"""A histogram whose bins are those of a short float: it needs no range beforehand, and any two of them add up.
+"""A histogram whose bins are those of a short float: it needs no range beforehand, and histograms can be added.
 
-Bins are (sign, exponent, first mantissa bits) of a number, so that each is 3 % wide. How tokens are batched, in which
-order they come and over how many ranks they are spread changes nothing: counts are summed.
+A bin is the sign, the exponent and the first mantissa bits of a number, and is 3 % wide. Batches, their order and the
+number of ranks change nothing: counts are summed.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["BINS", "bins_of", "edges", "points"]
 
-MANTISSA, LOWEST, EXPONENTS = 32, -32, 64  # bins per octave; 2^-32 ... 2^32, what lies outside goes into the last
+MANTISSA, LOWEST, EXPONENTS = 32, -32, 64  # bins per octave; 2^-32 ... 2^32, the last bin holds all beyond
 BINS = 2 * MANTISSA * EXPONENTS  # in the order of the numbers: negative ones first
 SPREAD = 4  # points that stand for a bin
 
@@ -34,12 +34,12 @@ def edges() -> tuple[Tensor, Tensor]:
 
 
 def points(counts: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Values that stand for what was counted, their counts, and how wide a stretch each stands for; float64 [points].
+    """Values that represent the counted numbers, their counts, and the width of each value; float64 [points].
 
     Args:
-        counts: Of each bin.
-        low: The smallest number counted; no value lies below.
-        high: The largest.
+        counts: Count of each bin.
+        low: The smallest number that was counted; no value lies below it.
+        high: The largest number that was counted.
     """
     seen = counts > 0
     lower, upper = (end[seen, None].clamp(low, high) for end in edges())

@@ -1,7 +1,7 @@
 """Keys and values of attention on a grid, where they enter the cache: after the rotary embedding, before the product.
 
-compressed-tensors does it so when it loads a ``kv_cache_scheme``: the attention module gets a stand-in for its cache,
-and what is handed to ``update`` is quantized first; also where there is no cache. Here the stand-in lives for one call,
+compressed-tensors does the same when it loads a ``kv_cache_scheme``: the attention module gets a stand-in for its
+cache, which quantizes the arguments of ``update``, also where there is no cache. Here the stand-in lives for one call,
 and the module carries a record as quantized layers do: state dicts keep their keys.
 
 Shapes: B batch, H heads of keys and values, T tokens, D numbers per head.
@@ -48,7 +48,7 @@ class QuantizedCache(Record):
 
     Args:
         args: The grid.
-        k_scale: [1], or [H, 1, 1] per head; None where scales are found as it runs.
+        k_scale: [1], or [H, 1, 1] per head; None where scales are dynamic.
         v_scale: As k_scale.
         k_zero_point: As k_scale, int8; None on a symmetric grid too.
         v_zero_point: As k_zero_point.
@@ -68,7 +68,7 @@ class QuantizedCache(Record):
 
     @staticmethod
     def tensor_names(args: QuantizationArgs) -> tuple[str, ...]:
-        """What there is beside the grid, by its names here and in checkpoints."""
+        """Names of the tensors beside the grid, here and in checkpoints."""
         if args.dynamic:
             return ()
         scales, zeros = ("k_scale", "v_scale"), ("k_zero_point", "v_zero_point")
@@ -86,7 +86,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unread_caches(model: nn.Module) -> list[str]:
-    """Attention modules with a record whose cache the installed compressed-tensors would leave as it is."""
+    """Attention modules with a record whose cache the installed compressed-tensors would not quantize."""
     caches = QuantizedCache.find(model).items()
     return [clean_name(name) for name, (module, _) in caches if not is_cached_attention_module(module)]
 
@@ -97,27 +97,27 @@ def _takes_cache(module: nn.Module) -> bool:
 
 
 def _keyword(module: nn.Module) -> str | None:
-    """The name under which ``forward`` takes its cache; None where it takes none."""
+    """The keyword argument of ``forward`` for the cache; None where there is none."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in _KEYWORDS if name in parameters), None)
 
 
 def with_stand_in(module: nn.Module, kwargs: Mapping[str, Any], change: Change) -> dict[str, Any]:
-    """The keyword arguments of a call, keys and values passing through ``change`` on their way into the cache.
+    """The keyword arguments of a call, with keys and values changed by ``change`` where they enter the cache.
 
     Args:
         module: An attention module of transformers.
-        kwargs: Of the call.
-        change: (keys, values) [B, H, T, D] each, to the ones that are used.
+        kwargs: Keyword arguments of the call.
+        change: Function of (keys, values), [B, H, T, D] each, that returns the ones to be used.
     """
     name = _keyword(module) or _KEYWORDS[-1]
-    there = next((kwargs[keyword] for keyword in _KEYWORDS if kwargs.get(keyword) is not None), None)
+    cache = next((kwargs[keyword] for keyword in _KEYWORDS if kwargs.get(keyword) is not None), None)
     others = {key: value for key, value in kwargs.items() if key not in _KEYWORDS}
-    return {**others, name: _StandIn(there, change)}
+    return {**others, name: _StandIn(cache, change)}
 
 
 class _StandIn:
-    """A cache, or none, whose ``update`` changes what comes in; all else is the cache's own."""
+    """A cache, or None, whose ``update`` changes keys and values first; other attributes are those of the cache."""
 
     def __init__(self, cache: Any, change: Change):
         self._cache, self._change = cache, change

@@ -1,8 +1,8 @@
-"""Statistics that watch an activation and say which range its static grid shall cover, for the whole tensor.
+"""Observers: statistics of an activation that choose the range of its static grid, one for the whole tensor.
 
-    minmax           the extremes ever seen
+    minmax           the extremes of all data
     moving_average   low <- low + c (low_batch - low), and so for high
-    mse              the shrunken extremes with the least sum |error|^2.4 over all that was seen, by a histogram
+    mse              the shrunken extremes with the least sum |error|^2.4 over all values, by a histogram
     percentile       all but the outermost 0.01 % at either end, by the same histogram
     histogram        the shrunken extremes with the least KL divergence (entropy calibration), by the same histogram
 
@@ -40,7 +40,7 @@ ObserverName = Literal["minmax", "moving_average", "mse", "percentile", "histogr
 
 
 class Observer(ABC):
-    """What they share: numbers ``low``, ``high`` and the scale that follows from them.
+    """Base class of observers: numbers ``low`` and ``high``, and the scale that follows from them.
 
     Args:
         args: The grid.
@@ -54,24 +54,24 @@ class Observer(ABC):
         self.batches = 0
 
     def update(self, x: Tensor) -> None:
-        """Take one activation, of any shape, any floating dtype.
+        """Add one activation, of any shape and any floating dtype.
 
         Raises:
-            ValueError: It holds NaN or Inf.
+            ValueError: The activation holds NaN or Inf.
         """
         low, high = (float(v) for v in x.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"its input {self.batches} (counted from 0) holds NaN or Inf")
-        self._take(x.detach(), low, high)
+        self._add(x.detach(), low, high)
         self.batches += 1
 
     @abstractmethod
-    def _take(self, x: Tensor, low: float, high: float) -> None:
-        """One activation, and its extremes, which are finite."""
+    def _add(self, x: Tensor, low: float, high: float) -> None:
+        """Add an activation with its extremes, which are finite."""
 
     @property
     def is_dead(self) -> bool:
-        """True when it saw data, and all of it was 0: the scale then stands in for one."""
+        """True when all data was 0: the scale is then a placeholder."""
         return self.batches > 0 and self.bounds() == (0.0, 0.0)
 
     def bounds(self) -> tuple[float, float]:
@@ -82,7 +82,7 @@ class Observer(ABC):
         """Scale [1] in ``dtype`` and zero point [1], None on a symmetric grid.
 
         Raises:
-            ValueError: It never saw data.
+            ValueError: There was no data.
         """
         if not self.batches:
             raise ValueError("an observer that never saw data has no scale; calibrate first")
@@ -97,11 +97,11 @@ class Observer(ABC):
 
 
 class MinMax(Observer):
-    """The extremes ever seen. Order and size of batches change nothing."""
+    """The extremes of all data. Order and size of batches change nothing."""
 
     reduce = {"low": "min", "high": "max", "batches": "sum"}
 
-    def _take(self, x: Tensor, low: float, high: float) -> None:
+    def _add(self, x: Tensor, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
 
@@ -120,7 +120,7 @@ class MovingAverage(Observer):
         self.constant, self.ranks = averaging_constant, 0  # ranks that saw data
         self.low = self.high = 0.0
 
-    def _take(self, x: Tensor, low: float, high: float) -> None:
+    def _add(self, x: Tensor, low: float, high: float) -> None:
         c = self.constant if self.batches else 1.0
         self.ranks = 1
         self.low, self.high = self.low + c * (low - self.low), self.high + c * (high - self.high)
@@ -140,7 +140,7 @@ class HistogramObserver(Observer):
         super().__init__(args)
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
-    def _take(self, x: Tensor, low: float, high: float) -> None:
+    def _add(self, x: Tensor, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.counts += bins_of(x)
 
@@ -176,7 +176,7 @@ class Percentile(HistogramObserver):
 
 
 class Entropy(HistogramObserver):
-    """The range that loses least information: KL(P || Q), P what was seen, clipped, Q its codes spread out again.
+    """The range that loses least information: KL(P || Q), P the clipped data, Q its codes spread out again.
 
     Migacz, 2017, 8-bit inference with TensorRT: the mass outside of the range is added to P at its ends, not to Q.
     """
@@ -193,15 +193,15 @@ class Entropy(HistogramObserver):
         inside = (x >= low) & (x <= high)
         if not inside.any():
             return math.inf
-        kept = counts[inside].clone()
+        clipped = counts[inside].clone()
         _, code = self._quantized(x[inside], factor).unique(return_inverse=True)
         mass, width = (torch.zeros(int(code.max()) + 1, dtype=torch.float64) for _ in range(2))
-        mass.index_add_(0, code, kept)
+        mass.index_add_(0, code, clipped)
         width.index_add_(0, code, widths[inside])
         Q = (mass / width)[code] * widths[inside]
-        kept[0] += counts[x < low].sum()
-        kept[-1] += counts[x > high].sum()
-        P = kept / kept.sum()
+        clipped[0] += counts[x < low].sum()
+        clipped[-1] += counts[x > high].sum()
+        P = clipped / clipped.sum()
         return float((P * (P / (Q / Q.sum())).log()).sum())
 
 
@@ -215,7 +215,7 @@ class MeanSquare:
         self.tokens = 0
 
     def update(self, x_PNC: Tensor) -> None:
-        """Take inputs [P, N, C]."""
+        """Add inputs [P, N, C]."""
         self.sum_PC += x_PNC.float().square().sum(1).double().cpu()
         self.tokens += x_PNC.shape[1]
 

@@ -13,11 +13,11 @@ __all__ = ["compress_words"]
 
 
 def compress_words(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> dict[str, Tensor]:
-    """What ``PackedQuantizationCompressor.compress`` returns, bit for bit, on the device of the weight.
+    """The result of ``PackedQuantizationCompressor.compress``, bit for bit, on the device of the weight.
 
     Args:
         state: ``weight`` [R, C], float32 or wider, on the grid of ``weight_scale`` and ``weight_zero_point``.
-        scheme: Integer weights.
+        scheme: A scheme with integer weights.
     """
     args = scheme.weights
     assert args is not None

@@ -1,4 +1,4 @@
-"""Round one module to nearest, write it back, attach the record: what RTN does, and what GPTQ falls back to."""
+"""Round one module to nearest, write the weight, attach the record: RTN, and the fallback of GPTQ."""
 
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -54,7 +54,7 @@ def round_module(
         scheme: The grids.
         scale_search: ``mse``; ``imatrix`` with ``importance_PC``; ``hessian`` with ``H_PGgg``; anything else for
             ``minmax``. For an embedding ``imatrix`` and ``hessian`` are least squares (quant/embeddings.py).
-        observer: Of static activations.
+        observer: Observer of static activations.
         global_scale: g of NVFP4, where it is shared with other modules; by default that of this weight alone.
         importance_PC: E[x^2] of the input columns, by partition, float32.
         keep_latent: Keep the dense weight in the record.
@@ -80,9 +80,9 @@ def round_module(
             scale, zero_point = find_scales(W_RC, scheme.weights, "minmax", global_scale=global_scale)
         if Q_RC is None:
             Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
-        found = input_scales(observer, W_RC.dtype)
+        input_grid = input_scales(observer, W_RC.dtype)
         latent = W_RC.clone() if keep_latent else None
-        quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=global_scale, **found)
+        quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=global_scale, **input_grid)
         error = weight_error(W_RC, Q_RC)
         facts = {**weight_facts(W_RC, Q_RC, quantized, error), "error": error}
         write_matrix(module, Q_RC)
@@ -115,15 +115,15 @@ def round_embeddings(
     """Quantize embeddings to nearest, each table once; gives their names, and facts for the ledger.
 
     Args:
-        names: Modules of which embeddings are rounded.
-        modules: What is quantized.
-        schemes: What is left to do; what is done is taken out.
+        names: Names of modules; the embeddings among them are rounded.
+        modules: Modules that are quantized, by dotted name.
+        schemes: Schemes of the modules that are left; those of rounded ones are removed.
         scale_search: As for :func:`round_module`.
-        global_scales: Of NVFP4.
+        global_scales: Global scales of NVFP4.
         keep_latent: As for :func:`round_module`.
     """
     for name in [n for n in names if n in schemes and is_embedding(modules[n])]:
-        if name not in schemes:  # done with another one
+        if name not in schemes:  # rounded together with another one
             continue
         shared, others = global_scales.of(name), sharers(name, {n: modules[n] for n in schemes})
         facts = round_module(
@@ -161,9 +161,9 @@ def _weighted_scales(
     weighings = weighing_P if P > 1 else weighing_P.mean(0, keepdim=True)
     how = "importance_C" if weighing_P.ndim == 2 else "H_Ggg"
     pieces = zip(W_RC.chunk(P), weighings, strict=True)
-    found = [search(W, args, global_scale=global_scale, **{how: weighing}) for W, weighing in pieces]
-    zeros = [zero for _, zero in found if zero is not None]
-    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
+    grids = [search(W, args, global_scale=global_scale, **{how: weighing}) for W, weighing in pieces]
+    zeros = [zero for _, zero in grids if zero is not None]
+    return torch.cat([scale for scale, _ in grids]), torch.cat(zeros) if zeros else None
 
 
 def input_scales(observer: Observer | None, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a candidate scale loses, row by row: the errors that the search of quant/scales.py walks down.
+"""The error of a candidate scale, row by row, which the search of quant/scales.py minimizes.
 
     diagonal     sum_j h_j |w_j - q_j|^p            imatrix; h = 1 for plain clipping
-    whole H      e H e^T,  e = w - q                what the layer's output loses of a group, correlations included
+    whole H      e H e^T,  e = w - q                the error of the layer's output from a group, correlations included
 
 Both are in units of the min-max scale: t = w / s, and a candidate is a factor f of s and a shift of the zero point.
 
@@ -38,7 +38,7 @@ class GridErrors:
         args: The grid.
     """
 
-    above, finer = 1.0, 1  # where the walk begins, in the usual factor; how many factors for one of it
+    above, finer = 1.0, 1  # the first factor, relative to the usual one; steps for each usual step
 
     def __init__(self, t: Tensor, z: Tensor | None, h: Tensor, power: float, args: QuantizationArgs):
         self.t, self.h, self.power, self.args = t.flatten(0, 1), h, power, args
@@ -64,7 +64,7 @@ class GridErrors:
         return self._weighted(self.t * q), self._weighted(q.square_())
 
     def _sums(self, e: Tensor) -> Tensor:
-        """The loss of each row, [r], of its errors, which may be overwritten."""
+        """The loss of each row, [r], from its errors, which may be overwritten."""
         return self._weighted(e.mul_(e) if self.power == 2 else e.abs_().pow_(self.power))
 
     def _weighted(self, e: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ class Summed:
         return torch.stack([piece(f, shift).sum() for piece in self.pieces]).sum(0, keepdim=True)
 
     def fit(self, f: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [piece.fit(f, shift) for piece in self.pieces]
-        above, below = (torch.stack([part[i].sum() for part in parts]).sum(0, keepdim=True) for i in (0, 1))
+        sums = [[s.sum() for s in piece.fit(f, shift)] for piece in self.pieces]
+        above, below = (torch.stack(column).sum(0, keepdim=True) for column in zip(*sums, strict=True))
         return above, below
 
 
@@ -123,7 +123,7 @@ class FormErrors(GridErrors):
         return torch.linalg.vecdot(self.t, turned), torch.linalg.vecdot(q, turned)
 
     def _sums(self, e: Tensor) -> Tensor:
-        return torch.linalg.vecdot(e, self._turned(e)).clamp_(min=0)  # rounding can leave less than nothing
+        return torch.linalg.vecdot(e, self._turned(e)).clamp_(min=0)  # rounding can make it negative
 
     def _turned(self, e: Tensor) -> Tensor:
         """e H of each row, [r, g]."""
@@ -134,7 +134,7 @@ class Tall:
     """Blocks of b rows as if each were one row: one scale per block.
 
     Args:
-        piece: Its rows, those of one block side by side.
+        piece: Errors of all rows; the rows of a block follow one another.
         b: Rows of a block.
     """
 

@@ -7,10 +7,10 @@ Formats whose scales have a format of their own (quant/formats.py) choose among 
 of the extremes, with the same error.
 
 With h = 1, p = 2.4 this is the search of the GPTQ code ("mse"). With h = diag(H), H = E[x x^T], p = 2 it is the error
-that the layer's output sees when errors do not correlate ("hessian"); there the last step is exact: for codes c,
-f = sum h w c / sum h c^2. With the whole H_gg of a group, e H_gg e^T with e = w - Q(w), it is what the output loses of
-this group when nothing makes up for it, as when rounding to nearest. Whoever rounds with these scales must do so as
-they are returned: in the dtype that stores them.
+of the layer's output when errors do not correlate ("hessian"); there the last step is exact: for codes c,
+f = sum h w c / sum h c^2. With the whole H_gg of a group, e H_gg e^T with e = w - Q(w), it is the error of the output
+from this group when nothing compensates it, as when rounding to nearest. Weights must be rounded with these scales as
+they are returned, in the dtype that stores them.
 
 Shapes: R rows, C columns, G groups of g columns in a row. With blocks of b rows and g columns a scale is
 [R / b, C / g], both rounded up.
@@ -55,7 +55,7 @@ def group_columns(args: QuantizationArgs, columns: int) -> int:
 
 
 def expand(scale: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
-    """Scales or zero points as [R, G], whatever the strategy; those that are so already stay as they are."""
+    """Scales or zero points as [R, G], whatever the strategy; scales of that shape stay as they are."""
     if args.strategy == QuantizationStrategy.BLOCK and len(scale) != rows:
         assert args.block_structure is not None
         return scale.repeat_interleave(args.block_structure[0], 0)[:rows]
@@ -153,12 +153,12 @@ def search(
         factor, shift = _descend(Summed([grid_errors(piece) for piece in pieces]))
     else:
         for piece in pieces:
-            found_f, found_shift = _descend(grid_errors(piece))
-            factor_GR[piece], shift_GR[piece] = found_f.view_as(factor_GR[piece]), found_shift.view_as(factor_GR[piece])
+            best_f, best_shift = _descend(grid_errors(piece))
+            factor_GR[piece], shift_GR[piece] = best_f.view_as(factor_GR[piece]), best_shift.view_as(factor_GR[piece])
         factor, shift = factor_GR.t(), shift_GR.t()
-    found = (scale.float() * factor).to(scale.dtype).contiguous()
-    found = found.where((found > 0) & found.isfinite(), scale)
-    return found, None if zero is None else zero + shift.to(zero.dtype)
+    best = (scale.float() * factor).to(scale.dtype).contiguous()
+    best = best.where((best > 0) & best.isfinite(), scale)
+    return best, None if zero is None else zero + shift.to(zero.dtype)
 
 
 def _sweep(
@@ -180,15 +180,15 @@ def _sweep(
         t_RGg = W_RC[rows].float().unflatten(1, (-1, g))
         start_RG = scale_RG[rows]
         best_RG = torch.full_like(start_RG, math.inf)
-        for found_RG in (start_RG, *nearby_scales(start_RG, args, global_scale)):
-            s = found_RG[..., None]
+        for candidate_RG in (start_RG, *nearby_scales(start_RG, args, global_scale)):
+            s = candidate_RG[..., None]
             e = round_float_(t_RGg / s, args.num_bits).mul_(s).sub_(t_RGg)
             if H_Ggg is None:
                 error_RG = torch.einsum("rgk,gk->rg", e.abs_().pow_(power), h_Gg)
             else:
                 error_RG = torch.linalg.vecdot((e.transpose(0, 1) @ H_Ggg).transpose(0, 1), e)
             better = error_RG < best_RG
-            scale_RG[rows] = torch.where(better, found_RG, scale_RG[rows])
+            scale_RG[rows] = torch.where(better, candidate_RG, scale_RG[rows])
             best_RG = torch.where(better, error_RG, best_RG)
     return scale_RG
 
@@ -196,15 +196,15 @@ def _sweep(
 def _search_blocks(
     W_RC: Tensor, args: QuantizationArgs, importance_C: Tensor, power: float
 ) -> tuple[Tensor, Tensor | None]:
-    """One column of blocks at a time: each block is a row of its own, whose columns weigh as theirs do."""
+    """One column of blocks at a time: each block becomes one row, with the importance of its columns."""
     assert args.block_structure is not None
     b, g = args.block_structure
     within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
     importance_C = pad(importance_C, (0, -len(importance_C) % g))
     pieces = zip(_blocked(W_RC, args).unbind(2), importance_C.split(g), strict=True)
-    found = [search(piece.flatten(1), within, h_g.repeat(b), power) for piece, h_g in pieces]
-    zeros = [zero for _, zero in found if zero is not None]
-    return torch.cat([scale for scale, _ in found], 1), torch.cat(zeros, 1) if zeros else None
+    grids = [search(piece.flatten(1), within, h_g.repeat(b), power) for piece, h_g in pieces]
+    zeros = [zero for _, zero in grids if zero is not None]
+    return torch.cat([scale for scale, _ in grids], 1), torch.cat(zeros, 1) if zeros else None
 
 
 def _search_blocks_by_form(W_RC: Tensor, args: QuantizationArgs, H_Ggg: Tensor) -> Tensor:
@@ -213,27 +213,27 @@ def _search_blocks_by_form(W_RC: Tensor, args: QuantizationArgs, H_Ggg: Tensor) 
     assert args.symmetric
     b, _ = args.block_structure
     within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
-    found = []
+    scales = []
     for piece, H_gg in zip(_blocked(W_RC, args).unbind(2), H_Ggg, strict=True):
         scale, _ = minmax(piece.flatten(1), within)
         t_Rg = (piece / scale[:, :, None]).float().flatten(0, 1)
         factor, _ = _descend(Tall(FormErrors(t_Rg[None], None, H_gg[None], within), b))
         better = (scale.float() * factor[:, None]).to(scale.dtype)
-        found.append(better.where((better > 0) & better.isfinite(), scale))
-    return torch.cat(found, 1)
+        scales.append(better.where((better > 0) & better.isfinite(), scale))
+    return torch.cat(scales, 1)
 
 
 def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
     """The best factor and zero-point shift of each row, [r]: walk f down, refine, try z - 1 and z + 1, fit.
 
-    No row depends on what the others hold.
+    Rows are independent of one another.
     """
     best_f = torch.ones(errors.rows, device=errors.device, dtype=torch.float32)
     best_shift = torch.zeros_like(best_f)
-    best = errors(1.0, 0.0)  # the min-max scale: nothing worse is ever taken
+    best = errors(1.0, 0.0)  # the min-max scale: a candidate must be better
 
-    def take(f: float | Tensor, shift: float | Tensor, of: Tensor | None = None) -> Tensor:
-        """Where the error falls (among rows ``of``), take these; True there."""
+    def improve(f: float | Tensor, shift: float | Tensor, of: Tensor | None = None) -> Tensor:
+        """Replace factor and shift where the error falls (among rows ``of``); True there."""
         error = errors(f, shift)
         better = error < best if of is None else (error < best) & of
         torch.where(better, error, best, out=best)
@@ -243,23 +243,23 @@ def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
         return better
 
     bits, (low, high) = errors.args.num_bits, integer_range(errors.args)
-    f, ratio = (high - low) / 2 / high, RATIO[bits]  # above 1: the largest weight may be the positive one
+    f, ratio = (high - low) / 2 / high, RATIO[bits]  # above 1: the largest weight may be positive
     f, ratio = f * errors.above, ratio ** (1 / errors.finer)
     while f > LOWEST[bits]:
-        at_end = take(f, 0.0)
+        at_end = improve(f, 0.0)
         f *= ratio
-    patience = 3 * at_end  # heavy tails: on, where errors still fall
+    patience = 3 * at_end  # heavy tails: go on where errors still fall
     while (patience > 0).any() and f > torch.finfo(torch.float32).eps:
-        patience = (patience - 1).masked_fill_(take(f, 0.0, patience > 0), 3)
+        patience = (patience - 1).masked_fill_(improve(f, 0.0, patience > 0), 3)
         f *= ratio
     for root in (2,) if errors.power == 2 else (2, 4):
         middle = best_f.clone()
-        take(middle * ratio ** (1 / root), 0.0)
-        take(middle / ratio ** (1 / root), 0.0)
+        improve(middle * ratio ** (1 / root), 0.0)
+        improve(middle / ratio ** (1 / root), 0.0)
     if errors.z is not None:
-        take(best_f.clone(), -1.0)
-        take(best_f.clone(), 1.0)
+        improve(best_f.clone(), -1.0)
+        improve(best_f.clone(), 1.0)
     if errors.power == 2:
         above, below = errors.fit(best_f, best_shift)
-        take((above / below).where((above > 0) & (below > 0), best_f), best_shift.clone())
+        improve((above / below).where((above > 0) & (below > 0), best_f), best_shift.clone())
     return best_f, best_shift

@@ -40,13 +40,13 @@ class SizedByModule(QuantizationScheme):
     """A scheme whose weights get their group size module by module; :func:`assign` gives each module a plain scheme.
 
     Args:
-        sizes: The first that divides a module's columns counts; -1 for one scale per row.
+        sizes: The first one that divides the columns of a module is used; -1 means one scale per row.
     """
 
     sizes: tuple[int, ...]
 
     def sized(self, columns: int) -> QuantizationScheme:
-        """The scheme of a module with so many columns; where no size divides them, that of the first size."""
+        """The scheme for a module with this many columns; the first size where none divides them."""
         size = next((size for size in self.sizes if size == -1 or columns % size == 0), self.sizes[0])
         fields = {name: getattr(self, name) for name in QuantizationScheme.model_fields}
         assert self.weights is not None
@@ -69,9 +69,9 @@ def from_presets(
     named = {scheme: targets} if isinstance(scheme, str) else scheme
     if not named:
         raise ValueError("scheme={} holds no preset; write {'W4A16': ['Linear']}")
-    for name, given in named.items():
-        if not isinstance(given, str | Sequence):
-            raise ValueError(f"scheme[{name!r}] is {given!r}, expected targets, such as ['Linear']")
+    for name, entry in named.items():
+        if not isinstance(entry, str | Sequence):
+            raise ValueError(f"scheme[{name!r}] is {entry!r}, expected targets, such as ['Linear']")
     return [_preset(name, listed(t), group_size) for name, t in named.items()]
 
 
@@ -81,10 +81,10 @@ def from_inline(scheme: Mapping[str, Any], targets: Sequence[str]) -> list[Quant
     Raises:
         ValueError: As in :func:`from_groups`.
     """
-    made = _parse("scheme", {"targets": targets, **scheme})
-    if fault := _fault(made):
+    parsed = _parse("scheme", {"targets": targets, **scheme})
+    if fault := _fault(parsed):
         raise ValueError(f"scheme: {fault}")
-    return [made]
+    return [parsed]
 
 
 def from_groups(groups: Mapping[str, Any]) -> list[QuantizationScheme]:
@@ -171,8 +171,8 @@ def _grouped(weights: QuantizationArgs, size: int) -> QuantizationArgs:
     """The same grid with ``size`` columns to a scale, or with one scale per row (-1)."""
     rows = size == -1
     grain = {"strategy": "channel" if rows else "group", "group_size": None if rows else size}
-    given = weights.model_dump(exclude_unset=True)
-    return QuantizationArgs(**{**given, **grain, **({"actorder": None} if rows else {})})
+    fields = weights.model_dump(exclude_unset=True)
+    return QuantizationArgs(**{**fields, **grain, **({"actorder": None} if rows else {})})
 
 
 def _group(name: str, group: Any) -> QuantizationScheme:
@@ -193,7 +193,7 @@ def _group(name: str, group: Any) -> QuantizationScheme:
 
 
 def _parse(where: str, group: Mapping[str, Any]) -> QuantizationScheme:
-    _known_keys(where, group, QuantizationScheme)
+    _check_keys(where, group, QuantizationScheme)
     if "targets" not in group:
         raise ValueError(f"{where}: targets is missing; name the modules that it applies to, such as ['Linear']")
     targets = group["targets"]
@@ -201,34 +201,39 @@ def _parse(where: str, group: Mapping[str, Any]) -> QuantizationScheme:
         raise ValueError(f"{where}: targets is {targets!r}, expected names, patterns or classes, such as ['Linear']")
     fields: dict[str, Any] = {**group, "targets": listed(targets)}
     sizes = None
-    if isinstance(given := group.get("weights"), Mapping) and isinstance(given.get("group_size"), str | list):
-        sizes = given["group_size"]
-        fields["weights"] = {**given, "group_size": AUTO_SIZES[0]}
-        if given.get("strategy", "group") != "group" or given.get("type", "int") != "int":
+    weights = group.get("weights")
+    if isinstance(weights, Mapping) and isinstance(weights.get("group_size"), str | list):
+        sizes = weights["group_size"]
+        fields["weights"] = {**weights, "group_size": AUTO_SIZES[0]}
+        if weights.get("strategy", "group") != "group" or weights.get("type", "int") != "int":
             raise ValueError(f"{where}.weights: group_size={sizes!r} needs type: int and strategy: group")
         if isinstance(sizes, str) and sizes != "auto":
             raise ValueError(f"{where}.weights: group_size={sizes!r}, expected a number, a list of numbers or 'auto'")
-    for part in ("weights", "input_activations", "output_activations"):
-        given = fields.get(part)
-        if given is None or isinstance(given, QuantizationArgs):
-            continue
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{where}.{part} must be a mapping such as {{num_bits: 4, group_size: 64}}, got {given!r}")
-        _known_keys(f"{where}.{part}", given, QuantizationArgs)
-        for key in ("num_bits", "group_size"):
-            if isinstance(given.get(key), bool):
-                raise ValueError(f"{where}.{part}: {key}={given[key]}: expected a number")
-        order = given.get("actorder")
-        if isinstance(order, str) and order.lower() in ("group", "dynamic"):
-            raise ValueError(f"{where}.{part}: {no_group_order(order)}")
-        try:
-            fields[part] = QuantizationArgs(**given)
-        except (ValidationError, NotImplementedError, TypeError) as error:
-            raise ValueError(f"{where}.{part}: {_plain(error)}") from error
+    for name in ("weights", "input_activations", "output_activations"):
+        if fields.get(name) is not None:
+            fields[name] = _parse_args(f"{where}.{name}", fields[name])
     try:
         scheme = QuantizationScheme(**fields)
         return scheme if sizes is None else _with_sizes(scheme, sizes)
     except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{where}: {_plain(error)}") from error
+
+
+def _parse_args(where: str, fields: Any) -> QuantizationArgs:
+    if isinstance(fields, QuantizationArgs):
+        return fields
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{where} must be a mapping such as {{num_bits: 4, group_size: 64}}, got {fields!r}")
+    _check_keys(where, fields, QuantizationArgs)
+    for key in ("num_bits", "group_size"):
+        if isinstance(fields.get(key), bool):
+            raise ValueError(f"{where}: {key}={fields[key]}: expected a number")
+    order = fields.get("actorder")
+    if isinstance(order, str) and order.lower() in ("group", "dynamic"):
+        raise ValueError(f"{where}: {no_group_order(order)}")
+    try:
+        return QuantizationArgs(**fields)
+    except (ValidationError, NotImplementedError, TypeError) as error:
         raise ValueError(f"{where}: {_plain(error)}") from error
 
 
@@ -240,8 +245,8 @@ def no_group_order(order: str) -> str:
     )
 
 
-def _known_keys(where: str, given: Mapping[str, Any], model: type[BaseModel]) -> None:
-    for key in given:
+def _check_keys(where: str, fields: Mapping[str, Any], model: type[BaseModel]) -> None:
+    for key in fields:
         if key not in model.model_fields:
             near = get_close_matches(str(key), model.model_fields, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(model.model_fields)}"
@@ -253,9 +258,9 @@ def _fault(scheme: QuantizationScheme) -> str | None:
     weights, inputs = scheme.weights, scheme.input_activations
     if weights is None:
         return "it quantizes no weights; give weights such as {num_bits: 4, group_size: 64}"
-    for part, args in (("weights", weights), ("input_activations", inputs)):
+    for name, args in (("weights", weights), ("input_activations", inputs)):
         if args is not None and (fault := _bits_fault(args)):
-            return f"{part}: {fault}"
+            return f"{name}: {fault}"
     if scheme.output_activations is not None:
         return "output_activations are not supported; leave them out, or quantize the input of the next layer"
     if weights.dynamic:
@@ -270,7 +275,7 @@ def _fault(scheme: QuantizationScheme) -> str | None:
 
 
 def _strategy(args: QuantizationArgs) -> str:
-    """Its name: the field holds the enum or its value, depending on who set it."""
+    """The name of the strategy; the field may hold the enum or its value."""
     return QuantizationStrategy(args.strategy).value
 
 

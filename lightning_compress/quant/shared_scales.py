@@ -1,7 +1,7 @@
 """One global scale of NVFP4 for weights that servers fuse into one: query, key and value; gate and up.
 
-vLLM holds such weights as one matrix with one global scale, and takes the largest of those it finds, which shifts all
-others. Sharing it costs nothing: g only places the range of the E4M3 scales.
+vLLM holds such weights as one matrix with one global scale, the largest one in the checkpoint, which would change the
+other weights. A shared scale loses nothing: g only places the range of the E4M3 scales.
 """
 
 from collections.abc import Mapping
@@ -25,33 +25,33 @@ FUSED = (
 
 
 class GlobalScales:
-    """The global scales of a recipe's modules, each found when it is first asked for, and kept.
+    """The global scales of the modules of a recipe, each computed when it is first needed, and kept.
 
     Args:
-        modules: What is quantized, by dotted name.
-        schemes: Theirs.
+        modules: Modules that are quantized, by dotted name.
+        schemes: Quantization schemes of these modules.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]):
         self._modules = {name: modules[name] for name, scheme in schemes.items() if _is_nvfp4(scheme)}
-        self._found: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor | None:
         """g, float32 [1], from the weights as they are now; None where the scheme has none."""
         if name not in self._modules:
             return None
-        if name not in self._found:
-            together = self._fused_with(name)
-            ends = [torch.stack(as_matrix(self._modules[n]).float().aminmax()) for n in together]
+        if name not in self._scales:
+            names = self._fused_with(name)
+            ends = [torch.stack(as_matrix(self._modules[n]).float().aminmax()) for n in names]
             low, high = (torch.stack(ends) * ends[0].new_tensor([-1.0, 1.0])).amax(0)
-            self._found |= dict.fromkeys(together, global_scale_of(-low, high))
-        return self._found[name]
+            self._scales |= dict.fromkeys(names, global_scale_of(-low, high))
+        return self._scales[name]
 
     def _fused_with(self, name: str) -> list[str]:
         parent, _, last = name.rpartition(".")
         group = next((group for group in FUSED if last in group), {last})
-        beside = [f"{parent}.{other}" if parent else other for other in sorted(group)]
-        return [other for other in beside if other in self._modules]
+        siblings = [f"{parent}.{other}" if parent else other for other in sorted(group)]
+        return [other for other in siblings if other in self._modules]
 
 
 def _is_nvfp4(scheme: QuantizationScheme) -> bool:

@@ -1,4 +1,4 @@
-"""What quantizing one weight did, in the numbers of the ledger."""
+"""Error and size of a quantized weight, for the ledger."""
 
 import math
 from typing import Any
@@ -19,8 +19,8 @@ def weight_facts(W_RC: Tensor, Q_RC: Tensor, quantized: Quantized, error: float 
     Args:
         W_RC: The dense weight, in the dtype it is stored in.
         Q_RC: The dequantized weight.
-        quantized: Its scales.
-        error: :func:`weight_error`, where it is known.
+        quantized: The record of the module, with its scales.
+        error: The value of :func:`weight_error`, where it is known.
     """
     size = stored_bytes(quantized, *W_RC.shape)
     return {

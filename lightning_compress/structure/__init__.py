@@ -1,1 +1,1 @@
-"""Removing parts of a model for real: what hangs together, the cut, and the record that repeats it on a dense model."""
+"""Removing units of a model: which places belong together, the cut, and the record that repeats it on a dense model."""

@@ -1,7 +1,7 @@
-"""What hangs together in transformer blocks, by the names of their layers: MLPs, attention heads, lists of layers.
+"""Units of transformer blocks by the names of their layers: neurons of MLPs, attention heads, lists of layers.
 
-Of an MLP, act(gate(x)) * up(x) -> down, rows of gate and up hang on columns of down; of an attention, q, k, v -> o, a
-key/value head on all query heads that share it.
+In an MLP, act(gate(x)) * up(x) -> down, a neuron is a row of gate, a row of up and a column of down. In an attention,
+q, k, v -> o, a unit is a key/value head with all query heads that share it.
 """
 
 from collections.abc import Iterator
@@ -56,11 +56,11 @@ def find_heads(model: nn.Module) -> list[Group]:
     for name, module in model.named_modules():
         output = next((o for o in OUTPUTS if _matrix(_child(module, o))), None)
         dim = getattr(module, "head_dim", None)
-        parts = [_child(module, p) for p in ("q_proj", "k_proj", "v_proj")]
-        if output is None or not isinstance(dim, int) or not all(_matrix(p) for p in parts):
+        q, k, v = (_child(module, p) for p in ("q_proj", "k_proj", "v_proj"))
+        if output is None or not isinstance(dim, int) or not all(map(_matrix, (q, k, v))):
             continue
-        wide, narrow = _sides(parts[0])[0], _sides(parts[1])[0]
-        if narrow % dim or wide % narrow or _sides(parts[2])[0] != narrow or _sides(_child(module, output))[1] != wide:
+        wide, narrow = _sides(q)[0], _sides(k)[0]
+        if narrow % dim or wide % narrow or _sides(v)[0] != narrow or _sides(_child(module, output))[1] != wide:
             continue
         keys = torch.arange(narrow).view(narrow // dim, -1)
         queries = torch.arange(wide).view(narrow // dim, -1)
@@ -112,8 +112,8 @@ def find_layers(model: nn.Module, name: str | None = None) -> str:
 
 
 def _child(module: nn.Module, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part, None)  # type: ignore[assignment]
+    for attribute in name.split("."):
+        module = getattr(module, attribute, None)  # type: ignore[assignment]
     return module
 
 
@@ -128,7 +128,7 @@ def _sides(module: nn.Module) -> tuple[int, int]:
 
 
 def _features(module: Any) -> tuple[int, int]:
-    """Of a parametrized layer."""
+    """Outputs and inputs of a parametrized layer, in the order of its weight."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return module.nx, module.nf

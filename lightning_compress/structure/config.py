@@ -1,7 +1,7 @@
-"""What config.json of a transformers model says of its sizes, and whether it can state those after a cut.
+"""The sizes in the config of a transformers model, and whether it can state the sizes after a cut.
 
-No field is taken on trust: the architecture is built anew from the changed config, without weights, and must have
-every shape that the cut leaves.
+Fields are not trusted: the architecture is built from the changed config, without weights, and must have every shape
+that the cut leaves.
 """
 
 import copy
@@ -55,9 +55,9 @@ def check_states(model: nn.Module, fields: Mapping[str, Any], shapes: Mapping[st
     """ValueError unless a model built from the config with ``fields`` has exactly these parameters.
 
     Args:
-        model: A transformers model, as it is now.
+        model: A transformers model before the cut.
         fields: New values of its config.
-        shapes: Every parameter's shape after the cut, by name.
+        shapes: Shape of every parameter after the cut, by name.
         advice: What the user can do instead.
     """
     config = copy.deepcopy(model.config)
@@ -69,13 +69,13 @@ def check_states(model: nn.Module, fields: Mapping[str, Any], shapes: Mapping[st
     except Exception as error:
         raise ValueError(
             f"the config of {type(model).__name__} cannot state the sizes after pruning ({dict(fields)}: {error}), so "
-            f"that nobody could load the model; {advice}"
+            f"that the model could not be loaded; {advice}"
         ) from error
     wrong = [n for n in {**built, **shapes} if built.get(n) != (list(shapes[n]) if n in shapes else None)]
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"the config of {type(model).__name__} cannot state the sizes after pruning, so that nobody could load the "
-            f"model: {name!r} would be {list(shapes.get(name, ()))}, and a config with {dict(fields)} makes it "
+            f"the config of {type(model).__name__} cannot state the sizes after pruning, so that the model could not "
+            f"be loaded: {name!r} would be {list(shapes.get(name, ()))}, and a config with {dict(fields)} makes it "
             f"{built.get(name)}; {advice}"
         )

@@ -11,13 +11,13 @@ SET_UP, AFTERWARDS = -1.0, math.inf  # as points in time: before the first batch
 def shape_conflict(cutting: Any, other: Any, shared: set[str], earlier: bool) -> str | None:
     """Why a modifier that changes shapes comes too late for ``other``, and what to do; None when it does not.
 
-    Windows in different units cannot be compared here; what is wrong with those is said at the cut.
+    Windows in different units cannot be compared here; a conflict between those is an error at the cut.
 
     Args:
         cutting: The modifier whose ``needs.changes_shapes`` is True.
         other: A modifier that may keep tensors of the shapes of weights, from its start or from set-up on.
-        shared: Modules that both work on.
-        earlier: ``other`` stands before ``cutting`` in the recipe.
+        shared: Modules that both modifiers change.
+        earlier: Whether ``other`` stands before ``cutting`` in the recipe.
     """
     if other.needs.fixed_shapes_from == "never" or not shared:
         return None

@@ -42,9 +42,9 @@ class Group:
     """Units that can be removed one by one.
 
     Args:
-        name: Of the module that makes them, for messages and the ledger.
-        dense: How many units there were before anything was removed.
-        slices: Every tensor that holds a part of them.
+        name: Name of the module that computes the units, for messages and the ledger.
+        dense: Number of units before anything was removed.
+        slices: Places of the units in every tensor that has some.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Group:
 
 
 def units_to_keep(dense: int, ratio: float, round_to: int) -> int:
-    """How many of ``dense`` units stay when ``ratio`` goes, rounded up to a multiple of ``round_to``."""
+    """How many of ``dense`` units stay without the share ``ratio``, rounded up to a multiple of ``round_to``."""
     kept = dense - int(ratio * dense + 1e-9)
     return min(dense, -(-kept // round_to) * round_to)
 
 
 def cut_of(kept: Sequence[tuple[Group, Tensor]], sizes: Mapping[str, Sequence[int]]) -> Cut:
-    """What keeping units (int64, ascending) of each group leaves of every tensor; ``sizes`` gives their shapes."""
+    """The places of every tensor that stay when units (int64, ascending) of each group stay; ``sizes``: shapes."""
     stays: dict[str, dict[int, Tensor]] = {}
     for group, units in kept:
         goes = torch.ones(group.units, dtype=torch.bool)
@@ -90,7 +90,7 @@ def renumbered(group: Group, units: Tensor | None, cut: Cut) -> Group:
 
 
 def moved(name: str, path: str, kept: Sequence[int]) -> str | None:
-    """What a module or tensor is called after only ``kept`` of the layers in ``path`` stay; None when it is gone."""
+    """The name of a module or tensor after only ``kept`` of the layers in ``path`` stay; None when it is removed."""
     place, _, rest = name.removeprefix(f"{path}.").partition(".")
     if not name.startswith(f"{path}.") or not place.isdigit():
         return name
@@ -100,7 +100,7 @@ def moved(name: str, path: str, kept: Sequence[int]) -> str | None:
 
 
 def without_layers(group: Group, path: str, kept: Sequence[int]) -> Group | None:
-    """The group after only ``kept`` of the layers in ``path`` stay; None when its module is gone."""
+    """The group after only ``kept`` of the layers in ``path`` stay; None when its module is removed."""
     name = moved(group.name, path, kept)
     slices = [(piece, moved(piece.tensor, path, kept)) for piece in group.slices]
     left = tuple(replace(piece, tensor=tensor) for piece, tensor in slices if tensor is not None)
@@ -108,7 +108,7 @@ def without_layers(group: Group, path: str, kept: Sequence[int]) -> Group | None
 
 
 def group_state(groups: Iterable[Group]) -> list[dict[str, Any]]:
-    """Primitives and tensors, for checkpoints."""
+    """Groups as primitives and tensors, for checkpoints."""
     return [
         {
             "name": group.name,
@@ -120,5 +120,5 @@ def group_state(groups: Iterable[Group]) -> list[dict[str, Any]]:
 
 
 def group_from_state(state: list[dict[str, Any]]) -> list[Group]:
-    """What :func:`group_state` gave."""
+    """The reverse of :func:`group_state`."""
     return [Group(g["name"], g["dense"], tuple(Slice(**piece) for piece in g["slices"])) for g in state]

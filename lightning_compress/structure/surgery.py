@@ -76,9 +76,9 @@ def cut_tensors(
 
     Args:
         model: Its parameters are replaced by smaller ones (new objects), its buffers too.
-        cut: What stays of each tensor.
-        optimizers: Their groups get the new parameters, and what they remember of the old ones is cut the same way.
-        attributes: By module name, what the module itself knows of its sizes and cannot be read off its weights.
+        cut: The places of each tensor that stay.
+        optimizers: Their groups get the new parameters, and their state is cut in the same way.
+        attributes: By module name, attributes that state sizes and do not follow from the shapes of its weights.
         config: New values of ``model.config``.
 
     Raises:
@@ -93,11 +93,11 @@ def cut_tensors(
     with torch.no_grad():
         for name, along in cut.items():
             tensor = old[name]
-            smaller = _taken(tensor, along)
+            smaller = _selected(tensor, along)
             shapes[name] = list(smaller.shape)
             if isinstance(tensor, nn.Parameter):
                 fresh = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
-                fresh.grad = None if tensor.grad is None else _taken(tensor.grad, along)
+                fresh.grad = None if tensor.grad is None else _selected(tensor.grad, along)
                 new[id(tensor)] = fresh
                 for optimizer in optimizers:
                     _hand_over(optimizer, tensor, fresh, along)
@@ -116,24 +116,24 @@ def cut_layers(
     attributes: Mapping[str, Mapping[str, int]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Take whole modules out of the ModuleList or Sequential ``name``; optimizers forget their parameters.
+    """Remove modules from the ModuleList or Sequential ``name``, and their parameters from optimizers.
 
     Args:
-        model: Holds the list.
+        model: Model with the list.
         name: Dotted name of the list.
-        kept: Places that stay, ascending.
-        optimizers: What they hold of the parameters that go is dropped.
-        attributes: As in :func:`cut_tensors`, names as they are afterwards.
+        kept: Indices of the layers that stay, ascending.
+        optimizers: Parameters that are removed are dropped from their groups and state.
+        attributes: As in :func:`cut_tensors`, with names after the cut.
         config: New values of ``model.config``.
     """
     before = {id(p) for p in model.parameters()}
     _keep_layers(model, name, kept)
-    gone = before - {id(p) for p in model.parameters()}
+    removed = before - {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            for parameter in [p for p in group["params"] if id(p) in gone]:
+            for parameter in [p for p in group["params"] if id(p) in removed]:
                 optimizer.state.pop(parameter, None)
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+            group["params"] = [p for p in group["params"] if id(p) not in removed]
     _note(model, {"layers": {name: list(kept)}}, attributes or {}, config or {})
 
 
@@ -145,13 +145,13 @@ def reshape(model: nn.Module, steps: Sequence[Step]) -> None:
     Raises:
         ValueError: The model was cut in another way, or is another model.
     """
-    done = record_of(model)
-    if [_outline(s) for s in steps[: len(done)]] != [_outline(s) for s in done]:
+    made = record_of(model)
+    if [_outline(s) for s in steps[: len(made)]] != [_outline(s) for s in made]:
         raise ValueError(
             f"this {type(model).__name__} was shrunk in another way than the model that was saved; build the dense "
             f"model, and use the recipe of the run that saved it"
         )
-    for step in steps[len(done) :]:
+    for step in steps[len(made) :]:
         for name, kept in step.get("layers", {}).items():
             _keep_layers(model, name, kept)
         for name, shape in step.get("shapes", {}).items():
@@ -171,7 +171,7 @@ def reshape(model: nn.Module, steps: Sequence[Step]) -> None:
 
 
 def change_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set what modules know of their own sizes."""
+    """Set attributes in which modules state their own sizes."""
     for name, values in attributes.items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, value)
@@ -180,7 +180,7 @@ def change_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, An
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _taken(tensor: Tensor, along: Mapping[int, Tensor]) -> Tensor:
+def _selected(tensor: Tensor, along: Mapping[int, Tensor]) -> Tensor:
     tensor = tensor.detach()
     for dim, kept in along.items():
         tensor = tensor.index_select(dim, kept.to(tensor.device))
@@ -188,26 +188,26 @@ def _taken(tensor: Tensor, along: Mapping[int, Tensor]) -> Tensor:
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, own = name.rpartition(".")
+    path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    if own in getattr(module, "parametrizations", {}):
+    if attribute in getattr(module, "parametrizations", {}):
         raise ValueError(
             f"{name!r} is parametrized (fake-quantized, say), so its shape cannot change: let structured pruning stand "
             f"before the other modifier in the recipe and prune at set-up, with start=0"
         )
-    tensor = getattr(module, own, None)
+    tensor = getattr(module, attribute, None)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"the model has no tensor {name!r}: it is another model than the one that was shrunk")
     return tensor
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, own = name.rpartition(".")
-    setattr(model.get_submodule(path), own, value)
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, value)
 
 
 def _replace_everywhere(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
-    """Tied weights stay tied."""
+    """Replace a parameter in every module that holds it, so that tied weights stay tied."""
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is old:
@@ -215,7 +215,7 @@ def _replace_everywhere(model: nn.Module, old: Tensor, new: nn.Parameter) -> Non
 
 
 def _follow(model: nn.Module, names: Iterable[str]) -> None:
-    """Sizes that modules of torch keep beside their weights."""
+    """Update the sizes that modules of torch state beside their weights."""
     for path in {name.rpartition(".")[0] for name in names}:
         module = model.get_submodule(path)
         first = module._parameters.get("weight")
@@ -262,7 +262,7 @@ def _hand_over(optimizer: Optimizer, old: Tensor, new: nn.Parameter, along: Mapp
         group["params"] = [new if p is old else p for p in group["params"]]
     if old in optimizer.state:
         optimizer.state[new] = {
-            key: _taken(value, along) if isinstance(value, Tensor) and value.shape == old.shape else value
+            key: _selected(value, along) if isinstance(value, Tensor) and value.shape == old.shape else value
             for key, value in optimizer.state.pop(old).items()
         }
 
@@ -271,13 +271,13 @@ def _hand_over(optimizer: Optimizer, old: Tensor, new: nn.Parameter, along: Mapp
 
 
 def _keep_layers(model: nn.Module, name: str, kept: Sequence[int]) -> None:
-    holder, _, own = name.rpartition(".")
+    holder, _, attribute = name.rpartition(".")
     layers = model.get_submodule(name)
     if not isinstance(layers, nn.ModuleList | nn.Sequential) or max(kept) >= len(layers):
-        raise ValueError(f"{name!r} is no list of more than {max(kept)} layers: the model is not the one that was cut")
+        raise ValueError(f"{name!r} is not a list of more than {max(kept)} layers: this is not the model that was cut")
     chosen = [layers[i] for i in kept]
     smaller = nn.ModuleList(chosen) if isinstance(layers, nn.ModuleList) else nn.Sequential(*chosen)
-    setattr(model.get_submodule(holder), own, smaller)
+    setattr(model.get_submodule(holder), attribute, smaller)
     for place, layer in enumerate(chosen):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):  # where a cache keeps its keys and values

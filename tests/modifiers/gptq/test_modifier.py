@@ -297,7 +297,7 @@ def test_modules_that_part_after_sharing():
 def test_an_input_by_keyword_cannot_be_seen():
     model = attention()
     model.forward = lambda x: model.q(input=x)
-    with pytest.raises(ValueError, match="'q' was called with keywords alone"):
+    with pytest.raises(ValueError, match="'q' was called with keyword arguments alone"):
         calibrate(model, made(targets=["q"], ignore=[]), batches(1))
 
 
