@@ -6,20 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.testing import assert_close
 
-from lightning_compress import AutoRoundModifier, GPTQModifier, QuantizationModifier, compress
-from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress import AutoRoundModifier, QuantizationModifier, compress
 from lightning_compress.layers.matrix import as_matrix
-from lightning_compress.modifiers.autoround.block import LearnedBlock
-from lightning_compress.modifiers.autoround.descent import Descent, descend, drawn
-from lightning_compress.modifiers.autoround.grid import LearnedGrid, OnGrid
+from lightning_compress.modifiers.autoround.grid import OnGrid
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.record import Quantized
-from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.schemes import from_groups
 from tests.support import quantization_runs
-from tests.support.quantization_runs import correlated
 from tests.support.smoothing_models import batches, build, change, ignore, output, planted, targets
 
 
@@ -31,9 +25,6 @@ def rounded_by(modifier: type, name: str, model: nn.Module, data=None, bits: int
     model = copy.deepcopy(model)
     compress(model, modifier(config_groups=groups(name, bits), ignore=ignore(model), **arguments), data)
     return model
-
-
-# -- what it is for ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "left"), [(2, 0.75), (3, 0.9)])
@@ -91,154 +82,6 @@ def test_schemes_and_dtypes(scheme, dtype):
     assert change(model, dense, data) < 0.5
 
 
-# -- never worse ------------------------------------------------------------------------------------------------------
-
-
-def lone(seed: int = 0) -> tuple[LearnedBlock, LearnedGrid, Tensor]:
-    """One layer, its inputs, its learned grid."""
-    layer = nn.Linear(16, 8)
-    layer.weight.data = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
-    data = [correlated(20, 16, i) for i in range(4)]
-    block = LearnedBlock({"fc": layer}, lambda i: layer(data[i]), lambda: None, 4, None)
-    args = from_groups({"g": {"targets": ["Linear"], "weights": {"num_bits": 3, "group_size": 8}}})[0].weights
-    return block, LearnedGrid(as_matrix(layer).clone(), *find_scales(as_matrix(layer), args, "minmax"), args), layer
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rate", [0.005, 0.5, 50.0])
-def test_the_result_is_never_worse_than_iterate_0(rate):
-    block, grid, layer = lone()
-    with block.learning(layer, {}):
-        result = descend({"fc": grid}, block, Descent(30, rate, 20, seed=0))
-    assert result.ended <= result.began
-    assert_close(sum(float(block.error(i)) for i in range(4)), result.ended)
-    assert torch.equal(as_matrix(layer), result.weights["fc"].value())
-
-
-@torch.no_grad()
-def test_nor_than_the_others():
-    block, grid, layer = lone()
-    good = grid.now()
-    bad = LearnedGrid(grid.W_RC, grid.scale * 5, None, grid.args)
-    with block.learning(layer, {}):
-        result = descend({"fc": bad}, block, Descent(2, 1e-3, 20, seed=0), [{"fc": good}])
-    assert result.weights["fc"] is good
-
-
-def test_every_batch_comes_as_often_as_any_other_and_a_seed_is_an_order():
-    order = [next(it) for it in [drawn(5, 3)] for _ in range(20)]
-    assert all(sorted(order[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
-    assert order == [next(it) for it in [drawn(5, 3)] for _ in range(20)]
-    assert order != [next(it) for it in [drawn(5, 4)] for _ in range(20)]
-
-
-def test_without_steps_it_is_gptq():
-    data = [correlated(40, 64, i) for i in range(4)]
-    dense = nn.Sequential(nn.Linear(64, 24))
-    scheme = {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 3, "group_size": 16}}}}
-    ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
-    compress(ours, AutoRoundModifier(**scheme, iters=0), data)
-    compress(theirs, GPTQModifier(**scheme), data)
-    assert torch.equal(ours[0].weight, theirs[0].weight)
-    assert torch.equal(Quantized.of(ours[0]).scale, Quantized.of(theirs[0]).scale)
-
-
-# -- the block --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layer", ["Linear", "Conv1d", "Conv1D"])
-def test_gradients_are_those_of_the_weight_as_a_matrix(layer):
-    """Against differences of the error, weight by weight."""
-    module: nn.Module = {"Linear": lambda: nn.Linear(4, 3), "Conv1d": lambda: nn.Conv1d(4, 3, 2)}.get(layer, conv1d)()
-    x = torch.randn(2, 4, 5) if layer == "Conv1d" else torch.randn(2, 5, 4)
-    target = torch.randn_like(module(x))
-    block = LearnedBlock({"m": module}, lambda i: module(x).tanh(), lambda: None, 1, lambda i: target)
-    with torch.no_grad(), block.learning(module, {}):
-        block.error(0)
-        with torch.enable_grad():
-            error = block.error(0)
-        found = block.gradients(error)["m"]
-        W_RC = as_matrix(module)
-        unit = target.numel() / block.power
-        for r, c in [(0, 0), (2, 3), (1, W_RC.shape[1] - 1)]:
-            kept, ends = float(W_RC[r, c]), []
-            for step in (1e-2, -1e-2):
-                W_RC[r, c] = kept + step
-                ends.append(float(block.error(0)))
-            W_RC[r, c] = kept
-            assert float(found[r, c]) == pytest.approx(unit * (ends[0] - ends[1]) / 2e-2, rel=2e-2, abs=1e-3)
-
-
-def test_experts_in_one_tensor_are_learned_each_by_its_slice():
-    """Gradients of two slices are those of the tensor; what is placed in one leaves the other as it is."""
-    home = nn.Module()
-    home.fused = nn.Parameter(torch.randn(2, 6, 4))
-    experts = {"a": ExpertLinear(home, "fused", 0, (0, 3)), "b": ExpertLinear(home, "fused", 1, (3, 6))}
-    x = torch.randn(5, 4)
-    block = LearnedBlock(experts, lambda i: experts["a"](x) * experts["b"](x), lambda: None, 1, lambda i: x[:, :3])
-    with torch.no_grad(), block.learning(home, {}):
-        block.error(0)
-        with torch.enable_grad():
-            error = block.error(0)
-        found = block.gradients(error)
-    y, z = (expert(x).detach() for expert in experts.values())
-    scale = 2 * 15 / block.power
-    assert_close(found["a"], scale * ((y * z - x[:, :3]) * z).t() @ x)
-    assert_close(found["b"], scale * ((y * z - x[:, :3]) * y).t() @ x)
-
-
-def conv1d() -> nn.Module:
-    return pytest.importorskip("transformers").pytorch_utils.Conv1D(3, 4)
-
-
-def test_quantized_inputs_let_the_gradient_through():
-    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
-    x = correlated(6, 8)
-    block = LearnedBlock({"a": first, "b": second}, lambda i: second(first(x)), lambda: None, 1, lambda i: x)
-    args = from_groups({"g": {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": {
-        "num_bits": 4, "dynamic": True, "strategy": "token",
-    }}})[0].input_activations  # fmt: skip
-    with torch.no_grad():
-        plain = float(block.error(0))
-        with block.learning(nn.Sequential(first, second), {"a": args, "b": args}):
-            with torch.enable_grad():
-                error = block.error(0)
-            assert float(error) != plain
-            found = block.gradients(error)
-        assert float(block.error(0)) == plain  # the hooks are off again
-    assert all(gradient.abs().sum() > 0 for gradient in found.values())
-
-
-def test_padding_does_not_count():
-    data = batches("llama")
-    other = copy.deepcopy(data)
-    assert (other[1]["attention_mask"] == 0).any()
-    other[1]["input_ids"][other[1]["attention_mask"] == 0] = 40
-    models = [build("llama"), build("llama")]
-    for model, batch in zip(models, (data, other), strict=True):
-        compress(model, AutoRoundModifier(config_groups=groups("llama"), ignore=["lm_head"], iters=6), batch)
-    for name, (module, _) in Quantized.find(models[0]).items():
-        assert_close(module.weight, models[1].get_submodule(name).weight)
-
-
-# -- nothing else moves -----------------------------------------------------------------------------------------------
-
-
-def test_the_rest_of_the_model_stays_as_it_is():
-    model = build("llama").requires_grad_(True)
-    model.model.embed_tokens.weight.requires_grad_(False)
-    before, keys = copy.deepcopy(model), list(model.state_dict())
-    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
-    compress(model, AutoRoundModifier(config_groups=groups("llama"), ignore=["lm_head"], iters=4), batches("llama"))
-    assert list(model.state_dict()) == keys
-    learned = {f"{name}.weight" for name in Quantized.find(model)}
-    for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
-        assert new.grad is None
-        assert new.requires_grad == old.requires_grad
-        assert torch.equal(new, old) == (name not in learned)
-    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
-
-
 def test_the_seed_decides_and_the_mode_of_the_caller_does_not():
     def result(seed: int, inference: bool = False) -> Tensor:
         model = build("gelu")
@@ -277,9 +120,6 @@ def test_pruned_weights_stay_zero(init):
     assert {row.sparsity for row in rows} == {None}
 
 
-# -- what it says -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -314,22 +154,6 @@ def test_no_replay_no_learning():
 def test_it_needs_data():
     with pytest.raises(ValueError, match="AutoRoundModifier needs calibration data"):
         compress(build("gelu"), AutoRoundModifier(config_groups=groups("gelu")))
-
-
-class Detached(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x).detach()
-
-
-def test_a_block_without_gradient_is_named():
-    with pytest.raises(ValueError, match=r"no gradient of the block's output reaches '0.fc': is there a"):
-        compress(
-            nn.Sequential(Detached(), Detached()), AutoRoundModifier(config_groups=groups("gelu")), batches("gelu")
-        )
 
 
 def test_who_never_saw_data_is_named_and_rounded():

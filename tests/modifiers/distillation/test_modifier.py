@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
-from lightning_compress.modifiers.distillation.divergence import hidden_distance, logit_divergence
+from lightning_compress.modifiers.distillation.divergence import logit_divergence
 from lightning_compress.modifiers.distillation.modifier import DistillationModifier
 from lightning_compress.modifiers.qat import QATModifier
 from tests.support.training_loop import network, train
@@ -85,34 +85,6 @@ def test_the_teacher_neither_moves_nor_enters_the_model():
 def test_the_share_follows_its_schedule():
     modifier = DistillationModifier(init_weight=0.8, weight=0.2, schedule="linear", start=10, end=20)
     assert [round(modifier.share_at(i), 3) for i in (10, 15, 20)] == [0.8, 0.5, 0.2]
-
-
-def test_hidden_states_of_other_widths_go_through_a_projection_that_learns_and_resumes():
-    torch.manual_seed(3)
-    teacher = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 8))
-
-    def build():
-        return DistillationModifier(teacher=teacher, divergence=None, hidden={"0": "0"}, projection_lr=0.05, weight=0.5)
-
-    torch.manual_seed(0)
-    model, modifier = network(), build()
-    lifecycle = train(model, [modifier], 30)
-    x = torch.randn(64, 16)
-    weight = modifier._hidden.projections.weights["0"]
-    learned = hidden_distance(model[0](x) @ weight.T, teacher[0](x)).mean()
-    fresh = hidden_distance(nn.Linear(32, 48, bias=False)(model[0](x)), teacher[0](x)).mean()
-    assert learned < 0.7 * fresh
-    assert list(model.state_dict()) == list(network().state_dict())
-
-    resumed, again = copy.deepcopy(model), build()
-    second = Lifecycle([again])
-    second.initialize(State(model=resumed))
-    second.load_state_dict(copy.deepcopy(lifecycle.state_dict()))
-    train(resumed, [], 31, first=30, lifecycle=second)
-    train(model, [], 31, first=30, lifecycle=lifecycle)
-    assert torch.equal(again._hidden.projections.weights["0"], modifier._hidden.projections.weights["0"])
-    for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_padding_and_ignored_labels_do_not_count():
