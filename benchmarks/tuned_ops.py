@@ -49,16 +49,16 @@ class Subject:
 
     def fault(self, shape: Shape, launch: Any, capability: int, folder: Path) -> str | None:
         """Why a launch does not compile within the limits of the GPU, or None; files go into ``folder``."""
-        from tests.support.triton_compilation import SHARED, facts
+        from tests.support.triton_compilation import SHARED, inspect_code
 
         try:
-            found = facts(self.build(shape, launch, capability), folder)
+            code = inspect_code(self.build(shape, launch, capability), folder)
         except Exception as error:  # of many kinds: the compiler's, the assembler's
             return f"does not compile: {type(error).__name__}"
-        if found["spills"] or found["stack"]:
-            return f"spills: {found['spills']} times, stack {found['stack']} bytes"
-        if found["shared"] > SHARED[capability]:
-            return f"shared memory: {found['shared']} bytes of {SHARED[capability]}"
+        if code["spills"] or code["stack"]:
+            return f"spills: {code['spills']} times, stack {code['stack']} bytes"
+        if code["shared"] > SHARED[capability]:
+            return f"shared memory: {code['shared']} bytes of {SHARED[capability]}"
         return None
 
 

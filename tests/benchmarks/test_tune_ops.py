@@ -115,14 +115,14 @@ def test_a_launch_beyond_the_limits_is_refused(monkeypatch, tmp_path):
         (fine, None), (fine | {"spills": 4}, "spills: 4 times"), (fine | {"stack": 16}, "spills: 0 times, stack 16"),
         (fine | {"shared": 250_000}, "shared memory: 250000 bytes of 232448"),
     ):  # fmt: skip
-        monkeypatch.setattr(compilation, "facts", lambda kernel, folder, found=found: found)
+        monkeypatch.setattr(compilation, "inspect_code", lambda kernel, folder, found=found: found)
         reason = one.fault((1, 64), Launch(1, True), 90, tmp_path)
         assert reason is None if message is None else reason.startswith(message)
 
     def broken(kernel, folder):
         raise RuntimeError("ptxas")
 
-    monkeypatch.setattr(compilation, "facts", broken)
+    monkeypatch.setattr(compilation, "inspect_code", broken)
     assert one.fault((1, 64), Launch(1, True), 90, tmp_path) == "does not compile: RuntimeError"
 
 

@@ -1,6 +1,6 @@
-"""What every op promises: whole under torch.compile and torch.export, and the result of torch where no kernel runs.
+"""Every op: one graph under torch.compile and torch.export, and the result of torch where no kernel runs.
 
-A GPU is played: tensors say that they are on one, while the kernels cannot run, for the reason at hand.
+A GPU is simulated: tensors report that they are on one, and the kernels cannot run for the reason under test.
 """
 
 import importlib

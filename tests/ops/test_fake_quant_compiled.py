@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.fake_quant.kernel import WARPS, blocks, gradient_kernel, value_kernel
-from tests.support.triton_compilation import POINTER, compiled, facts
+from tests.support.triton_compilation import POINTER, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -34,7 +34,7 @@ def test_compile_without_spills_and_read_16_bytes_at_a_time(grain, float8, capab
     fixed |= {"BLOCK_L": block_l, "BLOCK_C": block_c}
     learned = {"INCLUSIVE": False, "OF_W": True, "OF_SCALE": True}
     for kernel, more in ((value_kernel, {}), (gradient_kernel, learned)):
-        found = facts(compiled(kernel, capability, types, fixed | more, WARPS), tmp_path)
-        assert (found["spills"], found["stack"]) == (0, 0), found
-        assert found["registers"] <= 128, found  # four programs of four warps to a processor
-        assert found["wide"] >= 2, found
+        code = inspect_code(compiled(kernel, capability, types, fixed | more, WARPS), tmp_path)
+        assert (code["spills"], code["stack"]) == (0, 0), code
+        assert code["registers"] <= 128, code  # four programs of four warps to a processor
+        assert code["wide"] >= 2, code

@@ -1,4 +1,4 @@
-"""The kernels against torch's own arithmetic and the reference, in Triton's interpreter, on the CPU. Needs the extra
+"""The kernels against torch's arithmetic and the reference, in Triton's interpreter, on the CPU. Needs the extra
 ``kernels`` and TRITON_INTERPRET=1 before Triton is imported (make test-kernels does both).
 
 bf16 is left out: the interpreter truncates where a GPU rounds.
@@ -40,16 +40,16 @@ def case(grain, float8, asymmetric, dtype, R=7, C=24):
 @pytest.mark.parametrize("grain", GRAINS)
 def test_values_are_the_references_bit_for_bit(grain, float8, asymmetric, dtype):
     arguments = case(grain, float8, asymmetric, dtype)
-    found = kernel.value(*arguments)
-    assert found.dtype == dtype
-    assert torch.equal(found, reference.fake_quantize(*arguments))
+    result = kernel.value(*arguments)
+    assert result.dtype == dtype
+    assert torch.equal(result, reference.fake_quantize(*arguments))
 
 
 def test_float8_rounds_as_torch_does():
     halves = torch.arange(-1000, 1000) * 2.0**-11  # ties of the smallest numbers
     v = torch.cat([torch.linspace(-500, 500, 3000), torch.linspace(-0.05, 0.05, 3000), halves]).view(8, -1)
-    found = kernel.value(v, torch.ones(1), None, -448.0, 448.0, True)
-    assert torch.equal(found, v.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    result = kernel.value(v, torch.ones(1), None, -448.0, 448.0, True)
+    assert torch.equal(result, v.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,17 +78,17 @@ def test_long_lines_and_many_of_them():
     for scale in (torch.full((3, 1), 0.3), torch.full((1,), 0.3), torch.full((3, 500), 0.3)):
         arguments = (W_RC, scale, None, -8, 7, False)
         assert torch.equal(kernel.value(*arguments), reference.fake_quantize(*arguments))
-        _, found = kernel.gradients(gradient, *arguments, None, (False, True))
+        _, result = kernel.gradients(gradient, *arguments, None, (False, True))
         v = W_RC.double() / scale.double().repeat_interleave(2500 // scale.shape[-1], -1)
         slope = torch.where((v > -8) & (v < 7), v.round() - v, v.clamp(-8, 7)) * gradient
         expected = slope.sum().view(1) if scale.ndim == 1 else slope.view(3, scale.shape[1], -1).sum(-1)
-        assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+        assert_close(result.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_nan_stays_and_strides_do_not_matter():
     W_RC = torch.randn(24, 7)
     W_RC[5, 2] = torch.nan
-    found = kernel.value(W_RC.t(), torch.full((7, 3), 0.3), None, -8, 7, False)
-    assert found[2, 5].isnan()
-    assert found.isnan().sum() == 1
+    result = kernel.value(W_RC.t(), torch.full((7, 3), 0.3), None, -8, 7, False)
+    assert result[2, 5].isnan()
+    assert result.isnan().sum() == 1
     assert kernel.value(W_RC, torch.ones(1), None, -448.0, 448.0, True).isnan().sum() == 1

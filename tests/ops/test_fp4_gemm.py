@@ -1,4 +1,4 @@
-"""The op and its layout against compressed-tensors' own packing and a float64 product."""
+"""The op and its layout against the packing of compressed-tensors and a float64 product."""
 
 import importlib.util
 

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.fp4_gemm.kernel import constants, fp4_kernel
-from tests.support.triton_compilation import POINTER, SHARED, compiled, facts
+from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -39,10 +39,10 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     }  # fmt: skip
     fixed = constants(launch, 4096 // group, 4096, dtype)
     kernel = compiled(fp4_kernel, capability, types, fixed, launch.warps, launch.stages, ("M", "blocks_per_split"))
-    found = facts(kernel, tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
-    assert found["shared"] <= SHARED[capability], found
-    assert found["HGMMA" if capability == 90 else "HMMA"], found  # 64 features of a tile are the rows of wgmma
-    assert not found["conversions"], found  # of integers to floats: bits are placed
+    code = inspect_code(kernel, tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["shared"] <= SHARED[capability], code
+    assert code["HGMMA" if capability == 90 else "HMMA"], code  # 64 features of a tile are the rows of wgmma
+    assert not code["conversions"], code  # of integers to floats: bits are placed
     assert ".ftz" not in kernel.asm["ptx"]  # 2^-126 times a code may be subnormal
-    assert found["instructions"] <= budget, found
+    assert code["instructions"] <= budget, code

@@ -1,4 +1,4 @@
-"""The op on a CPU against float64, its messages, and which way is taken on CUDA."""
+"""The op on a CPU against float64, its messages, and the choice of the kernel on CUDA."""
 
 import itertools
 
@@ -30,8 +30,8 @@ def test_equals_float64(b, R, name, keep, dtype):
             scales = rounding.scale_GR.to(dtype), None if points is None else points.to(dtype)
             rounding = rounding._replace(scale_GR=scales[0], zero_GR=scales[1])
         case = (*(t.to(dtype) for t in (A, W, U.triu(1).nan_to_num())), rounding, mask)
-        for ours, exact in zip(run(*case), reference.gptq_block(*case), strict=True):
-            assert_close(ours.double(), exact, rtol=1e-5, atol=2e-6 if dtype == torch.float32 else 1e-12)
+        for actual, exact in zip(run(*case), reference.gptq_block(*case), strict=True):
+            assert_close(actual.double(), exact, rtol=1e-5, atol=2e-6 if dtype == torch.float32 else 1e-12)
 
 
 def test_columns_may_come_a_few_at_a_time():
@@ -43,8 +43,8 @@ def test_columns_may_come_a_few_at_a_time():
         gptq_block_(Block(A, Q, D, W, U, keep), rounding, columns=(start, stop))
         if stop < 48:
             assert Q[stop:].isnan().all()
-    for ours, expected in zip((A, Q, D), at_once, strict=True):
-        assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+    for actual, expected in zip((A, Q, D), at_once, strict=True):
+        assert_close(actual, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -68,8 +68,8 @@ def test_op_is_registered_soundly_and_compiles_whole(name):
     compiled = torch.compile(gptq_block_, fullgraph=True, backend="aot_eager")
     outputs = A.clone(), torch.zeros_like(A), torch.zeros_like(A)
     compiled(Block(*outputs, W, U, keep), rounding)
-    for ours, expected in zip(outputs, run(A, W, U, rounding, keep), strict=True):
-        assert torch.equal(ours, expected)
+    for actual, expected in zip(outputs, run(A, W, U, rounding, keep), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -143,5 +143,5 @@ def test_kernels_take_128_columns_at_a_time(monkeypatch):
     outputs = A.clone().as_subclass(OnCuda), torch.zeros_like(A), torch.zeros_like(A)
     module._block_(Block(*outputs, W, U, keep), rounding, 0, 300, 16)
     assert sizes == [128, 128, 44]
-    for ours, exact in zip(outputs, expected, strict=True):
-        assert_close(ours.as_subclass(torch.Tensor), exact, rtol=1e-5, atol=2e-6)
+    for actual, exact in zip(outputs, expected, strict=True):
+        assert_close(actual.as_subclass(torch.Tensor), exact, rtol=1e-5, atol=2e-6)

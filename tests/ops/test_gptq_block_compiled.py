@@ -17,7 +17,7 @@ from lightning_compress.ops import nvrtc
 from lightning_compress.ops.gptq_block import cuda
 from lightning_compress.ops.gptq_block.kernel import constants, gptq_kernel
 from tests.support.gptq_block_cases import GRIDS
-from tests.support.triton_compilation import compiled, facts, tool
+from tests.support.triton_compilation import compiled, inspect_code, tool
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -29,8 +29,8 @@ def test_triton_compiles_without_spills(name, capability, tmp_path):
     pointers = ("a_ptr", "q_ptr", "d_ptr", "w_ptr", "u_ptr", "scale_ptr", "zero_ptr")
     types = dict.fromkeys(pointers, "*fp32") | {"group_ptr": "*i64", "keep_ptr": "*u8", "low": "fp32", "high": "fp32"}
     odd = ("R", "b", "stride_k", "stride_j")
-    found = facts(compiled(gptq_kernel, capability, types, fixed, 4, odd=odd), tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
+    code = inspect_code(compiled(gptq_kernel, capability, types, fixed, 4, odd=odd), tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
 
 
 def machine_code(words, architecture, folder):

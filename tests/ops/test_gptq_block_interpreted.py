@@ -23,5 +23,5 @@ def test_equals_float64(b, R, keep, name):
         expected = reference.gptq_block(A, W, U.triu(1).nan_to_num(), rounding, mask)
         Q, D = torch.full_like(A, torch.nan), torch.full_like(A, torch.nan)
         kernel.gptq_block_(Block(A, Q, D, W, U, mask), rounding)
-        for ours, exact in zip((A, Q, D), expected, strict=True):
-            assert_close(ours.double(), exact, rtol=1e-5, atol=2e-6)
+        for actual, exact in zip((A, Q, D), expected, strict=True):
+            assert_close(actual.double(), exact, rtol=1e-5, atol=2e-6)

@@ -106,8 +106,8 @@ def test_equals_float64(name, build):
     for b, R in ((1, 1), (32, 64), (77, 65), (128, 70)):
         A, W, U, *rest = block(b, R, GRIDS[name], zero=zero, keep=keep)
         expected = reference.gptq_block(A, W, U.triu(1).nan_to_num(), *rest)
-        for ours, exact in zip(run(library, A, W, U, *rest), expected, strict=True):
-            assert_close(ours.double(), exact, rtol=1e-5, atol=3e-6)
+        for actual, exact in zip(run(library, A, W, U, *rest), expected, strict=True):
+            assert_close(actual.double(), exact, rtol=1e-5, atol=3e-6)
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -40,11 +40,11 @@ def test_words_are_those_of_compressed_tensors(N, K, group, bits, symmetric):
         W, args = weight(N, K, group, dtype), grid(group, K, bits, symmetric)
         scale, zero = minmax(W, args)
         codes = quantize(W.float(), scale.float(), zero, args, dtype=torch.int8)
-        words, *found = group_quant(W, group, bits, symmetric)
+        words, *result = group_quant(W, group, bits, symmetric)
         assert torch.equal(words, pack_to_int32(codes, bits))
-        assert torch.equal(found[0], scale)
-        assert found[0].dtype == dtype
-        assert (found[1] is zero is None) or torch.equal(found[1], zero)
+        assert torch.equal(result[0], scale)
+        assert result[0].dtype == dtype
+        assert (result[1] is zero is None) or torch.equal(result[1], zero)
         value, *again = group_round(W, group, bits, symmetric)
         assert torch.equal(value, round_weight(W, scale, zero, args))
         assert torch.equal(again[0], scale)
@@ -54,8 +54,8 @@ def test_words_are_those_of_compressed_tensors(N, K, group, bits, symmetric):
 def test_fp8_values_are_those_of_compressed_tensors(dtype):
     W, args = weight(6, 80, 80, dtype), grid(80, 80, 8, True, "float")
     scale, _ = minmax(W, args)
-    value, found, zero = group_round(W, 80, float8=True)
-    assert torch.equal(found, scale)
+    value, result, zero = group_round(W, 80, float8=True)
+    assert torch.equal(result, scale)
     assert zero is None
     assert torch.equal(value, round_weight(W, scale, None, args))
 
@@ -74,8 +74,8 @@ def test_tokens_are_rounded_as_the_hook_of_a_module_does(type, symmetric):
 
 def test_rows_may_lie_apart_and_there_may_be_none():
     W = weight(64, 6, 6, torch.float32).t()
-    for found, expected in zip(group_quant(W, 32, 4), group_quant(W.contiguous(), 32, 4), strict=True):
-        assert found is expected is None or torch.equal(found, expected)
+    for result, expected in zip(group_quant(W, 32, 4), group_quant(W.contiguous(), 32, 4), strict=True):
+        assert result is expected is None or torch.equal(result, expected)
     words, scale, zero = group_quant(torch.zeros(0, 64), 32, 4, False)
     assert (words.shape, scale.shape, zero.shape) == ((0, 8), (0, 2), (0, 2))
 

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.group_quant.kernel import WARPS, constants, group_quant_kernel
-from tests.support.triton_compilation import SHARED, compiled, facts
+from tests.support.triton_compilation import SHARED, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -30,8 +30,8 @@ def test_compiles_without_spills_and_moves_16_bytes_at_a_time(case, tmp_path):
         "w_ptr": "*bf16", "out_ptr": "*i32" if packed else "*bf16", "scale_ptr": "*bf16", "zero_ptr": "*i8",
         "low": "fp32", "high": "fp32", "eps": "fp32",
     }  # fmt: skip
-    found = facts(compiled(group_quant_kernel, capability, types, fixed, WARPS, odd=("L",)), tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
-    assert found["shared"] <= min(8192, SHARED[capability]), found
-    assert found["registers"] <= 64, found  # 1024 threads to a processor
-    assert found["wide"] >= 2, found
+    code = inspect_code(compiled(group_quant_kernel, capability, types, fixed, WARPS, odd=("L",)), tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["shared"] <= min(8192, SHARED[capability]), code
+    assert code["registers"] <= 64, code  # 1024 threads to a processor
+    assert code["wide"] >= 2, code

@@ -21,10 +21,10 @@ def check(W, group, bits, symmetric, float8, packed):
     scale, zero = reference.qparams(W, group, bits, symmetric, float8)
     codes = reference.codes(W, scale, zero, bits, float8)
     expected = pack_reference.pack(codes.char(), bits) if packed else reference.values(codes, scale, zero)
-    found = kernel.group_quant(W, group, bits, symmetric, float8, packed)
-    assert torch.equal(found[0], expected)
-    assert torch.equal(found[1], scale)
-    assert (found[2] is zero is None) or torch.equal(found[2], zero)
+    result = kernel.group_quant(W, group, bits, symmetric, float8, packed)
+    assert torch.equal(result[0], expected)
+    assert torch.equal(result[1], scale)
+    assert (result[2] is zero is None) or torch.equal(result[2], zero)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.hadamard.kernel import constants, hadamard_kernel, warps
-from tests.support.triton_compilation import POINTER, SHARED, compiled, facts
+from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -28,8 +28,8 @@ LARGE = [(12, 512, torch.float16, 90), (28, 256, torch.float32, 90), (28, 512, t
 def test_compiles_without_spills_and_with_tensor_cores(m, P, dtype, capability, tmp_path):
     fixed = constants(m, P, dtype) | ({"base_ptr": None} if m == 1 else {})
     types = dict.fromkeys(("x_ptr", "base_ptr", "out_ptr"), POINTER[dtype]) | {"scale": "fp32"}
-    found = facts(compiled(hadamard_kernel, capability, types, fixed, warps(m, P), odd=("R",)), tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
-    assert found["shared"] <= SHARED[89], found
-    assert found["HMMA"] or found["HGMMA"] or found["UTCHMMA"], found
-    assert found["wide"] >= 2, found
+    code = inspect_code(compiled(hadamard_kernel, capability, types, fixed, warps(m, P), odd=("R",)), tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["shared"] <= SHARED[89], code
+    assert code["HMMA"] or code["HGMMA"] or code["UTCHMMA"], code
+    assert code["wide"] >= 2, code

@@ -48,9 +48,9 @@ def test_op_is_registered_soundly_and_compiles_whole():
     arguments = (torch.zeros(5, 5), torch.randn(7, 5))
     torch.library.opcheck(torch.ops.lightning_compress.hessian_accumulate_, arguments)
     expected = hessian_accumulate_(torch.zeros(5, 5), arguments[1])
-    found = torch.compile(hessian_accumulate_, fullgraph=True, backend="aot_eager")(*arguments)
-    assert torch.equal(found, expected)
-    assert found is arguments[0]
+    result = torch.compile(hessian_accumulate_, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(result, expected)
+    assert result is arguments[0]
 
 
 @pytest.mark.parametrize("C", [1, 31, 95, 96, 97, 128, 200, 777, 1536])

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from lightning_compress.ops.hessian.kernel import constants, hessian_kernel
 from lightning_compress.ops.hessian.launch import rule
-from tests.support.triton_compilation import POINTER, SHARED, compiled, facts
+from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -24,11 +24,11 @@ def test_pointers_compile_without_spills(C, capability, dtype, tmp_path):
     fixed = constants(launch) | {"stride_c": 1}
     types = {"x_i": POINTER[dtype], "x_j": POINTER[dtype], "h": "*fp32"}
     kernel = compiled(hessian_kernel, capability, types, fixed, launch.warps, launch.stages, odd=("N",))
-    found = facts(kernel, tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
-    assert found["shared"] <= SHARED[capability], found
-    assert found["HGMMA" if capability == 90 else "HMMA"], found
-    assert found["wide"] >= 8, found  # 16 bytes at a time
+    code = inspect_code(kernel, tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["shared"] <= SHARED[capability], code
+    assert code["HGMMA" if capability == 90 else "HMMA"], code
+    assert code["wide"] >= 8, code  # 16 bytes at a time
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -40,9 +40,9 @@ def test_descriptors_compile_without_spills(dtype, tmp_path):
         "h": f"tensordesc<fp32[{i}, {j // 4}]>",
     }  # fmt: skip
     fixed = constants(launch) | {"stride_c": 1}
-    found = facts(compiled(hessian_kernel, 90, types, fixed, launch.warps, launch.stages, odd=("N",)), tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
-    assert found["shared"] <= SHARED[90], found
-    assert found["HGMMA"], found
-    assert found["UTMALDG"], found  # X comes by the tensor memory accelerator
-    assert found["UTMAREDG"] == 4, found  # and the sums go by it, a quarter at a time
+    code = inspect_code(compiled(hessian_kernel, 90, types, fixed, launch.warps, launch.stages, odd=("N",)), tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["shared"] <= SHARED[90], code
+    assert code["HGMMA"], code
+    assert code["UTMALDG"], code  # X comes by the tensor memory accelerator
+    assert code["UTMAREDG"] == 4, code  # and the sums go by it, a quarter at a time

@@ -24,7 +24,7 @@ BY_DESCRIPTOR = HessianLaunch(32, 64, 16, 1, 8, 3, True)
 
 
 def check(X_NC, launch):
-    """H holds numbers below the diagonal and NaN where no tile of its own may be: above the tiles on the diagonal."""
+    """H holds numbers below the diagonal and NaN where no tile may write: above the tiles on the diagonal."""
     C = X_NC.shape[1]
     start = torch.randn(C, C)
     start = start + start.t()
@@ -32,8 +32,8 @@ def check(X_NC, launch):
     accumulate_(H_CC, X_NC, launch)
     expected = start.double() + X_NC.double().t() @ X_NC.double()
     assert_close(H_CC.double().tril(), expected.tril(), rtol=1e-5, atol=1e-4)
-    whole = mirror_(H_CC)
-    assert torch.equal(whole, whole.t())
+    full = mirror_(H_CC)
+    assert torch.equal(full, full.t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -1,4 +1,4 @@
-"""Tables of launches: what is found in them, what is refused, what is written; those that are shipped are sound."""
+"""Tables of launches: look-up, validation, writing; and the tables of the package are valid."""
 
 import json
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ def table(tmp_path):
 
 def test_the_smallest_bound_that_is_large_enough_holds(table):
     table.write("A100", [entry(64, block=64), entry(1, block=1), entry(16, block=16), entry(16, N=128, block=128)])
-    found = {M: table.find("A100", {"M": M, "N": 64}) for M in (1, 2, 16, 17, 64, 65)}
-    blocks = {M: launch and launch.block for M, launch in found.items()}
+    launches = {M: table.find("A100", {"M": M, "N": 64}) for M in (1, 2, 16, 17, 64, 65)}
+    blocks = {M: launch and launch.block for M, launch in launches.items()}
     assert blocks == {1: 1, 2: 16, 16: 16, 17: 64, 64: 64, 65: None}
     assert table.find("A100", {"M": 3, "N": 128}) == Launch(128, True)
     assert table.find("A100", {"M": 3, "N": 32}) is None

@@ -15,9 +15,9 @@ def test_two_of_four_stay_and_they_are_the_highest():
     mask = mask_2of4(ORDERS)
     assert (mask.sum(1) == 2).all()
     finite = ~ORDERS.isnan().any(1)
-    kept = torch.where(mask, ORDERS, torch.inf).amin(1)[finite]
-    gone = torch.where(mask, -torch.inf, ORDERS).amax(1)[finite]
-    assert (kept >= gone).all()
+    lowest_kept = torch.where(mask, ORDERS, torch.inf).amin(1)[finite]
+    highest_dropped = torch.where(mask, -torch.inf, ORDERS).amax(1)[finite]
+    assert (lowest_kept >= highest_dropped).all()
 
 
 def test_masks_are_those_of_pruning():

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.mask_2of4.kernel import FOURS, mask_kernel
-from tests.support.triton_compilation import POINTER, compiled, facts
+from tests.support.triton_compilation import POINTER, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -19,5 +19,5 @@ pytestmark = pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_compiles_without_spills_or_shared_memory(dtype, capability, tmp_path):
     types = {"score_ptr": POINTER[dtype], "out_ptr": "*u8"}
-    found = facts(compiled(mask_kernel, capability, types, {"BLOCK": FOURS}, 4), tmp_path)
-    assert (found["spills"], found["stack"], found["shared"]) == (0, 0, 0), found  # a thread has its fours whole
+    code = inspect_code(compiled(mask_kernel, capability, types, {"BLOCK": FOURS}, 4), tmp_path)
+    assert (code["spills"], code["stack"], code["shared"]) == (0, 0, 0), code  # a thread holds its groups of four

@@ -19,17 +19,17 @@ def codes(shape, bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_words_are_those_of_compressed_tensors(shape, bits):
-    given = codes(shape, bits)
+    original = codes(shape, bits)
     for dim in (0, 1):
-        words = pack(given, bits, dim)
+        words = pack(original, bits, dim)
         assert words.is_contiguous()
-        assert torch.equal(words, pack_to_int32(given, bits, packed_dim=dim))
-        found = unpack(words, bits, shape[dim], dim)
-        assert found.is_contiguous()
-        assert torch.equal(found, given)
-        assert torch.equal(found, unpack_from_int32(words, bits, given.shape, packed_dim=dim))
-    assert torch.equal(reference.pack(given, bits), pack(given, bits))
-    assert torch.equal(reference.unpack(pack(given, bits), bits, shape[1]), given)
+        assert torch.equal(words, pack_to_int32(original, bits, packed_dim=dim))
+        result = unpack(words, bits, shape[dim], dim)
+        assert result.is_contiguous()
+        assert torch.equal(result, original)
+        assert torch.equal(result, unpack_from_int32(words, bits, original.shape, packed_dim=dim))
+    assert torch.equal(reference.pack(original, bits), pack(original, bits))
+    assert torch.equal(reference.unpack(pack(original, bits), bits, shape[1]), original)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 7])
@@ -40,26 +40,26 @@ def test_any_words_survive_the_way_back(bits):
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_experts_are_packed_one_by_one(bits):
-    given = codes((2, 5, 40), bits)
+    original = codes((2, 5, 40), bits)
     for dim in (1, 2):
-        assert torch.equal(pack(given, bits, dim), pack_to_int32(given, bits, packed_dim=dim - 1))
-        assert torch.equal(unpack(pack(given, bits, dim), bits, given.shape[dim], dim), given)
+        assert torch.equal(pack(original, bits, dim), pack_to_int32(original, bits, packed_dim=dim - 1))
+        assert torch.equal(unpack(pack(original, bits, dim), bits, original.shape[dim], dim), original)
 
 
 @pytest.mark.parametrize("bits", [2, 5])
 def test_codes_may_lie_apart_and_rows_come_in_chunks(bits, monkeypatch):
     monkeypatch.setattr(lanes, "CHUNK", 150)
-    given = codes((70, 9), bits).t()
-    assert torch.equal(pack(given, bits), reference.pack(given, bits))
-    words = pack(given, bits)
-    assert torch.equal(unpack(words.t().contiguous().t(), bits, 70), given)
+    original = codes((70, 9), bits).t()
+    assert torch.equal(pack(original, bits), reference.pack(original, bits))
+    words = pack(original, bits)
+    assert torch.equal(unpack(words.t().contiguous().t(), bits, 70), original)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_of_codes_out_of_range_the_low_bits_count(bits):
-    given = torch.arange(-128, 128).to(torch.int8)
-    inside = (given.int() + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
-    assert torch.equal(unpack(pack(given, bits), bits, 256).int(), inside)
+    original = torch.arange(-128, 128).to(torch.int8)
+    inside = (original.int() + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
+    assert torch.equal(unpack(pack(original, bits), bits, 256).int(), inside)
 
 
 def test_nothing_is_packed_to_nothing():
@@ -75,13 +75,13 @@ def test_ops_are_registered_soundly():
 
 def test_compiles_and_exports_whole():
     class There(torch.nn.Module):
-        def forward(self, given):
-            return unpack(pack(given, 3, 0), 3, 40, 0)
+        def forward(self, original):
+            return unpack(pack(original, 3, 0), 3, 40, 0)
 
-    given = codes((40, 6), 3)
-    assert torch.equal(torch.compile(There(), fullgraph=True, backend="aot_eager")(given), given)
-    exported = torch.export.export(There(), (given,), dynamic_shapes=({1: torch.export.Dim("C")},))
-    assert torch.equal(exported.module()(given.repeat(1, 2)), given.repeat(1, 2))
+    original = codes((40, 6), 3)
+    assert torch.equal(torch.compile(There(), fullgraph=True, backend="aot_eager")(original), original)
+    exported = torch.export.export(There(), (original,), dynamic_shapes=({1: torch.export.Dim("C")},))
+    assert torch.equal(exported.module()(original.repeat(1, 2)), original.repeat(1, 2))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.pack.kernel import WARPS, launch, pack_kernel, unpack_kernel
-from tests.support.triton_compilation import SHARED, compiled, facts
+from tests.support.triton_compilation import SHARED, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -22,11 +22,11 @@ def test_compile_without_spills_and_move_16_bytes_at_a_time(bits, C, capability,
     _, fixed, _ = launch(4096, C, P, bits)
     odd = ("G",) if C % 32 == 0 else ("G", "C", "P")
     for kernel in (pack_kernel, unpack_kernel):
-        found = facts(compiled(kernel, capability, {"codes_ptr": "*i8", "words_ptr": "*i32"}, fixed, WARPS, odd=odd),
-                      tmp_path)  # fmt: skip
-        assert (found["spills"], found["stack"]) == (0, 0), found
-        assert found["shared"] <= min(4096, SHARED[capability]), found  # quads change places within a group
+        types = {"codes_ptr": "*i8", "words_ptr": "*i32"}
+        code = inspect_code(compiled(kernel, capability, types, fixed, WARPS, odd=odd), tmp_path)
+        assert (code["spills"], code["stack"]) == (0, 0), code
+        assert code["shared"] <= min(4096, SHARED[capability]), code  # quads change places within a group
         if C % 32 == 0:
-            assert found["wide"] >= 2, found
-            assert found["registers"] <= 40, found  # 1536 threads to a processor
-            assert found["instructions"] <= (310 if bits == 4 else 400), found
+            assert code["wide"] >= 2, code
+            assert code["registers"] <= 40, code  # 1536 threads to a processor
+            assert code["instructions"] <= (310 if bits == 4 else 400), code

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.w4a16_gemm.kernel import constants, w4a16_kernel
-from tests.support.triton_compilation import POINTER, SHARED, compiled, facts, loop_instructions
+from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code, loop_instructions
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -53,12 +53,12 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     M, groups, dtype, asymmetric, budget = CASES[case]
     launch = rule(M, 4096, 4096, dtype, processors=132)
     kernel = kernel_for(capability, launch, groups, 4096, dtype, asymmetric)
-    found = facts(kernel, tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
-    assert found["shared"] <= SHARED[capability], found
-    assert found["HGMMA" if capability == 90 else "HMMA"], found  # 64 features of a tile are the rows of wgmma
-    assert dtype == torch.float32 or found["conversions"] <= 8, found  # of zero points; codes need none
-    assert found["instructions"] <= budget, found
+    code = inspect_code(kernel, tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["shared"] <= SHARED[capability], code
+    assert code["HGMMA" if capability == 90 else "HMMA"], code  # 64 features of a tile are the rows of wgmma
+    assert dtype == torch.float32 or code["conversions"] <= 8, code  # of zero points; codes need none
+    assert code["instructions"] <= budget, code
     loops = loop_instructions(kernel, tmp_path)
     assert len(loops) == 1, loops
     assert 100 < loops[0] <= LOOP[case][capability >= 90], loops

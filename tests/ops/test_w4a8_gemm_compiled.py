@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from lightning_compress.ops.w4a8_gemm.kernel import constants, w4a8_kernel
 from tests.ops.test_w8a8_gemm_compiled import CORE
-from tests.support.triton_compilation import POINTER, SHARED, compiled, facts
+from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -42,9 +42,9 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     }  # fmt: skip
     fixed = constants(launch, groups, 4096, KIND[kind], capability >= 89)
     kernel = compiled(w4a8_kernel, capability, types, fixed, launch.warps, launch.stages, ("M", "blocks_per_split"))
-    found = facts(kernel, tmp_path)
-    assert (found["spills"], found["stack"]) == (0, 0), found
-    assert found["shared"] <= SHARED[capability], found
-    assert found[CORE[capability, kind]], found
-    assert kind == "int8" or not found["conversions"], found  # of integers to floats: bits are placed
-    assert found["instructions"] <= budgets[capability > 80], found
+    code = inspect_code(kernel, tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["shared"] <= SHARED[capability], code
+    assert code[CORE[capability, kind]], code
+    assert kind == "int8" or not code["conversions"], code  # of integers to floats: bits are placed
+    assert code["instructions"] <= budgets[capability > 80], code

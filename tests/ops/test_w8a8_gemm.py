@@ -198,8 +198,8 @@ def test_what_the_kernel_cannot_run_is_said(monkeypatch):
 
 def test_what_torchs_own_products_take(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    taken = w8a8_gemm_module._torch_multiplies
-    assert [taken("cuda", torch.int8, N, 64) for N in (24, 25)] == [True, False]
-    assert not taken("cuda", E4M3, 32, 64)
+    supported = w8a8_gemm_module._torch_multiplies
+    assert [supported("cuda", torch.int8, N, 64) for N in (24, 25)] == [True, False]
+    assert not supported("cuda", E4M3, 32, 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert [taken("cuda", E4M3, N, 64) for N in (32, 24)] == [True, False]
+    assert [supported("cuda", E4M3, N, 64) for N in (32, 24)] == [True, False]

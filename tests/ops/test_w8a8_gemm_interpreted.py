@@ -61,9 +61,9 @@ def test_all_e4m3_bits_are_worth_their_number():
 def test_tokens_have_the_codes_of_the_reference(M, K, dtype, kind):
     x = (torch.randn(M, K) * torch.logspace(-6, 4, M)[:, None]).to(dtype)
     x[-1, :1] = 0
-    found, expected = kernel.quantize_tokens(x, kind), reference.quantize_tokens(x, kind)
-    assert torch.equal(found[0].view(torch.int8), expected[0].view(torch.int8))
-    assert torch.equal(found[1], expected[1])
+    result, expected = kernel.quantize_tokens(x, kind), reference.quantize_tokens(x, kind)
+    assert torch.equal(result[0].view(torch.int8), expected[0].view(torch.int8))
+    assert torch.equal(result[1], expected[1])
 
 
 def test_nan_makes_the_scale_of_its_token_nan():

@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that is not there, and read from its machine code what it needs."""
+"""Compile a Triton kernel for a GPU that this machine lacks, and inspect its machine code."""
 
 import re
 import subprocess
@@ -36,11 +36,11 @@ def compiled(
     Args:
         function: The ``triton.jit`` function.
         capability: 80, 89, 90 or 100.
-        types: Of arguments, as Triton writes them; those that are not named are int32.
-        fixed: Values of the arguments that are known when it is compiled.
-        warps: Of a program.
-        stages: Of the software pipeline.
-        odd: Arguments that are no multiple of 16; pointers and integers of all others are.
+        types: Types of arguments, as Triton writes them; arguments that are not named are int32.
+        fixed: Values of the compile-time arguments.
+        warps: Warps of a program.
+        stages: Stages of the software pipeline.
+        odd: Arguments that are not multiples of 16; all other pointers and integers are.
     """
     names = function.arg_names
     types = {name: types.get(name, "i32") for name in names}
@@ -60,8 +60,8 @@ def compiled(
     )
 
 
-def facts(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers, stack, spills, shared memory, and how often instructions of some kinds stand in the machine code."""
+def inspect_code(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack, spills, shared memory, and the number of instructions of some kinds in the machine code."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     resources, code = tool("cuobjdump", "-res-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
@@ -70,9 +70,9 @@ def facts(kernel: Any, folder: Path) -> dict[str, int]:
         return len(re.findall(pattern, code))
 
     def resource(name: str) -> int:
-        found = re.search(name + r":(\d+)", resources)
-        assert found, resources
-        return int(found[1])
+        match = re.search(name + r":(\d+)", resources)
+        assert match, resources
+        return int(match[1])
 
     return {
         "registers": resource("REG"),
@@ -87,7 +87,7 @@ def facts(kernel: Any, folder: Path) -> dict[str, int]:
 
 
 def loop_instructions(kernel: Any, folder: Path) -> list[int]:
-    """Instructions of each loop in the machine code, from the label that a branch goes back to up to that branch."""
+    """Instructions of each loop in the machine code, from the target of a backward branch to that branch."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     labels: dict[str, int] = {}
