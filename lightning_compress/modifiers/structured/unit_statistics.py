@@ -1,6 +1,6 @@
 """What batches say of the units of each group before a cut: sums of energies or gradients, and scores."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -55,7 +55,7 @@ class UnitStatistics:
             )
         return (self._sums[group.name] / self._counts[group.name]).sqrt().cpu()
 
-    def rename(self, path: str, kept: Iterable[int]) -> None:
+    def rename(self, path: str, kept: Sequence[int]) -> None:
         """Follow the removal of layers from the list at ``path``: groups in them go, later ones have new names."""
         names = {name: moved(name, path, kept) for name in self._sums}
         self._sums = {new: self._sums[old] for old, new in names.items() if new is not None}
