@@ -224,3 +224,8 @@ def inputs_of(model: nn.Module, names: list[str], runs: list[Any]) -> dict[str, 
     for handle in handles:
         handle.remove()
     return seen
+
+
+def plain(forward: Any, batches: list[Tensor]) -> list[Any]:
+    """Runs for :func:`inputs_of`: each batch through the model, by ``forward`` if there is one."""
+    return [lambda model, x=x: (forward or (lambda m, y: m(y)))(model, x) for x in batches]
