@@ -402,7 +402,7 @@ def test_a_module_that_is_replaced_later_is_named(tmp_path):
         def on_fit_start(self):
             self.model = torch.nn.Sequential(torch.nn.Linear(8, 1))
 
-    with pytest.raises(ValueError, match="another object than the one that the modifiers were initialized on"):
+    with pytest.raises(ValueError, match="is not the object that the modifiers were initialized on"):
         recorded(tmp_path, Swaps())
 
 

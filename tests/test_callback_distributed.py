@@ -1,19 +1,12 @@
 """Two processes on the CPU: rank 0 calibrates and writes, the others wait and receive."""
 
 import time
-import warnings
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_compress import CompressionCallback, QuantizationModifier, compress
-from lightning_compress.core import Event, State
-from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
-from lightning_compress.training.broadcast import ties
-from lightning_compress.training.options import CallbackOptions
-from lightning_compress.training.post_training import Finish
-from lightning_compress.training.saved_files import SavedFiles
+from lightning_compress import CompressionCallback, QuantizationModifier
 from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
 
 DDP = {"strategy": "ddp_fork", "devices": 2}
@@ -67,34 +60,6 @@ def test_quantized_activations_reach_every_rank(tmp_path):
     plain.load_state_dict(one["state"])
     assert not torch.equal(plain(torch.linspace(-1, 1, 8)[None]), one["output"])
     assert (tmp_path / "compressed" / "model.safetensors").exists()
-
-
-def ending(folder, module):
-    settings = (State(model=module.model), CallbackOptions(), {}, Event(), SavedFiles())
-    return Finish(quiet(folder, **DDP), module, None, *settings, outputs=None, run="run", clock_state={})
-
-
-@pytest.mark.parametrize(("scheme", "group_size", "told"), [("W8A8", None, True), ("W4A16", 8, False)])
-def test_what_workers_cannot_send_back_is_named(tmp_path, scheme, group_size, told):
-    module = Regression()
-    compress(module.model, QuantizationModifier(scheme=scheme, group_size=group_size, targets=["Linear"]))
-    end = ending(tmp_path, module)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        end._warn_of_what_stays_behind()
-    assert any("not the quantization of activations" in str(w.message) for w in caught) == told
-
-
-def test_rotations_and_untied_weights_that_workers_cannot_send_back_are_named(tmp_path):
-    module = Regression()
-    module.model[2] = torch.nn.Linear(8, 8)
-    module.model[2].weight = module.model[0].weight
-    end = ending(tmp_path, module)
-    end.ties_before = ties(module.model)
-    module.model[2].weight = torch.nn.Parameter(module.model[0].weight.detach().clone())
-    OnlineRotations((OnlineRotation("input", (1,) * 8),)).attach(module.model[0])
-    with pytest.warns(UserWarning, match="not the rotations that run beside modules, nor that weights were untied"):
-        end._warn_of_what_stays_behind()
 
 
 def test_a_failure_on_rank_0_ends_the_others(tmp_path):

@@ -95,7 +95,9 @@ def test_the_size_before_is_that_before_the_cut_and_the_size_after_that_of_the_f
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_a_run_without_a_metric_looks_for_one_once_at_most(tmp_path, monkeypatch, evaluate):
     calls = []
-    monkeypatch.setattr("lightning_compress.training.post_training.Finish.measure_dense", lambda self: calls.append(1))
+    monkeypatch.setattr(
+        "lightning_compress.training.post_training.PostTraining.measure_dense", lambda self: calls.append(1)
+    )
     callback = CompressionCallback(MagnitudePruningModifier(final_sparsity=0.5, start=2, end=6), evaluate=evaluate)
     L.Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,

@@ -140,7 +140,7 @@ def test_a_best_checkpoint_of_other_shapes_gives_way_to_the_last_weights(tmp_pat
     module = Worsens()
     best = ModelCheckpoint(tmp_path / "kept", monitor="val/mse")
     trainer = quiet(tmp_path, CompressionCallback(channels(start=5)), best, max_epochs=2)
-    with pytest.warns(UserWarning, match="before the model had shrunk to its shapes of now; the last weights"):
+    with pytest.warns(UserWarning, match="before the model had shrunk to its present shapes; the last weights"):
         trainer.fit(module, Sums())
     assert module.model[0].out_features == 4
     trainer.test(module, Sums(), ckpt_path="best", verbose=False)

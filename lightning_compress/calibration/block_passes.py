@@ -247,9 +247,7 @@ def one_pass_obstacle(
         if not single or type(modifier).on_module_ready is Modifier.on_module_ready:
             return f"{modifier.name} finishes whole blocks, not single modules"
     for modifier in stages_of(modifiers)[-1] if not uncalled else ():
-        if (
-            modifier.handles_training_end and not modifier.needs.one_pass
-        ):  # keeps results of earlier versions
+        if modifier.handles_training_end and not modifier.needs.one_pass:  # as earlier versions did
             return f"{modifier.name} acts at the end of training; walk='one_pass' is possible, too"
     hooked = {m for modifier in last for m in modifier.hooked}
     for module, name in targets.items():

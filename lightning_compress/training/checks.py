@@ -1,4 +1,4 @@
-"""What a Trainer and a recipe cannot do together, said before hours of training."""
+"""Errors before hours of training: what a Trainer and a recipe cannot do together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,23 +6,29 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lightning_compress.core.events import Event
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.training.submodule import choose
 
 __all__ = [
     "averages",
     "check_averaging",
+    "check_fit",
     "check_lightning",
-    "check_order",
     "check_plain",
-    "check_strategy",
+    "check_same_module",
     "check_whole",
     "check_windows",
     "tensor_bytes",
     "tensor_names",
+    "warn_of_compressed_model",
+    "warn_of_no_fit",
+    "warn_of_stray_step",
 ]
 
 TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -30,7 +36,7 @@ AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 def averages(callback: Callback) -> bool:
-    """True for Lightning's averages of weights (EMA, SWA), and for what inherits from them."""
+    """True for Lightning's callbacks that average weights (EMA, SWA), and for their subclasses."""
     return any(c.__name__ in AVERAGING for c in type(callback).__mro__)
 
 
@@ -44,7 +50,7 @@ def tensor_bytes(module: nn.Module, precision: str | None = None) -> int:
 
     Args:
         module: The model.
-        precision: The Trainer's, where the model is not yet in it: ``bf16-true`` is given to it after ``setup``.
+        precision: Precision of the Trainer, which converts the model to ``bf16-true`` only after ``setup``.
     """
     dtype = TRUE_DTYPES.get(precision or "")
     tensors = (*module.parameters(), *module.buffers())
@@ -56,18 +62,25 @@ def tensor_bytes(module: nn.Module, precision: str | None = None) -> int:
 
 
 def check_lightning(trainer: Any, pl_module: Any) -> None:
-    """Both are those of ``lightning.pytorch``: pytorch_lightning has classes of its own under the same names."""
-    for given, expected in ((trainer, Trainer), (pl_module, LightningModule)):
-        if not isinstance(given, expected):
+    """ValueError for objects of pytorch_lightning, which has classes of its own under the same names."""
+    for thing, expected in ((trainer, Trainer), (pl_module, LightningModule)):
+        if not isinstance(thing, expected):
             raise ValueError(
-                f"{type(given).__name__} is a {expected.__name__} of pytorch_lightning, expected one of "
+                f"{type(thing).__name__} is a {expected.__name__} of pytorch_lightning, expected one of "
                 f"lightning.pytorch, which is the same under another name: write import lightning.pytorch as pl (or "
                 f"from lightning.pytorch import {expected.__name__}) in place of import pytorch_lightning as pl"
             )
 
 
+def check_fit(trainer: Trainer, pl_module: LightningModule, callback: Callback, root: LightningModule | None) -> None:
+    """A Trainer and a LightningModule that the callback can work with; ``root`` is that of an earlier fit."""
+    check_strategy(trainer)
+    check_order(trainer, callback)
+    check_same_root(pl_module, root)
+
+
 def check_strategy(trainer: Trainer) -> None:
-    """No strategy that shards weights."""
+    """ValueError for a strategy that shards weights."""
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ValueError(
             f"{type(trainer.strategy).__name__} shards the weights, and compression needs them whole: use "
@@ -76,7 +89,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def check_whole(module: nn.Module) -> None:
-    """``fully_shard`` in configure_model works under any strategy; its parameters are DTensors."""
+    """ValueError for DTensors: ``fully_shard`` in configure_model works under any strategy."""
     sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "device_mesh")]
     if sharded:
         raise ValueError(
@@ -86,7 +99,7 @@ def check_whole(module: nn.Module) -> None:
 
 
 def check_order(trainer: Trainer, callback: Callback) -> None:
-    """At the end of training, averaging overwrites the weights: what it must not overwrite has to come after it."""
+    """ValueError where averaging comes later, which overwrites the weights at the end of training."""
     after = trainer.callbacks[trainer.callbacks.index(callback) + 1 :]
     for other in after:
         if averages(other):
@@ -101,10 +114,10 @@ def check_averaging(trainer: Trainer, module: str, reshaping: bool, added: bool)
     """Averages pair tensors by position, so a recipe may neither add tensors nor change their shapes.
 
     Args:
-        trainer: For its callbacks.
+        trainer: The Trainer, for its callbacks.
         module: Name of the model.
-        reshaping: A modifier changes shapes.
-        added: A modifier has added parameters or buffers.
+        reshaping: Whether a modifier changes shapes.
+        added: Whether a modifier has added parameters or buffers.
     """
     averaging = [type(c).__name__ for c in trainer.callbacks if averages(c)]
     if averaging and reshaping:
@@ -120,7 +133,7 @@ def check_averaging(trainer: Trainer, module: str, reshaping: bool, added: bool)
 
 
 def check_windows(trainer: Trainer, modifiers: Sequence[Modifier], event: Event) -> None:
-    """A window in epochs or fractions needs a length that is known and constant; none should outlast the run."""
+    """ValueError for windows in epochs or fractions of unknown or changing length; warns of those past the end."""
     units = {m.unit for m in modifiers if m.start is not None} - {"step"}
     for unit in sorted(units):
         _ = event.in_unit(unit).steps_per_unit
@@ -134,8 +147,52 @@ def check_windows(trainer: Trainer, modifiers: Sequence[Modifier], event: Event)
         modifier.check_length(event)
 
 
+def check_same_root(pl_module: LightningModule, root: LightningModule | None) -> None:
+    """A callback compresses one LightningModule: ValueError where ``root`` is another one, from an earlier fit."""
+    if root is not None and root is not pl_module:
+        raise ValueError(
+            "this CompressionCallback has compressed, or begun to compress, another LightningModule; "
+            "make a new one for each model"
+        )
+
+
+def check_same_module(pl_module: LightningModule, name: str | None, model: nn.Module | None) -> None:
+    """ValueError where the module of that name is no longer the one that the modifiers were initialized on."""
+    chosen, module = choose(pl_module, name)
+    if module is not model:
+        raise ValueError(
+            f"the module {chosen!r} is not the object that the modifiers were initialized on: it was replaced after "
+            f"configure_model; build it in __init__, setup or configure_model"
+        )
+
+
+def warn_of_compressed_model() -> None:
+    """Training goes on, and the callback is done."""
+    rank_zero_warn(
+        "this model is compressed already: CompressionCallback does nothing more, and further training moves the "
+        "weights off their grid; to compress again, train from a dense checkpoint with a new callback"
+    )
+
+
+def warn_of_no_fit() -> None:
+    """A test runs, and nothing was compressed."""
+    rank_zero_warn(
+        "CompressionCallback has compressed nothing: it acts at the end of trainer.fit, which was not called (perhaps "
+        "because of train=False), and no checkpoint of a run with it was loaded; to compress a model as it is, fit "
+        "with Trainer(max_epochs=0), on the command line trainer.max_epochs=0"
+    )
+
+
+def warn_of_stray_step(optimizer: Optimizer) -> None:
+    """An optimizer made a step outside of a training batch."""
+    rank_zero_warn(
+        f"a {type(optimizer).__name__} stepped outside of a training batch; the step counts, but modifiers do not see "
+        f"it: step it in training_step, so that they can act on it"
+    )
+
+
 def check_plain(value: Any, place: str) -> None:
-    """Primitives and tensors only, or TypeError: what else a checkpoint held, ``weights_only`` could not read back."""
+    """TypeError for anything but primitives and tensors, which ``weights_only`` could not load from a checkpoint."""
     if isinstance(value, dict):
         for key, inner in value.items():
             check_plain(key, f"a key of {place}")

@@ -1,4 +1,4 @@
-"""The clock of a training run: optimizer steps that were really made.
+"""The clock of a training run: the optimizer steps that were made.
 
 ``trainer.global_step`` counts the steps of every optimizer, and those that fp16 scaling skipped. Here each optimizer
 counts its own steps, in a hook that torch calls after a step was made; the clock is the largest count.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -20,7 +21,7 @@ __all__ = ["StepClock"]
 
 
 class StepClock:
-    """Counts steps and batches, and dates events."""
+    """Counts steps and batches, and makes events with them."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []  # of each optimizer
@@ -38,7 +39,7 @@ class StepClock:
         return max(self.steps, default=0)
 
     def event(self, type_: EventType | None = None) -> Event:
-        """An event that happens now."""
+        """An event of this moment."""
         step, batches, accumulate = self.global_step, self.batches, self.batches_per_step
         if not self.manual:
             return Event(type_, step, batches, self.steps_per_epoch, self.total_steps, accumulate)
@@ -48,7 +49,7 @@ class StepClock:
         return Event(type_, step, batches, self.steps_per_epoch, self._total_batches(passed), accumulate, passed=passed)
 
     def _total_batches(self, passed: int) -> float | Fraction | None:
-        """Batches of a run in manual optimization; ``max_steps`` ends it where so many steps as until now go on."""
+        """Batches of a run in manual optimization; ``max_steps`` ends it, at the rate of steps per batch so far."""
         if self.max_steps < 0:
             return self.total_steps
         steps = sum(self.steps)
@@ -72,8 +73,8 @@ class StepClock:
             accumulate: Batches per step; the last, partial window of an epoch makes a step too.
             epochs: Epochs in the run; None or -1 without a limit.
             max_steps: Limit of the Trainer, which adds up the steps of all optimizers; -1 without a limit.
-            optimizers: How many there are.
-            manual: ``training_step`` makes the steps itself.
+            optimizers: Number of optimizers.
+            manual: Whether ``training_step`` makes the steps itself.
         """
         self.batches_per_step, self.manual, self.max_steps = accumulate, manual, max_steps
         self.steps_per_epoch = math.ceil(batches / accumulate) if math.isfinite(batches) else None
@@ -81,6 +82,17 @@ class StepClock:
         if self.steps_per_epoch is not None and epochs is not None and epochs >= 0:
             limits.append(epochs * self.steps_per_epoch)
         self.total_steps = min(limits, default=None)
+
+    def measure_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As :meth:`measure`, with the numbers of a Trainer in its on_train_start."""
+        self.measure(
+            trainer.num_training_batches,
+            trainer.accumulate_grad_batches,
+            trainer.max_epochs,
+            trainer.max_steps,
+            len(trainer.optimizers),
+            manual=not pl_module.automatic_optimization,
+        )
 
     def attach(
         self,
@@ -91,7 +103,7 @@ class StepClock:
         """Count the steps of these optimizers from now on.
 
         Args:
-            optimizers: Counts that were restored go to them in order.
+            optimizers: The optimizers, in the order of the counts that were restored.
             before: Called after each step that was made, before it is counted.
             after: Called once it is counted.
         """

@@ -1,8 +1,8 @@
 """Modules among the hyperparameters of a checkpoint: stored as the dense modules that they were.
 
 ``self.save_hyperparameters()`` with the network among the arguments makes Lightning pickle it with every checkpoint:
-the very object that carries hooks, parametrizations and records. Most of them cannot be pickled, and none can be read
-where this package is not installed.
+the object that carries hooks, parametrizations and records. Most of them cannot be pickled, and none can be read where
+this package is not installed.
 """
 
 import copy
@@ -45,7 +45,7 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     """A copy without hooks, parametrizations and records of this package; parameters and buffers are the same tensors.
 
     Args:
-        module: Stays as it is.
+        module: The module; it is not changed.
         memo: As in :func:`copy.deepcopy`; with one for several modules, what they share stays shared.
     """
     memo = {} if memo is None else memo

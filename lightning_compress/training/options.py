@@ -8,8 +8,9 @@ from typing import Any, Literal
 from lightning_compress.calibration.options import CalibrationOptions, check_flag, check_whole_number
 from lightning_compress.core.lifecycle import modifiers_in_order
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.recipe import read_recipe
 
-__all__ = ["CallbackOptions", "merge_options", "named_modifiers"]
+__all__ = ["CallbackOptions", "read_arguments"]
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,29 @@ class CallbackOptions:
             raise ValueError(f"verify={self.verify!r}: expected 'auto', True or False")
 
 
-def merge_options(
-    arguments: Mapping[str, Any], settings: Mapping[str, Any] | None = None, recipe_name: str | None = None
-) -> CallbackOptions:
-    """Options from the callback's arguments; a setting of the recipe is used where the argument has its default.
+def read_arguments(
+    modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | None,
+    recipe: str | None,
+    arguments: Mapping[str, Any],
+) -> tuple[list[Modifier], CallbackOptions]:
+    """Modifiers in order, and options; a setting of the recipe is used where the argument has its default.
 
     Args:
-        arguments: All arguments but ``modifiers`` and ``recipe``, by name.
-        settings: Settings of the recipe.
-        recipe_name: Name of the recipe.
+        modifiers: The callback's argument; those in a dict get their keys as names.
+        recipe: The callback's argument.
+        arguments: All other arguments, by name.
 
     Raises:
-        ValueError: The recipe sets something that is not an argument, or a value is wrong.
+        ValueError: Neither or both of ``modifiers`` and ``recipe`` are given, an entry is not a modifier, the recipe
+            sets something that is not an argument, or a value is wrong.
     """
-    settings = settings or {}
+    if (modifiers is None) == (recipe is None):
+        both = "both" if modifiers is not None else "neither"
+        raise ValueError(f"expected either modifiers or recipe, got {both}: CompressionCallback(recipe='gptq_w4')")
+    settings: Mapping[str, Any] = {}
+    if recipe is not None:
+        content = read_recipe(recipe)
+        modifiers, settings = content.modifiers, content.arguments
     if unknown := sorted(settings.keys() - arguments.keys()):
         raise ValueError(
             f"the recipe sets {unknown}, which CompressionCallback does not take; it takes {sorted(arguments)}"
@@ -73,15 +83,12 @@ def merge_options(
     defaults = {f.name: f.default for f in (*fields(CalibrationOptions), *fields(CallbackOptions))}
     merged = {n: settings.get(n, value) if value == defaults[n] else value for n, value in arguments.items()}
     calibration = {f.name: merged.pop(f.name) for f in fields(CalibrationOptions) if f.name in merged}
-    return CallbackOptions(CalibrationOptions(**calibration), **merged, recipe_name=recipe_name)
+    options = CallbackOptions(CalibrationOptions(**calibration), **merged, recipe_name=recipe)
+    return _named(modifiers), options
 
 
-def named_modifiers(modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier]) -> list[Modifier]:
-    """Modifiers in order; those in a dict get their keys as names.
-
-    Raises:
-        ValueError: An entry of the dict is not a modifier, as after an override with a misspelled key.
-    """
+def _named(modifiers: Any) -> list[Modifier]:
+    """Modifiers in order; ValueError names an entry of a dict that is not one, as after an override with a typo."""
     for name, modifier in modifiers.items() if isinstance(modifiers, Mapping) else ():
         if not isinstance(modifier, Modifier):
             raise ValueError(

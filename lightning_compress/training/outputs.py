@@ -1,7 +1,7 @@
-"""Where a run writes: resolved once and checked before training, and held by one run at a time.
+"""The paths that a run writes: resolved once, checked before training, and locked by one run at a time.
 
-A lock file in the folder names its holder: machine, process, run and Slurm job. One that a dead process has left is
-taken over, and so is that of another machine for the run, or the job, that goes on here.
+A lock file in the folder names its holder: machine, process, run and Slurm job. A lock of a dead process is replaced,
+and so is that of another machine for the same run, or the same job, which goes on here.
 """
 
 import json
@@ -21,12 +21,12 @@ from lightning_compress.files.leftovers import host_name, is_running
 
 __all__ = ["FolderLock", "Outputs"]
 
-SECONDS_TO_WRITE = 60.0  # a lock file that nobody can read after this long was left half-written
+SECONDS_TO_WRITE = 60.0  # a lock file that cannot be read after this time was left incomplete
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Absolute paths of what a run leaves behind: a later ``os.chdir`` does not move them."""
+    """Absolute paths of the results of a run: a later ``os.chdir`` does not move them."""
 
     export: Path
     report: Path
@@ -43,8 +43,8 @@ class Outputs:
         """ValueError now, not after hours of training, when one of them could not be written.
 
         Args:
-            resumed: Whether this run goes on from a checkpoint; then it may replace what it exported before.
-            run: Its name.
+            resumed: Whether this run resumes from a checkpoint; then it may replace its earlier export.
+            run: Name of the run.
         """
         if self.report.exists() and not self.report.is_dir():
             raise ValueError(f"{self.report} is a file, and the report goes into a folder of that name; move the file")
@@ -56,6 +56,12 @@ class Outputs:
                 f"remove it; only a run that is resumed replaces what it exported"
             )
         check_target(self.export, overwrite=resumed, run=run)
+
+    def claim(self, lock: "FolderLock", *, resumed: bool, run: str) -> None:
+        """Exclude other runs from these paths, and :meth:`check` that they can be written."""
+        for path in self.locks:
+            lock.acquire(path, run)
+        self.check(resumed=resumed, run=run)
 
     @property
     def locks(self) -> list[Path]:
@@ -75,46 +81,52 @@ def _local(folder: str, argument: str) -> Path:
 
 
 class FolderLock:
-    """Lock files that this run holds."""
+    """The lock files of this run."""
 
     def __init__(self) -> None:
-        self._held: dict[Path, dict[str, Any]] = {}
+        self._locks: dict[Path, dict[str, Any]] = {}
 
     def acquire(self, path: Path, run: str) -> None:
-        """Hold ``path``; its folder is made.
+        """Create the lock file ``path``, and its folder.
 
         Raises:
-            ValueError: Another run holds it, or it cannot be written.
+            ValueError: Another run has locked it, or it cannot be written.
         """
-        own = {"host": host_name(), "process": os.getpid(), "started": _started(os.getpid()), "run": run, "job": _job()}
+        mine = {
+            "host": host_name(),
+            "process": os.getpid(),
+            "started": _started(os.getpid()),
+            "run": run,
+            "job": _job(),
+        }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            while not _create(path, own):
+            while not _create(path, mine):
                 holder = _read(path)
-                if not _is_left_over(path, holder, own):
+                if not _is_left_over(path, holder, mine):
                     raise ValueError(
                         f"{path.parent} is in use by process {holder.get('process')} on {holder.get('host')}, run "
                         f"{holder.get('run')}, and two runs would overwrite each other: give another default_root_dir "
                         f"(or export_dir); if that process has ended, remove {path}"
                     )
-                if holder and holder["host"] != own["host"]:
+                if holder and holder["host"] != mine["host"]:
                     rank_zero_warn(f"going on in {path.parent} for process {holder['process']} on {holder['host']}")
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(f"cannot write into {path.parent}: {error}; choose another folder") from error
-        self._held[path] = own
+        self._locks[path] = mine
 
     def release(self) -> None:
-        """Let go of all of them; the lock of another run is left alone."""
-        for path, own in self._held.items():
-            if own["process"] == os.getpid() and _read(path) == own:
+        """Remove all of them; the lock of another run stays."""
+        for path, content in self._locks.items():
+            if content["process"] == os.getpid() and _read(path) == content:
                 with suppress(OSError):
                     path.unlink()
-        self._held = {}
+        self._locks = {}
 
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:
-    """False when the file is there already."""
+    """False when the file exists already."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -125,7 +137,7 @@ def _create(path: Path, content: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock file says; empty when it is not there or not whole."""
+    """Content of a lock file; empty when it is missing or incomplete."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) and isinstance(content["process"], int) and content["host"] else {}
@@ -133,21 +145,21 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_left_over(path: Path, holder: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether the holder of a lock is gone, or goes on as this very run."""
+def _is_left_over(path: Path, holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether the holder of a lock has ended, or is this very run."""
     if not holder:
         try:
             return time.time() - path.stat().st_mtime > SECONDS_TO_WRITE
         except FileNotFoundError:
             return True
-    if holder["host"] != own["host"]:
-        return holder.get("run") == own["run"] or (own["job"] is not None and holder.get("job") == own["job"])
+    if holder["host"] != mine["host"]:
+        return holder.get("run") == mine["run"] or (mine["job"] is not None and holder.get("job") == mine["job"])
     process = holder["process"]
-    return process == own["process"] or not is_running(process) or _started(process) != holder.get("started")
+    return process == mine["process"] or not is_running(process) or _started(process) != holder.get("started")
 
 
 def _started(process: int) -> str:
-    """When a process of this machine began, so that another one of its number is told from it; empty if not known."""
+    """Start time of a process of this machine, which tells it from a later one of its number; empty if not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"

@@ -1,6 +1,6 @@
-"""A model whose tensors shrank during training, and its checkpoints: what was cut travels with the weights.
+"""Checkpoints of a model whose tensors shrank during training: a record of the cuts is stored with the weights.
 
-Lightning loads weights before it gives callbacks their state, and a freshly built model is dense. Its module's own
+Lightning loads weights before it gives callbacks their state, and a freshly built model is dense. The LightningModule's
 ``on_load_checkpoint`` comes before both, so the cuts are repeated there, when fit resumes and when validate, test or
 predict load a checkpoint; ``on_save_checkpoint`` comes for checkpoints of weights alone, too.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.layers.forward import patched
 from lightning_compress.structure.surgery import record_of, reshape
 from lightning_compress.training.hyperparameters import write_plain_modules
+from lightning_compress.training.ranks import spawns_workers
 from lightning_compress.training.submodule import choose
 
 __all__ = ["carry_shapes", "check_launcher", "read_shapes", "same_shapes", "write_shapes"]
@@ -47,8 +48,8 @@ def same_shapes(weights: Mapping[str, Any], root: nn.Module) -> bool:
 
 
 def check_launcher(trainer: Trainer) -> None:
-    """ValueError where workers would hand weights back to a main process whose model is still dense."""
-    if any(c.__name__ == "_MultiProcessingLauncher" for c in type(trainer.strategy.launcher).__mro__):
+    """ValueError where workers would send weights back to a main process whose model is still dense."""
+    if spawns_workers(trainer):
         raise ValueError(
             "the recipe changes shapes, and the main process of a strategy that spawns or forks its workers gets "
             "weights back for the dense model: use strategy='ddp'"

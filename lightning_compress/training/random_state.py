@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_compress import distributed
 
-__all__ = ["collect", "collect_all", "restore"]
+__all__ = ["LoadedRandomState", "collect", "collect_all", "restore"]
 
 
 def collect() -> dict[str, Any]:
@@ -40,7 +40,7 @@ def restore(states: list[dict[str, Any]]) -> None:
     """Go on with the random numbers where :func:`collect_all` was called.
 
     Args:
-        states: One for each rank. A rank that was not there then leaves its own as it is.
+        states: One for each rank. A further rank leaves its random state as it is.
     """
     if distributed.rank() >= len(states):
         return
@@ -53,6 +53,19 @@ def restore(states: list[dict[str, Any]]) -> None:
     if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
         kind, keys, rest = state["numpy"]["kind"], state["numpy"]["keys"], state["numpy"]["rest"]
         numpy.random.set_state((kind, keys.tolist(), *rest))
+
+
+class LoadedRandomState:
+    """The states of a checkpoint, from its loading to the moment when training goes on."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] | None = None
+
+    def restore(self) -> None:
+        """Restore them, once."""
+        states, self.states = self.states, None
+        if states is not None:
+            restore(states)
 
 
 def _cpu(state: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Work that rank 0 does alone while the other ranks wait, for as long as it takes.
+"""Work of rank zero alone, for which the other ranks wait without a time limit.
 
-A barrier of the training's process group gives up after 30 minutes (NCCL: 10), and calibration may last longer. So the
-ranks wait in a gloo group of their own whose timeout is a year; when rank 0 fails or dies, they fail too.
+A barrier of the training's process group fails after 30 minutes (NCCL: 10), and calibration may take longer. So the
+ranks wait in a separate gloo group whose timeout is a year; when rank zero fails or dies, they fail, too.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ NO_TIMEOUT = timedelta(days=365)
 
 
 def alone(work: Callable[[], T], what: str) -> T:
-    """Run ``work`` on rank 0 and hand its result (which is pickled) to every rank; without a group just run it.
+    """Run ``work`` on rank zero and send its result (pickled) to every rank; a single process just runs it.
 
     Args:
-        work: What rank 0 does.
-        what: For the message of the others when it fails.
+        work: Called without arguments on rank zero.
+        what: Name of the work, for the message of the other ranks when it fails.
 
     Raises:
         RuntimeError: On the other ranks, when rank 0 failed; rank 0 raises its own error.
@@ -50,7 +50,7 @@ def _result(work: Callable[[], T], what: str, group: Any) -> T:
         try:
             result = work()
         except BaseException as error:
-            with suppress(RuntimeError):  # the others may be gone, as when SIGTERM came to all: this error counts
+            with suppress(RuntimeError):  # the others may have ended, as after SIGTERM to all: raise this error
                 dist.broadcast_object_list([False, f"{type(error).__name__}: {error}"], src=0, group=group)
             raise
         dist.broadcast_object_list([True, result], src=0, group=group)

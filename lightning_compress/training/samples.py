@@ -1,8 +1,8 @@
 """Calibration samples out of a training loader: chosen with a seed, in the dataset's order, never shuffled.
 
 A training loader shuffles, so its first batches differ from run to run; the first samples of a dataset may all be of
-one class. So: a seeded choice among all samples, in ascending order, through the loader's own collate function. Random
-augmentation inside the dataset stays on; give the datamodule a ``calibration_dataloader`` to be rid of it.
+one class. So samples are chosen among all with a seed, in ascending order, and collated by the loader's own function.
+Random augmentation inside the dataset stays on; a ``calibration_dataloader`` of the datamodule avoids it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,41 +23,41 @@ def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], st
     Args:
         loader: A training loader, a CombinedLoader, or a dict, list or tuple of such (then batches are structured in
             the same way).
-        batches: How many are wanted.
-        seed: Of the choice.
+        batches: Number of batches.
+        seed: Seed of the choice.
     """
     if isinstance(loader, CombinedLoader):
         return seeded_view(loader.iterables, batches, seed)
     if isinstance(loader, Mapping):
-        parts = {key: seeded_view(part, batches, seed) for key, part in loader.items()}
-        views = {key: part for key, (part, _) in parts.items()}
-        return _Together(views), "; ".join(f"{key}: {said}" for key, (_, said) in parts.items())
+        views = {key: seeded_view(inner, batches, seed) for key, inner in loader.items()}
+        note = "; ".join(f"{key}: {samples}" for key, (_, samples) in views.items())
+        return _Together({key: view for key, (view, _) in views.items()}), note
     if isinstance(loader, list | tuple):
-        together, said = seeded_view(dict(enumerate(loader)), batches, seed)
-        return _Listed(together, type(loader)), said
+        together, note = seeded_view(dict(enumerate(loader)), batches, seed)
+        return _Listed(together, type(loader)), note
     reason = _unindexable(loader)
     if reason is not None:
         return loader, f"its first {batches} batches as they come ({reason}, so the choice is the loader's)"
     population = _population(loader, seed)
     size = len(population)
-    wanted = min(batches * loader.batch_size, size)
+    samples = min(batches * loader.batch_size, size)
     generator = torch.Generator().manual_seed(seed)
-    chosen = sorted(population[i] for i in torch.randperm(size, generator=generator)[:wanted].tolist())
+    indices = sorted(population[i] for i in torch.randperm(size, generator=generator)[:samples].tolist())
     view = DataLoader(
-        Subset(loader.dataset, chosen),
+        Subset(loader.dataset, indices),
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
-        drop_last=loader.drop_last and wanted >= loader.batch_size,
+        drop_last=loader.drop_last and samples >= loader.batch_size,
         generator=generator,  # the global random state stays untouched
     )
-    shown = ", ".join(map(str, chosen[:8])) + (", ..." if wanted > 8 else "")
-    return view, f"{wanted} of {size} samples, chosen with seed {seed}, in order: {shown}"
+    first = ", ".join(map(str, indices[:8])) + (", ..." if samples > 8 else "")
+    return view, f"{samples} of {size} samples, chosen with seed {seed}, in order: {first}"
 
 
 def share_of(loader: Any, rank: int, ranks: int) -> Any:
-    """What one of several ranks measures of a loader that Lightning has not split: every ``ranks``-th sample, in order.
+    """The share of one rank in a loader that Lightning has not split: every ``ranks``-th sample, in order.
 
-    Every rank gets as many (a sample may come twice), as from Lightning. What cannot be indexed goes to all of them.
+    All ranks get the same number (a sample may come twice), as from Lightning. A loader without indices goes to all.
     """
     if ranks == 1 or _unindexable(loader) is not None:
         return loader
@@ -71,29 +71,29 @@ def first_batches(loader: Iterable[Any], batches: int) -> list[Any]:
 
 
 class OwnBatches:
-    """Batches of the user's ``calibration_dataloader``. A look at the first loses none, not even of an iterator."""
+    """Batches of the user's ``calibration_dataloader``. Reading the first early loses none, not even of an iterator."""
 
     def __init__(self) -> None:
-        self._looked_at: Iterable[Any] | None = None
+        self._opened: Iterable[Any] | None = None
 
     def first(self, owners: Sequence[Any]) -> list[Any] | None:
         """The first batch in a list, empty where there is none; None where none of the owners has the method."""
-        loader = _asked(owners)
+        loader = _own_loader(owners)
         if loader is None:
             return None
         begun = iter(loader)
         head = list(islice(begun, 1))
-        self._looked_at = chain(head, begun) if begun is loader else loader
+        self._opened = chain(head, begun) if begun is loader else loader
         return head
 
     def loader(self, owners: Sequence[Any]) -> Iterable[Any] | None:
-        """What was looked at and not used yet, else a new loader; None where none of the owners has the method."""
-        looked_at, self._looked_at = self._looked_at, None
-        return _asked(owners) if looked_at is None else looked_at
+        """The loader of :meth:`first`, once; else a new one; None where none of the owners has the method."""
+        opened, self._opened = self._opened, None
+        return _own_loader(owners) if opened is None else opened
 
 
-def _asked(owners: Sequence[Any]) -> Iterable[Any] | None:
-    """What the first ``calibration_dataloader`` among the owners returns; ValueError for what holds no batches."""
+def _own_loader(owners: Sequence[Any]) -> Iterable[Any] | None:
+    """Result of the first ``calibration_dataloader`` among the owners; ValueError where it holds no batches."""
     for owner in owners:
         if (make := getattr(owner, "calibration_dataloader", None)) is not None:
             loader = make()
@@ -111,7 +111,7 @@ def _a(value: Any) -> str:
 
 
 def _population(loader: DataLoader[Any], seed: int) -> Sequence[int]:
-    """Indices that the loader may yield: a sampler that keeps to a part of the dataset is asked for its part."""
+    """Indices that the loader may yield; a sampler for a part of the dataset gives that part."""
     if isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler):
         return range(len(loader.dataset))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
@@ -122,7 +122,7 @@ def _population(loader: DataLoader[Any], seed: int) -> Sequence[int]:
 def _unindexable(loader: Any) -> str | None:
     """Why samples cannot be chosen by index; None when they can."""
     if not isinstance(loader, DataLoader):
-        return f"a {type(loader).__name__} is no DataLoader"
+        return f"a {type(loader).__name__} is not a DataLoader"
     if isinstance(loader.dataset, IterableDataset):
         return "an iterable dataset"
     return "a batch sampler of its own" if loader.batch_size is None else None

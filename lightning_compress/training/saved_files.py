@@ -1,7 +1,7 @@
-"""Checkpoint files that this process saved. They may be unpickled, and no other file is.
+"""Checkpoint files that this process saved: they may be unpickled, and no other file is.
 
-A date says nothing: whoever sends a file chooses its date, and the path of the best file is read from a checkpoint too.
-So each file is noted when it is saved, by inode, size and time of change, and looked at again before it is read.
+A date is no evidence: the sender of a file chooses it, and the path of the best file is read from a checkpoint, too.
+So the inode, size and time of change of each file are recorded when it is saved, and compared before it is read.
 """
 
 import pickle
@@ -22,7 +22,7 @@ class SavedFiles:
         self._files: dict[Path, tuple[int, ...]] = {}
 
     def watch(self, trainer: Trainer) -> Callable[[], None]:
-        """Note whatever ``trainer`` saves from now on, and return what ends this."""
+        """Record all files that ``trainer`` saves from now on; returns a function that ends this."""
         writer = trainer.strategy.checkpoint_io
         save = writer.save_checkpoint
 
@@ -39,24 +39,24 @@ class SavedFiles:
         return undo
 
     def note(self, path: str | Path) -> None:
-        """Note a file that was just saved; not one that is remote, or that AsyncCheckpointIO writes later."""
-        place = Path(path).resolve()
-        if place.is_file():
-            self._files[place] = _state(place)
+        """Record a file that was just saved; not one that is remote, or that AsyncCheckpointIO writes later."""
+        resolved = Path(path).resolve()
+        if resolved.is_file():
+            self._files[resolved] = _state(resolved)
 
     def __contains__(self, path: str | Path) -> bool:
-        place = Path(path).resolve()
-        return place in self._files and place.is_file() and self._files[place] == _state(place)
+        resolved = Path(path).resolve()
+        return resolved in self._files and resolved.is_file() and self._files[resolved] == _state(resolved)
 
     def will_refuse(self, path: str | Path) -> bool:
-        """Whether :meth:`read` will refuse this file as it is now; tensors are not read."""
+        """Whether :meth:`read` refuses this file as it is now; tensors are not read."""
         if path in self or not Path(path).is_file():
             return False
         try:
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
             return True
-        except Exception:  # said when it is read, if it is then still the best
+        except Exception:  # an error comes when it is read, if it is then still the best
             return False
         return False
 

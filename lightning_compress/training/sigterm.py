@@ -1,4 +1,4 @@
-"""SIGTERM while a model is compressed or written: stop now, with a message and an exit code, as Ctrl-C does.
+"""SIGTERM while a model is compressed or written: stop at once, with a message and an exit code, as Ctrl-C does.
 
 Lightning's handler sets a flag, which its loops read between batches. After training nothing reads it, and the grace
 period of a container or of Slurm runs out.
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
-    """While this is open, SIGTERM ends the run with exit code 143; a handler of the user's own stays.
+    """Inside, SIGTERM ends the run with exit code 143; a handler of the user is not replaced.
 
-    Nothing half-written is left: what was begun is removed, and what is whole stays.
+    No incomplete file is left: unfinished ones are removed, complete ones stay.
     """
     former = signal.getsignal(signal.SIGTERM)
     ours = former == signal.SIG_DFL or type(former).__module__.startswith(("lightning.", "pytorch_lightning."))
@@ -35,7 +35,7 @@ def stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal received
         if received:
-            return  # stopping already: what is half-written is being removed
+            return  # it stops already: unfinished files are being removed
         received = True
         log.warning("SIGTERM while the model was compressed: stopping; resume the run to have it compressed")
         if callable(former) and trainer.world_size == 1:

@@ -1,10 +1,9 @@
 """SLURM's requeue while a model is compressed: the job begins again where training had ended.
 
-Before the time limit Slurm signals every task. Lightning's answer is that all ranks together save ``hpc_ckpt_N.ckpt``,
-and rank 0 requeues the job; its next attempt goes on from there. At the end of training this does harm: while rank 0
-compresses, the others wait for it and cannot join in saving, so the job hangs until the limit kills it; and what was
-saved would be a model half compressed. So the trained model is saved first, as Lightning would, and then the signal
-only requeues.
+Before the time limit Slurm signals every task. With Lightning's handler all ranks together save ``hpc_ckpt_N.ckpt``,
+and rank 0 requeues the job; its next attempt resumes from there. At the end of training this does harm: while rank 0
+compresses, the others wait for it and cannot take part in saving, so the job hangs until the limit kills it; and the
+saved model would be compressed in part. So the trained model is saved first, and then the signal only requeues.
 
 Once the model is compressed, its checkpoint takes the place of the last ``hpc_ckpt_N.ckpt``: under Slurm, Lightning
 loads that one wherever no ``ckpt_path`` is given, in ``trainer.test`` too, and a job that is requeued during the test
@@ -32,11 +31,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def requeue_only(trainer: Trainer, *, save_first: bool) -> Iterator[None]:
-    """While this is open, the signal requeues the job and saves nothing; a handler of the user's own stays.
+    """Inside, the signal requeues the job and saves nothing; a handler of the user is not replaced.
 
     Args:
         trainer: In its fit; every rank opens this.
-        save_first: Save a checkpoint now, from which the next attempt goes on. Without it that begins as this one did.
+        save_first: Save a checkpoint now, from which the next attempt resumes. Without it that starts as this one did.
     """
     signum = _requeue_signal(trainer)
     if signum is None:
@@ -71,7 +70,7 @@ def supersede(trainer: Trainer, compressed: Path) -> None:
 
 
 def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """The signal to answer; None when this is no Slurm job that requeues itself, or the user answers the signal."""
+    """The signal; None when this is not a Slurm job that requeues itself, or the user handles the signal."""
     environment = trainer._accelerator_connector.cluster_environment
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return None

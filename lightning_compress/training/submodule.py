@@ -1,7 +1,7 @@
-"""Which module of a LightningModule is the model: not its metrics, losses and teachers.
+"""The module of a LightningModule that is the model: not one of its metrics, losses and teachers.
 
-In this order: the one that the user names; the one child that is a transformers.PreTrainedModel; ``model``, ``net`` or
-``backbone``; the only child that has parameters. Where that is one bare layer, the LightningModule itself is the model.
+In this order: the module that the user names; the only child that is a transformers.PreTrainedModel; ``model``, ``net``
+or ``backbone``; the only child with parameters. Where that is a bare layer, the LightningModule itself is the model.
 """
 
 from difflib import get_close_matches
@@ -20,7 +20,7 @@ def choose(root: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
 
     Args:
         root: The LightningModule.
-        name: Dotted name of the module, ``"."`` for ``root`` itself; None: find it, see above. A single child that is
+        name: Dotted name of the module, ``"."`` for ``root`` itself; None: as above. A single child that is
             a bare layer (``self.layer = nn.Linear(...)``) means ``root`` itself.
 
     Raises:
@@ -34,16 +34,16 @@ def choose(root: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
     pretrained = [n for n, m in children.items() if _is(uncompiled(m), "PreTrainedModel")]
     usual = [n for n in USUAL if n in children and any(True for _ in children[n].parameters())]
     weighted = [n for n, m in children.items() if any(True for _ in m.parameters())]
-    found = pretrained[:1] if len(pretrained) == 1 else usual[:1] or weighted
-    if len(found) != 1:
+    names = pretrained[:1] if len(pretrained) == 1 else usual[:1] or weighted
+    if len(names) != 1:
         kinds = {n: type(m).__name__ for n, m in children.items()}
         raise ValueError(
             f"cannot tell which module of {type(root).__name__} to compress: its children are {kinds}; "
             f"give module='<name>', or module='.' for all of it"
         )
-    module = uncompiled(children[found[0]])
+    module = uncompiled(children[names[0]])
     leaf = next(module.children(), None) is None
-    return ("", root) if leaf and len(weighted) == 1 else (found[0], module)
+    return ("", root) if leaf and len(weighted) == 1 else (names[0], module)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

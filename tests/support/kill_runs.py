@@ -39,7 +39,7 @@ from lightning_compress.files import atomic_folder as atomic
 from lightning_compress.modifiers import magnitude, qat  # noqa: F401  (imported before forking)
 from lightning_compress.modifiers.distillation import modifier as _distillation  # noqa: F401
 from lightning_compress.modifiers.gptq import modifier as _gptq  # noqa: F401
-from lightning_compress.training.post_training import Finish
+from lightning_compress.training.post_training import PostTraining
 from tests.support.training_runs import Regression, Sums, quiet
 
 EPOCHS, BATCHES = 3, 3
@@ -183,7 +183,7 @@ def _interpose(reached: Callable[..., None]) -> None:
 
         setattr(owner, name, told)
 
-    after(Finish, "compress", lambda finish: reached("finish"))
+    after(PostTraining, "compress", lambda end: reached("finish"))
     after(atomic, "_sync", lambda folder: reached("export"))
     for modifier in (lightning_compress.MagnitudePruningModifier, lightning_compress.GPTQModifier):
         after(modifier, "on_calibration_end", lambda *args: reached("calibration"))

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from pydantic import PrivateAttr
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_compress import CompressionCallback
 from lightning_compress.core import Event, Modifier, Needs, State
 
 
@@ -129,3 +131,24 @@ def quiet(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
     chosen = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "callbacks": list(callbacks)}
     return Trainer(**{**silent, **chosen, **options})
+
+
+def rounding(data: bool = True, **options: Any) -> CompressionCallback:
+    """A callback that rounds; with ``data=False`` it needs none."""
+    return CompressionCallback(RoundingModifier(data=data), **options)
+
+
+def best(folder: Path) -> ModelCheckpoint:
+    """Follows the metric of :class:`Regression`."""
+    return ModelCheckpoint(folder / "checkpoints", monitor="val/mse")
+
+
+class StopAfter(Callback):
+    """What a power cut does."""
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.batches:
+            raise KeyError("power cut")

@@ -4,14 +4,17 @@ import json
 import os
 
 import pytest
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    ModelCheckpoint,
+)
 
 from lightning_compress import CompressionCallback
 from lightning_compress.files.leftovers import host_name
 from lightning_compress.training import outputs
 from lightning_compress.training.outputs import FolderLock
 from tests.files.test_leftovers import dead as dead
-from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
+from tests.support.training_runs import RecordingModifier, Regression, RoundingModifier, Sums, quiet
 
 
 def holder(**changes):
@@ -88,7 +91,7 @@ def test_a_second_run_is_refused_before_training_and_locks_end_with_the_fit(tmp_
     class Second(Callback):
         def on_train_start(self, trainer, module):
             seen.append(sorted(p.name for p in tmp_path.rglob(".*")))
-            for path in trainer.callbacks[0]._outputs.locks:
+            for path in trainer.callbacks[0].run.outputs.locks:
                 content = json.loads(path.read_text())
                 path.write_text(json.dumps(holder()))  # as if process 1 had come first
                 with pytest.raises(ValueError, match="is in use by process 1"):
@@ -151,3 +154,12 @@ def test_a_relative_folder_is_that_of_the_start(tmp_path, monkeypatch):
     fit("run", module=Moves())
     assert {"compressed", "compressed.ckpt", "report"} <= {path.name for path in (tmp_path / "a" / "run").iterdir()}
     assert not list(tmp_path.glob("b/run/compressed*"))
+
+
+def test_an_export_folder_that_exists_is_an_error_before_training(tmp_path):
+    (tmp_path / "compressed").mkdir()
+    (tmp_path / "compressed" / "mine.txt").touch()
+    modifier = RecordingModifier()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        quiet(tmp_path, CompressionCallback(modifier)).fit(Regression(), Sums())
+    assert modifier._events == []

@@ -31,16 +31,16 @@ def fit(folder, modifier, **options):
 
 
 def interrupted_in_export(monkeypatch):
-    from lightning_compress.export import compressed_tensors
+    from lightning_compress.export import save as module
 
-    write = compressed_tensors._write
+    write = module._write
 
     def terminated(*arguments):
         write(*arguments)
         terminate()
         raise AssertionError("it went on")
 
-    monkeypatch.setattr(compressed_tensors, "_write", terminated)
+    monkeypatch.setattr(module, "_write", terminated)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no signals")

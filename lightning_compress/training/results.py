@@ -1,0 +1,196 @@
+"""What a run leaves behind: ``compressed.ckpt``, the exported folder, the report, and numbers for the loggers."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_compress.calibration.activations import BatchRunner
+from lightning_compress.core.events import Event
+from lightning_compress.core.state import State
+from lightning_compress.distributed import world_size
+from lightning_compress.export import verify
+from lightning_compress.export.save import save
+from lightning_compress.quant.record import Quantized
+from lightning_compress.report import plots, summary, table
+from lightning_compress.training.checks import tensor_bytes
+from lightning_compress.training.loaders import forward_of
+from lightning_compress.training.memory import peak_memory_bytes
+from lightning_compress.training.outputs import Outputs
+from lightning_compress.training.rank_zero import alone
+from lightning_compress.training.resume_finished import is_resumed
+from lightning_compress.training.run import Run
+from lightning_compress.training.undisturbed import undisturbed
+
+__all__ = ["Results", "processors"]
+
+
+def processors(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
+    """Attributes of the datamodule or of the LightningModule that are saved beside the model.
+
+    A processor comes last: it holds a tokenizer and an image processor of its own, and its files count.
+    """
+    exported = []
+    for name in ("feature_extractor", "image_processor", "tokenizer", "processor"):
+        candidates = [getattr(owner, name, None) for owner in (trainer.datamodule, pl_module)]
+        savable = [c for c in candidates if hasattr(c, "save_pretrained") and not isinstance(c, nn.Module)]
+        exported += savable[:1]
+    return exported
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of a compressed model.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        state: State with the compressed model and the ledger.
+        run: The run.
+        event: An event of this moment.
+        clock_state: The callback's clock as numbers; with the run's name it identifies the exported model.
+        sample: A calibration batch; None for recipes that use no data.
+    """
+
+    trainer: Trainer
+    pl_module: LightningModule
+    state: State
+    run: Run
+    event: Event
+    clock_state: dict[str, Any]
+    sample: Any = None
+
+    @property
+    def module(self) -> nn.Module:
+        assert self.state.model is not None
+        return self.state.model
+
+    def write(self) -> None:
+        """Write ``compressed.ckpt``, then the export, then the report; every rank calls this.
+
+        A failure costs no other file: the checkpoint needs nothing but space, and the export and the report are written
+        even if it fails. A failure of the report, a figure or a logger is a warning.
+        """
+        failure = None
+        try:
+            self._save_checkpoint()
+        except Exception as error:
+            if world_size() > 1:
+                raise  # the other ranks still wait in it
+            failure = error
+        with ExitStack() as stack:
+            outputs = self.run.outputs
+            if outputs is None:
+                root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt")
+            alone(lambda: self._write(outputs), "the export")
+        if failure is not None:
+            raise failure
+
+    def _save_checkpoint(self) -> None:
+        """Save ``compressed.ckpt``, and let ``ckpt_path="best"`` mean it."""
+        if self.run.outputs is None:
+            return
+        path = self.run.outputs.checkpoint
+        callback = self.trainer.checkpoint_callback
+        note = f"the compressed model, weights stored dense, is in {path}"
+        if isinstance(callback, ModelCheckpoint):
+            before, callback.best_model_path = callback.best_model_path, str(path)  # stored in the checkpoint, too
+            note += f', which ckpt_path="best" now means{f" (it was {before})" if before else ""}'
+        self.trainer.save_checkpoint(path, weights_only=False)
+        rank_zero_info(note)
+
+    def _write(self, outputs: Outputs) -> None:
+        facts = self.run.facts
+        try:
+            with self.run.timed("export"):
+                self._export(outputs.export)
+            if "export_dir" in facts:
+                self._verify(outputs.export)
+        finally:
+            facts |= self._summary()
+            ledger, folder = self.state.ledger, outputs.report
+            with _as_warning("the report"):
+                summary.write(folder, ledger, facts)
+            with _as_warning("the figure"):
+                plots.error_per_module(ledger, folder / "error_per_module.png", summary.headline(facts))
+            with _as_warning("the table"):
+                table.show(ledger, facts)
+            self._log()
+
+    def _export(self, folder: Path) -> None:
+        origin = {"run": self.run.name, "clock": self.clock_state}
+        resumed = is_resumed(self.trainer)
+        tokenizers = processors(self.trainer, self.pl_module)
+        try:
+            save(self.module, folder, tokenizer=tokenizers, recipe=self.run.recipe, overwrite=resumed, origin=origin)
+            if self.run.outputs is not None:  # otherwise that folder is deleted
+                self.run.facts["export_dir"] = str(folder)
+        except Exception as error:
+            if Quantized.find(self.module) or not isinstance(error, ValueError):
+                error.add_note("the compressed model, weights stored dense, is in compressed.ckpt")
+                raise
+            rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
+
+    def _verify(self, folder: Path) -> None:
+        """Let plain transformers answer one batch from the folder; warn where its answers differ from the model's."""
+        options = self.run.options
+        if not verify.is_wanted(self.module, folder, options.verify):
+            return
+        with undisturbed(self.trainer, options.calibration.seed), self.run.timed("verify"):
+            forward = forward_of(self.pl_module, [] if self.sample is None else [self.sample])
+            runner = BatchRunner(self.module, forward)
+            answer = None if self.sample is None else (lambda: runner(self.sample))
+            gap, fault = verify.answers(self.module, folder, answer)
+        self.run.facts["verify"] = {"difference": gap, "fault": fault}
+        if fault:
+            rank_zero_warn(fault)
+
+    def _summary(self) -> dict[str, Any]:
+        run, sums = self.run, summary.totals(self.state.ledger)
+        saved = (sums["bytes_before"] or 0) - (sums["bytes_after"] or 0) if sums["bytes_after"] is not None else 0
+        files = list(Path(run.facts["export_dir"]).glob("*.safetensors")) if "export_dir" in run.facts else []
+        on_disk = sum(file.stat().st_size for file in files) or None
+        device = self.trainer.strategy.root_device
+        return {
+            "model": type(self.module).__name__,
+            "model_bytes_after": on_disk or tensor_bytes(self.module) - saved,
+            "recipe": run.options.recipe_name or run.recipe,
+            "modifiers": run.recipe["modifiers"],
+            "seconds": run.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}),
+            "seed": run.options.calibration.seed,
+            "global_step": self.event.global_step,
+        }
+
+    def _log(self) -> None:
+        """Numbers to the loggers of the Trainer; ``pl_module.log`` is not allowed here."""
+        facts = self.run.facts
+        sums = summary.totals(self.state.ledger) | {n: v for n, v in facts.items() if n.startswith("model_bytes")}
+        scalars = {name: value for name, value in sums.items() if isinstance(value, int | float)}
+        scalars |= {f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in self.run.seconds.items()}
+        for name, entry in facts["metric"].items():
+            scalars |= {f"{name}_before": entry["before"], f"{name}_after": entry["after"]}
+        finite = {f"compress/{name}": value for name, value in scalars.items() if math.isfinite(value)}
+        for logger in self.trainer.loggers:
+            with _as_warning(f"what {type(logger).__name__} logs of it"):
+                logger.log_metrics(finite, step=self.trainer.global_step)
+                logger.save()
+
+
+@contextmanager
+def _as_warning(part: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{part} is not complete, while the compressed model is: {type(error).__name__}: {error}")

@@ -1,0 +1,60 @@
+"""What one run carries from set-up to its end: its options, where it writes, and facts for the report."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_compress.training.options import CallbackOptions
+from lightning_compress.training.outputs import Outputs
+from lightning_compress.training.resume_finished import new_run
+from lightning_compress.training.samples import OwnBatches
+from lightning_compress.training.saved_files import SavedFiles
+
+__all__ = ["Run"]
+
+# facts that a resumed run cannot measure again, so that checkpoints carry them
+CARRIED_FACTS = ("model_bytes_before", "metric_dense", "batches_repeated_on_resume", "beside_weights")
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Args:
+        options: The callback's arguments.
+        recipe: The modifiers as primitives, for checkpoints, export and report.
+        name: Random name; checkpoints carry it on to the run that resumes from them.
+        outputs: Paths that this fit writes; None in a fast_dev_run.
+        saved_files: Checkpoint files that this process saved.
+        own_batches: Batches of the user's ``calibration_dataloader``, of which the first is looked at early.
+        seconds: Seconds of each phase.
+        facts: Facts for the report.
+    """
+
+    options: CallbackOptions
+    recipe: dict[str, Any]
+    name: str = field(default_factory=new_run)
+    outputs: Outputs | None = None
+    saved_files: SavedFiles = field(default_factory=SavedFiles)
+    own_batches: OwnBatches = field(default_factory=OwnBatches)
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to the seconds of a phase."""
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def add_repeated_batches(self, batches: int) -> None:
+        """A resumed epoch has trained on so many batches a second time."""
+        if batches:
+            self.facts["batches_repeated_on_resume"] = self.facts.get("batches_repeated_on_resume", 0) + batches
+
+    @property
+    def carried_facts(self) -> dict[str, Any]:
+        """Facts that go into checkpoints."""
+        return {name: self.facts[name] for name in CARRIED_FACTS if name in self.facts}

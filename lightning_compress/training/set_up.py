@@ -1,0 +1,104 @@
+"""Set-up of a fit: when the model is built, what INITIALIZE needs around it, and checks before the first batch."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_compress.calibration.blocks import find_blocks
+from lightning_compress.calibration.options import CalibrationOptions, check_device
+from lightning_compress.core.events import Event
+from lightning_compress.core.interruption import check_uninterrupted
+from lightning_compress.core.lifecycle import Lifecycle
+from lightning_compress.core.state import State
+from lightning_compress.export.experts import planned_fault
+from lightning_compress.export.rehearsal import rehearse
+from lightning_compress.layers.forward import patched
+from lightning_compress.layers.split_experts import split_while
+from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.training.checks import check_averaging, check_whole, tensor_names
+from lightning_compress.training.pruned_checkpoints import check_launcher
+from lightning_compress.training.rank_zero import alone
+from lightning_compress.training.results import processors
+from lightning_compress.training.submodule import USUAL, choose
+
+__all__ = ["check_before_training", "initialize", "when_built"]
+
+
+def when_built(
+    pl_module: LightningModule, name: str | None, action: Callable[[], None]
+) -> AbstractContextManager[None]:
+    """Run ``action`` now if the model is built; else, inside of the context, after ``configure_model``.
+
+    Lightning calls that between all setup hooks and the making of optimizers.
+
+    Raises:
+        ValueError: There is no module of that name, and no hook of the LightningModule can build it.
+    """
+    if _is_built(pl_module, name):
+        action()
+        return nullcontext()
+    original = pl_module.configure_model
+
+    def configure_model() -> None:
+        original()
+        action()
+
+    return patched(pl_module, configure_model=configure_model)
+
+
+def _is_built(pl_module: LightningModule, name: str | None) -> bool:
+    """False where ``configure_model`` or ``setup`` of the LightningModule may still build the model."""
+    built_later = is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
+    try:
+        chosen, module = choose(pl_module, name)
+    except ValueError:
+        if built_later:
+            return False
+        raise
+    certain = name is not None or chosen in USUAL
+    return not built_later or (certain and next(module.parameters(), None) is not None)
+
+
+def initialize(
+    trainer: Trainer, pl_module: LightningModule, name: str, lifecycle: Lifecycle, state: State, event: Event
+) -> None:
+    """Initialize the modifiers on the model of that name; ValueError where the Trainer cannot do what they need."""
+    model = state.model
+    assert model is not None
+    reshaping = any(m.needs.changes_shapes for m in lifecycle.modifiers)
+    if reshaping:
+        check_launcher(trainer)
+    before = tensor_names(pl_module)
+    windowed = any(m.start is not None for m in lifecycle.modifiers)
+    with nullcontext() if windowed else split_while(model):  # training needs experts in one tensor
+        lifecycle.initialize(state, event)
+        _warn_of_readers(lifecycle, model)
+    check_averaging(trainer, name, reshaping, tensor_names(pl_module) != before)
+
+
+def check_before_training(
+    trainer: Trainer, pl_module: LightningModule, model: nn.Module, options: CalibrationOptions
+) -> None:
+    """ValueError now for what would fail after training: ``blocks``, ``offload_device``, the export."""
+    check_uninterrupted(model)
+    check_whole(model)
+    if options.blocks is not None:
+        find_blocks(model, options.blocks)
+    tokenizers = processors(trainer, pl_module)
+    alone(lambda: rehearse(model, tokenizers), "checking what will be exported")
+    check_device(options)
+
+
+def _warn_of_readers(lifecycle: Lifecycle, model: nn.Module) -> None:
+    """Warn before training of a scheme that plain transformers is known not to read."""
+    schemes: dict[str, Any] = {}
+    for modifier in lifecycle.modifiers:
+        if isinstance(modifier, QuantizationArguments):
+            schemes |= modifier.planned
+    if fault := planned_fault(model, schemes):
+        rank_zero_warn(fault)
