@@ -1,7 +1,8 @@
-"""Mixtures of experts, whose fused tensors transformers takes apart when it saves and merges when it loads.
+"""Mixtures of experts, whose fused tensors transformers splits when it saves and merges when it loads.
 
-transformers is imported inside functions only. It takes one group of ``quantization_config`` for the scheme of all
-experts, and unpacks with it what it then merges. What it reads was tried with toy models of five architectures.
+transformers is imported inside functions only. It uses one group of ``quantization_config`` as the scheme of all
+experts, unpacks their weights with it, and merges them. What it can read was tried with toy models of five
+architectures.
 """
 
 from collections.abc import Mapping
@@ -47,8 +48,8 @@ def installed() -> str:
 def names_of_experts(model: "PreTrainedModel") -> dict[str, str]:
     """The names on disk of the projections of experts that lie in one tensor, by their names in the split model.
 
-    They are found by letting transformers take marked tensors [E, 2, 1] and [E, 1, 1] apart. Empty where it leaves
-    them whole on the disk.
+    They are found by letting transformers split marked tensors [E, 2, 1] and [E, 1, 1]. Empty where it does not split
+    them on the disk.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -56,45 +57,46 @@ def names_of_experts(model: "PreTrainedModel") -> dict[str, str]:
     owners: list[str] = []
     for name, module in fused_experts(model).items():
         experts = len(module.get_parameter("down_proj"))
-        for fused, parts in {"gate_up_proj": PROJECTIONS[:2], "down_proj": PROJECTIONS[2:]}.items():
+        for fused, projections in {"gate_up_proj": PROJECTIONS[:2], "down_proj": PROJECTIONS[2:]}.items():
             first = len(owners)
-            owners += [f"{name}.{expert}.{part}" for expert in range(experts) for part in parts]
+            owners += [f"{name}.{expert}.{projection}" for expert in range(experts) for projection in projections]
             marks = torch.arange(first, len(owners), dtype=torch.float64)
-            marked[f"{name}.{fused}"] = marks.reshape(experts, len(parts), 1)
+            marked[f"{name}.{fused}"] = marks.reshape(experts, len(projections), 1)
     if not marked:
         return {}
-    apart = revert_weight_conversion(model, marked)
-    if any(mark.numel() != 1 for mark in apart.values()):
+    on_disk = revert_weight_conversion(model, marked)
+    if any(mark.numel() != 1 for mark in on_disk.values()):
         return {}
-    return {owners[int(mark)]: key.removesuffix(".weight") for key, mark in apart.items()}
+    return {owners[int(mark)]: key.removesuffix(".weight") for key, mark in on_disk.items()}
 
 
 def experts_first(model: "PreTrainedModel", config: QuantizationConfig, schemes: Schemes) -> None:
-    """Put the group that transformers must take for the experts first, where it takes another as the groups stand.
+    """Put the group of the experts first, where transformers would use another group for them.
 
-    It takes the first whose targets, as patterns, name experts, else the first with another target, else the first.
+    It uses the first group whose targets, as patterns, name experts, else the first with another target, else the
+    first.
 
     Args:
-        model: With its experts.
-        config: Its groups are put in another order, under the same keys, where that helps and selects the same.
-        schemes: Of all quantized modules.
+        model: The model with its experts.
+        config: Its groups are reordered, under the same keys, where that helps and selects the same modules.
+        schemes: Schemes of all quantized modules.
     """
     wanted = _of_experts(model, schemes)
-    if wanted is None or _taken(config) == wanted.weights or not _merges_weights(model):
+    if wanted is None or _used(config) == wanted.weights or not _merges_weights(model):
         return
     groups, before = config.config_groups, matched(model, config)
     ordered = sorted(groups.values(), key=lambda group: group.weights != wanted.weights)  # a stable order
     config.config_groups = dict(zip(groups, ordered, strict=True))
-    if _taken(config) != wanted.weights or matched(model, config) != before:
+    if _used(config) != wanted.weights or matched(model, config) != before:
         config.config_groups = groups
 
 
 def planned_fault(model: nn.Module, schemes: Schemes) -> str:
-    """What plain transformers will do wrong with an export of these schemes, in a sentence; empty where nothing.
+    """What plain transformers will do wrong with an export of these schemes, in a sentence; empty where it reads it.
 
     Args:
-        model: Any; its experts have their children (layers/split_experts.py).
-        schemes: Of all modules that will be quantized.
+        model: Any model; its experts have their children (layers/split_experts.py).
+        schemes: Schemes of all modules that will be quantized.
     """
     from transformers import PreTrainedModel
 
@@ -110,20 +112,20 @@ def planned_fault(model: nn.Module, schemes: Schemes) -> str:
 def fault_of_experts(
     model: "PreTrainedModel", schemes: Schemes, config: QuantizationConfig | None = None
 ) -> tuple[str, str]:
-    """What transformers will do with weights that it merges on loading, such as experts, and why; empty: it reads them.
+    """What goes wrong when transformers merges weights on loading, such as experts, and why; both empty: nothing.
 
     Args:
-        model: With its experts.
-        schemes: Of all quantized modules.
-        config: The folder's; None: as :func:`experts_first` would have it.
+        model: The model with its experts.
+        schemes: Schemes of all quantized modules.
+        config: Config of the folder; None: the one that :func:`experts_first` would make.
     """
     if not _merges_weights(model):
         return "", ""
     wanted = _of_experts(model, schemes)
-    taken = _taken(config) if config is not None else None if wanted is None else wanted.weights
+    used = _used(config) if config is not None else None if wanted is None else wanted.weights
     experts = names_of_experts(model)
     if not experts.keys() & schemes.keys():
-        if _is_eight_bit_float(taken):  # what has no scale then stays as it is
+        if _is_eight_bit_float(used):  # weights without a scale then stay as they are
             return "", ""
         kind = type(model).__name__
         return EITHER if not experts else FAILS, (
@@ -133,9 +135,9 @@ def fault_of_experts(
     if not experts.keys() <= schemes.keys():
         return EITHER, "it takes all experts for quantized ones, and here some are dense"
     weights = [schemes[name].weights for name in experts]
-    if any(own != weights[0] for own in weights) or weights[0] is None:
+    if any(other != weights[0] for other in weights) or weights[0] is None:
         return EITHER, "it unpacks all experts alike, and here they have several schemes"
-    if taken != weights[0]:
+    if used != weights[0]:
         return EITHER, "it takes another group of quantization_config for the scheme of the experts"
     if has_global_scale(weights[0]):
         return GARBAGE, READ
@@ -152,17 +154,17 @@ def _is_read(scheme: QuantizationScheme, weights: QuantizationArgs) -> bool:
 
 
 def _of_experts(model: "PreTrainedModel", schemes: Schemes) -> QuantizationScheme | None:
-    """The scheme that transformers must take for the experts: theirs; where they are dense, one of 8 bits as float."""
-    own = [schemes[name] for name in names_of_experts(model) if name in schemes]
-    return next(iter(own or [scheme for scheme in schemes.values() if _is_eight_bit_float(scheme.weights)]), None)
+    """The scheme that transformers must use for the experts: theirs; where they are dense, one of 8-bit floats."""
+    experts = [schemes[name] for name in names_of_experts(model) if name in schemes]
+    return next(iter(experts or [scheme for scheme in schemes.values() if _is_eight_bit_float(scheme.weights)]), None)
 
 
 def _is_eight_bit_float(weights: QuantizationArgs | None) -> bool:
     return weights is not None and weights.type == "float" and weights.num_bits == 8
 
 
-def _taken(config: QuantizationConfig) -> QuantizationArgs | None:
-    """The weights' scheme that the installed transformers takes for the experts."""
+def _used(config: QuantizationConfig) -> QuantizationArgs | None:
+    """The scheme of weights that the installed transformers uses for the experts."""
     try:
         from transformers.integrations.compressed_tensors import get_experts_scheme
     except ImportError:

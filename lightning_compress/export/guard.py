@@ -1,8 +1,8 @@
-"""``model.save_pretrained`` of a compressed model: refused where the folder would answer otherwise than the model.
+"""``model.save_pretrained`` of a compressed model: refused where the folder would give other outputs than the model.
 
 It writes packed weights without a ``quantization_config``, so that ``from_pretrained`` reads codes as weights, and
 leaves out the quantization of inputs and of the KV cache. Where only weights are quantized it writes them dense, on
-their grid, and that is right.
+their grid, which is correct.
 """
 
 from types import MethodType
@@ -19,24 +19,24 @@ __all__ = ["guard_save_pretrained"]
 
 
 def guard_save_pretrained(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of a model, and of its parts, look at what would be lost, each time it is called."""
+    """Let ``save_pretrained`` of a model, and of its submodules, check first what would be lost."""
     for module in model.modules():
         if callable(getattr(type(module), "save_pretrained", None)):
             vars(module)["save_pretrained"] = MethodType(save_pretrained, module)
 
 
-# Its name is that of the method: a pickled model, whose bound methods pickle by name, then gets back the class's own.
+# It has the name of the method: in a pickled model bound methods are pickled by name, and become those of the class.
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     if lost := _lost(self):
         raise ValueError(
-            f"save_pretrained would lose {lost}, and from_pretrained would load a {type(self).__name__} that answers "
-            f"otherwise; call lightning_compress.save(model, folder)"
+            f"save_pretrained would lose {lost}, and from_pretrained would load a {type(self).__name__} with other "
+            f"outputs; call lightning_compress.save(model, folder)"
         )
     return type(self).save_pretrained(self, *args, **kwargs)
 
 
 def _lost(model: nn.Module) -> str:
-    """What ``save_pretrained`` has no place for; empty where the folder would be right."""
+    """What ``save_pretrained`` would lose; empty where the folder would be correct."""
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     records = Quantized.find(model).items()
     inputs = [name for name, (_, record) in records if record.scheme.input_activations is not None]

@@ -1,4 +1,4 @@
-"""What is particular to the models of transformers: how it saves, renames, ties, lays out and loads weights.
+"""Models of transformers: how their weights are saved, renamed, tied and loaded.
 
 transformers is imported inside functions only.
 """
@@ -67,10 +67,10 @@ def write_configs(model: "PreTrainedModel", folder: str | Path) -> None:
 
 
 def _is_tied(model: "PreTrainedModel") -> bool:
-    """False when the model's embeddings are two tensors, whatever its config promises."""
+    """False when the embeddings of the model are two tensors, whatever its config says."""
     try:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    except NotImplementedError:  # models of several parts, such as CLIP
+    except NotImplementedError:  # models with several submodels, such as CLIP
         return True
     return inputs is None or outputs is None or inputs.weight is outputs.weight
 
@@ -89,7 +89,7 @@ def names_on_disk(model: "PreTrainedModel", names: Sequence[str]) -> dict[str, s
 
 
 def add_names_on_disk(model: "PreTrainedModel", config: QuantizationConfig) -> None:
-    """Ignored modules under both their names: transformers matches the model's own, vLLM those on disk."""
+    """Ignore modules by both their names: transformers matches those of the model, vLLM those on disk."""
     on_disk = names_on_disk(model, config.ignore)
     config.ignore = list(dict.fromkeys([*config.ignore, *(on_disk[name] for name in config.ignore)]))
 
@@ -100,10 +100,10 @@ def skeleton(
     """The model that config.json describes, without weights.
 
     Args:
-        folder: With the config.json.
-        config: Its content.
-        tensors: How many there are in the folder: no config may describe more layers.
-        dtype: In place of the one there.
+        folder: Folder with the config.json.
+        config: Content of config.json.
+        tensors: Number of tensors in the folder: no config may describe more layers.
+        dtype: dtype of the model in place of that in the config.
     """
     import transformers
 
@@ -132,7 +132,7 @@ def skeleton(
 
 
 def _check_counts(path: Path, tree: Any, tensors: int) -> None:
-    """ValueError names the key that promises far more layers, experts or labels than the files have tensors."""
+    """ValueError names the key that states far more layers, experts or labels than the files have tensors."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         _check_counts(path, value, tensors)
@@ -142,14 +142,14 @@ def _check_counts(path: Path, tree: Any, tensors: int) -> None:
                 if isinstance(count, int | float) and count > limit:
                     raise ValueError(
                         f"{path}: {key} is {count!s:.30}, and the files beside it hold {tensors:,} tensors; copy the "
-                        f"folder anew"
+                        f"folder again"
                     )
 
 
 def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> None:
-    """ValueError before memory is asked for that nothing in the files fills.
+    """ValueError before memory is allocated that the files do not fill.
 
-    A tied weight may be counted twice; buffers such as masks and tables of positions are made anew.
+    A tied weight may be counted twice; buffers such as masks and tables of positions are computed.
     """
     stored = sum(tensor.numel() for tensor in weights.values())
     needed = sum(parameter.numel() for parameter in layout.parameters())
@@ -157,7 +157,7 @@ def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, Te
     if needed > 2 * stored or buffers > 2 * stored + BUFFERS:
         raise ValueError(
             f"{path} describes a model of {needed:,} weights and {buffers:,} numbers in buffers, and the files beside "
-            f"it hold {stored:,}; copy the folder anew"
+            f"it hold {stored:,}; copy the folder again"
         )
 
 
@@ -167,10 +167,10 @@ def build(
     """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``.
 
     Args:
-        folder: Where they are from.
-        layout: A model of that class and config.
-        weights: All of them.
-        extra: Names that the class may lack: what was added to the model that is filled.
+        folder: Folder of the weights, for messages.
+        layout: A model of the same class and config.
+        weights: All weights of the folder.
+        extra: Names that the class may lack, since they were added to the model that is filled.
     """
     from transformers import GenerationConfig
 
@@ -182,8 +182,8 @@ def build(
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if name not in extra]
     if bad := {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}:
         raise ValueError(
-            f"{folder} does not fit {type(layout).__name__}: {bad}; where something was added to the model before "
-            f"it was saved, add it to a dense one too and call load(folder, model)"
+            f"{folder} does not fit {type(layout).__name__}: {bad}; where modules were added to the model before "
+            f"it was saved, add them to a dense one too and call load(folder, model)"
         )
     if model.can_generate() and (folder / "generation_config.json").exists():
         with naming(folder / "generation_config.json"):

@@ -68,14 +68,14 @@ def load(
         ``model``, or the new one, in evaluation mode. Inputs are quantized where the scheme says so.
 
     Raises:
-        ValueError: The folder holds no such export, it does not fit ``model``, transformers quantized it in another
-            way, nothing in it can be ``packed``, or nothing can be fused with ``fuse=True``.
+        ValueError: The folder is not such an export, it does not fit ``model``, another method quantized it,
+            nothing in it can be ``packed``, or nothing can be fused with ``fuse=True``.
     """
     source = _open(Path(folder).expanduser().resolve())
     if "online" in source.own:
         if packed or fuse:
             raise ValueError(
-                f"{source.path}: rotations run beside its modules, which packed ones do not; leave packed out"
+                f"{source.path}: rotations run beside its modules, which packed modules cannot have; leave packed out"
             )
         packed = False
     _check_arguments(source, model, dtype)
@@ -112,7 +112,7 @@ class _Folder:
 
     Args:
         path: Absolute.
-        config: The content of config.json, as it is where no rotations run beside modules.
+        config: The content of config.json, without the changes that keep other loaders off (export/online.py).
         own: The content of lightning_compress.json.
         quantization: ``quantization_config``; empty where nothing is quantized.
     """
@@ -202,7 +202,7 @@ def _read_quantized(
     Args:
         source: The folder.
         layout: A model of the class and the shapes that were saved.
-        files: The tensors of the folder; those of quantized modules are taken out.
+        files: The tensors of the folder; those of quantized modules are removed.
         dtype: That of scales; None: as they are.
         keep: Keep packed tensors too, for packed Linears.
     """
@@ -287,7 +287,9 @@ def _filled(source: _Folder, layout: nn.Module, model: nn.Module | None, weights
         _check_finite(source.path, nonfinite(built))
         return built
     state = built.state_dict()
-    state |= {name: weights[name] for name in added_names - state.keys()}  # a buffer or head that it was given
+    state |= {
+        name: weights[name] for name in added_names - state.keys()
+    }  # a buffer or head that was added to the model
     _check_finite(source.path, nonfinite(model, state))
     model.load_state_dict(state)
     return model
@@ -333,7 +335,7 @@ def _attach(model: nn.Module, records: Iterable[tuple[str, Record]]) -> None:
 
 
 def _report(packing: Packing, advise: bool) -> None:
-    """What was packed and what not: a warning where ``load`` could build a model that packs more."""
+    """Log what was packed, or warn where ``load`` could build a model in which more is packed."""
     better = [f"load(folder, dtype={dtype}) packs {count} of them" for dtype, count in packing.faster.items()]
     if better and advise:
         warnings.warn(f"{packing}; {better[0]}, packed=False keeps all dense without this warning", stacklevel=3)
@@ -341,18 +343,18 @@ def _report(packing: Packing, advise: bool) -> None:
         log.info("%s", packing)
 
 
-def _fuse(model: nn.Module, folder: Path, asked: bool) -> None:
-    """Fuse what multiplies the same tensor, found by a call with the dummy inputs of transformers."""
+def _fuse(model: nn.Module, folder: Path, required: bool) -> None:
+    """Fuse packed Linears that multiply the same tensor, found by a call with the dummy inputs of transformers."""
     fault = None
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         fault = "no Linear of it is packed"
     elif not hugging_face.is_transformers(model):
-        fault = "it is no model of transformers; call quant.packed.fuse_siblings(model, *example_inputs)"
+        fault = "it is not a model of transformers; call quant.packed.fuse_siblings(model, *example_inputs)"
     else:
         try:
             if not fuse_siblings(model, **hugging_face.example_of(model)):
                 fault = "no packed Linears with equal schemes multiply the same tensor"
         except Exception as error:  # of any model's code: pictures or speech instead of tokens
             fault = f"its dummy inputs fail ({error}); call quant.packed.fuse_siblings(model, *example_inputs)"
-    if asked and fault is not None:
+    if required and fault is not None:
         raise ValueError(f"{folder}: nothing to fuse, {fault}; or leave fuse out")

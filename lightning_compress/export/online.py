@@ -1,8 +1,8 @@
-"""Rotations that run beside modules: they go into lightning_compress.json, and other loaders are kept from the folder.
+"""Rotations that run beside modules: they are in lightning_compress.json, and other loaders must refuse the folder.
 
-transformers 5.23 and compressed-tensors 0.20 know a ``transform_config`` and never apply it: such a model would load
-without a word and compute something else. So config.json is written such that others stop: ``quantization_status``
-holds a sentence that transformers prints when it refuses it, and ``architectures`` names a class that nobody has.
+transformers 5.23 and compressed-tensors 0.20 read a ``transform_config`` and do not apply it: such a model would load
+without an error and compute something else. So config.json is written such that they fail: ``quantization_status``
+holds a sentence that transformers prints in its error, and ``architectures`` names a class that does not exist.
 """
 
 import json
@@ -21,11 +21,11 @@ from lightning_compress.modifiers.rotation.online import OnlineRotations
 __all__ = ["online_entries", "read_online", "seal", "unsealed"]
 
 REFUSAL = "online rotations: lightning_compress.load"  # pydantic shortens longer ones
-NOBODYS = "WithOnlineRotations"
+NO_CLASS = "WithOnlineRotations"
 
 
 def online_entries(model: nn.Module) -> dict[str, Any]:
-    """What runs beside modules, by name, as plain data; empty where nothing does."""
+    """Rotations beside modules, by name of the module, as plain data."""
     return {clean_name(name): record.to_json() for name, (_, record) in OnlineRotations.find(model).items()}
 
 
@@ -33,7 +33,7 @@ def seal(folder: Path) -> None:
     """Change config.json in a folder that is being written so that other loaders refuse it."""
     path = folder / "config.json"
     config = read_json(path)
-    config["architectures"] = [name + NOBODYS for name in config.get("architectures") or [""]]
+    config["architectures"] = [name + NO_CLASS for name in config.get("architectures") or [""]]
     dense = {"quant_method": "compressed-tensors", "config_groups": {REFUSAL: []}}
     config["quantization_config"] = config.get("quantization_config", dense) | {"quantization_status": REFUSAL}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -42,7 +42,7 @@ def seal(folder: Path) -> None:
 def unsealed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as it was before :func:`seal`."""
     config = dict(config)
-    config["architectures"] = [name.removesuffix(NOBODYS) for name in config["architectures"]]
+    config["architectures"] = [name.removesuffix(NO_CLASS) for name in config["architectures"]]
     quantization = dict(config.pop("quantization_config"))
     if REFUSAL in quantization["config_groups"]:  # nothing was quantized
         return config

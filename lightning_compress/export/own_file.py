@@ -20,10 +20,10 @@ Shape = Annotated[list[Count], Field(max_length=8)]
 
 
 def read_own(path: Path) -> dict[str, Any]:
-    """The content of lightning_compress.json; that of an empty one when there is no such file.
+    """The content of lightning_compress.json; without such a file that of an empty one.
 
     Raises:
-        ValueError: It is damaged, and where, or a newer version of this package wrote it.
+        ValueError: It is damaged (the message says where), or a newer version of this package wrote it.
     """
     if not path.exists():
         return {"format_version": FORMAT_VERSION, "dense": {}, "names": {}}
@@ -38,7 +38,7 @@ def read_own(path: Path) -> dict[str, Any]:
         _Own.model_validate(content)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors()[:3]]
-        raise ValueError(f"{path} is not what save writes: {'; '.join(faults)}; copy the folder anew") from error
+        raise ValueError(f"{path} is not a file that save wrote: {'; '.join(faults)}; copy the folder again") from error
     return content
 
 

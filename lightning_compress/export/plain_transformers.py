@@ -38,13 +38,13 @@ def mend_layout(
     packed: Mapping[str, tuple[nn.Module, Quantized]],
     folder: Path,
 ) -> torch.dtype | None:
-    """Make ``from_pretrained`` unpack the weights while it reads them, where it cannot lay the model out packed.
+    """Make ``from_pretrained`` unpack the weights while it reads them, where it cannot hold the model packed.
 
-    It first gives the model packed parameters, then reads the file into them, and unpacks them at the first call.
-    Where that fails (see :func:`_layout_fault`), or gives weights of another dtype than the model's (NVFP4 and the MX
-    formats unpack to bfloat16), the key ``dequantize`` in quantization_config takes another way, that knows one
-    scheme for the whole model and no activations. vLLM does not read that key. Where that way is closed the dtype in
-    config.json becomes bfloat16; what neither way loads gets a warning.
+    By default it gives the model packed parameters, reads the file into them, and unpacks them at the first call. Where
+    that fails (see :func:`_layout_fault`), or gives weights of another dtype than that of the model (NVFP4 and the MX
+    formats unpack to bfloat16), the key ``dequantize`` in quantization_config makes it unpack while it reads, which
+    works with one scheme for the whole model and without activations. vLLM does not read that key. Where the key does
+    not help, the dtype in config.json becomes bfloat16, or a warning says what cannot be loaded.
 
     Returns:
         The dtype of the model when config.json names another one.
@@ -90,28 +90,28 @@ def mend_layout(
 def _layout_fault(
     model: "PreTrainedModel", config: QuantizationConfig, packed: Mapping[str, tuple[nn.Module, Quantized]]
 ) -> str:
-    """Why transformers cannot lay this model out with packed weights; empty when it can."""
+    """Why transformers cannot build this model with packed weights; empty when it can."""
     for group in config.config_groups.values():
         grouped = group.weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
         if grouped and not group.weights.symmetric and group.format == CompressionFormat.pack_quantized:
-            return "compressed-tensors 0.20 lays zero points out unpacked, and packed ones are refused for their shape"
+            return "compressed-tensors 0.20 expects unpacked zero points, and refuses packed ones for their shape"
     with torch.device("meta"):
         layout = type(model)(copy.deepcopy(model.config))
-    there = dict(layout.named_modules())  # not the projections of experts, nor what was added to this one model
+    modules = dict(layout.named_modules())  # not the projections of experts, nor modules added to this model
     for name, (module, record) in packed.items():
-        if name in there and "weight" not in tensor_names(type(module), record.scheme):
-            del there[name].weight
+        if name in modules and "weight" not in tensor_names(type(module), record.scheme):
+            del modules[name].weight
     try:
         layout.initialize_weights()
-    except AttributeError as error:  # T5: it reaches for the weights of its attention's Linears
+    except AttributeError as error:  # T5 initializes the weights of the Linears of its attention
         return f"{type(model).__name__} cannot be initialized with packed weights: {error}"
     return ""
 
 
 def add_heads(model: "PreTrainedModel", folder: Path) -> None:
-    """Say how many heads keys have, where only that of queries stands in config.json: loaders of a KV cache ask for it.
+    """Write the number of key heads where config.json has only that of queries: loaders of a KV cache read it.
 
-    Models without the one number, such as OPT, have as many of both; they do not read what is written.
+    Models without it, such as OPT, have as many key heads as query heads, and do not read it themselves.
     """
     text = model.config.get_text_config(decoder=True)
     if text is model.config and not hasattr(text, "num_key_value_heads"):
@@ -119,13 +119,14 @@ def add_heads(model: "PreTrainedModel", folder: Path) -> None:
 
 
 def warn_of_caches(unread: Sequence[str]) -> None:
-    """Warn of attention modules whose cache the installed loader leaves as it is, without a word."""
+    """Warn of attention modules whose cache the installed loader silently does not quantize."""
     if unread:
         warnings.warn(
-            f"{installed()} with compressed-tensors {version('compressed-tensors')} will load this folder and leave "
-            f"its KV cache as it is, without a word, so that its outputs differ from this model's: compressed-tensors "
-            f"does not find the cache of {', '.join(unread[:3])}, whose keyword transformers 5.24 renamed from "
-            f"past_key_values to cache; load it with transformers below 5.24, or with lightning_compress.load",
+            f"{installed()} with compressed-tensors {version('compressed-tensors')} will load this folder without "
+            f"a warning and not quantize its KV cache, so that its outputs differ from this model's: "
+            f"compressed-tensors does not find the cache of {', '.join(unread[:3])}, whose keyword transformers 5.24 "
+            f"renamed from past_key_values to cache; load it with transformers below 5.24, or with "
+            f"lightning_compress.load",
             stacklevel=5,
         )
 
@@ -133,8 +134,8 @@ def warn_of_caches(unread: Sequence[str]) -> None:
 def warn_of_dropped(model: "PreTrainedModel") -> None:
     """Name the weights of the source folder that this class does not load, such as layers that predict more tokens.
 
-    transformers passes over them without a word where the class lists them in ``_keys_to_ignore_on_load_unexpected``;
-    the export cannot hold what was never loaded. Buffers that the class computes anew are not named.
+    transformers skips them without a warning where the class lists them in ``_keys_to_ignore_on_load_unexpected``, so
+    that the export cannot hold them. Buffers that the class computes are not named.
     """
     source = getattr(model.config, "_name_or_path", "")
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
@@ -142,7 +143,7 @@ def warn_of_dropped(model: "PreTrainedModel") -> None:
         return
     try:
         names = TensorFiles(folder).names
-    except (OSError, ValueError):  # no safetensors there, or no longer whole: not what is being saved
+    except (OSError, ValueError):  # no safetensors there, or damaged ones: this is not the folder that is saved
         return
     dropped = [
         name
@@ -161,11 +162,11 @@ def warn_of_misfits(model: "PreTrainedModel") -> None:
     """Warn of weights that are not those that the class has by config.json: their sizes, and which there are."""
     with torch.device("meta"):
         promised = type(model)(dense_config(model.config)).state_dict()
-    own = {clean_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {clean_name(name): tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [
-        f"{name} {tuple(own[name])}, by the config {tuple(tensor.shape)}"
+        f"{name} {tuple(shapes[name])}, by the config {tuple(tensor.shape)}"
         for name, tensor in promised.items()
-        if name in own and own[name] != tensor.shape
+        if name in shapes and shapes[name] != tensor.shape
     ]
     if wrong:
         warnings.warn(
@@ -175,8 +176,8 @@ def warn_of_misfits(model: "PreTrainedModel") -> None:
             stacklevel=4,
         )
     kind = type(model).__name__
-    _warn_of_names(own.keys() - promised.keys(), f"pass over what a {kind} does not have by its config")
-    _warn_of_names(promised.keys() - own.keys(), f"initialize anew what this {kind} lacks")
+    _warn_of_names(shapes.keys() - promised.keys(), f"skip what a {kind} does not have by its config")
+    _warn_of_names(promised.keys() - shapes.keys(), f"initialize anew what this {kind} lacks")
 
 
 def _warn_of_names(names: Collection[str], outcome: str) -> None:

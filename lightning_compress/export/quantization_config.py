@@ -1,4 +1,4 @@
-"""``quantization_config``: which modules are quantized how, as compressed-tensors writes it and every loader reads it.
+"""``quantization_config``: the scheme of each quantized module, as compressed-tensors writes and loaders read it.
 
 A group of modules is given by targets (class names, module names, patterns) minus one ignore list for all groups.
 """
@@ -33,10 +33,10 @@ def cache_only(args: QuantizationArgs) -> QuantizationConfig:
 
 
 def quantization_config(model: nn.Module, packed: Mapping[str, tuple[nn.Module, Quantized]]) -> QuantizationConfig:
-    """What compressed-tensors derives from the schemes, made to select exactly the packed modules with their schemes.
+    """The config that compressed-tensors derives from the schemes, selecting exactly the packed modules.
 
-    Where the recipe's targets cannot say it (two techniques with one target and different ignore lists), a group's
-    targets become the names of its modules.
+    Where the targets of the recipe cannot select them (two techniques with one target and different ignore lists), the
+    targets of a group become the names of its modules.
     """
     with _schemes_attached(model, packed) as schemes:
         config = QuantizationConfig.from_pretrained(model)
@@ -80,17 +80,17 @@ def _groups_by_name(schemes: Mapping[str, QuantizationScheme]) -> dict[str, Quan
 def matched(model: nn.Module, config: QuantizationConfig) -> dict[str, QuantizationScheme]:
     """The scheme that loaders give to each module."""
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    found = {}
+    selected = {}
     for name, module in model.named_modules():
         name = clean_name(name)
         if is_packable(module) and is_match(name, module, schemes, config.ignore or []):
-            found[name] = schemes[match_targets(name, module, schemes)[0]]
-    return found
+            selected[name] = schemes[match_targets(name, module, schemes)[0]]
+    return selected
 
 
 def _selects(model: nn.Module, config: QuantizationConfig, schemes: Mapping[str, QuantizationScheme]) -> bool:
-    found = matched(model, config)
-    return found.keys() == schemes.keys() and all(_acts_as(found[n]) == _acts_as(schemes[n]) for n in schemes)
+    selected = matched(model, config)
+    return selected.keys() == schemes.keys() and all(_acts_as(selected[n]) == _acts_as(schemes[n]) for n in schemes)
 
 
 def _acts_as(scheme: QuantizationScheme) -> dict[str, Any]:

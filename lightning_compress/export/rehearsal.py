@@ -1,4 +1,4 @@
-"""Save all of an export but its weights, into a folder that is deleted: what cannot be saved is found early."""
+"""Save an export without its weights into a temporary folder, so that errors appear before the work begins."""
 
 import tempfile
 from collections.abc import Sequence
@@ -28,15 +28,15 @@ def rehearse(model: nn.Module, processors: Sequence[Any]) -> None:
                         f"{{'lm_head.weight': 'model.embed_tokens.weight'}}"
                     ) from error
                 raise ValueError(
-                    f"the configs of this {kind} cannot be saved, so that nothing could be exported at the end: {error}"
+                    f"the configs of this {kind} cannot be saved, so that the export at the end would fail: {error}"
                 ) from error
         for processor in processors:
             try:
                 processor.save_pretrained(folder)
             except Exception as error:
                 raise ValueError(
-                    f"this {type(processor).__name__} cannot be saved, so that nothing could be exported at the end: "
-                    f"{type(error).__name__}: {error}; mend it, or keep it under another name than those that are "
+                    f"this {type(processor).__name__} cannot be saved, so that the export at the end would fail: "
+                    f"{type(error).__name__}: {error}; correct it, or keep it under another name than those that are "
                     f"exported (tokenizer, processor, image_processor, feature_extractor)"
                 ) from error
 

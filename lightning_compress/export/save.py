@@ -67,7 +67,7 @@ def save(
     origin: Mapping[str, Any] | None = None,
     verify: bool = False,
 ) -> Path:
-    """Write a compressed model; the model stays as it is, and what is written appears whole or not at all.
+    """Write a compressed model; the model does not change, and the folder appears complete or not at all.
 
     Needs memory for the packed weights beside the model, never for a second dense copy.
 
@@ -75,17 +75,17 @@ def save(
         model: Any module. A Hugging Face model becomes a folder for ``from_pretrained``; any other gets the same
             safetensors and a config.json without ``model_type``. Where nothing is quantized (a model that was only
             pruned or distilled) the weights are written as they are, zeros included, and there is no
-            ``quantization_config``: the sparse formats of compressed-tensors are gone from its version 0.20.
-        folder: Where to; made together with missing parents.
-        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to lie beside the model, or a list.
+            ``quantization_config``: the sparse formats of compressed-tensors were removed in its version 0.20.
+        folder: Folder to write; missing parents are created.
+        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to save beside the model, or a list.
         recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
         overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk. A folder
             that this function did not write, or that holds other files too, is never replaced.
         max_shard_bytes: Weights above this go into several files with an index.
-        origin: Kept in export_manifest.json: ``run``, the name of the run, and whatever else says where the model is
-            from. What is replaced must be of the same run.
-        verify: Let plain transformers, in a process of its own, answer the model's ``dummy_inputs`` from the folder
-            (some 10 seconds); the folder stays when its answers are not the model's.
+        origin: Written to export_manifest.json: ``run``, the name of the run, and other facts about where the model is
+            from. An export that is replaced must be of the same run.
+        verify: Let plain transformers, in another process, compute outputs for the ``dummy_inputs`` of the model from
+            the folder (some 10 seconds); the folder stays when they differ from those of the model.
 
     Returns:
         The folder's absolute path.

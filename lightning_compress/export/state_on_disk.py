@@ -1,4 +1,4 @@
-"""The state dict of a model as it is written: weights replaced by their packed tensors, experts taken apart."""
+"""The state dict of a model as it is written: weights replaced by their packed tensors, experts separate."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
 """Named tensors in the safetensors files of a folder: one file, or several and an index, named as Hugging Face does.
 
-Nothing that is read is believed: an index names files beside it only, and whatever fails is an error with the file's
-name (:func:`naming`).
+Files are not trusted: an index may name files beside it only, and any failure is an error that names the file
+(:func:`naming`).
 """
 
 import json
@@ -25,9 +25,9 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
     """Write model.safetensors, or where that would exceed ``max_shard_bytes`` several files and their index.
 
     Args:
-        tensors: In any number of views of one storage; of equal ones the first is written.
-        folder: Exists.
-        max_shard_bytes: A file is larger only when one tensor is.
+        tensors: Tensors by name; they may share storage, and of equal views the first is written.
+        folder: An existing folder.
+        max_shard_bytes: Largest size of a file, unless a single tensor is larger.
     """
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
@@ -51,7 +51,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """One file, readable by whom the umask says; safetensors 0.8 alone would make it the owner's only (0600)."""
+    """Write one file with the mode of the umask; safetensors 0.8 alone would make it readable by the owner only."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -75,7 +75,7 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TensorFiles:
-    """The tensors of a folder, each read when it is taken."""
+    """The tensors of a folder; each is read when it is needed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -83,7 +83,7 @@ class TensorFiles:
         self.names: dict[str, str] = {}
         for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
             if not (folder / file).is_file():
-                raise ValueError(f"{folder} has no {file}; is it a folder that save wrote, and copied whole?")
+                raise ValueError(f"{folder} has no {file}; is it a folder that save wrote, and copied completely?")
             with naming(folder / file), safe_open(folder / file, framework="pt") as opened:
                 names = list(opened.keys())
             if twice := [name for name in names if name in self.names]:
@@ -92,7 +92,7 @@ class TensorFiles:
         if wrong := [name for name, file in weight_map.items() if self.names.get(name) != file]:
             raise ValueError(
                 f"{folder / INDEX}: weight_map says that {wrong[0]!r} is in {weight_map[wrong[0]]}, which does not "
-                f"hold it; copy the folder anew"
+                f"hold it; copy the folder again"
             )
 
     def path_of(self, name: str) -> Path:
@@ -114,7 +114,7 @@ class TensorFiles:
         return {n: self._read(f"{module}.{n}") for n in local_names if f"{module}.{n}" in self.names}
 
     def rest(self) -> dict[str, Tensor]:
-        """All tensors not taken yet."""
+        """All tensors that were not read yet."""
         return {name: self._read(name) for name in list(self.names)}
 
     def _read(self, name: str) -> Tensor:
@@ -126,9 +126,9 @@ class TensorFiles:
 
 @contextmanager
 def naming(path: Path, key: str = "") -> Iterator[None]:
-    """Whatever fails inside becomes a ValueError that names a file, and what in it.
+    """Turn any exception inside into a ValueError that names a file, and a key in it.
 
-    For what reads damaged files and raises what it comes upon: safetensors, compressed-tensors, transformers.
+    For libraries that raise errors of many kinds on damaged files: safetensors, compressed-tensors, transformers.
     """
     try:
         yield
@@ -138,7 +138,7 @@ def naming(path: Path, key: str = "") -> Iterator[None]:
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
         reason = f"{kind}{' '.join(str(error).split()):.600}"
         where = f"{path}, {key}" if key else f"{path}"
-        raise ValueError(f"{where}: {reason}; is it a folder that save wrote, and copied whole?") from error
+        raise ValueError(f"{where}: {reason}; is it a folder that save wrote, and copied completely?") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,9 +148,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON in UTF-8: {error}; copy the folder anew") from error
+        raise ValueError(f"{path} cannot be read as JSON in UTF-8: {error}; copy the folder again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object; copy the folder anew")
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object; copy the folder again")
     return content
 
 

@@ -1,7 +1,7 @@
-"""Does an exported folder answer as the model that was saved? Plain transformers reads it in a new process.
+"""Whether an exported folder gives the outputs of the model that was saved: plain transformers reads it.
 
-The process knows neither this package nor this process's state: it sees what a user of the folder sees. It runs on the
-CPU, on the inputs of one call of the model in memory.
+It does so in a new process, without this package and without the state of this process, on the CPU, with the inputs of
+one call of the model in memory.
 """
 
 import json
@@ -39,7 +39,7 @@ save_file({"out": out[call["key"]].float().contiguous()}, f"{work}/out")
 
 
 def is_wanted(model: nn.Module, folder: Path, wish: bool | str) -> bool:
-    """Whether to look: as wished, or (``auto``) where a class of transformers reads the folder and it is below 2 GB."""
+    """Whether to verify: as ``wish`` says; ``auto``: where transformers has the class and the folder is below 2 GB."""
     import transformers
 
     readable = hugging_face.is_transformers(model) and hasattr(transformers, type(model).__name__)
@@ -50,12 +50,12 @@ def is_wanted(model: nn.Module, folder: Path, wish: bool | str) -> bool:
 
 
 def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None) -> tuple[float | None, str]:
-    """How far the answers of the folder are from the model's, and what is wrong with that; empty where nothing is.
+    """The distance of the outputs of the folder from those of the model, and the fault; empty where there is none.
 
     Args:
-        model: As it was saved.
+        model: The model that was saved.
         folder: The export.
-        run: Calls the model once on a batch; None: transformers' dummy inputs are taken.
+        run: Calls the model once on a batch; None: with the dummy inputs of transformers.
     """
     if not hugging_face.is_transformers(model):
         return None, (
@@ -66,13 +66,16 @@ def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None
         call = _recorded_call(model, run or (lambda: model(**hugging_face.example_of(model))))
         gap = _difference(model, folder, call)
     except Exception as error:
-        return None, f"{folder} is not verified: {error}; lightning_compress.load reads what other loaders do not"
+        return (
+            None,
+            f"{folder} is not verified: {error}; lightning_compress.load reads it even where other loaders cannot",
+        )
     if gap <= TOLERANCE:
         return gap, ""
-    garbage = ", as those of a model with random weights" if gap > 0.5 else ""
+    garbage = ", like those of a model with random weights" if gap > 0.5 else ""
     return gap, (
-        f"{installed()} loads {folder} without an error and answers otherwise: its logits are off by "
-        f"{100 * gap:.3g} % of their norm{garbage}; lightning_compress.load answers as this model does"
+        f"{installed()} loads {folder} without an error and gives other outputs: its logits differ by "
+        f"{100 * gap:.3g} % of their norm{garbage}; lightning_compress.load gives the outputs of this model"
     )
 
 
@@ -80,7 +83,7 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     """The keyword arguments with which ``run`` calls the model, and its output as ``output``.
 
     Args:
-        model: It is in evaluation mode inside.
+        model: The model, which is in evaluation mode meanwhile.
         run: Calls the model once.
     """
     calls: list[dict[str, Any] | None] = []
@@ -107,37 +110,37 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _difference(model: nn.Module, folder: Path, call: Mapping[str, Any]) -> float:
-    """How far the logits of the folder are from those of the model: the norm of the difference by that of the logits.
+    """The norm of the difference between the logits of the folder and of the model, relative to that of the logits.
 
     Args:
-        model: A model of transformers, as it was saved.
+        model: The model of transformers that was saved.
         folder: The export.
-        call: As :func:`_recorded_call` gave it.
+        call: The result of :func:`_recorded_call`.
 
     Raises:
-        ValueError: The folder does not load, or does not take these inputs; says what the loader said.
+        ValueError: The folder does not load, or not with these inputs; holds the message of the loader.
     """
     expected, key = _largest(call["output"])
     tensors = {name: value.cpu().contiguous() for name, value in call.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in call.items() if name != "output" and name not in tensors}
     with tempfile.TemporaryDirectory() as work:
         save_file(tensors, f"{work}/inputs")
-        words = {"class": type(model).__name__, "key": key, "settings": settings}
-        Path(work, "call.json").write_text(json.dumps(words), encoding="utf-8")
-        done = subprocess.run(
+        request = {"class": type(model).__name__, "key": key, "settings": settings}
+        Path(work, "call.json").write_text(json.dumps(request), encoding="utf-8")
+        process = subprocess.run(
             [sys.executable, "-c", READER, str(folder), work],
             env=_environment(),
             capture_output=True,
             text=True,
             timeout=SECONDS,
         )
-        if done.returncode:
-            reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+        if process.returncode:
+            reason = next((line for line in reversed(process.stderr.splitlines()) if line.strip()), "no message")
             raise ValueError(f"{installed()} does not load {folder}, or does not run it: {reason}")
-        got = load_file(f"{work}/out")["out"]
-    if got.shape != expected.shape:
-        raise ValueError(f"{folder} answers {tuple(got.shape)} numbers, the model in memory {tuple(expected.shape)}")
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+        actual = load_file(f"{work}/out")["out"]
+    if actual.shape != expected.shape:
+        raise ValueError(f"{folder} gives outputs {tuple(actual.shape)}, the model in memory {tuple(expected.shape)}")
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def _largest(output: Any) -> tuple[Tensor, str]:
@@ -152,7 +155,7 @@ def _largest(output: Any) -> tuple[Tensor, str]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without GPU, without the network, and without what would make it a rank of a run."""
+    """The environment without GPUs, without the network, and without variables that make a process a rank."""
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in ranks and not key.startswith("SLURM_")}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    others = {key: value for key, value in os.environ.items() if key not in ranks and not key.startswith("SLURM_")}
+    return others | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

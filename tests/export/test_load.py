@@ -59,7 +59,9 @@ def test_load_of_a_model_that_another_method_quantized(tmp_path, tiny_llama):
 
 def test_load_without_the_weights(saved, small_net):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no model.safetensors; is it a folder that save wrote, and copied whole"):
+    with pytest.raises(
+        ValueError, match=r"has no model.safetensors; is it a folder that save wrote, and copied completely"
+    ):
         load(saved, small_net, packed=False)
 
 

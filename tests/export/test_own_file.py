@@ -53,11 +53,13 @@ def test_what_is_wrong_is_named(tmp_path, path, value, message):
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    with pytest.raises(ValueError, match=rf"own.json is not what save writes: .*{message}"):
+    with pytest.raises(ValueError, match=rf"own.json is not a file that save wrote: .*{message}"):
         read_own(write(tmp_path / "own.json", content))
 
 
 @pytest.mark.parametrize("key", ["format_version", "dense", "names"])
 def test_a_key_that_is_missing_is_named(tmp_path, key):
-    with pytest.raises(ValueError, match=f"own.json is not what save writes: {key}: Field required; copy the folder"):
+    with pytest.raises(
+        ValueError, match=f"own.json is not a file that save wrote: {key}: Field required; copy the folder"
+    ):
         read_own(write(tmp_path / "own.json", {k: v for k, v in RIGHT.items() if k != key}))

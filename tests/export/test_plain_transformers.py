@@ -48,13 +48,13 @@ def test_what_was_added_to_a_model_comes_back_in_one_that_has_it_too(tmp_path, t
         return model
 
     model = quantize(build(2.0), scheme_of("W4A16"), ["re:.*lm_head"])
-    with pytest.warns(UserWarning, match=r"and pass over what .*: reward.bias, reward.weight, steps \(3 tensors\)"):
+    with pytest.warns(UserWarning, match=r"and skip what .*: reward.bias, reward.weight, steps \(3 tensors\)"):
         save(model, tmp_path / "out")
     again = load(tmp_path / "out", build(0.0), packed=False)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert Quantized.find(again).keys() == Quantized.find(model).keys() >= {"reward"}
-    with pytest.raises(ValueError, match=r"'reward.weight_packed', .*where something was added to the model"):
+    with pytest.raises(ValueError, match=r"'reward.weight_packed', .*where modules were added to the model"):
         load(tmp_path / "out")
 
 

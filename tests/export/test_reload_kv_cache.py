@@ -89,7 +89,7 @@ def test_renamed_on_disk(tmp_path):
 def test_a_cache_that_the_installed_loader_does_not_find(tmp_path, tiny_llama, monkeypatch):
     model = quantized(tiny_llama(), False)
     monkeypatch.setattr("lightning_compress.quant.kv_cache.is_cached_attention_module", lambda module: False)
-    with pytest.warns(UserWarning, match=r"transformers 5\..* leave its KV cache as it is.*model\.layers\.0\.self_at"):
+    with pytest.warns(UserWarning, match=r"transformers 5\..* not quantize its KV cache.*model\.layers\.0\.self_at"):
         save(model, tmp_path / "out")
     assert_close(logits(load(tmp_path / "out")), logits(model), rtol=0, atol=0)
 

@@ -234,7 +234,7 @@ def test_a_model_of_its_own_is_packed_too(tmp_path):
     assert [type(m) for m in again] == [PackedLinear, nn.ReLU, PackedLinear]
     x = torch.randn(3, 64)
     assert_close(again(x), model.eval()(x))
-    with pytest.raises(ValueError, match="no model of transformers; call quant.packed.fuse_siblings"):
+    with pytest.raises(ValueError, match="not a model of transformers; call quant.packed.fuse_siblings"):
         load(tmp_path / "out", build(), packed=True, fuse=True)
 
 

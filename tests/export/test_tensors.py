@@ -67,7 +67,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     write_tensors({"a.weight": torch.ones(4)}, tmp_path, 10**6)
     path = tmp_path / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=rf"^{path}: .*; is it a folder that save wrote, and copied whole\?"):
+    with pytest.raises(ValueError, match=rf"^{path}: .*; is it a folder that save wrote, and copied completely\?"):
         TensorFiles(tmp_path)
 
 

@@ -26,7 +26,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_told_before_training(tmp_path):
         def training_step(self, batch, batch_idx):
             raise AssertionError("trained")
 
-    with pytest.raises(ValueError, match=r"this Processor cannot be saved, so that nothing could be exported"):
+    with pytest.raises(ValueError, match=r"this Processor cannot be saved, so that the export at the end would fail"):
         quiet(tmp_path, rounding()).fit(Unsavable(), Sums())
 
 

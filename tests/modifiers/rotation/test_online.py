@@ -103,7 +103,7 @@ def test_load_computes_the_same_and_other_loaders_refuse_the_folder(tmp_path, mo
     assert_close(logits(load(tmp_path / "out", build("llama", **UNTIED))), logits(model), rtol=0, atol=0)
     save(again, tmp_path / "twice")
     assert all((tmp_path / "twice" / f.name).read_bytes() == f.read_bytes() for f in (tmp_path / "out").iterdir())
-    with pytest.raises(ValueError, match="rotations run beside its modules, which packed ones do not"):
+    with pytest.raises(ValueError, match="rotations run beside its modules, which packed modules cannot have"):
         load(tmp_path / "out", packed=True)
     program = (
         "import sys, transformers\n"
