@@ -1,1 +1,1 @@
-"""Files and folders that are there whole or not at all, and the removal of what a killed process left half-written."""
+"""Files and folders that are written atomically, and the removal of what a killed process left half-written."""

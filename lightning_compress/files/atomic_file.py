@@ -1,11 +1,11 @@
-"""Write a file so that it is there whole or not at all: write beside, fsync, rename."""
+"""Write a file atomically: write beside it, fsync, rename."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_compress.files.leftovers import partial_path, remove_leftovers
+from lightning_compress.files.leftovers import fsync, partial_path, remove_leftovers
 
 __all__ = ["whole_file"]
 
@@ -14,8 +14,8 @@ __all__ = ["whole_file"]
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, with its suffix; it becomes ``path`` when the block ends without an error.
 
-    Folders that are missing are made. An older file stays as it is until then. What killed processes have left of
-    this file half-written is removed.
+    Missing folders are made. An older file stays as it is until then. Half-written copies that killed processes left
+    behind are removed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -23,11 +23,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = partial_path(target, suffix=target.suffix)
     try:
         yield partial
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(partial)
         os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""Write a folder so that it is there whole or not at all: write beside, fsync, rename.
+"""Write a folder atomically: write beside it, fsync, rename.
 
-While it is written it is called ``.<name>.partial-<host>-<process>-<random>`` and lies beside its place, on the same
-file system, so that the last step is one rename. An older export changes places with it in one step where the system
-can (Linux); elsewhere it steps aside first, and gets its name back at the next start if the process is killed then.
-An error or an interrupt removes what is half-written; what a killed process leaves is removed by the next one.
+While it is written it is called ``.<name>.partial-<host>-<process>-<random>`` and lies beside its final path, on the
+same file system, so that the last step is one rename. An older export is exchanged for it in one step where the system
+can do that (Linux); elsewhere it is renamed first, and gets its name back at the next start if the process is killed
+then. An error or an interrupt removes the half-written folder; the next process removes what a killed one left.
 
-``export_manifest.json`` names the files of a folder and the run that wrote it. Nothing else is ever replaced:
+``export_manifest.json`` names the files of a folder and the run that wrote it. No other folder is ever replaced:
 
     {"files": [names, in order], "origin": {"run": name of the run, ...} or null}
 """
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.files.leftovers import partial_path, remove_leftovers
+from lightning_compress.files.leftovers import fsync, partial_path, remove_leftovers
 
 __all__ = ["MANIFEST", "check_target", "origin_of", "whole_folder"]
 
@@ -28,12 +28,12 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False, run: str | None = None) -> Path:
-    """Say now whether ``folder`` can be written later, before hours of work; leaves nothing behind.
+    """Check before hours of work that ``folder`` can be written later; nothing is left behind.
 
     Args:
-        folder: Where the result shall lie. Parents that are missing would be made.
+        folder: Folder of the result. Missing parents would be made.
         overwrite: Whether an earlier export may be replaced.
-        run: Only one that this run wrote.
+        run: Replace only an export that this run wrote.
 
     Returns:
         The absolute path, symbolic links resolved.
@@ -46,16 +46,16 @@ def check_target(folder: str | Path, *, overwrite: bool = False, run: str | None
         raise ValueError(f"{target} is a file, expected the name of a folder to write; choose another")
     remove_leftovers(target.parent, target)
     _check_replaceable(target, overwrite, run)
-    made = _make_parents(target)
+    parents = _make_parents(target)
     try:
         _make_sibling(target, "probe").rmdir()
     finally:
-        _remove_parents(made)
+        _remove_parents(parents)
     return target
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
-    """What the manifest of a folder says of its making; empty where there is none."""
+    """The origin in the manifest of a folder; empty without one."""
     return _manifest(folder).get("origin") or {}
 
 
@@ -68,9 +68,9 @@ def whole_folder(
     An existing ``folder`` stays as it is until the new one is on the disk; an error leaves it untouched.
 
     Args:
-        folder: Where the result shall lie.
+        folder: Folder of the result.
         overwrite: Replace an earlier export.
-        origin: Kept in the manifest; what is replaced must be of the same ``origin["run"]``.
+        origin: Stored in the manifest; an earlier export is replaced only if it has the same ``origin["run"]``.
 
     Yields:
         The folder to write into.
@@ -80,25 +80,25 @@ def whole_folder(
     """
     run = None if origin is None else origin["run"]
     target = check_target(folder, overwrite=overwrite, run=run)
-    made = _make_parents(target)
+    parents = _make_parents(target)
     try:
         partial = _make_sibling(target, "partial")
         try:
             yield partial
             _write_manifest(partial, origin)
             _sync(partial)
-            _check_replaceable(target, overwrite, run)  # somebody may have filled it meanwhile
+            _check_replaceable(target, overwrite, run)  # another process may have filled it meanwhile
             _swap_in(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except BaseException:
-        _remove_parents(made)
+        _remove_parents(parents)
         raise
 
 
 def _check_replaceable(target: Path, overwrite: bool, run: str | None) -> None:
-    """ValueError when ``target`` holds what may not be replaced."""
+    """ValueError when ``target`` holds anything that must not be replaced."""
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
@@ -121,14 +121,14 @@ def _check_replaceable(target: Path, overwrite: bool, run: str | None) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Empty where there is none, or none that :func:`_write_manifest` wrote."""
+    """The manifest; empty without one, or where :func:`_write_manifest` did not write it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    fine = isinstance(manifest, dict) and isinstance(manifest.get("files"), list)
-    named = fine and all(isinstance(name, str) for name in manifest["files"])
-    return manifest if named and isinstance(manifest.get("origin"), dict | None) else {}
+    listed = isinstance(manifest, dict) and isinstance(manifest.get("files"), list)
+    valid = listed and all(isinstance(name, str) for name in manifest["files"])
+    return manifest if valid and isinstance(manifest.get("origin"), dict | None) else {}
 
 
 def _write_manifest(folder: Path, origin: Mapping[str, Any] | None) -> None:
@@ -144,14 +144,14 @@ def _files(folder: Path) -> set[str]:
 
 
 def _make_parents(target: Path) -> list[Path]:
-    """Make the missing parents of ``target``; returns those that were made, outermost first."""
+    """Make the missing parents of ``target``; returns the new ones, outermost first."""
     missing = [p for p in reversed(target.parents) if not p.exists()]
     for number, parent in enumerate(missing):
         try:
             parent.mkdir(exist_ok=True)
         except OSError as error:
             _remove_parents(missing[:number])
-            raise ValueError(f"cannot make {parent}, where {target} shall lie: {error}; choose another") from error
+            raise ValueError(f"cannot make {parent}, the parent of {target}: {error}; choose another") from error
     return missing
 
 
@@ -164,9 +164,9 @@ def _make_sibling(target: Path, purpose: str) -> Path:
     return sibling
 
 
-def _remove_parents(made: list[Path]) -> None:
-    for parent in reversed(made):
-        with suppress(OSError):  # somebody else uses it by now
+def _remove_parents(parents: list[Path]) -> None:
+    for parent in reversed(parents):
+        with suppress(OSError):  # another process uses it by now
             parent.rmdir()
 
 
@@ -174,17 +174,13 @@ def _sync(folder: Path) -> None:
     """Force all files and folders below ``folder`` to the disk, the folder last."""
     for parent, _, files in os.walk(folder, topdown=False):
         for name in [*files, ""]:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync(os.path.join(parent, name))
 
 
 def _swap_in(partial: Path, target: Path) -> None:
-    """Give ``partial`` the name ``target``; there is an export of that name at every moment, if there was one before.
+    """Rename ``partial`` to ``target``; an earlier export keeps that name until then.
 
-    The plain rename itself refuses a folder that was filled meanwhile.
+    The plain rename refuses a folder that was filled meanwhile.
     """
     old = None
     if target.is_dir() and any(target.iterdir()):
@@ -200,17 +196,13 @@ def _swap_in(partial: Path, target: Path) -> None:
         if old is not None:
             os.rename(old, target)
         raise
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Let two paths change places in one step; False where the system or the file system cannot."""
+    """Exchange two paths in one step; False where the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, TypeError, AttributeError):

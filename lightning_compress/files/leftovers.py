@@ -1,9 +1,9 @@
-"""Names of what is being written, and the removal of what a killed process has left half-written.
+"""Names of files and folders that are being written, and the removal of those that a killed process left half-written.
 
     .<name>.<purpose>-<host>-<process>-<random><suffix>        beside the place where <name><suffix> will be
 
-The name says who writes. What a dead process of this host has left is removed at once; what is of another host, or of
-an unknown process, when it is a day old. What a living process writes stays.
+The name tells the process that writes. Leftovers of a dead process of this host are removed at once, those of another
+host or of an unknown process when they are a day old. Those of a living process stay.
 """
 
 import os
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["host_name", "is_running", "partial_path", "remove_leftovers"]
+__all__ = ["fsync", "host_name", "is_running", "partial_path", "remove_leftovers"]
 
 DAY = 86400.0
 NAME = re.compile(
@@ -25,30 +25,30 @@ NAME = re.compile(
 
 
 def partial_path(target: Path, purpose: str = "partial", suffix: str = "") -> Path:
-    """A free name beside ``target`` for what will take its place, or makes room for it.
+    """A free name beside ``target`` for a file or folder that will replace it, or that it replaces.
 
     Args:
-        target: The place.
-        purpose: ``partial`` (half-written), ``probe`` (empty) or ``replaced`` (whole, and without its own name).
-        suffix: The end of the name, taken off ``target`` where it ends so; some writers ask for one.
+        target: Final path.
+        purpose: ``partial`` (half-written), ``probe`` (empty) or ``replaced`` (complete, and without its own name).
+        suffix: End of the name, removed from ``target`` where that has it; some writers need one.
     """
     stem = target.name.removesuffix(suffix)
     return target.with_name(f".{stem}.{purpose}-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
 def remove_leftovers(folder: Path, target: Path | None = None) -> None:
-    """Remove what dead processes have left in ``folder``; a folder that had to give its name away gets it back.
+    """Remove what dead processes left in ``folder``; a folder that was about to be replaced gets its name back.
 
     Args:
-        folder: Where to look; it may be missing.
-        target: Remove only what is of this name.
+        folder: Folder to look into; it may be missing.
+        target: Remove only leftovers of this path.
     """
     for path, match in _leftovers(folder):
-        place = folder / (match["name"] + (match["suffix"] or ""))
-        if (target is None or place == target) and _is_abandoned(path, match):
-            with suppress(OSError):  # its writer has just finished it
-                if match["purpose"] == "replaced" and not place.exists():
-                    os.rename(path, place)  # killed before the new one had the name
+        final = folder / (match["name"] + (match["suffix"] or ""))
+        if (target is None or final == target) and _is_abandoned(path, match):
+            with suppress(OSError):  # its writer finishes it at this moment
+                if match["purpose"] == "replaced" and not final.exists():
+                    os.rename(path, final)  # killed before the new one had the name
                 elif path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
@@ -68,6 +68,15 @@ def _is_abandoned(path: Path, match: re.Match[str]) -> bool:
         return time.time() - path.stat().st_mtime > DAY
     except OSError:
         return False
+
+
+def fsync(path: str | Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def host_name() -> str:
