@@ -16,7 +16,7 @@ from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
 from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.record import Quantized, saw_rows
 
-__all__ = ["Contents", "Records", "check_weights", "contents_of", "warn_of_contents"]
+__all__ = ["Contents", "Records", "Stored", "check_weights", "contents_of", "warn_of_contents"]
 
 Records = Mapping[str, tuple[nn.Module, Quantized]]
 Stored = Mapping[str, Mapping[str, Tensor]]
@@ -72,10 +72,42 @@ def contents_of(model: nn.Module, stored: Stored) -> Contents:
     return Contents(model, records, dense, caches, stored)
 
 
+def check_weights(model: nn.Module, stored: Stored) -> None:
+    """ValueError for weights that are not in memory, and for NaN or Inf."""
+    away = [clean_name(name) for name, p in model.named_parameters() if p.is_meta]
+    if away := [name for name in away if name.rpartition(".")[0] not in stored]:
+        raise ValueError(f"{len(away)} weights are not in memory, such as {away[0]}; load the model without offloading")
+    if broken := nonfinite(model):
+        listed = shortlist(map(clean_name, broken))
+        raise ValueError(
+            f"NaN or Inf in {len(broken)} parameters or buffers, such as {listed}; such a model is not exported"
+        )
+
+
 def warn_of_contents(contents: Contents) -> None:
-    """Warn of weights that stay dense, and of inputs that other loaders quantize otherwise."""
-    _warn_of_dense(contents)
-    _warn_of_rows(contents)
+    """Warn of weights that stay dense, and of inputs that other loaders do not quantize, or quantize otherwise."""
+    records, dense = contents.records, contents.dense
+    if dense:
+        listed = shortlist((f"{name} ({reason})" for name, reason in dense.items()), "; ")
+        warnings.warn(
+            f"{len(dense)} of {len(records)} quantized modules are written with dense weights, on their grid, "
+            f"so their size on disk does not shrink: {listed}",
+            stacklevel=3,
+        )
+    if active := [name for name in dense if records[name][1].scheme.input_activations is not None]:
+        warnings.warn(
+            f"transformers and vLLM will not quantize the inputs of {shortlist(active)}, so their outputs differ "
+            f"from this model's; lightning_compress.load restores it",
+            stacklevel=3,
+        )
+    rows = [name for name, (module, _) in contents.packed.items() if saw_rows(module)]
+    if rows and contents.is_transformers:
+        warnings.warn(
+            f"{len(rows)} modules, such as {rows[0]}, get inputs [rows, features]: here each row has a scale of its "
+            f"own, plain transformers takes one for all rows, so that its answers depend on the rest of the batch; "
+            f"load the folder with lightning_compress.load, or add these modules to ignore",
+            stacklevel=3,
+        )
 
 
 def _caches(model: nn.Module) -> dict[str, QuantizedCache]:
@@ -104,45 +136,3 @@ def _dense_on_disk(model: nn.Module, records: Records) -> dict[str, str]:
         elif others := [other for other in owners[id(module.weight)] if other != name]:
             reasons[name] = f"it shares its weight with {others[0]!r}"
     return reasons
-
-
-def _warn_of_dense(contents: Contents) -> None:
-    reasons, records = contents.dense, contents.records
-    if not reasons:
-        return
-    listed = shortlist((f"{name} ({reason})" for name, reason in reasons.items()), "; ")
-    warnings.warn(
-        f"{len(reasons)} of {len(records)} quantized modules are written with dense weights, on their grid, "
-        f"so their size on disk does not shrink: {listed}",
-        stacklevel=4,
-    )
-    if active := [name for name in reasons if records[name][1].scheme.input_activations is not None]:
-        warnings.warn(
-            f"transformers and vLLM will not quantize the inputs of {shortlist(active)}, so their outputs differ "
-            f"from this model's; lightning_compress.load restores it",
-            stacklevel=4,
-        )
-
-
-def _warn_of_rows(contents: Contents) -> None:
-    """Of rows [rows, features] whose scales plain transformers takes together: their answers depend on one another."""
-    rows = [name for name, (module, _) in contents.packed.items() if saw_rows(module)]
-    if rows and contents.is_transformers:
-        warnings.warn(
-            f"{len(rows)} modules, such as {rows[0]}, get inputs [rows, features]: here each row has a scale of its "
-            f"own, plain transformers takes one for all rows, so that its answers depend on the rest of the batch; "
-            f"load the folder with lightning_compress.load, or add these modules to ignore",
-            stacklevel=4,
-        )
-
-
-def check_weights(model: nn.Module, stored: Stored) -> None:
-    """ValueError for weights that are not in memory, and for NaN or Inf."""
-    away = [clean_name(name) for name, p in model.named_parameters() if p.is_meta]
-    if away := [name for name in away if name.rpartition(".")[0] not in stored]:
-        raise ValueError(f"{len(away)} weights are not in memory, such as {away[0]}; load the model without offloading")
-    if broken := nonfinite(model):
-        listed = shortlist(map(clean_name, broken))
-        raise ValueError(
-            f"NaN or Inf in {len(broken)} parameters or buffers, such as {listed}; such a model is not exported"
-        )

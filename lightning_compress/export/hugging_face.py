@@ -38,14 +38,8 @@ def is_transformers(model: nn.Module) -> bool:
 
 def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
     """``save_pretrained`` with another state dict: weights under their names on disk, config, generation config."""
-    config = model.config
-    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}  # save_pretrained sets them
-    try:
-        type(model).save_pretrained(model, folder, state_dict=state, max_shard_size=max_shard_bytes)
-    finally:
-        for key, value in before.items():
-            setattr(config, key, value)
-    if getattr(config, "tie_word_embeddings", False) and not _is_tied(model):
+    _save_pretrained(model, folder, state_dict=state, max_shard_size=max_shard_bytes)
+    if getattr(model.config, "tie_word_embeddings", False) and not _is_tied(model):
         change_json(folder / "config.json", tie_word_embeddings=False)
 
 
@@ -53,17 +47,23 @@ def write_configs(model: "PreTrainedModel", folder: str | Path) -> None:
     """``save_pretrained`` without weights and without its progress bar."""
     from transformers.utils import logging
 
-    config = model.config
-    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}  # save_pretrained sets them
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        type(model).save_pretrained(model, folder, state_dict={})
+        _save_pretrained(model, folder, state_dict={})
     finally:
-        for key, value in before.items():
-            setattr(config, key, value)
         if shown:
             logging.enable_progress_bar()
+
+
+def _save_pretrained(model: "PreTrainedModel", folder: str | Path, **arguments: Any) -> None:
+    """The method of the class, not a guarded one (guard.py); it sets two values of the config, which are restored."""
+    before = {key: getattr(model.config, key, None) for key in ("dtype", "architectures")}
+    try:
+        type(model).save_pretrained(model, folder, **arguments)
+    finally:
+        for key, value in before.items():
+            setattr(model.config, key, value)
 
 
 def _is_tied(model: "PreTrainedModel") -> bool:

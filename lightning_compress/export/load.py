@@ -147,24 +147,20 @@ class _Quantized:
 
 
 def _open(path: Path) -> _Folder:
-    config, own = read_json(path / "config.json"), read_own(path / OWN_FILE)
+    config_file = path / "config.json"
+    config, own = read_json(config_file), read_own(path / OWN_FILE)
     if "online" in own:
-        with naming(path / "config.json"):
+        with naming(config_file):
             config = unsealed(config)
-    return _Folder(path, config, own, _quantization_of(path / "config.json", config))
-
-
-def _quantization_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """``quantization_config``, empty where nothing is quantized."""
     quantization = config.get("quantization_config", {})
     if not isinstance(quantization, dict):
-        raise ValueError(f"{path}: quantization_config must be an object, got {quantization!r:.80}")
+        raise ValueError(f"{config_file}: quantization_config must be an object, got {quantization!r:.80}")
     method = quantization.get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
         raise ValueError(
-            f"{path.parent} was quantized by {method!s:.80}, expected compressed-tensors; load it with transformers"
+            f"{path} was quantized by {method!s:.80}, expected compressed-tensors; load it with transformers"
         )
-    return quantization
+    return _Folder(path, config, own, quantization)
 
 
 def _check_arguments(source: _Folder, model: nn.Module | None, dtype: torch.dtype | None) -> None:
@@ -209,7 +205,11 @@ def _read_quantized(
     quantized = _Quantized({}, {}, {})
     names = names_of_experts(layout) if hugging_face.is_transformers(layout) else {}
     names |= source.own["names"]
-    for name, scheme in _schemes(source, layout).items():
+    schemes = {}
+    if source.quantization:
+        with naming(source.config_file, "quantization_config"):
+            schemes = matched(layout, QuantizationConfig.model_validate(source.quantization))
+    for name, scheme in schemes.items():
         on_disk, module = names.get(name, name), layout.get_submodule(name)
         if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
             continue  # a target by class, but these experts stayed dense
@@ -223,13 +223,6 @@ def _read_quantized(
             quantized.records[name] = Quantized.from_json(data)
             check_record(name, as_matrix(layout.get_submodule(name)), quantized.records[name])
     return quantized
-
-
-def _schemes(source: _Folder, layout: nn.Module) -> dict[str, QuantizationScheme]:
-    if not source.quantization:
-        return {}
-    with naming(source.config_file, "quantization_config"):
-        return matched(layout, QuantizationConfig.model_validate(source.quantization))
 
 
 def _unpacked(

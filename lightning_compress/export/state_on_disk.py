@@ -1,21 +1,17 @@
 """The state dict of a model as it is written: weights replaced by their packed tensors, experts separate."""
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 
+from lightning_compress.export.contents import Records, Stored
 from lightning_compress.export.experts import names_of_experts
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.quant.packing import pack
-from lightning_compress.quant.record import Quantized
 
 __all__ = ["state_on_disk"]
 
-Records = Mapping[str, tuple[nn.Module, Quantized]]
 
-
-def state_on_disk(model: nn.Module, packed: Records, stored: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def state_on_disk(model: nn.Module, packed: Records, stored: Stored) -> dict[str, Tensor]:
     """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied.
 
     Args:
