@@ -185,8 +185,8 @@ def _interpose(reached: Callable[..., None]) -> None:
 
     after(PostTraining, "compress", lambda end: reached("finish"))
     after(atomic, "_sync", lambda folder: reached("export"))
-    for modifier in (lightning_compress.MagnitudePruningModifier, lightning_compress.GPTQModifier):
-        after(modifier, "on_calibration_end", lambda *args: reached("calibration"))
+    after(lightning_compress.MagnitudePruningModifier, "on_training_end", lambda *args: reached("calibration"))
+    after(lightning_compress.GPTQModifier, "on_calibration_end", lambda *args: reached("calibration"))
 
     write = LocalFileOpener.write
 
