@@ -36,7 +36,6 @@ class State:
             hidden state is not the first tensor that it returns.
         batches: How many batches ``replay`` knows.
         ledger: Ledger of the facts on modules.
-        distributed: True when several ranks calibrate together.
     """
 
     model: nn.Module | None = None
@@ -51,7 +50,6 @@ class State:
     dense: Callable[[int], Tensor] | None = None
     batches: int = 0
     ledger: Ledger = field(default_factory=Ledger)
-    distributed: bool = False
 
     def but(self, **changes: Any) -> "State":
         """The same state with some fields changed."""
