@@ -144,7 +144,7 @@ def test_fully_sharded_weights_are_refused_at_set_up(tmp_path):
     """FSDP2: the masks, scales and statistics of a shard are not those of the weight."""
     trainer = quiet(tmp_path, CompressionCallback(recipes("pruning")))
     trainer.strategy.__class__ = type("Sharded", (ModelParallelStrategy,), {})
-    with pytest.raises(ValueError, match="Sharded shards the weights, and compression needs them whole: use strategy="):
+    with pytest.raises(ValueError, match="Sharded shards the weights, and compression needs full ones: use strategy="):
         trainer.callbacks[0].setup(trainer, Regression(), "fit")
 
 
@@ -157,7 +157,7 @@ def test_weights_that_the_module_shards_by_itself_are_refused(tmp_path):
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match="is sharded \\(a DTensor\\), and compression needs whole weights"):
+        with pytest.raises(ValueError, match="is sharded \\(a DTensor\\), and compression needs full weights"):
             quiet(tmp_path, CompressionCallback(recipes("pruning"), module="model")).fit(Shards(), Sums())
     finally:
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""The walk: calibration data through a model, block by block, each compressed before the next sees its outputs.
+"""The walk: calibration data through a model, block by block; each is compressed before its outputs reach the next.
 
     CALIBRATION_START                      hooks go on
-    survey                                 for modifiers that ask for it: all batches through the dense model
+    survey                                 for modifiers that need it: all batches through the dense model
     probe                                  the first batch once through the dense model: the order of things
     for each segment of linked blocks:
         modules before it                  BLOCK_END, with no block
@@ -13,8 +13,8 @@
     modules after the blocks               BLOCK_END, with no block
     CALIBRATION_END                        hooks come off
 
-Nothing is traced. Of the hidden states one block's are kept; other arguments are kept by reference until their block is
-done. Every process walks alone: where there are several, rank 0 calibrates.
+Nothing is traced. The hidden states of one block are stored; other arguments are stored by reference until their block
+is finished. Every process walks alone: where there are several, rank zero calibrates.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -18,8 +18,8 @@ def end_training(lifecycle: Lifecycle, state: State, clock: Event = Event()) -> 
 
     Args:
         lifecycle: The initialized modifiers.
-        state: With the model.
-        clock: The clock of the event.
+        state: State with the model.
+        clock: Clock of the event.
 
     Raises:
         ValueError: A modifier has a handler for it, and there is NaN or Inf in the weights.

@@ -73,8 +73,8 @@ class Walker:
         """Probe, plan, then segment after segment."""
         if not blocks and self.walk != "whole":
             logger.info(
-                "found no repeated blocks in %s: it is walked as a whole, which keeps the activations or statistics of "
-                "all of it at once; name its blocks with blocks=[...] if it has any",
+                "no repeated blocks in %s: it is walked as a whole, which stores the activations or statistics of all "
+                "modules at once; name its blocks with blocks=[...] if it has any",
                 type(self.model).__name__,
             )
         self.total = len(blocks) + 1

@@ -28,8 +28,8 @@ def check_best(trainer: Trainer, lifecycle: Lifecycle, saved_files: SavedFiles) 
         if modifier.needs.checkpoint_state:
             raise ValueError(
                 f"ModelCheckpoint(monitor={bare[0].monitor!r}, save_weights_only=True) stores the best weights without "
-                f"what {modifier.name} has learned beside them: leave save_weights_only out, or compress the last "
-                f"weights with load_best=False"
+                f"the state of {modifier.name}, which they were trained with: leave save_weights_only out, or compress "
+                f"the last weights with load_best=False"
             )
     for best in _best_checkpoints(trainer)[:1]:
         if saved_files.will_refuse(best.best_model_path):

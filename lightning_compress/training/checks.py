@@ -83,7 +83,7 @@ def check_strategy(trainer: Trainer) -> None:
     """ValueError for a strategy that shards weights."""
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} shards the weights, and compression needs them whole: use "
+            f"{type(trainer.strategy).__name__} shards the weights, and compression needs full ones: use "
             f"strategy='ddp' or one device, or compress the consolidated checkpoint afterwards, with compress()"
         )
 
@@ -93,7 +93,7 @@ def check_whole(module: nn.Module) -> None:
     sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "device_mesh")]
     if sharded:
         raise ValueError(
-            f"{sharded[0]!r} is sharded (a DTensor), and compression needs whole weights: train without fully_shard, "
+            f"{sharded[0]!r} is sharded (a DTensor), and compression needs full weights: train without fully_shard, "
             f"or compress the consolidated checkpoint afterwards, with compress()"
         )
 
@@ -167,7 +167,7 @@ def check_same_module(pl_module: LightningModule, name: str | None, model: nn.Mo
 
 
 def warn_of_compressed_model() -> None:
-    """Training goes on, and the callback is done."""
+    """Warn that training continues on a compressed model."""
     rank_zero_warn(
         "this model is compressed already: CompressionCallback does nothing more, and further training moves the "
         "weights off their grid; to compress again, train from a dense checkpoint with a new callback"
@@ -175,7 +175,7 @@ def warn_of_compressed_model() -> None:
 
 
 def warn_of_no_fit() -> None:
-    """A test runs, and nothing was compressed."""
+    """Warn that a model is tested which was never compressed."""
     rank_zero_warn(
         "CompressionCallback has compressed nothing: it acts at the end of trainer.fit, which was not called (perhaps "
         "because of train=False), and no checkpoint of a run with it was loaded; to compress a model as it is, fit "
@@ -184,7 +184,7 @@ def warn_of_no_fit() -> None:
 
 
 def warn_of_stray_step(optimizer: Optimizer) -> None:
-    """An optimizer made a step outside of a training batch."""
+    """Warn of a step outside of a training batch."""
     rank_zero_warn(
         f"a {type(optimizer).__name__} stepped outside of a training batch; the step counts, but modifiers do not see "
         f"it: step it in training_step, so that they can act on it"

@@ -61,7 +61,7 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         if is_split(inner):
             unsplit(inner)
         if (parts := _parametrizations(inner)) and all(_is_ours(type(part)) for part in parts):
-            unparametrize(inner)  # with another one beside it torch refuses to pickle, as it did before
+            unparametrize(inner)  # with one of another package torch refuses to pickle the module anyway
         for name in [name for name in vars(inner) if _is_record(name) and name != Structure.attribute]:
             delattr(inner, name)  # but for the cuts, which are plain data
     return copied

@@ -27,10 +27,8 @@ def calibration_batches(
         ValueError: There is no loader, or it is empty.
     """
     limit = 1 if trainer.fast_dev_run else options.calibration_batches
-    own = own_batches.loader(_owners(trainer, pl_module))
-    if own is not None:
-        loader, samples = own, "the first of calibration_dataloader()"
-    else:
+    loader, samples = own_batches.loader(_owners(trainer, pl_module)), "the first of calibration_dataloader()"
+    if loader is None:
         loader, samples = seeded_view(_train_loader(trainer), limit, options.calibration.seed)
     device = options.calibration.offload_device
     offload = device is not None and not hasattr(pl_module, "calibration_step")  # which knows a batch by its tensors
@@ -58,8 +56,8 @@ def check_first_batch(
     Raises:
         ValueError: The model cannot take it.
     """
-    own = own_batches.first(_owners(trainer, pl_module))
-    batches = [batch] if own is None else [to_device(trainer, pl_module, first) for first in own]
+    first = own_batches.first(_owners(trainer, pl_module))
+    batches = [batch] if first is None else [to_device(trainer, pl_module, one) for one in first]
     if not batches:
         raise ValueError("the calibration loader is empty, expected at least one batch")
     if not hasattr(pl_module, "calibration_step") and not isinstance(batches[0], Iterator):

@@ -35,5 +35,5 @@ def measure(
         context=trainer.precision_plugin.val_step_context,
         monitor=monitored_metric(trainer),
         device=summing_device(trainer),
-        progress=lambda done: progress(done, sum(n or 0 for n in limits)),
+        progress=lambda batches: progress(batches, sum(n or 0 for n in limits)),
     )

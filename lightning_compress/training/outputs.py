@@ -67,8 +67,8 @@ class Outputs:
     def locks(self) -> list[Path]:
         """The lock files of the run's folder, and of the export where that lies elsewhere."""
         root = self.checkpoint.parent
-        beside = self.export.parent / f".{self.export.name}.lock"
-        return [root / ".lightning_compress.lock", *([] if self.export.parent == root else [beside])]
+        of_export = self.export.parent / f".{self.export.name}.lock"
+        return [root / ".lightning_compress.lock", *([] if self.export.parent == root else [of_export])]
 
 
 def _local(folder: str, argument: str) -> Path:

@@ -71,9 +71,7 @@ class PostTraining:
         ties_before = ties(self.module)
         bar = self.trainer.progress_bar_callback
         if isinstance(bar, RichProgressBar):
-            bar.teardown(
-                self.trainer, self.pl_module, "fit"
-            )  # otherwise it is live until fit ends, and draws over ours
+            bar.teardown(self.trainer, self.pl_module, "fit")  # it would draw over ours until fit ends
         shown = self.trainer.is_global_zero and bar is not None
         with self._undisturbed(), ProgressReport(shown) as progress:
             self._load_best()
@@ -175,7 +173,7 @@ class PostTraining:
                     self.run.options.calibration,
                     clock=self.event,
                     forward=forward_of(self.pl_module, batches or []),
-                    progress=lambda text, done, of: progress("calibration", done, of, text),
+                    progress=lambda text, blocks, of: progress("calibration", blocks, of, text),
                 )
 
     def _batches(self, lifecycle: Lifecycle) -> Sequence[Any] | None:

@@ -24,27 +24,27 @@ KEY = "lightning_compress_structure"
 
 
 def write_shapes(checkpoint: dict[str, Any], model: nn.Module) -> None:
-    """Put what was cut in ``model`` into its checkpoint; nothing for a model that is whole."""
+    """Put the record of the cuts into ``model`` into its checkpoint; nothing where there are none."""
     if steps := record_of(model):
         checkpoint[KEY] = steps
 
 
 def read_shapes(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     """Give ``model`` the shapes of the checkpoint; ValueError when it has smaller ones already, or other ones."""
-    steps, done = checkpoint.get(KEY, []), record_of(model)
-    if len(steps) < len(done):
+    steps, present = checkpoint.get(KEY, []), record_of(model)
+    if len(steps) < len(present):
         raise ValueError(
-            f"this checkpoint was saved when {len(steps)} of the {len(done)} cuts into the model had been made, and "
-            f"what is gone cannot come back: load it into a freshly built model, with a new CompressionCallback"
+            f"this checkpoint was saved when {len(steps)} of the {len(present)} cuts into the model had been made, and "
+            f"tensors that were cut cannot grow again: load it into a newly built model, with a new CompressionCallback"
         )
     reshape(model, steps)
 
 
 def same_shapes(weights: Mapping[str, Any], root: nn.Module) -> bool:
     """Whether no tensor of a state dict has another shape in ``root``, and no weight is there that ``root`` lacks."""
-    own = root.state_dict()
+    present = root.state_dict()
     tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
-    return all(key in own and own[key].shape == value.shape for key, value in tensors.items())
+    return all(key in present and present[key].shape == value.shape for key, value in tensors.items())
 
 
 def check_launcher(trainer: Trainer) -> None:

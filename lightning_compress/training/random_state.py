@@ -1,6 +1,6 @@
-"""The random state of a run as a checkpoint holds it: torch's (CPU and GPUs), Python's and NumPy's, of every rank.
+"""The random state of a run in its checkpoints: torch's (CPU and GPUs), Python's and NumPy's, of every rank.
 
-Lightning's checkpoints hold none, so that a resumed run would draw other dropout masks than the run that was killed.
+Lightning's checkpoints hold none, so a resumed run would draw other dropout masks than the run that was killed.
 """
 
 import random
@@ -31,13 +31,13 @@ def collect() -> dict[str, Any]:
     return state
 
 
-def collect_all(own: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_all(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of all ranks; every rank calls this."""
-    return distributed.gather(own)
+    return distributed.gather(state)
 
 
 def restore(states: list[dict[str, Any]]) -> None:
-    """Go on with the random numbers where :func:`collect_all` was called.
+    """Continue with the random numbers as after :func:`collect_all`.
 
     Args:
         states: One for each rank. A further rank leaves its random state as it is.

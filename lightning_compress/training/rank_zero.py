@@ -57,7 +57,7 @@ def _result(work: Callable[[], T], what: str, group: Any) -> T:
         return result
     message: list[Any] = [None, None]
     dist.broadcast_object_list(message, src=0, group=group)
-    done, result = message
-    if not done:
+    succeeded, result = message
+    if not succeeded:
         raise RuntimeError(f"{what} failed on rank 0: {result}")
     return result

@@ -35,7 +35,7 @@ __all__ = ["Results", "processors"]
 
 
 def processors(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
-    """Attributes of the datamodule or of the LightningModule that are saved beside the model.
+    """Attributes of the datamodule or of the LightningModule that are saved with the model.
 
     A processor comes last: it holds a tokenizer and an image processor of its own, and its files count.
     """
@@ -183,14 +183,14 @@ class Results:
             scalars |= {f"{name}_before": entry["before"], f"{name}_after": entry["after"]}
         finite = {f"compress/{name}": value for name, value in scalars.items() if math.isfinite(value)}
         for logger in self.trainer.loggers:
-            with _as_warning(f"what {type(logger).__name__} logs of it"):
+            with _as_warning(f"the log of {type(logger).__name__}"):
                 logger.log_metrics(finite, step=self.trainer.global_step)
                 logger.save()
 
 
 @contextmanager
-def _as_warning(part: str) -> Iterator[None]:
+def _as_warning(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        rank_zero_warn(f"{part} is not complete, while the compressed model is: {type(error).__name__}: {error}")
+        rank_zero_warn(f"{name} is not complete, while the compressed model is: {type(error).__name__}: {error}")

@@ -26,8 +26,8 @@ def stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
     No incomplete file is left: unfinished ones are removed, complete ones stay.
     """
     former = signal.getsignal(signal.SIGTERM)
-    ours = former == signal.SIG_DFL or type(former).__module__.startswith(("lightning.", "pytorch_lightning."))
-    if not ours or threading.current_thread() is not threading.main_thread():
+    replaceable = former == signal.SIG_DFL or type(former).__module__.startswith(("lightning.", "pytorch_lightning."))
+    if not replaceable or threading.current_thread() is not threading.main_thread():
         yield
         return
     received = False

@@ -59,13 +59,13 @@ def supersede(trainer: Trainer, compressed: Path) -> None:
     """The last ``hpc_ckpt_N.ckpt``, if any, becomes the same file as ``compressed``; every rank calls this."""
     folder = _folder(trainer)
     if trainer.is_global_zero and (number := _last(folder)):
-        beside = folder / "superseding.ckpt"  # no N in this name
-        beside.unlink(missing_ok=True)
+        link = folder / "superseding.ckpt"  # no N in this name
+        link.unlink(missing_ok=True)
         try:
-            os.link(compressed, beside)
+            os.link(compressed, link)
         except OSError:  # not on this file system
-            shutil.copyfile(compressed, beside)
-        os.replace(beside, folder / f"hpc_ckpt_{number}.ckpt")
+            shutil.copyfile(compressed, link)
+        os.replace(link, folder / f"hpc_ckpt_{number}.ckpt")
     trainer.strategy.barrier("the compressed checkpoint")
 
 
@@ -77,9 +77,9 @@ def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
     signum = environment.requeue_signal
     if signum is None:
         return None
-    handler = signal.getsignal(signum)  # the default in on_fit_end: there Lightning has taken its own off
-    ours = handler == signal.SIG_DFL or type(handler).__module__.startswith(("lightning.", "pytorch_lightning."))
-    return signum if ours else None
+    handler = signal.getsignal(signum)  # the default in on_fit_end: there Lightning has removed its handler
+    replaceable = handler == signal.SIG_DFL or type(handler).__module__.startswith(("lightning.", "pytorch_lightning."))
+    return signum if replaceable else None
 
 
 def _folder(trainer: Trainer) -> Path:
@@ -88,8 +88,8 @@ def _folder(trainer: Trainer) -> Path:
 
 def _last(folder: Path) -> int:
     """The highest N of ``hpc_ckpt_N.ckpt``; 0 when there is none."""
-    found = [re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name) for path in folder.glob("hpc_ckpt_*.ckpt")]
-    return max((int(match[1]) for match in found if match), default=0)
+    matches = [re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name) for path in folder.glob("hpc_ckpt_*.ckpt")]
+    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def _job(environ: os._Environ[str]) -> str:

@@ -29,7 +29,7 @@ def test_a_model_without_blocks_is_walked_as_a_whole(walk, caplog):
         calibrate(
             *started(watcher, model=model), (batches := make_batches(2, 4, C)), options=CalibrationOptions(walk=walk)
         )
-    assert "found no repeated blocks in Sequential: it is walked as a whole" in caplog.text
+    assert "no repeated blocks in Sequential: it is walked as a whole" in caplog.text
     assert watcher.events[-2] == ("BLOCK_END", "")
     assert watcher.finished == ["0", "2"]
     if walk == "auto":  # in lockstep: the second one sees the first one rounded

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.core import Event, EventType, Lifecycle, State
+from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
+from lightning_compress.core.lifecycle import modifiers_in_order
 
 E = EventType
 
@@ -305,3 +306,11 @@ def test_each_pair_of_training_events_is_judged(recording):
     expected = {(None, E.BATCH_START), (E.BATCH_END, E.BATCH_START), (E.OPTIM_PRE_STEP, E.OPTIM_POST_STEP)}
     expected |= {(a, b) for a in [E.BATCH_START, *inside] for b in (E.LOSS_CALCULATED, E.OPTIM_PRE_STEP, E.BATCH_END)}
     assert allowed == expected
+
+
+def test_modifiers_come_as_one_several_or_by_name_in_order():
+    assert modifiers_in_order("gptq_w4") == ["gptq_w4"]  # refused by Lifecycle, which names its type
+    assert modifiers_in_order(Modifier) == [Modifier]
+    assert modifiers_in_order({"b": 2, "a": 1}) == [2, 1]
+    assert modifiers_in_order(number for number in (3, 4)) == [3, 4]
+    assert modifiers_in_order(None) == [None]

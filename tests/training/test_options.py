@@ -1,9 +1,14 @@
 """The callback's arguments: types and ranges, and what a recipe sets."""
 
+import inspect
 import re
+from dataclasses import fields
 
 import pytest
 
+from lightning_compress import CompressionCallback, compress
+from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.training.options import CallbackOptions
 from tests.support.training_runs import rounding
 
 WRONG = [
@@ -37,3 +42,22 @@ def test_arguments_of_a_wrong_type_are_refused_at_once(argument, value, message)
 def test_verify_is_one_of_three():
     with pytest.raises(ValueError, match="verify='always': expected 'auto', True or False"):
         rounding(verify="always")
+
+
+@pytest.mark.parametrize("function", [CompressionCallback, compress])
+def test_a_signature_has_the_defaults_of_the_options(function):
+    """Else a recipe's setting would be taken for the user's, or the other way round."""
+    defaults = {field.name: field.default for field in (*fields(CalibrationOptions), *fields(CallbackOptions))}
+    parameters = {name: p.default for name, p in inspect.signature(function).parameters.items() if name in defaults}
+    assert parameters == {name: defaults[name] for name in parameters}
+    assert {"blocks", "walk", "offload_device", "seed", "moe_calibrate_all_experts"} <= parameters.keys()
+
+
+def test_a_setting_of_the_recipe_is_used_where_the_argument_has_its_default(tmp_path):
+    entry = "{_target_: lightning_compress.QuantizationModifier, scheme: W8A16, group_size: -1}"
+    (tmp_path / "mine.yaml").write_text(f"modifiers:\n  rtn: {entry}\nwalk: two_pass\nseed: 3\nevaluate: false\n")
+    options = CompressionCallback(recipe=str(tmp_path / "mine.yaml"), seed=5).options
+    assert (options.calibration.walk, options.calibration.seed, options.evaluate) == ("two_pass", 5, False)
+    (tmp_path / "mine.yaml").write_text(f"modifiers:\n  rtn: {entry}\ndevice: cpu\n")
+    with pytest.raises(ValueError, match=r"the recipe sets \['device'\], which CompressionCallback does not take"):
+        CompressionCallback(recipe=str(tmp_path / "mine.yaml"))
