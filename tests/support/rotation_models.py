@@ -30,6 +30,11 @@ def logits(model: nn.Module, tokens: int = 24, seed: int = 1) -> Tensor:
         return model(input_ids=ids, **keywords).logits
 
 
+def output_change(model: nn.Module, before: Tensor) -> float:
+    """The largest change of the logits, as a share of the largest of them before."""
+    return ((logits(model) - before).abs().max() / before.abs().max()).item()
+
+
 def token_batches(count: int = 4, rows: int = 4, tokens: int = 32, vocabulary: int = 64) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(0, vocabulary, (rows, tokens), generator=generator)} for _ in range(count)]

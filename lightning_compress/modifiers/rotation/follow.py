@@ -1,11 +1,9 @@
-"""Follow one run of a model and note which dimensions of which parameters share a basis.
+"""Follow one run of a model and record which dimensions of which parameters share a basis.
 
-Every tensor that is made carries a mark: the :class:`Space` of its last dimension,
-the normalization that it has just passed, and whether it is a value on its way through an attention. Operations that
-treat all vectors of a basis alike (views of other dimensions, sums of two vectors, products with a number per token)
-hand the mark on; all others need the basis as it is, and the space remembers the first of them. Linear maps by a
-parameter end one space and begin another. No table of architectures, no tracing: torch functions are watched as they
-run, so the spaces are those of the run that was made.
+Every tensor of the run carries a mark: the :class:`Space` of its last dimension, the normalization that it has just
+passed, and whether it is a value on its way through an attention. Linear maps by a parameter end one space and begin
+another; operations that need a basis as it is fix the space, which records the first of them. There is no table of
+architectures and no tracing: torch functions are watched as they run, so the spaces are those of this run.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,59 +16,62 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.layers.expert import ExpertLinear
-from lightning_compress.modifiers.rotation.basis_tracer import Linear, Watcher
+from lightning_compress.modifiers.rotation.basis_tracer import BasisTracer
+from lightning_compress.modifiers.rotation.marks import Product
 from lightning_compress.modifiers.rotation.norms import recognize
 from lightning_compress.modifiers.rotation.spaces import Head, Norm, Space
 
-__all__ = ["Followed", "follow"]
+__all__ = ["BasisTrace", "follow", "output_leaves"]
 
 
 @dataclass
-class Followed:
-    """What a run showed.
+class BasisTrace:
+    """Spaces, heads and products of a run.
 
     Args:
-        spaces: Each once.
-        heads: Values of attentions.
-        attentions: How many attentions ran.
-        linears: All products with a parameter, in order.
+        spaces: All spaces, each once.
+        heads: Values of attentions, and the weights that read them.
+        attentions: Number of attentions that ran.
+        products: All products with a parameter, in order.
         touched: Parameters that the run used, by ``id``.
     """
 
     spaces: list[Space]
     heads: list[Head]
     attentions: int
-    linears: list[Linear]
+    products: list[Product]
     touched: set[int]
 
 
-def follow(model: nn.Module, run: Callable[[], Any]) -> Followed:
-    """Run the model once, in eval mode and without gradients, and say who shares which basis.
+def follow(model: nn.Module, run: Callable[[], Any]) -> BasisTrace:
+    """Run the model once, in eval mode and without gradients, and record its spaces.
 
     Args:
-        model: Its parameters are looked at, never changed.
-        run: Calls it once.
+        model: Model whose parameters are read and not changed.
+        run: Calls the model once.
     """
-    watcher = Watcher(model)
-    with torch.no_grad(), _eager_experts(model), _module_hooks(model, watcher), watcher:
+    tracer = BasisTracer(model)
+    with torch.no_grad(), _eager_experts(model), _module_hooks(model, tracer), tracer:
         output = run()
+    marks = tracer.marks
+    for leaf in output_leaves(output):
+        marks.need(leaf, "the model returns a vector of it")
+    roots = {id(space.root()): space.root() for space in marks.spaces}
+    return BasisTrace(list(roots.values()), marks.heads, marks.attentions, marks.products, marks.touched)
+
+
+def output_leaves(output: Any) -> list[Any]:
+    """The logits of an output that has them, else all its leaves."""
     logits = getattr(output, "logits", None)
-    given = [logits] if isinstance(logits, Tensor) else dict(output) if hasattr(output, "keys") else output
-    for leaf in tree_leaves(given):
-        watcher.need(leaf, "the model gives out a vector of it")
-    roots = dict.fromkeys(id(space.root()) for space in watcher.spaces)
-    by_id = {id(space.root()): space.root() for space in watcher.spaces}
-    return Followed(
-        [by_id[key] for key in roots], watcher.heads, watcher.attentions, watcher.linears, set(watcher.touched)
-    )
+    return tree_leaves([logits] if isinstance(logits, Tensor) else dict(output) if hasattr(output, "keys") else output)
 
 
-# -- while it runs ----------------------------------------------------------------------------------------------------
+# -- the run ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _module_hooks(model: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Which module runs; normalizations are seen as one operation."""
+def _module_hooks(model: nn.Module, tracer: BasisTracer) -> Iterator[None]:
+    """Record which module runs, and normalizations as one operation."""
     recognized: dict[tuple[str, int], Norm | None] = {}
 
     def norm_of(name: str, module: nn.Module, args: tuple[Any, ...]) -> Norm | None:
@@ -78,31 +79,31 @@ def _module_hooks(model: nn.Module, watcher: Watcher) -> Iterator[None]:
             return None
         key = (name, args[0].shape[-1])
         if key not in recognized:
-            watcher.asleep += 1
-            recognized[key] = None  # its own call from here is not looked at
+            tracer.asleep += 1
+            recognized[key] = None  # for the call that recognize makes
             try:
                 recognized[key] = recognize(name, module, args[0].shape[-1], args[0].device)
             finally:
-                watcher.asleep -= 1
+                tracer.asleep -= 1
         return recognized[key]
 
     def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not watcher.asleep:
+        if not tracer.asleep:
             if norm_of(name, module, args) is not None:
-                watcher.asleep += 1
-            watcher.inside.append(name)
+                tracer.asleep += 1
+            tracer.marks.inside.append(name)
 
     def leave(name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        norm = norm_of(name, module, args) if watcher.inside and watcher.inside[-1] == name else None
+        norm = norm_of(name, module, args) if tracer.marks.inside and tracer.marks.inside[-1] == name else None
         if norm is not None:
-            watcher.asleep -= 1
-            watcher.norm(norm, args[0], out)
-        if not watcher.asleep:
-            watcher.inside.pop()
+            tracer.asleep -= 1
+            tracer.marks.normalize(norm, args[0], out)
+        if not tracer.asleep:
+            tracer.marks.inside.pop()
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, ExpertLinear):  # watched, it would run in place of the fused tensor
+        if isinstance(module, ExpertLinear):  # with a hook it would run instead of the fused tensor
             continue
         handles.append(module.register_forward_pre_hook(lambda m, args, name=name: enter(name, m, args), prepend=True))
         handles.append(module.register_forward_hook(lambda m, args, out, name=name: leave(name, m, args, out)))
@@ -115,7 +116,7 @@ def _module_hooks(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
 @contextmanager
 def _eager_experts(model: nn.Module) -> Iterator[None]:
-    """Mixtures of transformers: one product per expert, in the open, instead of one for all."""
+    """Mixtures of transformers run one product for each expert, instead of one for all."""
     key = "_experts_implementation_internal"
     before: list[tuple[Any, Any]] = []
     for module in model.modules():

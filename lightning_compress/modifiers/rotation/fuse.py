@@ -4,10 +4,10 @@
     source, writer   W' = W R along the dimension that writes       (and its bias b' = b R)
     reader           W' = W diag(g) R along the one that reads
     norm             g' = 1, b' = (b / g) R                        RMSNorm commutes with every R, LayerNorm with those
-                                                                   that leave the vector of ones where it is
+                                                                   that keep the vector of ones
     head             rows of the value projection, head by head, and columns of the output projection, by the same R
 
-Everything is worked out in float64 and rounded once.
+Everything is computed in float64 and rounded once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_compress.modifiers.rotation.follow import output_leaves
 from lightning_compress.modifiers.rotation.spaces import Head, Norm, Slot, Space, Touch
 
-__all__ = ["Fused", "Turn", "fuse", "outputs_of", "turns_of_heads", "turns_of_space"]
+__all__ = ["Fusion", "Turn", "fuse", "outputs_of", "turns_of_heads", "turns_of_space"]
 
 FULL_PRECISION, HALF_PRECISION = 1e-5, 5e-2
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One dimension of a parameter, turned.
+    """The rotation of one dimension of a parameter.
 
     Args:
-        touch: Where; with the norm whose gain is folded in.
+        touch: The dimension, with the norm whose gain is folded in.
         matrix: R [h, h] float64; h divides the dimension, and acts on each h neighbours.
     """
 
@@ -46,12 +46,12 @@ class Turn:
 
 
 @dataclass
-class Fused:
-    """What was done.
+class Fusion:
+    """The effects of a rotation on a model.
 
     Args:
-        changed: Names of the parameters.
-        untied: Of those that had shared their tensor with another and have one of their own now.
+        changed: Names of the parameters that were turned.
+        untied: Names of the parameters that had shared their tensor with another one and no longer do.
         difference: Largest change of an output, as a share of the largest output.
     """
 
@@ -91,68 +91,66 @@ def fuse(
     run: Callable[[], Any],
     tolerance: float | None,
     online: Callable[[], Callable[[], None]] | None = None,
-) -> Fused:
-    """Write the turned weights, and see that the outputs are as before.
+) -> Fusion:
+    """Write the turned weights, and check that the outputs are as before.
 
     Needs memory for a copy of every weight that changes, until the check is over.
 
     Args:
-        model: Changed in place.
-        turns: What is turned.
+        model: Model that is changed in place.
+        turns: Rotations of its parameters.
         norms: Normalizations whose gains the turns fold in, with the R of their space.
         run: Runs the model on a few samples.
         tolerance: Largest change of an output, as a share of the largest output; None: 1e-5, and 5e-2 of all outputs
             together where weights have 16 bits.
-        online: Puts on what runs beside the weights, and returns how to take it off again.
+        online: Attaches rotations that run at every call, and returns a function that detaches them.
 
     Raises:
-        ValueError: The outputs have changed, a gain is zero, two turns contradict each other; nothing has changed then.
+        ValueError: The outputs changed, a gain is zero, or two turns contradict each other; the model is restored.
     """
     before = outputs_of(run())
-    fused = Fused()
+    fusion = Fusion()
     with ExitStack() as undo:
-        _untie(model, turns, fused, undo)
-        for parameter, own in _by_parameter(model, turns).items():
-            _change(parameter, _turned(parameter, own, model), undo)
+        _untie(model, turns, fusion, undo)
+        for parameter, its_turns in _by_parameter(model, turns).items():
+            _change(parameter, _turned(parameter, its_turns, model), undo)
         for norm, R in {norm.module: (norm, R) for norm, R in norms}.values():
             _reset(model, norm, R, undo)
         if online is not None:
             undo.callback(online())
-        fused.changed = list(dict.fromkeys(turn.touch.slot.name for turn in turns))
-        fused.difference = _check(before, outputs_of(run()), turns, model, tolerance)
+        fusion.changed = list(dict.fromkeys(turn.touch.slot.name for turn in turns))
+        fusion.difference = _check(before, outputs_of(run()), turns, model, tolerance)
         undo.pop_all()
-    return fused
+    return fusion
 
 
 def outputs_of(output: Any) -> list[Tensor]:
-    """The logits of an output that has such, else all its floating-point tensors; float64 copies."""
-    logits = getattr(output, "logits", None)
-    given = [logits] if isinstance(logits, Tensor) else dict(output) if hasattr(output, "keys") else output
-    leaves = tree_leaves(given)
-    found = [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not found:
-        raise ValueError("the model gives no tensor of numbers out, so that a rotation cannot be checked")
-    return found
+    """The logits of an output that has them, else all its floating-point tensors; float64 copies."""
+    leaves = output_leaves(output)
+    tensors = [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not tensors:
+        raise ValueError("the model returns no floating-point tensor, so that a rotation cannot be checked")
+    return tensors
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _untie(model: nn.Module, turns: Sequence[Turn], fused: Fused, undo: ExitStack) -> None:
-    """Give a slot a tensor of its own where what is done to it differs from what is done to another of that tensor."""
-    wanted: dict[Slot, set[tuple[Any, ...]]] = {}
+def _untie(model: nn.Module, turns: Sequence[Turn], fusion: Fusion, undo: ExitStack) -> None:
+    """Give a slot its own tensor where its turns differ from those of another slot of the same tensor."""
+    effects: dict[Slot, set[tuple[Any, ...]]] = {}
     for turn in turns:
-        wanted.setdefault(turn.touch.slot, set()).add(_effect(turn, model))
+        effects.setdefault(turn.touch.slot, set()).add(_effect(turn, model))
     first: dict[int, Slot] = {}
-    for slot, effects in wanted.items():
+    for slot in effects:
         parameter = slot.of(model)
-        keeper = first.setdefault(id(parameter), slot)
-        if effects != wanted[keeper]:
+        owner = first.setdefault(id(parameter), slot)
+        if effects[slot] != effects[owner]:
             module = model.get_submodule(slot.module)
             setattr(module, slot.attribute, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             undo.callback(setattr, module, slot.attribute, parameter)
-            fused.untied.append(slot.name)
-    if fused.untied:
+            fusion.untied.append(slot.name)
+    if fusion.untied:
         configs = [getattr(module, "config", None) for module in model.modules()]
         tied = {id(c): c for c in configs if c is not None and getattr(c, "tie_word_embeddings", False) is True}
         for config in tied.values():
@@ -161,7 +159,7 @@ def _untie(model: nn.Module, turns: Sequence[Turn], fused: Fused, undo: ExitStac
 
 
 def _effect(turn: Turn, model: nn.Module) -> tuple[Any, ...]:
-    """Like the turn's key, but a gain of ones is no gain."""
+    """The key of a turn, without the norm where its gain is 1."""
     norm = turn.touch.norm
     gain = None if norm is None else norm.gain_of(model)
     plain = gain is None or bool((gain == 1).all())
@@ -170,19 +168,18 @@ def _effect(turn: Turn, model: nn.Module) -> tuple[Any, ...]:
 
 def _by_parameter(model: nn.Module, turns: Sequence[Turn]) -> dict[nn.Parameter, list[Turn]]:
     """The turns of each tensor, each once, in order."""
-    found: dict[nn.Parameter, dict[tuple[Any, ...], Turn]] = {}
+    by_parameter: dict[nn.Parameter, dict[tuple[Any, ...], Turn]] = {}
     for turn in turns:
-        parameter = turn.touch.slot.of(model)
-        own = found.setdefault(parameter, {})
-        for key, other in own.items():
-            if key[:3] == _effect(turn, model)[:3] and key != _effect(turn, model):
+        effect, by_effect = _effect(turn, model), by_parameter.setdefault(turn.touch.slot.of(model), {})
+        for key, other in by_effect.items():
+            if key[:3] == effect[:3] and key != effect:
                 raise ValueError(
                     f"{turn.touch.slot.name!r} would have to be turned in two ways, as it and "
                     f"{other.touch.slot.name!r} use it (after {_after(other)}, and after {_after(turn)}); it cannot be "
                     f"rotated"
                 )
-        own.setdefault(_effect(turn, model), turn)
-    return {parameter: list(own.values()) for parameter, own in found.items()}
+        by_effect.setdefault(effect, turn)
+    return {parameter: list(by_effect.values()) for parameter, by_effect in by_parameter.items()}
 
 
 def _after(turn: Turn) -> str:
@@ -195,23 +192,21 @@ def _turned(parameter: nn.Parameter, turns: Sequence[Turn], model: nn.Module) ->
     for turn in turns:
         touch, norm = turn.touch, turn.touch.norm
         stop = W.shape[touch.dim] if touch.stop is None else touch.stop
-        part = W.narrow(touch.dim, touch.start, stop - touch.start)
-        rows = part.movedim(touch.dim, -1)
+        view = W.narrow(touch.dim, touch.start, stop - touch.start)
+        rows = view.movedim(touch.dim, -1)
         gain = None if norm is None else norm.gain_of(model)
         if gain is not None:
             rows = rows * gain.to(rows.device)
         M = turn.matrix.to(rows.device)
         if rows.shape[-1] % len(M):
-            raise ValueError(
-                f"{touch.slot.name!r} has {rows.shape[-1]} features there, which blocks of {len(M)} do not divide"
-            )
+            raise ValueError(f"blocks of {len(M)} do not divide the {rows.shape[-1]} features of {touch.slot.name!r}")
         turned = (rows.reshape(*rows.shape[:-1], -1, len(M)) @ M).reshape(rows.shape)
-        part.copy_(turned.movedim(-1, touch.dim))
+        view.copy_(turned.movedim(-1, touch.dim))
     return W
 
 
 def _reset(model: nn.Module, norm: Norm, R: Tensor, undo: ExitStack) -> None:
-    """The gain is in the readers: 1 from now on; the bias is turned."""
+    """Set the gain to 1, since the readers hold it now, and turn the bias."""
     gain = norm.gain_of(model)
     if norm.bias is not None:
         bias = norm.bias.of(model)
@@ -220,8 +215,8 @@ def _reset(model: nn.Module, norm: Norm, R: Tensor, undo: ExitStack) -> None:
             g = gain.to(b.device)
             if bool((g.abs() <= 1e-6 * g.abs().max()).any()):
                 raise ValueError(
-                    f"{norm.module!r} has gains of zero and a bias: the bias cannot be carried past its readers, so "
-                    f"the space it reads cannot be rotated"
+                    f"{norm.module!r} has gains of zero and a bias: the gains cannot be moved into its readers, so "
+                    f"that the space it reads cannot be rotated"
                 )
             b = b / g
         M = R.to(b.device)
@@ -243,20 +238,20 @@ def _change(parameter: nn.Parameter, value: Tensor, undo: ExitStack) -> None:
 def _check(
     before: Sequence[Tensor], after: Sequence[Tensor], turns: Sequence[Turn], model: nn.Module, tolerance: float | None
 ) -> float:
-    """How far the outputs have moved; ValueError when that is too far."""
+    """The change of the outputs; ValueError where it is too large."""
     full = all(turn.touch.slot.of(model).dtype in (torch.float32, torch.float64) for turn in turns)
     largest = max((float(x.abs().max()) for x in before if x.numel()), default=0.0)
     if full or tolerance is not None:
-        moved = max((float((x - y).abs().max()) for x, y in zip(before, after, strict=True) if x.numel()), default=0.0)
-        difference = moved / max(largest, 1e-30)
-    else:  # each weight was rounded again: judged as a whole
+        change = max((float((x - y).abs().max()) for x, y in zip(before, after, strict=True) if x.numel()), default=0.0)
+        difference = change / max(largest, 1e-30)
+    else:  # each weight was rounded again: the error of all outputs together
         squares = sum(float((x - y).square().sum()) for x, y in zip(before, after, strict=True))
         difference = (squares / max(sum(float(x.square().sum()) for x in before), 1e-30)) ** 0.5
     allowed = tolerance if tolerance is not None else FULL_PRECISION if full else HALF_PRECISION
     if not difference <= allowed:
         raise ValueError(
             f"the outputs of the model changed by {difference:.1e} of their size when it was rotated, allowed is "
-            f"{allowed:.0e}; it was put back as it was. Something in it needs its basis as it is: rotate less "
+            f"{allowed:.0e}; it was restored. Some operation needs its basis as it is: rotate less "
             f"(rotations=['R1'] or ['R2']), or, where the difference is rounding, raise tolerance"
         )
     return difference

@@ -1,4 +1,4 @@
-r"""Orthogonal matrices that spread each coordinate over all of them: Hadamard matrices and their random kin.
+r"""Orthogonal matrices that spread each coordinate over all of them: Hadamard matrices and random ones.
 
     H H^T = n I, entries +-1                       a Hadamard matrix of order n; n is 1, 2 or a multiple of 4
     H_2k  = [[H_k, H_k], [H_k, -H_k]]              Sylvester 1867: all powers of two
@@ -12,7 +12,7 @@ Nothing is tabulated. Every matrix here is normalized: its first row and its fir
 400 that these do not give are 92, 116, 156, 172, 184, 188, 232, 236, 260, 268, 292, 324, 356, 372 and 376; no width
 of a common model needs one of them (11008 = 344 * 32, 14336 = 28 * 512, 18944 = 148 * 128).
 
-Shapes: n the order, m the part of it that is no power of two, so that n = m 2^k.
+Shapes: n the order, m its factor that is not a power of two, so that n = m 2^k.
 """
 
 import math
@@ -67,7 +67,7 @@ def fast_hadamard_transform(x: Tensor, *, transpose: bool = False) -> Tensor:
 
     Args:
         x: [..., n], floating point.
-        transpose: x H^T instead, which takes it back.
+        transpose: x H^T instead, which undoes it.
     """
     n = x.shape[-1]
     check_order(n)
@@ -88,9 +88,9 @@ def random_hadamard(n: int, generator: Generator, *, keep_mean: bool = False) ->
 
     Args:
         n: An order that has a Hadamard matrix.
-        generator: Of the signs.
-        keep_mean: H diag(1, +-1, ..., +-1) H^T / n instead: the vector of ones stays where it is, and with it the mean
-            of every vector, so that LayerNorm commutes with it.
+        generator: Random generator of the signs.
+        keep_mean: H diag(1, +-1, ..., +-1) H^T / n instead: it keeps the vector of ones, and with it the mean of every
+            vector, so that LayerNorm commutes with it.
     """
     H_nn = hadamard(n)
     signs_n = random_signs(n, generator)
@@ -101,26 +101,26 @@ def random_hadamard(n: int, generator: Generator, *, keep_mean: bool = False) ->
 
 
 def random_orthogonal(n: int, generator: Generator, *, keep_mean: bool = False) -> Tensor:
-    """Uniform over all orthogonal matrices (QR of a Gaussian, signs of R's diagonal taken out), float64 [n, n].
+    """Uniform over all orthogonal matrices (QR of a Gaussian, without the signs of R's diagonal), float64 [n, n].
 
     Args:
         n: Any size.
-        generator: Of the Gaussian.
-        keep_mean: Uniform over those that leave the vector of ones where it is.
+        generator: Random generator of the Gaussian.
+        keep_mean: Uniform over the matrices that keep the vector of ones.
     """
     size = n - 1 if keep_mean else n
     Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
     if not keep_mean:
         return Q
-    whole = torch.eye(n, dtype=torch.float64)
-    whole[1:, 1:] = Q
+    padded = torch.eye(n, dtype=torch.float64)
+    padded[1:, 1:] = Q
     v = torch.full((n,), -1 / math.sqrt(n), dtype=torch.float64)  # reflects ones / sqrt(n) onto e_1
     v[0] += 1
     if n > 1:
-        whole -= 2 * torch.outer(v, v @ whole) / (v @ v)
-        whole -= 2 * torch.outer(whole @ v, v) / (v @ v)
-    return whole
+        padded -= 2 * torch.outer(v, v @ padded) / (v @ v)
+        padded -= 2 * torch.outer(padded @ v, v) / (v @ v)
+    return padded
 
 
 # -- the constructions ------------------------------------------------------------------------------------------------
@@ -196,12 +196,12 @@ def _jacobsthal(q: int) -> Tensor:
     assert power is not None
     p, k = power
     elements = list(product(range(p), repeat=k))  # polynomials, highest coefficient first
-    place = torch.tensor([p**i for i in reversed(range(k))], dtype=torch.int64)
+    weights = torch.tensor([p**i for i in reversed(range(k))], dtype=torch.int64)
     modulus = _irreducible(p, k)
     squares = {_times(a, a, modulus, p) for a in elements if any(a)}
     chi = torch.tensor([0.0 if not any(a) else 1.0 if a in squares else -1.0 for a in elements], dtype=torch.float64)
     A = torch.tensor(elements, dtype=torch.int64)
-    return chi[((A[:, None] - A[None]) % p * place).sum(-1)]
+    return chi[((A[:, None] - A[None]) % p * weights).sum(-1)]
 
 
 def _times(a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...], p: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-r"""Learn a rotation: descend on the orthogonal matrices until 4-bit rounding of what it rotates loses least.
+r"""Learn a rotation: descend on the orthogonal matrices until rounding to 4 bits loses least.
 
     L(R) = mean over readers of ||Q(Z R) Q(V R)^T - Z V^T||^2 / ||Z V^T||^2      after SpinQuant, arXiv:2405.16406
     Q    one scale per row, symmetric; the gradient goes straight through its rounding
@@ -7,8 +7,8 @@ r"""Learn a rotation: descend on the orthogonal matrices until 4-bit rounding of
     R    <- (I + A / 2)^-1 (I - A / 2) R
 
 SpinQuant trains on the loss of the whole model; here each reader of the stream is judged by its own output, so that
-no gradient passes through the model, and its weights need not be in one place. A rotation that must leave the vector of
-ones where it is learns in what is orthogonal to it: A <- P A P, P = I - 1 1^T / n.
+no gradient passes through the model, and its weights need not be in one place. A rotation that must keep the
+vector of ones is learned orthogonally to it: A <- P A P, P = I - 1 1^T / n.
 
 Shapes: n size of the space, T tokens, O outputs of a reader.
 """
@@ -22,38 +22,38 @@ from torch import Generator, Tensor, nn
 from lightning_compress.modifiers.rotation.norms import normalized
 from lightning_compress.modifiers.rotation.spaces import Norm, Space
 
-__all__ = ["Learned", "Reader", "TokenSample", "cayley_step", "learn_rotation", "readers_of", "rounding_loss"]
+__all__ = ["LearnedRotation", "Reader", "TokenSample", "cayley_step", "learn_rotation", "readers_of", "rounding_loss"]
 
 MOMENTUM = 0.9
-READERS_PER_STEP = 8  # the whole set is looked at every CHECK_EVERY steps
+READERS_PER_STEP = 8  # all readers count every CHECK_EVERY steps
 CHECK_EVERY = 10
-ROWS = 256  # outputs of a reader that are looked at
+ROWS = 256  # outputs of a reader that count
 
 
 class TokenSample:
-    """Some of the vectors that pass, all with the same chance.
+    """A uniform sample of the vectors of a stream.
 
     Args:
-        size: How many are kept.
-        generator: Draws them.
+        size: Number of vectors in the sample.
+        generator: Random generator of the sample.
     """
 
     def __init__(self, size: int, generator: Generator):
         self.size, self.generator = size, generator
-        self._kept: Tensor | None = None
+        self._rows: Tensor | None = None
         self._keys = torch.empty(0, dtype=torch.float32)
 
     def update(self, x_NC: Tensor) -> None:
-        """Take note of [N, C]; what is kept lies on the CPU in float32."""
+        """Add vectors [N, C]; the sample is on the CPU in float32."""
         keys = torch.cat([self._keys, torch.rand(len(x_NC), generator=self.generator, dtype=torch.float32)])
         rows = x_NC.detach().float().cpu()
-        kept = rows if self._kept is None else torch.cat([self._kept, rows])
+        rows = rows if self._rows is None else torch.cat([self._rows, rows])
         best = keys.topk(min(self.size, len(keys))).indices
-        self._kept, self._keys = kept[best], keys[best]
+        self._rows, self._keys = rows[best], keys[best]
 
     def value(self) -> Tensor | None:
-        """[at most size, C] float32; None when nothing passed."""
-        return self._kept
+        """[at most size, C] float32; None without vectors."""
+        return self._rows
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Learned:
-    """A rotation [n, n] float64, and the loss over all readers with the first one and with it."""
+class LearnedRotation:
+    """A rotation [n, n] float64, and the loss of all readers before and after it was learned."""
 
     R: Tensor
     before: float
@@ -82,20 +82,20 @@ class Learned:
 def readers_of(
     model: nn.Module, space: Space, norm: Norm, x_TC: Tensor, ignored: Callable[[str], bool]
 ) -> Reader | None:
-    """What reads the vectors x through a norm, as it will be once the gain is folded in; None when nothing does.
+    """The weights that read the vectors x through a norm, with its gain folded in; None when there are none.
 
     Args:
-        model: Whose weights they are.
-        space: Of the vectors.
-        norm: What they pass.
-        x_TC: What comes into the norm.
-        ignored: Whether the weights of a module, by name, do not count.
+        model: Model of the weights.
+        space: Space of the vectors.
+        norm: Normalization of the vectors.
+        x_TC: Inputs of the norm.
+        ignored: Whether the weights of a module do not count, by its name.
     """
-    own = [touch for touch in space.root().readers if touch.norm == norm and not ignored(touch.slot.module)]
-    if not own:
+    touches = [touch for touch in space.root().readers if touch.norm == norm and not ignored(touch.slot.module)]
+    if not touches:
         return None
-    weights = [touch.slot.of(model).detach().movedim(touch.dim, -1).flatten(0, -2).float() for touch in own]
-    V_OC = torch.cat(list({id(touch.slot.of(model)): W for touch, W in zip(own, weights, strict=True)}.values()))
+    weights = [touch.slot.of(model).detach().movedim(touch.dim, -1).flatten(0, -2).float() for touch in touches]
+    V_OC = torch.cat(list({id(touch.slot.of(model)): W for touch, W in zip(touches, weights, strict=True)}.values()))
     Z_TC = normalized(x_TC.to(V_OC.device).double(), norm.centered)
     gain = norm.gain_of(model)
     if norm.bias is not None:
@@ -108,17 +108,17 @@ def readers_of(
 
 def learn_rotation(
     R: Tensor, readers: Sequence[Reader], steps: int, rate: float, bits: int, generator: Generator, keep_mean: bool
-) -> Learned:
+) -> LearnedRotation:
     """Cayley SGD from R; the best of the matrices on the way, R among them.
 
     Args:
         R: [n, n] orthogonal.
-        readers: What it rotates.
-        steps: Of descent; the angle of a step falls linearly to zero.
+        readers: Weights and vectors that R rotates.
+        steps: Number of steps; the angle of a step falls linearly to zero.
         rate: Mean angle of the first step, in radians.
-        bits: Of Q, for activations and weights.
-        generator: Draws the readers of each step, and their outputs.
-        keep_mean: Leave the vector of ones where it is.
+        bits: Bits of Q, for activations and weights.
+        generator: Random generator of the readers of each step, and of their outputs.
+        keep_mean: Keep the vector of ones.
 
     Returns:
         Never worse than R on all readers; orthogonal to 1e-12.
@@ -130,10 +130,10 @@ def learn_rotation(
         before = best_loss = float(rounding_loss(R.float(), chosen, bits))
     best, M = R, torch.zeros_like(R)
     for step in range(steps):
-        picked = torch.randperm(len(chosen), generator=generator)[:READERS_PER_STEP].tolist()
+        indices = torch.randperm(len(chosen), generator=generator)[:READERS_PER_STEP].tolist()
         with torch.enable_grad():
             variable = R.float().requires_grad_()
-            (G,) = torch.autograd.grad(rounding_loss(variable, [chosen[i] for i in picked], bits), variable)
+            (G,) = torch.autograd.grad(rounding_loss(variable, [chosen[i] for i in indices], bits), variable)
         M = MOMENTUM * M + G.double()
         R = cayley_step(R, M, rate * (1 - step / steps), keep_mean)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
@@ -141,7 +141,7 @@ def learn_rotation(
                 loss = float(rounding_loss(R.float(), chosen, bits))
             if loss < best_loss:
                 best, best_loss = R, loss
-    return Learned(best.cpu(), before, best_loss)
+    return LearnedRotation(best.cpu(), before, best_loss)
 
 
 def rounding_loss(R: Tensor, readers: Sequence[Reader], bits: int) -> Tensor:
@@ -161,7 +161,7 @@ def cayley_step(R: Tensor, M: Tensor, angle: float, keep_mean: bool = False) -> 
         R: [n, n] orthogonal, float64.
         M: [n, n], a gradient or its running sum.
         angle: Root mean square of the angles that the step turns by, in radians.
-        keep_mean: Leave the vector of ones where it is.
+        keep_mean: Keep the vector of ones.
     """
     n = len(R)
     A = M @ R.t()
@@ -177,7 +177,7 @@ def cayley_step(R: Tensor, M: Tensor, angle: float, keep_mean: bool = False) -> 
 
 
 def _rounded(x: Tensor, bits: int) -> Tensor:
-    """On a symmetric grid with one scale per row; the gradient passes the rounding, and reaches the scale."""
+    """Round to a symmetric grid with one scale per row; the gradient passes the rounding, and reaches the scale."""
     high = 2 ** (bits - 1) - 1
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / (high + 0.5)
     v = x / scale

@@ -16,13 +16,13 @@ __all__ = ["normalized", "recognize"]
 
 @torch.no_grad()
 def recognize(name: str, module: nn.Module, width: int, device: torch.device) -> Norm | None:
-    """What normalization over ``width`` features this module is; None: none.
+    """The normalization over ``width`` features that a module computes; None where it is not one.
 
     Args:
-        name: Its dotted name.
+        name: Dotted name of the module.
         module: A module without children.
-        width: Of the last dimension.
-        device: Where it runs.
+        width: Size of the last dimension.
+        device: Device that the module runs on.
     """
     parameters = {n: p for n, p in module._parameters.items() if p is not None}
     if any(p.shape != (width,) for p in parameters.values()) or len(parameters) > 2:
@@ -63,6 +63,6 @@ def _norm(x: Tensor, centered: bool, gain: Tensor | None, offset: int, bias: Ten
 
 
 def _close(y: Tensor, expected: Tensor) -> bool:
-    """Within what eps and the dtype do to it."""
+    """Equal up to eps and the rounding of the dtype."""
     tolerance = 1e-3 if y.dtype in (torch.float32, torch.float64) else 3e-2
     return bool((y.double() - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-6))

@@ -1,11 +1,11 @@
-r"""Rotations that run beside a Linear at every call, where nothing before or after it can take them in.
+r"""Rotations that run beside a Linear at every call, where they cannot be fused into the weights around it.
 
     M = diag(signs) H / sqrt(h), h neighbours at a time
     input     y = (x M) (W M)^T             R4 of QuaRot; V of QuIP#
     output    y = (x (M^T W)^T) M^T          U of QuIP#: the rows of the weight are turned, and the output turned back
 
-What is here is the first half of each pair; the weights are turned by fuse.py. A checkpoint alone does not hold the
-record (layers/records.py).
+This file turns x and the output; fuse.py turns the weights. A checkpoint alone does not hold the record
+(layers/records.py).
 """
 
 import math
@@ -26,8 +26,8 @@ class OnlineRotation:
     """One rotation beside a module.
 
     Args:
-        side: ``input`` or ``output``: what of the module is rotated.
-        signs: +-1 of the h features that are rotated among themselves; an order of a Hadamard matrix.
+        side: ``input`` or ``output`` of the module.
+        signs: +-1 for each of h features that are rotated among themselves; h is the order of a Hadamard matrix.
     """
 
     side: Literal["input", "output"]
@@ -39,7 +39,7 @@ class OnlineRotation:
         return signs_h[:, None] * hadamard(len(self.signs)) / math.sqrt(len(self.signs))
 
     def apply(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """x M, or with ``back`` x M^T, worked out in float32 (float64 of such), in the dtype of x."""
+        """x M, or with ``back`` x M^T, computed in float32 (float64 for float64), in the dtype of x."""
         h = len(self.signs)
         y = x.unflatten(-1, (-1, h)).to(torch.promote_types(x.dtype, torch.float32))
         signs_h = torch.tensor(self.signs, dtype=y.dtype, device=y.device)
@@ -64,7 +64,7 @@ def _rotate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> 
 
 @dataclass(frozen=True)
 class OnlineRotations(Record):
-    """What runs beside one module: a rotation of its input, before any other hook sees it, of its output, or both.
+    """Rotations of one module: of its input, before any other hook sees it, of its output, or both.
 
     Args:
         rotations: At most one for each side.
@@ -76,7 +76,7 @@ class OnlineRotations(Record):
     rotations: tuple[OnlineRotation, ...]
 
     def rotation(self, side: Literal["input", "output"]) -> OnlineRotation:
-        """The rotation of one side, which must be there."""
+        """The rotation of one side, which must exist."""
         return next(rotation for rotation in self.rotations if rotation.side == side)
 
     def register(self, module: nn.Module) -> None:

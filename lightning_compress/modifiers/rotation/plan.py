@@ -1,12 +1,12 @@
-"""What is turned by what: the rotations that were asked for, by the spaces and heads that a run has shown.
+"""The plan of a rotation: the weights that each rotation turns, by the spaces and heads of a traced run.
 
-R1   spaces that begin with embeddings                       in the weights
-R2   values of heads                                         in the weights
-R4   inputs of what writes the residual stream and is fed    beside the module
-by neither of them: the second half of an MLP
-v    the inputs of all targets: R1 and R2 where they reach,  in the weights
-and the others                                          beside the module
-u    the outputs of all targets, likewise
+R1   spaces that begin with embeddings                                      in the weights
+R2   values of heads                                                        in the weights
+R4   inputs of products that write the residual stream and read neither     online, beside the module
+it nor values of heads: the second half of an MLP
+v    inputs of all targets: R1 and R2 where they reach,                     in the weights
+and the others                                                         online, beside the module
+u    outputs of all targets, likewise
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,9 +16,8 @@ from typing import Literal
 from torch import Generator, Tensor, nn
 
 from lightning_compress.layers.matrix import is_supported
-from lightning_compress.modifiers.rotation.basis_tracer import Linear
 from lightning_compress.modifiers.rotation.discover import heads_of, streams_of
-from lightning_compress.modifiers.rotation.follow import Followed
+from lightning_compress.modifiers.rotation.follow import BasisTrace
 from lightning_compress.modifiers.rotation.fuse import Turn, turns_of_heads, turns_of_space
 from lightning_compress.modifiers.rotation.hadamard import (
     check_order,
@@ -27,33 +26,34 @@ from lightning_compress.modifiers.rotation.hadamard import (
     random_orthogonal,
     random_signs,
 )
+from lightning_compress.modifiers.rotation.marks import Product
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from lightning_compress.modifiers.rotation.spaces import Norm, Space, Touch
 
-__all__ = ["Matrices", "Plan", "make_plan", "put_beside"]
+__all__ = ["Matrices", "RotationPlan", "attach_online", "make_plan"]
 
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 Side = Literal["input", "output"]
 
 
 @dataclass
-class Plan:
-    """What is to be done.
+class RotationPlan:
+    """The rotations of a model.
 
     Args:
-        turns: In the weights.
-        norms: Whose gains are folded in, with the R of their space.
-        beside: What runs beside modules, by name.
-        streams: The spaces of R1, with their R.
+        turns: Rotations that are written into the weights.
+        norms: Normalizations whose gains are folded in, with the R of their space.
+        online: Rotations that run at every call of a module, by its name.
+        streams: Spaces of R1, with their R.
     """
 
     turns: list[Turn] = field(default_factory=list)
     norms: list[tuple[Norm, Tensor]] = field(default_factory=list)
-    beside: dict[str, list[OnlineRotation]] = field(default_factory=dict)
+    online: dict[str, list[OnlineRotation]] = field(default_factory=dict)
     streams: list[tuple[Space, Tensor]] = field(default_factory=list)
 
     def swap(self, R: Tensor, better: Tensor) -> None:
-        """Turn by ``better`` whatever was to be turned by R."""
+        """Replace R by ``better``."""
         self.turns = [Turn(turn.touch, better) if turn.matrix is R else turn for turn in self.turns]
         self.norms = [(norm, better if old is R else old) for norm, old in self.norms]
         self.streams = [(space, better if old is R else old) for space, old in self.streams]
@@ -63,9 +63,9 @@ class Matrices:
     """Makes R for a rotation of some size, one after the other from one seed.
 
     Args:
-        kind: What matrices.
-        block: Features that are rotated among themselves; None: all.
-        seed: Of signs and matrices.
+        kind: Kind of the matrices.
+        block: Number of features that are rotated among themselves; None: all.
+        seed: Seed of signs and matrices.
     """
 
     def __init__(self, kind: Kind, block: int | None, seed: int):
@@ -86,7 +86,7 @@ class Matrices:
         return random_hadamard(block, self.generator, keep_mean=keep_mean)
 
     def signs(self, rotation: str, size: int) -> tuple[int, ...]:
-        """Of a rotation that runs beside a module: always a Hadamard matrix, for speed."""
+        """Signs of a rotation that runs online: always a Hadamard matrix, for speed."""
         block = self._block(rotation, size)
         self._check(rotation, size, block)
         if self.kind == "hadamard":
@@ -109,47 +109,47 @@ class Matrices:
 
 def make_plan(
     model: nn.Module,
-    followed: Followed,
+    trace: BasisTrace,
     rotations: Collection[str],
     targets: Callable[[], Mapping[str, nn.Module]],
     matrices: Matrices,
     allow_online: bool,
-) -> Plan:
-    """What to turn.
+) -> RotationPlan:
+    """Plan the rotations of a model.
 
     Args:
-        model: Is looked at only.
-        followed: What a run of it showed.
-        rotations: Of R1, R2, R4, v, u.
-        targets: Modules of v and u, by name.
-        matrices: Makes them.
-        allow_online: Rotations may run beside modules.
+        model: Model that is rotated; it is not changed here.
+        trace: Spaces, heads and products of a run of the model.
+        rotations: Names of the rotations: R1, R2, R4, v, u.
+        targets: Returns the modules of v and u, by name.
+        matrices: Makes the matrices.
+        allow_online: Rotations may run at every call of a module.
 
     Raises:
-        ValueError: It cannot be done; what stands in the way is named.
+        ValueError: A rotation is not possible; names what stands in the way.
     """
-    plan = Plan()
+    plan = RotationPlan()
     everywhere = "v" in rotations or "u" in rotations
-    if "R1" in rotations or (everywhere and _possible(streams_of, followed, model)):
-        for stream in streams_of(followed, model):
+    if "R1" in rotations or (everywhere and _possible(streams_of, trace, model)):
+        for stream in streams_of(trace, model):
             R = matrices("R1", stream.size, stream.centered)
             plan.turns += turns_of_space(stream, R)
             plan.norms += [(norm, R) for norm in stream.norms]
             plan.streams.append((stream, R))
-    if "R2" in rotations or (everywhere and _possible(heads_of, followed, model)):
-        plan.turns += turns_of_heads(heads_of(followed, model), lambda head: matrices("R2", head.size))
+    if "R2" in rotations or (everywhere and _possible(heads_of, trace, model)):
+        plan.turns += turns_of_heads(heads_of(trace, model), lambda head: matrices("R2", head.size))
     if "R4" in rotations:
-        fed = [linear for linear in followed.linears if _is_fed_otherwise(linear)]
-        if not fed:
-            raise ValueError("R4: nothing writes the residual stream from inputs of its own; leave R4 out")
-        _beside(plan, model, "R4", "input", fed, matrices)
+        products = [product for product in trace.products if _has_other_inputs(product)]
+        if not products:
+            raise ValueError("R4: no weight writes the residual stream from inputs of another space; leave R4 out")
+        _add_online(plan, model, "R4", "input", products, matrices)
     sides: dict[str, Side] = {"v": "input", "u": "output"}
     for name in [name for name in sides if name in rotations]:
         chosen = set(targets().values())
-        asked = [linear for linear in followed.linears if model.get_submodule(linear.module) in chosen]
-        _beside(plan, model, name, sides[name], asked, matrices)
-    if plan.beside and not allow_online:
-        names = list(plan.beside)
+        products = [product for product in trace.products if model.get_submodule(product.module) in chosen]
+        _add_online(plan, model, name, sides[name], products, matrices)
+    if plan.online and not allow_online:
+        names = list(plan.online)
         raise ValueError(
             f"{'+'.join(rotations)}: no weight can take in the rotation beside {len(names)} modules, such as "
             f"{', '.join(names[:3])}, and no other loader runs it there (transformers 5.23 would compute something "
@@ -158,53 +158,56 @@ def make_plan(
     return plan
 
 
-def put_beside(model: nn.Module, beside: Mapping[str, list[OnlineRotation]]) -> Callable[[], None]:
-    """Attach what runs beside modules; the function that is returned takes it off."""
-    modules = {name: model.get_submodule(name) for name in beside}
-    for name, rotations in beside.items():
+def attach_online(model: nn.Module, online: Mapping[str, list[OnlineRotation]]) -> Callable[[], None]:
+    """Attach rotations to modules, by name; the returned function detaches them."""
+    modules = {name: model.get_submodule(name) for name in online}
+    for name, rotations in online.items():
         before = OnlineRotations.of(modules[name])
         sides = {rotation.side: rotation for rotation in (*(before.rotations if before else ()), *rotations)}
         OnlineRotations(tuple(sides.values())).attach(modules[name])
 
-    def take_off() -> None:
+    def detach() -> None:
         for module in modules.values():
             OnlineRotations.detach(module)
 
-    return take_off
+    return detach
 
 
-def _is_fed_otherwise(linear: Linear) -> bool:
-    """It writes the residual stream, and its inputs are neither of the stream nor values of heads."""
-    into, out_of = linear.output_space.root(), linear.input_space
-    return not into.fixed and bool(into.sources) and not linear.head and (out_of is None or bool(out_of.root().fixed))
+def _has_other_inputs(product: Product) -> bool:
+    """Whether it writes a residual stream, from inputs that neither lie in a stream nor are values of heads."""
+    stream, space = product.output_space.root(), product.input_space
+    writes_stream = not stream.fixed and bool(stream.sources)
+    return writes_stream and not product.head and (space is None or bool(space.root().fixed))
 
 
-def _beside(plan: Plan, model: nn.Module, rotation: str, side: Side, linears: list[Linear], matrices: Matrices) -> None:
-    """Add rotations beside those of ``linears`` whose side no weight turns already."""
+def _add_online(
+    plan: RotationPlan, model: nn.Module, rotation: str, side: Side, products: list[Product], matrices: Matrices
+) -> None:
+    """Add online rotations to the modules of ``products`` whose side no weight turns already."""
     turned = {(turn.touch.slot, turn.touch.dim) for turn in plan.turns}
-    for linear in linears:
-        touches = (linear.reads,) if side == "input" else linear.writes
+    for product in products:
+        touches = (product.reads,) if side == "input" else product.writes
         if (touches[0].slot, touches[0].dim) in turned:
             continue
-        module = model.get_submodule(linear.module)
-        if not is_supported(module) or touches[0].slot.module != linear.module:
+        module = model.get_submodule(product.module)
+        if not is_supported(module) or touches[0].slot.module != product.module:
             raise ValueError(
-                f"{rotation}: {touches[0].slot.name!r} is no module of its own (experts in one tensor), so that "
-                f"nothing can rotate its {side}; leave {rotation} out"
+                f"{rotation}: {touches[0].slot.name!r} is not the weight of one module (experts in one tensor), so "
+                f"that its {side} cannot be rotated; leave {rotation} out"
             )
-        records = plan.beside.setdefault(linear.module, [])
+        records = plan.online.setdefault(product.module, [])
         if any(record.side == side for record in records):
-            continue  # it is called several times
+            continue  # the module is called several times
         size = touches[0].slot.of(model).shape[touches[0].dim]
-        online = OnlineRotation(side, matrices.signs(rotation, size))
-        records.append(online)
-        M = online.matrix()
+        record = OnlineRotation(side, matrices.signs(rotation, size))
+        records.append(record)
+        M = record.matrix()
         plan.turns += [Turn(Touch(touch.slot, touch.dim), M) for touch in touches]
 
 
-def _possible(find: Callable[[Followed, nn.Module], object], followed: Followed, model: nn.Module) -> bool:
+def _possible(find: Callable[[BasisTrace, nn.Module], object], trace: BasisTrace, model: nn.Module) -> bool:
     try:
-        find(followed, model)
+        find(trace, model)
     except ValueError:
         return False
     return True

@@ -1,7 +1,7 @@
-"""A space: all tensors of a model whose last dimension must be seen in one and the same basis, and who touches it.
+"""A space: all tensors of a model whose last dimension has one basis, and the parameters that touch it.
 
-The residual stream is one. A model computes the same after the basis has been turned, x -> x R, if every weight that
-makes such a vector gives x R, and every weight that takes one expects it.
+The residual stream is one. A model computes the same after the basis is turned, x -> x R, if every weight that writes
+such a vector writes x R, and every weight that reads one expects x R.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ __all__ = ["Head", "Norm", "Slot", "Space", "Touch", "owner_of"]
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter where it hangs: dotted name of the module, and the attribute."""
+    """The place of a parameter: dotted name of its module, and the attribute."""
 
     module: str
     attribute: str
@@ -31,14 +31,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization over the last dimension, as it was recognized from what it computes.
+    """A normalization over the last dimension, recognized by what it computes.
 
     Args:
-        module: Its dotted name.
-        centered: LayerNorm, which takes the mean off; else RMSNorm.
+        module: Dotted name of the module.
+        centered: True for LayerNorm, which subtracts the mean; False for RMSNorm.
         gain: The parameter g; None where there is none.
         offset: 1 where the gain is 1 + parameter, else 0.
-        bias: The parameter added last; None where there is none.
+        bias: The parameter that is added last; None where there is none.
     """
 
     module: str
@@ -58,10 +58,10 @@ class Touch:
 
     Args:
         slot: The parameter.
-        dim: Which of its dimensions, counted from 0.
-        norm: What the vectors pass before this parameter multiplies them.
+        dim: Index of the dimension.
+        norm: Normalization of the vectors before this parameter multiplies them.
         start: First index along ``dim``.
-        stop: One past the last; None: to the end.
+        stop: Index behind the last one; None: to the end.
     """
 
     slot: Slot
@@ -73,15 +73,15 @@ class Touch:
 
 @dataclass
 class Space:
-    """Who touches it. Two spaces become one when tensors of theirs are added.
+    """The parameters that touch one basis. Two spaces become one when vectors of both are added.
 
     Args:
-        size: Its dimension n.
-        sources: Tables of embeddings and parameters that are added: their rows are vectors of it.
-        writers: Weights (and biases) whose output is a vector of it.
-        readers: Weights that multiply its vectors.
-        norms: Normalizations of its vectors.
-        fixed: Why its basis cannot be turned, said by the first who needs it as it is; empty: it can.
+        size: Dimension n of the space.
+        sources: Tables of embeddings and parameters that are added: their rows are vectors of the space.
+        writers: Weights (and biases) whose output is a vector of the space.
+        readers: Weights that multiply vectors of the space.
+        norms: Normalizations of vectors of the space.
+        fixed: Reason why the basis cannot be turned, from the first operation that needs it as it is; else empty.
     """
 
     size: int
@@ -90,37 +90,37 @@ class Space:
     readers: list[Touch] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
     fixed: str = ""
-    _one_with: "Space | None" = None
+    _merged_into: "Space | None" = None
 
     def root(self) -> "Space":
-        """The space that it has become part of; itself when there is none."""
+        """The space that this one was merged into, or itself."""
         space = self
-        while space._one_with is not None:
-            space = space._one_with
+        while space._merged_into is not None:
+            space = space._merged_into
         return space
 
     def join(self, other: "Space") -> None:
-        """Both are one from now on."""
+        """Make both spaces one."""
         one, two = self.root(), other.root()
         if one is not two:
             for name in ("sources", "writers", "readers", "norms"):
                 getattr(one, name).extend(getattr(two, name))
             one.fixed = one.fixed or two.fixed
-            two._one_with = one
+            two._merged_into = one
 
     def fix(self, reason: str) -> None:
-        """Its basis stays as it is."""
+        """Keep the basis as it is."""
         root = self.root()
         root.fixed = root.fixed or reason
 
     @property
     def centered(self) -> bool:
-        """True when a LayerNorm reads it."""
+        """True when a LayerNorm normalizes its vectors."""
         return any(norm.centered for norm in self.norms)
 
     @property
     def touches(self) -> list[Touch]:
-        """All of them, each once."""
+        """All touches, each once."""
         return list(dict.fromkeys([*self.sources, *self.writers, *self.readers]))
 
 
@@ -129,8 +129,8 @@ class Head:
     """Values of an attention: rows of one weight that are mixed over tokens, head by head, and then multiplied.
 
     Args:
-        value: The rows of the value projection; one touch for its weight, one for its bias.
-        output: The columns of the output projection.
+        value: Rows of the value projection; one touch for its weight, one for its bias.
+        output: Columns of the output projection.
         size: Width of a head.
     """
 
@@ -140,7 +140,7 @@ class Head:
 
 
 def owner_of(model: nn.Module, parameter: Tensor, inside: list[str]) -> Slot | None:
-    """Where a parameter hangs, looked for in the modules that run, from the inside out; then anywhere."""
+    """The slot of a parameter: searched in the modules that run, innermost first, then in all others."""
     for name in chain(reversed(inside), (name for name, _ in model.named_modules())):  # nearly always inside
         for attribute, candidate in model.get_submodule(name)._parameters.items():
             if candidate is parameter:

@@ -164,7 +164,7 @@ def test_v_needs_nothing_online_where_everything_is_fused():
 
 
 def test_experts_in_one_tensor_have_no_module_to_rotate_beside():
-    with pytest.raises(ValueError, match=r"R4: 'model.layers.0.mlp.experts.down_proj' is no module of its own"):
+    with pytest.raises(ValueError, match=r"R4: 'model.layers.0.mlp.experts.down_proj' is not the weight of one module"):
         compress(build("mixtral"), RotationModifier(rotations=ALL, allow_online=True))
 
 

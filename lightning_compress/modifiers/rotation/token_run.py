@@ -1,4 +1,4 @@
-"""A few random token ids, to look at what a model does with them."""
+"""A run of a model on a few random token ids."""
 
 import inspect
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def token_run(model: nn.Module, rows: int, seed: int = 0) -> Callable[[], Any]:
     """A function that runs the model, in eval mode and without gradients, on the same [rows, 16] token ids each time.
 
     Raises:
-        ValueError: The model has no table of embeddings, or does not run on token ids (when it is called).
+        ValueError: The model has no table of embeddings, or (when the function is called) does not run on token ids.
     """
     table = _table(model)
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def token_run(model: nn.Module, rows: int, seed: int = 0) -> Callable[[], Any]:
 
 
 def _table(model: nn.Module) -> nn.Embedding:
-    """The table of the tokens: what a model of transformers names so, else the first one."""
+    """The table of the tokens: the input embeddings of a model of transformers, else the first table."""
     table, get_table = None, getattr(model, "get_input_embeddings", None)
     if callable(get_table):
         try:

@@ -1,4 +1,4 @@
-"""What views of a tensor do to its dimensions, judged by the name of the operation and the shapes."""
+"""Which dimensions of a tensor those of a view are, by the name of the operation and the shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +13,13 @@ TURNING = ("t", "transpose", "permute", "get", "T", "mT")  # a property such as 
 
 
 def dims_of_view(name: str, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Which dimensions of a parameter those of ``out`` are, when those of x are ``dims``; None: it cannot be said.
+    """The dimensions of a parameter that the dimensions of a view are; None where that is unknown.
 
     Args:
-        name: Of the operation that made ``out`` of x.
+        name: Name of the operation with the result ``out``.
         x: The parameter, or a view of it.
-        out: What was made; of its last two dimensions the answer is right, dimensions before them may be 0.
-        dims: Of x.
+        out: The view. The last two of its dimensions are right in the result, others may be 0.
+        dims: Dimensions of the parameter that the dimensions of x are.
     """
     if out.shape == x.shape and name not in TURNING:
         return dims
@@ -36,7 +36,7 @@ def dims_of_view(name: str, x: Tensor, out: Tensor, dims: tuple[int, ...]) -> tu
 
 
 def keeps_last(name: str, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> bool:
-    """Whether the last dimension of ``out``, made of x by ``name(x, *args[1:], **kwargs)``, is that of x as it was."""
+    """Whether the last dimension of ``out = name(x, *args[1:], **kwargs)`` is the one of x, unchanged."""
     if not out.ndim or out.shape[-1] != x.shape[-1]:
         return False
     rest = [*args[1:], *kwargs.values()]
@@ -54,7 +54,7 @@ def keeps_last(name: str, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str,
         if Ellipsis in [i for i in index if not isinstance(i, Tensor)] or used >= x.ndim:
             return isinstance(index[-1], slice) and index[-1] == slice(None)
         return True
-    if name in ("repeat_interleave", "index_select", "narrow", "roll"):
+    if name in ("repeat_interleave", "index_select", "narrow"):
         dim = kwargs.get("dim", args[1 if name != "repeat_interleave" else 2] if len(args) > 2 else None)
         return isinstance(dim, int) and dim % x.ndim != x.ndim - 1
     if name == "repeat":
