@@ -38,7 +38,7 @@ class State:
         ledger: Ledger of the facts on modules.
     """
 
-    model: nn.Module | None = None
+    model: nn.Module = None  # type: ignore[assignment]  # handlers always get one
     teacher_model: nn.Module | None = None
     optimizer: Any = None
     loss: Tensor | None = None

@@ -199,12 +199,10 @@ class LayerwiseModifier(Modifier):
     # -- the life of it -----------------------------------------------------------------------------------------------
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         self.find_layers(state.model)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
         self._layers = dict(self.find_layers(state.model))
         self._pool = HessianPool(getattr(self, "share_inputs", True), hold_out=self.holds_out)
         self.set_up()

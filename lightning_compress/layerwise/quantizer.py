@@ -24,7 +24,15 @@ __all__ = ["LayerwiseQuantizer"]
 
 
 class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
-    """Base class of modifiers that quantize layers on calibration data: implement ``solve``."""
+    """Base class of modifiers that quantize layers on calibration data: implement ``solve``.
+
+    Args:
+        observer: How static activation scales are found: ``minmax``, ``moving_average``, ``mse``, ``percentile`` or
+            ``histogram``.
+        averaging_constant: Weight of the newest batch in ``moving_average``.
+        preserve_zeros: Weights that are zero stay zero, so that a pruned model stays pruned. None: in modules where at
+            least a third of the weights are zero.
+    """
 
     if TYPE_CHECKING:  # fields of the modifiers, each with a default and choices of its own
         scale_search: str

@@ -33,7 +33,6 @@ class FoldBatchNormModifier(Modifier):
     _norms: list[nn.Module] = PrivateAttr(default_factory=list)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         for folding in fold_all(state.model, self.remove):
             state.ledger.add(folding.layer, "fold_batchnorm")
             self._norms.append(state.model.get_submodule(folding.norm))

@@ -37,11 +37,9 @@ class ConstantPruningModifier(Modifier):
     _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
 
     def touches(self, state: State) -> set[str]:
-        assert state.model is not None
         return set(select_weights(state.model, self.targets, self.ignore))
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         self._weights = MaskedWeights(select_weights(state.model, self.targets, self.ignore))
         return True
 

@@ -82,7 +82,6 @@ class DepthPruningModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the list of blocks, and refuse what cannot be done, before any training."""
-        assert state.model is not None
         model = state.model
         if world_size() > 1 and self.start is not None and self.start != 0:
             raise ValueError(
@@ -172,7 +171,6 @@ class DepthPruningModifier(Modifier):
             self._prune(state)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
         if self.needs.data:
             self._watch(state.model)
 
@@ -181,7 +179,6 @@ class DepthPruningModifier(Modifier):
             self._prune(state)
 
     def _prune(self, state: State) -> None:
-        assert state.model is not None
         self.remove_hooks()
         if self._cut:
             return

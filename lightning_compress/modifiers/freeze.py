@@ -34,7 +34,6 @@ class FreezeModifier(Modifier):
     _parameters: dict[str, nn.Parameter] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         if not self.targets:
             raise ValueError("FreezeModifier: targets is empty; name the modules to freeze, such as ['re:.*embed']")
         found = select(state.model, self.targets, self.ignore)

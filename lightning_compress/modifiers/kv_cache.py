@@ -77,7 +77,6 @@ class KVCacheModifier(Modifier):
         return Needs(calibration=True, data=self.strategy != "token")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         self._find(state.model)
         return True
 
@@ -102,7 +101,6 @@ class KVCacheModifier(Modifier):
         return modules
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
         self._left = self._find(state.model)
         self._args = self._grid(state.model)
         if not self.needs.data:

@@ -15,17 +15,15 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from lightning_compress.core.events import Event, EventType
-from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
-from lightning_compress.pruning.masked import MaskedWeights
 from lightning_compress.pruning.masks import n_of_m
 from lightning_compress.pruning.scheduled import ScheduledSparsity
 
 __all__ = ["MagnitudePruningModifier"]
 
 
-class MagnitudePruningModifier(ScheduledSparsity, Modifier):
+class MagnitudePruningModifier(ScheduledSparsity):
     """Prune by magnitude: with a window (``start``, ``end``) while training, without one after it.
 
     N:M has no schedule: its mask is chosen when the window opens. After the window the masks stay on.
@@ -36,15 +34,12 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
     """
 
     needs: ClassVar[Needs] = Needs(fixed_shapes_from="start")
+    technique: ClassVar[str] = "magnitude"
 
-    _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
-    _curve: float | None = PrivateAttr(default=None)  # where on the schedule the masks are
-    _reached: float | None = PrivateAttr(default=None)  # where the run was before the best weights came back
-
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
-        self._weights = self.find(state.model)
-        return True
+    _curve: float | None = PrivateAttr(default=None)  # point of the schedule that the masks are for
+    _reached: float | None = PrivateAttr(
+        default=None
+    )  # point that the run had reached before the best weights came back
 
     # -- while training ------------------------------------------------------------------------------------------------
 
@@ -61,23 +56,18 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:
-            self._reached = None  # training goes on, after a test in between
+            self._reached = None  # training goes on, after a test loop in between
         elif event.type_ == EventType.OPTIM_PRE_STEP:
             self._weights.apply_to_gradients()
         elif event.type_ == EventType.OPTIM_POST_STEP:
             self._weights.apply_to_weights()
-
-    def sparsity_at(self, index: float) -> float:
-        """Progress curve at a point in time, in [0, 1]: 0 is ``init_sparsity``, 1 is ``final_sparsity``."""
-        assert self.start is not None
-        return self.curve_at(index, self.start, self.end)
 
     # -- after training ------------------------------------------------------------------------------------------------
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
         """The best weights are back, and so are the masks that they were saved with."""
         reached = self._reached if self._reached is not None else self._curve
-        self._take(state)
+        self._restore(state)
         self._reached = reached
 
     def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -93,39 +83,31 @@ class MagnitudePruningModifier(ScheduledSparsity, Modifier):
                 stacklevel=2,
             )
         else:
-            self._weights.apply_to_weights()  # whatever was loaded in between
+            self._weights.apply_to_weights()  # weights may have been loaded since the last step
         if self.start is not None and self._curve is not None and self._curve < 1.0:
-            self.warn_of_an_early_end(self.name, self._weights.mean_sparsity(), self.end)
+            self.warn_of_an_early_end()
         self._reached = None
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        for name, zeros in self._weights.sparsity().items():
-            state.ledger.add(name, "magnitude", sparsity=zeros, params=self._weights.matrices()[name].numel())
-        return True
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 
     def _prune(self, curve: float) -> None:
         """Choose masks for this point of the curve (0: initial, 1: final sparsity) and apply them."""
         if curve == self._curve:
-            return  # the same masks would come out
+            return  # the masks would be the same
         scores = {name: self._score(name, W_RC) for name, W_RC in self._weights.matrices().items()}
-        self._weights.set(self.masks_at(curve, scores, self._weights.modules))
+        self._weights.set(self.masks_at(curve, scores))
         self._curve = curve
 
     def _score(self, name: str, W_RC: Tensor) -> Tensor:
-        """|W|, with what was pruned before below everything: masks only grow."""
+        """|W|, and -1 where a weight is pruned already: masks only grow."""
         mask = self._weights.masks.get(name)
         return W_RC.abs() if mask is None else W_RC.abs().masked_fill(~mask.to(W_RC.device), -1.0)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "masks": dict(self._weights.masks), "curve": self._curve}
+        return {**super().state_dict(), "curve": self._curve}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._take(state)
-
-    def _take(self, state: dict[str, Any]) -> None:
-        self._weights.masks, self._curve = dict(state["masks"]), state["curve"]
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self._curve = state["curve"]

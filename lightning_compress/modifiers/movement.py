@@ -1,7 +1,7 @@
-r"""Movement pruning: weights that move towards zero while the model trains go, whatever their size.
+r"""Movement pruning: weights that move towards zero while the model trains are pruned, whatever their size.
 
     S_rc <- S_rc - (dL/dW'_rc) W_rc        eq. (8), W' = W M(S) is what the model computes with
-    hard     M keeps the highest scores, as many as the schedule leaves
+    hard     M keeps the highest scores; the schedule gives their number
     soft     M = sigmoid(S) > tau;  S_rc <- S_rc - a ( u_rc + l sigmoid'(S_rc) ),  u = (dL/dW') W / its rms
 
 Sanh, Wolf & Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv:2005.07683. The gradient is that of
@@ -11,9 +11,9 @@ Lagunas et al. 2021, arXiv:2109.04838.
 The rms is that of one matrix over all steps so far; it makes a, l and tau independent of the size of the loss. The
 authors' code has Adam do that, weight by weight.
 
-Masked weights are zero in the model itself, where the gradient of a Linear is that of W' as it stands; what they were
-when they fell asleep is kept here, and they wake with it. Checkpoints have dense keys; scores, masks and sleeping
-weights are in the state of the callback.
+Masked weights are zero in the model itself, so the gradient of a Linear is that of W'. Their values before the mask
+("sleeping weights") are stored here and come back when the mask releases them. Checkpoints have dense keys; scores,
+masks and sleeping weights are in the state of the callback.
 
 Shapes: R rows, C columns.
 """
@@ -27,10 +27,8 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from lightning_compress.core.events import Event, EventType
-from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
-from lightning_compress.pruning.masked import MaskedWeights
 from lightning_compress.pruning.scheduled import ScheduledSparsity
 
 __all__ = ["MovementPruningModifier", "movement", "soft_step"]
@@ -50,24 +48,25 @@ def soft_step(S_RC: Tensor, u_RC: Tensor, score_lr: float, regularization: float
     return S_RC - score_lr * (u_RC + regularization * share_RC * (1 - share_RC))
 
 
-class MovementPruningModifier(ScheduledSparsity, Modifier):
+class MovementPruningModifier(ScheduledSparsity):
     """Prune by movement between ``start`` and ``end``, while the model is fine-tuned; then hold the masks.
 
-    Scores add up from ``start``, masks are chosen anew at every ``update`` (by default at every step). While all scores
-    are zero, magnitude decides. A sleeping weight does not train and does not decay.
+    Scores add up from ``start``; masks are chosen anew at every ``update`` (by default at every step). While all scores
+    are zero, weights are ranked by magnitude. A sleeping weight does not train and does not decay.
 
     Args:
-        mode: ``hard``: the schedule says how many go. ``soft``: the scores say it, with a threshold; it takes
-            ``threshold``, ``regularization`` and ``score_lr``, and no sparsity.
-        threshold: Of ``soft``: tau at ``end``, in (0, 1); it rises along the schedule from 0.
-        regularization: Of ``soft``: l at ``end``; it rises along the schedule from 0. More of it prunes more.
-        score_lr: Of ``soft``: a.
+        mode: ``hard``: the schedule gives the number of pruned weights. ``soft``: a threshold on the scores does, with
+            ``threshold``, ``regularization`` and ``score_lr``, and without a sparsity.
+        threshold: tau at ``end``, in (0, 1), for ``soft``; it rises along the schedule from 0.
+        regularization: l at ``end``, for ``soft``; it rises along the schedule from 0. A larger value prunes more.
+        score_lr: Learning rate a of the scores, for ``soft``.
 
     Raises:
-        ValueError: There is no window, an argument belongs to the other mode, or one has a value that it cannot have.
+        ValueError: The window is missing, an argument belongs to the other mode, or a value is not possible.
     """
 
     needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="start")
+    technique: ClassVar[str] = "movement"
 
     start: float | None = 0.0
     mode: Literal["hard", "soft"] = "hard"
@@ -75,7 +74,6 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
     regularization: float = Field(default=1.0, ge=0)
     score_lr: float = Field(default=0.01, gt=0)
 
-    _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
     _scores: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # float32 [R, C]
     _asleep: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # [R, C], zero where the weight is awake
     _pending: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # movement of a step that may be skipped
@@ -92,26 +90,21 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
                 "there is no movement to measure (MagnitudePruningModifier prunes then)"
             )
         other = HARD_ONLY if self.mode == "soft" else SOFT_ONLY
-        if given := self.changed(other):
-            decides = "threshold and regularization decide what goes" if self.mode == "soft" else "the schedule decides"
-            raise ValueError(f"{', '.join(given)} would do nothing with mode={self.mode!r}: {decides}; leave it out")
+        if names := self.changed(other):
+            decides = "threshold and regularization decide" if self.mode == "soft" else "the schedule decides"
+            raise ValueError(f"{', '.join(names)} would do nothing with mode={self.mode!r}: {decides}; leave it out")
         return self
-
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
-        self._weights = self.find(state.model)
-        return True
 
     # -- scores --------------------------------------------------------------------------------------------------------
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.BATCH_START:
-            self._final = {}  # training goes on, after a test in between
+            self._final = {}  # training goes on, after a test loop in between
         elif event.type_ == EventType.OPTIM_PRE_STEP:
             stepped = _stepped(state.optimizer)
             self._pending = self._movement(stepped) if self._started and not self._done else {}
             self._weights.apply_to_gradients(stepped)
-        elif event.type_ == EventType.OPTIM_POST_STEP:  # the step was made: its movement counts
+        elif event.type_ == EventType.OPTIM_POST_STEP:  # the step was not skipped: its movement counts
             for name, moved_RC in self._pending.items():
                 self._add(name, moved_RC, self.sparsity_at(event.current_index))
             self._pending, self._moved = {}, True
@@ -126,9 +119,9 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
         if self.mode == "hard":
             self._scores[name] = S_RC - moved_RC
             return
-        seen = self._squares.get(name, torch.zeros(2, dtype=torch.float64)).to(moved_RC.device)
-        self._squares[name] = seen = seen + torch.stack([moved_RC.square().mean().double(), torch.ones_like(seen[1])])
-        u_RC = moved_RC / (seen[0] / seen[1]).sqrt().clamp_min(1e-30).float()
+        squares = self._squares.get(name, torch.zeros(2, dtype=torch.float64)).to(moved_RC.device)
+        self._squares[name] = squares = squares + torch.stack([moved_RC.square().mean().double(), squares.new_ones(())])
+        u_RC = moved_RC / (squares[0] / squares[1]).sqrt().clamp_min(1e-30).float()
         self._scores[name] = soft_step(S_RC, u_RC, self.score_lr, self.regularization * curve)
 
     # -- masks ---------------------------------------------------------------------------------------------------------
@@ -144,69 +137,64 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._done:
             return  # resumed past the end
-        if still := [name for name in self._weights.modules if name not in self._scores]:
-            instead = "they were pruned by magnitude" if self.mode == "hard" else "nothing of them was pruned"
+        if names := [name for name in self._weights.modules if name not in self._scores]:
+            instead = "they were pruned by magnitude" if self.mode == "hard" else "they were not pruned"
             warnings.warn(
-                f"{self.name}: no gradient reached {', '.join(still[:5])} inside the window (frozen, or never called), "
-                f"so that there was no movement to rank by: {instead}; thaw them, or add them to ignore",
+                f"{self.name}: no gradient reached {', '.join(names[:5])} inside the window (frozen, or never called), "
+                f"so that there was no movement to rank by: {instead}; unfreeze them, or add them to ignore",
                 stacklevel=2,
             )
         self._choose(1.0)
         self._done = True
-        self._scores, self._asleep, self._squares = {}, {}, {}  # nothing wakes any more
-        if gone := [name for name, zeros in self._weights.sparsity().items() if zeros == 1.0]:
+        self._scores, self._asleep, self._squares = {}, {}, {}  # pruned weights stay pruned from now on
+        if names := [name for name, zeros in self._weights.sparsity().items() if zeros == 1.0]:
             warnings.warn(
-                f"{self.name}: nothing is left of {', '.join(gone[:5])}; give less regularization, a lower threshold "
-                f"or sparsity, or add it to ignore",
+                f"{self.name}: all weights of {', '.join(names[:5])} are zero; give less regularization, a lower "
+                f"threshold or sparsity, or add it to ignore",
                 stacklevel=2,
             )
-
-    def sparsity_at(self, index: float) -> float:
-        """Progress curve at a point in time, in [0, 1]."""
-        assert self.start is not None
-        return self.curve_at(index, self.start, self.end)
 
     def _choose(self, curve: float) -> None:
         dense = self._dense()
         if self.mode == "hard":
-            masks = self.masks_at(curve, self._ranking(dense), self._weights.modules)
+            masks = self.masks_at(curve, self._ranking(dense))
         else:
             tau = self.threshold * curve
             masks = {name: S_RC.sigmoid() > tau for name, S_RC in self._scores.items()}
-        self._wear(masks, dense)
+        self._set_masks(masks, dense)
         self._moved = False
 
     def _ranking(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scores; before there are any the magnitudes, which one ranking over all cannot mix with them."""
-        none = {name: 0 * W if self._scores and self.scope == "global" else W.abs() for name, W in dense.items()}
-        return {n: self._scores[n].to(W.device) if n in self._scores else none[n] for n, W in dense.items()}
+        """Scores. Without scores: magnitudes, or zeros in a global ranking, where magnitudes cannot be compared."""
+        default = {name: 0 * W if self._scores and self.scope == "global" else W.abs() for name, W in dense.items()}
+        return {n: self._scores[n].to(W.device) if n in self._scores else default[n] for n, W in dense.items()}
 
-    def _wear(self, masks: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
-        """Put masks on: weights under them fall asleep, others wake as they were."""
+    def _set_masks(self, masks: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
+        """Apply masks: weights that they prune are stored, other weights get their stored values back."""
         for name, mask in masks.items():
             self._asleep[name] = dense[name].masked_fill(mask.to(dense[name].device), 0)
             self._weights.write(name, dense[name])
         self._weights.set(masks)
 
     def _dense(self) -> dict[str, Tensor]:
-        """Every target as if no mask were on, [R, C] each, copies."""
+        """Copies of all target weights as they are without masks, [R, C] each."""
         matrices = self._weights.matrices()
         return {n: W + self._asleep[n].to(W.device) if n in self._asleep else W.clone() for n, W in matrices.items()}
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
-        """The best weights are back, and so is all that belongs to them."""
-        if self._kept(state["masks"]) > self._kept(self._weights.masks):
+        """The best weights are back; restore what was saved with them."""
+        if self._count(state["masks"]) > self._count(self._weights.masks):
             self._final = dict(self._weights.masks)
         done = self._done
-        self._take(state)
+        self._restore(state)
         self._done = done or self._done  # the clock does not go back
 
     def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._final:
             before = self._weights.mean_sparsity()
-            self._wear(self._final, self._dense())
+            self._set_masks(self._final, self._dense())
             warnings.warn(
                 f"{self.name}: the best checkpoint was saved at a sparsity of {before:.3f}, before the schedule had "
                 f"reached {self._weights.mean_sparsity():.3f}: it gets the masks of the last step now, without "
@@ -215,42 +203,28 @@ class MovementPruningModifier(ScheduledSparsity, Modifier):
             )
         self._weights.apply_to_weights()
         if not (self._done or self._final):
-            self.warn_of_an_early_end(self.name, self._weights.mean_sparsity(), self.end)
+            self.warn_of_an_early_end()
         self._final, self._asleep = {}, {}
 
-    def _kept(self, masks: dict[str, Tensor]) -> int:
-        """Weights that survive these masks; where there is none, all do."""
+    def _count(self, masks: dict[str, Tensor]) -> int:
+        """Number of weights that survive these masks; without a mask all do."""
         matrices = self._weights.matrices()
         return sum(int(masks[name].sum()) if name in masks else W.numel() for name, W in matrices.items())
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        for name, zeros in self._weights.sparsity().items():
-            state.ledger.add(name, "movement", sparsity=zeros, params=self._weights.matrices()[name].numel())
-        return True
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        own = {
-            "masks": dict(self._weights.masks),
-            "scores": dict(self._scores),
-            "asleep": dict(self._asleep),
-            "squares": dict(self._squares),
-            "done": self._done,
-        }
-        return {**super().state_dict(), **own}
+        tensors = {"scores": self._scores, "asleep": self._asleep, "squares": self._squares}
+        copies = {key: dict(value) for key, value in tensors.items()}
+        return {**super().state_dict(), **copies, "done": self._done}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._take(state)
-
-    def _take(self, state: dict[str, Any]) -> None:
-        self._weights.masks, self._done = dict(state["masks"]), state["done"]
-        self._scores, self._asleep = dict(state["scores"]), dict(state["asleep"])
-        self._squares, self._moved = dict(state["squares"]), True
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self._scores, self._asleep, self._squares = (dict(state[key]) for key in ("scores", "asleep", "squares"))
+        self._done, self._moved = state["done"], True
 
 
 def _stepped(optimizer: Any) -> set[int] | None:
-    """Identities of the parameters that this optimizer steps; None: it is not known, so all."""
+    """Identities of the parameters that this optimizer steps; None: unknown, so all."""
     groups = getattr(optimizer, "param_groups", None)
     return None if groups is None else {id(p) for group in groups for p in group["params"]}

@@ -47,16 +47,13 @@ __all__ = ["QATModifier"]
 class QATModifier(QuantizationArguments, Modifier):
     """Train through fake-quantization, and leave a quantized model behind.
 
-    On a model that was quantized before (by ``compress`` or ``load``) the scales of that are where it starts; targets
-    and scheme must be those of then.
+    On a model that is quantized already (by ``compress`` or ``load``) training starts from its scales; targets and
+    scheme must be the same as before.
+
+    ``targets``, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are those of
+    :class:`~lightning_compress.quant.arguments.QuantizationArguments`.
 
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
-        ignore: The same, for what is left out.
-        scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
-            sizes for one that fits each module.
-        config_groups: Schemes in full, in place of ``scheme``.
         gradient: ``lsq``: the optimizer trains the scales too. ``ste``: it does not, scales follow the weights.
         scale_search: Scales at ``start``: from each group's extremes (``minmax``), or those with the least
             sum |w - q|^2.4 (``mse``).
@@ -119,7 +116,6 @@ class QATModifier(QuantizationArguments, Modifier):
         Raises:
             ValueError: It has other ones.
         """
-        assert state.model is not None
         if not isinstance(earlier, QuantizationArguments):
             return False
         if (earlier.start, earlier.unit) != (self.start, self.unit):
@@ -141,7 +137,6 @@ class QATModifier(QuantizationArguments, Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Parametrize the targets, before there are optimizers."""
-        assert state.model is not None
         model = state.model
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if self.freeze_bn_at is not None and not self._norms:

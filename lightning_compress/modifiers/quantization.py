@@ -30,20 +30,15 @@ __all__ = ["QuantizationModifier"]
 class QuantizationModifier(LayerwiseQuantizer):
     """Round weights to nearest, and quantize activations where the scheme says so.
 
+    ``targets``, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are those of
+    :class:`~lightning_compress.quant.arguments.QuantizationArguments`, ``observer`` and
+    ``averaging_constant`` those of :class:`~lightning_compress.layerwise.quantizer.LayerwiseQuantizer`.
+
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
-        ignore: The same, for what is left out.
-        scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
-            sizes for one that fits each module.
-        config_groups: Schemes in full, in place of ``scheme``.
         scale_search: ``minmax``: scales from each group's extremes. ``mse``: clip where that lowers sum |w - q|^2.4.
             ``imatrix``: where it lowers sum_j E[x_j^2] (w_j - q_j)^2; needs data. ``hessian``: where it lowers
             E[((w - q) x)^2] over the columns that share a scale; needs data.
-        share_inputs: With ``hessian``, one statistic for modules that receive the very same tensor (query, key, value).
-        observer: How static activation scales are found: ``minmax``, ``moving_average``, ``mse``, ``percentile`` or
-            ``histogram``.
-        averaging_constant: Of ``moving_average``: the weight of the newest batch.
+        share_inputs: With ``hessian``, one statistic for modules that receive the same tensor (query, key, value).
     """
 
     technique: ClassVar[str] = "rtn"
@@ -75,7 +70,7 @@ class QuantizationModifier(LayerwiseQuantizer):
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         mask = self.token_mask
-        if self.scale_search == "hessian":  # no more than the blocks H_gg on the diagonal
+        if self.scale_search == "hessian":  # only the blocks H_gg on the diagonal
             g = group_columns(self.weights_of(name), as_matrix(module).shape[1])
             layout = (input_layout(module), g)
             self._pool.update(name, x, layout, lambda: groups_as_partitions(inputs_as_rows(module, x, mask), g))

@@ -129,7 +129,6 @@ class REAPModifier(Modifier):
         return "it renumbers the experts that the other works on: compress with it first, with the other in a new run"
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         self._find(state.model)
         return True
 
@@ -165,7 +164,6 @@ class REAPModifier(Modifier):
         return plan
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
         for name in self._find(state.model):
             module = state.model.get_submodule(name)
             self._saliencies[name] = ExpertSaliency(len(module.get_parameter("down_proj")))
@@ -180,7 +178,6 @@ class REAPModifier(Modifier):
             self._saliencies[name].update(x_NH, index_NK, weight_NK, lambda e, x: _output(module, e, x))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert state.model is not None
         model, plan = state.model, self._find(state.model)
         for name, (router, kept, groups) in plan.items():
             self._prune(state, name, router, kept, groups, _fields(model, plan))
@@ -188,7 +185,6 @@ class REAPModifier(Modifier):
         self.remove_hooks()
 
     def _prune(self, state: State, name: str, router: str, kept: int, groups: int, config: dict[str, int]) -> None:
-        assert state.model is not None
         start, model, statistic = time.perf_counter(), state.model, self._saliencies[name]
         if not statistic.tokens_E.sum():
             raise ValueError(f"the experts of {name!r} never saw data: none can be chosen; do batches reach them?")

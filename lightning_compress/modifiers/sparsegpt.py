@@ -107,24 +107,15 @@ def _count(sparsity: float, units: int) -> int:
 class SparseGPTModifier(LayerwisePruner):
     """Prune with SparseGPT on calibration data, and refit what is kept.
 
+    The other arguments are those of :class:`~lightning_compress.pruning.arguments.PruningArguments`: ``targets``,
+    ``ignore``, ``sparsity``, ``mask_structure``, ``sparsity_profile``, ``owl_m``, ``owl_lmbda``,
+    ``refit_iterations`` (0: none, as in the paper), ``dampening_frac``, ``share_inputs``.
+
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is pruned; with ``sparsity`` as a mapping the
-            targets stand there.
-        ignore: The same, for what is left out.
-        sparsity: Share of weights that become zero, in [0, 1), or a mapping of targets to shares, the best match
-            counting. None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
-        mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
-        block_size: Columns of which the mask is chosen at once. A multiple of M.
+        block_size: Number of columns whose mask is chosen at once, a multiple of M.
         scope: Unstructured masks rank all rows of a block together (``block``, as in the paper) or each ``row``.
-        sparsity_profile: ``owl``: blocks with many outliers keep more weights; the share of all targets together stays
-            ``sparsity``. It takes one more pass over the data. None: all alike.
-        owl_m: Of ``owl``: an outlier is so many times the mean of its block.
-        owl_lmbda: Of ``owl``: blocks differ by at most twice this share.
-        refit_iterations: Of conjugate gradients for the weights that are kept; 0: none, as in the paper.
-        dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
             raise. The ledger says what was done.
-        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
 
     Raises:
         ValueError: A sparsity outside of [0, 1), a pattern whose sparsity is another, a width that it does not divide.
@@ -140,7 +131,7 @@ class SparseGPTModifier(LayerwisePruner):
     def _block_holds_patterns(self) -> "SparseGPTModifier":
         if self.pattern is not None and self.block_size % self.pattern[1]:
             raise ValueError(
-                f"block_size={self.block_size} is no multiple of {self.pattern[1]}, the width of the pattern "
+                f"block_size={self.block_size} is not a multiple of {self.pattern[1]}, the width of the pattern "
                 f"{self.mask_structure}; give such as {self.pattern[1] * max(1, 128 // self.pattern[1])}"
             )
         return self

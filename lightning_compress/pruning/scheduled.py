@@ -1,12 +1,14 @@
-"""The arguments that modifiers share which prune on a schedule: what, how much, along which curve."""
+"""What modifiers share that prune on a schedule: arguments, masks along a curve, their row of the ledger."""
 
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, model_validator
-from torch import Tensor, nn
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
 
+from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.state import State
 from lightning_compress.layers.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.layers.matrix import check_weights_work
 from lightning_compress.pruning.masked import MaskedWeights, check_own_weights, has_matrix
@@ -18,23 +20,25 @@ __all__ = ["ScheduledSparsity"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ScheduledSparsity(BaseModel):
-    """Mixin of modifiers.
+class ScheduledSparsity(Modifier):
+    """Base class of modifiers that prune on a schedule.
 
     Args:
         targets: Modules whose weights are pruned: classes, names, ``re:`` patterns.
-        ignore: What to leave out of ``targets``.
+        ignore: Modules to leave out of ``targets``.
         init_sparsity: Share of zeros when the window opens, in [0, 1).
         final_sparsity: Share of zeros when it closes (with ``scope="global"`` over all targets together).
         layer_sparsity: Other final sparsities for some targets: ``{"re:.*down_proj": 0.8}``; not with a global scope.
-        schedule: How sparsity goes from the first to the last: ``constant``, ``linear``, ``cosine``, ``cubic``,
+        schedule: Curve of the sparsity from initial to final: ``constant``, ``linear``, ``cosine``, ``cubic``,
             ``polynomial``.
         power: Exponent of ``polynomial``.
         mask_structure: ``unstructured``, ``N:M``, ``block RxC`` or ``channel`` (rows).
         scope: ``layer``: each target loses the same share; ``global``: one ranking over all (``unstructured`` only).
     """
 
-    start: float | None = None  # that of the modifier
+    technique: ClassVar[str]
+    """Name of the technique in the ledger."""
+
     targets: Names = ["Linear"]
     ignore: Names = []
     init_sparsity: Share = 0.0
@@ -44,6 +48,8 @@ class ScheduledSparsity(BaseModel):
     power: float = Field(default=3.0, gt=0)
     mask_structure: str = "unstructured"
     scope: Literal["layer", "global"] = "layer"
+
+    _weights: MaskedWeights = PrivateAttr(default_factory=lambda: MaskedWeights({}))
 
     @model_validator(mode="after")
     def _sparsities_fit(self) -> "ScheduledSparsity":
@@ -56,18 +62,19 @@ class ScheduledSparsity(BaseModel):
             raise ValueError("scope='global' ranks single weights over all targets: unstructured, no layer_sparsity")
         return self
 
-    def claims(self, state: Any) -> dict[str, str]:
-        """While training, one modifier chooses a module's masks: :meth:`lightning_compress.core.Modifier.claims`."""
+    def claims(self, state: State) -> dict[str, str]:
         if self.start is None:
             return {}
         return dict.fromkeys(select_weights(state.model, self.targets, self.ignore), "choose masks while training for")
 
-    def find(self, model: nn.Module) -> MaskedWeights:
-        """The targets, with no masks yet.
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Find the targets; there are no masks yet.
 
         Raises:
-            ValueError: Nothing matches, or a weight is no matrix, or the structure does not divide it (all are named).
+            ValueError: Nothing matches, a weight is not a matrix, or the structure does not divide it. The message
+                names the modules.
         """
+        model = state.model
         modules = select_weights(model, self.targets, self.ignore)
         check_weights_work(modules, "prune", in_place=True)
         if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not has_matrix(m)]:
@@ -75,8 +82,8 @@ class ScheduledSparsity(BaseModel):
                 f"cannot prune {', '.join(other[:5])}: expected modules with a weight of two or more dimensions; add "
                 f"them to ignore"
             )
-        found, unfit = MaskedWeights(modules), []
-        for name, W_RC in found.matrices().items():
+        weights, unfit = MaskedWeights(modules), []
+        for name, W_RC in weights.matrices().items():
             try:
                 keep_mask(W_RC.abs(), 0.5, self.mask_structure)
             except ValueError as error:
@@ -85,21 +92,21 @@ class ScheduledSparsity(BaseModel):
             raise ValueError(f"mask_structure={self.mask_structure!r} does not fit: {'; '.join(unfit[:5])}")
         check_own_weights(model, modules)
         warn_of_left_out(model, modules, self.targets, self.ignore)
-        return found
+        self._weights = weights
+        return True
 
-    def curve_at(self, index: float, start: float, end: float | None) -> float:
-        """Progress along the curve, in [0, 1]: 0 is ``init_sparsity``, 1 is ``final_sparsity``."""
-        return value_at(self.schedule, progress(index, start, start if end is None else end), 0.0, 1.0, self.power)
+    def sparsity_at(self, index: float) -> float:
+        """Progress along the curve at a point in time, in [0, 1]: 0 is ``init_sparsity``, 1 is ``final_sparsity``."""
+        assert self.start is not None
+        end = self.start if self.end is None else self.end
+        return value_at(self.schedule, progress(index, self.start, end), 0.0, 1.0, self.power)
 
-    def masks_at(
-        self, curve: float, scores: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-    ) -> dict[str, Tensor]:
+    def masks_at(self, curve: float, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks at a point of the curve.
 
         Args:
-            curve: As :meth:`curve_at` gives it.
-            scores: By module name, [R, C] each, float; the lowest go.
-            modules: The modules of those names.
+            curve: Progress along the curve, from :meth:`sparsity_at`.
+            scores: Scores by module name, [R, C] each, float; the lowest are pruned.
 
         Returns:
             Bool [R, C] by module name, True where the weight survives.
@@ -107,20 +114,37 @@ class ScheduledSparsity(BaseModel):
         if self.scope == "global":
             return global_masks(scores, self._between(self.final_sparsity, curve))
         return {
-            name: keep_mask(S_RC, self._between(self.final_of(name, modules[name]), curve), self.mask_structure)
+            name: keep_mask(S_RC, self._between(self._final_of(name), curve), self.mask_structure)
             for name, S_RC in scores.items()
         }
 
-    def warn_of_an_early_end(self, name: str, zeros: float, end: float | None) -> None:
-        """The run is over, and the schedule is not: a run that was stopped early, or a window that outlasts it."""
+    def warn_of_an_early_end(self) -> None:
+        """Warn that the run is over before the schedule: it was stopped early, or the window outlasts it."""
         warnings.warn(
-            f"{name}: the run ended before end={end}, where the schedule would have, at a sparsity of {zeros:.3f}: "
-            f"that is what is left behind; train longer, or let the window end earlier",
+            f"{self.name}: the run ended before end={self.end}, when the schedule had reached a sparsity of "
+            f"{self._weights.mean_sparsity():.3f}: the model keeps that; train longer, or let the window end earlier",
             stacklevel=3,
         )
 
-    def final_of(self, name: str, module: nn.Module) -> float:
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        for name, zeros in self._weights.sparsity().items():
+            state.ledger.add(name, self.technique, sparsity=zeros, params=self._weights.matrices()[name].numel())
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "masks": dict(self._weights.masks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take the masks, and what belongs to them, from a checkpoint of the run or of the best weights."""
+        self._weights.masks = dict(state["masks"])
+
+    def _final_of(self, name: str) -> float:
         """The final sparsity of one target: that of the ``layer_sparsity`` entry which fits it best."""
+        module = self._weights.modules[name]
         ranked = [(match_rank(name, module, target), final) for target, final in self.layer_sparsity.items()]
         rank, final = max(ranked, key=lambda pair: pair[0], default=(0, 0.0))
         return final if rank else self.final_sparsity

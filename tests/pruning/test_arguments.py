@@ -21,7 +21,7 @@ def test_layers_may_have_their_own_sparsity():
     ("arguments", "message"),
     [
         *REFUSED,
-        ({"mask_structure": "3:6"}, "block_size=128 is no multiple of 6"),
+        ({"mask_structure": "3:6"}, "block_size=128 is not a multiple of 6"),
         ({"scope": "layer"}, "scope='layer'"),
     ],
     ids=str,

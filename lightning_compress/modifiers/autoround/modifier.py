@@ -49,13 +49,11 @@ class AutoRoundModifier(LayerwiseQuantizer):
 
     Its layers wait for their block, and are learned together by replaying it: no layer is solved alone.
 
+    ``targets``, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are those of
+    :class:`~lightning_compress.quant.arguments.QuantizationArguments`, with grids of integers,
+    ``preserve_zeros`` that of :class:`~lightning_compress.layerwise.quantizer.LayerwiseQuantizer`.
+
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is quantized, with ``scheme``.
-        ignore: The same, for what is left out.
-        scheme: A preset of integers (``W4A16``, ``W2A16`` ...), or a mapping of presets to their targets.
-        group_size: Takes the place of the preset's group size; -1 for one scale per row; ``auto`` or a list of
-            sizes for one that fits each module.
-        config_groups: Schemes in full, in place of ``scheme``.
         iters: Steps for each block; 0 leaves it as it began.
         lr: Of the first step, falling to 0. None: from ``rtn`` 1 / ``iters``, so that V can just get to its bound; from
             ``gptq`` a twentieth of that, since columns that make up for each other must move together.
@@ -65,8 +63,6 @@ class AutoRoundModifier(LayerwiseQuantizer):
         scale_search: The scales it begins with, as for GPTQModifier: ``hessian``, ``mse`` or ``minmax``.
         target: The output that is aimed at: ``dense``: of the block in the dense model. ``same_input``: of the dense
             block on what it gets behind quantized blocks.
-        preserve_zeros: Weights that are zero stay zero, so that a pruned model stays pruned. None: in the modules of
-            which at least a third of the weights are.
     """
 
     technique: ClassVar[str] = "autoround"
@@ -138,7 +134,6 @@ class AutoRoundModifier(LayerwiseQuantizer):
 
     def _learned(self, state: State, layers: Sequence[Layer]) -> tuple[dict[str, OnGrid], float | None, str]:
         """The weights of a block on their grids, the relative error of its output, and a remark for the ledger."""
-        assert state.model is not None
         assert state.replay is not None
         modules = {layer.name: layer.module for layer in layers}
         block = LearnedBlock(modules, state.replay, lambda: self.token_mask, state.batches, state.dense)

@@ -176,7 +176,6 @@ class DistillationModifier(Modifier):
         return None
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         source = self.teacher if state.teacher_model is None else state.teacher_model
         self._teacher = FrozenTeacher(source, state.model, self.teacher_dtype, self.teacher_device)
         if self._teacher.module is not None:
@@ -205,7 +204,6 @@ class DistillationModifier(Modifier):
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the student (and the teacher's hidden states) from now on."""
-        assert state.model is not None
         assert self._teacher is not None
         if self._copied_late:
             self._teacher.copy_weights(self._restored or state.model.state_dict())
@@ -292,7 +290,6 @@ class DistillationModifier(Modifier):
     def _distance(
         self, state: State, event: Event, named: dict[str, Any], args: Any, kwargs: dict[str, Any], student: Any
     ) -> Tensor:
-        assert state.model is not None
         assert self._teacher is not None
         assert self._hidden is not None
         teacher = self._teacher

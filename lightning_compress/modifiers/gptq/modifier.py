@@ -68,9 +68,12 @@ class _Prepared:
 class GPTQModifier(LayerwiseQuantizer):
     """Quantize weights with GPTQ on calibration data.
 
+    ``targets``, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are those of
+    :class:`~lightning_compress.quant.arguments.QuantizationArguments`, ``observer``,
+    ``averaging_constant`` and ``preserve_zeros`` those of
+    :class:`~lightning_compress.layerwise.quantizer.LayerwiseQuantizer`.
+
     Args:
-        targets: What is quantized; this, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are as in
-            :class:`~lightning_compress.quant.arguments.QuantizationArguments`.
         block_size: Columns after which errors reach all columns still to come; changes speed, not results.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal. ``auto``: of 0.01, 0.03, 0.1 and
             0.3 what loses least on every second batch when fitted to the others; then all batches count.
@@ -83,11 +86,6 @@ class GPTQModifier(LayerwiseQuantizer):
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
             raise; ``round`` to nearest. The ledger says what was done.
         share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
-        observer: How static activation scales are found: ``minmax``, ``moving_average``, ``mse``, ``percentile`` or
-            ``histogram``.
-        averaging_constant: Of ``moving_average``: the weight of the newest batch.
-        preserve_zeros: Weights that are zero stay zero, so that a pruned model stays pruned. None: in the modules of
-            which at least a third of the weights are.
         keep_latents: Keep beside each weight the values that were rounded to it, for a QATModifier that goes on from
             there. They take the memory of the weights once more, and are never saved.
         start: Not after training but before the batch at ``start``, in ``unit``: for a QATModifier that stands after

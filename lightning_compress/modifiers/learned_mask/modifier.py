@@ -112,7 +112,6 @@ class LearnedMaskModifier(Modifier):
         return pattern
 
     def claims(self, state: State) -> dict[str, str]:
-        assert state.model is not None
         return dict.fromkeys(select_weights(state.model, self.targets, self.ignore), "choose masks while training for")
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
@@ -127,7 +126,6 @@ class LearnedMaskModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Put the logits on, before there are optimizers."""
-        assert state.model is not None
         self._weights = MaskedWeights(select_weights(state.model, self.targets, self.ignore))
         self._check(state.model)
         warn_of_left_out(state.model, self._weights.modules, self.targets, self.ignore)
@@ -187,7 +185,7 @@ class LearnedMaskModifier(Modifier):
         learning = self._started and not self._done
         match event.type_:
             case EventType.BATCH_START:
-                self._final = {}  # training goes on, after a test in between
+                self._final = {}  # training goes on, after a test loop in between
                 self._set_in_batch(True)
                 if learning:
                     self._draw(event)

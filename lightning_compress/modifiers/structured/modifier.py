@@ -92,7 +92,6 @@ class StructuredPruningModifier(StructuredArguments):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find what hangs together, and refuse what cannot be done, before any training."""
-        assert state.model is not None
         model = state.model
         self.settle(model)
         self._before, self._steps = sum(p.numel() for p in model.parameters()), len(record_of(model))
@@ -123,7 +122,6 @@ class StructuredPruningModifier(StructuredArguments):
         return True
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
-        assert state.model is not None
         self.settle(state.model)
         if self._kind == "channels" or other.needs.fixed_shapes_from == "never":
             return shape_conflict(self, other, other.touches(state), earlier)
@@ -150,7 +148,6 @@ class StructuredPruningModifier(StructuredArguments):
         check_states(model, self._config(model, kept), shapes, advice)
 
     def _follow_channels(self, state: State, args: Any, kwargs: Any) -> None:
-        assert state.model is not None
         targets = self.channel_targets(state.model)
         with model_precision():
             groups, outputs = find_channels(state.model, targets, args, kwargs)
@@ -168,7 +165,6 @@ class StructuredPruningModifier(StructuredArguments):
 
     def _observe(self, state: State) -> None:
         """Hooks that follow channels and watch activations; gradients come with OPTIM_PRE_STEP."""
-        assert state.model is not None
         if self._kind == "channels" and not self._groups:
             self.hook(state.model, self._first_forward(state), with_kwargs=True)
         else:
@@ -236,10 +232,8 @@ class StructuredPruningModifier(StructuredArguments):
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ in (EventType.BATCH_START, EventType.BATCH_END):
             self._in_batch = event.type_ == EventType.BATCH_START
-            assert state.model is not None
             self._follow_layers(state.model)
         if event.type_ == EventType.OPTIM_PRE_STEP and self.importance == "taylor" and self.start is not None:
-            assert state.model is not None
             self._follow_layers(state.model)
             if not self._done:
                 self._statistics.add_gradients(state.model, self._groups)
@@ -270,7 +264,6 @@ class StructuredPruningModifier(StructuredArguments):
 
     def _prune(self, state: State, ratio: float) -> None:
         """Cut every group down to its size at this share."""
-        assert state.model is not None
         model = state.model
         self._follow_layers(model)
         kept = []

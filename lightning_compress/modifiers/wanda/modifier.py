@@ -53,20 +53,13 @@ def wanda_mask(W_RC: Tensor, norm_C: Tensor, sparsity: float, structure: str = "
 class WandaPruningModifier(LayerwisePruner):
     """Prune with Wanda on calibration data.
 
+    The other arguments are those of :class:`~lightning_compress.pruning.arguments.PruningArguments`: ``targets``,
+    ``ignore``, ``mask_structure``, ``sparsity_profile``, ``owl_m``, ``owl_lmbda``,
+    ``refit_iterations`` (0: none, as in the paper), ``dampening_frac`` (of the refit) and ``share_inputs``.
+
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is pruned; with ``sparsity`` as a mapping the
-            targets stand there.
-        ignore: The same, for what is left out.
         sparsity: Share of zeros in every row, in [0, 1), or a mapping of targets to shares, the best match counting.
-            None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
-        mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
-        sparsity_profile: ``owl``: blocks with many outliers keep more weights; the share of all targets together stays
-            ``sparsity``. It takes one more pass over the data. None: all alike.
-        owl_m: Of ``owl``: an outlier is so many times the mean of its block.
-        owl_lmbda: Of ``owl``: blocks differ by at most twice this share.
-        refit_iterations: Of conjugate gradients for the weights that are kept; 0: none, as in the paper.
-        dampening_frac: Of the refit: share of the mean diagonal of H that is added to its diagonal.
-        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
+            None: 0.5, or with N:M the sparsity of the pattern. Weights that are zero already count, and stay zero.
         regional_gradient: alpha, weight of the block's own gradients in the score (Wanda++ takes 100); 0: none. It
             takes a backward pass through each block for every sample.
         regional_rounds: K, how often a block is pruned and then trained on its output (Wanda++ takes 5); 0: never.
@@ -149,7 +142,6 @@ class WandaPruningModifier(LayerwisePruner):
         self, state: State, layers: Mapping[str, Sequence[Layer]], hessians: Mapping[str, Sequence[Hessian]]
     ) -> dict[str, list[Solved]]:
         """Solutions for each layer of a block, by partition."""
-        assert state.model is not None
         assert state.replay is not None
 
         def prune(name: str, W_RC: Tensor, first: bool) -> Tensor:
