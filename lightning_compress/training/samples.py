@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from lightning_compress.calibration.modes import forked_random_state
+
 __all__ = ["OwnBatches", "SideBySide", "first_batches", "seeded_view", "share_of"]
 
 
@@ -114,7 +116,7 @@ def _population(loader: DataLoader[Any], seed: int) -> Sequence[int]:
     """Indices that the loader may yield; a sampler for a part of the dataset gives that part."""
     if isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler):
         return range(len(loader.dataset))  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):
+    with forked_random_state():
         torch.manual_seed(seed)
         return sorted(set(loader.sampler))
 
