@@ -112,8 +112,9 @@ test-real: $(READY)  ## the tests on real models and texts, made as benchmarks/ 
 test-slurm: $(READY)  ## the tests that need a Slurm cluster
 	$(TEST) -m slurm --timeout=1800 $(ARGS)
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, its format, and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 same-bytes: $(READY)  ## whether exports are the same as at the commit BASE=main, byte for byte (ARGS="--only gptq")

@@ -119,7 +119,7 @@ def main() -> None:
         facts[f"{batch} x 128 tokens"] = dict(zip(WAYS, seconds.transpose(0, 1).tolist(), strict=True))
     lines += [
         f"Medians of {arguments.rounds} steps of each way in turn, CPU time of one thread; 'plain again' is noise. "
-        "The last columns are milliseconds over the plain step, of the parts of a step.",
+        "The last columns are milliseconds over the plain step, of the parts of a step."
     ]
     print("\n".join(lines))
     if not arguments.dry:

@@ -44,13 +44,7 @@ INT8: dict[str, Any] = {
     "all": {
         "targets": LAYERS,
         "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
-        "input_activations": {
-            "num_bits": 8,
-            "type": "int",
-            "symmetric": False,
-            "strategy": "tensor",
-            "dynamic": False,
-        },
+        "input_activations": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
     }
 }
 

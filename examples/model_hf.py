@@ -18,12 +18,7 @@ class PretrainedLM(CausalLM):
     """
 
     def __init__(
-        self,
-        path: str,
-        dtype: str = "float32",
-        lr: float = 2e-5,
-        weight_decay: float = 0.0,
-        warmup_share: float = 0.05,
+        self, path: str, dtype: str = "float32", lr: float = 2e-5, weight_decay: float = 0.0, warmup_share: float = 0.05
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
         super().__init__(model, lr, weight_decay, warmup_share)

@@ -350,11 +350,7 @@ CHANGES = {
         ["distill", "magnitude", "qat"],
         "modifiers.MagnitudePruningModifier.type: 'absent' -> 'MagnitudePruningModifier'",
     ),
-    "removed": (
-        ["distill", "qat"],
-        ["qat"],
-        "modifiers.DistillationModifier.type: 'DistillationModifier' -> 'absent'",
-    ),
+    "removed": (["distill", "qat"], ["qat"], "modifiers.DistillationModifier.type: 'DistillationModifier' -> 'absent'"),
     "in another order": (
         ["distill", "magnitude"],
         ["magnitude", "distill"],

@@ -14,12 +14,7 @@ from hydra.core.utils import JobRuntime
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_compress import (
-    CompressionCallback,
-    GPTQModifier,
-    ModifierFactory,
-    QuantizationModifier,
-)
+from lightning_compress import CompressionCallback, GPTQModifier, ModifierFactory, QuantizationModifier
 from lightning_compress.quant.assignment import assign
 from lightning_compress.quant.schemes import describe, from_groups
 from lightning_compress.recipe import dump_recipe, load_recipe, read_recipe, recipe_difference

@@ -9,12 +9,7 @@ from typing import Any
 
 from compressed_tensors.compressors.format import infer_model_format
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-)
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from compressed_tensors.utils import match_targets
 from compressed_tensors.utils.match import is_match
 from torch import nn

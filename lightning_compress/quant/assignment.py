@@ -26,10 +26,7 @@ __all__ = ["GroupSizeError", "assign", "group_fits"]
 
 
 def assign(
-    model: nn.Module,
-    schemes: Sequence[QuantizationScheme],
-    ignore: Sequence[str],
-    embeddings: Embeddings = "refused",
+    model: nn.Module, schemes: Sequence[QuantizationScheme], ignore: Sequence[str], embeddings: Embeddings = "refused"
 ) -> dict[str, QuantizationScheme]:
     """The scheme of each module, by dotted name: an exact name beats a pattern, a pattern a class, then the first wins.
 

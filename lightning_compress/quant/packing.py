@@ -27,15 +27,7 @@ from lightning_compress.quant.record import Quantized
 
 Stored = TypeVar("Stored")
 
-__all__ = [
-    "ACTIVATION_NAMES",
-    "check_fit",
-    "check_record",
-    "is_packable",
-    "pack",
-    "tensor_names",
-    "unpack",
-]
+__all__ = ["ACTIVATION_NAMES", "check_fit", "check_record", "is_packable", "pack", "tensor_names", "unpack"]
 
 ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
 """What a static activation scheme adds to the names of a module's tensors."""

@@ -110,11 +110,7 @@ def without_layers(group: Group, path: str, kept: Sequence[int]) -> Group | None
 def group_state(groups: Iterable[Group]) -> list[dict[str, Any]]:
     """Groups as primitives and tensors, for checkpoints."""
     return [
-        {
-            "name": group.name,
-            "dense": group.dense,
-            "slices": [{**vars(piece)} for piece in group.slices],
-        }
+        {"name": group.name, "dense": group.dense, "slices": [{**vars(piece)} for piece in group.slices]}
         for group in groups
     ]
 

@@ -95,10 +95,7 @@ class StepClock:
         )
 
     def attach(
-        self,
-        optimizers: Sequence[Optimizer],
-        before: Callable[[Optimizer], None],
-        after: Callable[[Optimizer], None],
+        self, optimizers: Sequence[Optimizer], before: Callable[[Optimizer], None], after: Callable[[Optimizer], None]
     ) -> None:
         """Count the steps of these optimizers from now on.
 

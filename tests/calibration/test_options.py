@@ -4,14 +4,7 @@ import pytest
 
 from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.options import CalibrationOptions, check_device
-from tests.support.calibration_models import (
-    C,
-    Layered,
-    Watcher,
-    make_batches,
-    seeded,
-    started,
-)
+from tests.support.calibration_models import C, Layered, Watcher, make_batches, seeded, started
 
 
 @pytest.mark.parametrize(

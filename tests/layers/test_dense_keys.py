@@ -5,13 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from lightning_compress.layers.dense_keys import (
-    original_weight,
-    parametrization_of,
-    put_on,
-    take_off,
-    unparametrize,
-)
+from lightning_compress.layers.dense_keys import original_weight, parametrization_of, put_on, take_off, unparametrize
 
 
 class Scaled(nn.Module):

@@ -55,9 +55,7 @@ def test_blocks_with_outliers_keep_more(pruner, walk):
 def test_other_modifiers_see_nothing_of_the_survey():
     model = network()
     ledger = compress(
-        model,
-        [SparseGPTModifier(sparsity_profile="owl"), GPTQModifier(scheme="W4A16", group_size=32)],
-        data(),
+        model, [SparseGPTModifier(sparsity_profile="owl"), GPTQModifier(scheme="W4A16", group_size=32)], data()
     )
     assert {row.tokens for row in ledger} == {192}
     assert sum(zeros(model)) / 4 >= 0.499

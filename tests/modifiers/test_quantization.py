@@ -191,12 +191,7 @@ def test_hessian_scales_are_those_of_the_blocks_on_the_diagonal_of_h():
     mask = torch.ones(8, 60, dtype=torch.bool)
     mask[:, 48:] = False
     padded = torch.cat([torch.cat(data), torch.full((8, 12, 64), 50.0)], 1)
-    runs = {
-        "whole": ([torch.cat(data)], ()),
-        "batches": (data, ()),
-        "padded": ([padded], [mask]),
-        "alone": (data, ()),
-    }
+    runs = {"whole": ([torch.cat(data)], ()), "batches": (data, ()), "padded": ([padded], [mask]), "alone": (data, ())}
     for name, (given, masks) in runs.items():
         model = attention()
         calibrate(model, QuantizationModifier(**modifier, share_inputs=name != "alone"), given, masks)

@@ -55,14 +55,8 @@ def test_targets_that_do_not_work(targets, ignore, message):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (
-            48,
-            r"group_size=48 does not divide the input columns of 'up' \(64\), 'head' \(64\); use group_size=32, ",
-        ),
-        (
-            128,
-            r"group_size=128 is larger than the input columns of 'up' \(64\), 'down' \(96\), .*use group_size=32",
-        ),
+        (48, r"group_size=48 does not divide the input columns of 'up' \(64\), 'head' \(64\); use group_size=32, "),
+        (128, r"group_size=128 is larger than the input columns of 'up' \(64\), 'down' \(96\), .*use group_size=32"),
     ],
 )
 def test_groups_that_do_not_divide(size, message):

@@ -67,10 +67,7 @@ def test_each_row_goes_to_nearest_in_groups_of_its_features():
 
 @pytest.mark.parametrize(
     "modifier",
-    [
-        GPTQModifier(**BOTH),
-        QuantizationModifier(**BOTH, scale_search="imatrix"),
-    ],
+    [GPTQModifier(**BOTH), QuantizationModifier(**BOTH, scale_search="imatrix")],
     ids=lambda m: type(m).__name__,
 )
 def test_what_weighs_inputs_takes_least_squares_for_rows_that_are_looked_up(modifier):

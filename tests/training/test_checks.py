@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
 from lightning_compress import CompressionCallback
 from tests.support.training_runs import RecordingModifier, Regression, Sums, best, quiet, rounding

@@ -10,13 +10,7 @@ import torch
 from torch import nn
 from torchmetrics import MaxMetric, MeanMetric, MeanSquaredError, MetricCollection
 
-from lightning_compress.training.evaluation import (
-    Measurement,
-    batches_of,
-    compare,
-    evaluate,
-    is_causal_lm,
-)
+from lightning_compress.training.evaluation import Measurement, batches_of, compare, evaluate, is_causal_lm
 from tests.support.training_runs import Regression, Sums
 from tests.support.two_ranks import run_two_ranks
 

@@ -4,10 +4,7 @@ import json
 import os
 
 import pytest
-from lightning.pytorch.callbacks import (
-    Callback,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import CompressionCallback
 from lightning_compress.files.leftovers import host_name

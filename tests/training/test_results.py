@@ -5,10 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.callbacks import (
-    Callback,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 

@@ -4,10 +4,7 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    LearningRateFinder,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 
 from lightning_compress import CompressionCallback
 from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet, rounding

@@ -58,14 +58,7 @@ def learned_step(
 
 
 def learned_value(
-    x: Tensor,
-    value: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    low: float,
-    high: float,
-    float8: bool,
-    features: int,
+    x: Tensor, value: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool, features: int
 ) -> Tensor:
     """``value``, with the gradients of LSQ for the activation x and for its scale.
 

@@ -33,13 +33,7 @@ def fake_quantize(
 
 
 def straight_through_gradient(
-    gradient_RC: Tensor,
-    W_RC: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    low: float,
-    high: float,
-    float8: bool = False,
+    gradient_RC: Tensor, W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool = False
 ) -> Tensor:
     """The gradient of W [R, C], from the gradient of W^."""
     _, _, v_RC = _on_grid(W_RC, scale, zero)
@@ -48,13 +42,7 @@ def straight_through_gradient(
 
 
 def learned_step_gradients(
-    gradient_RC: Tensor,
-    W_RC: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    low: float,
-    high: float,
-    float8: bool = False,
+    gradient_RC: Tensor, W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The gradients of W [R, C] and of the scale (in its shape), from the gradient of W^."""
     s_RC, z_RC, v_RC = _on_grid(W_RC, scale, zero)

@@ -28,10 +28,7 @@ LARGEST = 128  # columns that a kernel rounds at once; its shared memory
 
 
 def gptq_block_(
-    block: Block,
-    rounding: Rounding | None = None,
-    columns: tuple[int, int] | None = None,
-    sub_block: int = SUB_BLOCK,
+    block: Block, rounding: Rounding | None = None, columns: tuple[int, int] | None = None, sub_block: int = SUB_BLOCK
 ) -> None:
     """Round columns one after the other, each with the errors of the earlier ones added; writes A, Q and D.
 

@@ -21,11 +21,7 @@ FORMATS = {4: (1, 0, 6.0), 6: (3, 0, 7.5), 8: (3, -6, 448.0)}  # mantissa bits, 
 
 
 def gptq_block(
-    A_bR: Tensor,
-    W_bR: Tensor,
-    U_bb: Tensor,
-    rounding: Rounding | None = None,
-    keep_bR: Tensor | None = None,
+    A_bR: Tensor, W_bR: Tensor, U_bb: Tensor, rounding: Rounding | None = None, keep_bR: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A (each column as it was just before rounding), Q and D, each [b, R], in float64."""
     A_bR, W_bR, U_bb = A_bR.double().clone(), W_bR.double(), U_bb.double()

@@ -207,10 +207,7 @@ def test_quantized_after_training_its_zeros_stay():
 @pytest.mark.parametrize("gradient", ["ste", "lsq"])
 def test_training_through_quantization_may_follow(order, gradient):
     model, keys = network(), list(network().state_dict())
-    both = [
-        LearnedMaskModifier(end=3),
-        QATModifier(scheme="W4A16", group_size=8, gradient=gradient, start=3),
-    ]
+    both = [LearnedMaskModifier(end=3), QATModifier(scheme="W4A16", group_size=8, gradient=gradient, start=3)]
     lifecycle = Lifecycle([both[i] for i in order])
     lifecycle.initialize(State(model=model))
     loop(model, lifecycle, 6, lr=0.01)

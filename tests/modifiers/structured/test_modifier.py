@@ -52,11 +52,7 @@ UNFIT = [
     (perceptron, {"dimension": "heads"}, "found no attention with q_proj"),
     (perceptron, {"dimension": "channels", "targets": ["ReLU"]}, r"targets without output channels: 1 \(ReLU\)"),
     (perceptron, {"dimension": "channels", "targets": ["4"], "input_shape": [16]}, "'4' makes the output of the model"),
-    (
-        perceptron,
-        {"dimension": "channels", "targets": ["re:4"], "input_shape": [16]},
-        "every target makes the output",
-    ),
+    (perceptron, {"dimension": "channels", "targets": ["re:4"], "input_shape": [16]}, "every target makes the output"),
     (
         lambda: nn.Sequential(nn.Conv1d(4, 8, 1), nn.Conv1d(8, 8, 1, groups=2), nn.Conv1d(8, 4, 1)),
         {"dimension": "channels", "input_shape": [4, 5], "targets": ["0"]},
