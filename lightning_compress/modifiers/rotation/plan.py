@@ -1,12 +1,13 @@
 """The plan of a rotation: the weights that each rotation turns, by the spaces and heads of a traced run.
 
-R1   spaces that begin with embeddings                                      in the weights
-R2   values of heads                                                        in the weights
-R4   inputs of products that write the residual stream and read neither     online, beside the module
-it nor values of heads: the second half of an MLP
-v    inputs of all targets: R1 and R2 where they reach,                     in the weights
-and the others                                                         online, beside the module
-u    outputs of all targets, likewise
+    R1   in the weights: spaces that begin with embeddings
+    R2   in the weights: values of heads
+    R4   online, beside a module: inputs of products that write the residual stream and read neither it nor values of
+         heads, the second half of an MLP
+    v    inputs of all targets: by R1 and R2 in the weights where they reach, online for the others
+    u    outputs of all targets, likewise
+
+Online rotations run at every call of a module (online.py).
 """
 
 from collections.abc import Callable, Collection, Mapping

@@ -54,7 +54,7 @@ def test_it_is_seeded_and_differs_from_what_it_began_with():
     assert (one - random).abs().max() > 1e-3
 
 
-def test_w4a4_behind_it_loses_less_than_without_rotation():
+def test_w4a4_after_rotation_loses_less():
     def error(*rotate):
         model = plant_outliers(build("llama", hidden_size=64, intermediate_size=96, tie_word_embeddings=False))
         before = logits(model)
@@ -66,11 +66,10 @@ def test_w4a4_behind_it_loses_less_than_without_rotation():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
-def test_a_reader_multiplies_what_the_weight_gave_for_what_came(kind):
-    """Z V^T is the output of the weights that read through the norm, without their biases."""
+def test_a_reader_computes_the_output_of_the_weights_without_their_biases(kind):
     model = build(kind)
-    found = discover(model).followed
-    stream = next(space for space in found.spaces if space.sources and not space.fixed)
+    trace = discover(model).trace
+    stream = next(space for space in trace.spaces if space.sources and not space.fixed)
     norm = stream.norms[0]
     x = torch.randn(5, 32)
     reader = readers_of(model, stream, norm, x, lambda name: False)
@@ -85,8 +84,8 @@ def test_a_reader_multiplies_what_the_weight_gave_for_what_came(kind):
 
 
 @pytest.mark.parametrize("settings", [{"rotations": ["R2"]}, {"transform_block_size": 8}])
-def test_what_cannot_be_learned_is_refused(settings):
-    with pytest.raises(ValueError, match="learn=True trains R1 as a whole.*name R1, and leave the block size out"):
+def test_learning_refuses_other_rotations_and_blocks(settings):
+    with pytest.raises(ValueError, match="learn=True trains all of R1.*name R1, and leave the block size out"):
         RotationModifier(learn=True, **settings)
 
 
@@ -95,7 +94,7 @@ def test_learning_needs_data():
         compress(build("llama"), RotationModifier(learn=True))
 
 
-def test_nothing_to_learn_from_is_an_error():
+def test_a_model_without_readers_cannot_be_learned():
     model = build("llama")
     with pytest.raises(ValueError, match="no weight reads the residual stream through a norm; set learn=False"):
         compress(model, RotationModifier(**QUICK, ignore=["re:.*"]), token_batches(1))
