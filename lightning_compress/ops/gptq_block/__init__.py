@@ -9,7 +9,6 @@ transposed, [b, R]: a column of the weight is contiguous.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -45,7 +44,8 @@ def gptq_block_(
     check(block, rounding, start, stop, sub_block)
     if torch.compiler.is_compiling() or (block.A_bR.is_cuda and not calls_kernel(block.A_bR)):
         grid, *scales = (Grid(0.0, 0.0), None, None, None) if rounding is None else rounding
-        _block_op(*block[:5], *scales, block.keep_bR, *astuple(grid), start, stop, sub_block)
+        levels = (grid.low, grid.high, grid.float_bits, grid.stored, grid.through_bf16)  # torch 2.10 traces no astuple
+        _block_op(*block[:5], *scales, block.keep_bR, *levels, start, stop, sub_block)
     else:
         _block_(block, rounding, start, stop, sub_block)
 
