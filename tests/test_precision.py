@@ -24,7 +24,6 @@ import lightning_compress as lc
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.export.load import load
 from lightning_compress.export.save import save
-from lightning_compress.quant.packing import TENSOR_FIELDS
 from lightning_compress.quant.record import Quantized
 
 DTYPES = {
@@ -152,8 +151,8 @@ def by_hand(model: nn.Module, modifier: Any) -> nn.Module:
 def contents(model: nn.Module) -> dict[str, Tensor]:
     """Weights, buffers, and all tensors of the records of quantization."""
     records = {name: record for name, (_, record) in Quantized.find(model).items()}
-    kept = {f"{name} {f}": getattr(record, f) for name, record in records.items() for f in TENSOR_FIELDS}
-    return {**model.state_dict(), **{name: value for name, value in kept.items() if value is not None}}
+    fields = {f"{name} {f}": value for name, record in records.items() for f, value in vars(record).items()}
+    return {**model.state_dict(), **{name: value for name, value in fields.items() if isinstance(value, Tensor)}}
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
