@@ -46,13 +46,13 @@ MANY_ROWS = 64  # of a layer, from which a quarter of them tells good points fro
 class AWQModifier(LayerwiseQuantizer, PairModifier):
     """Find the scales of AWQ and fold them; then round to nearest, or leave that to a later modifier.
 
+    The layers of a pair share a scale and its error is that of their parent, so no layer is solved alone.
+
+    ``targets``, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are those of
+    :class:`~lightning_compress.quant.arguments.QuantizationArguments`, ``mappings`` that of
+    :class:`~lightning_compress.modifiers.smoothing.modifier.PairModifier`.
+
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of layers that are quantized, with ``scheme``.
-        ignore: Class names, dotted names or ``re:`` patterns of layers that are left out.
-        scheme: A preset (``W4A16``, ``W3A16`` ...), or a mapping of presets to their targets.
-        group_size: Group size that replaces the one of the preset; -1 for one scale per row; ``auto`` or a list of
-            sizes for one that fits each module.
-        config_groups: Schemes in full, instead of ``scheme``.
         quantize: Round the targets when their scales are folded. False: only scale (and clip) for a later modifier,
             such as GPTQ, which takes the same scheme.
         n_grid: Points of the grid; 1: only s = 1.
@@ -61,8 +61,6 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
             layers themselves, from second moments: its cost does not grow with the data.
         clip: Cut the range of each group of weights where that loses less of the layer's output.
         scale_search: Scales of the rounding: ``minmax``, or ``mse``, which clips where that lowers sum |w - q|^2.4.
-        mappings: Pairs given by hand, used instead of searching for pairs: ``{smooth_layer: ..., balance_layers:
-            [...]}`` or ``[balance_layers, smooth_layer]``, names or patterns.
 
     Raises:
         ValueError: A pair given by hand is not invariant, matches nothing, or feeds layers without a parent.

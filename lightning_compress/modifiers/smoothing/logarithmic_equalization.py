@@ -27,8 +27,8 @@ def equalizing_scale(x_J: Tensor) -> Tensor:
 class LogarithmicEqualizationModifier(SmoothingModifier):
     """Shrink the outliers of activations; the model computes the same. Put it before modifiers that quantize.
 
-    Args:
-        targets: As in :class:`SmoothingModifier`, like ``ignore`` and ``mappings``.
+    ``targets`` and ``ignore``: :class:`~lightning_compress.modifiers.smoothing.modifier.SmoothingModifier`;
+    ``mappings``: :class:`~lightning_compress.modifiers.smoothing.modifier.PairModifier`.
     """
 
     technique: ClassVar[str] = "logarithmic_equalization"

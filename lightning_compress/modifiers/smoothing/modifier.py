@@ -1,4 +1,4 @@
-"""What modifiers that move scales from activations into weights have in common, block by block."""
+"""Base classes of modifiers that move scales from activations into weights, block by block."""
 
 import time
 import warnings
@@ -33,10 +33,13 @@ class PairModifier(LayerwiseModifier, ABC):
     Args:
         mappings: Pairs given by hand, used instead of searching for pairs: ``{smooth_layer: ..., balance_layers:
             [...]}`` or ``[balance_layers, smooth_layer]``, names or patterns.
+
+    Raises:
+        ValueError: A pair given by hand is not invariant, or matches nothing.
     """
 
     statistic: ClassVar[type[ChannelStatistic]]
-    """What is measured of each input channel of a layer."""
+    """Statistic of the input channels of a layer."""
 
     mappings: list[Any] | None = None
 
@@ -49,7 +52,7 @@ class PairModifier(LayerwiseModifier, ABC):
         """Fold the scales of a block's pairs.
 
         Args:
-            state: Of the block.
+            state: State at the end of the block.
             pairs: Pairs of the block, each with a layer that has seen tokens.
             names: Layers of the block that have seen data.
             start: The time at which the work on the block began, for the ledger.
@@ -67,7 +70,7 @@ class PairModifier(LayerwiseModifier, ABC):
         return None if self.mappings is None else parse(self.mappings)
 
     def finder(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> PairFinder:
-        """What finds the pairs that feed ``layers``.
+        """A finder of the pairs that feed ``layers``.
 
         Raises:
             ValueError: A mapping matches nothing, or a layer is quantized already; names it.
@@ -80,13 +83,11 @@ class PairModifier(LayerwiseModifier, ABC):
         return PairFinder(model, layers, self.mapped)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        assert state.model is not None
         self.finder(state.model, self.find_layers(state.model))
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         super().on_calibration_start(state, event, **kwargs)
-        assert state.model is not None
         self._finder = self.finder(state.model, dict(self._layers))
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
@@ -143,11 +144,6 @@ class SmoothingModifier(PairModifier, ABC):
     Args:
         targets: Class names, dotted names or ``re:`` patterns of the layers whose inputs become smooth.
         ignore: Class names, dotted names or ``re:`` patterns of layers that are left out.
-        mappings: Pairs given by hand, used instead of searching for pairs: ``{smooth_layer: ..., balance_layers:
-            [...]}`` or ``[balance_layers, smooth_layer]``, names or patterns.
-
-    Raises:
-        ValueError: A pair given by hand is not invariant, or matches nothing.
     """
 
     needs: ClassVar[Needs] = Needs(data=True, own_pass=True, window=False)
@@ -178,7 +174,6 @@ class SmoothingModifier(PairModifier, ABC):
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ != EventType.BATCH_START or self._checked:
             return
-        assert state.model is not None
         for name, module in select(state.model, self.targets, self.ignore).items():
             if "weight" in getattr(module, "parametrizations", ()):
                 raise ValueError(

@@ -32,9 +32,11 @@ def smoothing_scale(x_J: Tensor, w_J: Tensor, strength: float) -> Tensor:
 class SmoothQuantModifier(SmoothingModifier):
     """Make activations easy to quantize; the model computes the same. Put it before modifiers that quantize.
 
+    ``targets`` and ``ignore``: :class:`~lightning_compress.modifiers.smoothing.modifier.SmoothingModifier`;
+    ``mappings``: :class:`~lightning_compress.modifiers.smoothing.modifier.PairModifier`.
+
     Args:
         smoothing_strength: a; 0.5 suits most models, 0.75 to 0.85 those with strong outliers.
-        targets: As in :class:`SmoothingModifier`, like ``ignore`` and ``mappings``.
     """
 
     technique: ClassVar[str] = "smoothquant"
