@@ -1,7 +1,7 @@
-"""What GPTQ chooses on data that it was not fitted to: the damping, and whether refinement is worth it.
+"""What GPTQ chooses on held-out data: the damping, and whether refinement lowers the error.
 
 Calibration batches go in turns into two halves, A and B. Some rows are solved with the H of A and judged by their error
-with the H of B, (W - Q) H_B (W - Q)^T. What wins is then done to all rows with the H of both.
+with the H of B, (W - Q) H_B (W - Q)^T. All rows are then solved with the best choice and the H of both halves.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Choice:
-    """What did best on B.
+    """The choice with the least error on B.
 
     Args:
         dampening: Share of the mean diagonal of H.
-        refine: Refinement lowered the error.
+        refine: True where refinement lowered the error.
     """
 
     dampening: float
@@ -45,12 +45,12 @@ def choose(
     """Solve some rows on A, judge them on B; None when no damping makes H of A positive definite.
 
     Args:
-        solver: For these weights.
+        solver: Solver of these weights.
         matrices: The weights.
         halves: H of A and H of B, [C, C] each.
-        dampenings: What to choose from.
-        by_size: Columns in order of falling H_jj.
-        refine: Whether refinement is wanted at all.
+        dampenings: Shares of damping to choose from.
+        by_size: True: columns in order of falling H_jj.
+        refine: True: refinement may be chosen.
     """
     A_CC, B_CC = halves
     matrices = [_some_rows(matrix, solver, ROWS // len(matrices)) for matrix in matrices]
@@ -60,17 +60,17 @@ def choose(
         if factor is None:
             continue
         solved = solver(matrices, factor)
-        error, better = _error_on(solved, B_CC), False
+        error, refines = _error_on(solved, B_CC), False
         if refine:
             error_refined = _error_on(refined(solver, solved, matrices, damped(A_CC, factor)), B_CC)
-            error, better = min(error, error_refined), error_refined < error
+            error, refines = min(error, error_refined), error_refined < error
         if best is None or error < best[0]:
-            best = error, Choice(dampening, better)
+            best = error, Choice(dampening, refines)
     return None if best is None else best[1]
 
 
 def damped(H_CC: Tensor, factor: Factor) -> Tensor:
-    """H as it was factored, [C, C]: a copy with what was added to its diagonal."""
+    """A copy of H with the damping of a factor, [C, C]."""
     H_CC = H_CC.clone()
     H_CC.diagonal().add_(factor.added_C)
     return H_CC
@@ -82,10 +82,10 @@ def _error_on(solved: Sequence[OnGrid], H_CC: Tensor) -> float:
     return float(weighted_error(W_RC, Q_RC, H_CC).sum())
 
 
-def _some_rows(matrix: Matrix, solver: Solver, wanted: int) -> Matrix:
+def _some_rows(matrix: Matrix, solver: Solver, count: int) -> Matrix:
     """Rows spread over a weight; all of them where rows share a scale."""
     R = len(matrix.W_RC)
     if solver.args.strategy in ("tensor", "block"):
         return matrix
-    rows = torch.linspace(0, R - 1, min(R, max(1, wanted)), dtype=torch.float32).round().long().to(matrix.W_RC.device)
+    rows = torch.linspace(0, R - 1, min(R, max(1, count)), dtype=torch.float32).round().long().to(matrix.W_RC.device)
     return replace(matrix, W_RC=matrix.W_RC[rows], keep_RC=matrix.keep_RC[rows])

@@ -17,8 +17,7 @@ Shapes: R rows, C columns (inputs), G groups of g columns.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
@@ -50,19 +49,10 @@ from lightning_compress.quant.schemes import no_group_order
 __all__ = ["GPTQModifier"]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What is known of one H.
-
-    Args:
-        factor: Of the damped H.
-        H_CC: The damped H; None: no refinement.
-        note: For the ledger.
-    """
-
+class _Prepared(NamedTuple):
     factor: Factor
-    H_CC: Tensor | None
-    note: str | None
+    H_CC: Tensor | None  # damped; None: no refinement
+    note: str | None  # for the ledger
 
 
 class GPTQModifier(LayerwiseQuantizer):
@@ -75,21 +65,21 @@ class GPTQModifier(LayerwiseQuantizer):
 
     Args:
         block_size: Columns after which errors reach all columns still to come; changes speed, not results.
-        dampening_frac: Share of the mean diagonal of H that is added to its diagonal. ``auto``: of 0.01, 0.03, 0.1 and
-            0.3 what loses least on every second batch when fitted to the others; then all batches count.
-        refine: Afterwards refit scales and improve codes (refinement.py), in layers where that lowers the error
-            on batches held out in the same way.
+        dampening_frac: Share of the mean diagonal of H that is added to its diagonal. ``auto``: 0.01, 0.03, 0.1 or 0.3,
+            the one with the least error on every second batch when fitted to the others; then all batches count.
+        refine: Refit scales and improve codes afterwards (refinement.py), in layers where that lowers the error on
+            batches held out in the same way.
         actorder: ``static`` (= ``weight``): columns with large inputs first; None: from left to right.
         scale_search: ``hessian``: per row and group the scale with the least sum_j H_jj (w_j - q_j)^2; up to 3 bits
-            that, the min-max scale, or the mean of the two: what loses least when the row is rounded. ``mse``: the
-            least sum |w_j - q_j|^2.4. ``minmax``: from the extremes, as llm-compressor does.
+            that, the min-max scale, or the mean of both: the one with the least loss when the row is rounded. ``mse``:
+            the least sum |w_j - q_j|^2.4. ``minmax``: from the extremes, as llm-compressor does.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
-            raise; ``round`` to nearest. The ledger says what was done.
-        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
-        keep_latents: Keep beside each weight the values that were rounded to it, for a QATModifier that goes on from
-            there. They take the memory of the weights once more, and are never saved.
-        start: Not after training but before the batch at ``start``, in ``unit``: for a QATModifier that stands after
-            it in the recipe, with the same scheme, start and unit, and goes on from its result.
+            raise; ``round`` to nearest. The ledger notes it.
+        share_inputs: One H for modules that receive the same tensor (query, key, value; gate, up).
+        keep_latents: Keep the values that were rounded to each weight, for a QATModifier that continues from them. They
+            take the memory of the weights once more, and are never saved.
+        start: Quantize before the batch at ``start``, in ``unit``, instead of after training: for a QATModifier later
+            in the recipe with the same scheme, start and unit, which continues from the result.
     """
 
     technique: ClassVar[str] = "gptq"
@@ -134,7 +124,7 @@ class GPTQModifier(LayerwiseQuantizer):
         return modules
 
     def _ordered(self, scheme: QuantizationScheme) -> QuantizationScheme:
-        """The scheme with the column order written into it, as readers of the export expect."""
+        """The scheme with the column order, as readers of the export expect."""
         weights = scheme.weights
         assert weights is not None
         order = weights.actorder
@@ -152,9 +142,9 @@ class GPTQModifier(LayerwiseQuantizer):
         return Solver(self.weights_of(name), self.scale_search, self.block_size)
 
     def prepare(self, hessian: Hessian, layers: Sequence[Layer]) -> _Prepared | None:
-        """The factor of the damped H; None where rounding to nearest is what the user wants then.
+        """The factor of the damped H; None where layers are to be rounded to nearest (``on_failure="round"``).
 
-        What is chosen on held-out batches is chosen with the weights of these layers; others that share H follow.
+        Choices on held-out batches are made with the weights of these layers, and hold for all layers that share H.
 
         Raises:
             ValueError: H is not positive definite, and ``on_failure`` does not help.
@@ -167,7 +157,7 @@ class GPTQModifier(LayerwiseQuantizer):
             matrices, refine = [self._matrix(layer) for layer in layers], self.refine and is_refinable(solver.args)
             best = choose(solver, matrices, hessian.halves, dampenings, by_size, refine)
             choice = best or Choice(dampenings[-1], False)
-        dead = not H_CC.any()
+        is_dead = not H_CC.any()
         factor, dampening = factorize_retrying(H_CC, choice.dampening, by_size, retry=self.on_failure == "retry")
         if factor is None:
             if self.on_failure == "round":
@@ -178,10 +168,10 @@ class GPTQModifier(LayerwiseQuantizer):
                 f"for {len(H_CC)} columns); raise dampening_frac (0.01 to 0.1 is usual), calibrate on more tokens, "
                 f"or set on_failure='retry' or 'round'"
             )
-        alone, raised = self.holds_out and hessian.halves is None, dampening != choice.dampening
+        one_batch, raised = self.holds_out and hessian.halves is None, dampening != choice.dampening
         notes = [
-            "one calibration batch: nothing held out to choose the damping or refinement by" if alone else None,
-            DEAD_INPUT if dead else None,
+            "one calibration batch: nothing held out to choose the damping or refinement by" if one_batch else None,
+            DEAD_INPUT if is_dead else None,
             f"damping {'raised to ' if raised else ''}{dampening:g}" if raised or auto else None,
             {(True, True): "refined", (True, False): "not refined"}.get((self.refine, choice.refine)),
         ]
@@ -206,14 +196,11 @@ class GPTQModifier(LayerwiseQuantizer):
         return self._solver(layer.name).common_scales(layer.W_RC, factors, self._globals.of(layer.name))
 
     def _matrix(self, layer: Layer) -> Matrix:
-        given = None
+        W_RC, scales = layer.W_RC, None
         if layer.common is not None:
-            given = rows_of(layer.common, layer.rows, len(as_matrix(layer.module)), self.weights_of(layer.name))
-        return Matrix(layer.W_RC, self._keep(layer.W_RC), self._globals.of(layer.name), given)
-
-    def _keep(self, W_RC: Tensor) -> Tensor:
-        """False where a weight is zero and must stay zero."""
-        return W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else torch.ones_like(W_RC, dtype=torch.bool)
+            scales = rows_of(layer.common, layer.rows, len(as_matrix(layer.module)), self.weights_of(layer.name))
+        keep_RC = W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else torch.ones_like(W_RC, dtype=torch.bool)
+        return Matrix(W_RC, keep_RC, self._globals.of(layer.name), scales)
 
     def give_up(self, state: State, name: str, tokens: int) -> None:
         self.round(state, name, "H not positive definite; rounded to nearest", tokens)

@@ -7,7 +7,7 @@ Both lower J(Q) = (W - Q) H (W - Q)^T row by row, and never raise it. With P = (
 
 The first is the closed-form refit of two-stage grid optimisation, the second coordinate descent on the codes (Nair &
 Suggala, 2024, CDQuant, arXiv:2406.17542; Behdin et al., 2023, QuantEase, arXiv:2309.01885). H should be the damped
-one, or what is refined is the noise of the calibration data.
+one; without damping the refinement fits noise of the calibration data.
 
 Shapes: R rows, C columns, G groups of g columns.
 """
@@ -24,7 +24,7 @@ from lightning_compress.quant.scales import expand, group_columns
 __all__ = ["improve_codes", "is_refinable", "refine", "refined", "refit_scales", "weighted_error"]
 
 Rounding = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]  # (values, scale, zero point, out) of one column
-SMALLEST = 0.25  # share of itself below which no refit takes a scale: its codes would mean something else
+SMALLEST = 0.25  # a refit never lowers a scale below this share of it: other codes would be nearer
 BLOCK = 128
 
 
@@ -32,7 +32,7 @@ def refined(solver: Solver, solved: Sequence[OnGrid], matrices: Sequence[Matrix]
     """Solutions with scales refitted and codes improved, where that lowers the loss of a row.
 
     Args:
-        solver: What made the solutions.
+        solver: Solver that gave the solutions.
         solved: The solutions.
         matrices: The weights.
         H_CC: The damped H.
@@ -59,19 +59,19 @@ def refine(
     keep_RC: Tensor | None = None,
     rounds: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Refit the scales, improve the codes, refit the scales, ``rounds`` times; rows that do not gain stay as they were.
+    """Refit the scales, improve the codes, refit the scales, ``rounds`` times; rows whose J does not fall keep Q.
 
     Args:
-        W_RC: The weight as it was, float32.
+        W_RC: The dense weight, float32.
         Q_RC: Points of the grid, float32.
         scale: [R, G], [R, 1] or [1], positive.
-        zero_point: As scale, or None.
-        args: The grid: integers.
+        zero_point: Zero points in the shape of ``scale``, or None.
+        args: The grid, of integers.
         H_CC: E[x x^T], damped, float32, both triangles.
         nearest: Writes the grid points nearest to a column of values into its last argument.
-        dtype: In which scales are stored.
+        dtype: Dtype in which scales are stored.
         keep_RC: False where Q is zero and stays zero; None: nowhere.
-        rounds: Of both.
+        rounds: Number of rounds.
 
     Returns:
         Q [R, C], scales [R, G] that hold in ``dtype``, float32, and J of each row, [R].
@@ -82,18 +82,18 @@ def refine(
     if not is_refinable(args):
         raise ValueError(f"expected integers with a scale for each row, got {args.type} per {args.strategy}")
     start_RG = expand(scale, len(W_RC), args).float()
-    found_RC, scale_RG = Q_RC, start_RG
+    new_RC, scale_RG = Q_RC, start_RG
     for _ in range(rounds):
-        found_RC, scale_RG = refit_scales(W_RC, found_RC, scale_RG, args, H_CC, dtype)
-        found_RC = improve_codes(W_RC, found_RC, scale_RG, zero_point, args, H_CC, nearest, keep_RC)
-        found_RC, scale_RG = refit_scales(W_RC, found_RC, scale_RG, args, H_CC, dtype)
-    before_R, after_R = weighted_error(W_RC, Q_RC, H_CC), weighted_error(W_RC, found_RC, H_CC)
+        new_RC, scale_RG = refit_scales(W_RC, new_RC, scale_RG, args, H_CC, dtype)
+        new_RC = improve_codes(W_RC, new_RC, scale_RG, zero_point, args, H_CC, nearest, keep_RC)
+        new_RC, scale_RG = refit_scales(W_RC, new_RC, scale_RG, args, H_CC, dtype)
+    before_R, after_R = weighted_error(W_RC, Q_RC, H_CC), weighted_error(W_RC, new_RC, H_CC)
     gains_R1 = (after_R < before_R)[:, None]
-    return found_RC.where(gains_R1, Q_RC), scale_RG.where(gains_R1, start_RG), torch.minimum(after_R, before_R)
+    return new_RC.where(gains_R1, Q_RC), scale_RG.where(gains_R1, start_RG), torch.minimum(after_R, before_R)
 
 
 def is_refinable(args: QuantizationArgs) -> bool:
-    """Integers, and no two rows with one scale."""
+    """True for integers with scales that rows do not share."""
     return args.type == "int" and args.strategy in ("group", "channel")
 
 
@@ -112,7 +112,7 @@ def refit_scales(
     dtype: torch.dtype,
     sweeps: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Q and its scales after ``sweeps`` over the groups; steps that lose once rounded to ``dtype`` are not taken.
+    """Q and its scales after ``sweeps`` over the groups; steps that raise J once rounded to ``dtype`` are left out.
 
     Arguments and results as for :func:`refine`.
     """
@@ -125,10 +125,10 @@ def refit_scales(
         v_Rg, s_R = V_RC[:, columns], scale_RG[:, group]
         slope_R = (v_Rg * P_RC[:, columns]).sum(1)
         curvature_R = ((v_Rg @ H_CC[columns, columns]) * v_Rg).sum(1)
-        wanted_R = (s_R + slope_R / curvature_R.clamp(min=torch.finfo(torch.float32).tiny)).to(dtype).float()
-        step_R = wanted_R - s_R
+        new_R = (s_R + slope_R / curvature_R.clamp(min=torch.finfo(torch.float32).tiny)).to(dtype).float()
+        step_R = new_R - s_R
         gain_R = step_R * (2 * slope_R - step_R * curvature_R)
-        step_R = step_R.where((gain_R > 0) & (wanted_R > SMALLEST * s_R) & wanted_R.isfinite(), 0.0)
+        step_R = step_R.where((gain_R > 0) & (new_R > SMALLEST * s_R) & new_R.isfinite(), 0.0)
         scale_RG[:, group] += step_R
         P_RC -= (step_R[:, None] * v_Rg) @ H_CC[columns]
     return V_RC * scale_RG.repeat_interleave(g, 1), scale_RG
@@ -147,7 +147,7 @@ def improve_codes(
 ) -> Tensor:
     """Q after ``sweeps`` over its columns, each column at its best given all others. Arguments as for :func:`refine`.
 
-    Within 128 columns errors are handed on one by one, to all others by a GEMM.
+    Within 128 columns each error updates P at once; a GEMM updates P for all other columns.
     """
     R, C = W_RC.shape
     g = group_columns(args, C)
@@ -157,9 +157,9 @@ def improve_codes(
     zeros = None
     if zero_point is not None:
         zeros = [z.contiguous() for z in expand(zero_point, R, args).float().unbind(1)]
-    gone = None if keep_RC is None else (~keep_RC).t().unbind(0)
+    zero_CR = None if keep_RC is None else (~keep_RC).t().unbind(0)
     inverse_C = H_CC.diagonal().reciprocal()
-    found_R = Q_CR.new_empty(R)
+    nearest_R = Q_CR.new_empty(R)
     for i1 in list(range(0, C, BLOCK)) * sweeps:
         i2 = min(i1 + BLOCK, C)
         P_bR, H_bb = P_CR[i1:i2], H_CC[i1:i2, i1:i2]
@@ -167,12 +167,12 @@ def improve_codes(
         before_bR = P_bR.clone()
         for j in range(i1, i2):
             q_R, z_R = Q_CR[j], None if zeros is None else zeros[j // g]
-            nearest(torch.addcmul(q_R, P_CR[j], inverse_C[j]), scales[j // g], z_R, found_R)
-            if gone is not None:
-                found_R.masked_fill_(gone[j], 0)
-            P_bR.addr_(H_bb[:, j - i1], q_R - found_R)
-            q_R.copy_(found_R)
+            nearest(torch.addcmul(q_R, P_CR[j], inverse_C[j]), scales[j // g], z_R, nearest_R)
+            if zero_CR is not None:
+                nearest_R.masked_fill_(zero_CR[j], 0)
+            P_bR.addr_(H_bb[:, j - i1], q_R - nearest_R)
+            q_R.copy_(nearest_R)
         D_bR.sub_(Q_CR[i1:i2])  # before - after
-        P_bR.copy_(before_bR)  # and once more, by one GEMM, as for all other columns
+        P_bR.copy_(before_bR)  # the GEMM below updates these columns too
         P_CR.addmm_(H_CC[:, i1:i2], D_bR)
     return Q_CR.t().contiguous()

@@ -1,7 +1,7 @@
 """From the weights of layers that share their inputs to points of the grid: scales, then the column loop.
 
-The loop works on W^T, whose columns lie contiguous: a block of 128 columns is the op gptq_block, and a GEMM hands its
-errors on to all columns after it. The letters are those of modifier.py.
+The loop works on W^T, so that columns are contiguous: the op gptq_block rounds a block of 128 columns, and a GEMM adds
+its errors to all later columns. The letters are those of modifier.py.
 
 Shapes: R rows, C columns (inputs), G groups of g columns, K proposals of scales.
 """
@@ -20,10 +20,8 @@ from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import expand, group_columns, integer_range
 
-__all__ = [
-    "Matrix", "OnGrid", "ScaleSearch", "Scales", "Solver", "adjusted", "grid_of", "keep_of", "output_error",
-    "round_columns", "rows_of",
-]  # fmt: skip
+__all__ = ["Matrix", "OnGrid", "ScaleSearch", "Scales", "Solver", "adjusted", "grid_of", "keep_of", "output_error",
+           "round_columns", "rows_of"]  # fmt: skip
 
 PROPOSALS_UP_TO = 3  # bits; see Solver._proposals
 STACKED = 4096  # rows of one column loop: as fast as 9216 at 576 columns (0.13 s), at half the memory
@@ -38,9 +36,9 @@ class Matrix:
 
     Args:
         W_RC: The weight, in the dtype of its layer.
-        keep_RC: False where it stays zero.
-        global_scale: Of formats that have one.
-        scales: Given scales [R, G], with their zero points; None: they are searched.
+        keep_RC: False where the weight stays zero.
+        global_scale: Global scale, in formats that have one.
+        scales: Fixed scales [R, G], with their zero points; None: they are searched.
     """
 
     W_RC: Tensor
@@ -54,11 +52,11 @@ class OnGrid:
     """A solved weight.
 
     Args:
-        W_RC: The weight as it was, float32.
+        W_RC: The dense weight, float32.
         Q_RC: Its points of the grid, float32.
         loss_R: (w - q) H (w - q)^T of each row, with the damped H.
-        scale: As it is stored.
-        zero_point: As it is stored, or None.
+        scale: The scale as it is stored.
+        zero_point: The zero point as it is stored, or None.
     """
 
     W_RC: Tensor
@@ -75,7 +73,7 @@ class Solver:
     Args:
         args: The grid.
         scale_search: ``minmax``, ``mse`` or ``hessian``.
-        block_size: Columns after which errors reach all columns still to come.
+        block_size: Number of columns after which errors are added to all later columns.
     """
 
     args: QuantizationArgs
@@ -96,21 +94,21 @@ class Solver:
         return [OnGrid(W, Q, loss, *scale) for W, Q, loss, scale in pieces]
 
     def common_scales(self, W_RC: Tensor, factors: Sequence[Factor], global_scale: Tensor | None) -> Scales | None:
-        """Scales that rows of several partitions share, chosen by the mean of their inputs; None: they share none."""
+        """Scales that rows of several partitions share, chosen by the mean diagonal of H; None: no shared scales."""
         if self.args.strategy not in ("tensor", "block"):
             return None
         diagonal_C = torch.stack([factor.diagonal_C for factor in factors]).mean(0)
         return find_scales(W_RC, self.args, self.scale_search, diagonal_C, global_scale)
 
     def _proposals(self, matrix: Matrix, factor: Factor) -> list[Scales]:
-        """Scales and zero points of one weight, each found in another way, the first by ``scale_search``.
+        """Proposals of scales and zero points for one weight, the first by ``scale_search``.
 
-        The diagonal of H knows nothing of what later columns make good: where inputs are strongly correlated and bits
-        are few, it shrinks too far. Measured, KL to the dense model with min-max scales / with those of the diagonal /
+        The diagonal of H ignores that later columns correct errors: with strongly correlated inputs and few bits it
+        shrinks scales too far. Measured, KL to the dense model with min-max scales / with those of the diagonal /
         chosen by row: the demo's Llama at 2 bits .0033 / .0250 / .0034, at 3 bits .00053 / .00076 / .00043; SmolLM2 at
         3 bits 1.6 / .49 / .50. So up to 3 bits ``hessian`` proposes both and their geometric mean, and each row takes
-        what loses least. At 4 bits that fits the calibration data and nothing else: SmolLM2 with 4096 tokens .246 /
-        .122 / .137 (worse on each of three subsets), for a column loop that takes more than twice as long.
+        the one with the least loss. At 4 bits that overfits: SmolLM2 with 4096 tokens .246 / .122 / .137 (worse on each
+        of three subsets), for a column loop that takes more than twice as long.
         """
         if matrix.scales is not None:
             return [matrix.scales]
@@ -119,7 +117,7 @@ class Solver:
         if self.scale_search != "hessian" or args.strategy == "tensor" or args.num_bits > PROPOSALS_UP_TO:
             return [(scale, zero_point)]
         widest, widest_zero = find_scales(matrix.W_RC, args, "minmax")
-        if zero_point is not None:  # two ranges have no mean with a zero point of its own
+        if zero_point is not None:  # the mean of two scales has no zero point
             return [(scale, zero_point), (widest, widest_zero)]
         mean = (scale.float() * widest.float()).sqrt().to(scale.dtype)
         return [(scale, None), (mean, None), (widest, None)]
@@ -134,27 +132,20 @@ class Solver:
     def _best_rows(
         self, W_RC: Tensor, tried: Sequence[Scales], factor: Factor, dtype: torch.dtype, keep_RC: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Q [R, C] and losses [R] with the scales that lose least in each row, and which these were, int64 [R].
+        """Q [R, C] and losses [R] with the scales of least loss in each row, and the index of the proposal, [R].
 
-        Rows do not know of each other, so all proposals go through one column loop, stacked; many rows in pieces.
+        Rows are independent, so all proposals go through one column loop, stacked; many rows in pieces.
         """
-
-        def columns(W_RC: Tensor, scale_RG: Tensor, zero_RG: Tensor | None, keep: Tensor | None) -> tuple[Tensor, ...]:
-            return round_columns(W_RC, scale_RG, zero_RG, self.args, factor, self.block_size, dtype, keep)
-
         if len(tried) == 1:
-            Q_RC, loss_R = columns(W_RC, *tried[0], keep_RC)
-            return Q_RC, loss_R, None
+            return *round_columns(W_RC, *tried[0], self.args, factor, self.block_size, dtype, keep_RC), None
         K, pieces = len(tried), []
         for i in range(0, len(W_RC), STACKED // K):
             rows = slice(i, i + STACKED // K)
             zeros = [zero[rows] for _, zero in tried if zero is not None]
-            Q_XC, loss_X = columns(
-                torch.cat([W_RC[rows]] * K),
-                torch.cat([scale[rows] for scale, _ in tried]),
-                torch.cat(zeros) if zeros else None,
-                None if keep_RC is None else torch.cat([keep_RC[rows]] * K),
-            )
+            scales = torch.cat([scale[rows] for scale, _ in tried]), torch.cat(zeros) if zeros else None
+            keep_XC = None if keep_RC is None else torch.cat([keep_RC[rows]] * K)
+            W_XC = torch.cat([W_RC[rows]] * K)
+            Q_XC, loss_X = round_columns(W_XC, *scales, self.args, factor, self.block_size, dtype, keep_XC)
             Q_KRC, loss_KR = Q_XC.unflatten(0, (K, -1)), loss_X.view(K, -1)
             best_R, row_R = loss_KR.argmin(0), torch.arange(loss_KR.shape[1], device=loss_KR.device)
             pieces.append((Q_KRC[best_R, row_R], loss_KR[best_R, row_R], best_R))
@@ -177,12 +168,12 @@ def round_columns(
     Args:
         W_RC: Weights, in the dtype of the factor.
         scale: [R, G], [R, 1] or [1], already rounded to the dtype that stores it.
-        zero_point: As scale, or None.
+        zero_point: Zero points in the shape of ``scale``, or None.
         args: The grid.
-        factor: Of the damped H.
-        block: Columns after which errors reach all columns still to come.
-        dtype: In which the result is stored: errors are measured against what will be stored.
-        keep_RC: False where the result is zero, and the columns still to come make up for it; bool, or None.
+        factor: Factor of the damped H.
+        block: Number of columns after which errors are added to all later columns.
+        dtype: Dtype in which the result is stored: errors are measured against the stored values.
+        keep_RC: False where the result is zero, which later columns correct; bool, or None.
 
     Returns:
         Q [R, C], dequantized, and for each row the loss (w - q) H (w - q)^T with the damped H, [R].
@@ -203,46 +194,36 @@ def round_columns(
     grid = grid_of(args, W_RC.dtype if dtype is None else dtype)
     for i1 in range(0, C, block):
         i2 = min(i1 + block, C)
-        here = slice(i1, i2)
-        keep_bR = None if keep_CR is None else keep_CR[here]
-        columns = Block(A_CR[here], Q_CR[here], D_bR[: i2 - i1], W_CR[here], U_CC[here, here], keep_bR)
-        gptq_block_(columns, Rounding(grid, scale_GR, zero_GR, group_C[here]))
+        b = slice(i1, i2)
+        keep_bR = None if keep_CR is None else keep_CR[b]
+        columns = Block(A_CR[b], Q_CR[b], D_bR[: i2 - i1], W_CR[b], U_CC[b, b], keep_bR)
+        gptq_block_(columns, Rounding(grid, scale_GR, zero_GR, group_C[b]))
         if i2 < C:
-            A_CR[i2:].addmm_(U_CC[here, i2:].t(), D_bR[: i2 - i1])
+            A_CR[i2:].addmm_(U_CC[b, i2:].t(), D_bR[: i2 - i1])
     loss_R = factor.pivot_C.square() @ A_CR.sub_(Q_CR).square_()
     A_CR.index_copy_(0, factor.order_C, Q_CR)  # back into the order of the columns
     return A_CR.t().contiguous(), loss_R
 
 
 def output_error(solved: OnGrid, factor: Factor) -> tuple[float, float]:
-    """The traces of (W - Q) H (W - Q)^T and of W H W^T, with H as it was before damping.
+    """The traces of (W - Q) H (W - Q)^T and of W H W^T, with H before damping; ``factor`` is that of the damped H.
 
-    The second costs half as much as the column loop. A sample of rows will not do: single rows carry most of it, and
+    The second costs half as much as the column loop. A sample of rows is not enough: single rows carry most of it, and
     128 of 576 rows of SmolLM2's projections were off by up to a factor of four.
-
-    Args:
-        solved: A solution.
-        factor: Of the damped H.
     """
     error_R = solved.loss_R - (solved.W_RC - solved.Q_RC).square_() @ factor.added_C
     return max(0.0, float(error_R.sum())), undamped_energy(solved.W_RC, factor)
 
 
 def adjusted(W_RC: Tensor, Q_RC: Tensor, factor: Factor) -> Tensor:
-    """a_j = w_j + sum_{k<j} (w_k - q_k) U_kj, [R, C]: what was rounded to Q, column after column.
-
-    Args:
-        W_RC: The weight.
-        Q_RC: What GPTQ made of it.
-        factor: Of the damped H.
-    """
+    """a_j = w_j + sum_{k<j} (w_k - q_k) U_kj, [R, C]: the values that GPTQ rounded to Q; factor of the damped H."""
     W_RC, D_RC = (t.index_select(1, factor.order_C) for t in (W_RC, W_RC - Q_RC))
     A_RC = torch.addmm(W_RC, D_RC, factor.UT_CC.tril(-1).t())
     return torch.empty_like(A_RC).index_copy_(1, factor.order_C, A_RC)
 
 
 def grid_of(args: QuantizationArgs, stored: torch.dtype) -> Grid:
-    """What the op rounds to; ``stored`` is the dtype in which values are kept."""
+    """The grid of the op; ``stored`` is the dtype of the stored values."""
     return Grid(*integer_range(args), args.num_bits if args.type == "float" else 0, stored, is_microscaled(args))
 
 
@@ -253,7 +234,7 @@ def rows_of(scales: Scales, rows: slice, R: int, args: QuantizationArgs) -> Scal
 
 
 def keep_of(matrices: Sequence[Matrix]) -> Tensor | None:
-    """False where a weight stays zero, [R, C] of all rows; None where that is nowhere."""
+    """False where a weight stays zero, [R, C] of all rows; None: no weight has to."""
     keeps = [matrix.keep_RC for matrix in matrices]
     return None if all(bool(keep.all()) for keep in keeps) else torch.cat(keeps)
 
@@ -262,8 +243,8 @@ def _chosen(tried: Sequence[Scales], best_R: Tensor, rows: Sequence[int]) -> lis
     """Scale and zero point of each weight: row r from proposal ``best_R[r]``."""
     row_R = torch.arange(len(best_R), device=best_R.device)
 
-    def picked(each: Sequence[Tensor]) -> list[Tensor]:
+    def select(each: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.contiguous() for tensor in torch.stack(list(each))[best_R, row_R].split(list(rows))]
 
-    scales, zeros = picked([scale for scale, _ in tried]), [zero for _, zero in tried if zero is not None]
-    return list(zip(scales, picked(zeros) if zeros else [None] * len(rows), strict=True))
+    scales, zeros = select([scale for scale, _ in tried]), [zero for _, zero in tried if zero is not None]
+    return list(zip(scales, select(zeros) if zeros else [None] * len(rows), strict=True))
