@@ -1,4 +1,4 @@
-"""Batch normalization, folded into the layers before it, for the quantizers that come after.
+"""Batch normalization, folded into the layers before it, for quantizers later in the recipe.
 
 Jacob et al. 2017, arXiv:1712.05877, section 3.2. The equations and the search for pairs are in quant/batch_norm.py.
 """
@@ -17,15 +17,15 @@ __all__ = ["FoldBatchNormModifier"]
 
 
 class FoldBatchNormModifier(Modifier):
-    """Fold every BatchNorm into the Linear or convolution before it. It stands before the quantizers of the recipe.
+    """Fold every BatchNorm into the Linear or convolution before it. It must come before quantizers in the recipe.
 
     Args:
-        remove: Take the norms out of the model, which changes the names of its tensors: whoever loads the result needs
-            a model folded in the same way. By default they stay and add what is left of them, a shift; names and shapes
-            stay, and training goes on with them in evaluation mode.
+        remove: Remove the norms from the model, which changes the names of its tensors: the result loads into a model
+            folded in the same way. By default they stay and add the shift that remains of them; names and shapes do
+            not change, and training goes on with them in evaluation mode.
 
     Raises:
-        ValueError: Nothing can be folded, or a layer is quantized already.
+        ValueError: No norm can be folded, or a layer is quantized already.
     """
 
     remove: bool = False

@@ -1,7 +1,7 @@
-"""Constant pruning: the zeros that are there stay, while training goes on.
+"""Constant pruning: weights that are zero stay zero while training goes on.
 
-For a model that was pruned before (by magnitude, SparseGPT, Wanda, or loaded sparse) and is now fine-tuned, distilled,
-or trained through fake-quantization. The mask is read off the weights when the window opens: True where W != 0.
+For a model that is pruned already (by magnitude, SparseGPT, Wanda, or loaded sparse) and is now fine-tuned, distilled,
+or trained through fake-quantization. The mask is taken from the weights when the window opens: True where W != 0.
 """
 
 import warnings
@@ -20,12 +20,12 @@ __all__ = ["ConstantPruningModifier"]
 
 
 class ConstantPruningModifier(Modifier):
-    """Hold the zeros of the targets from ``start`` on; when the window ends they are free again.
+    """Keep the zeros of the targets from ``start`` until the window ends.
 
     Args:
-        targets: Modules whose zeros are held: classes, names, ``re:`` patterns.
-        ignore: What to leave out of ``targets``.
-        start: When the mask is read; the default is the first batch.
+        targets: Modules whose zeros are kept: classes, names, ``re:`` patterns.
+        ignore: Modules to leave out of ``targets``.
+        start: When the mask is taken from the weights; the default is the first batch.
     """
 
     needs: ClassVar[Needs] = Needs(fixed_shapes_from="start")
@@ -54,7 +54,7 @@ class ConstantPruningModifier(Modifier):
             self._weights.apply_to_weights()
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
-        """The best weights are back, and so is the mask that they were saved with, if there was one then."""
+        """The best weights are back; restore the mask that they were saved with, if there was one."""
         if state["masks"] or not self._weights.masks:
             self._weights.masks = dict(state["masks"])
 
@@ -63,9 +63,9 @@ class ConstantPruningModifier(Modifier):
         self._weights.apply_to_weights()
         if (after := self._weights.mean_sparsity()) > before:
             warnings.warn(
-                f"{self.name}: the weights that were loaded for the end were saved before start={self.start} (unit: "
-                f"{self.unit}), when {before:.3f} of the weights were zero: the mask that was held makes it "
-                f"{after:.3f} now, without training after it; set load_best=False, or start earlier",
+                f"{self.name}: the best weights, loaded after training, were saved before start={self.start} (unit: "
+                f"{self.unit}), when {before:.3f} of the weights were zero: the mask of the run makes it {after:.3f} "
+                f"now, without training after it; set load_best=False, or start earlier",
                 stacklevel=2,
             )
 

@@ -1,14 +1,15 @@
-r"""Depth pruning: whole blocks go, those that change their input least.
+r"""Depth pruning: remove whole blocks, those that change their input least.
 
     influence_l = 1 - mean_n cos(x_l,n, x_l+1,n)          x_l,n: token n where it enters block l
 
 Men et al. 2024 (ShortGPT), arXiv:2403.03853, eq. (1); Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, sec. 2.2.
 
-What is left is a model with fewer layers, which config.json states. Of all that structured pruning removes, layers gain
-the most speed, and cost the most accuracy.
+The result is a model with fewer layers, as config.json states. Of all structures that can be pruned, layers gain the
+most speed and cost the most accuracy.
 """
 
-from collections.abc import Callable
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_compress.pruning.importance import block_influence
 from lightning_compress.structure.blocks import find_layers
 from lightning_compress.structure.config import check_states, is_transformers, layer_fields
 from lightning_compress.structure.final_shapes import shape_conflict
+from lightning_compress.structure.groups import moved
 from lightning_compress.structure.surgery import cut_layers
 
 __all__ = ["DepthPruningModifier"]
@@ -33,16 +35,16 @@ class DepthPruningModifier(Modifier):
     """Remove whole blocks: at set-up (``layers``, with ``start=0``), while training, or after it (no window).
 
     Args:
-        layers: Which blocks go, from 0; negative ones count from the end.
-        count: Instead how many go: those with the least influence on what passes through them, measured on the training
-            batches before ``start``, or on calibration batches where there is no window.
+        layers: Indices of the blocks to remove, from 0; negative ones count from the end.
+        count: Number of blocks to remove, instead of ``layers``: those with the least influence on their input,
+            measured on the training batches before ``start``, or on calibration batches without a window.
         blocks: Dotted name of the ModuleList or Sequential of blocks; by default the longest one.
-        protect: With ``count``, how many blocks at either end stay whatever their influence.
+        protect: Number of blocks at either end that ``count`` never removes.
 
     Raises:
-        ValueError: Neither or both of ``layers`` and ``count``, places that do not exist, nothing left, ``count`` at
-            set-up, where nothing is measured yet, a list of blocks that cannot be told, a config that cannot state the
-            new depth, several processes and a cut that is not at set-up.
+        ValueError: Neither or both of ``layers`` and ``count``, indices that do not exist, no block would remain,
+            ``count`` at set-up, before anything is measured, an ambiguous list of blocks, a config that cannot state
+            the new depth, several processes and a cut that is not at set-up.
     """
 
     layers: list[int] | None = None
@@ -52,18 +54,18 @@ class DepthPruningModifier(Modifier):
 
     _path: str = PrivateAttr(default="")
     _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.float64))  # of 1 - cos, [L] blocks
-    _seen: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # tokens of each, [L]
+    _tokens: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # seen by each, [L]
     _in_batch: bool = PrivateAttr(default=False)
     _cut: bool = PrivateAttr(default=False)
-    _before: int = PrivateAttr(default=0)  # parameters
+    _dense_size: int = PrivateAttr(default=0)  # parameters before the cut
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "DepthPruningModifier":
         if (self.layers is None) == (self.count is None):
             both = "neither" if self.layers is None else "both"
-            raise ValueError(f"give either layers (which blocks go) or count (how many), got {both}")
+            raise ValueError(f"give either layers (which blocks to remove) or count (how many), got {both}")
         if self.layers is not None and (not self.layers or self.protect):
-            raise ValueError(f"layers={self.layers}, protect={self.protect}: name blocks that go; protect is for count")
+            raise ValueError(f"layers={self.layers}, protect={self.protect}: name blocks; protect is for count")
         if self.count is not None and self.start == 0:
             raise ValueError(
                 "count needs batches to measure the influence of blocks on, and start=0 cuts at set-up: give a later "
@@ -77,11 +79,11 @@ class DepthPruningModifier(Modifier):
         return Needs(data=measured, survey=measured, changes_shapes=True)
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
-        """Later blocks get new names, so it does not matter which of them ``other`` works on."""
+        """Later blocks get new names, so that all modules of ``other`` count."""
         return shape_conflict(self, other, other.touches(state), earlier)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Find the list of blocks, and refuse what cannot be done, before any training."""
+        """Find the list of blocks, and check the arguments against it, before any training."""
         model = state.model
         if world_size() > 1 and self.start is not None and self.start != 0:
             raise ValueError(
@@ -90,14 +92,16 @@ class DepthPruningModifier(Modifier):
             )
         self._path = find_layers(model, self.blocks)
         blocks = self._blocks(model)
-        total, gone = len(blocks), len(self._named(len(blocks))) if self.layers is not None else self.count or 0
-        if gone + 2 * self.protect > total or gone >= total:
+        total, count = len(blocks), len(self._named(len(blocks))) if self.layers is not None else self.count or 0
+        if count + 2 * self.protect > total or count >= total:
             raise ValueError(
-                f"{gone} of {total} blocks in {self._path!r} cannot go, with protect={self.protect}; take fewer"
+                f"{count} of {total} blocks in {self._path!r} cannot be removed, with protect={self.protect}; take "
+                f"fewer"
             )
-        self._before = sum(p.numel() for p in model.parameters())
-        self._sums, self._seen = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.int64)
-        self._check_config(model, total, gone)
+        self._dense_size = sum(p.numel() for p in model.parameters())
+        self._sums, self._tokens = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.int64)
+        if is_transformers(model):  # any choice of blocks leaves the same shapes
+            self._check_config(model, total, self._named(total) or range(self.protect, self.protect + count))
         if self.count is not None and self.start is not None:
             self._watch(model)
         return True
@@ -106,54 +110,44 @@ class DepthPruningModifier(Modifier):
         return list(model.get_submodule(self._path).children())
 
     def _named(self, total: int) -> list[int]:
-        """``layers`` as places from 0."""
-        assert self.layers is not None
-        if wrong := [place for place in self.layers if not -total <= place < total]:
-            raise ValueError(f"layers={self.layers}: {self._path!r} has {total} blocks, so there is no {wrong[0]}")
-        places = sorted({place % total for place in self.layers})
-        if len(places) < len(self.layers):
-            raise ValueError(f"layers={self.layers} names a block twice; {self._path!r} has {total} blocks")
-        return places
+        """``layers`` as indices from 0; none with ``count``."""
+        layers = self.layers or []
+        if wrong := [index for index in layers if not -total <= index < total]:
+            raise ValueError(f"layers={layers}: {self._path!r} has {total} blocks, and not a block {wrong[0]}")
+        indices = sorted({index % total for index in layers})
+        if len(indices) < len(layers):
+            raise ValueError(f"layers={layers} names a block twice; {self._path!r} has {total} blocks")
+        return indices
 
-    def _check_config(self, model: nn.Module, total: int, gone: int) -> None:
-        if not is_transformers(model):
-            return
-        places = self._named(total) if self.layers is not None else list(range(self.protect, self.protect + gone))
-        kept = [place for place in range(total) if place not in places]
-        prefix, shapes = f"{self._path}.", {}
-        for name, parameter in model.named_parameters():
-            place, _, rest = name.removeprefix(prefix).partition(".")
-            if not name.startswith(prefix):
-                shapes[name] = list(parameter.shape)
-            elif int(place) in kept:
-                shapes[f"{prefix}{kept.index(int(place))}.{rest}"] = list(parameter.shape)
-        check_states(model, layer_fields(model.config, total, kept), shapes, "name its list of layers with blocks=...")
+    def _check_config(self, model: nn.Module, total: int, removed: Collection[int]) -> None:
+        indices = [index for index in range(total) if index not in removed]
+        names = {name: moved(name, self._path, indices) for name, _ in model.named_parameters()}
+        shapes = {new: list(model.get_parameter(name).shape) for name, new in names.items() if new is not None}
+        fields = layer_fields(model.config, total, indices)
+        check_states(model, fields, shapes, "name its list of layers with blocks=...")
 
     # -- influence ----------------------------------------------------------------------------------------------------
 
     def _watch(self, model: nn.Module) -> None:
-        for place, block in enumerate(self._blocks(model)):
-            self.hook(block, self._watcher(place), "forward", with_kwargs=True)
+        for index, block in enumerate(self._blocks(model)):
+            self.hook(block, partial(self._observe, index), "forward", with_kwargs=True)
 
-    def _watcher(self, place: int) -> Callable[..., None]:
-        def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self.start is not None and not self._in_batch:  # validation
-                return
-            entered = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            left = output if isinstance(output, Tensor) else output[0]
-            total, tokens = block_influence(entered, left, self.token_mask)
-            self._sums[place] += total
-            self._seen[place] += tokens
-
-        return watch
+    def _observe(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.start is not None and not self._in_batch:  # validation
+            return
+        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        y = output if isinstance(output, Tensor) else output[0]
+        total, tokens = block_influence(x, y, self.token_mask)
+        self._sums[index] += total
+        self._tokens[index] += tokens
 
     def _weakest(self) -> list[int]:
-        if not self._seen.all():
+        if not self._tokens.all():
             raise ValueError(
-                f"{self.name}: block {int((self._seen == 0).nonzero()[0])} of {self._path!r} saw no batch before the "
+                f"{self.name}: block {int((self._tokens == 0).nonzero()[0])} of {self._path!r} saw no batch before the "
                 f"cut; give a later start, or calibration batches"
             )
-        influence = self._sums / self._seen
+        influence = self._sums / self._tokens
         inner = influence[self.protect : len(influence) - self.protect]
         return sorted(int(p) + self.protect for p in torch.argsort(inner, stable=True)[: self.count])
 
@@ -175,7 +169,7 @@ class DepthPruningModifier(Modifier):
             self._watch(state.model)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not state.block_name:  # the last one: what lies outside blocks
+        if not state.block_name:  # the last one: modules outside of blocks
             self._prune(state)
 
     def _prune(self, state: State) -> None:
@@ -183,29 +177,28 @@ class DepthPruningModifier(Modifier):
         if self._cut:
             return
         model, blocks = state.model, self._blocks(state.model)
-        gone = self._named(len(blocks)) if self.layers is not None else self._weakest()
-        kept = [place for place in range(len(blocks)) if place not in gone]
-        config = layer_fields(model.config, len(blocks), kept) if is_transformers(model) else {}
-        optimizers = state.optimizer if isinstance(state.optimizer, list | tuple) else [state.optimizer]
-        cut_layers(model, self._path, kept, [o for o in optimizers if o is not None], config=config)
+        removed = self._named(len(blocks)) or self._weakest()
+        indices = [index for index in range(len(blocks)) if index not in removed]
+        config = layer_fields(model.config, len(blocks), indices) if is_transformers(model) else {}
+        cut_layers(model, self._path, indices, state.optimizer, config=config)
         self._cut = True
-        said = f"the model: {self._before} -> {sum(p.numel() for p in model.parameters())} parameters"
-        for place in gone:
-            weights = sum(p.numel() for p in blocks[place].parameters())
-            row = state.ledger.add(f"{self._path}.{place}", "depth", scheme="removed", params=weights)
-            row.flags.append(said)
+        sizes = f"the model: {self._dense_size} -> {sum(p.numel() for p in model.parameters())} parameters"
+        for index in removed:
+            weights = sum(p.numel() for p in blocks[index].parameters())
+            row = state.ledger.add(f"{self._path}.{index}", "depth", scheme="removed", params=weights)
+            row.flags.append(sizes)
             if self.count is not None:
-                row.flags.append(f"influence {float(self._sums[place] / self._seen[place]):.4g}")
+                row.flags.append(f"influence {float(self._sums[index] / self._tokens[index]):.4g}")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"sums": self._sums, "seen": self._seen, "cut": self._cut, "before": self._before}
-        return {**super().state_dict(), **own}
+        statistics = {"sums": self._sums, "seen": self._tokens}
+        return {**super().state_dict(), **statistics, "cut": self._cut, "before": self._dense_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._sums, self._seen = state["sums"].clone(), state["seen"].clone()
-        self._cut, self._before = state["cut"], state["before"]
+        self._sums, self._tokens = state["sums"].clone(), state["seen"].clone()
+        self._cut, self._dense_size = state["cut"], state["before"]
         if self._cut:
             self.remove_hooks()

@@ -1,8 +1,8 @@
 """Freeze: some parameters do not train inside a window.
 
-Their gradients are dropped before each step, and an optimizer passes over what has no gradient: momentum and weight
-decay do not move it either, and its state is as it was when the window closes. ``requires_grad`` is left alone, so
-DDP's buckets and the graph stay as they are. Learning rates stay with Lightning's schedulers.
+Their gradients are dropped before each step, and an optimizer skips parameters without a gradient: momentum and weight
+decay do not move them, and their optimizer state does not change. ``requires_grad`` does not change, so that DDP's
+buckets and the graph stay the same. Learning rates are left to Lightning's schedulers.
 """
 
 from typing import Any
@@ -19,11 +19,11 @@ __all__ = ["FreezeModifier"]
 
 
 class FreezeModifier(Modifier):
-    """Hold parameters still from ``start`` to ``end``, then let them train as before.
+    """Keep parameters constant from ``start`` to ``end``, then let them train again.
 
     Args:
-        targets: Modules (classes, names, ``re:`` patterns) whose own and inner parameters freeze.
-        ignore: Modules inside them that go on training.
+        targets: Modules (classes, names, ``re:`` patterns) whose parameters, also inside submodules, freeze.
+        ignore: Submodules that keep training.
         start: When they freeze; the default is the first batch.
     """
 
@@ -36,12 +36,12 @@ class FreezeModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         if not self.targets:
             raise ValueError("FreezeModifier: targets is empty; name the modules to freeze, such as ['re:.*embed']")
-        found = select(state.model, self.targets, self.ignore)
-        kept = select(state.model, self.ignore, field="ignore") if self.ignore else {}
-        spared = {id(p) for module in kept.values() for p in module.parameters()}
+        modules = select(state.model, self.targets, self.ignore)
+        ignored = select(state.model, self.ignore, field="ignore") if self.ignore else {}
+        spared = {id(p) for module in ignored.values() for p in module.parameters()}
         self._parameters = {
             f"{name}.{inner}": parameter
-            for name, module in found.items()
+            for name, module in modules.items()
             for inner, parameter in module.named_parameters()
             if parameter.requires_grad and id(parameter) not in spared
         }

@@ -2,16 +2,17 @@
 
     K <- Q(K; s_k, z_k),  V <- Q(V; s_v, z_v)        keys after the rotary embedding, as they enter the cache
 
-Memory and bandwidth of long contexts are those of the cache. One scale per tensor (what vLLM has a kernel for), one for
-each head, or one for each token and head, found as it runs (KIVI, Liu et al., 2024, arXiv:2402.02750, shows why keys
-want finer scales than one per tensor: a few channels are large). Zero points (z) are there where the grid of integers
-is asymmetric, for keys and values that do not lie around zero.
+The cache dominates memory and bandwidth of long contexts. There is one scale per tensor (for which vLLM has a kernel),
+one for each head, or one for each token and head, computed at run time (KIVI, Liu et al., 2024, arXiv:2402.02750, shows
+why keys need finer scales than one per tensor: a few channels are large). Asymmetric grids of integers have zero points
+(z), for keys and values that are not centred at zero.
 
 Shapes: B batch, H heads of keys and values, T tokens, D numbers per head, N tokens that count.
 """
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,20 +38,20 @@ STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 class KVCacheModifier(Modifier):
     """Quantize keys and values where they enter the cache, in all attention modules of a model of transformers.
 
-    It is not a LayerwiseModifier: it watches keys and values inside of attention, not inputs of a layer, and leaves all
-    weights as they are.
+    It is not a LayerwiseModifier: it observes keys and values inside of attention, not inputs of a layer, and changes
+    no weight.
 
     Args:
         format: ``fp8`` (E4M3), ``int8`` or ``int4``.
         strategy: ``tensor`` and ``head``: calibrated scales, one for all or one for each head of keys and values.
-            ``token``: one for each token and head, found as it runs; needs no data.
+            ``token``: one for each token and head, computed at run time without calibration.
         symmetric: False: integers with zero points; not for ``fp8``.
         observer: How calibrated scales are found.
-        averaging_constant: Of ``moving_average``: the weight of the newest batch.
+        averaging_constant: Weight of the newest batch in ``moving_average``.
 
     Raises:
-        ValueError: A model without attention, one whose cache no loader quantizes, one whose cache is quantized
-            already, FP8 with zero points.
+        ValueError: A model without attention, a cache that no loader quantizes or that is quantized already, FP8 with
+            zero points.
     """
 
     format: Literal["fp8", "int8", "int4"] = "fp8"
@@ -59,7 +60,7 @@ class KVCacheModifier(Modifier):
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
 
-    _left: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _modules: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _observers: dict[str, dict[str, list[Observer]]] = PrivateAttr(default_factory=dict)  # of "k" and "v", by head
     _args: QuantizationArgs = PrivateAttr(default_factory=QuantizationArgs)
 
@@ -85,9 +86,9 @@ class KVCacheModifier(Modifier):
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"{type(model).__name__} is an encoder-decoder, whose attention gets a cache of two parts, of its own "
-                f"tokens and of the encoder's; compressed-tensors 0.20 puts a cache of one part in its place, so that "
-                f"a loaded folder fails at its first call. Leave the KV cache out of the recipe and quantize the "
-                f"weights; models with a decoder alone go"
+                f"tokens and of the encoder's; compressed-tensors 0.20 replaces it by a cache of one part, so that a "
+                f"loaded folder fails at its first call. Leave the KV cache out of the recipe and quantize the "
+                f"weights; models with a decoder alone work"
             )
         modules = attention_modules(model) if hasattr(model, "config") else {}
         if not modules:
@@ -96,34 +97,30 @@ class KVCacheModifier(Modifier):
                 f"a model of transformers, with a cache (past_key_values, or cache) and k_proj and v_proj in a module "
                 f"whose class is called attention; leave the KV cache out of the recipe"
             )
-        if done := [name for name, module in modules.items() if QuantizedCache.of(module) is not None]:
-            raise ValueError(f"the KV cache of {done[0]!r} is quantized already; start from the dense model")
+        if names := [name for name, module in modules.items() if QuantizedCache.of(module) is not None]:
+            raise ValueError(f"the KV cache of {names[0]!r} is quantized already; start from the dense model")
         return modules
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._left = self._find(state.model)
+        self._modules = self._find(state.model)
         self._args = self._grid(state.model)
         if not self.needs.data:
             return
-        for name, module in self._left.items():
+        for name, module in self._modules.items():
             self._observers[name] = {"k": [], "v": []}
-            self.hook(
-                module,
-                lambda module, args, kwargs, name=name: (args, self._watch(name, module, kwargs)),
-                with_kwargs=True,
-            )
+            self.hook(module, partial(self._watch, name), with_kwargs=True)
             for child in module.children():  # a pass ends where the last hooked module begins: the output projection
-                self.hook(child, _nothing)
+                self.hook(child, _no_change)
 
     def _grid(self, model: Any) -> QuantizationArgs:
         form = {**FORMATS[self.format], "symmetric": self.symmetric}
-        if self.strategy == "token":  # "token" would be one scale for all tokens of a head to the loader
+        if self.strategy == "token":  # the loader reads "token" as one scale for all tokens of a head
             size = get_head_dim(model.config.get_text_config(decoder=True))
             return QuantizationArgs(**form, strategy="group", group_size=size, dynamic=True)
         return QuantizationArgs(**form, strategy=STRATEGIES[self.strategy])
 
-    def _watch(self, name: str, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-        def look(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _watch(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def observe(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             for kind, x in (("k", key), ("v", value)):
                 try:
                     self._update(self._observers[name][kind], x)
@@ -131,7 +128,7 @@ class KVCacheModifier(Modifier):
                     raise ValueError(f"{kind} of {name!r}: {error}") from error
             return key, value
 
-        return with_stand_in(module, kwargs, look)
+        return args, with_stand_in(module, kwargs, observe)
 
     def _update(self, observers: list[Observer], x_BHTD: Tensor) -> None:
         x, mask = x_BHTD.transpose(1, 2), self.token_mask
@@ -146,30 +143,30 @@ class KVCacheModifier(Modifier):
         self._quantize(state, state.modules)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._quantize(state, list(self._left))
-        if self._left:
+        self._quantize(state, list(self._modules))
+        if self._modules:
             warnings.warn(
-                f"{self.name}: {', '.join(self._left)} never saw data, so that their scales are unknown and their keys "
-                f"and values stay as they are; such a model cannot be exported",
+                f"{self.name}: {', '.join(self._modules)} never saw data, so that their scales are unknown and their "
+                f"keys and values stay as they are; such a model cannot be exported",
                 stacklevel=2,
             )
-        for name in self._left:
+        for name in self._modules:
             state.ledger.add(name, "kv_cache", flag="never saw data; left as it was")
-        self._left, self._observers = {}, {}
+        self._modules, self._observers = {}, {}
         self.remove_hooks()
 
     def _quantize(self, state: State, names: Iterable[str]) -> None:
-        for name in [name for name in names if name in self._left]:
+        for name in [name for name in names if name in self._modules]:
             observers = self._observers.get(name)
             if observers is None:
                 record = QuantizedCache(self._args)
             elif observers["k"]:
-                dtype = next(self._left[name].parameters()).dtype
+                dtype = next(self._modules[name].parameters()).dtype
                 (k, k_zero), (v, v_zero) = (self._scale(observers[kind], dtype) for kind in "kv")
                 record = QuantizedCache(self._args, k, v, k_zero, v_zero)
             else:
                 continue
-            module = self._left.pop(name)
+            module = self._modules.pop(name)
             self.remove_hooks(module, *module.children())
             record.attach(module)
             grid = f"{self.format.upper()} {self.strategy}"
@@ -182,5 +179,5 @@ class KVCacheModifier(Modifier):
         return torch.cat(scales).view(shape), None if self.symmetric else torch.cat(zeros).view(shape)
 
 
-def _nothing(module: nn.Module, args: Any) -> None:
-    """A hook that only says that the module is waited for."""
+def _no_change(module: nn.Module, args: Any) -> None:
+    """A hook that only marks a module as one that must be reached."""

@@ -1,11 +1,11 @@
-r"""Magnitude pruning: the smallest weights go, all at once or gradually while the model trains.
+r"""Magnitude pruning: the smallest weights are removed, at once or gradually while the model trains.
 
     score_rc = |W_rc|
     s_t = s_i + (s_f - s_i) c(p)           p: progress through the window; cubic: c = 1 - (1 - p)^3
 
 Zhu & Gupta 2017, "To prune, or not to prune", arXiv:1710.01878 (the schedule). Masks only grow; they are applied to
-the weights after every optimizer step and to the gradients before it, so momentum and weight decay cannot bring a
-weight back. What was pruned is zero in the model itself: the checkpoint keeps its dense keys.
+the weights after every optimizer step and to the gradients before it, so that momentum and weight decay cannot revive
+a pruned weight. Pruned weights are zero in the model itself: the checkpoint has dense keys.
 """
 
 import warnings
@@ -26,11 +26,11 @@ __all__ = ["MagnitudePruningModifier"]
 class MagnitudePruningModifier(ScheduledSparsity):
     """Prune by magnitude: with a window (``start``, ``end``) while training, without one after it.
 
-    N:M has no schedule: its mask is chosen when the window opens. After the window the masks stay on.
+    N:M has no schedule: its mask is chosen when the window opens. After the window the masks stay.
 
     Raises:
-        ValueError: A sparsity outside of [0, 1), ``final < init``, a pattern whose sparsity is another, a width that it
-            does not divide (the modules are named), an ``update`` larger than the window.
+        ValueError: A sparsity outside of [0, 1) or other than that of the pattern, ``final < init``, a width that M
+            does not divide (the message names the modules), an ``update`` larger than the window.
     """
 
     needs: ClassVar[Needs] = Needs(fixed_shapes_from="start")
@@ -65,7 +65,7 @@ class MagnitudePruningModifier(ScheduledSparsity):
     # -- after training ------------------------------------------------------------------------------------------------
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
-        """The best weights are back, and so are the masks that they were saved with."""
+        """The best weights are back; restore the masks that they were saved with."""
         reached = self._reached if self._reached is not None else self._curve
         self._restore(state)
         self._reached = reached

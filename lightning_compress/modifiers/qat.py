@@ -1,20 +1,21 @@
-r"""Quantization-aware training: the model learns with its weights (and activations) on the grid they are exported on.
+r"""Quantization-aware training: the model trains with its weights (and activations) on the grid of the export.
 
     forward     y = Q(x) Q(W)^T                 what the exported model computes, bit for bit
     backward    straight through, clipped       "ste": Bengio et al. 2013, arXiv:1308.3432; scales follow the weights
                 with a gradient for the scale   "lsq": Esser et al. 2020, arXiv:1902.08153
 
-The optimizer moves the dense weights, and with "lsq" the scales; checkpoints hold the dense weights under their own
+The optimizer trains the dense weights, and with "lsq" the scales; checkpoints hold the dense weights under their own
 names. The equations are in ops/fake_quant/reference.py.
 """
 
 import warnings
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.core.events import Event, EventType
@@ -22,6 +23,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.distributed import all_reduce_
+from lightning_compress.layers.dense_keys import original_weight
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import as_matrix, check_weights_work
 from lightning_compress.quant.arguments import QuantizationArguments
@@ -45,7 +47,7 @@ __all__ = ["QATModifier"]
 
 
 class QATModifier(QuantizationArguments, Modifier):
-    """Train through fake-quantization, and leave a quantized model behind.
+    """Train through fake-quantization; the trained model is quantized.
 
     On a model that is quantized already (by ``compress`` or ``load``) training starts from its scales; targets and
     scheme must be the same as before.
@@ -59,17 +61,18 @@ class QATModifier(QuantizationArguments, Modifier):
             sum |w - q|^2.4 (``mse``).
         observe_until: When static activation scales, and scales that follow the weights, stop following, in ``unit``;
             by default at the end.
-        averaging_constant: Of static activation scales: the weight of the newest batch's extremes.
-        freeze_bn_at: When BatchNorm layers go over to their running statistics, in ``unit``; by default never.
-        fold_batchnorm: Fold BatchNorm layers into the layers before them at set-up, before there are optimizers; what
-            is left of them is a shift, in evaluation mode from then on. For models that are trained already.
-        learn_activations: From ``observe_until`` on the optimizer trains static activation scales, as those of ``lsq``.
-        start: When fake-quantization begins, in ``unit``; until then the model trains as it is.
-        end: From then on no scale moves, learned ones neither; fake-quantization stays on.
+        averaging_constant: Weight of the newest batch's extremes in static activation scales.
+        freeze_bn_at: When BatchNorm layers switch to their running statistics, in ``unit``; by default never.
+        fold_batchnorm: Fold BatchNorm layers into the layers before them at set-up, before there are optimizers; a
+            shift remains of each, in evaluation mode from then on. For models that are trained already.
+        learn_activations: From ``observe_until`` on the optimizer trains static activation scales, like those of
+            ``lsq``.
+        start: When fake-quantization begins, in ``unit``; before, the model trains without it.
+        end: When all scales stop changing, learned ones too; fake-quantization stays on.
 
     Raises:
-        ValueError: An argument has a value that it cannot have; targets cannot be quantized; the model is quantized in
-            another way already. The message names the modules.
+        ValueError: A value is not possible; targets cannot be quantized; the model is quantized already, in another
+            way. The message names the modules.
     """
 
     needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True)
@@ -95,42 +98,39 @@ class QATModifier(QuantizationArguments, Modifier):
     def _moments_fit(self) -> "QATModifier":
         if self.start is None:
             raise ValueError("start=None: quantization-aware training needs a window; leave start out, or give start=0")
-        if self.learn_activations:
-            if not self.has_static_inputs:
-                raise ValueError(
-                    "learn_activations=True, but no scheme has static activations (dynamic ones follow each input); "
-                    "leave it out, or give a scheme such as config_groups with input_activations: {dynamic: false}"
-                )
-            if self.observe_until is None:
-                raise ValueError(
-                    "learn_activations=True needs observe_until: until then scales are observed, from then on learned"
-                )
+        if self.learn_activations and not self.has_static_inputs:
+            raise ValueError(
+                "learn_activations=True, but no scheme has static activations (dynamic ones follow each input); leave "
+                "it out, or give a scheme such as config_groups with input_activations: {dynamic: false}"
+            )
+        if self.learn_activations and self.observe_until is None:
+            raise ValueError("learn_activations=True needs observe_until: scales are observed before it, learned after")
         for name, value in (("observe_until", self.observe_until), ("freeze_bn_at", self.freeze_bn_at)):
             if value is not None and value < self.start:
                 raise ValueError(f"{name}={value} lies before start={self.start} (unit: {self.unit})")
         return self
 
     def takes_over(self, earlier: Modifier, modules: set[str], state: State) -> bool:
-        """From a quantizer with the same window and the same grids: its result is where training starts.
+        """True for a quantizer with the same window and the same grids: training starts from its result.
 
         Raises:
-            ValueError: It has other ones.
+            ValueError: The quantizer has another window or other grids.
         """
         if not isinstance(earlier, QuantizationArguments):
             return False
         if (earlier.start, earlier.unit) != (self.start, self.unit):
             raise ValueError(
-                f"{self.name} goes on from {earlier.name}, but start={self.start} (unit: {self.unit}) here and "
-                f"start={earlier.start} (unit: {earlier.unit}) there; give both the same"
+                f"{self.name} continues from {earlier.name}, but has start={self.start} (unit: {self.unit}), and "
+                f"{earlier.name} start={earlier.start} (unit: {earlier.unit}); give both the same"
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on_initialize will say it again
+            warnings.simplefilter("ignore")  # on_initialize warns again
             before, now = earlier.assign(state.model), self.assign(state.model)
         for name in sorted(modules & before.keys() & now.keys()):
             if _grids(before[name]) != _grids(now[name]):
                 raise ValueError(
-                    f"{self.name} goes on from {earlier.name}, which quantizes {name!r} as {describe(before[name])}, "
-                    f"while training wants {describe(now[name])}; give both the same scheme"
+                    f"{self.name} continues from {earlier.name}, which quantizes {name!r} as {describe(before[name])}, "
+                    f"but has the scheme {describe(now[name])}; give both the same scheme"
                 )
         self._awaited |= modules
         return True
@@ -143,23 +143,25 @@ class QATModifier(QuantizationArguments, Modifier):
             warnings.warn(f"freeze_bn_at={self.freeze_bn_at}, but the model has no BatchNorm layers", stacklevel=2)
         if self.fold_batchnorm:
             self._folded = [model.get_submodule(folding.norm) for folding in fold_all(model)]
-        records = _taken_off(model)
+        records = {clean_name(name): pair for name, pair in Quantized.find(model).items()}
+        for module, _ in records.values():
+            Quantized.detach(module)
         try:
             schemes = self.assign(model)
             check_weights_work({name: model.get_submodule(name) for name in schemes}, "train", in_place=True)
             _check_records(records, schemes)
             check_trainable({name: model.get_submodule(name) for name in schemes})
         except BaseException:
-            for module, taken in records.values():
-                taken.attach(module)
+            for module, record in records.values():
+                record.attach(module)
             raise
         named = {clean_name(name): module for name, module in model.named_modules()}
         self._modules = {name: named[name] for name in schemes}
         inputs = (self.averaging_constant, self.learn_activations)
         for name, scheme in schemes.items():
             module = self._modules[name]
-            record = records[name][1] if name in records else None
-            parametrize_weight(module, scheme, self.gradient, self.scale_search, record, *inputs)
+            start = records[name][1] if name in records else None
+            parametrize_weight(module, scheme, self.gradient, self.scale_search, start, *inputs)
         return True
 
     # -- while training -----------------------------------------------------------------------------------------------
@@ -168,11 +170,11 @@ class QATModifier(QuantizationArguments, Modifier):
         for name in self._modules.keys() - self._awaited:
             fake = _fake(self._modules[name])
             if not self.resumed:
-                fake.derive(_dense(self._modules[name]))
+                fake.derive(original_weight(self._modules[name]))
             fake.active = True
 
     def make_room(self) -> None:
-        """The quantizer from which training goes on gets the modules as they were."""
+        """Give the modules back, without parametrizations, to the quantizer that training continues from."""
         self._lifted = {name: lift(self._modules[name]) for name in sorted(self._awaited & self._modules.keys())}
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -197,28 +199,29 @@ class QATModifier(QuantizationArguments, Modifier):
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._observing = False
         for module in self._modules.values():
-            _fake(module).freeze(_dense(module))
+            _fake(module).freeze(original_weight(module))
 
     def _take_batch(self) -> None:
         """Fold the extremes of this batch, over all ranks, into the averages of static activations."""
         inputs = [fake.input for module in self._modules.values() if (fake := _fake(module)).input is not None]
-        watching = [i for i in inputs if i is not None and i.observing]
-        if not watching:
+        observing = [i for i in inputs if i is not None and i.observing]
+        if not observing:
             return
-        extremes = _Extremes(torch.cat([i.batch_low for i in watching]), torch.cat([i.batch_high for i in watching]))
+        low, high = (torch.cat([getattr(i, name) for i in observing]) for name in ("batch_low", "batch_high"))
+        extremes = SimpleNamespace(reduce={"low": "min", "high": "max"}, low=low, high=high)
         all_reduce_(extremes)
-        for i, low, high in zip(watching, extremes.low.split(1), extremes.high.split(1), strict=True):
-            i.take_batch(low, high)
+        for i, *batch in zip(observing, extremes.low.split(1), extremes.high.split(1), strict=True):
+            i.take_batch(*batch)
 
     def _stop_observing(self) -> None:
         self._observing = False
         for module in self._modules.values():
-            _fake(module).stop_observing(_dense(module))
+            _fake(module).stop_observing(original_weight(module))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Weights onto their grids, for good, on every rank alike."""
+        """Round the weights to their grids for good, equally on all ranks."""
         with torch.inference_mode(False), torch.no_grad():
             for name, module in self._modules.items():
                 fake = _fake(module)
@@ -234,7 +237,8 @@ class QATModifier(QuantizationArguments, Modifier):
                         stacklevel=2,
                     )
                 else:
-                    W_RC = _dense_matrix(module).clone()
+                    dense = original_weight(module)
+                    W_RC = (dense.t() if fake.transposed else dense.flatten(1)).clone()
                     quantized = finish(module)
                     Q_RC = as_matrix(module)
                     error = weight_error(W_RC, Q_RC)
@@ -246,22 +250,17 @@ class QATModifier(QuantizationArguments, Modifier):
 
     def state_dict(self) -> dict[str, Any]:
         scales = {name: _fake(module).state() for name, module in self._modules.items()}
-        own = {
-            "observing": self._observing,
-            "awaited": sorted(self._awaited),
-            "finished": self.finalized,
-            "scales": scales,
-        }
-        return {**super().state_dict(), **own}
+        phase = {"observing": self._observing, "awaited": sorted(self._awaited), "finished": self.finalized}
+        return {**super().state_dict(), **phase, "scales": scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._take(state)
+        self._restore(state)
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
         """The best weights are back, and so are the scales that they were saved with."""
         active = any(_fake(module).active for module in self._modules.values())
-        self._take(state)
+        self._restore(state)
         if not active or state["started"]:
             return
         warnings.warn(
@@ -271,24 +270,15 @@ class QATModifier(QuantizationArguments, Modifier):
             stacklevel=2,
         )
         for module in self._modules.values():
-            _fake(module).derive(_dense(module))
+            _fake(module).derive(original_weight(module))
             _fake(module).active = True
 
-    def _take(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self._observing, self._awaited = state["observing"], set(state["awaited"])
         for name in self._modules.keys() & state["scales"].keys():
             _fake(self._modules[name]).load_state(state["scales"][name])
         for module in self._modules.values() if state["finished"] else ():
-            _fake(module).active = False  # the weights lie on their grids, for good
-
-
-class _Extremes:
-    """Of one batch: lowest and highest input of each layer, [layers]."""
-
-    reduce = {"low": "min", "high": "max"}
-
-    def __init__(self, low: Tensor, high: Tensor):
-        self.low, self.high = low, high
+            _fake(module).active = False  # the weights are final, on their grids
 
 
 def _fake(module: nn.Module) -> FakeQuantize:
@@ -297,27 +287,8 @@ def _fake(module: nn.Module) -> FakeQuantize:
     return fake
 
 
-def _dense(module: nn.Module) -> Tensor:
-    """The weight that the optimizer moves, without gradient."""
-    dense: Tensor = module.get_parameter("parametrizations.weight.original")
-    return dense.detach()
-
-
-def _dense_matrix(module: nn.Module) -> Tensor:
-    dense = _dense(module)
-    return dense.t() if _fake(module).transposed else dense.flatten(1)
-
-
-def _taken_off(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
-    """The records of an earlier quantization, taken off their modules."""
-    records = {clean_name(name): pair for name, pair in Quantized.find(model).items()}
-    for module, _ in records.values():
-        Quantized.detach(module)
-    return records
-
-
 def _check_records(records: dict[str, tuple[nn.Module, Quantized]], schemes: dict[str, QuantizationScheme]) -> None:
-    """ValueError when the model was quantized in another way than it is to be trained."""
+    """ValueError where the model is quantized already, in another way than the recipe asks for."""
     for name, (_, record) in records.items():
         if name not in schemes:
             raise ValueError(
@@ -327,13 +298,13 @@ def _check_records(records: dict[str, tuple[nn.Module, Quantized]], schemes: dic
         before, now = record.scheme, schemes[name]
         if _grids(before) != _grids(now):
             raise ValueError(
-                f"{name!r} is quantized already as {describe(before)}, and this recipe wants {describe(now)}; give the "
-                f"scheme of then, or start from the dense model"
+                f"{name!r} is quantized already as {describe(before)}, and this recipe asks for {describe(now)}; give "
+                f"that scheme, or start from the dense model"
             )
 
 
 def _grids(scheme: QuantizationScheme) -> list[tuple[Any, ...] | None]:
-    """What of a scheme says where values may lie, and not how that was found."""
+    """The fields of a scheme that define its grids, without those on the search for scales."""
     return [
         p and (p.num_bits, p.type, p.symmetric, p.dynamic, QuantizationStrategy(p.strategy), p.group_size)
         for p in (scheme.weights, scheme.input_activations)

@@ -1,9 +1,9 @@
-"""Round to nearest: every weight goes to the closest point of its grid (RTN); activations get dynamic or static scales.
+"""Round to nearest (RTN): every weight becomes the closest point of its grid; activations get dynamic or static scales.
 
     Q = (clamp(round(W / s) + z, qmin, qmax) - z) * s
 
-Weights need no data. Static activation scales do: an observer watches each module's input while batches run. So do
-scales that are chosen by what the output of the layer loses:
+Weights need no data. Static activation scales do: an observer sees the input of each module while batches run. So do
+scales that minimize the error of the layer's output:
 
     imatrix   sum_j H_jj e_j^2,  hessian   e H_gg e^T          H = E[x x^T], e = w - q, per row and group g of columns
 """
@@ -79,7 +79,7 @@ class QuantizationModifier(LayerwiseQuantizer):
         self.observe_range(name, module, x)
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
-        """Round those of ``names`` that are left and have seen the data that they need, if any."""
+        """Round the layers among ``names`` that remain and have seen the data that they need, if any."""
         names = list(names)
         self.round_tables(state, names)
         statistics = self.seen(names)
@@ -88,14 +88,14 @@ class QuantizationModifier(LayerwiseQuantizer):
             waits = (observer is not None and not observer.batches) or (square is not None and not square.tokens)
             if waits or (self.scale_search == "hessian" and shared is None):
                 continue
-            weighed: dict[str, Any] = {} if square is None else {"importance_PC": square.value()}
+            weights: dict[str, Any] = {} if square is None else {"importance_PC": square.value()}
             if shared is not None:
                 if shared not in self._blocks:
                     assert shared.statistic is not None
                     self._blocks[shared] = shared.statistic.take()
-                weighed = {"H_PGgg": self._blocks[shared].unflatten(0, (partitions(self._layers[name]), -1))}
+                weights = {"H_PGgg": self._blocks[shared].unflatten(0, (partitions(self._layers[name]), -1))}
             flag = DEAD_INPUT if observer is not None and observer.is_dead else None
-            self.round(state, name, flag, None if shared is None else shared.tokens, **weighed)
+            self.round(state, name, flag, None if shared is None else shared.tokens, **weights)
 
     def unseen(self, state: State, layers: Mapping[str, nn.Module]) -> None:
         for name in [name for name in layers if name not in self._observers]:  # errors weigh the same in all columns

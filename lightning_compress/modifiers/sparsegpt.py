@@ -2,14 +2,14 @@
 
 Frantar & Alistarh, 2023, arXiv:2301.00774; here with the factor of H that GPTQ uses (layerwise/factor.py), no inverse:
 
-    v_F     = w_F + (W_<t - Q_<t) H_<t,F (H_FF)^-1      weights from column t on, made up for all that was pruned so far
-            = w_F + (a_F - w_F) (U_FF)^-1               a_F: the same but for the errors of F itself
-    score_j = v_j^2 / [(H_FF)^-1]_jj = v_j^2 p_j^2      what the loss rises by when column j goes (F = j, j+1 ...)
+    v_F     = w_F + (W_<t - Q_<t) H_<t,F (H_FF)^-1      weights from column t on, corrected for all earlier columns
+            = w_F + (a_F - w_F) (U_FF)^-1               a_F: the same without the errors of F itself
+    score_j = v_j^2 / [(H_FF)^-1]_jj = v_j^2 p_j^2      by how much pruning column j raises the loss (F = j, j+1 ...)
     q_j     = v_j where the weight stays, else 0
 
 The mask of a block of 128 columns is chosen when the sweep reaches it, over all rows of the block (``scope="block"``,
-as in the paper) or row by row; that of N:M every M columns. What the sweep leaves is refitted on its support
-(layerwise/least_squares_refit.py): earlier columns make up for later ones as well.
+as in the paper) or row by row; that of N:M every M columns. The result of the sweep is refitted on its support
+(layerwise/least_squares_refit.py): earlier columns then correct later ones, too.
 
 Shapes: R rows, C columns (inputs), b columns of a block, P partitions of a grouped convolution.
 """
@@ -43,15 +43,15 @@ def prune_columns(
 
     Args:
         W_RC: Weights, in the dtype of the factor; entries that are zero stay zero, and count.
-        factor: Of the damped H, columns from left to right.
+        factor: Factor of the damped H, columns from left to right.
         sparsity: Share to remove, in [0, 1): ``floor(sparsity * R * C)`` weights in all, spread evenly over blocks
             (with ``scope="row"`` over rows too: ``floor(sparsity * C)`` each).
-        pattern: (N, M): of every M consecutive columns N stay, whatever ``sparsity`` says. M divides ``block`` and C.
-        block: Columns of which the mask is chosen at once, and after which errors reach all columns still to come.
-        scope: What is ranked together: all rows of a block, or each row.
+        pattern: (N, M): of every M consecutive columns N stay, regardless of ``sparsity``. M divides ``block`` and C.
+        block: Number of columns whose mask is chosen at once, and after which errors are added to all later columns.
+        scope: Weights that are ranked together: all rows of a block, or each row.
 
     Returns:
-        Q [R, C], and the mask of what stays, bool [R, C].
+        Q [R, C], and the mask of the weights that stay, bool [R, C].
     """
     R, C = W_RC.shape
     W_CR, U_CC, importance_C = W_RC.t().contiguous(), factor.UT_CC.t(), factor.pivot_C.square()
@@ -63,7 +63,7 @@ def prune_columns(
     sub_block = M * max(1, SUB_BLOCK // M)
 
     def choose(low: int, high: int) -> None:
-        """The mask of some columns, from what the columns before have left for them."""
+        """Choose the mask of some columns, given the errors of all earlier columns."""
         W, keep = W_CR[low:high], keep_CR[low:high]
         UT_bb = U_CC[low:high, low:high].t()
         shift = torch.linalg.solve_triangular(UT_bb, A_CR[low:high] - W, upper=False, unitriangular=True)
@@ -77,10 +77,10 @@ def prune_columns(
             keep &= keep_highest(score, _count(sparsity, R * high) - _count(sparsity, R * low))
 
     def update(low: int, high: int, first: int, last: int, sub_block: int) -> None:
-        """Columns first to last, whose mask is known; their errors reach all from low to high."""
-        here, columns = slice(low, high), (first - low, last - low)
-        D, U, keep = D_bR[low % block : low % block + high - low], U_CC[here, here], keep_CR[here]
-        matrices = Block(A_CR[here], Q_CR[here], D, W_CR[here], U, keep)
+        """Prune columns first to last by their mask, and add their errors to all columns from low to high."""
+        b, columns = slice(low, high), (first - low, last - low)
+        D = D_bR[low % block : low % block + high - low]
+        matrices = Block(A_CR[b], Q_CR[b], D, W_CR[b], U_CC[b, b], keep_CR[b])
         gptq_block_(matrices, columns=columns, sub_block=sub_block)
 
     for i1 in range(0, C, block):
@@ -105,7 +105,7 @@ def _count(sparsity: float, units: int) -> int:
 
 
 class SparseGPTModifier(LayerwisePruner):
-    """Prune with SparseGPT on calibration data, and refit what is kept.
+    """Prune with SparseGPT on calibration data, and refit the remaining weights.
 
     The other arguments are those of :class:`~lightning_compress.pruning.arguments.PruningArguments`: ``targets``,
     ``ignore``, ``sparsity``, ``mask_structure``, ``sparsity_profile``, ``owl_m``, ``owl_lmbda``,
@@ -115,10 +115,10 @@ class SparseGPTModifier(LayerwisePruner):
         block_size: Number of columns whose mask is chosen at once, a multiple of M.
         scope: Unstructured masks rank all rows of a block together (``block``, as in the paper) or each ``row``.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
-            raise. The ledger says what was done.
+            raise. The ledger notes it.
 
     Raises:
-        ValueError: A sparsity outside of [0, 1), a pattern whose sparsity is another, a width that it does not divide.
+        ValueError: A sparsity outside of [0, 1) or other than that of the pattern, a width that M does not divide.
     """
 
     technique: ClassVar[str] = "sparsegpt"

@@ -19,13 +19,14 @@ from lightning_compress.structure.groups import Cut
 __all__ = ["Structure", "change_attributes", "cut_layers", "cut_tensors", "record_of", "reshape", "tensors_of"]
 
 Step = dict[str, Any]
+Optimizers = Optimizer | Sequence[Optimizer] | None
 
 
 @dataclass(frozen=True)
 class Structure(Record):
     """The cuts that were made in a model.
 
-    The model holds them as plain data, so that a pickled copy of it can be read where this package is not installed.
+    The model holds them as plain data, so that a pickled copy of it can be read without this package.
 
     Args:
         steps: In the order of the cuts.
@@ -65,24 +66,24 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def cut_tensors(
     model: nn.Module,
     cut: Cut,
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Optimizers = None,
     attributes: Mapping[str, Mapping[str, int]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Shrink tensors for real.
+    """Replace tensors by smaller ones.
 
     Args:
         model: Its parameters are replaced by smaller ones (new objects), its buffers too.
-        cut: The places of each tensor that stay.
-        optimizers: Their groups get the new parameters, and their state is cut in the same way.
+        cut: Indices of each tensor that stay.
+        optimizers: Optimizers whose groups get the new parameters, and whose state is cut in the same way.
         attributes: By module name, attributes that state sizes and do not follow from the shapes of its weights.
         config: New values of ``model.config``.
 
     Raises:
-        ValueError: A tensor is parametrized, or an optimizer's state has no shape that could be cut. Nothing has
-            changed then.
+        ValueError: A tensor is parametrized, or an optimizer's state has a shape that cannot be cut. Nothing is
+            changed in that case.
     """
-    optimizers = list(optimizers)
+    optimizers = _listed(optimizers)
     old = {name: _tensor(model, name) for name in cut}
     _check_optimizers(optimizers, old)
     shapes = {}
@@ -109,7 +110,7 @@ def cut_layers(
     model: nn.Module,
     name: str,
     kept: Sequence[int],
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Optimizers = None,
     attributes: Mapping[str, Mapping[str, int]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
@@ -119,14 +120,14 @@ def cut_layers(
         model: Model with the list.
         name: Dotted name of the list.
         kept: Indices of the layers that stay, ascending.
-        optimizers: Parameters that are removed are dropped from their groups and state.
+        optimizers: Optimizers that drop the removed parameters from their groups and state.
         attributes: As in :func:`cut_tensors`, with names after the cut.
         config: New values of ``model.config``.
     """
     before = {id(p) for p in model.parameters()}
     _keep_layers(model, name, kept)
     removed = before - {id(p) for p in model.parameters()}
-    for optimizer in optimizers:
+    for optimizer in _listed(optimizers):
         for group in optimizer.param_groups:
             for parameter in [p for p in group["params"] if id(p) in removed]:
                 optimizer.state.pop(parameter, None)
@@ -135,20 +136,20 @@ def cut_layers(
 
 
 def reshape(model: nn.Module, steps: Sequence[Step]) -> None:
-    """Give a dense model (or one that has made the first of these steps) the shapes after ``steps``; zeros in them.
+    """Give a dense model (or one after the first of these steps) the shapes after ``steps``, filled with zeros.
 
     Call it before weights are loaded and before optimizers exist.
 
     Raises:
         ValueError: The model was cut in another way, or is another model.
     """
-    made = record_of(model)
-    if [_outline(s) for s in steps[: len(made)]] != [_outline(s) for s in made]:
+    past = record_of(model)
+    if [_outline(s) for s in steps[: len(past)]] != [_outline(s) for s in past]:
         raise ValueError(
             f"this {type(model).__name__} was shrunk in another way than the model that was saved; build the dense "
             f"model, and use the recipe of the run that saved it"
         )
-    for step in steps[len(made) :]:
+    for step in steps[len(past) :]:
         for name, kept in step.get("layers", {}).items():
             _keep_layers(model, name, kept)
         for name, shape in step.get("shapes", {}).items():
@@ -194,7 +195,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
         )
     tensor = getattr(module, attribute, None)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"the model has no tensor {name!r}: it is another model than the one that was shrunk")
+        raise ValueError(f"the model has no tensor {name!r}: it is not the model that was shrunk")
     return tensor
 
 
@@ -242,6 +243,10 @@ def _sizes(module: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
 
+def _listed(optimizers: Any) -> list[Optimizer]:
+    return [*optimizers] if isinstance(optimizers, list | tuple) else [o for o in [optimizers] if o is not None]
+
+
 def _check_optimizers(optimizers: Sequence[Optimizer], old: Mapping[str, Tensor]) -> None:
     for optimizer in optimizers:
         for name, parameter in old.items():
@@ -275,10 +280,10 @@ def _keep_layers(model: nn.Module, name: str, kept: Sequence[int]) -> None:
     chosen = [layers[i] for i in kept]
     smaller = nn.ModuleList(chosen) if isinstance(layers, nn.ModuleList) else nn.Sequential(*chosen)
     setattr(model.get_submodule(holder), attribute, smaller)
-    for place, layer in enumerate(chosen):
+    for index, layer in enumerate(chosen):
         for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):  # where a cache keeps its keys and values
-                setattr(module, "layer_idx", place)  # noqa: B010  mypy takes attributes of modules for tensors
+            if isinstance(getattr(module, "layer_idx", None), int):  # index of its keys and values in a cache
+                setattr(module, "layer_idx", index)  # noqa: B010  mypy takes attributes of modules for tensors
 
 
 def _note(model: nn.Module, step: Step, attributes: Mapping[str, Mapping[str, int]], config: Mapping[str, Any]) -> None:

@@ -102,7 +102,7 @@ def test_a_llama_loses_the_block_that_does_nothing_after_calibration():
 REFUSED = [
     ({}, "give either layers .* or count .*, got neither"),
     ({"layers": [1], "count": 1}, "got both"),
-    ({"layers": []}, "name blocks that go"),
+    ({"layers": []}, "name blocks; protect"),
     ({"layers": [1], "protect": 1}, "protect is for count"),
     ({"count": 0}, "count=0"),
     ({"count": 1, "start": 0}, "start=0 cuts at set-up: give a later start"),
@@ -116,9 +116,9 @@ def test_arguments_are_refused(arguments, message):
 
 
 UNFIT = [
-    (Tower, {"layers": [7]}, "'blocks' has 5 blocks, so there is no 7"),
+    (Tower, {"layers": [7]}, "'blocks' has 5 blocks, and not a block 7"),
     (Tower, {"layers": [4, -1]}, "names a block twice"),
-    (Tower, {"layers": [0, 1, 2, 3, 4]}, "5 of 5 blocks in 'blocks' cannot go"),
+    (Tower, {"layers": [0, 1, 2, 3, 4]}, "5 of 5 blocks in 'blocks' cannot be removed"),
     (Tower, {"count": 2, "protect": 2, "start": 3}, "2 of 5 blocks .* with protect=2"),
     (Tower, {"layers": [0], "blocks": "head"}, r"blocks='head' is not a ModuleList .* the model has \['blocks'\]"),
     (residuals, {"layers": [0]}, "cannot tell which list of blocks is meant, found none"),

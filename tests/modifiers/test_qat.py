@@ -381,14 +381,14 @@ def test_without_training_the_recipe_is_gptq():
         ),
         (
             [from_gptq(2)[0], from_gptq(5)[1]],
-            r"QATModifier goes on from GPTQModifier, but start=5.0 \(unit: step\) here and start=2.0.*give both the",
+            r"QATModifier continues from GPTQModifier, but has start=5.0 .unit: step., and GPTQ.* start=2.0.*give",
         ),
         (
             [from_gptq(bits=4)[0], from_gptq(bits=3)[1]],
-            "which quantizes '0' as W4A16 g8 sym, while training wants W3A16 g8 sym; give both the same scheme",
+            "which quantizes '0' as W4A16 g8 sym, but has the scheme W3A16 g8 sym; give both the same scheme",
         ),
     ],
-    ids=["no start", "wrong order", "nobody goes on", "not all", "other start", "other scheme"],
+    ids=["no start", "wrong order", "no QAT", "not all", "other start", "other scheme"],
 )
 def test_recipes_that_cannot_hand_over(modifiers, message):
     with pytest.raises(ValueError, match=message):
@@ -547,7 +547,7 @@ def test_a_run_that_never_started_leaves_the_model_as_it_is():
     assert Quantized.find(model) == {}
 
 
-def test_the_ledger_says_what_was_done():
+def test_the_ledger_has_a_row_with_the_error():
     model, lifecycle = trained(QATModifier(scheme="W4A16", group_size=8))
     state = State(model=model)
     lifecycle.finalize(state)
@@ -584,7 +584,7 @@ def test_a_model_that_was_quantized_otherwise():
     model = network()
     compress(model, QuantizationModifier(scheme="W4A16", group_size=8))
     for modifier, message in (
-        (QATModifier(scheme="W8A16", group_size=8), "'0' is quantized already as W4A16 g8 sym.*wants W8A16 g8 sym"),
+        (QATModifier(scheme="W8A16", group_size=8), "'0' is quantized already as W4A16 g8 sym.*asks for W8A16 g8 sym"),
         (QATModifier(scheme="W4A16", group_size=8, targets=["0"]), "'2' is quantized already.*add it to targets"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@ the answers to a batch do not depend on how much of the cache a run that was kil
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ class Recall:
         Every rank calls this at the same time.
         """
         self.cache.flush()
-        count = _Count(*self.epochs[-1])
+        hits, misses = self.epochs[-1]
+        count = SimpleNamespace(reduce={"hits": "sum", "misses": "sum"}, hits=hits, misses=misses)
         all_reduce_(count)
         self.cache.refresh()
         hits, misses = self.epochs[-1] = [count.hits, count.misses]
@@ -132,10 +134,3 @@ def _padded(rows: list[Tensor], tokens: int) -> Tensor:
     for row, place in zip(rows, whole, strict=True):
         place[: len(row)] = row
     return whole
-
-
-class _Count:
-    reduce = {"hits": "sum", "misses": "sum"}
-
-    def __init__(self, hits: int, misses: int) -> None:
-        self.hits, self.misses = hits, misses

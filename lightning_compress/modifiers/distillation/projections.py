@@ -6,6 +6,7 @@ buckets touch them; over ranks they are averaged. They begin equal on all ranks 
 random state.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ class Projections:
         if world_size() > 1:
             for weight in self.weights.values():
                 if weight.grad is not None:
-                    shared = _Gradient(weight.grad)
-                    all_reduce_(shared)
-                    weight.grad = shared.gradient / world_size()
+                    total = SimpleNamespace(reduce={"grad": "sum"}, grad=weight.grad)
+                    all_reduce_(total)
+                    weight.grad = total.grad / world_size()
         self.optimizer.step()
         self._drop_gradients()
 
@@ -102,10 +103,3 @@ class Projections:
         self._stale = False
         for weight in self.weights.values():
             weight.grad = None
-
-
-class _Gradient:
-    reduce = {"gradient": "sum"}
-
-    def __init__(self, gradient: Tensor) -> None:
-        self.gradient = gradient

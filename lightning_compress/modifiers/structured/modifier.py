@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
@@ -276,7 +275,7 @@ class StructuredPruningModifier(StructuredArguments):
             tensors = tensors_of(model)
             cut = cut_of(kept, {name: t.shape for name, t in tensors.items()})
             attributes = self._attributes(model, kept)
-            cut_tensors(model, cut, _optimizers(state), attributes, self._config(model, kept))
+            cut_tensors(model, cut, state.optimizer, attributes, self._config(model, kept))
             self._steps = len(record_of(model))
             self._renumber(kept, cut)
             self._report(state, model)
@@ -337,9 +336,3 @@ class StructuredPruningModifier(StructuredArguments):
 
 def _weights_of(tensors: dict[str, Tensor], group: Group) -> int:
     return sum(tensors[name].numel() for name in {piece.tensor for piece in group.slices})
-
-
-def _optimizers(state: State) -> list[Optimizer]:
-    if state.optimizer is None:
-        return []
-    return list(state.optimizer) if isinstance(state.optimizer, list | tuple) else [state.optimizer]
