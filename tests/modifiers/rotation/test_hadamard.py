@@ -75,7 +75,7 @@ def test_one_large_coordinate_is_spread(make, keep_mean):
 @pytest.mark.parametrize(
     ("n", "near"), [(0, "1"), (3, "2 and 4"), (92, "88 and 96"), (577, "576 and 580"), (30, "28 and 32")]
 )
-def test_an_order_without_a_matrix_lists_those_that_would_do(n, near):
+def test_an_order_without_a_matrix_lists_the_nearest_ones(n, near):
     with pytest.raises(ValueError, match=f"order {n} can be built; the nearest orders are {near}"):
         hadamard(n)
     with pytest.raises(ValueError, match="nearest orders"):

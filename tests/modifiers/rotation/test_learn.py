@@ -16,14 +16,14 @@ def generator(seed=0):
 
 def readers(count=3):
     """Low-rank inputs with large channels, so that some rotations do better than others."""
-    made = []
+    data = []
     for seed in range(count):
         g = generator(seed)
         Z = torch.randn(96, 6, generator=g) @ torch.randn(6, n, generator=generator(99))
         Z += 0.2 * torch.randn(96, n, generator=g)
         Z[:, 5] *= 20
-        made.append(Reader(Z / Z.norm(dim=1, keepdim=True), torch.randn(40, n, generator=g)))
-    return made
+        data.append(Reader(Z / Z.norm(dim=1, keepdim=True), torch.randn(40, n, generator=g)))
+    return data
 
 
 @pytest.mark.parametrize("keep_mean", [False, True])
@@ -44,11 +44,11 @@ def test_a_step_stays_on_the_orthogonal_matrices_and_goes_downhill(keep_mean):
         assert_close(R @ ones, ones, rtol=0, atol=1e-12)
 
 
-def test_the_angle_of_a_step_is_what_was_asked_for():
+def test_a_step_turns_by_its_angle():
     R = random_orthogonal(n, generator(1))
     turned = cayley_step(R, torch.randn(n, n, generator=generator(3), dtype=torch.float64), 1e-3) @ R.t()
-    moved = (turned - torch.eye(n, dtype=torch.float64)).norm().item() / n**0.5
-    assert moved == pytest.approx(1e-3, rel=1e-3)
+    angle = (turned - torch.eye(n, dtype=torch.float64)).norm().item() / n**0.5
+    assert angle == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_step_follows_the_negative_gradient_to_first_order():

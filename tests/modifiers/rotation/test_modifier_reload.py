@@ -49,10 +49,10 @@ def reloaded(tmp_path_factory):
     save_file(batch, root / "batch")
     (root / "cases.json").write_text(json.dumps(list(CASES)))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", READER, str(root)], cwd=root, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return root, logits, load_file(root / "read")
 
 
@@ -70,7 +70,7 @@ def test_plain_transformers_gives_the_logits_of_the_model_in_memory(reloaded, ca
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_our_own_load_does_too(reloaded, case):
+def test_load_gives_them_too(reloaded, case):
     root, in_memory, _ = reloaded
     with torch.no_grad():
         again = load(root / case)(**load_file(root / "batch")).logits

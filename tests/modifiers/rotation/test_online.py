@@ -1,4 +1,4 @@
-"""Rotations beside modules: refused unless allowed; then right here and through load, and other loaders refuse them."""
+"""Online rotations: refused unless allowed; then exact here and through load, and refused by other loaders."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ ALL = ["R1", "R2", "R4"]
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize(("n", "block"), [(24, 12), (16, 16), (36, 36)])
-def test_what_runs_beside_a_linear_is_the_matrix(side, n, block):
+def test_an_online_rotation_is_a_product_with_its_matrix(side, n, block):
     torch.manual_seed(0)
     linear, x = nn.Linear(n, n).double(), torch.randn(5, n, dtype=torch.float64)
     signs = tuple(int(s) for s in torch.randint(0, 2, (block,)) * 2 - 1)
@@ -39,10 +39,10 @@ def test_what_runs_beside_a_linear_is_the_matrix(side, n, block):
     x.requires_grad_()
     plain = nn.functional.linear(x @ M if side == "input" else x, linear.weight, linear.bias)
     plain = plain if side == "input" else plain @ M.t()
-    wanted = (x, linear.weight, linear.bias)
-    gradients = (torch.autograd.grad(y.sin().sum(), wanted) for y in (linear(x), plain))
-    for mine, other in zip(*gradients, strict=True):
-        assert_close(mine, other, rtol=0, atol=1e-11)
+    inputs = (x, linear.weight, linear.bias)
+    gradients = (torch.autograd.grad(y.sin().sum(), inputs) for y in (linear(x), plain))
+    for gradient, expected_gradient in zip(*gradients, strict=True):
+        assert_close(gradient, expected_gradient, rtol=0, atol=1e-11)
     assert_close(copy.deepcopy(linear)(x), expected, rtol=0, atol=1e-12)
     OnlineRotations.detach(linear)
     assert not linear._forward_pre_hooks
@@ -57,7 +57,7 @@ def test_what_runs_beside_a_linear_is_the_matrix(side, n, block):
 ], ids=str)  # fmt: skip
 def test_no_output_changes(kind, settings):
     if kind == "gemma2" and "R4" in settings["rotations"]:
-        pytest.skip("its stream cannot be turned, so that nothing is known to write it")
+        pytest.skip("its stream cannot be turned, so that R4 has no weights")
     model = build(kind)
     before = logits(model)
     targets = {"targets": ["Conv1D"]} if kind == "gpt2" else {}
@@ -77,8 +77,8 @@ def test_no_output_changes(kind, settings):
 
 
 @pytest.mark.parametrize("walk", ["one_pass", "two_pass"])
-def test_gptq_behind_it_sees_rotated_inputs(walk):
-    """With R4 the statistic of down_proj is that of rotated inputs: the codes fit what the module computes with."""
+def test_gptq_after_rotation_sees_rotated_inputs(walk):
+    """With R4 the Hessian of down_proj is the one of rotated inputs."""
     model = build("llama", **UNTIED)
     before = logits(model)
     gptq = GPTQModifier(scheme="W4A16", group_size=-1, ignore=["re:.*lm_head"])
@@ -115,12 +115,12 @@ def test_load_computes_the_same_and_other_loaders_refuse_the_folder(tmp_path, mo
         "        print(str(error).replace(chr(10), ' '))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "out")], env=environment, capture_output=True, text=True
     )
-    said = done.stdout.splitlines()
-    assert len(said) == 2, done.stderr[-2000:]
-    assert all("online rotations: lightning_compress.load" in line for line in said), said
+    messages = process.stdout.splitlines()
+    assert len(messages) == 2, process.stderr[-2000:]
+    assert all("online rotations: lightning_compress.load" in line for line in messages), messages
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] != ["LlamaForCausalLM"]
 
 
@@ -135,7 +135,7 @@ def test_online_rotations_are_refused_unless_allowed(make, message):
         make()
 
 
-def test_what_v_cannot_fuse_is_named_and_nothing_changes():
+def test_modules_that_v_cannot_fuse_are_named_and_nothing_changes():
     model = build("llama")
     weights = copy.deepcopy(model.state_dict())
     message = r"v: no weight can take in the rotation beside 2 modules, such as model.layers.0.mlp.down_proj.*allow_onl"
@@ -163,11 +163,11 @@ def test_v_needs_nothing_online_where_everything_is_fused():
     assert_close(model(ids), before, rtol=0, atol=1e-5)
 
 
-def test_experts_in_one_tensor_have_no_module_to_rotate_beside():
+def test_experts_in_one_tensor_cannot_be_rotated_online():
     with pytest.raises(ValueError, match=r"R4: 'model.layers.0.mlp.experts.down_proj' is not the weight of one module"):
         compress(build("mixtral"), RotationModifier(rotations=ALL, allow_online=True))
 
 
-def test_a_size_without_a_hadamard_matrix_beside_a_module():
+def test_an_online_size_without_a_hadamard_matrix():
     with pytest.raises(ValueError, match="R4 rotates 92 features: no Hadamard .* set transform_block_size$"):
         compress(build("llama", intermediate_size=92), RotationModifier(rotations=["R4"], allow_online=True))

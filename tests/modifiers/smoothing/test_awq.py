@@ -243,8 +243,8 @@ def test_errors_before_any_data_is_read():
         run(model, "gelu", AWQModifier(**scheme("gelu"), mappings=[["fc9", "re:.*norm"]]))
 
 
-def test_not_finite():
-    """All is finite until weights are rounded: the first one to exactly 1."""
+def test_an_output_that_is_not_finite_after_rounding_is_an_error():
+    """All values are finite until the first weight is rounded to 1."""
 
     class Fragile(Split):
         def forward(self, x):
