@@ -1,6 +1,6 @@
-"""Trains, compresses and tests what a Hydra config describes:  python train.py +compress=gptq_w4
+"""Trains, compresses and tests a model by a Hydra config:  python train.py +compress=gptq_w4
 
-Compression is a callback like any other: ``+compress=NAME`` puts it among ``callbacks``; it acts when training ends.
+Compression is an ordinary callback: ``+compress=NAME`` adds it to ``callbacks``.
 """
 
 import logging
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Run it; a sweeper gets the metric that ``optimized_metric`` names."""
+    """Run the app; returns the metric ``optimized_metric`` for a sweeper."""
     try:
         metrics = train(cfg)
-    except SystemExit as stopped:  # SIGTERM: Lightning would leave with code 0, as if all were done
+    except SystemExit as stopped:  # SIGTERM: Lightning would exit with code 0, as after success
         raise SystemExit(stopped.code or 143) from stopped
     return optimized(metrics, cfg.optimized_metric)
 
@@ -28,7 +28,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Train, compress and test.
 
     Args:
-        cfg: As conf/train.yaml lays it down.
+        cfg: Config with the fields of conf/train.yaml.
 
     Returns:
         The metrics of training and test by name.
@@ -36,11 +36,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: ``compress`` is a bare string, or there is nothing to do.
     """
-    # On a busy machine threads that spin for each other starve: with 2 threads on 2 cores under load 6 the demo made
-    # 0.27 steps a second, and 3.1 with threads that sleep. OpenMP reads this when torch is imported.
+    # On a busy machine threads that wait by spinning are slow: with 2 threads on 2 cores under load 6 the demo made
+    # 0.27 steps per second, and 3.1 with threads that sleep. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    import lightning  # here, and not above: --help, --cfg job and tab completion answer in 1 s instead of 6
+    import lightning  # not above, so that --help, --cfg job and tab completion take 1 s instead of 6
     import torch
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger
@@ -49,13 +49,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from lightning_compress.training.slurm import check_tasks
 
     check_compress(cfg)
-    logging.getLogger("lightning").handlers.clear()  # Hydra's logging shows its messages: else each comes twice
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens in memory: workers would cost time
+    logging.getLogger("lightning").handlers.clear()  # Hydra's logging shows its messages: else each appears twice
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens are in memory: workers would be slower
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning 2.6 under torch 2.13
     if cfg.seed is not None:
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    callbacks = instantiate_each(cfg.get("callbacks"), Callback)  # first: a recipe's mistake shows before data is read
+    callbacks = instantiate_each(cfg.get("callbacks"), Callback)  # first: errors in a recipe show before data is read
     compresses = any(isinstance(callback, CompressionCallback) for callback in callbacks)
     if not (cfg.train or cfg.test or compresses):
         raise ValueError("nothing to do: train=false, test=false, and no +compress=NAME; set one of them")
@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     log.info("%.2f million parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     loggers = instantiate_each(cfg.get("logger"), Logger)
 
-    # Without training, fit has no epoch to run: it only sets up, and the callback compresses the model as it is.
+    # Without training, fit runs no epoch: it only sets up, and the callback compresses the initial weights.
     trainer: lightning.Trainer = hydra.utils.instantiate(
         cfg.trainer, callbacks=callbacks, logger=loggers, **({} if cfg.train else {"max_epochs": 0})
     )
@@ -94,10 +94,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 def check_compress(cfg: DictConfig) -> None:
-    """``+compress=NAME`` that found no recipe is a plain string to Hydra, and would train without compression.
+    """Refuse ``+compress=NAME`` without such a recipe: Hydra sets a plain string, and nothing would be compressed.
 
     Raises:
-        ValueError: The config holds ``compress`` itself, and not the callback that a recipe puts into ``callbacks``.
+        ValueError: ``compress`` is a string, not the callback that a recipe adds to ``callbacks``.
     """
     name = cfg.get("compress")
     if isinstance(name, str):
@@ -112,7 +112,7 @@ def instantiate_each(configs: DictConfig | None, kind: type) -> list[Any]:
     """Build every entry that has a ``_target_``, as the lightning-hydra-template does.
 
     Raises:
-        ValueError: An entry is no ``kind``.
+        ValueError: An entry is not a ``kind``.
     """
     built = []
     for name, config in (configs or {}).items():
@@ -126,7 +126,7 @@ def instantiate_each(configs: DictConfig | None, kind: type) -> list[Any]:
 
 
 def optimized(metrics: dict[str, float], name: str | None) -> float | None:
-    """The metric for a sweeper; None when none is asked for.
+    """The metric for a sweeper; None if ``name`` is None.
 
     Raises:
         ValueError: The run has no such metric.
@@ -139,7 +139,7 @@ def optimized(metrics: dict[str, float], name: str | None) -> float | None:
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
-    """What loggers keep of the config: resolved, without the folders."""
+    """The config for loggers: resolved, without folders."""
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     return {key: value for key, value in resolved.items() if key != "paths"}
 

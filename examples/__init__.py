@@ -1,1 +1,1 @@
-"""The demo's models and data; no part of the package."""
+"""Models and data of the demo; not part of the package."""

@@ -23,8 +23,8 @@ class CausalLM(lightning.LightningModule):
     Args:
         model: Takes ``input_ids`` and returns an object with ``logits`` [B, T, V].
         lr: Peak learning rate of AdamW.
-        weight_decay: On matrices; vectors (norms, biases) are spared.
-        warmup_share: Share of the steps in which the learning rate rises; from there a cosine down to a tenth.
+        weight_decay: For matrices only, not for vectors (norms, biases).
+        warmup_share: Share of the steps in which the learning rate rises; then a cosine decays it to a tenth.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, warmup_share: float) -> None:
@@ -74,7 +74,7 @@ class CausalLM(lightning.LightningModule):
 
 
 def lr_share(step: int, steps: int, warmup_share: float, floor: float = 0.1) -> float:
-    """The learning rate at a step as a share of its peak: a line up, then a cosine down to ``floor``."""
+    """The learning rate at a step as a share of its peak: linear warm-up, then cosine decay to ``floor``."""
     warmup = max(1, round(steps * warmup_share))
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""Noisy drawings of eight shapes, made by arithmetic: images for the examples, nothing to download."""
+"""Generated noisy images of eight shapes for the examples; nothing is downloaded."""
 
 import lightning
 import torch
@@ -14,10 +14,10 @@ class Shapes(lightning.LightningDataModule):
     """Discs, rings, squares, frames, crosses and bars of random place, size and brightness, in noise.
 
     Args:
-        train_images: To train on.
-        val_images: To validate on.
-        batch_size: Images of a batch.
-        noise: Standard deviation of the noise; a shape is 0.5 to 1 brighter than its ground.
+        train_images: Number of training images.
+        val_images: Number of validation images.
+        batch_size: Images per batch.
+        noise: Standard deviation of the noise; a shape is 0.5 to 1 brighter than its background.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Shapes(lightning.LightningDataModule):
 
 
 def draw(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Images, float32 [count, 1, 16, 16], and their classes, int64 [count], equally many of each."""
+    """Images, float32 [count, 1, 16, 16], and their classes, int64 [count], equally many of each class."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:

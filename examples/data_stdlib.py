@@ -1,6 +1,6 @@
-"""The source text of Python's standard library, which every machine has, bytes as tokens.
+"""The source text of Python's standard library, which every machine has; tokens are bytes.
 
-Files go to a part by a hash of their name, so that no file stands in two parts and the split is the same everywhere.
+A hash of its name assigns each file to a part, so that no file is in two parts and all machines have the same split.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idleli
 
 
 class StdlibBytes(TokenBlocks):
-    """Python's standard library as bytes; 80 % of the files to train on, 8 to validate, 8 to test, 4 to calibrate.
+    """Python's standard library as bytes; 80 % of the files for training, 8 validation, 8 test, 4 calibration.
 
     Args:
-        block_length: Bytes of a block.
-        batch_size: Blocks of a batch.
-        train_blocks: Blocks of an epoch.
-        val_blocks: Blocks to validate on.
-        test_blocks: Blocks to test on.
-        calibration_blocks: Blocks to calibrate on.
-        folder: Where the ``*.py`` files lie; None: this Python's own library.
+        block_length: Bytes per block.
+        batch_size: Blocks per batch.
+        train_blocks: Training blocks per epoch.
+        val_blocks: Number of validation blocks.
+        test_blocks: Number of test blocks.
+        calibration_blocks: Number of calibration blocks.
+        folder: Folder with ``*.py`` files; None: the library of this Python.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StdlibBytes(TokenBlocks):
         """Bytes of each part, uint8 [N].
 
         Raises:
-            ValueError: The folder holds no Python files.
+            ValueError: The folder contains no Python files.
         """
         texts: dict[Part, list[bytes]] = {"train": [], "val": [], "test": [], "calibration": []}
         for path in sorted(self.folder.rglob("*.py")):
@@ -58,7 +58,7 @@ class StdlibBytes(TokenBlocks):
 
 
 def part_of(name: str) -> Part:
-    """The part that a file belongs to, by its name relative to the library."""
+    """The part of a file, from its name relative to the library."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
     if place < 80:
         return "train"

@@ -1,4 +1,4 @@
-"""Any text files, cut by the tokenizer of the model they are for."""
+"""Any text files, tokenized by the tokenizer of the model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +16,21 @@ SUFFIXES = (".txt", ".md")
 class TextBlocks(TokenBlocks):
     """Text files as tokens.
 
-    A part without a path of its own takes its share of ``path``: the first 70 % of the tokens to train on, then 10 each
-    to validate, to test and to calibrate; the shares of parts that have their own are left out.
+    A part without its own path gets its share of ``path``: the first 70 % of the tokens for training, then 10 % each
+    for validation, test and calibration; parts with their own path get no share.
 
     Args:
         tokenizer: Folder or hub name.
         path: A file, a folder (its ``*.txt`` and ``*.md``, with subfolders, in order) or a list of them.
-        val_path: The same, to validate on.
-        test_path: The same, to test on.
-        calibration_path: The same, to calibrate on.
-        block_length: Tokens of a block.
-        batch_size: Blocks of a batch.
-        train_blocks: Blocks of an epoch.
-        val_blocks: Blocks to validate on.
-        test_blocks: Blocks to test on.
-        calibration_blocks: Blocks to calibrate on.
+        val_path: The same for validation.
+        test_path: The same for the test.
+        calibration_path: The same for calibration.
+        block_length: Tokens per block.
+        batch_size: Blocks per batch.
+        train_blocks: Training blocks per epoch.
+        val_blocks: Number of validation blocks.
+        test_blocks: Number of test blocks.
+        calibration_blocks: Number of calibration blocks.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TextBlocks(TokenBlocks):
 
 
 def text_files(path: str | Sequence[str]) -> list[Path]:
-    """The files that a path, or a list of paths, stands for.
+    """The text files of a path, or of a list of paths.
 
     Raises:
         ValueError: One does not exist, or is a folder without text files.
@@ -82,7 +82,7 @@ def text_files(path: str | Sequence[str]) -> list[Path]:
         found = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES)
         if not found:
             raise ValueError(
-                f"{entry!r} is no text file, and no folder with {' or '.join(SUFFIXES)} files; check data.path"
+                f"{entry!r} is neither a text file nor a folder with {' or '.join(SUFFIXES)} files; check data.path"
             )
         files += found
     return files

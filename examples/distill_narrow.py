@@ -1,9 +1,9 @@
-"""Distil a convolutional network into one of a quarter of its width, which has seen a tenth of the labels.
+"""Distil a convolutional network into one of a quarter of its width, with a tenth of the labels.
 
     python -m examples.distill_narrow
 
 The student learns from the teacher's logits and, through a learned projection, from its features. Prints the accuracy
-of the teacher, of the student trained alone, and of the student that was taught. 17 seconds on one CPU core.
+of the teacher, and of the student trained without and with the teacher. 17 seconds on one CPU core.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from lightning_compress import CompressionCallback, DistillationModifier
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train the teacher and the student twice, print; returns accuracies in per cent."""
+    """Train the teacher once and the student twice; print and return accuracies in per cent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6, help="of the teacher; the student makes as many steps")
-    parser.add_argument("--width", type=int, default=16, help="the teacher's; the student's is a quarter of it")
-    parser.add_argument("--images", type=int, default=4000, help="of the teacher; the student gets a tenth of them")
-    parser.add_argument("--out", default=None, help="an empty folder for what comes out; a temporary one by default")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of the teacher; the student makes as many steps")
+    parser.add_argument("--width", type=int, default=16, help="width of the teacher; the student has a quarter of it")
+    parser.add_argument("--images", type=int, default=4000, help="training images; the student gets a tenth of them")
+    parser.add_argument("--out", default=None, help="an empty folder for the results; by default a temporary one")
     chosen = parser.parse_args(arguments)
     folder = chosen.out or tempfile.mkdtemp(prefix="distill_narrow_")
 

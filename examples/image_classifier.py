@@ -11,7 +11,7 @@ class ConvNet(nn.Module):
 
     Args:
         width: Channels of the first convolution; the others have twice and four times as many.
-        classes: How many there are.
+        classes: Number of classes.
     """
 
     def __init__(self, width: int, classes: int) -> None:
@@ -38,7 +38,7 @@ class ImageClassifier(lightning.LightningModule):
 
     Args:
         model: Images to logits.
-        lr: Peak learning rate of AdamW; it falls to zero as half a cosine.
+        lr: Peak learning rate of AdamW; it decays to zero by a cosine.
     """
 
     def __init__(self, model: nn.Module, lr: float = 3e-3) -> None:

@@ -7,13 +7,13 @@ from examples.causal_lm import CausalLM
 
 
 class PretrainedLM(CausalLM):
-    """A pretrained model, to be fine-tuned or to be compressed as it is.
+    """A pretrained model, for fine-tuning or for compression without training.
 
     Args:
         path: Folder or hub name.
-        dtype: ``float32`` (on a CPU by far the fastest), ``bfloat16``, ``float16``, or ``auto``: as it is stored.
+        dtype: ``float32`` (by far the fastest on a CPU), ``bfloat16``, ``float16``, or ``auto``: the stored dtype.
         lr: Peak learning rate.
-        weight_decay: On matrices.
+        weight_decay: For matrices only.
         warmup_share: Share of the steps in which the learning rate rises.
     """
 

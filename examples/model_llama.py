@@ -1,4 +1,4 @@
-"""A small Llama, built from a ``transformers`` config and trained from nothing."""
+"""A small Llama, built from a ``transformers`` config and trained from random weights."""
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -6,16 +6,16 @@ from examples.causal_lm import CausalLM
 
 
 class LlamaDemo(CausalLM):
-    """A Llama of the given widths; in groups of 128 columns the widths should divide by 128.
+    """A Llama of the given widths, which should be multiples of 128 for groups of 128 columns.
 
     Args:
         vocab_size: 256 for bytes.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the MLP.
-        num_layers: Blocks.
-        num_heads: Attention heads; each as wide as ``hidden_size / num_heads``.
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads, each of width ``hidden_size / num_heads``.
         lr: Peak learning rate.
-        weight_decay: On matrices.
+        weight_decay: For matrices only.
         warmup_share: Share of the steps in which the learning rate rises.
     """
 

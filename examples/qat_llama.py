@@ -1,9 +1,9 @@
-"""Quantize a small Llama to 2 bits: by rounding, and by training through the rounding with the dense model as teacher.
+"""Quantize a small Llama to 2 bits: by rounding, and by quantization-aware training with the dense model as teacher.
 
     python -m examples.qat_llama
 
-Prints perplexities, beside that of the dense model after as many steps, and the folder that transformers loads.
-Half a minute on one CPU core.
+Prints perplexities, also of the dense model after as many steps, and the folder that transformers loads.
+36 seconds on one CPU core.
 """
 
 import argparse
@@ -22,13 +22,13 @@ SCHEME = {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": "W2A16", "grou
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train, round, train through the rounding, print; returns perplexities."""
+    """Train, round, train through fake-quantization; print and return perplexities."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=250, help="of dense training")
-    parser.add_argument("--qat-steps", type=int, default=80, help="through fake-quantization")
-    parser.add_argument("--width", type=int, default=128, help="of the residual stream, a multiple of 64")
+    parser.add_argument("--steps", type=int, default=250, help="steps of dense training")
+    parser.add_argument("--qat-steps", type=int, default=80, help="steps through fake-quantization")
+    parser.add_argument("--width", type=int, default=128, help="width of the residual stream, a multiple of 64")
     parser.add_argument("--library", default=None, help="a folder of *.py files; by default Python's own library")
-    parser.add_argument("--out", default=None, help="an empty folder for what comes out; a temporary one by default")
+    parser.add_argument("--out", default=None, help="an empty folder for the results; by default a temporary one")
     chosen = parser.parse_args(arguments)
     folder = chosen.out or tempfile.mkdtemp(prefix="qat_llama_")
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     compress(rounded.model, QuantizationModifier(**SCHEME))
     numbers["2 bits, rounded"] = perplexity(quiet_trainer(folder), rounded, data)
 
-    module.lr = 1e-3  # from here on all train on, at a lower rate
+    module.lr = 1e-3  # further training uses a lower learning rate
     longer = copy.deepcopy(module)
     trainer = quiet_trainer(folder, steps=chosen.qat_steps, validate=False)
     trainer.fit(longer, data)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def perplexity(trainer: lightning.Trainer, module: LlamaDemo, data: StdlibBytes) -> float:
-    """Per byte, on the test text."""
+    """Perplexity per byte on the test text."""
     (found,) = trainer.test(module, data, verbose=False)
     return found["test/perplexity"]
 

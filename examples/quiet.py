@@ -1,4 +1,4 @@
-"""A Trainer that says nothing: the examples print their own numbers."""
+"""A Trainer without output: the examples print their own results."""
 
 import lightning
 
@@ -9,11 +9,11 @@ def quiet_trainer(
     """On the CPU, without a logger or checkpoints.
 
     Args:
-        folder: Where compression leaves the model and its report.
-        callbacks: Of the Trainer.
-        epochs: How long to train, or
-        steps: how long in optimizer steps.
-        validate: Whether to validate while training.
+        folder: Folder for the compressed model and its report.
+        callbacks: Callbacks of the Trainer.
+        epochs: Number of epochs; None: see ``steps``.
+        steps: Number of optimizer steps; -1: not limited.
+        validate: Whether to validate during training.
     """
     return lightning.Trainer(
         accelerator="cpu",

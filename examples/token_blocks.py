@@ -1,4 +1,4 @@
-"""Streams of tokens, cut into blocks of one length and handed out as batches: the part that the demo's data share."""
+"""Streams of tokens, cut into blocks of equal length and loaded as batches: base class of the demo's data."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ PARTS: tuple[Part, ...] = ("train", "val", "test", "calibration")
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Consecutive blocks of a stream; the rest that fills no block is left out.
+    """Consecutive blocks of a stream; an incomplete last block is dropped.
 
     Args:
         stream: Tokens, an integer tensor [N].
-        length: Tokens of a block.
+        length: Tokens per block.
     """
 
     def __init__(self, stream: Tensor, length: int) -> None:
@@ -33,17 +33,17 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 class Draws(Sampler[int]):
-    """``count`` of ``size`` indices, drawn anew each epoch, the same on every rank.
+    """``count`` of ``size`` indices, drawn again in each epoch, the same on every rank.
 
-    The order follows from the number of the epoch, so that a resumed run goes on with the order of the next one.
-    Under DDP Lightning replaces a RandomSampler by one over the whole data set, and wraps any other sampler, which then
-    never hears of ``set_epoch``.
+    The order depends on the number of the epoch, so that a resumed run continues with the right order.
+    Under DDP Lightning replaces a RandomSampler by one over the whole data set, and wraps any other sampler, whose
+    ``set_epoch`` is then never called.
 
     Args:
-        size: Indices to draw from.
-        count: Indices of an epoch.
-        epoch: Gives the number of the epoch that begins; None: counted from 0.
-        seed: Of the first epoch's order, and so of all.
+        size: Number of indices to draw from.
+        count: Number of indices per epoch.
+        epoch: Returns the number of the epoch that begins; None: counted from 0.
+        seed: Seed of the order of all epochs.
     """
 
     def __init__(self, size: int, count: int, epoch: Callable[[], int] | None = None, seed: int = 0) -> None:
@@ -62,7 +62,7 @@ class Draws(Sampler[int]):
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A loader without workers that goes on within an epoch: Lightning saves the state of a loader that has one.
+    """A loader without workers that resumes within an epoch: Lightning saves ``state_dict`` of loaders that have one.
 
     torchdata's StatefulDataLoader does the same with workers.
     """
@@ -70,7 +70,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
     given = first = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        first, self.first = self.first, 0  # at the first batch: Lightning makes iterators that it does not use
+        first, self.first = self.first, 0  # at the first batch, since Lightning makes iterators that it does not use
         assert self.batch_sampler is not None
         for place, indices in enumerate(self.batch_sampler):
             if place >= first:
@@ -87,15 +87,15 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 class TokenBlocks(lightning.LightningDataModule):
     """Four loaders over four streams: train, val, test and calibration.
 
-    Only the training loader shuffles; the others hand out blocks spread evenly over their stream, always the same.
+    Only the training loader shuffles; the others always return the same blocks, evenly spread over their stream.
 
     Args:
-        block_length: Tokens of a block.
-        batch_size: Blocks of a batch.
-        train_blocks: Blocks of an epoch, drawn anew each time; all of them where the stream holds fewer.
-        val_blocks: Blocks to validate on.
-        test_blocks: Blocks to test on.
-        calibration_blocks: Blocks to calibrate on.
+        block_length: Tokens per block.
+        batch_size: Blocks per batch.
+        train_blocks: Training blocks per epoch, drawn again each time; all blocks if the stream has fewer.
+        val_blocks: Number of validation blocks.
+        test_blocks: Number of test blocks.
+        calibration_blocks: Number of calibration blocks.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class TokenBlocks(lightning.LightningDataModule):
         """The tokens of each part, integer tensors [N]."""
 
     def setup(self, stage: str) -> None:
-        """Read the text and cut it; once, whatever the stage.
+        """Read the text and cut it into blocks, once for all stages.
 
         Raises:
-            ValueError: A part holds less than one block.
+            ValueError: A part is shorter than one block.
         """
         if self.parts:
             return
@@ -128,7 +128,7 @@ class TokenBlocks(lightning.LightningDataModule):
             blocks = Blocks(stream, self.block_length)
             if not len(blocks):
                 raise ValueError(
-                    f"the {part} text holds {len(stream)} tokens, less than one block of {self.block_length}; "
+                    f"the {part} text has {len(stream)} tokens, less than one block of {self.block_length}; "
                     f"give more text, or lower data.block_length"
                 )
             if part != "train" and len(blocks) > self.wanted[part]:
@@ -150,10 +150,10 @@ class TokenBlocks(lightning.LightningDataModule):
         return DataLoader(self.parts["test"], self.batch_size)
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """What compression calibrates on: text that neither training, nor validation, nor the test sees."""
+        """Calibration data: text that is not used in training, validation or test."""
         return DataLoader(self.parts["calibration"], self.batch_size)
 
 
 def spread(available: int, wanted: int) -> Tensor:
-    """``wanted`` indices, int64, evenly spread over ``available`` places."""
+    """``wanted`` indices, int64, evenly spread over ``available`` positions."""
     return torch.arange(wanted) * available // wanted

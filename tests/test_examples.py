@@ -74,7 +74,7 @@ def test_a_folder_without_python_files_is_refused(tmp_path: Path) -> None:
 
 def test_too_little_text_is_refused(library: Path) -> None:
     data = StdlibBytes(**{**SIZES, "block_length": 10_000}, calibration_blocks=4, folder=str(library))
-    with pytest.raises(ValueError, match=r"the train text holds \d+ tokens, less than one block of 10000"):
+    with pytest.raises(ValueError, match=r"the train text has \d+ tokens, less than one block of 10000"):
         data.setup("fit")
 
 
@@ -101,7 +101,7 @@ def test_text_files_are_a_file_a_folder_or_a_list(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     assert [p.name for p in text_files(str(tmp_path))] == ["a.md", "b.txt"]
     assert [p.name for p in text_files([str(tmp_path / "c.bin"), str(tmp_path / "b.txt")])] == ["c.bin", "b.txt"]
-    with pytest.raises(ValueError, match=r"'nowhere' is no text file, and no folder with \.txt or \.md files"):
+    with pytest.raises(ValueError, match=r"'nowhere' is neither a text file nor a folder with \.txt or \.md files"):
         text_files("nowhere")
 
 
