@@ -1,1 +1,1 @@
-"""The benches; a package, so that no other of its name in the environment stands before it."""
+"""The benchmarks; a package, so that no other package of this name in the environment hides it."""

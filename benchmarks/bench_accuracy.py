@@ -6,8 +6,8 @@ SmolLM2-135M, 16 rows x 256 tokens, symmetric groups of 64, static order of colu
 calibration subsets. Every contestant exports a folder, which plain transformers reloads in this process.
 
 The measure is KL(dense || compressed) over the dense model's 512 likeliest classes and the rest as one class, in nats
-per token: it sees more than perplexity, which looks at one class. Intervals: bootstrap, 95 %; windows are drawn anew
-within each text, and subsets, the same draw for both sides of a ratio.
+per token: it is more sensitive than perplexity, which uses one class. Intervals: bootstrap, 95 %; windows within each
+text and subsets are resampled, with the same draw for both sides of a ratio.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def cached_dense_logits(model: Path, windows: Tensor, material: Path) -> smollm2.DenseLogits:
-    """The dense model's predictions: from disk when these very windows were run before."""
+    """The dense model's predictions, from disk if the same windows were run before."""
     file = dense_file(windows, material)
     if file.exists():
         with safe_open(file, "pt") as stored:
@@ -101,7 +101,7 @@ def cached_dense_logits(model: Path, windows: Tensor, material: Path) -> smollm2
 
 
 def dense_file(windows: Tensor, material: Path) -> Path:
-    """Where the dense model's predictions for so many windows are kept."""
+    """File of the dense model's predictions for this number of windows."""
     return material / f"dense_{len(windows)}x{windows.shape[1]}.safetensors"
 
 

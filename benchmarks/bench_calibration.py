@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(job: Job, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Name -> one row of facts per round. The last round's exports stay until they are evaluated."""
+    """Name -> one row of results per round. Exports of the last round are kept until they are evaluated."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.contestants}
     for number in range(arguments.rounds):
         for name in arguments.contestants[:: -1 if number % 2 else 1]:
@@ -96,12 +96,12 @@ def measure(job: Job, arguments: argparse.Namespace) -> dict[str, list[dict[str,
 
 
 def folder(task: str, name: str, arguments: argparse.Namespace) -> Path:
-    """Where a contestant exports; two benches may run beside each other on the same material."""
+    """Export folder of a contestant; two benchmarks may run at the same time on the same material."""
     return Path(arguments.material) / f"out-{os.getpid()}" / f"{task}-{name.replace(', ', '-').replace(' ', '-')}"
 
 
 def evaluate(task: str, runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Name -> what the reloaded export is worth; under ``dense`` the model that all began with."""
+    """Name -> metrics of the reloaded export; ``dense``: those of the dense model."""
     folders = {"dense": arguments.material / "models" / task}
     folders |= {name: path for name in runs if (path := folder(task, name, arguments)).exists()}
     texts = arguments.material / "texts"

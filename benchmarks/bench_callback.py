@@ -1,4 +1,4 @@
-"""What the callback adds to a training step while no modifier is active.
+"""Cost of the callback in a training step while no modifier is active.
 
     make bench-callback                             # or: python benchmarks/bench_callback.py --help
 
@@ -48,7 +48,7 @@ class Asleep(Modifier):
 
 
 class TwoLinears(lightning.LightningModule):
-    """The smallest model worth a Trainer: a step is Lightning's own work."""
+    """A tiny model, whose step is mostly Lightning's own work."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def publish(rows: list[list[str]], facts: dict[str, Any], arguments: argparse.Na
 
 
 def in_proportion(facts: dict[str, Any]) -> list[str]:
-    """The cost that the small model shows, where the noise is microseconds, as a share of a step of the large one."""
+    """The cost measured with the small model, whose noise is microseconds, as a share of a step of the large one."""
     small, large = ({arm: torch.tensor(v, dtype=torch.float64) for arm, v in arms.items()} for arms in facts.values())
     cost = (small["with"] - small["without"]).median()
     step = large["without"].median()
@@ -209,7 +209,7 @@ def interval(values: Tensor, draws: int = 4000) -> tuple[float, float]:
 
 
 def profile(make: Callable[[], lightning.LightningModule], batch: dict[str, Tensor], steps: int) -> None:
-    """Print the functions of this package that a fit with the callback spends its time in."""
+    """Print the functions of this package that take most time in a fit with the callback."""
     profiler = cProfile.Profile()
     profiler.enable()
     fit(make, batch, steps, with_callback=True)

@@ -45,7 +45,7 @@ WHOLE = ("whole_gptq", "decode")
 
 @dataclass
 class Results:
-    """All that was found so far."""
+    """All results so far."""
 
     copied: float
     multiplied: float
@@ -97,7 +97,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(chosen: Sequence[Case], whole: Sequence[str], device: torch.device) -> int:
-    """Tiny shapes, and the whole runs with a tiny model; 1 when something is wrong."""
+    """Tiny shapes of all ops, and the model sections with a tiny model; 1 if a check fails."""
     faults = []
     for case in chosen:
         outcome = checked(case, device)
@@ -146,7 +146,7 @@ def bench(chosen: Sequence[Case], whole: Sequence[str], arguments: argparse.Name
 
 
 def deadlines(sections: Sequence[str], begun: float, seconds: float) -> dict[str, float]:
-    """When each section is to end; what those before it leave over is its own."""
+    """Deadline of each section; it may use the time that earlier sections did not use."""
     shares = [SHARES.get(section, OTHER) for section in sections]
     return {
         section: begun + seconds * sum(shares[: number + 1]) / sum(shares) for number, section in enumerate(sections)
@@ -156,7 +156,7 @@ def deadlines(sections: Sequence[str], begun: float, seconds: float) -> dict[str
 def measure(
     chosen: Sequence[Case], results: Results, rounds: int, device: torch.device, end: float, spent: dict[str, float]
 ) -> int:
-    """Check and time; how many cases did not fit into the time."""
+    """Check and time the cases; returns the number of cases for which there was no time."""
     left = 0
     for case in chosen:
         fits = time.monotonic() < end
@@ -170,7 +170,7 @@ def measure(
             try:
                 outcome.raw = rounds_of(case, device, names, rounds, outcome.left_out)
                 outcome.times = {name: statistics.median(values) for name, values in outcome.raw.items()}
-            except Exception as error:  # whoever it was, the other cases go on
+            except Exception as error:  # of any contestant; the other cases continue
                 outcome.note = f"not timed: {first_line(error)}"
             torch.cuda.empty_cache()
         if fits:
@@ -195,7 +195,7 @@ def write(results: Results, before: Mapping[str, str], device: torch.device) -> 
 
 
 def report(results: Results) -> list[str]:
-    """Markdown; cells of what was not measured are empty."""
+    """Markdown; cells without a measurement are empty."""
     packages = ", ".join(f"{package} {version}" for package, version in wheels.versions().items())
     lines = [
         f"This GPU {rates_line(results)}; both measured here, and the roofline is made of them. torch "
@@ -223,7 +223,7 @@ def rates_line(results: Results) -> str:
 
 
 def clocks() -> dict[str, str]:
-    """Of the GPU and its memory, power and temperature, as nvidia-smi says them; empty without it."""
+    """GPU, memory, power and temperature from nvidia-smi; empty without it."""
     asked = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
     try:

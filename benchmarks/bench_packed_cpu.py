@@ -1,4 +1,4 @@
-"""Packed Linears and whole models on a CPU, beside dense ones: CPU seconds of one thread.
+"""Packed Linears and models on a CPU compared with dense ones: CPU seconds of one thread.
 
     make bench-packed                               # or: python benchmarks/bench_packed_cpu.py --help
 

@@ -94,7 +94,7 @@ class Trained:
 def modifier(
     bits: int, gradient: str, grain: str = "group", inputs: dict[str, Any] | None = None, **options: Any
 ) -> QATModifier:
-    """QAT of every Linear, the head too."""
+    """QAT of every Linear, including the head."""
     grid = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": grain}
     grid |= {"group_size": 64} if grain == "group" else {}
     groups = {"all": {"targets": ["Linear"], "weights": grid, "input_activations": inputs}}
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def measure(trained: Sequence[Trained], rounds: int) -> Tensor:
-    """CPU seconds: float64, [rounds, ways, parts]; who begins changes from round to round."""
+    """CPU seconds: float64, [rounds, ways, parts]; the order changes from round to round."""
     seconds = torch.zeros(rounds, len(trained), len(PARTS), dtype=torch.float64)
     for number in range(-2, rounds):  # two rounds warm up
         for way in sorted(range(len(trained)), key=lambda way: (way + number) % len(trained)):
@@ -137,7 +137,7 @@ def measure(trained: Sequence[Trained], rounds: int) -> Tensor:
 
 
 def table(seconds: Tensor) -> list[str]:
-    """Markdown lines: the step, its ratio, and what each part takes more than in the plain step."""
+    """Markdown lines: the step, its ratio, and the additional time of each part compared with the plain step."""
     whole, rows = seconds.sum(-1), []
     more = (seconds - seconds[:, :1]).median(0).values * 1e3
     for way, (name, column) in enumerate(zip(WAYS, whole.T, strict=True)):

@@ -254,7 +254,7 @@ TABLE = table()
 def report(measured: dict[str, dict[int, Scores]], arguments: argparse.Namespace) -> list[str]:
     """The table as Markdown: mean and spread over seeds, and how much of GPTQ's gap to the dense model is gone.
 
-    Rows that learn from the text alone go past a dense model that has not converged, so of them no gap is told.
+    Rows that learn from the text alone surpass a dense model that has not converged, so no gap is computed for them.
     """
     names = {row.name: row.table for row in TABLE}
     dense = measured.get("dense", {})

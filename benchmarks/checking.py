@@ -26,7 +26,7 @@ class Outcome:
         op: Folder under ops/.
         shape: As in the table.
         sizes: By letter.
-        flop: As the case says; 0: memory alone bounds the op.
+        flop: As in the case; 0: the op is limited by memory only.
         errors: Relative errors by contestant, ``ours`` among them.
         times: Microseconds of a call, medians, of those that were right.
         raw: Microseconds of each round.

@@ -113,7 +113,7 @@ def schema_of(folder: Path) -> dict[str, Any]:
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is not a dict)
             tensors |= {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     return {"quantization_config": config, "tensors": tensors}
@@ -136,7 +136,7 @@ def differences(ours: Any, peers: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def explanation(key: str, ours: Any, peers: Any) -> str | None:
-    """Why a key of quantization_config differs, where that is known and changes nothing for who reads the folder."""
+    """Reason why a key of quantization_config differs, if it is known and has no effect on readers of the folder."""
     last = key.rpartition(".")[2]
     if key == "version":
         return "the version of compressed-tensors: the peer is pinned to 0.19"

@@ -32,7 +32,7 @@ def rows_of(tokenizer: Any, file: Path, rows: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean over the tokens, normalized, as the model card says: float32, [rows, 384]."""
+    """Mean over the tokens, normalized, as in the model card: float32, [rows, 384]."""
     states = model(input_ids=rows, attention_mask=torch.ones_like(rows)).last_hidden_state
     return nn.functional.normalize(states.mean(1), dim=-1)
 

@@ -1,4 +1,4 @@
-"""What bench_ops.py asks of an op: shapes, what they cost at least, the op itself, and others' ways to its result.
+"""What bench_ops.py needs of an op: shapes, their minimal cost, the op itself, and contestants.
 
 A case is made anew from a seed, as often as buffers are rotated. What contestants need beforehand (packing, dense
 weights) is made before the calls that are timed, at the first call at the latest.

@@ -11,7 +11,7 @@ __all__ = ["op_tables", "ratio", "summary"]
 
 
 def op_tables(outcomes: Sequence[Outcome]) -> list[str]:
-    """Markdown: for each op the headlines, a table of its cases, and who was left out of how many, and why."""
+    """Markdown: for each op the headlines, a table of its cases, and omitted contestants with the reason."""
     lines = []
     for op in dict.fromkeys(outcome.op for outcome in outcomes):
         rows = [outcome for outcome in outcomes if outcome.op == op]

@@ -37,7 +37,9 @@ def unpacked() -> list[str]:
     if source is None:
         return []
     if not source.is_dir():
-        raise SystemExit(f"BENCH_WHEELS={source} is no folder; fetch the wheels with `make bench-wheels`, or unset it")
+        raise SystemExit(
+            f"BENCH_WHEELS={source} is not a folder; fetch the wheels with `make bench-wheels`, or unset it"
+        )
     target = tempfile.mkdtemp(prefix="bench-wheels-")
     atexit.register(shutil.rmtree, target, ignore_errors=True)
     found = sorted(source.glob("*.whl"))

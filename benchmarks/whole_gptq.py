@@ -90,7 +90,7 @@ class StageClock:
 
     Args:
         device: Where; on CUDA the marks are events.
-        base: The stage when there is no other.
+        base: The stage outside of all others.
     """
 
     def __init__(self, device: torch.device, base: str):
@@ -130,7 +130,7 @@ class StageClock:
 
 
 def run(job: Job, device: torch.device, end: float | None = None) -> Found:
-    """Compress the model, and say how long what took.
+    """Compress the model, and report the time of each stage.
 
     Args:
         job: The model and the data.

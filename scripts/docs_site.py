@@ -1,4 +1,4 @@
-"""What the site holds beside docs/: API pages by public name, and the README of each kernel (a hook of mkdocs.yml)."""
+"""Pages of the site besides docs/: API pages by public name, and the README of each kernel (a hook of mkdocs.yml)."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ PAGES = {
 }
 
 
-# An enumeration explains its members in one text, not each by itself: they are shown without one.
+# The docstring of an enumeration describes all its members, so each member is shown without one.
 MEMBERS = {"EventType": "\n    options: {show_if_no_docstring: true}"}
 
 

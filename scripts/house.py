@@ -31,7 +31,7 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the package; ``name`` is qualified, ``public`` says that no part of it is private or local."""
+    """A function of the package; ``name`` is qualified, ``public``: no part of it is private or local."""
 
     file: str
     name: str
@@ -123,7 +123,7 @@ class House:
 
     @cached_property
     def mirrored(self) -> dict[str, bool]:
-        """Whether each file that holds more than imports has a test at its path."""
+        """Whether each file with more than imports has a test at its path."""
         return {file: self._has_test(PurePosixPath(file)) for file in self.sources if _holds_code(self.trees[file])}
 
     def _has_test(self, file: PurePosixPath) -> bool:
@@ -154,7 +154,7 @@ class House:
         }
 
     def lists(self) -> dict[str, list[str]]:
-        """What stands behind the figures, by title."""
+        """Details behind the figures, by title."""
         longest = sorted(self.functions, key=lambda f: -f.lines)[:10]
         return {
             "longest functions": [f"{f.lines:4} {f}" for f in longest],

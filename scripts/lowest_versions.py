@@ -1,10 +1,10 @@
-"""Constraints that install the lowest versions which pyproject.toml promises:  python scripts/lowest_versions.py"""
+"""Constraints that install the lowest versions that pyproject.toml allows:  python scripts/lowest_versions.py"""
 
 import re
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("hf", "plot", "structured", "kernels")  # what users install; the tools of `dev` are taken as they come
+EXTRAS = ("hf", "plot", "structured", "kernels")  # what users install; tools of `dev` are not pinned
 
 
 def lowest(pyproject: Path) -> list[str]:

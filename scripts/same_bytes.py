@@ -1,4 +1,4 @@
-"""Whether a change keeps the bytes: exports of many recipes on five tiny models, at a commit and in the working tree.
+"""Compare exports of many recipes on five tiny models, at a commit and in the working tree, byte for byte.
 
     python scripts/same_bytes.py --base c020411                    # make same-bytes BASE=c020411
     python scripts/same_bytes.py --base c020411 --only gptq        # only the cases whose name has "gptq" in it
@@ -51,7 +51,7 @@ def git(*arguments: str) -> str:
 
 
 def results_of_commit(base: str, chosen: list[str]) -> dict[str, Any]:
-    """As :func:`run_side`, in a worktree that is removed; cases that were made before are taken from the cache."""
+    """As :func:`run_side`, in a worktree that is removed; cases that were run before come from the cache."""
     commit = git("rev-parse", "--verify", f"{base}^{{commit}}")
     setting = CASES.read_text() + "".join(f"{name} {version(name)}\n" for name in LIBRARIES)
     cache = CACHE / f"{commit[:12]}-{digest(setting.encode())[:12]}.json"
@@ -72,7 +72,7 @@ def results_of_commit(base: str, chosen: list[str]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) -> list[str]:
-    """One line for each file that differs, and up to three for what differs in it."""
+    """One line for each file that differs, and up to three for its differences."""
     lines = []
     for file in sorted(before.keys() | after.keys()):
         old, new = before.get(file), after.get(file)

@@ -1,4 +1,4 @@
-"""The cases of scripts/same_bytes.py: five tiny models, what is done to them, and what is compared of the result.
+"""The cases of scripts/same_bytes.py: five tiny models, the recipes applied to them, and the results that are compared.
 
     python scripts/same_bytes_cases.py ROOT OUT CASE...      # with the package at ROOT on PYTHONPATH
 
@@ -329,7 +329,7 @@ def described(path: Path) -> dict[str, str]:
 
 
 def worker(root: str, out: str, chosen: list[str]) -> None:
-    """Make cases with the package at ``root`` and write what came of them to ``out``."""
+    """Run cases with the package at ``root`` and write their results to ``out``."""
     import logging
     import warnings
 

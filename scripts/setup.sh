@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The environment in which the demo and the tests run:  scripts/setup.sh [FOLDER]     (default: .venv; `make` calls it)
-# CONSTRAINTS=FILE takes other pins than those of constraints.txt; TORCH_INDEX=URL takes torch itself from an index of its own.
-# Needs Python 3.11+ (PYTHON=python3.12 chooses one) and the package registries. Run again, it mends or updates what is there.
+# CONSTRAINTS=FILE replaces the pins of constraints.txt; TORCH_INDEX=URL installs torch from another index.
+# Needs Python 3.11+ (PYTHON=python3.12 chooses one) and the package registries. Run again, it repairs or updates the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${1:-.venv}

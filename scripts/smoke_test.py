@@ -1,4 +1,4 @@
-"""Compresses, saves and loads a tiny model with the package that is installed:  python -P scripts/smoke_test.py"""
+"""Compresses, saves and loads a tiny model with the installed package:  python -P scripts/smoke_test.py"""
 
 import tempfile
 from pathlib import Path

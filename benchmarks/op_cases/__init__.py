@@ -23,7 +23,7 @@ def cases(ops: Sequence[str] = (), *, tiny: bool = False) -> list[Case]:
         tiny: Shapes for the check of correctness.
 
     Raises:
-        ValueError: There is no case of such an op.
+        ValueError: There are no cases for this op.
     """
     found = {module.name for module in pkgutil.iter_modules(__path__)}
     known = [*(op for op in FIRST if op in found), *sorted(found - set(FIRST))]

@@ -1,5 +1,5 @@
-# A cluster of two "nodes" on this machine (apt-get install slurm-wlm munge), the tests on it, and gone again.
-# Included by the Makefile, whose test-slurm runs the tests on whatever cluster SLURM_CONF names.
+# A cluster of two "nodes" on this machine (apt-get install slurm-wlm munge), the tests on it, and its removal.
+# Included by the Makefile, whose test-slurm runs the tests on the cluster of SLURM_CONF.
 
 LOCAL_SLURM ?= /tmp/local_slurm_$(shell id -u)
 

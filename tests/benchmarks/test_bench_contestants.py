@@ -214,7 +214,9 @@ def test_wheels_are_unpacked_behind_what_is_installed(monkeypatch, tmp_path):
 
 def test_a_folder_of_wheels_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("BENCH_WHEELS", str(tmp_path / "none"))
-    with pytest.raises(SystemExit, match="none is no folder; fetch the wheels with `make bench-wheels`, or unset it"):
+    with pytest.raises(
+        SystemExit, match="none is not a folder; fetch the wheels with `make bench-wheels`, or unset it"
+    ):
         wheels.unpacked()
     monkeypatch.setenv("BENCH_WHEELS", "")
     assert wheels.unpacked() == []
