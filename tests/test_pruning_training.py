@@ -263,7 +263,7 @@ def test_a_run_that_stops_before_the_schedule_says_how_sparse_it_is(tmp_path, ki
 
     model = module()
     callback = CompressionCallback(pruning(kind, end=7), evaluate=False)
-    with pytest.warns(UserWarning, match=r"the run ended before end=7.0, .* at a sparsity of 0\.4\d+"):
+    with pytest.warns(UserWarning, match=r"the run ended before end=7.0, .* reached a sparsity of 0\.4\d+"):
         quiet(tmp_path, callback, Stop(), max_epochs=2).fit(model, Sums())
     assert 0.4 < zeros(model) < 0.5
 

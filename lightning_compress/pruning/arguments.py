@@ -1,4 +1,4 @@
-"""The arguments that modifiers share which prune on calibration data: what is pruned, how much, in which structure."""
+"""Arguments of modifiers that prune on calibration data: targets, sparsity, structure."""
 
 from typing import Literal
 
@@ -8,30 +8,31 @@ from torch import Tensor, nn
 from lightning_compress.layers.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, is_supported
 from lightning_compress.layers.tied_weights import check_unshared
-from lightning_compress.pruning.masks import check_structure, n_of_m
+from lightning_compress.pruning.masks import check_columns, check_structure, n_of_m
 
 __all__ = ["PruningArguments", "share_of_zeros", "zeros_stay"]
 
-PRUNED = 1 / 3  # share of zeros from which on a weight is taken for pruned
+PRUNED = 1 / 3  # share of zeros from which a weight counts as pruned
 
 
 class PruningArguments(BaseModel):
     """Mixin of modifiers.
 
     Args:
-        targets: Class names, dotted names or ``re:`` patterns of what is pruned; with ``sparsity`` as a mapping the
-            targets stand there.
-        ignore: The same, for what is left out.
+        targets: Class names, dotted names or ``re:`` patterns of the modules to prune; they are part of ``sparsity``
+            where that is a mapping.
+        ignore: Class names, dotted names or ``re:`` patterns of modules that are left out.
         sparsity: Share of weights that become zero, in [0, 1), or a mapping of targets to shares, the best match
-            counting. None: 0.5, and with N:M what the pattern has. Zeros that are there count, and stay.
+            counting. None: 0.5, or with N:M the sparsity of the pattern. Weights that are zero already count, and stay
+            zero.
         mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
-        sparsity_profile: ``owl``: blocks with many outliers keep more weights; the share of all targets together stays
-            ``sparsity``. It takes one more pass over the data. None: all alike.
-        owl_m: Of ``owl``: an outlier is so many times the mean of its block.
-        owl_lmbda: Of ``owl``: blocks differ by at most twice this share.
-        refit_iterations: Of conjugate gradients for the weights that are kept; 0: none.
+        sparsity_profile: ``owl``: blocks with many outliers keep more weights; all targets together have the share
+            ``sparsity``. It takes one more pass over the data. None: all targets alike.
+        owl_m: Factor M of ``owl``: scores above M times the mean of their block are outliers.
+        owl_lmbda: Half of the largest difference between the sparsities of two blocks, with ``owl``.
+        refit_iterations: Iterations of conjugate gradients that refit the remaining weights; 0: none.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
-        share_inputs: One H for modules that receive the very same tensor (query, key, value; gate, up).
+        share_inputs: One H for modules that receive the same tensor (query, key, value; gate, up).
     """
 
     targets: Names = ["Linear"]
@@ -52,7 +53,7 @@ class PruningArguments(BaseModel):
         check_structure(self.mask_structure)
         if isinstance(self.sparsity, dict):
             if self.targets not in (["Linear"], "Linear"):
-                raise ValueError("targets and sparsity as a mapping exclude each other: the targets stand in it")
+                raise ValueError("targets and sparsity as a mapping exclude each other: the mapping names the targets")
             if not self.sparsity:
                 raise ValueError("sparsity={} names no targets; expected such as {'Linear': 0.5}")
         for value in self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]:
@@ -65,12 +66,12 @@ class PruningArguments(BaseModel):
     def _profile_is_possible(self) -> "PruningArguments":
         if self.sparsity_profile is None:
             fields = type(self).model_fields
-            if given := [name for name in ("owl_lmbda", "owl_m") if getattr(self, name) != fields[name].default]:
-                raise ValueError(f"{', '.join(given)} without sparsity_profile='owl' would do nothing")
+            if names := [name for name in ("owl_lmbda", "owl_m") if getattr(self, name) != fields[name].default]:
+                raise ValueError(f"{', '.join(names)} without sparsity_profile='owl' would do nothing")
             return self
         if self.pattern is not None or isinstance(self.sparsity, dict):
-            came = f"mask_structure={self.mask_structure!r}" if self.pattern is not None else "sparsity as a mapping"
-            raise ValueError(f"sparsity_profile='owl' finds a sparsity for each block; {came} gives it already")
+            other = f"mask_structure={self.mask_structure!r}" if self.pattern is not None else "sparsity as a mapping"
+            raise ValueError(f"sparsity_profile='owl' finds a sparsity for each block; {other} gives it already")
         mean = self.mean_sparsity
         if not 0 <= mean - 2 * self.owl_lmbda <= mean + 2 * self.owl_lmbda < 1:
             raise ValueError(
@@ -89,8 +90,8 @@ class PruningArguments(BaseModel):
         """The modules to prune, by dotted name.
 
         Raises:
-            ValueError: Nothing matches, a weight is no matrix, another module shares it, or M does not divide its
-                columns (they are named).
+            ValueError: Nothing matches, a weight is not a matrix, another module shares it, or M does not divide its
+                columns. The message names the modules.
         """
         named = list(self.sparsity) if isinstance(self.sparsity, dict) else self.targets
         field = "sparsity" if isinstance(self.sparsity, dict) else "targets"
@@ -101,20 +102,14 @@ class PruningArguments(BaseModel):
                 f"cannot prune {', '.join(other[:5])}: expected Linear, Conv1d, Conv2d or the Conv1D of transformers, "
                 f"with a plain weight (neither fake-quantized while training nor LoRA); add them to ignore"
             )
-        if self.pattern is not None:
-            widths = {name: as_matrix(module).shape[1] for name, module in modules.items()}
-            if unfit := [f"{name} ({C})" for name, C in widths.items() if C % self.pattern[1]]:
-                raise ValueError(
-                    f"mask_structure={self.mask_structure!r} does not divide the columns of {', '.join(unfit[:5])}; "
-                    f"add them to ignore, or choose another pattern"
-                )
+        check_columns({name: as_matrix(module).shape[1] for name, module in modules.items()}, self.mask_structure)
         plain = {name: module for name, module in modules.items() if "weight" in module._parameters}
         check_unshared(model, modules, {name: module.get_parameter("weight") for name, module in plain.items()})
         warn_of_left_out(model, modules, named, self.ignore)
         return modules
 
     def sparsity_of(self, name: str, module: nn.Module) -> float:
-        """The share that one module shall lose."""
+        """The share of weights that one module loses."""
         if self.pattern is not None:
             n, m = self.pattern
             return (m - n) / m
@@ -124,7 +119,7 @@ class PruningArguments(BaseModel):
 
     @property
     def mean_sparsity(self) -> float:
-        """What unstructured targets without an entry of their own lose."""
+        """The share that unstructured targets lose by default."""
         assert not isinstance(self.sparsity, dict)
         return 0.5 if self.sparsity is None else self.sparsity
 
@@ -135,5 +130,5 @@ def share_of_zeros(W_RC: Tensor) -> float:
 
 
 def zeros_stay(W_RC: Tensor, preserve_zeros: bool | None) -> bool:
-    """Whether a quantizer leaves zeros zero: as it is told, else (None) where at least a third of the weights are."""
+    """Whether a quantizer keeps zeros; ``preserve_zeros=None``: where at least a third of the weights are zero."""
     return share_of_zeros(W_RC) >= PRUNED if preserve_zeros is None else preserve_zeros

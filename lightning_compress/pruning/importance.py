@@ -1,11 +1,11 @@
-r"""How much the units of a group matter: by their weights, by what the loss would lose, by what runs through them.
+r"""Importance of the units of a group: by their weights, by the change of the loss, by their activations.
 
-    magnitude    sqrt(sum_w w^2)                                    over every matrix that the unit has a part in
+    magnitude    sqrt(sum_w w^2)                                    over every matrix with weights of the unit
     taylor       sum_t sum_matrices (sum_w w g_t)^2                 Molchanov et al. 2019, arXiv:1906.10771
     activation   sqrt(mean_n sum_k x_nk^2)                          of the inputs of the layers that read the unit;
                                                                     Muralidharan et al. 2024, arXiv:2407.14679
 
-Shapes: U units, K places of one unit along a dimension, C places along it, N tokens or pixels.
+Shapes: U units, K indices of one unit along a dimension of size C, N tokens or pixels.
 """
 
 import torch
@@ -20,7 +20,7 @@ def unit_square_sum(W: Tensor, dim: int, index_UK: Tensor) -> Tensor:
 
 
 def unit_gate_gradient(W: Tensor, gradient: Tensor, dim: int, index_UK: Tensor) -> Tensor:
-    """sum w g of each unit, float32 [U]: how the loss changes with a gate on it."""
+    """sum w g of each unit, float32 [U]: the derivative of the loss for a gate on the unit."""
     return _by_unit(_along(W.detach().float() * gradient.detach().float(), dim), index_UK)
 
 
@@ -29,8 +29,8 @@ def input_energy(x: Tensor, channel_dim: int, index_UK: Tensor, mask: Tensor | N
 
     Args:
         x: Input of a layer.
-        channel_dim: Where its channels lie: -1 for Linears, 1 for convolutions.
-        index_UK: Places of the units among the channels.
+        channel_dim: Dimension of the channels: -1 for Linears, 1 for convolutions.
+        index_UK: Indices of the units among the channels.
         mask: True for tokens that count, bool, in the leading shape of ``x``; ignored where it does not fit.
     """
     x_NC = x.detach().float().movedim(channel_dim, -1)
@@ -41,7 +41,7 @@ def input_energy(x: Tensor, channel_dim: int, index_UK: Tensor, mask: Tensor | N
 
 
 def block_influence(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[float, int]:
-    """sum (1 - cos) between what enters a block and what leaves it, over tokens that count, and their number.
+    """sum (1 - cos) between input and output of a block, over tokens that count, and their number.
 
     Args:
         x: Input, [..., C].
@@ -50,13 +50,13 @@ def block_influence(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[f
     """
     if x.shape != y.shape:
         raise ValueError(
-            f"a block takes {tuple(x.shape)} and gives {tuple(y.shape)}: without it nothing would fit, so that it "
+            f"a block takes {tuple(x.shape)} and gives {tuple(y.shape)}: without it shapes would not fit, so that it "
             f"cannot be left out"
         )
-    away = 1 - torch.cosine_similarity(x.detach().float(), y.detach().float(), dim=-1)
-    if mask is not None and mask.shape == away.shape:
-        away = away[mask]
-    return float(away.double().sum()), away.numel()
+    change = 1 - torch.cosine_similarity(x.detach().float(), y.detach().float(), dim=-1)
+    if mask is not None and mask.shape == change.shape:
+        change = change[mask]
+    return float(change.double().sum()), change.numel()
 
 
 def strongest(score_U: Tensor, count: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Weights that stay zero while an optimizer works on them.
+"""Weights that stay zero while an optimizer trains them.
 
 A masked weight is zero in the model itself, so that every checkpoint is sparse and keeps its dense keys. The mask is
-applied to gradients before a step (they do not enter momentum) and to weights after it (momentum from before, or
-weight decay, cannot bring them back).
+applied to gradients before a step (they do not enter momentum) and to weights after it (earlier momentum or weight
+decay cannot revive them).
 """
 
 from collections.abc import Collection, Mapping
@@ -14,11 +14,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_compress.layers.matrix import check_weights_work, is_transposed
 from lightning_compress.layers.tied_weights import check_unshared
 
-__all__ = ["MaskedWeights", "check_own_weights", "check_parametrizations", "has_matrix", "trained_weight"]
+__all__ = ["MaskedWeights", "check_matrices", "check_own_weights", "check_parametrizations", "trained_weight"]
 
 
 def trained_weight(module: nn.Module) -> nn.Parameter:
-    """The parameter that the optimizer moves: the weight, or what a parametrization (fake-quantization) is made of."""
+    """The parameter that the optimizer trains: the weight, or the original behind a parametrization."""
     parametrized = getattr(module, "parametrizations", None)
     if parametrized is not None and "weight" in parametrized:
         return parametrized.weight.original
@@ -28,28 +28,34 @@ def trained_weight(module: nn.Module) -> nn.Parameter:
 def check_parametrizations(modules: Mapping[str, nn.Module]) -> None:
     """Zeros in a parameter are zeros of the weight only where no parametrization adds to it or scales it.
 
-    Those of this package say so (``keeps_zeros``): fake-quantization, learned masks.
+    Parametrizations of this package have the attribute ``keeps_zeros``: fake-quantization, learned masks.
 
     Raises:
         ValueError: Another parametrization (LoRA, weight_norm) computes a weight; modules and classes are named.
     """
-    odd = []
+    refused = []
     for name, module in modules.items():
         lists = getattr(module, "parametrizations", None)
-        parts = lists["weight"].children() if isinstance(lists, nn.ModuleDict) and "weight" in lists else ()
-        if foreign := [type(part).__name__ for part in parts if not getattr(part, "keeps_zeros", False)]:
-            odd.append(f"{name!r} ({', '.join(foreign)})")
-    if odd:
+        steps = lists["weight"].children() if isinstance(lists, nn.ModuleDict) and "weight" in lists else ()
+        if foreign := [type(step).__name__ for step in steps if not getattr(step, "keeps_zeros", False)]:
+            refused.append(f"{name!r} ({', '.join(foreign)})")
+    if refused:
         raise ValueError(
-            f"cannot prune {', '.join(odd[:5])}: a parametrization computes the weight, so zeros in its parameters "
-            f"would be none in the weight; merge it first (torch.nn.utils.parametrize.remove_parametrizations), or add "
-            f"the modules to ignore"
+            f"cannot prune {', '.join(refused[:5])}: a parametrization computes the weight, so that zeros in its "
+            f"parameters are not zeros of the weight; merge it first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations), or add the modules to ignore"
         )
 
 
-def has_matrix(module: nn.Module) -> bool:
-    """Whether it has a weight that can be seen as [R, C]."""
-    return isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() > 1
+def check_matrices(modules: Mapping[str, nn.Module], action: str) -> None:
+    """ValueError names modules without a weight that can be seen as [R, C]; ``action`` is what the user asked for."""
+    weights = {name: getattr(module, "weight", None) for name, module in modules.items()}
+    other = [n for n, weight in weights.items() if not isinstance(weight, Tensor) or weight.dim() < 2]
+    if other:
+        raise ValueError(
+            f"cannot {action} {', '.join(f'{name} ({type(modules[name]).__name__})' for name in other[:5])}: expected "
+            f"modules with a weight of two or more dimensions; add them to ignore"
+        )
 
 
 def check_own_weights(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -62,7 +68,7 @@ class MaskedWeights:
     """Modules and the masks of their weights.
 
     Args:
-        modules: By dotted name.
+        modules: Modules by dotted name.
 
     Raises:
         ValueError: See :func:`check_parametrizations`.
@@ -76,10 +82,10 @@ class MaskedWeights:
 
     def matrices(self) -> dict[str, Tensor]:
         """Every trained weight as W [R, C], detached."""
-        found = {name: _matrix(trained_weight(module), module) for name, module in self.modules.items()}
+        matrices = {name: _matrix(trained_weight(module), module) for name, module in self.modules.items()}
         for name, mask in self.masks.items():
-            self._check_shape(name, mask, found[name])
-        return found
+            self._check_shape(name, mask, matrices[name])
+        return matrices
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Take new masks (bool [R, C], True survives) and apply them to the weights."""
@@ -93,24 +99,20 @@ class MaskedWeights:
 
     @torch.no_grad()
     def apply_to_gradients(self, among: Collection[int] | None = None) -> None:
-        """Masked weights get no gradient.
-
-        Args:
-            among: Identities of the parameters that the optimizer steps; None: all.
-        """
+        """Masked weights get no gradient; ``among``: identities of the parameters that are stepped, None: all."""
         for name in self.masks:
             weight = trained_weight(self.modules[name])
             if weight.grad is not None and (among is None or id(weight) in among):
                 weight.grad.mul_(self._like(name))
 
     def gradients(self, among: Collection[int] | None = None) -> dict[str, Tensor]:
-        """The gradients that there are, as [R, C]; ``among`` as above."""
-        found = {}
-        for name, module in self.modules.items():
-            weight = trained_weight(module)
-            if weight.grad is not None and (among is None or id(weight) in among):
-                found[name] = _matrix(weight.grad, module)
-        return found
+        """The gradients of weights that have one, as [R, C]; ``among`` as above."""
+        weights = {name: trained_weight(module) for name, module in self.modules.items()}
+        return {
+            name: _matrix(weight.grad, self.modules[name])
+            for name, weight in weights.items()
+            if weight.grad is not None and (among is None or id(weight) in among)
+        }
 
     @torch.no_grad()
     def write(self, name: str, W_RC: Tensor) -> None:
@@ -138,8 +140,8 @@ class MaskedWeights:
     def _check_shape(name: str, mask_RC: Tensor, W_RC: Tensor) -> None:
         if mask_RC.shape != W_RC.shape:
             raise ValueError(
-                f"the mask of {name!r} is {tuple(mask_RC.shape)}, and its weight is {tuple(W_RC.shape)} now: something "
-                f"changed its shape after the mask was chosen; let structured pruning end before masks begin"
+                f"the mask of {name!r} is {tuple(mask_RC.shape)}, and its weight is {tuple(W_RC.shape)} now: its shape "
+                f"changed after the mask was chosen; let structured pruning end before masks begin"
             )
 
 

@@ -1,9 +1,9 @@
-"""Which weights stay: masks from scores, in the structures that pruning knows.
+"""Masks from scores, in the structures that pruning supports.
 
     unstructured    the highest scores stay, wherever they are
     N:M             of every M consecutive columns N stay ("2:4": two of four, "1:4": one of four)
-    block RxC       tiles of R rows and C columns stay or go as one, by the mean of their scores
-    channel         whole rows (output channels) stay or go, by the mean of their scores
+    block RxC       tiles of R rows and C columns are kept or removed as one, by the mean of their scores
+    channel         whole rows (output channels) are kept or removed, by the mean of their scores
 
 Letters: R rows (output features), C columns (input features); a mask is True where the weight survives.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from lightning_compress.ops.mask_2of4 import mask_2of4
 
-__all__ = ["check_structure", "global_masks", "keep_highest", "keep_mask", "keep_rows", "n_of_m"]
+__all__ = ["check_columns", "check_structure", "global_masks", "keep_highest", "keep_mask", "keep_rows", "n_of_m"]
 
 
 def keep_mask(score_RC: Tensor, sparsity: float, structure: str = "unstructured") -> Tensor:
     """The mask that removes the share ``sparsity`` with the lowest scores.
 
-    Exactly ``floor(sparsity * units)`` units go (weights, tiles or rows), ties by position, so that equal inputs give
-    equal masks; N:M keeps N of M whatever ``sparsity`` says (:func:`check_structure` has compared the two).
+    Exactly ``floor(sparsity * units)`` units are removed (weights, tiles or rows), ties by position, so that equal
+    inputs give equal masks; N:M keeps N of M regardless of ``sparsity`` (:func:`check_structure` compares the two).
 
     Args:
         score_RC: Scores, [R, C], float; higher is more important.
@@ -48,7 +48,7 @@ def keep_mask(score_RC: Tensor, sparsity: float, structure: str = "unstructured"
 
 
 def keep_rows(score_RC: Tensor, sparsity: float, structure: str = "unstructured") -> Tensor:
-    """As :func:`keep_mask`, but each row is ranked by itself and loses exactly ``floor(sparsity * C)`` weights.
+    """As :func:`keep_mask`, but each row is ranked separately and loses exactly ``floor(sparsity * C)`` weights.
 
     Args:
         score_RC: Scores, [R, C], float.
@@ -64,39 +64,36 @@ def keep_rows(score_RC: Tensor, sparsity: float, structure: str = "unstructured"
 def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """One ranking over all matrices: together they lose the share ``sparsity``; each may lose more or less."""
     flat = torch.cat([score.flatten().float() for score in scores.values()])
-    keep = keep_highest(flat, int(sparsity * flat.numel() + 1e-9)).split([score.numel() for score in scores.values()])
-    return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), keep, strict=True)}
+    masks = keep_highest(flat, int(sparsity * flat.numel() + 1e-9)).split([score.numel() for score in scores.values()])
+    return {name: mask.reshape(score.shape) for (name, score), mask in zip(scores.items(), masks, strict=True)}
 
 
 def n_of_m(structure: str) -> tuple[int, int] | None:
     """(N, M) of a pattern such as ``2:4``, or None for another structure."""
-    found = re.fullmatch(r"(\d+):(\d+)", structure)
-    return (int(found[1]), int(found[2])) if found else None
+    match = re.fullmatch(r"(\d+):(\d+)", structure)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def tile(structure: str, shape: torch.Size) -> tuple[int, int]:
-    """Rows and columns of the unit that stays or goes as one, in a matrix of that shape."""
+    """Rows and columns of the unit that is kept or removed as one, in a matrix of that shape."""
     if structure == "unstructured":
         return 1, 1
     if structure == "channel":
         return 1, shape[1]
-    found = re.fullmatch(r"block (\d+)x(\d+)", structure)
-    assert found, structure
-    return int(found[1]), int(found[2])
+    match = re.fullmatch(r"block (\d+)x(\d+)", structure)
+    assert match, structure
+    return int(match[1]), int(match[2])
 
 
 def check_structure(structure: str, sparsity: float | None = None) -> str:
-    """Refuse what is no structure, and a sparsity that N:M cannot have.
+    """Return the structure if it is valid.
 
     Args:
         structure: As in :func:`keep_mask`.
-        sparsity: The final sparsity that the user asked for, if any.
-
-    Returns:
-        The structure.
+        sparsity: Final sparsity of the recipe, if any.
 
     Raises:
-        ValueError: With the structures that there are, or the sparsity that the pattern has.
+        ValueError: The structure is unknown, or N:M has another sparsity.
     """
     pattern = n_of_m(structure)
     if pattern is not None:
@@ -114,6 +111,16 @@ def check_structure(structure: str, sparsity: float | None = None) -> str:
             f"'block RxC' such as 'block 4x1', or 'channel'"
         )
     return structure
+
+
+def check_columns(columns: Mapping[str, int], structure: str) -> None:
+    """ValueError names modules with numbers of columns that M of an N:M structure does not divide."""
+    pattern = n_of_m(structure)
+    if pattern and (unfit := [f"{name} ({C})" for name, C in columns.items() if C % pattern[1]]):
+        raise ValueError(
+            f"mask_structure={structure!r} does not divide the columns of {', '.join(unfit[:5])}; add them to ignore, "
+            f"or choose another pattern"
+        )
 
 
 def keep_highest(scores: Tensor, removed: int) -> Tensor:

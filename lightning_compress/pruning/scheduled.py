@@ -11,7 +11,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.layers.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.layers.matrix import check_weights_work
-from lightning_compress.pruning.masked import MaskedWeights, check_own_weights, has_matrix
+from lightning_compress.pruning.masked import MaskedWeights, check_matrices, check_own_weights
 from lightning_compress.pruning.masks import check_structure, global_masks, keep_mask
 from lightning_compress.pruning.schedules import Schedule, progress, value_at
 
@@ -77,11 +77,7 @@ class ScheduledSparsity(Modifier):
         model = state.model
         modules = select_weights(model, self.targets, self.ignore)
         check_weights_work(modules, "prune", in_place=True)
-        if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not has_matrix(m)]:
-            raise ValueError(
-                f"cannot prune {', '.join(other[:5])}: expected modules with a weight of two or more dimensions; add "
-                f"them to ignore"
-            )
+        check_matrices(modules, "prune")
         weights, unfit = MaskedWeights(modules), []
         for name, W_RC in weights.matrices().items():
             try:

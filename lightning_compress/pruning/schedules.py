@@ -1,4 +1,4 @@
-r"""How a quantity goes from its first to its last value while training runs.
+r"""Curves of a quantity from its initial to its final value during training.
 
 With progress :math:`p = (t - t_0) / (t_1 - t_0)` held inside [0, 1], every schedule is a curve c(p) with c(0) = 0 and
 c(1) = 1, and the value is ``initial + (final - initial) * c(p)``:
@@ -23,13 +23,13 @@ def value_at(schedule: Schedule, p: float, initial: float, final: float, power: 
 
     Args:
         schedule: One of the curves above.
-        p: Progress; what lies outside of [0, 1] is held at the ends.
+        p: Progress, clamped to [0, 1].
         initial: Value at the start.
         final: Value at the end.
         power: Exponent of ``polynomial``.
 
     Raises:
-        ValueError: There is no such schedule.
+        ValueError: The schedule is unknown.
     """
     p = min(max(p, 0.0), 1.0)
     if schedule == "constant" or p == 1.0:

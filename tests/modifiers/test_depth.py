@@ -133,7 +133,7 @@ def test_models_that_do_not_fit_are_refused_at_set_up(build, arguments, message)
 
 def test_a_block_that_changes_the_shape_cannot_be_left_out():
     model = nn.Sequential(nn.Sequential(nn.Linear(16, 32)), nn.Sequential(nn.Linear(32, 8)))
-    with pytest.raises(ValueError, match=r"takes \(32, 16\) and gives \(32, 32\): without it nothing would fit"):
+    with pytest.raises(ValueError, match=r"takes \(32, 16\) and gives \(32, 32\): without it shapes would not fit"):
         compress(Wrapped(model), DepthPruningModifier(count=1), [torch.randn(32, 16)])
 
 

@@ -18,8 +18,8 @@ __all__ = ["gumbel", "hard_mask", "patterns", "prior_shift", "soft_mask"]
 
 def patterns(n: int, m: int) -> Tensor:
     """All masks of M weights that keep N: float32 [K, M], in the order of ``itertools.combinations``."""
-    kept = list(combinations(range(m), n))
-    return torch.zeros(len(kept), m, dtype=torch.float32).scatter_(1, torch.tensor(kept, dtype=torch.int64), 1.0)
+    index_KN = torch.tensor(list(combinations(range(m), n)), dtype=torch.int64)
+    return torch.zeros(len(index_KN), m, dtype=torch.float32).scatter_(1, index_KN, 1.0)
 
 
 def gumbel(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
@@ -35,8 +35,8 @@ def soft_mask(l_RBK: Tensor, g_RBK: Tensor, kappa: Tensor, tau: Tensor, S_KM: Te
     Args:
         l_RBK: Logits.
         g_RBK: Gumbel noise.
-        kappa: What logits are multiplied with; larger: less exploration.
-        tau: Temperature; smaller: nearer to a choice.
+        kappa: Factor of the logits; larger: less exploration.
+        tau: Temperature; smaller: closer to a hard mask.
         S_KM: The patterns.
     """
     p_RBK = torch.softmax((kappa * l_RBK.float() + g_RBK) / tau, -1)
@@ -49,6 +49,6 @@ def hard_mask(l_RBK: Tensor, S_KM: Tensor) -> Tensor:
 
 
 def prior_shift(keep_RC: Tensor, S_KM: Tensor) -> Tensor:
-    """How alike each pattern is to a mask, around 0: S_k . m minus its mean over k, [R, B, K]; eq. (9)."""
-    alike_RBK = keep_RC.float().unflatten(1, (-1, S_KM.shape[1])) @ S_KM.t()
-    return alike_RBK - alike_RBK.mean(-1, keepdim=True)
+    """Similarity of each pattern to a mask: S_k . m minus its mean over k, [R, B, K]; eq. (9)."""
+    similarity_RBK = keep_RC.float().unflatten(1, (-1, S_KM.shape[1])) @ S_KM.t()
+    return similarity_RBK - similarity_RBK.mean(-1, keepdim=True)

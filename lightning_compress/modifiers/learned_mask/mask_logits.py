@@ -11,12 +11,12 @@ __all__ = ["MaskLogits", "logits_of", "noise_seed", "other_parametrizations"]
 
 
 class MaskLogits(nn.Module):
-    """The parametrization of a weight: dense while it sleeps, times a soft or a hard mask while it is ``active``.
+    """The parametrization of a weight: the dense weight, times a soft or a hard mask while it is ``active``.
 
     Args:
         module: The layer, its weight still dense.
         S_KM: The patterns.
-        logits: Where they begin, float32 [R, C / M, K].
+        logits: Initial logits, float32 [R, C / M, K].
     """
 
     passes_in_the_end = True  # see layers/matrix.py
@@ -27,8 +27,8 @@ class MaskLogits(nn.Module):
         self.logits = nn.Parameter(logits)
         self.S_KM, self.transposed = S_KM, is_transposed(module)
         self.active = False
-        self.in_batch = False  # of training; also what runs without gradients
-        # tensors: numbers would compile anew each step
+        self.in_batch = False  # inside a training batch, also in passes without gradients
+        # tensors: new numbers would be compiled anew in each step
         self.kappa, self.tau = (torch.ones((), dtype=torch.float32) for _ in range(2))
         self.seed = 0
 
@@ -37,7 +37,9 @@ class MaskLogits(nn.Module):
             # DDP waits for the gradient of every parameter, and gets zeros
             unused = 0 * self.logits.sum().to(weight.dtype) if torch.is_grad_enabled() else None
             return weight.view_as(weight) if unused is None else weight + unused  # a view: no second owner of it
-        soft = self.in_batch or torch.is_grad_enabled()  # modes say nothing: see from_pretrained
+        soft = (
+            self.in_batch or torch.is_grad_enabled()
+        )  # not module.training: models of from_pretrained train in eval mode
         mask = self.soft() if soft else self.hard()
         return weight * self.like(mask, weight)
 
@@ -62,7 +64,7 @@ class MaskLogits(nn.Module):
 
 
 def logits_of(module: nn.Module) -> MaskLogits:
-    """The logits of a module, which must have some."""
+    """The logits of a module that has them."""
     logits = parametrization_of(module, MaskLogits)
     assert logits is not None
     return logits

@@ -1,7 +1,7 @@
-r"""Learned N:M masks: which two of four weights stay is trained, the weights themselves are not.
+r"""Learned N:M masks: training chooses which two of four weights stay, and does not change the weights.
 
     W' = W m~(l)                                   while training: one soft mask for every optimizer step
-    L <- L - lambda sum (W m~)^2                   weights that stay are kept large, so that gradients stay alive
+    L <- L - lambda sum (W m~)^2                   keeps the remaining weights large, so that gradients do not vanish
     W' = W S_argmax l                              while evaluating, and in the end
 
 Fang et al. 2024, "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models", arXiv:2409.17481. The masks
@@ -36,8 +36,8 @@ from lightning_compress.modifiers.learned_mask.mask_logits import (
     other_parametrizations,
 )
 from lightning_compress.modifiers.learned_mask.prior import read_weights
-from lightning_compress.pruning.masked import MaskedWeights, check_own_weights, has_matrix, trained_weight
-from lightning_compress.pruning.masks import check_structure, keep_mask, n_of_m
+from lightning_compress.pruning.masked import MaskedWeights, check_matrices, check_own_weights, trained_weight
+from lightning_compress.pruning.masks import check_columns, check_structure, keep_mask, n_of_m
 from lightning_compress.pruning.schedules import progress, value_at
 
 __all__ = ["LearnedMaskModifier"]
@@ -50,22 +50,23 @@ class LearnedMaskModifier(Modifier):
 
     Args:
         targets: Modules whose masks are learned: classes, names, ``re:`` patterns.
-        ignore: What to leave out of ``targets``.
+        ignore: Modules to leave out of ``targets``.
         mask_structure: ``N:M``.
-        prior: Where masks begin: ``magnitude``; None: by chance; or the path of a sparse model (a ``.safetensors``
-            file, or a folder with ``model.safetensors``, such as ``+compress=sparsegpt_2of4`` exports), same names.
-        prior_strength: How likely the prior's pattern is in the beginning, alpha of the paper; 0: no more than others.
-        init_std: Standard deviation of the logits in the beginning.
+        prior: Initial masks: ``magnitude``; None: random; or the path of a sparse model with the same names: a
+            ``.safetensors`` file, or a folder with ``model.safetensors``, such as ``+compress=sparsegpt_2of4`` exports.
+        prior_strength: How much likelier the pattern of the prior is at the beginning, alpha of the paper; 0: equally
+            likely.
+        init_std: Initial standard deviation of the logits.
         tau: Temperature at ``start`` and at ``end``; linear between.
         logit_scale: kappa at ``start`` and at ``end``; linear between.
-        regularization: lambda, of the sum of squares of what stays.
-        freeze: What stands still inside the window beside the masks' logits: ``all`` parameters of the model, as in the
-            paper, the weights of the ``targets``, or ``nothing``.
-        seed: Of the noise.
+        regularization: Weight lambda of the sum of squares of the masked weights.
+        freeze: Parameters that do not train inside the window, besides the logits of masks: ``all`` of the model, as in
+            the paper, the weights of the ``targets``, or ``nothing``.
+        seed: Seed of the noise.
 
     Raises:
-        ValueError: There is no window, the structure is not N:M or does not divide a weight, the prior lacks a weight,
-            or a module is fake-quantized while its mask is learned. Modules are named.
+        ValueError: The window is missing, the structure is not N:M or does not divide a weight, the prior lacks a
+            weight, or a module is fake-quantized while its mask is learned. Modules are named.
     """
 
     needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True)
@@ -114,20 +115,25 @@ class LearnedMaskModifier(Modifier):
     def claims(self, state: State) -> dict[str, str]:
         return dict.fromkeys(select_weights(state.model, self.targets, self.ignore), "choose masks while training for")
 
+    def _fake_quantized(self, name: str) -> str:
+        return (
+            f"learns the mask of {name!r}, which is fake-quantized at the same time: let quantization start where "
+            f"masks are final, at {self.end:g} (unit: {self.unit}), or leave either out"
+        )
+
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         assert self.end is not None
         shared = other.touches(state) & self.touches(state) if other.needs.parametrizes else set()
         if not shared or other.start is None or other.unit != self.unit or other.start >= self.end:
             return None
-        return (
-            f"it learns the mask of {sorted(shared)[0]!r}, which is fake-quantized at the same time: let quantization "
-            f"start where masks are done, at {self.end:g} (unit: {self.unit}), or leave either out"
-        )
+        return f"it {self._fake_quantized(min(shared))}"
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Put the logits on, before there are optimizers."""
+        """Parametrize the targets with logits, before there are optimizers."""
         self._weights = MaskedWeights(select_weights(state.model, self.targets, self.ignore))
-        self._check(state.model)
+        check_matrices(self._weights.modules, "learn a mask for")
+        check_own_weights(state.model, self._weights.modules)
+        check_columns({name: W_RC.shape[1] for name, W_RC in self._weights.matrices().items()}, self.mask_structure)
         warn_of_left_out(state.model, self._weights.modules, self.targets, self.ignore)
         priors = self._priors()
         S_KM = patterns(*self.pattern)
@@ -148,24 +154,8 @@ class LearnedMaskModifier(Modifier):
         ]
         return True
 
-    def _check(self, model: nn.Module) -> None:
-        m = self.pattern[1]
-        for name, module in self._weights.modules.items():
-            if not has_matrix(module):
-                raise ValueError(
-                    f"cannot learn a mask for {name} ({type(module).__name__}): expected a weight of two or more "
-                    f"dimensions; add it to ignore"
-                )
-        check_own_weights(model, self._weights.modules)
-        widths = {name: W_RC.shape[1] for name, W_RC in self._weights.matrices().items()}
-        if unfit := [f"{name} ({C})" for name, C in widths.items() if C % m]:
-            raise ValueError(
-                f"mask_structure={self.mask_structure!r} does not divide the columns of {', '.join(unfit[:5])}; add "
-                f"them to ignore, or choose another pattern"
-            )
-
     def _priors(self) -> dict[str, Tensor]:
-        """The masks to begin with, bool [R, C] by module name."""
+        """The initial masks, bool [R, C] by module name."""
         if self.prior is None or not self.prior_strength:
             return {}
         matrices = self._weights.matrices()
@@ -212,17 +202,14 @@ class LearnedMaskModifier(Modifier):
         super().interrupt()
 
     def _draw(self, event: Event) -> None:
-        """This batch's temperature, scale and noise."""
+        """Set temperature, scale and noise for this batch."""
         assert self.start is not None
         assert self.end is not None
         p = progress(event.current_index, self.start, self.end)
         for index, (name, module) in enumerate(self._weights.modules.items()):
             logits = logits_of(module)
-            if any(getattr(part, "active", False) for part in other_parametrizations(module)):
-                raise ValueError(
-                    f"{self.name} learns the mask of {name!r}, which is fake-quantized at the same time: let "
-                    f"quantization start where masks are done, at {self.end:g} (unit: {self.unit}), or leave either out"
-                )
+            if any(getattr(other, "active", False) for other in other_parametrizations(module)):
+                raise ValueError(f"{self.name} {self._fake_quantized(name)}")
             logits.tau.fill_(value_at("linear", p, *self.tau))
             logits.kappa.fill_(value_at("linear", p, *self.logit_scale))
             logits.seed = noise_seed(self.seed, event.global_batch + 1, index)
@@ -243,7 +230,7 @@ class LearnedMaskModifier(Modifier):
         return {name: logits_of(module).hard() for name, module in self._weights.modules.items()}
 
     def _apply(self, masks: Mapping[str, Tensor]) -> None:
-        """Zeros into the weights, for good; what is parametrized still passes the weight as it is."""
+        """Write zeros into the weights for good; parametrizations pass the weight on unchanged from now on."""
         for module in self._weights.modules.values():
             if (logits := parametrization_of(module, MaskLogits)) is not None:
                 logits.active = False
@@ -253,7 +240,7 @@ class LearnedMaskModifier(Modifier):
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
-        """The best weights are back, and so are the logits that they were saved with."""
+        """The best weights are back; restore the logits that they were saved with."""
         if self._started and not state["started"]:
             self._final = dict(self._weights.masks) or self._hard_masks()
             return
@@ -268,20 +255,20 @@ class LearnedMaskModifier(Modifier):
             )
         elif not self._done and event.global_step == 0 and self._started:
             warnings.warn(
-                f"{self.name}: no training step was made, so that the masks are those it begins with (prior: "
+                f"{self.name}: no training step was made, so that the masks are the initial ones (prior: "
                 f"{self.prior}); they are learned in Trainer.fit",
                 stacklevel=2,
             )
         self._apply_last()
 
     def _apply_last(self) -> None:
-        """The masks that there are in the end, whatever was loaded in between."""
+        """Apply the final masks, also after weights were loaded."""
         if self._started or self._resumed or self._done:
             self._apply(self._final or (self._weights.masks if self._done else self._hard_masks()))
         self._final = {}
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Take the logits off; the same on every rank."""
+        """Remove the logits, equally on every rank."""
         with torch.inference_mode(False), torch.no_grad():
             self._apply_last()
             for name, module in self._weights.modules.items():

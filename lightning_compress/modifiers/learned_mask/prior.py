@@ -1,4 +1,4 @@
-"""Weights of a sparse model on disk, whose masks a learned mask begins with."""
+"""Weights of a sparse model on disk, whose masks are the initial masks of a learned mask."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def read_weights(path: Path, weights: MaskedWeights) -> dict[str, Tensor]:
     try:
         opened = safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"prior={str(path)!r}: {file.name} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"prior={str(path)!r}: {file.name} is not a complete safetensors file: {error}") from error
     with opened as file_:
         names = set(file_.keys())
         for name, W_RC in weights.matrices().items():

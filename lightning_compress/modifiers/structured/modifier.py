@@ -1,16 +1,16 @@
-r"""Structured pruning: channels, neurons of MLPs and attention heads go for real, so the model is smaller and faster.
+r"""Structured pruning: channels, neurons of MLPs and attention heads are removed, so the model is smaller and faster.
 
-    score_u          importance of unit u over all tensors that hold a part of it      pruning/importance.py
+    score_u          importance of unit u over all tensors with weights of it          pruning/importance.py
     keep             the n - floor(ratio n) strongest units of each group, rounded up to a multiple of round_to
 
 Muralidharan et al. 2024 (Minitron), arXiv:2407.14679 (MLPs and heads by activations); Molchanov et al. 2019,
 arXiv:1906.10771 (Taylor); Fang et al. 2023, arXiv:2301.12900 (channels through residuals and norms, torch-pruning).
 
-Parameters are replaced by smaller ones. The optimizer's groups get those, and its state is cut along with them. What
-was cut is part of every checkpoint, and of config.json where the model has one.
+Parameters are replaced by smaller ones. The optimizer's groups get those, and its state is cut in the same way. The
+cuts are part of every checkpoint, and the new sizes of config.json where the model has one.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ from lightning_compress.structure.blocks import head_counts
 from lightning_compress.structure.config import check_states, head_fields, is_transformers, mlp_fields
 from lightning_compress.structure.final_shapes import shape_conflict
 from lightning_compress.structure.groups import (
-    Cut,
     Group,
     cut_of,
     group_from_state,
@@ -53,24 +52,24 @@ class StructuredPruningModifier(StructuredArguments):
     Args:
         dimension: ``mlp``: neurons of the MLPs of transformer blocks. ``heads``: their attention heads, key/value heads
             with all queries that share them. ``channels``: outputs of Linears and convolutions in any network, with
-            everything that hangs on them (needs the package torch-pruning). ``auto``: ``mlp`` where there are MLPs of
+            all layers that depend on them (needs the package torch-pruning). ``auto``: ``mlp`` where there are MLPs of
             transformer blocks, else ``channels``.
         targets: For ``channels`` the layers whose outputs are pruned, by default Linears and convolutions; for the
             others the MLPs or attentions, by default all.
-        ignore: What to leave out of ``targets``.
-        ratio: Share of the units of each group that goes, in [0, 1).
+        ignore: Modules to leave out of ``targets``.
+        ratio: Share of the units of each group to remove, in [0, 1).
         importance: ``magnitude``; ``taylor`` (gradients of the batches before the cut); ``activation`` (inputs in these
-            batches, or the calibration batches where there is no window).
-        schedule: How the share grows from ``start`` to ``end``; without ``end`` all goes at ``start``.
+            batches, or the calibration batches without a window).
+        schedule: Curve of the share from ``start`` to ``end``; without ``end`` all units are removed at ``start``.
         power: Exponent of ``polynomial``.
         round_to: Numbers of units stay multiples of this, for the hardware and for groups of a later quantization.
-        input_shape: Shape of one sample (floats), so that ``channels`` can be followed at set-up; by default they are
-            followed in the first forward pass.
+        input_shape: Shape of one sample (floats), to trace ``channels`` at set-up; by default they are traced in the
+            first forward pass.
 
     Raises:
-        ValueError: A ratio outside of [0, 1), one that removes nothing or everything or cuts through groups of query
-            heads, targets that match nothing, layers that cannot be cut, a config that cannot state the new sizes,
-            several processes and a cut that is not at set-up.
+        ValueError: A ratio outside of [0, 1), one that removes no unit or all or cuts through groups of query heads,
+            targets that match nothing, layers that cannot be cut, a config that cannot state the new sizes, several
+            processes and a cut that is not at set-up.
         ImportError: ``channels`` without torch-pruning.
     """
 
@@ -78,7 +77,7 @@ class StructuredPruningModifier(StructuredArguments):
     _statistics: UnitStatistics = PrivateAttr(default_factory=UnitStatistics)
     _in_batch: bool = PrivateAttr(default=False)
     _late: bool = PrivateAttr(default=False)  # started before the channels were known
-    _steps: int = PrivateAttr(default=0)  # cuts in the model that the groups know of
+    _steps: int = PrivateAttr(default=0)  # cuts in the model that the groups reflect
     _before: int = PrivateAttr(default=0)  # parameters of the dense model
 
     @property
@@ -90,7 +89,7 @@ class StructuredPruningModifier(StructuredArguments):
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Find what hangs together, and refuse what cannot be done, before any training."""
+        """Find the groups, and check the arguments against them, before any training."""
         model = state.model
         self.settle(model)
         self._before, self._steps = sum(p.numel() for p in model.parameters()), len(record_of(model))
@@ -114,7 +113,7 @@ class StructuredPruningModifier(StructuredArguments):
                 sample = torch.zeros(2, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
                 self._follow_channels(state, (sample,), {})
         else:
-            self._take(self.block_groups(model))
+            self._set_groups(self.block_groups(model))
             self._check_config(model)
         if self.start is not None:
             self._observe(state)
@@ -128,88 +127,80 @@ class StructuredPruningModifier(StructuredArguments):
         shared = other.touches(state) & {name.rpartition(".")[0] for name in tensors}
         return shape_conflict(self, other, shared, earlier)
 
-    def _take(self, groups: list[Group]) -> None:
+    def _set_groups(self, groups: list[Group]) -> None:
         for group in groups:
             self.check_size(group.name, group.units)
         self._groups = {group.name: group for group in groups}
 
     def _check_config(self, model: nn.Module) -> None:
-        """Of transformers: all sizes at the end must be what a config can state."""
+        """The config of a transformers model must be able to state all final sizes."""
         if not is_transformers(model):
             return
-        kept = [(g, torch.arange(units_to_keep(g.dense, self.ratio, self.round_to))) for g in self._groups.values()]
-        tensors = tensors_of(model)
+        units = [(g, torch.arange(units_to_keep(g.dense, self.ratio, self.round_to))) for g in self._groups.values()]
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-        for name, along in cut_of(kept, {n: t.shape for n, t in tensors.items()}).items():
-            for dim, places in along.items():
-                shapes[name][dim] = len(places)
+        for name, along in cut_of(units, {n: t.shape for n, t in tensors_of(model).items()}).items():
+            for dim, index in along.items():
+                shapes[name][dim] = len(index)
         advice = "prune all blocks alike (no targets, no ignore), or another dimension"
-        check_states(model, self._config(model, kept), shapes, advice)
+        check_states(model, self._config(model, units), shapes, advice)
 
     def _follow_channels(self, state: State, args: Any, kwargs: Any) -> None:
         targets = self.channel_targets(state.model)
         with model_precision():
             groups, outputs = find_channels(state.model, targets, args, kwargs)
         if named := [name for name in outputs if name in listed(self.targets or [])]:
-            raise ValueError(f"target {named[0]!r} makes the output of the model, whose size is given; leave it out")
+            raise ValueError(f"target {named[0]!r} makes the output of the model, whose size is fixed; leave it out")
         for name in outputs:
-            state.ledger.add(name, "structured", flag="left whole: it makes the output of the model")
+            state.ledger.add(name, "structured", flag="not pruned: it makes the output of the model")
         if not groups:
             raise ValueError(f"every target makes the output of the model ({', '.join(outputs)}): nothing to prune")
-        self._take(groups)
+        self._set_groups(groups)
         counts = [units_to_keep(group.dense, self.ratio, self.round_to) for group in groups]
         check_cut(state.model, groups, counts, args, kwargs)
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 
     def _observe(self, state: State) -> None:
-        """Hooks that follow channels and watch activations; gradients come with OPTIM_PRE_STEP."""
+        """Hooks that trace channels and observe activations; gradients come with OPTIM_PRE_STEP."""
         if self._kind == "channels" and not self._groups:
-            self.hook(state.model, self._first_forward(state), with_kwargs=True)
+            self.hook(state.model, partial(self._first_forward, state), with_kwargs=True)
         else:
             self._watch(state.model)
 
-    def _first_forward(self, state: State) -> Callable[..., None]:
-        def follow(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._groups:
-                with self.paused():
-                    self._follow_channels(state, args, kwargs)
-                self._watch(module)
-
-        return follow
+    def _first_forward(self, state: State, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._groups:
+            with self.paused():
+                self._follow_channels(state, args, kwargs)
+            self._watch(module)
 
     def _watch(self, model: nn.Module) -> None:
         if self.importance != "activation":
             return
         for name, group in self._groups.items():
-            for place, piece in enumerate(group.slices):
+            for i, piece in enumerate(group.slices):
                 if piece.consumer:
                     reader = model.get_submodule(piece.tensor.rpartition(".")[0])
-                    self.hook(reader, self._watcher(name, place))
+                    self.hook(reader, partial(self._add_energy, name, i))
 
-    def _watcher(self, name: str, place: int) -> Callable[..., None]:
-        def watch(module: nn.Module, args: Any) -> None:
-            if self.start is not None and not self._in_batch:  # validation
-                return
-            group = self._groups[name]
-            channel_dim = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
-            energy, tokens = input_energy(args[0], channel_dim, group.slices[place].index, self.token_mask)
-            self._statistics.add(name, energy, tokens)
-
-        return watch
+    def _add_energy(self, name: str, i: int, module: nn.Module, args: Any) -> None:
+        if self.start is not None and not self._in_batch:  # validation
+            return
+        channel_dim = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
+        energy, tokens = input_energy(args[0], channel_dim, self._groups[name].slices[i].index, self.token_mask)
+        self._statistics.add(name, energy, tokens)
 
     @property
     def _done(self) -> bool:
-        """Nothing more will go."""
+        """True when all groups have their final size."""
         return all(g.units == units_to_keep(g.dense, self.ratio, self.round_to) for g in self._groups.values())
 
     def _follow_layers(self, model: nn.Module) -> None:
-        """Where another modifier has taken layers out, groups in them go and later ones have new names."""
+        """Where another modifier removed layers, drop groups in them and rename later ones."""
         steps = record_of(model)
-        for path, kept in (pair for step in steps[self._steps :] for pair in step.get("layers", {}).items()):
-            left = {name: without_layers(group, path, kept) for name, group in self._groups.items()}
-            self._groups = {group.name: group for group in left.values() if group is not None}
-            self._statistics.rename(path, kept)
+        for path, layers in (pair for step in steps[self._steps :] for pair in step.get("layers", {}).items()):
+            groups = [without_layers(group, path, layers) for group in self._groups.values()]
+            self._groups = {group.name: group for group in groups if group is not None}
+            self._statistics.rename(path, layers)
             if self.hooked:
                 self.remove_hooks()
                 self._watch(model)
@@ -255,7 +246,7 @@ class StructuredPruningModifier(StructuredArguments):
             self._observe(state)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        if not state.block_name:  # the last one: what lies outside blocks
+        if not state.block_name:  # the last one: modules outside of blocks
             self.remove_hooks()
             self._prune(state, self.ratio)
 
@@ -265,66 +256,52 @@ class StructuredPruningModifier(StructuredArguments):
         """Cut every group down to its size at this share."""
         model = state.model
         self._follow_layers(model)
-        kept = []
+        units: list[tuple[Group, Tensor]] = []
         for group in self._groups.values():
             count = units_to_keep(group.dense, ratio, self.round_to)
             if count < group.units:
                 scores_U = self._statistics.scores(model, group, self.importance)
-                kept.append((group, strongest(scores_U, count)))
-        if kept:
-            tensors = tensors_of(model)
-            cut = cut_of(kept, {name: t.shape for name, t in tensors.items()})
-            attributes = self._attributes(model, kept)
-            cut_tensors(model, cut, state.optimizer, attributes, self._config(model, kept))
+                units.append((group, strongest(scores_U, count)))
+        if units:
+            cut = cut_of(units, {name: t.shape for name, t in tensors_of(model).items()})
+            by_head = units if self._kind == "heads" else []
+            attributes = {g.name: head_counts(model.get_submodule(g.name), len(index), g.units) for g, index in by_head}
+            cut_tensors(model, cut, state.optimizer, attributes, self._config(model, units))
             self._steps = len(record_of(model))
-            self._renumber(kept, cut)
+            indices = {group.name: index for group, index in units}
+            self._groups = {name: renumbered(g, indices.get(name), cut) for name, g in self._groups.items()}
+            self._statistics.forget(indices)
             self._report(state, model)
         if self._done:
             self.remove_hooks()
 
-    def _renumber(self, kept: list[tuple[Group, Tensor]], cut: Cut) -> None:
-        units = {group.name: places for group, places in kept}
-        self._groups = {name: renumbered(g, units.get(name), cut) for name, g in self._groups.items()}
-        self._statistics.forget(units)
-
-    def _attributes(self, model: nn.Module, kept: list[tuple[Group, Tensor]]) -> dict[str, dict[str, int]]:
-        if self._kind != "heads":
-            return {}
-        return {g.name: head_counts(model.get_submodule(g.name), len(units), g.units) for g, units in kept}
-
-    def _config(self, model: nn.Module, kept: list[tuple[Group, Tensor]]) -> dict[str, int]:
+    def _config(self, model: nn.Module, units: list[tuple[Group, Tensor]]) -> dict[str, int]:
         """New values of the config of a transformers model."""
         fields: dict[str, int] = {}
-        for group, units in kept if is_transformers(model) else ():
+        for group, index in units if is_transformers(model) else ():
             if self._kind == "mlp":
-                fields |= mlp_fields(model.config, group.units, len(units))
+                fields |= mlp_fields(model.config, group.units, len(index))
             else:
                 dim: int = model.get_submodule(group.name).head_dim  # type: ignore[assignment]
-                fields |= head_fields(model.config, group.units, len(units), dim)
+                fields |= head_fields(model.config, group.units, len(index), dim)
         return fields
 
     def _report(self, state: State, model: nn.Module) -> None:
-        tensors, what = tensors_of(model), UNITS[self._kind]
+        tensors, kind = tensors_of(model), UNITS[self._kind]
         total = f"the model: {self._before} -> {sum(p.numel() for p in model.parameters())} parameters"
         for group in self._groups.values():
             if group.units < group.dense:
-                now = _weights_of(tensors, group)
-                row = state.ledger.add(
-                    group.name, "structured", scheme=f"{group.dense} -> {group.units} {what}", params=now
-                )
+                params = sum(tensors[name].numel() for name in {piece.tensor for piece in group.slices})
+                scheme = f"{group.dense} -> {group.units} {kind}"
+                row = state.ledger.add(group.name, "structured", scheme=scheme, params=params)
                 row.flags[:] = [total, *(flag for flag in row.flags if not flag.startswith("the model:"))]
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        state = {
-            "groups": group_state(self._groups.values()),
-            **self._statistics.state_dict(),
-            "late": self._late,
-            "before": self._before,
-            "steps": self._steps,
-        }
-        return {**super().state_dict(), **state}
+        groups = {"groups": group_state(self._groups.values()), **self._statistics.state_dict()}
+        progress = {"late": self._late, "before": self._before, "steps": self._steps}
+        return {**super().state_dict(), **groups, **progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -332,7 +309,3 @@ class StructuredPruningModifier(StructuredArguments):
             self._groups = {g.name: g for g in group_from_state(state["groups"])}
         self._statistics.load_state_dict(state)
         self._late, self._before, self._steps = state["late"], state["before"], state["steps"]
-
-
-def _weights_of(tensors: dict[str, Tensor], group: Group) -> int:
-    return sum(tensors[name].numel() for name in {piece.tensor for piece in group.slices})

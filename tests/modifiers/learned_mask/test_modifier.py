@@ -196,7 +196,7 @@ def test_a_resumed_run_ends_with_the_same_bits(stop):
 def test_quantized_after_training_its_zeros_stay():
     model = network()
     data = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    with pytest.warns(UserWarning, match="no training step was made, so that the masks are those it begins with"):
+    with pytest.warns(UserWarning, match="no training step was made, so that the masks are the initial ones"):
         compress(model, [LearnedMaskModifier(end=9), GPTQModifier(scheme="W4A16", group_size=16)], data)
     assert list(Quantized.find(model)) == ["0", "2"]
     assert (kept_per_group(model[0].weight.detach(), 4) <= 2).all()

@@ -53,5 +53,5 @@ def test_priors_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"0.weight is \(4, 16\) as a matrix, and in this model \(32, 16\)"):
         started(network(), prior=tmp_path / "other.safetensors")
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"half.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"half.safetensors is not a complete safetensors file"):
         started(network(), prior=tmp_path / "half.safetensors")
