@@ -1,4 +1,4 @@
-"""Calibration against llm-compressor: CPU seconds, peak memory, and what is left of the model, as ratios.
+"""Calibration against llm-compressor: ratios of CPU seconds, peak memory, and accuracy.
 
     make bench-calibration                          # or: python benchmarks/bench_calibration.py --help
 
@@ -7,10 +7,10 @@ GPTQ on two real models, equal scheme, equal tokens, fp32, one thread:
 - SmolLM2-135M: 16 rows x 256 tokens, W4 in symmetric groups of 64, static order of columns;
 - MiniLM-L6: 32 rows x 128 tokens, W4A16 (symmetric groups of 128).
 
-Every run is a process of its own (measured_run.py), and the runs alternate: a round holds each contestant once, every
-other round goes backwards, and ratios are taken inside a round, so that a busy neighbour hits both sides alike. CPU
-seconds count the compression alone: no import, no loading, no saving. The exported folders are evaluated afterwards,
-in this process, which never imports the package, by plain transformers.
+Every run is a separate process (measured_run.py), and the runs alternate: a round has each contestant once, every other
+round is in reverse order, and ratios are computed within a round, so that other load affects both sides equally. CPU
+seconds are those of compression only, without import, loading and saving. The exported folders are evaluated
+afterwards, in this process, which never imports the package, by plain transformers.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Three fits alternate in one process: without the callback, without it again (the noise of the measurement itself), and
 with `CompressionCallback` around a modifier whose window never opens. Measured are CPU seconds of this one-threaded
-process from the start of one training batch to the start of a later one, so that all of a step's events lie inside, and
-set-up and the end of the run outside. Two models: the demo's Llama, and two Linears of 32 columns, where a step is
+process from the start of one training batch to the start of a later one, which includes all events of a step, and
+excludes set-up and the end of the run. Two models: the demo's Llama, and two Linears of 32 columns, where a step is
 almost nothing but Lightning's own bookkeeping (the worst case). Figures are medians over rounds of paired differences;
 intervals are bootstrapped, 95 %.
 """

@@ -2,12 +2,11 @@
 
     make bench-demo                                 # or: python benchmarks/bench_demo.py --help
 
-Trains the model of `make demo` once, by train.py with conf/train.yaml as it stands (or takes --checkpoint), then
-compresses copies of it and measures each on the same held-out text, many more tokens than the demo itself looks at:
-at 4 bits the differences are far smaller than the spread between blocks of text, so they are taken block by block
-(paired), and come with their standard error over blocks. Beside the loss stands KL(dense || compressed), which sees
-every change of the prediction and not only that of the byte that came. This model was never quantized: its weights know
-nothing of a grid.
+Trains the model of `make demo` once, by train.py with conf/train.yaml (or uses --checkpoint), then compresses copies of
+it and measures each on the same held-out text, with many more tokens than the demo uses: at 4 bits the differences are
+far smaller than the spread between blocks of text, so they are paired by block and have a standard error over blocks.
+The table has the loss and KL(dense || compressed), which depends on the complete prediction and not only on the byte
+that follows. This model was never quantized: its weights are not on a quantization grid.
 """
 
 import argparse

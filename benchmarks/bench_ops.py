@@ -1,16 +1,16 @@
-"""The kernels on the CUDA GPU of this machine: every op beside others, GPTQ of a whole model, decoding with it.
+"""The kernels on the CUDA GPU of this machine: ops and contestants, GPTQ of a complete model, decoding with it.
 
     make bench-gpu                                  # or: python benchmarks/bench_ops.py --help
 
 First the rates of this GPU are measured (copying, and a bf16 product), for the roofline. Each case is then checked on
-fresh random inputs against float64, results poisoned with NaN, and timed: calls over rotated buffers of more than
-200 MB in all, so that L2 holds none of them, captured into a CUDA graph and replayed, contestants in turn; a figure is
-the median over rounds. What fails its check is not timed. Then come the whole runs (whole_gptq.py, decode.py).
+fresh random inputs against float64, output memory filled with NaN, and timed: calls over rotating buffers of more
+than 200 MB in all, so that L2 holds none of them, captured into a CUDA graph and replayed alternately with contestants;
+a figure is the median over rounds. Cases that fail their check are not timed. Then whole_gptq.py and decode.py run.
 
-Every section has its share of the time; what one leaves over goes to the next. What did not fit, into the time or the
-memory, is named, and its cells stay empty. Results are written after every section, so that a crash costs what was to
-come and no more. `--check` does no more than check tiny shapes, on any machine. Needed are torch and Triton; what lies
-as wheels in the folder BENCH_WHEELS is used too, and what is missing is named.
+Every section has its share of the time; unused time passes to the next. The report names cases that did not fit into
+the time or the memory; their cells stay empty. Results are written after every section, so that a crash loses only
+later sections. `--check` only checks tiny shapes, on any machine. torch and Triton are required; wheels in the folder
+BENCH_WHEELS are used, too, and missing packages are named.
 """
 
 import argparse

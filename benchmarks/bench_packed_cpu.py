@@ -2,7 +2,7 @@
 
     make bench-packed                               # or: python benchmarks/bench_packed_cpu.py --help
 
-Contestants take turns call by call, so that a busy machine slows all of them alike; a figure is the median over rounds
+Contestants alternate call by call, so that other load slows all of them equally; a figure is the median over rounds
 of the ratio to the dense float32 Linear (or model) of the same round. The packed ones are those that
 ``lightning_compress.load`` takes by default; quantizing the tokens is part of their time.
 """

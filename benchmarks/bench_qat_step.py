@@ -1,11 +1,11 @@
-"""What a training step costs with quantization-aware training on all Linears, over the plain step, and where it goes.
+"""Time of a step of quantization-aware training on all Linears, relative to the plain step, and of its parts.
 
     make bench-qat-step                             # or: python benchmarks/bench_qat_step.py --help
 
 One model of the demo's widths for each way to train; a step is forward, backward and AdamW, without a Trainer around
-it. The ways take turns step by step, so that a busy machine slows all of them alike; measured are CPU seconds of this
-one-threaded process. Figures are medians of the paired ratios over rounds, with a bootstrapped 95 % interval. Where the
-time goes is told by the same clock between the parts of a step.
+it. The ways alternate step by step, so that other load slows all of them equally. Times are CPU seconds of this
+one-threaded process; figures are medians of the paired ratios over rounds, with a bootstrapped 95 % interval. The parts
+of a step are measured by the same clock.
 """
 
 import argparse

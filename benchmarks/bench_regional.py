@@ -1,9 +1,10 @@
-"""Wanda beside Wanda++: divergence from the dense model and CPU seconds, SmolLM2-135M, two of four weights.
+"""Wanda and Wanda++: divergence from the dense model and CPU seconds, SmolLM2-135M, two of four weights.
 
     python benchmarks/bench_regional.py --help
 
-Calibration rows, evaluation windows and KL as in bench_accuracy.py. A variant is the arguments of WandaPruningModifier,
-by commas: ``regional_gradient=100,regional_rounds=5,regional_steps=8``; ``wanda`` stands for none.
+Calibration rows, evaluation windows and KL as in bench_accuracy.py. A variant is a list of arguments of
+WandaPruningModifier, separated by commas: ``regional_gradient=100,regional_rounds=5,regional_steps=8``; ``wanda``:
+without arguments.
 """
 
 import argparse

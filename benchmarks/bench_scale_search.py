@@ -1,8 +1,8 @@
-"""Rounding SmolLM2 to nearest with scales from the extremes, from diag(H), from the whole H of each group.
+"""Rounding SmolLM2 to nearest with scales from the extremes, from diag(H), from the complete H of each group.
 
     make bench-data && python benchmarks/bench_scale_search.py          # prints a table; --help for its sizes
 
-KL(dense || rounded) on two texts that share nothing with the calibration text. Weights stay float32.
+KL(dense || rounded) on two texts that do not overlap with the calibration text. Weights stay float32.
 """
 
 import argparse

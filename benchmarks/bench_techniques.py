@@ -1,13 +1,13 @@
-"""Every technique beside llm-compressor's: CPU seconds, and what is left of the model, on equal calibration data.
+"""Every technique against llm-compressor's: CPU seconds and accuracy on equal calibration data.
 
     make bench-techniques                           # or: python benchmarks/bench_techniques.py --help
 
 SmolLM2-135M, fp32, one thread; 16 rows x 256 tokens for all rows of the table, three disjoint calibration subsets.
-Both libraries take their own defaults where the row does not say otherwise. Every run is a process of its own
-(measured_run.py), the two libraries alternate, and ratios of CPU seconds are taken inside a row and subset. Exported
-folders are reloaded by plain transformers of the environment that wrote them, in a process of their own (scored.py).
-The one exception is QuIP here, whose online rotation transformers would not apply: such a folder refuses to load there
-and says so, so this package's `load` does it.
+Both libraries use their own defaults unless the row has other arguments. Every run is a separate process
+(measured_run.py), the two libraries alternate, and ratios of CPU seconds are computed within a row and subset. Exported
+folders are reloaded by plain transformers of the environment that wrote them, in a separate process (scored.py). The
+only exception is QuIP of this package, whose online rotation transformers would not apply: transformers refuses such a
+folder with a message, so `load` of this package reads it.
 
 Divergence and perplexity as in bench_accuracy.py.
 """

@@ -1,4 +1,4 @@
-"""What training adds: quantization-aware training and pruning schedules beside one-shot, on the demo's model.
+"""Benefit of training: quantization-aware training and pruning schedules against one-shot, on the demo's model.
 
     make bench-training                             # or: python benchmarks/bench_training.py --help
 
@@ -7,11 +7,11 @@ For each seed the model of `make demo` is trained once. From there, on the same 
 - at W4, W3 and W2 in groups of 64: rounding, GPTQ, QAT that starts from GPTQ's result, and QAT with distillation from
   the dense model that starts there too; both trained rows see the same tokens;
 - at 50 %, 2:4 and 80 % zeros: magnitude in one shot, along the cubic schedule, and that with distillation;
-- the dense model trained on for as many tokens: what the tokens alone are worth. The demo's model is not converged,
-  so a loss below the dense one is no merit of compression: KL to the dense model is what tells compressed ones apart.
+- the dense model trained further on as many tokens: the effect of the tokens alone. The demo's model is not converged,
+  so a loss below the dense one is not an effect of compression: compressed models are compared by KL to the dense one.
 
-All trained rows go through an ordinary Trainer with a CompressionCallback. Rows that an earlier call has measured are
-read from --out, so that a run of an hour may be cut short, or shared between two processes with --rows.
+All trained rows go through an ordinary Trainer with a CompressionCallback. Rows of an earlier call are read from
+--out, so that a run of an hour can be interrupted, or divided between two processes with --rows.
 """
 
 import argparse

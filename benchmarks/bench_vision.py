@@ -4,8 +4,8 @@
 
 scikit-learn's digits (1,797 images of 8 x 8, 10 classes): 1,197 train, 600 test, one split for all. Every arm is one
 `Trainer.fit` of as many epochs from the same initial weights; compression happens inside of it, by
-`CompressionCallback`. Beside them, without training: the float model of that seed rounded to nearest, and pruned at
-once. Measured is the accuracy of what was exported, loaded again into a fresh model.
+`CompressionCallback`. For comparison, without training: the float model of that seed rounded to nearest, and
+pruned at once. The accuracy is that of the exported folder, loaded into a new model.
 """
 
 import argparse

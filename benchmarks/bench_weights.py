@@ -1,11 +1,11 @@
-"""Techniques on weights that know nothing of a grid: SmolLM2-135M moved off the 4-bit grid it was published on.
+"""Techniques on weights that are not on a grid: SmolLM2-135M moved off the 4-bit grid of its published weights.
 
     make bench-weights                              # or: python benchmarks/bench_weights.py --help
 
-What RTN, GPTQ, AWQ, AWQ + GPTQ, rotation + GPTQ and AutoRound leave of the model at 4, 3 and 2 bits in symmetric groups
-of 64, and SparseGPT and Wanda at 50 %, 2:4 and 70 %, with OWL and without. The model is made by moved_weights.py; what
-is compared with is this moved model, dense. 16 rows x 256 calibration tokens, this package alone, every run a process
-of its own. The same for the demo's model, which was never quantized, is bench_demo.py.
+Accuracy of RTN, GPTQ, AWQ, AWQ + GPTQ, rotation + GPTQ and AutoRound at 4, 3 and 2 bits in symmetric groups of 64, and
+of SparseGPT and Wanda at 50 %, 2:4 and 70 %, with OWL and without. moved_weights.py makes the model; the reference is
+this moved model, dense. 16 rows x 256 calibration tokens, this package only, every run in a separate process. The same
+for the demo's model, which was never quantized: bench_demo.py.
 
 Divergence and perplexity as in bench_accuracy.py.
 """

@@ -1,7 +1,7 @@
 """Other projects' kernels for the same packed weights, each optional: imported at the first call.
 
 Layouts are those of compressed-tensors: codes int32 [N, K / 8], eight to a word, the first in the low bits, 8 above
-their value; scales [N, K / group]. What a kernel wants instead is made at its first call.
+their value; scales [N, K / group]. Other layouts are made at a kernel's first call.
 
 Shapes: M tokens, N output features, K input features; R rows, B columns of a block.
 """

@@ -1,8 +1,8 @@
-"""Tokens per second of a Llama-3-8B-shaped model, batch 1: bf16 weights beside int4 ones, both in CUDA graphs.
+"""Tokens per second of a Llama-3-8B-shaped model, batch 1: bf16 and int4 weights, both in CUDA graphs.
 
 One step is one graph: embed a token, 32 blocks with keys and values in static buffers, the logits, the next token. Both
-models take q, k, v and gate, up as one product each, and hold the same numbers: the dense weights are the packed ones
-dequantized. Embedding and output layer are dense in both. Each runs as torch runs it, and with the block compiled.
+models compute q, k, v and gate, up in one product each, and have the same values: the dense weights are the dequantized
+packed ones. Embedding and output layer are dense in both. Each runs eagerly, and with the block compiled.
 """
 
 import functools

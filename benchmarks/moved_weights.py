@@ -1,13 +1,13 @@
-"""SmolLM2 moved off the 4-bit grid that its published weights lie on, for claims about accuracy at 4 bits and below.
+"""SmolLM2 moved off the 4-bit grid of its published weights, for statements about accuracy at 4 bits and below.
 
     make bench-moved                                # or: python benchmarks/moved_weights.py MODEL TEXTS OUT
 
-The only SmolLM2 in a package is a GGUF file whose Linears lie on 4-bit integers with a scale and an offset for 32
-columns: rounding to 4 bits finds that grid again in part, and whatever moves weights first (a rotation, smoothing)
-looks worse than it is. So each weight is moved by a uniform draw of up to half a step of its grid, which undoes the
-rounding as far as its size goes, and a short training heals what that cost: Adam on KL(original || moved) over text
-that neither the calibration rows nor the evaluation windows contain. What comes out is no better model than the
-original, but one whose weights know nothing of a grid.
+The only SmolLM2 in a package is a GGUF file whose Linears are 4-bit integers with a scale and an offset for 32 columns:
+rounding to 4 bits finds that grid again in part, and a technique that changes weights before (rotation, smoothing)
+looks worse than it is. So each weight is moved by a uniform draw of up to half a step of its grid, as much as rounding
+moved it, and a short training recovers the accuracy: Adam on KL(original || moved) over text that is neither in the
+calibration rows nor in the evaluation windows. The result is not better than the original, but its weights are not on a
+grid.
 """
 
 import argparse

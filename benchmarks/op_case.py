@@ -1,7 +1,7 @@
 """What bench_ops.py needs of an op: shapes, their minimal cost, the op itself, and contestants.
 
-A case is made anew from a seed, as often as buffers are rotated. What contestants need beforehand (packing, dense
-weights) is made before the calls that are timed, at the first call at the latest.
+A case is made from a seed, once for each rotating buffer. Inputs of contestants (packed or dense weights) are made
+before the timed calls, at the first call at the latest.
 """
 
 from collections.abc import Callable, Mapping

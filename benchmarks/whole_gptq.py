@@ -1,8 +1,8 @@
 """GPTQ W4 g128 of a whole Llama-3-8B-shaped model: 128 rows of 2048 tokens, random weights, seconds by stage.
 
-The package's own walk and GPTQModifier, all on the GPU; the output layer takes no part, as it is not quantized. Stages
-are told apart by marks on the GPU's own time line (CUDA events, nothing waits for them): what runs between two marks
-belongs to the first. So the stages add up to the whole, and ``forward passes`` holds all that is in no other stage.
+The package's own walk and GPTQModifier, all on the GPU; the output layer is left out, as it is not quantized. Stages
+are separated by marks on the GPU's time line (CUDA events, without synchronization): time between two marks belongs to
+the first. So the stages add up to the total, and ``forward passes`` is all time that is in no other stage.
 """
 
 import time
