@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.modes import forked_random_state
 from lightning_compress.calibration.options import CalibrationOptions, Walk
-from lightning_compress.calibration.training_end import end_training
+from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.core.interruption import check_uninterrupted, marked_when_interrupted
 from lightning_compress.core.lifecycle import modifiers_in_order

@@ -18,24 +18,39 @@ is finished. Every process walks alone: where there are several, rank zero calib
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_compress.calibration.activations import BatchRunner, check_weights
-from lightning_compress.calibration.blocks import find_blocks
-from lightning_compress.calibration.dense_survey import survey
+from lightning_compress.calibration.activations import BatchRunner, check_weights, device_of, token_mask, tree_move
+from lightning_compress.calibration.blocks import find_blocks, modules_of_block, modules_outside
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.calibration.placement import on_device, streamed
 from lightning_compress.calibration.walker import Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.layers.split_experts import split_while, watched
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "end_training"]
+
+
+def end_training(lifecycle: Lifecycle, state: State, clock: Event = Event()) -> None:  # noqa: B008  (frozen)
+    """Emit TRAINING_END: the turn between training and calibration.
+
+    Where a modifier has a handler for it, the model is as in calibration meanwhile: in eval mode, without gradients,
+    with a Linear for each expert of a fused mixture. There NaN or Inf in the weights is a ValueError.
+    """
+    event = replace(clock, type_=EventType.TRAINING_END)
+    if not any(modifier.handles_training_end for modifier in lifecycle.modifiers):
+        lifecycle.emit(state, event)
+        return
+    with split_while(state.model), calibration_mode(state.model):
+        check_weights(state.model)
+        lifecycle.emit(state, event)
 
 
 def calibrate(
@@ -89,16 +104,37 @@ def calibrate(
 def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     """From CALIBRATION_START to CALIBRATION_END."""
     lifecycle, state, clock, batches = walker.lifecycle, walker.state, walker.clock, walker.batches
+    walker.total = len(blocks) + 1
     check_weights(walker.model)
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_START))
-    if batches:
-        survey(lifecycle, state, clock, batches, walker.runner, blocks, walker.device, walker.progress)
+    if batches and any(m.needs.survey for m in lifecycle.modifiers):
+        _survey(walker, blocks)
     if batches and any(m.hooked for m in lifecycle.modifiers if m.needs.calibration):
         walker.walk_with_data(blocks)
     else:
         walker.walk_without_data(blocks)
     lifecycle.set_token_mask(None)
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
+
+
+def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
+    """All batches through the dense model, for modifiers that need it; BLOCK_SURVEYED per block and for the rest."""
+    lifecycle, model, device = walker.lifecycle, walker.model, walker.device
+    with ExitStack() as stack:
+        stack.enter_context(streamed(blocks, device) if blocks else on_device(model, device))
+        for modifier in lifecycle.modifiers:
+            if not modifier.needs.survey:
+                stack.enter_context(modifier.paused())
+        for i, batch in enumerate(walker.batches):
+            walker.report(f"survey of the dense model, batch {i + 1}/{len(walker.batches)}")
+            lifecycle.set_token_mask(tree_move(token_mask(batch), device or device_of(model)))
+            walker.runner(batch)
+    lifecycle.set_token_mask(None)
+    surveyed = replace(walker.clock, type_=EventType.BLOCK_SURVEYED)
+    surveying = [m for m in lifecycle.modifiers if m.needs.survey]
+    groups = [(name, block, modules_of_block(name, block)) for name, block in blocks.items()]
+    for name, block, modules in (*groups, ("", None, modules_outside(model, blocks))):
+        lifecycle.emit(walker.state.but(block=block, block_name=name, modules=modules), surveyed, only=surveying)
 
 
 def _check_batches(modifiers: Sequence[Modifier], batches: Sequence[Any] | None) -> None:

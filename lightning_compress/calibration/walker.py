@@ -55,19 +55,18 @@ class Walker:
         self.model = runner.model
         self.plan = CalibrationPlan()
         self.finished, self.total = 0, 1
-        self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self._report)
+        self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self.report)
 
     def walk_without_data(self, blocks: Mapping[str, nn.Module]) -> None:
         """BLOCK_END for every block and for the modules outside of blocks; no forward pass."""
-        self.total = len(blocks) + 1
         for name, block in blocks.items():
-            self._report(name)
+            self.report(name)
             self.passes.emit(EventType.BLOCK_END, block_group(name, block))
             self.finished += 1
-        self._report("modules outside of blocks")
+        self.report("modules outside of blocks")
         self.passes.emit(EventType.BLOCK_END, outside_group(modules_outside(self.model, blocks)))
         self.finished += 1
-        self._report("done")
+        self.report("done")
 
     def walk_with_data(self, blocks: Mapping[str, nn.Module]) -> None:
         """Probe, plan, then segment after segment."""
@@ -77,7 +76,6 @@ class Walker:
                 "modules at once; name its blocks with blocks=[...] if it has any",
                 type(self.model).__name__,
             )
-        self.total = len(blocks) + 1
         with ExitStack() as stack:
             if not blocks:
                 stack.enter_context(on_device(self.model, self.device))
@@ -105,7 +103,7 @@ class Walker:
                 stack.enter_context(stubbed(plan.segments[-1], plan.blocks, last=lambda: self._last_output(inputs)))
             self._complete_outside(index, self._run)
         self.finished = self.total
-        self._report("done")
+        self.report("done")
 
     # -- before the walk ----------------------------------------------------------------------------------------------
 
@@ -113,7 +111,7 @@ class Walker:
         names = {m: n for n, m in modules_of_block("", self.model).items()}
         calibrating = [m for m in self.lifecycle.modifiers if m.needs.calibration]
         targets = {m: names[m] for modifier in calibrating for m in modifier.hooked if m in names}
-        self._report("probe: the first batch through the dense model")
+        self.report("probe: the first batch through the dense model")
         masks = self._masks("attention_mask")
         with self.lifecycle.paused(), streamed(blocks, self.device):
             probe, run = self._probe(blocks, targets, masks[0])
@@ -128,7 +126,7 @@ class Walker:
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
-        self.passes = BlockPasses(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self._report)
+        self.passes = BlockPasses(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report)
         self.total = len(self.plan.blocks) + 1
 
     def _masks(self, key: str) -> list[Tensor | None]:
@@ -266,7 +264,7 @@ class Walker:
         # a copy, since the model may write into it
         return put(last.template, last.out_at, hidden.clone() if moved is hidden else moved)
 
-    def _report(self, text: str) -> None:
+    def report(self, text: str) -> None:
         if self.progress is not None:
             self.progress(text, self.finished, self.total)
 

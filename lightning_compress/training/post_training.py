@@ -15,8 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch
-from lightning_compress.calibration.sequential import calibrate
-from lightning_compress.calibration.training_end import end_training
+from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle

@@ -6,8 +6,8 @@ from pydantic import PrivateAttr
 from torch import nn
 
 from lightning_compress import MagnitudePruningModifier, RotationModifier, compress
-from lightning_compress.calibration import training_end
-from lightning_compress.calibration.training_end import end_training
+from lightning_compress.calibration import sequential
+from lightning_compress.calibration.sequential import end_training
 from lightning_compress.core import Event, Lifecycle, Modifier, Needs, State
 from tests.support.calibration_models import C, Layered, LockstepWatcher, Watcher, make_batches, seeded, started
 
@@ -102,8 +102,8 @@ def test_a_modifier_that_acts_only_then_has_no_window():
 
 def test_experts_of_a_mixture_are_linears_then(monkeypatch):
     calls = []
-    original = training_end.split_while
-    monkeypatch.setattr(training_end, "split_while", lambda model: calls.append(model) or original(model))
+    original = sequential.split_while
+    monkeypatch.setattr(sequential, "split_while", lambda model: calls.append(model) or original(model))
     model = seeded(Layered)
     lifecycle, state = Lifecycle([Ending()]), State(model=model)
     lifecycle.initialize(state)
