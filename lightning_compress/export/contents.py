@@ -24,21 +24,13 @@ Stored = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Contents:
-    """What is written of a model.
+    """What is written of a model."""
 
-    Args:
-        model: Packed Linears are replaced by Linears without memory.
-        records: Quantized modules and their records, by clean name.
-        dense: Those whose weight stays dense on disk, and why.
-        caches: Records of the KV cache, by attention module.
-        stored: Tensors of modules that are packed in memory, by name.
-    """
-
-    model: nn.Module
-    records: Records
-    dense: Mapping[str, str]
-    caches: Mapping[str, QuantizedCache]
-    stored: Stored
+    model: nn.Module  # packed Linears are replaced by Linears without memory
+    records: Records  # of quantized modules, by clean name
+    dense: Mapping[str, str]  # those whose weight stays dense on disk, and why
+    caches: Mapping[str, QuantizedCache]  # by attention module
+    stored: Stored  # tensors of modules that are packed in memory, by name
 
     @property
     def packed(self) -> Records:
@@ -53,10 +45,6 @@ class Contents:
 
 def contents_of(model: nn.Module, stored: Stored) -> Contents:
     """Sort the modules of a model by how they are written.
-
-    Args:
-        model: Not changed.
-        stored: Tensors of modules that are packed in memory, by name.
 
     Raises:
         ValueError: The KV cache of some attention modules is quantized, and that of others is not.

@@ -28,9 +28,7 @@ UNPACKED = CompressionFormat.naive_quantized
 def unpackable_embeddings(records: Mapping[str, tuple[nn.Module, Quantized]], caches: bool) -> dict[str, str | None]:
     """Embeddings that a model of transformers cannot hold packed; None, or why they cannot be unpacked codes either.
 
-    Args:
-        records: Quantized modules that may be packed, and their records.
-        caches: Whether the KV cache is quantized too.
+    ``records`` are those of modules that may be packed; ``caches``: whether the KV cache is quantized too.
     """
     schemes = [record.scheme for module, record in records.values() if is_packable(module)]
     if not caches and all(_alone(scheme, schemes[0]) for scheme in schemes):

@@ -76,10 +76,7 @@ def experts_first(model: "PreTrainedModel", config: QuantizationConfig, schemes:
     It uses the first group whose targets, as patterns, name experts, else the first with another target, else the
     first.
 
-    Args:
-        model: The model with its experts.
-        config: Its groups are reordered, under the same keys, where that helps and selects the same modules.
-        schemes: Schemes of all quantized modules.
+    Groups keep their keys, and are reordered only where that helps and selects the same modules.
     """
     wanted = _of_experts(model, schemes)
     if wanted is None or _used(config) == wanted.weights or not _merges_weights(model):
@@ -94,9 +91,8 @@ def experts_first(model: "PreTrainedModel", config: QuantizationConfig, schemes:
 def planned_fault(model: nn.Module, schemes: Schemes) -> str:
     """What plain transformers will do wrong with an export of these schemes, in a sentence; empty where it reads it.
 
-    Args:
-        model: Any model; its experts have their children (layers/split_experts.py).
-        schemes: Schemes of all modules that will be quantized.
+    The experts of the model have their children (layers/split_experts.py); ``schemes`` are of all modules to be
+    quantized.
     """
     from transformers import PreTrainedModel
 
@@ -114,10 +110,7 @@ def fault_of_experts(
 ) -> tuple[str, str]:
     """What goes wrong when transformers merges weights on loading, such as experts, and why; both empty: nothing.
 
-    Args:
-        model: The model with its experts.
-        schemes: Schemes of all quantized modules.
-        config: Config of the folder; None: the one that :func:`experts_first` would make.
+    ``schemes`` are of all quantized modules; without ``config`` it is the one that :func:`experts_first` would make.
     """
     if not _merges_weights(model):
         return "", ""

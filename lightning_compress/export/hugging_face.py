@@ -99,11 +99,8 @@ def skeleton(
 ) -> "PreTrainedModel":
     """The model that config.json describes, without weights.
 
-    Args:
-        folder: Folder with the config.json.
-        config: Content of config.json.
-        tensors: Number of tensors in the folder: no config may describe more layers.
-        dtype: dtype of the model in place of that in the config.
+    ``tensors`` is their number in the folder: no config may describe more layers. ``dtype`` replaces that of the
+    config.
     """
     import transformers
 
@@ -166,11 +163,7 @@ def build(
 ) -> "PreTrainedModel":
     """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``.
 
-    Args:
-        folder: Folder of the weights, for messages.
-        layout: A model of the same class and config.
-        weights: All weights of the folder.
-        extra: Names that the class may lack, since they were added to the model that is filled.
+    ``extra`` are names that the class may lack, since they were added to the model that is filled.
     """
     from transformers import GenerationConfig
 

@@ -108,19 +108,12 @@ def load(
 
 @dataclass(frozen=True)
 class _Folder:
-    """The files of an export, its tensors not read yet.
+    """The files of an export, its tensors not read yet."""
 
-    Args:
-        path: Absolute.
-        config: The content of config.json, without the changes that keep other loaders off (export/online.py).
-        own: The content of lightning_compress.json.
-        quantization: ``quantization_config``; empty where nothing is quantized.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    own: Mapping[str, Any]
-    quantization: Mapping[str, Any]
+    path: Path  # absolute
+    config: Mapping[str, Any]  # of config.json, without the changes that keep other loaders off (online.py)
+    own: Mapping[str, Any]  # the content of lightning_compress.json
+    quantization: Mapping[str, Any]  # ``quantization_config``; empty where nothing is quantized
 
     @property
     def config_file(self) -> Path:
@@ -133,17 +126,11 @@ class _Folder:
 
 @dataclass(frozen=True)
 class _Quantized:
-    """The quantized modules of a folder.
+    """The quantized modules of a folder."""
 
-    Args:
-        weights: Dense weights by their name on disk.
-        records: By name of the module.
-        stored: Tensors as they are on disk, by name of the module.
-    """
-
-    weights: dict[str, Tensor]
-    records: dict[str, Quantized]
-    stored: dict[str, dict[str, Tensor]]
+    weights: dict[str, Tensor]  # dense, by their name on disk
+    records: dict[str, Quantized]  # by name of the module
+    stored: dict[str, dict[str, Tensor]]  # as they are on disk, by name of the module
 
 
 def _open(path: Path) -> _Folder:
@@ -195,12 +182,8 @@ def _read_quantized(
 ) -> _Quantized:
     """Unpack what ``quantization_config`` names, and read the grids of what lies dense on the disk.
 
-    Args:
-        source: The folder.
-        layout: A model of the class and the shapes that were saved.
-        files: The tensors of the folder; those of quantized modules are removed.
-        dtype: That of scales; None: as they are.
-        keep: Keep packed tensors too, for packed Linears.
+    Tensors of quantized modules are removed from ``files``; ``keep`` keeps packed ones too, for packed Linears.
+    ``dtype`` is that of scales; None: as they are.
     """
     quantized = _Quantized({}, {}, {})
     names = names_of_experts(layout) if hugging_face.is_transformers(layout) else {}

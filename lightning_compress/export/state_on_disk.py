@@ -12,13 +12,7 @@ __all__ = ["state_on_disk"]
 
 
 def state_on_disk(model: nn.Module, packed: Records, stored: Stored) -> dict[str, Tensor]:
-    """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied.
-
-    Args:
-        model: Not changed.
-        packed: Modules whose weight is written packed, and their records, by name.
-        stored: Tensors of those that are packed in memory already, by name.
-    """
+    """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied."""
     name_of = {id(module): name for name, (module, _) in packed.items()}
     packed_at = {
         f"{clean_name(path)}.weight": name_of[id(module)]

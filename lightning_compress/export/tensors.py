@@ -24,10 +24,7 @@ BESIDE = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
     """Write model.safetensors, or where that would exceed ``max_shard_bytes`` several files and their index.
 
-    Args:
-        tensors: Tensors by name; they may share storage, and of equal views the first is written.
-        folder: An existing folder.
-        max_shard_bytes: Largest size of a file, unless a single tensor is larger.
+    Tensors may share storage, and of equal views the first is written. A file is larger only for a single tensor.
     """
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes

@@ -80,12 +80,7 @@ def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None
 
 
 def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
-    """The keyword arguments with which ``run`` calls the model, and its output as ``output``.
-
-    Args:
-        model: The model, which is in evaluation mode meanwhile.
-        run: Calls the model once.
-    """
+    """The keyword arguments with which ``run`` calls the model, in evaluation mode, and its output as ``output``."""
     calls: list[dict[str, Any] | None] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -111,11 +106,6 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
 
 def _difference(model: nn.Module, folder: Path, call: Mapping[str, Any]) -> float:
     """The norm of the difference between the logits of the folder and of the model, relative to that of the logits.
-
-    Args:
-        model: The model of transformers that was saved.
-        folder: The export.
-        call: The result of :func:`_recorded_call`.
 
     Raises:
         ValueError: The folder does not load, or not with these inputs; holds the message of the loader.

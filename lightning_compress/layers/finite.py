@@ -19,9 +19,7 @@ __all__ = ["check_finite", "is_finite", "nonfinite"]
 def nonfinite(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> list[str]:
     """Names of the parameters and persistent buffers that hold NaN or Inf; those on meta are skipped.
 
-    Args:
-        model: Any module.
-        values: Tensors by name that are checked in place of those of the model.
+    ``values``, by name, are checked in place of those of the model.
     """
     return [name for name, tensor, masks in _stored(model, values or {}) if not _is_sound(tensor, masks)]
 

@@ -151,11 +151,7 @@ def warn_of_left_out(
     What counts are weights (parameters of two dimensions and more) that are in no embedding and that ``ignore`` does
     not name. Names, patterns, and other classes alone are a choice: then there is no warning.
 
-    Args:
-        model: The model.
-        chosen: The modules that :func:`select` returned for targets and ignore.
-        targets: Class names, dotted names, ``re:`` patterns.
-        ignore: The same, for what is left out.
+    ``chosen`` are the modules that :func:`select` returned for ``targets`` and ``ignore``.
     """
     targets, ignore = listed(targets), listed(ignore)
     classes = {c.__name__ for m in model.modules() for c in type(m).__mro__}

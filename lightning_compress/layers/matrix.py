@@ -44,10 +44,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bool = False) -> None:
     """ValueError names a module whose weight cannot be read or written, and says why and what to do.
 
-    Args:
-        modules: Modules that a modifier will change, by dotted name.
-        verb: What the modifier does to them, such as ``quantize``.
-        in_place: Whether it computes in place, which tensors made under ``torch.inference_mode`` do not allow.
+    ``verb`` says what a modifier does to them, such as ``quantize``; ``in_place``: whether it computes in place, which
+    tensors made under ``torch.inference_mode`` do not allow.
     """
     faults = {name: fault for name, module in modules.items() if (fault := _weight_fault(module, in_place))}
     for name, fault in faults.items():
@@ -139,9 +137,7 @@ def _stored(module: nn.Module) -> Any:
 def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
     """The weight as [R, C] in its own dtype: a view where the layout allows it, without gradient.
 
-    Args:
-        module: The layer.
-        like: A tensor in the layout of the parameter, such as the gradient, to be used in place of the weight.
+    ``like``: a tensor in the layout of the parameter, such as the gradient, to be used in place of the weight.
     """
     if not (is_supported(module) or is_embedding(module)):
         kinds = f"{SUPPORTED}, or an embedding"

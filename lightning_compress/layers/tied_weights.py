@@ -37,10 +37,7 @@ def shared_parameters(model: nn.Module) -> set[int]:
 def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> None:
     """ValueError names the first of ``modules`` whose weight other modules share.
 
-    Args:
-        model: Model that contains the modules.
-        modules: Modules that will be changed, by dotted name.
-        parameters: The parameter of each module that will be changed.
+    ``parameters`` holds the parameter of each module that will be changed.
     """
     owners = owners_of(model)
     for name, parameter in parameters.items():
@@ -53,10 +50,7 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module], parameter
 def shared_message(name: str, others: Sequence[str], targets: Sequence[str] = ()) -> str:
     """Why a module is refused whose weight is shared.
 
-    Args:
-        name: Name of the module.
-        others: Names of the parameters of other modules that share its weight.
-        targets: Names of those other modules that are targets too.
+    ``others`` are parameters of other modules that share its weight, ``targets`` those modules that are targets too.
     """
     listed = shortlist(map(repr, others))
     both = " and ".join(map(repr, dict.fromkeys([name, *targets])))

@@ -30,12 +30,6 @@ def assign(
 ) -> dict[str, QuantizationScheme]:
     """The scheme of each module, by dotted name: an exact name beats a pattern, a pattern a class, then the first wins.
 
-    Args:
-        model: Names are relative to it.
-        schemes: In the order of the recipe, with their targets.
-        ignore: Class names, dotted names or ``re:`` patterns of modules that are left out.
-        embeddings: How embeddings among the targets are treated.
-
     Raises:
         ValueError: Targets match nothing, everything is ignored, a pattern is not a regular expression, a layer cannot
             be quantized, its weight is shared, holds NaN or Inf, is quantized already, or its columns do not divide
@@ -70,20 +64,13 @@ def _sized(
     for name, scheme in schemes.items():
         if isinstance(scheme, SizedByModule):
             plain = scheme.sized(as_matrix(modules[name]).shape[1])
-            assert plain.weights is not None
             scheme = sized.setdefault((id(scheme), plain.weights.group_size), plain)
         assigned[name] = scheme
     return assigned
 
 
 class GroupSizeError(ValueError):
-    """A group size that does not divide the columns of a module.
-
-    Args:
-        message: The misfit, and what to do.
-        scheme: Scheme with that group size.
-        size: One that fits all modules of the scheme; None where it has no other.
-    """
+    """A group size that does not divide the columns of a module of ``scheme``; ``size`` (None: none) fits all."""
 
     def __init__(self, message: str, scheme: QuantizationScheme, size: int | None):
         super().__init__(message)
@@ -91,13 +78,7 @@ class GroupSizeError(ValueError):
 
 
 def group_fits(columns: Mapping[str, int], scheme: QuantizationScheme) -> None:
-    """ValueError names the modules whose columns do not divide into groups, and a size that fits all of them.
-
-    Args:
-        columns: Input columns by module.
-        scheme: Quantization scheme of these modules.
-    """
-    assert scheme.weights is not None
+    """ValueError names the modules whose columns do not divide into groups, and a size that fits all of them."""
     for args in (scheme.weights, scheme.input_activations):
         size = 0 if args is None else args.group_size or 0
         misfits = {n: c for n, c in columns.items() if size > 0 and c % size}

@@ -22,12 +22,7 @@ Embeddings = Literal["refused", "alone", "shared"]
 
 
 def check_embeddings(schemes: Mapping[str, QuantizationScheme], modules: Mapping[str, nn.Module]) -> None:
-    """ValueError names embeddings whose scheme quantizes their inputs, or that rewrite their rows when they are used.
-
-    Args:
-        schemes: Quantization schemes by dotted name of the module.
-        modules: The modules, by the same names.
-    """
+    """ValueError names embeddings whose scheme quantizes their inputs, or that rewrite rows when they are used."""
     tables = {name: module for name, module in modules.items() if is_embedding(module)}
     if fed := [name for name in tables if schemes[name].input_activations is not None]:
         raise ValueError(
@@ -54,13 +49,7 @@ def check_trainable(modules: Mapping[str, nn.Module]) -> None:
 def is_one_table(
     owners: Collection[nn.Module], modules: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]
 ) -> bool:
-    """True when all modules that hold a parameter are embeddings, quantized by the same grid.
-
-    Args:
-        owners: Modules that hold the parameter.
-        modules: Modules that will be quantized, by dotted name.
-        schemes: Quantization schemes, by the same names.
-    """
+    """True when all modules that hold a parameter are embeddings, quantized by the same grid."""
     names = {id(module): name for name, module in modules.items()}
     if not all(is_embedding(owner) and id(owner) in names for owner in owners):
         return False

@@ -51,12 +51,8 @@ def on_stored_grid(
 def latent_of(A_RC: Tensor, Q_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
     """``A_RC`` in the dtype of ``Q_RC``, but Q itself wherever A does not round to it: rounded, all of it is Q.
 
-    Args:
-        A_RC: Values before rounding, [R, C].
-        Q_RC: The weight on the grid that they were rounded to, in its own dtype.
-        scale: As for :func:`round_weight`.
-        zero_point: As for :func:`round_weight`.
-        args: As for :func:`round_weight`.
+    ``A_RC`` are the values before rounding, ``Q_RC`` is the weight in its own dtype; the grid is as for
+    :func:`round_weight`.
     """
     latent_RC = A_RC.to(Q_RC.dtype)
     return torch.where(round_weight(latent_RC, scale, zero_point, args) == Q_RC, latent_RC, Q_RC)

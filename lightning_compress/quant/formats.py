@@ -50,13 +50,7 @@ def stored_as(W_RC: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> Tenso
 
 
 def nearby_scales(scale_RG: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> Iterator[Tensor]:
-    """Scales that the format can store around those of a microscaled weight, [R, G] each.
-
-    Args:
-        scale_RG: Scales from the extremes, float32.
-        args: The format.
-        global_scale: g of NVFP4, [1].
-    """
+    """Scales that the format can store around those of a microscaled weight (from the extremes), [R, G] each."""
     if not has_global_scale(args):
         for shift in EXPONENTS:
             yield (scale_RG * 2.0**shift).clamp(2.0**-127, 2.0**127)

@@ -36,10 +36,7 @@ def edges() -> tuple[Tensor, Tensor]:
 def points(counts: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     """Values that represent the counted numbers, their counts, and the width of each value; float64 [points].
 
-    Args:
-        counts: Count of each bin.
-        low: The smallest number that was counted; no value lies below it.
-        high: The largest number that was counted.
+    No value lies outside of ``low`` and ``high``, the smallest and the largest number that were counted.
     """
     seen = counts > 0
     lower, upper = (end[seen, None].clamp(low, high) for end in edges())

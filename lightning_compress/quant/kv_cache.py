@@ -105,10 +105,7 @@ def _keyword(module: nn.Module) -> str | None:
 def with_stand_in(module: nn.Module, kwargs: Mapping[str, Any], change: Change) -> dict[str, Any]:
     """The keyword arguments of a call, with keys and values changed by ``change`` where they enter the cache.
 
-    Args:
-        module: An attention module of transformers.
-        kwargs: Keyword arguments of the call.
-        change: Function of (keys, values), [B, H, T, D] each, that returns the ones to be used.
+    ``change`` is a function of (keys, values), [B, H, T, D] each, that returns the ones to be used.
     """
     name = _keyword(module) or _KEYWORDS[-1]
     cache = next((kwargs[keyword] for keyword in _KEYWORDS if kwargs.get(keyword) is not None), None)

@@ -40,11 +40,7 @@ ObserverName = Literal["minmax", "moving_average", "mse", "percentile", "histogr
 
 
 class Observer(ABC):
-    """Base class of observers: numbers ``low`` and ``high``, and the scale that follows from them.
-
-    Args:
-        args: The grid.
-    """
+    """Base class of observers: numbers ``low`` and ``high``, and the scale that follows from them."""
 
     reduce: dict[str, str] = {}
 
@@ -108,9 +104,7 @@ class MinMax(Observer):
 class MovingAverage(Observer):
     """Exponential mean of each batch's extremes; the last batches count most. Ranks are averaged.
 
-    Args:
-        args: The grid.
-        averaging_constant: c in (0, 1]; 1 keeps the last batch only.
+    c = ``averaging_constant`` is in (0, 1]; 1 keeps the last batch only.
     """
 
     reduce = {"low": "sum", "high": "sum", "ranks": "sum", "batches": "sum"}

@@ -20,7 +20,6 @@ def compress_words(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> d
         scheme: A scheme with integer weights.
     """
     args = scheme.weights
-    assert args is not None
     tensors = {name: value for name, value in state.items() if name not in ("weight", "weight_zero_point")}
     zero = state.get("weight_zero_point")
     codes = quantize(state["weight"], state["weight_scale"], zero, args, dtype=torch.int8)

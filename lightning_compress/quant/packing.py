@@ -81,13 +81,7 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
 
 
 def unpack(tensors: dict[str, Tensor], module_type: type, scheme: QuantizationScheme) -> tuple[Tensor, Quantized]:
-    """The reverse of :func:`pack`: the dequantized weight [R, C] and the record.
-
-    Args:
-        tensors: As :func:`pack` returned them.
-        module_type: Class of the module that they belong to.
-        scheme: Its scheme.
-    """
+    """The reverse of :func:`pack`: the dequantized weight [R, C] and the record."""
     state = _decompress(_compressor(module_type, scheme), tensors, scheme)
     scale, shared = state["weight_scale"].detach(), state.get("weight_global_scale")
     if is_microscaled(scheme.weights):

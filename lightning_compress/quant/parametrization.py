@@ -82,7 +82,6 @@ class FakeQuantize(nn.Module):
         learn_inputs: bool = False,
     ):
         super().__init__()
-        assert scheme.weights is not None
         W_RC = as_matrix(module)
         self.scheme, self.args, self.search = scheme, scheme.weights, search
         self.low, self.high = integer_range(scheme.weights)
@@ -275,7 +274,6 @@ def lower(module: nn.Module, lifted: Lifted, record: Quantized | None) -> None:
 def _take_latent(module: nn.Module, record: Quantized) -> None:
     """The values before rounding, in place of the weight; not where the weight is no more what was made of them."""
     assert record.latent is not None
-    assert record.scheme.weights is not None
     Q_RC = as_matrix(module)
     latent, scale = (t.to(Q_RC.device, copy=True) for t in (record.latent, record.scale))
     zero = None if record.zero_point is None else record.zero_point.to(Q_RC.device)

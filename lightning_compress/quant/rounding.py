@@ -63,7 +63,6 @@ def round_module(
     start = time.perf_counter()
     check_dense(name, module)
     with torch.inference_mode(False), torch.no_grad():
-        assert scheme.weights is not None
         W_RC = as_matrix(module)
         if has_global_scale(scheme.weights) and global_scale is None:
             global_scale = global_scale_of(*W_RC.aminmax())
@@ -114,13 +113,7 @@ def round_embeddings(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Quantize embeddings to nearest, each table once; gives their names, and facts for the ledger.
 
-    Args:
-        names: Names of modules; the embeddings among them are rounded.
-        modules: Modules that are quantized, by dotted name.
-        schemes: Schemes of the modules that are left; those of rounded ones are removed.
-        scale_search: As for :func:`round_module`.
-        global_scales: Global scales of NVFP4.
-        keep_latent: As for :func:`round_module`.
+    Schemes of rounded modules are removed from ``schemes``; other arguments are as for :func:`round_module`.
     """
     for name in [n for n in names if n in schemes and is_embedding(modules[n])]:
         if name not in schemes:  # rounded together with another one

@@ -101,11 +101,8 @@ class Summed:
 class FormErrors(GridErrors):
     """errors(f, dz)[r] = e H e^T with e = t - Q(t; f, z + dz), in units of the min-max scale.
 
-    Args:
-        t: Weights divided by their min-max scale, [groups, rows, g]; r runs over both.
-        z: Zero points [groups, rows], or None.
-        H_Ggg: The second moment of each group's inputs, float32 [groups, g, g].
-        args: The grid.
+    ``H_Ggg`` is the second moment of each group's inputs, float32 [groups, g, g]; the others as for
+    :class:`GridErrors`.
     """
 
     # Correlated inputs make the loss rugged, and favour larger scales. Planted data, groups of 64, loss over that of
@@ -131,12 +128,7 @@ class FormErrors(GridErrors):
 
 
 class Tall:
-    """Blocks of b rows as if each were one row: one scale per block.
-
-    Args:
-        piece: Errors of all rows; the rows of a block follow one another.
-        b: Rows of a block.
-    """
+    """Blocks of b rows of ``piece``, which follow one another, as if each were one row: one scale per block."""
 
     def __init__(self, piece: GridErrors, b: int):
         self.piece, self.b, self.power, self.args, self.z = piece, b, piece.power, piece.args, piece.z

@@ -46,10 +46,8 @@ LOWEST = {bits: 0.3 / 1.5 ** (4 - bits) if bits < 4 else 0.3 ** (0.5 ** (bits - 
 def group_columns(args: QuantizationArgs, columns: int) -> int:
     """g: columns that share one scale within a row."""
     if args.strategy == QuantizationStrategy.BLOCK:
-        assert args.block_structure is not None
         return args.block_structure[1]
     if args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
-        assert args.group_size is not None
         return args.group_size
     return columns
 
@@ -57,7 +55,6 @@ def group_columns(args: QuantizationArgs, columns: int) -> int:
 def expand(scale: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
     """Scales or zero points as [R, G], whatever the strategy; scales of that shape stay as they are."""
     if args.strategy == QuantizationStrategy.BLOCK and len(scale) != rows:
-        assert args.block_structure is not None
         return scale.repeat_interleave(args.block_structure[0], 0)[:rows]
     return scale.expand(rows, 1) if scale.ndim == 1 else scale
 
@@ -96,7 +93,6 @@ def minmax(W_RC: Tensor, args: QuantizationArgs, global_scale: Tensor | None = N
 
 def _blocked(W_RC: Tensor, args: QuantizationArgs) -> Tensor:
     """[R / b, b, C / g, g], zeros filling up the last blocks."""
-    assert args.block_structure is not None
     b, g = args.block_structure
     R, C = W_RC.shape
     return pad(W_RC, (0, -C % g, 0, -R % b)).unflatten(1, (-1, g)).unflatten(0, (-1, b))
@@ -197,7 +193,6 @@ def _search_blocks(
     W_RC: Tensor, args: QuantizationArgs, importance_C: Tensor, power: float
 ) -> tuple[Tensor, Tensor | None]:
     """One column of blocks at a time: each block becomes one row, with the importance of its columns."""
-    assert args.block_structure is not None
     b, g = args.block_structure
     within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
     importance_C = pad(importance_C, (0, -len(importance_C) % g))
@@ -209,7 +204,6 @@ def _search_blocks(
 
 def _search_blocks_by_form(W_RC: Tensor, args: QuantizationArgs, H_Ggg: Tensor) -> Tensor:
     """One column of blocks at a time, their rows each with its own error; grids of floats, without zero points."""
-    assert args.block_structure is not None
     assert args.symmetric
     b, _ = args.block_structure
     within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})

@@ -49,7 +49,6 @@ class SizedByModule(QuantizationScheme):
         """The scheme for a module with this many columns; the first size where none divides them."""
         size = next((size for size in self.sizes if size == -1 or columns % size == 0), self.sizes[0])
         fields = {name: getattr(self, name) for name in QuantizationScheme.model_fields}
-        assert self.weights is not None
         return QuantizationScheme(**{**fields, "weights": _grouped(self.weights, size)})
 
 
@@ -106,7 +105,6 @@ def presets() -> list[str]:
 def describe(scheme: QuantizationScheme) -> str:
     """One line for reports: ``W4A16 g64 sym``, ``W8A8 channel sym``, ``FP8 channel``, ``NVFP4A16 g16``."""
     weights, inputs = scheme.weights, scheme.input_activations
-    assert weights is not None
     wide = "16" if inputs is None else str(inputs.num_bits) if inputs.type == "int" else f"fp{inputs.num_bits}"
     grain = f"g{weights.group_size}" if weights.group_size else _strategy(weights)
     if isinstance(scheme, SizedByModule):
@@ -142,7 +140,6 @@ def _preset(name: str, targets: list[str], group_size: GroupSize | None) -> Quan
 
 
 def _regrouped(scheme: QuantizationScheme, name: str, group_size: GroupSize) -> QuantizationScheme:
-    assert scheme.weights is not None
     is_integer = scheme.weights.type == "int"
     if group_size == "auto" and not (is_integer and _strategy(scheme.weights) == "group"):
         return scheme
@@ -153,7 +150,6 @@ def _regrouped(scheme: QuantizationScheme, name: str, group_size: GroupSize) -> 
 
 def _with_sizes(scheme: QuantizationScheme, group_size: GroupSize) -> QuantizationScheme:
     """The scheme with another group size, or with several to choose from."""
-    assert scheme.weights is not None
     sizes = AUTO_SIZES if group_size == "auto" else group_size if isinstance(group_size, list) else [group_size]
     if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or (s != -1 and s < 1) for s in sizes):
         raise ValueError(

@@ -25,12 +25,7 @@ FUSED = (
 
 
 class GlobalScales:
-    """The global scales of the modules of a recipe, each computed when it is first needed, and kept.
-
-    Args:
-        modules: Modules that are quantized, by dotted name.
-        schemes: Quantization schemes of these modules.
-    """
+    """The global scales of quantized modules, by dotted name, each computed when it is first needed, and kept."""
 
     def __init__(self, modules: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]):
         self._modules = {name: modules[name] for name, scheme in schemes.items() if _is_nvfp4(scheme)}

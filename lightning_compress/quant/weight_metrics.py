@@ -16,11 +16,7 @@ __all__ = ["sqnr_db", "stored_bytes", "weight_error", "weight_facts"]
 def weight_facts(W_RC: Tensor, Q_RC: Tensor, quantized: Quantized, error: float | None = None) -> dict[str, Any]:
     """Facts for ``Ledger.add`` that need no data: scheme, sqnr_db, bits, params, bytes before and after.
 
-    Args:
-        W_RC: The dense weight, in the dtype it is stored in.
-        Q_RC: The dequantized weight.
-        quantized: The record of the module, with its scales.
-        error: The value of :func:`weight_error`, where it is known.
+    ``W_RC`` has the dtype that it is stored in; ``error`` is the value of :func:`weight_error`, where it is known.
     """
     size = stored_bytes(quantized, *W_RC.shape)
     return {
@@ -51,7 +47,6 @@ def stored_bytes(quantized: Quantized, rows: int, columns: int) -> int:
     a byte. Floats of 4 and 6 bits are packed into bytes, and scales of a format of their own take one byte.
     """
     weights = quantized.scheme.weights
-    assert weights is not None
     packed = weights.type == "int" and quantized.scheme.input_activations is None
     codes = 4 * rows * math.ceil(columns * weights.num_bits / 32) + 16 if packed else rows * columns
     if weights.type == "float":

@@ -54,11 +54,7 @@ def layer_fields(config: Any, before: int, kept: Sequence[int]) -> dict[str, Any
 def check_states(model: nn.Module, fields: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], advice: str) -> None:
     """ValueError unless a model built from the config with ``fields`` has exactly these parameters.
 
-    Args:
-        model: A transformers model before the cut.
-        fields: New values of its config.
-        shapes: Shape of every parameter after the cut, by name.
-        advice: What the user can do instead.
+    ``shapes`` are those of every parameter after the cut; ``advice`` says what the user can do instead.
     """
     config = copy.deepcopy(model.config)
     for key, value in fields.items():

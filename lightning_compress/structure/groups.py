@@ -22,34 +22,21 @@ Cut = dict[str, dict[int, Tensor]]
 
 @dataclass(frozen=True)
 class Slice:
-    """Where the units of a group lie in one tensor.
+    """Where the units of a group lie in one tensor."""
 
-    Args:
-        tensor: Dotted name of the parameter or buffer.
-        dim: The dimension that shrinks.
-        index: Places of each unit, int64 [U, K].
-        consumer: The module of this tensor reads the units as its input.
-    """
-
-    tensor: str
-    dim: int
-    index: Tensor
-    consumer: bool = False
+    tensor: str  # dotted name of the parameter or buffer
+    dim: int  # that shrinks
+    index: Tensor  # places of each unit, int64 [U, K]
+    consumer: bool = False  # the module of this tensor reads the units as its input
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units that can be removed one by one.
+    """Units that can be removed one by one."""
 
-    Args:
-        name: Name of the module that computes the units, for messages and the ledger.
-        dense: Number of units before anything was removed.
-        slices: Places of the units in every tensor that has some.
-    """
-
-    name: str
-    dense: int
-    slices: tuple[Slice, ...]
+    name: str  # of the module that computes the units, for messages and the ledger
+    dense: int  # number of units before anything was removed
+    slices: tuple[Slice, ...]  # places of the units in every tensor that has some
 
     @property
     def units(self) -> int:

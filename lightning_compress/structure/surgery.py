@@ -24,13 +24,7 @@ Optimizers = Optimizer | Sequence[Optimizer] | None
 
 @dataclass(frozen=True)
 class Structure(Record):
-    """The cuts that were made in a model.
-
-    The model holds them as plain data, so that a pickled copy of it can be read without this package.
-
-    Args:
-        steps: In the order of the cuts.
-    """
+    """The cuts that were made in a model, in their order."""
 
     attribute = "_lightning_compress_structure"
 
@@ -116,13 +110,8 @@ def cut_layers(
 ) -> None:
     """Remove modules from the ModuleList or Sequential ``name``, and their parameters from optimizers.
 
-    Args:
-        model: Model with the list.
-        name: Dotted name of the list.
-        kept: Indices of the layers that stay, ascending.
-        optimizers: Optimizers that drop the removed parameters from their groups and state.
-        attributes: As in :func:`cut_tensors`, with names after the cut.
-        config: New values of ``model.config``.
+    The layers ``kept``, by ascending index, stay; names in ``attributes`` are those after the cut. Other arguments are
+    as in :func:`cut_tensors`.
     """
     before = {id(p) for p in model.parameters()}
     _keep_layers(model, name, kept)

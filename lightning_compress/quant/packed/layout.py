@@ -56,7 +56,6 @@ def _calibrated(scheme: QuantizationScheme) -> set[str]:
 
 
 def _sizes(tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> tuple[int, int]:
-    assert scheme.weights is not None
     if "weight_shape" in tensors:
         N, K = (int(size) for size in tensors["weight_shape"])
         return N, K
@@ -68,7 +67,6 @@ def _sizes(tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> tuple[i
 
 def _codes(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, K: int) -> tuple[torch.dtype, int]:
     """Dtype and columns of the codes."""
-    assert scheme.weights is not None
     bits = scheme.weights.num_bits
     if "weight_shape" in tensors:
         return torch.int32, -(-K * bits // 32)
@@ -79,7 +77,6 @@ def _codes(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, K: int) ->
 
 def _check_grid(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, N: int, K: int) -> None:
     weights = scheme.weights
-    assert weights is not None
     scale, zero = tensors["weight_scale"], tensors.get("weight_zero_point")
     if weights.strategy == "block":
         rows, columns = weights.block_structure or (1, 1)

@@ -48,11 +48,7 @@ def fuse_siblings(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str
 
 
 class Siblings:
-    """A group of packed Linears that make one product; each member calls ``product``.
-
-    Args:
-        layers: Two or more, in the order in which their rows are stacked.
-    """
+    """A group of packed Linears that make one product, rows stacked in this order; each member calls ``product``."""
 
     def __init__(self, layers: Sequence[PackedLinear]):
         self.layers = tuple(layers)
@@ -124,7 +120,6 @@ def _is_shared(name: str) -> bool:
 def _stacks(layer: PackedLinear) -> bool:
     """Whether the rows of its tensors can be followed by those of another."""
     weights = layer.scheme.weights
-    assert weights is not None
     whole_words = layer.optional("weight_zero_point") is None or layer.out_features * weights.num_bits % 32 == 0
     return weights.strategy in ("channel", "group", "tensor_group") and whole_words
 
