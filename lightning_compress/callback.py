@@ -48,17 +48,21 @@ from lightning_compress.training.checks import (
 from lightning_compress.training.clock import StepClock
 from lightning_compress.training.compiled import HookWatch
 from lightning_compress.training.loss_scale import unscaled
-from lightning_compress.training.mid_epoch_resume import after_last_batch, begin_epoch, resume_loaders
 from lightning_compress.training.options import read_arguments
 from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.post_training import PostTraining
 from lightning_compress.training.pruned_checkpoints import carry_shapes
 from lightning_compress.training.rank_zero import alone
-from lightning_compress.training.resume_finished import is_resumed, load_earlier_end
+from lightning_compress.training.resume import (
+    after_last_batch,
+    begin_epoch,
+    is_resumed,
+    load_earlier_end,
+    resume_loaders,
+)
 from lightning_compress.training.run import Run
 from lightning_compress.training.set_up import check_before_training, initialize, when_built
-from lightning_compress.training.sigterm import stopped_by_sigterm
-from lightning_compress.training.slurm_requeue import requeue_only, supersede
+from lightning_compress.training.signals import requeue_only, stopped_by_sigterm, supersede
 from lightning_compress.training.submodule import choose
 
 __all__ = ["CompressionCallback"]

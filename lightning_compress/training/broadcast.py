@@ -2,13 +2,15 @@
 
 Calibration changes more than numbers: blocks, channels and experts are removed, tied weights are untied, layers carry
 scales. All ranks first build the same tensors and compare them, and only then are weights sent one by one: a rank that
-waits for a tensor which no other rank has waits for ever.
+waits for a tensor which no other rank has waits for ever. What spawned workers cannot send back is named.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_compress.distributed import gather, world_size
@@ -21,7 +23,7 @@ from lightning_compress.quant.record import Quantized
 from lightning_compress.structure.surgery import record_of, reshape
 from lightning_compress.training.rank_zero import alone, send_tensors
 
-__all__ = ["share", "ties"]
+__all__ = ["beside_weights", "share", "spawns_workers", "ties", "warn_of_workers"]
 
 KINDS: tuple[type[Record], ...] = (Quantized, QuantizedCache, OnlineRotations)
 """The records that are sent after the weights; the cuts go before, since they make the shapes of the weights."""
@@ -81,6 +83,36 @@ def share(model: nn.Module, device: torch.device) -> None:
 def ties(model: nn.Module) -> int:
     """How many names there are of parameters that have another name already."""
     return sum(name != owner for name, owner in _structure_of(model).owners.items())
+
+
+def beside_weights(model: nn.Module) -> list[str]:
+    """What belongs to the compressed model and is not in its weights."""
+    schemes = [record.scheme for _, record in Quantized.find(model).values()]
+    present = {
+        "the quantization of activations": any(scheme.input_activations is not None for scheme in schemes),
+        "the quantization of the KV cache": bool(QuantizedCache.find(model)),
+        "the rotations that run beside modules": bool(OnlineRotations.find(model)),
+    }
+    return [name for name, is_present in present.items() if is_present]
+
+
+def spawns_workers(trainer: Trainer) -> bool:
+    """Whether workers train in processes of their own and send weights back to the main process, and nothing else."""
+    return any(c.__name__ == "_MultiProcessingLauncher" for c in type(trainer.strategy.launcher).__mro__)
+
+
+def warn_of_workers(trainer: Trainer, model: nn.Module, ties_before: int) -> None:
+    """Name what the main process does not get back from spawned workers; ``ties_before`` is :func:`ties` before."""
+    if not spawns_workers(trainer):
+        return
+    missing = beside_weights(model)
+    if ties(model) < ties_before:
+        missing.append("that weights were untied (both get the values of one)")
+    if missing:
+        rank_zero_warn(
+            f"the main process gets the compressed weights back from its workers, but not {', nor '.join(missing)}; "
+            f"what is exported has all: load(folder, model) before testing"
+        )
 
 
 def _structure_of(model: nn.Module) -> _Structure:

@@ -4,35 +4,42 @@ Every rank runs this. All ranks share both measurements; rank zero alone calibra
 for the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_compress.calibration.inputs import IN_TRAINER, check_batch
+from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
 from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.state import State
+from lightning_compress.distributed import world_size
 from lightning_compress.export.guard import guard_save_pretrained
-from lightning_compress.training.best_weights import load_best
-from lightning_compress.training.broadcast import share, ties
+from lightning_compress.training.best_weights import load_best, monitored_metric
+from lightning_compress.training.broadcast import beside_weights, share, ties, warn_of_workers
 from lightning_compress.training.compiled import reset_compiled
-from lightning_compress.training.evaluation import Measurement, compare
-from lightning_compress.training.loaders import calibration_batches, check_first_batch, forward_of
-from lightning_compress.training.measurement import measure
+from lightning_compress.training.evaluation import Measurement, batches_of, compare, evaluate
+from lightning_compress.training.loaders import (
+    calibration_batches,
+    check_first_batch,
+    forward_of,
+    to_device,
+    validation_loaders,
+)
 from lightning_compress.training.progress import ProgressReport
+from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.rank_zero import alone, send_tensors
-from lightning_compress.training.ranks import beside_weights, summing_device, warn_of_workers
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
-from lightning_compress.training.undisturbed import undisturbed
 
 __all__ = ["PostTraining"]
 
@@ -74,12 +81,12 @@ class PostTraining:
         shown = self.trainer.is_global_zero and bar is not None
         with self._undisturbed(), ProgressReport(shown) as progress:
             self._load_best()
-            before = self._measure("metric before", progress)
+            before = self.measure("metric before", progress)
             with self.run.timed("calibration"):
                 alone(lambda: self._act(self.lifecycle.after_training, progress, training_end=True), "calibration")
                 share(self.module, self.pl_module.device)
             self.lifecycle.finalize(self.state)
-            after = self._measure("metric after", progress)
+            after = self.measure("metric after", progress)
             self.run.facts |= compare(before, after, summing_device(self.trainer))
         guard_save_pretrained(self.module)
         self.run.facts["beside_weights"] = beside_weights(self.module)
@@ -93,7 +100,7 @@ class PostTraining:
     def measure_dense(self) -> None:
         """Before a window opens: the metric of the model as training has made it so far; every rank calls this."""
         with self._undisturbed():
-            values = self._measure("metric dense", ProgressReport(shown=False)).values
+            values = self.measure("metric dense", ProgressReport(shown=False)).values
         if values:
             self.run.facts["metric_dense"] = {"step": self.event.global_step, "values": values}
 
@@ -145,17 +152,22 @@ class PostTraining:
                 send_tensors(self.pl_module)
             self.lifecycle.weights_loaded(states)
 
-    def _measure(self, phase: str, progress: ProgressReport) -> Measurement:
-        options = self.run.options
+    def measure(self, phase: str, progress: Callable[[str, int, int], None]) -> Measurement:
+        """The metric on the validation set; every rank calls this and measures its share."""
+        trainer, pl_module, options = self.trainer, self.pl_module, self.run.options
         if not options.evaluate:
             return Measurement()
         with self.run.timed(phase):
-            return measure(
-                self.trainer,
-                self.pl_module,
+            loaders, limits = validation_loaders(trainer, pl_module, options.eval_batches)
+            return evaluate(
+                pl_module,
                 self.module,
-                options.eval_batches,
-                lambda batches, of: progress(phase, batches, of),
+                batches_of(loaders, limits, partial(to_device, trainer, pl_module)),
+                forward=partial(run_model, advice=IN_TRAINER),
+                context=trainer.precision_plugin.val_step_context,
+                monitor=monitored_metric(trainer),
+                device=summing_device(trainer),
+                progress=lambda batches: progress(phase, batches, sum(n or 0 for n in limits)),
             )
 
     def _act(self, lifecycle: Lifecycle, progress: ProgressReport, *, training_end: bool = False) -> None:
@@ -190,3 +202,8 @@ class PostTraining:
         """Half precision runs as in training; mixed precision has float32 weights and calibrates in float32."""
         plugin = self.trainer.precision_plugin
         return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+
+def summing_device(trainer: Trainer) -> torch.device:
+    """Device on which ranks add up; a single process uses the CPU, since MPS has no float64."""
+    return trainer.strategy.root_device if world_size() > 1 else torch.device("cpu")

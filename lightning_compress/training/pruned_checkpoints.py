@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.forward import patched
 from lightning_compress.structure.surgery import record_of, reshape
+from lightning_compress.training.broadcast import spawns_workers
 from lightning_compress.training.hyperparameters import write_plain_modules
-from lightning_compress.training.ranks import spawns_workers
 from lightning_compress.training.submodule import choose
 
 __all__ = ["carry_shapes", "check_launcher", "read_shapes", "same_shapes", "write_shapes"]

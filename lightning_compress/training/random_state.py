@@ -1,18 +1,24 @@
 """The random state of a run in its checkpoints: torch's (CPU and GPUs), Python's and NumPy's, of every rank.
 
-Lightning's checkpoints hold none, so a resumed run would draw other dropout masks than the run that was killed.
+Lightning's checkpoints hold none, so a resumed run would draw other dropout masks than the run that was killed. Work
+between training steps leaves no trace in it.
 """
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_compress import distributed
 
-__all__ = ["LoadedRandomState", "collect", "collect_all", "restore"]
+__all__ = ["LoadedRandomState", "collect", "collect_all", "restore", "undisturbed"]
 
 
 def collect() -> dict[str, Any]:
@@ -66,6 +72,29 @@ class LoadedRandomState:
         states, self.states = self.states, None
         if states is not None:
             restore(states)
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, seed: int) -> Iterator[None]:
+    """Afterwards the random state and the Trainer's stage are as before; inside, no autocast and no gradients.
+
+    Args:
+        trainer: In its fit.
+        seed: Seed of torch's random state inside. Python's and NumPy's, which augmentation may use, are put back, too.
+    """
+    stage = trainer.state.stage
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(trainer.strategy.root_device.type, enabled=False))
+        stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.manual_seed(seed)
+        trainer.state.stage = RunningStage.VALIDATING  # augmentation reads trainer.training
+        try:
+            yield
+        finally:
+            trainer.state.stage = stage
 
 
 def _cpu(state: Tensor) -> Tensor:

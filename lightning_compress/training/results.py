@@ -1,6 +1,7 @@
 """What a run leaves behind: ``compressed.ckpt``, the exported folder, the report, and numbers for the loggers."""
 
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,12 +25,11 @@ from lightning_compress.quant.record import Quantized
 from lightning_compress.report import plots, summary, table
 from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.loaders import forward_of
-from lightning_compress.training.memory import peak_memory_bytes
 from lightning_compress.training.outputs import Outputs
+from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.rank_zero import alone
-from lightning_compress.training.resume_finished import is_resumed
+from lightning_compress.training.resume import is_resumed
 from lightning_compress.training.run import Run
-from lightning_compress.training.undisturbed import undisturbed
 
 __all__ = ["Results", "processors"]
 
@@ -186,6 +186,16 @@ class Results:
             with _as_warning(f"the log of {type(logger).__name__}"):
                 logger.log_metrics(finite, step=self.trainer.global_step)
                 logger.save()
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of the process in bytes; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What one run carries from set-up to its end: its options, where it writes, and facts for the report."""
 
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from typing import Any
 
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.outputs import Outputs
-from lightning_compress.training.resume_finished import new_run
 from lightning_compress.training.samples import OwnBatches
 from lightning_compress.training.saved_files import SavedFiles
 
@@ -35,7 +35,7 @@ class Run:
 
     options: CallbackOptions
     recipe: dict[str, Any]
-    name: str = field(default_factory=new_run)
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
     outputs: Outputs | None = None
     saved_files: SavedFiles = field(default_factory=SavedFiles)
     own_batches: OwnBatches = field(default_factory=OwnBatches)

@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_compress import QuantizationModifier, compress
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
-from lightning_compress.training.broadcast import ties
-from lightning_compress.training.ranks import beside_weights, spawns_workers, summing_device, warn_of_workers
+from lightning_compress.training.broadcast import beside_weights, spawns_workers, ties, warn_of_workers
+from lightning_compress.training.post_training import summing_device
 from tests.support.training_runs import Regression, quiet
 
 

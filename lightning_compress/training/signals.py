@@ -1,9 +1,13 @@
-"""SLURM's requeue while a model is compressed: the job begins again where training had ended.
+"""Signals while a model is compressed or written: SIGTERM stops at once, and SLURM's requeue begins again there.
 
-Before the time limit Slurm signals every task. With Lightning's handler all ranks together save ``hpc_ckpt_N.ckpt``,
-and rank 0 requeues the job; its next attempt resumes from there. At the end of training this does harm: while rank 0
-compresses, the others wait for it and cannot take part in saving, so the job hangs until the limit kills it; and the
-saved model would be compressed in part. So the trained model is saved first, and then the signal only requeues.
+SIGTERM: Lightning's handler sets a flag, which its loops read between batches. After training nothing reads it, and
+the grace period of a container or of Slurm runs out. So it stops the run with a message and an exit code, as Ctrl-C.
+
+Requeue: before the time limit Slurm signals every task. With Lightning's handler all ranks together save
+``hpc_ckpt_N.ckpt``, and rank 0 requeues the job; its next attempt resumes from there. At the end of training this does
+harm: while rank 0 compresses, the others wait for it and cannot take part in saving, so the job hangs until the limit
+kills it; and the saved model would be compressed in part. So the trained model is saved first, and then the signal only
+requeues.
 
 Once the model is compressed, its checkpoint takes the place of the last ``hpc_ckpt_N.ckpt``: under Slurm, Lightning
 loads that one wherever no ``ckpt_path`` is given, in ``trainer.test`` too, and a job that is requeued during the test
@@ -16,6 +20,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +28,42 @@ from types import FrameType
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["requeue_only", "supersede"]
+__all__ = ["requeue_only", "stopped_by_sigterm", "supersede"]
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
+    """Inside, SIGTERM ends the run with exit code 143; a handler of the user is not replaced.
+
+    No incomplete file is left: unfinished ones are removed, complete ones stay.
+    """
+    former = signal.getsignal(signal.SIGTERM)
+    if not _is_replaceable(former) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if received:
+            return  # it stops already: unfinished files are being removed
+        received = True
+        log.warning("SIGTERM while the model was compressed: stopping; resume the run to have it compressed")
+        if callable(former) and trainer.world_size == 1:
+            former(number, frame)  # of several ranks it waits for the others, which wait for rank 0
+        raise SIGTERMException(128 + number)
+
+    if trainer.received_sigterm:  # it came in the last batch of training
+        raise SIGTERMException(128 + signal.SIGTERM)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 @contextmanager
@@ -75,11 +112,12 @@ def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return None
     signum = environment.requeue_signal
-    if signum is None:
-        return None
-    handler = signal.getsignal(signum)  # the default in on_fit_end: there Lightning has removed its handler
-    replaceable = handler == signal.SIG_DFL or type(handler).__module__.startswith(("lightning.", "pytorch_lightning."))
-    return signum if replaceable else None
+    return signum if signum is not None and _is_replaceable(signal.getsignal(signum)) else None
+
+
+def _is_replaceable(handler: object) -> bool:
+    """Whether a handler is not the user's: Lightning's, or the default, as in on_fit_end after Lightning's is gone."""
+    return handler == signal.SIG_DFL or type(handler).__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 def _folder(trainer: Trainer) -> Path:
