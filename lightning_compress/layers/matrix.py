@@ -20,21 +20,9 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.expert import ExpertLinear, tokens_of
 
-__all__ = [
-    "CONVOLUTIONS",
-    "as_matrix",
-    "check_weights_work",
-    "input_layout",
-    "inputs_as_rows",
-    "is_embedding",
-    "is_supported",
-    "is_transposed",
-    "only_input",
-    "parameter_of",
-    "partitions",
-    "weight_of",
-    "write_matrix",
-]
+__all__ = ["CONVOLUTIONS", "as_matrix", "check_weights_work", "input_layout", "inputs_as_rows", "is_embedding",
+           "is_supported", "is_transposed", "only_input", "parameter_of", "partitions", "weight_of",
+           "write_matrix"]  # fmt: skip
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"

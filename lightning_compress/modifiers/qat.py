@@ -161,7 +161,8 @@ class QATModifier(QuantizationArguments, Modifier):
         for name, scheme in schemes.items():
             module = self._modules[name]
             start = records[name][1] if name in records else None
-            parametrize_weight(module, scheme, self.gradient, self.scale_search, start, *inputs)
+            fake = FakeQuantize(module, scheme, self.gradient, self.scale_search, start, *inputs)
+            parametrize_weight(module, fake, start)
         return True
 
     # -- while training -----------------------------------------------------------------------------------------------

@@ -1,19 +1,19 @@
-"""BatchNorm into the layer before it: what remains of the norm is a shift per channel.
+"""Fold a BatchNorm into the layer before it; the norm keeps a shift per channel.
 
     y = gamma (W x + b - mu) / sqrt(var + eps) + beta      in evaluation mode
       = (s W) x + s b + (beta - s mu)                      s = gamma / sqrt(var + eps), one per output channel
 
-The layer takes s. The norm stays where it is, with scale 1 and the shift beta - s mu, so that neither names nor shapes
-of the model's tensors change and whoever knows the architecture loads the weights; or it goes, and the layer gets a
-bias.
+The layer takes s. The norm stays, with scale 1 and the shift beta - s mu, so that names and shapes of the model's
+tensors do not change and any program that knows the architecture can load the weights; or it is removed, and the layer
+gets a bias.
 
-Which layer stands before a norm is read from the graph that torch.fx traces, of the whole model or, where that cannot
-be traced, of its parts: nothing is run, and nothing is guessed from names or from the order of registration.
+The layer before a norm is found in the graph that torch.fx traces, of the whole model or, if that cannot be traced, of
+its parts: the model is not run, and names and the order of registration are not used.
 """
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,67 +27,61 @@ __all__ = ["Folding", "find_foldings", "fold", "fold_all"]
 FEATURES_FIRST = (nn.Conv1d, nn.Conv2d)
 
 
-@dataclass(frozen=True)
-class Folding:
-    """A norm and the layer that takes it.
-
-    Args:
-        layer: Dotted name of the convolution or Linear.
-        norm: Dotted name of the BatchNorm.
-    """
+class Folding(NamedTuple):
+    """Dotted names of a convolution or Linear, and of the BatchNorm that is folded into it."""
 
     layer: str
     norm: str
 
 
 def fold_all(model: nn.Module, remove: bool = False) -> list[Folding]:
-    """Fold every BatchNorm that can be; evaluated, the model computes what it did, but for rounding.
+    """Fold every BatchNorm for which this is possible; in evaluation mode outputs stay equal up to rounding.
 
     Args:
-        model: Changed in place. Its norms are put into evaluation mode and have to stay there.
-        remove: Take the norms out (an ``nn.Identity`` stands in), and give the layers a bias.
+        model: Changed in place. Its norms are set to evaluation mode and must stay in it.
+        remove: Replace the norms by ``nn.Identity``, and give the layers a bias.
 
     Returns:
-        What was folded. A warning names each norm that was not, and why.
+        The foldings. A warning names each other norm, and the reason.
 
     Raises:
-        ValueError: Nothing can be folded, or a layer is quantized already.
+        ValueError: No norm can be folded, or a layer is quantized already.
     """
-    found, left = find_foldings(model)
+    foldings, left = find_foldings(model)
     reasons = "; ".join(f"{name!r}: {why}" for name, why in left.items())
-    if not found:
+    if not foldings:
         raise ValueError(
             f"no BatchNorm to fold: {reasons or f'{type(model).__name__} has none'}; leave folding out for this model"
         )
-    for folding in found:
-        if Quantized.of(model.get_submodule(folding.layer)) is not None:
+    for layer_name, norm_name in foldings:
+        if Quantized.of(model.get_submodule(layer_name)) is not None:
             raise ValueError(
-                f"{folding.layer!r} is quantized already, and folding {folding.norm!r} into it would take it off its "
+                f"{layer_name!r} is quantized already, and folding {norm_name!r} into it would take it off its "
                 f"grid; fold first, then quantize"
             )
     if left:
         warnings.warn(f"BatchNorm layers that were not folded: {reasons}", stacklevel=2)
-    fresh = [f.norm for f in found if getattr(model.get_submodule(f.norm), "num_batches_tracked", None) == 0]
+    fresh = [f.norm for f in foldings if getattr(model.get_submodule(f.norm), "num_batches_tracked", None) == 0]
     if fresh:
         warnings.warn(
             f"BatchNorm layers that have seen no batch are folded with the statistics that they began with (mean 0, "
             f"variance 1), and keep them: {', '.join(map(repr, fresh[:5]))}; fold a model that is trained already",
             stacklevel=2,
         )
-    for folding in found:
-        layer, norm = (model.get_submodule(name) for name in (folding.layer, folding.norm))
+    for folding in foldings:
+        layer, norm = (model.get_submodule(name) for name in folding)
         assert isinstance(norm, _BatchNorm)
         fold(layer, norm)
         if remove:
             _move_shift(layer, norm)
             parent, _, name = folding.norm.rpartition(".")
             setattr(model.get_submodule(parent), name, nn.Identity())
-    return found
+    return foldings
 
 
 @torch.no_grad()
 def fold(layer: nn.Module, norm: _BatchNorm) -> None:
-    """Move the scale of a norm into the layer before it; the norm adds a shift from then on, in evaluation mode."""
+    """Move the scale of a norm into the layer before it; from then on the norm adds a shift, in evaluation mode."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean_R, var_R = norm.running_mean.double(), norm.running_var.double()
@@ -111,7 +105,7 @@ def fold(layer: nn.Module, norm: _BatchNorm) -> None:
 
 @torch.no_grad()
 def _move_shift(layer: nn.Module, norm: _BatchNorm) -> None:
-    """The shift of a folded norm, into the bias of the layer."""
+    """Add the shift of a folded norm to the bias of the layer."""
     assert norm.running_mean is not None
     shift_R = norm.bias.detach().clone() if norm.affine else -norm.running_mean
     if isinstance(layer.bias, Tensor):
@@ -121,13 +115,13 @@ def _move_shift(layer: nn.Module, norm: _BatchNorm) -> None:
 
 
 def find_foldings(model: nn.Module) -> tuple[list[Folding], dict[str, str]]:
-    """Norms whose only input is the output of a Linear or convolution that nobody else uses; of others the reason."""
+    """Norms whose only input is the output of a Linear or convolution without other uses; for others the reason."""
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     before: dict[str, list[tuple[str | None, int]]] = {name: [] for name in norms}
     calls: Counter[str] = Counter()
     _trace(model, "", before, calls)
     modules = dict(model.named_modules())
-    found: list[Folding] = []
+    foldings: list[Folding] = []
     left: dict[str, str] = {}
     for name, norm in norms.items():
         layer, uses = before[name][0] if len(before[name]) == 1 else (None, 0)
@@ -142,8 +136,8 @@ def find_foldings(model: nn.Module) -> tuple[list[Folding], dict[str, str]]:
         elif uses > 1 or calls[layer] > 1:
             left[name] = f"the output of {layer!r} is used elsewhere too"
         else:
-            found.append(Folding(layer, name))
-    return found, left
+            foldings.append(Folding(layer, name))
+    return foldings, left
 
 
 def _folds_into(layer: nn.Module, norm: _BatchNorm) -> bool:
@@ -155,11 +149,10 @@ def _folds_into(layer: nn.Module, norm: _BatchNorm) -> bool:
 def _trace(
     module: nn.Module, prefix: str, before: dict[str, list[tuple[str | None, int]]], calls: Counter[str]
 ) -> None:
-    """Note the input of each norm: the module that made it (None: something else) and how many use that."""
+    """Record the input of each norm: the module that computes it (None: an operation), and its number of uses."""
     if not any(isinstance(m, _BatchNorm) for m in module.modules()):
         return
-    graph = _graph(module)
-    if graph is None:
+    if (graph := _graph(module)) is None:
         for name, child in module.named_children():
             _trace(child, f"{prefix}{name}.", before, calls)
         return
@@ -173,10 +166,10 @@ def _trace(
 
 
 def _graph(module: nn.Module) -> fx.Graph | None:
-    """The graph of its forward pass, modules of torch.nn being leaves; None where it depends on the data."""
+    """The graph of its forward pass, with modules of torch.nn as leaves; None if it depends on the data."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict | _BatchNorm):
         return None
     try:
         return fx.Tracer().trace(module)
-    except Exception:  # on a proxy a forward pass may raise anything
+    except Exception:  # on a proxy a forward pass can raise any error
         return None

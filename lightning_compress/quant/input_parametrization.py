@@ -1,6 +1,6 @@
 """The input of a layer on its grid, in training: dynamic, from a moving average, or with a scale that is learned (LSQ).
 
-A learned scale starts where the average stood when the observer stopped; its gradient is that of Esser et al. 2020
+A learned scale starts from the average at the end of observation; its gradient is that of Esser et al. 2020
 (arXiv:1902.08153), scaled by 1 / sqrt(N q_max) with N the features of the layer's input (section 2.2): its columns, for
 a convolution channels times places.
 """
@@ -27,20 +27,20 @@ TENSORS = ("low", "high", "scale", "zero_point")
 class FakeQuantizeInput(nn.Module):
     """The input of a layer: dynamic scales (by token, row, image or tensor), or one static scale for the whole tensor.
 
-    A static scale follows the extremes of each training batch: forward passes note them, :meth:`take_batch` folds them
-    in once the batch is over. So a forward pass may be repeated (activation checkpointing) and changes nothing. Until
-    the first batch is folded in, inputs pass as they are.
+    A static scale follows the extremes of each training batch: forward passes record them, :meth:`take_batch` adds them
+    to the average after the batch. So a forward pass can be repeated (activation checkpointing) and changes nothing.
+    Before the first :meth:`take_batch` inputs pass unchanged.
 
     Args:
         args: The grid.
         constant: Weight of the newest batch in the average.
-        like: A tensor whose device and dtype the scale gets.
-        learned: The optimizer trains a static scale once observing is over.
+        like: A tensor with the device and the dtype for the scale.
+        learned: The optimizer trains a static scale after observation has ended.
 
     Attributes:
         observing: The scale follows the extremes of batches.
-        frozen: The scale does not move any more.
-        change: With ``learned`` the parameter behind the scale, [1]: scale = where observing stopped (1 + change).
+        frozen: The scale is constant.
+        change: With ``learned`` the parameter behind the scale, [1]: scale = scale after observation (1 + change).
     """
 
     low: Tensor
@@ -69,7 +69,7 @@ class FakeQuantizeInput(nn.Module):
             self.batch_low.copy_(torch.minimum(self.batch_low, low))
             self.batch_high.copy_(torch.maximum(self.batch_high, high))
         note_rows(module, x, self.args)
-        if self.args.dynamic:  # the range follows the input, nothing lies outside
+        if self.args.dynamic:  # the range follows the input, so no value is outside of it
             return fake_quantize_input(module, x, self.args, None, None)
         change = self.change if torch.is_grad_enabled() else None
         if change is not None and not self._learned:
@@ -88,7 +88,7 @@ class FakeQuantizeInput(nn.Module):
         return replace_value(x, value, (v >= lowest - half) & (v <= highest + half))
 
     def take_batch(self, low: Tensor, high: Tensor) -> None:
-        """Fold the extremes of a batch, [1] each, into the average; a batch without data counts for nothing."""
+        """Add the extremes of a batch, [1] each, to the average; a batch without data is ignored."""
         if self.observing and bool(low.isfinite() & high.isfinite()):
             share = self.constant if self.batches else 1.0
             self.low.lerp_(low, share)
@@ -101,7 +101,7 @@ class FakeQuantizeInput(nn.Module):
         self._forget_batch()
 
     def take_record(self, record: Quantized) -> None:
-        """A static scale that is there already; it observes no more."""
+        """Use the static scale of a record, without further observation."""
         assert record.input_scale is not None
         self.scale.copy_(record.input_scale)
         if record.input_zero_point is not None:
@@ -111,9 +111,8 @@ class FakeQuantizeInput(nn.Module):
         self.batches, self.observing = 1, False
 
     def freeze(self) -> None:
-        """The scale does not move any more."""
-        scale, _ = self.grid()
-        self.scale.copy_(scale)
+        """Keep the scale from now on."""
+        self.scale.copy_(self.grid()[0])
         self.observing, self.frozen = False, True
 
     @torch.no_grad()
@@ -137,7 +136,7 @@ class FakeQuantizeInput(nn.Module):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Restore the result of :meth:`state`."""
         self.batches, self.observing, self.frozen = state["batches"], state["observing"], state["frozen"]
         for name in TENSORS:
             getattr(self, name).copy_(state[name])

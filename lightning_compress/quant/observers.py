@@ -23,18 +23,8 @@ from torch import Tensor
 from lightning_compress.quant.formats import global_scale_of
 from lightning_compress.quant.histogram import BINS, bins_of, edges, points
 
-__all__ = [
-    "Entropy",
-    "MeanSquare",
-    "MinMax",
-    "MovingAverage",
-    "MSE",
-    "Observer",
-    "ObserverName",
-    "Percentile",
-    "is_observed",
-    "make_observer",
-]
+__all__ = ["Entropy", "MeanSquare", "MinMax", "MovingAverage", "MSE", "Observer", "ObserverName", "Percentile",
+           "is_observed", "make_observer"]  # fmt: skip
 
 ObserverName = Literal["minmax", "moving_average", "mse", "percentile", "histogram"]
 

@@ -1,10 +1,10 @@
 """Training through fake-quantization: the weight of a module, and its input, on their grids in every forward pass.
 
 The weight becomes a parametrization (torch.nn.utils.parametrize): the optimizer moves the dense weight, the layer sees
-its value on the grid. In a state dict the module looks as it did before: the dense weight under its own name, nothing
-else. Scales are therefore kept by whoever put this on (:meth:`FakeQuantize.state`, :meth:`FakeQuantize.load_state`).
+its value on the grid. A state dict holds the dense weight under its own name and nothing else. So the modifier that put
+this on keeps the scales (:meth:`FakeQuantize.state`, :meth:`FakeQuantize.load_state`).
 
-What the layer computes with is what :func:`finish` leaves behind, bit for bit: a weight on the grid and a
+:func:`finish` leaves, bit for bit, the values that the layer computed with: a weight on the grid and a
 :class:`~lightning_compress.quant.record.Quantized`.
 
 Shapes: R rows, C columns, G groups, as in layers/matrix.py.
@@ -33,18 +33,8 @@ from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.rounding import find_scales
 from lightning_compress.quant.scales import integer_range
 
-__all__ = [
-    "FakeQuantize",
-    "Lifted",
-    "fake_quantize_of",
-    "finish",
-    "lift",
-    "lower",
-    "parametrize_weight",
-    "restore_dense",
-]
-
-Gradient = Literal["ste", "lsq"]
+__all__ = ["FakeQuantize", "Lifted", "fake_quantize_of", "finish", "lift", "lower", "parametrize_weight",
+           "restore_dense"]  # fmt: skip
 
 
 class FakeQuantize(nn.Module):
@@ -52,17 +42,17 @@ class FakeQuantize(nn.Module):
 
     Args:
         module: The layer, its weight still dense.
-        scheme: Its grids.
-        gradient: ``ste``: scales get no gradient; ``lsq``: they are trained.
-        search: Where scales come from: ``minmax`` or ``mse``.
-        record: Take the scales from there instead.
-        constant: Of the moving average of static activations.
-        learn_inputs: Train the scales of static activations once they are no more observed.
+        scheme: The grids of its weight and its input.
+        gradient: ``ste``: scales get no gradient; ``lsq``: the optimizer trains them.
+        search: How scales are found: ``minmax`` or ``mse``.
+        record: An earlier quantization, whose scales are used instead.
+        constant: Weight of the newest batch in the moving average of static activations.
+        learn_inputs: Train the scales of static activations after observation has ended.
 
     Attributes:
-        active: False: the weight and the input pass as they are.
-        observing: With ``ste`` and ``minmax``: scales are those of the weight as it is now, at every forward pass.
-        frozen: The scale does not move any more.
+        active: False: the weight and the input pass unchanged.
+        observing: With ``ste`` and ``minmax``: every forward pass computes the scales of the current weight.
+        frozen: The scale is constant.
         change: With ``lsq`` the parameter behind the scale, in its shape: scale = start (1 + change).
     """
 
@@ -75,7 +65,7 @@ class FakeQuantize(nn.Module):
         self,
         module: nn.Module,
         scheme: QuantizationScheme,
-        gradient: Gradient,
+        gradient: Literal["ste", "lsq"],
         search: Literal["minmax", "mse"],
         record: Quantized | None = None,
         constant: float = 0.01,
@@ -104,7 +94,7 @@ class FakeQuantize(nn.Module):
             # DDP waits for the gradient of every parameter, and gets zeros
             unused = self.change if torch.is_grad_enabled() else None
             return weight if unused is None else weight + 0 * unused.sum()
-        W_RC = weight.t() if self.transposed else weight.flatten(1)
+        W_RC = self.matrix(weight)
         float8 = self.args.type == "float"
         if self.change is not None and not self.frozen:
             scale = relative_step(self.scale.clone(), self.change, weight.dtype)  # DDP writes buffers in place
@@ -119,7 +109,7 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def grid(self, W_RC: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point that the weight is on now, in the dtype that stores them."""
+        """The current scale and zero point, in the dtype that stores them."""
         if self.change is not None and not self.frozen:
             return relative_step(self.scale, self.change, W_RC.dtype), self.zero_point
         if self.observing and self.search == "minmax" and not self.frozen:
@@ -129,17 +119,16 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def derive(self, weight: Tensor) -> None:
-        """Scales anew from the weight; learned changes are forgotten. Scales of a record stay."""
+        """Compute the scales from the weight, without learned changes; scales of a record, and frozen ones, stay."""
         if self.given or self.frozen:
             return
-        scale, zero = find_scales(self._matrix(weight), self.args, self.search)
-        self._put(scale, zero)
+        self._put(*find_scales(self.matrix(weight), self.args, self.search))
         if self.change is not None:
             self.change.zero_()
 
     @torch.no_grad()
     def take_record(self, record: Quantized) -> None:
-        """The scales of an earlier quantization; they stay when other weights are loaded."""
+        """Use the scales of an earlier quantization, also when other weights are loaded."""
         self._put(record.scale, record.zero_point)
         if self.change is not None:
             self.change.zero_()
@@ -149,34 +138,32 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def stop_observing(self, weight: Tensor) -> None:
-        """From now on scales of activations stay as they are, and so do those of the weight unless they are learned."""
+        """Keep the scales of activations from now on, and those of the weight unless they are learned."""
         if self.input is not None:
             self.input.observing = False
         if self.observing and not self.frozen:
-            self._put(*find_scales(self._matrix(weight), self.args, self.search))
+            self._put(*find_scales(self.matrix(weight), self.args, self.search))
             self.observing = False
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
-        """No scale moves any more, learned ones neither."""
+        """Keep all scales from now on, learned ones too."""
         self.stop_observing(weight)
-        self._put(*self.grid(self._matrix(weight)))
+        self._put(*self.grid(self.matrix(weight)))
         self.frozen = True
         if self.input is not None:
             self.input.freeze()
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values: all that the dense weight does not say."""
-        tensors = {"scale": self.scale, "zero_point": self.zero_point, "change": self.change}
+        """Tensors and plain values: all facts that the dense weight does not contain."""
         flags = {"active": self.active, "observing": self.observing, "frozen": self.frozen, "given": self.given}
-        state: dict[str, Any] = {**flags, **_copies(tensors)}
-        if (inputs := self.input) is not None:
-            state["input"] = inputs.state()
-        return state
+        tensors = {"scale": self.scale, "zero_point": self.zero_point, "change": self.change}
+        copies = {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
+        return {**flags, **copies} | ({} if self.input is None else {"input": self.input.state()})
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Restore the result of :meth:`state`."""
         self.active, self.observing = state["active"], state["observing"]
         self.frozen, self.given = state["frozen"], state["given"]
         self._put(state["scale"], state["zero_point"])
@@ -186,14 +173,14 @@ class FakeQuantize(nn.Module):
             self.input.load_state(state["input"])
 
     def record(self, W_RC: Tensor) -> Quantized:
-        """What :func:`~lightning_compress.quant.record.attach` wants, for the weight as it is now."""
+        """The record of the current weight."""
         scale, zero = self.grid(W_RC)
         static = self.input is not None and not self.input.args.dynamic
         given = self.input.grid() if self.input is not None and static else (None, None)
         return Quantized(self.scheme, scale.clone(), None if zero is None else zero.clone(), *given)
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        weight = weight.detach()
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [R, C], with its gradient."""
         return weight.t() if self.transposed else weight.flatten(1)
 
     def _put(self, scale: Tensor, zero: Tensor | None) -> None:
@@ -202,41 +189,24 @@ class FakeQuantize(nn.Module):
             self.zero_point.copy_(zero)
 
 
-def parametrize_weight(
-    module: nn.Module,
-    scheme: QuantizationScheme,
-    gradient: Gradient,
-    search: Literal["minmax", "mse"],
-    record: Quantized | None = None,
-    constant: float = 0.01,
-    learn_inputs: bool = False,
-) -> FakeQuantize:
-    """Put fake-quantization on a module, not active yet; the arguments are those of :class:`FakeQuantize`.
+def parametrize_weight(module: nn.Module, fake: FakeQuantize, record: Quantized | None = None) -> None:
+    """Put fake-quantization, not active yet, on its module.
 
-    Where the record holds latent values, the optimizer moves those: fake-quantized they are the weight that was there.
+    Where the record, that of ``fake``, holds latent values, the optimizer changes those: they round to the weight.
     """
-    if record is not None and record.latent is not None:
-        _take_latent(module, record)
-    fake = FakeQuantize(module, scheme, gradient, search, record, constant, learn_inputs)
+    _take_latent(module, record)
     put_on(module, fake)
     module.register_load_state_dict_post_hook(_derive_scales)
     if fake.input is not None:
         module.register_forward_pre_hook(_quantize_input)
-    return fake
 
 
 @dataclass(frozen=True)
 class Lifted:
-    """Fake-quantization that was taken off a module for a while.
+    """Fake-quantization that was taken off a module for a while."""
 
-    Args:
-        kind: The class of the module with its parametrization.
-        parametrizations: What holds the dense weight, as torch keeps it.
-        fake: The parametrization.
-    """
-
-    kind: type[nn.Module]
-    parametrizations: nn.Module
+    kind: type[nn.Module]  # the class of the module with its parametrization
+    parametrizations: nn.Module  # of torch, with the dense weight
     fake: FakeQuantize
 
 
@@ -244,7 +214,7 @@ def lift(module: nn.Module) -> Lifted:
     """Take fake-quantization off for a while: the dense weight is an ordinary parameter again, the same object.
 
     Raises:
-        ValueError: Something else is on the weight too.
+        ValueError: The weight has another parametrization too.
     """
     fake = fake_quantize_of(module)
     assert fake is not None
@@ -262,18 +232,18 @@ def lift(module: nn.Module) -> Lifted:
 @torch.no_grad()
 def lower(module: nn.Module, lifted: Lifted, record: Quantized | None) -> None:
     """Put fake-quantization on again after :func:`lift`; with a record, on its grids."""
+    _take_latent(module, record)
     if record is not None:
-        if record.latent is not None:
-            _take_latent(module, record)
         lifted.fake.take_record(record)
     del module._parameters["weight"]
     module._modules["parametrizations"] = lifted.parametrizations
     module.__class__ = lifted.kind
 
 
-def _take_latent(module: nn.Module, record: Quantized) -> None:
-    """The values before rounding, in place of the weight; not where the weight is no more what was made of them."""
-    assert record.latent is not None
+def _take_latent(module: nn.Module, record: Quantized | None) -> None:
+    """Write latent values of a record, if any, in place of the weight; not where the weight has changed since."""
+    if record is None or record.latent is None:
+        return
     Q_RC = as_matrix(module)
     latent, scale = (t.to(Q_RC.device, copy=True) for t in (record.latent, record.scale))
     zero = None if record.zero_point is None else record.zero_point.to(Q_RC.device)
@@ -287,10 +257,10 @@ def fake_quantize_of(module: nn.Module) -> FakeQuantize | None:
 
 @torch.no_grad()
 def finish(module: nn.Module) -> Quantized:
-    """Take fake-quantization off: the weight stays on its grid, and the record says which."""
+    """Take fake-quantization off: the weight stays on its grid, and gets the record of it."""
     fake = fake_quantize_of(module)
     assert fake is not None
-    quantized = fake.record(original_weight(module).t() if fake.transposed else original_weight(module).flatten(1))
+    quantized = fake.record(fake.matrix(original_weight(module)))
     _take_off(module, leave_parametrized=True)
     quantized.attach(module)
     return quantized
@@ -298,7 +268,7 @@ def finish(module: nn.Module) -> Quantized:
 
 @torch.no_grad()
 def restore_dense(module: nn.Module) -> None:
-    """Take fake-quantization off; the weight is the dense one again."""
+    """Take fake-quantization off and restore the dense weight."""
     _take_off(module, leave_parametrized=False)
 
 
@@ -313,7 +283,7 @@ def _take_off(module: nn.Module, leave_parametrized: bool) -> None:
 
 
 def _derive_scales(module: nn.Module, incompatible_keys: Any) -> None:
-    """Other weights, other scales; whoever has kept theirs puts them back afterwards."""
+    """Compute the scales of weights that were loaded; a modifier that kept scales restores them afterwards."""
     fake = fake_quantize_of(module)
     if fake is not None:
         fake.derive(original_weight(module))
@@ -324,7 +294,3 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     if fake is None or fake.input is None or not fake.active or not args or not args[0].numel():
         return None
     return (fake.input(module, args[0]), *args[1:])
-
-
-def _copies(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}

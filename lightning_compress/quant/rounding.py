@@ -20,16 +20,8 @@ from lightning_compress.quant.scales import group_columns, minmax, search
 from lightning_compress.quant.shared_scales import GlobalScales
 from lightning_compress.quant.weight_metrics import weight_error, weight_facts
 
-__all__ = [
-    "DEAD_INPUT",
-    "check_dense",
-    "find_scales",
-    "has_one_pass",
-    "input_scales",
-    "round_embeddings",
-    "round_in_one_pass",
-    "round_module",
-]
+__all__ = ["DEAD_INPUT", "check_dense", "find_scales", "has_one_pass", "input_scales", "round_embeddings",
+           "round_in_one_pass", "round_module"]  # fmt: skip
 
 DEAD_INPUT = "its input was 0 throughout calibration: no data chose its scales"
 MSE_POWER = 2.4  # of the GPTQ code: punishes the few large errors more than p = 2

@@ -6,6 +6,7 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from torch import nn
 
 from lightning_compress.quant.parametrization import (
+    FakeQuantize,
     fake_quantize_of,
     finish,
     lift,
@@ -22,7 +23,7 @@ W4A16.weights.group_size = 8
 def fake_quantized(gradient="ste"):
     torch.manual_seed(0)
     layer = nn.Linear(16, 4)
-    parametrize_weight(layer, W4A16, gradient, "minmax")
+    parametrize_weight(layer, FakeQuantize(layer, W4A16, gradient, "minmax"))
     fake_quantize_of(layer).active = True
     return layer
 
