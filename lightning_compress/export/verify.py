@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_compress.export import hugging_face
 from lightning_compress.export.experts import installed
 from lightning_compress.export.online import online_entries
+from lightning_compress.layers.forward import eval_mode
 
 __all__ = ["answers", "is_wanted"]
 
@@ -66,10 +67,8 @@ def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None
         call = _recorded_call(model, run or (lambda: model(**hugging_face.example_of(model))))
         gap = _difference(model, folder, call)
     except Exception as error:
-        return (
-            None,
-            f"{folder} is not verified: {error}; lightning_compress.load reads it even where other loaders cannot",
-        )
+        reason = f"{error}; lightning_compress.load reads it even where other loaders cannot"
+        return None, f"{folder} is not verified: {reason}"
     if gap <= TOLERANCE:
         return gap, ""
     garbage = ", like those of a model with random weights" if gap > 0.5 else ""
@@ -89,16 +88,12 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
         named = dict(zip(names, args, strict=False)) | kwargs
         calls.append(named | {"output": output} if simple and len(names) == len(args) else None)
 
-    modes = {module: module.training for module in model.modules()}
     handle = model.register_forward_hook(record, with_kwargs=True)
     try:
-        with torch.no_grad():
-            model.eval()
+        with torch.no_grad(), eval_mode(model):
             run()
     finally:
         handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not calls or calls[0] is None:
         raise ValueError("the model was not called with tensors and numbers by name, which another process could take")
     return calls[0]

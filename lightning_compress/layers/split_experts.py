@@ -156,11 +156,7 @@ def _linears(module: nn.Module) -> Iterator[ExpertLinear]:
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The mixture's output [N, H]: sum over a token's experts of weight times the expert's output.
 
-    Args:
-        self: The module with the fused tensors.
-        hidden_states: [N, H].
-        top_k_index: [N, K]; an index of E or above means no expert.
-        top_k_weights: [N, K].
+    An index of E or above in ``top_k_index`` [N, K] means no expert.
     """
     if not any(linear._forward_pre_hooks for linear in _linears(self)):
         native: Tensor = type(self).forward(self, hidden_states, top_k_index, top_k_weights)

@@ -29,11 +29,8 @@ def wide(tensor: Tensor) -> Tensor:
 def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
     """The nearest point of the grid for every weight, computed in float32 or wider, in the dtype of W.
 
-    Args:
-        W_RC: [R, C].
-        scale: [R, G] per group, [R, 1] per channel, [1] per tensor, one for each block.
-        zero_point: As scale; None for a symmetric grid.
-        args: Bits, type, symmetry, strategy.
+    ``scale`` is [R, G] per group, [R, 1] per channel, [1] per tensor, one for each block; so is ``zero_point``, None
+    for a symmetric grid.
     """
     zero = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
     return stored_as(fake_quantize(wide(W_RC), wide(scale), zero, args), args, W_RC.dtype)

@@ -44,24 +44,16 @@ def _quantize_cache(
 
 @dataclass(frozen=True)
 class QuantizedCache(Record):
-    """How keys and values of one attention module are quantized.
-
-    Args:
-        args: The grid.
-        k_scale: [1], or [H, 1, 1] per head; None where scales are dynamic.
-        v_scale: As k_scale.
-        k_zero_point: As k_scale, int8; None on a symmetric grid too.
-        v_zero_point: As k_zero_point.
-    """
+    """How keys and values of one attention module are quantized."""
 
     attribute = "_lightning_compress_cache"
     hooks = (_quantize_cache,)
 
     args: QuantizationArgs
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    k_zero_point: Tensor | None = None
-    v_zero_point: Tensor | None = None
+    k_scale: Tensor | None = None  # [1], or [H, 1, 1] per head; None where scales are dynamic
+    v_scale: Tensor | None = None  # as k_scale
+    k_zero_point: Tensor | None = None  # as k_scale, int8; None on a symmetric grid too
+    v_zero_point: Tensor | None = None  # as k_zero_point
 
     def register(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(_quantize_cache, with_kwargs=True)

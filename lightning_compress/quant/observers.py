@@ -11,7 +11,6 @@ Each has ``update``, ``reduce`` (how ranks combine) and ``value``: the scale [1]
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Literal, TypeGuard
 
 import torch
@@ -142,8 +141,7 @@ class MSE(HistogramObserver):
 
     def bounds(self) -> tuple[float, float]:
         x, counts, _ = points(self.counts, self.low, self.high)
-        errors = [float(((self._quantized(x, f) - x).abs() ** self.POWER) @ counts) for f in self.FACTORS]
-        best = self.FACTORS[errors.index(min(errors))]
+        best = min(self.FACTORS, key=lambda f: float(((self._quantized(x, f) - x).abs() ** self.POWER) @ counts))
         return best * self.low, best * self.high
 
 
@@ -167,8 +165,7 @@ class Entropy(HistogramObserver):
 
     def bounds(self) -> tuple[float, float]:
         x, counts, widths = points(self.counts, self.low, self.high)
-        losses = [self._divergence(x, counts, widths, f) for f in self.FACTORS]
-        best = self.FACTORS[losses.index(min(losses))]
+        best = min(self.FACTORS, key=lambda f: self._divergence(x, counts, widths, f))
         return best * self.low, best * self.high
 
     def _divergence(self, x: Tensor, counts: Tensor, widths: Tensor, factor: float) -> float:
@@ -219,10 +216,5 @@ def make_observer(name: ObserverName, args: QuantizationArgs, averaging_constant
     """The observer called ``name``."""
     if name == "moving_average":
         return MovingAverage(args, averaging_constant)
-    kinds: dict[str, Callable[[QuantizationArgs], Observer]] = {
-        "minmax": MinMax,
-        "mse": MSE,
-        "percentile": Percentile,
-        "histogram": Entropy,
-    }
+    kinds: dict[str, type[Observer]] = {"minmax": MinMax, "mse": MSE, "percentile": Percentile, "histogram": Entropy}
     return kinds[name](args)

@@ -7,7 +7,7 @@ A quantized module holds its weight on the grid, W = (code - zero_point) * scale
 nothing is checked for every module, by unpacking and comparing bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -20,14 +20,15 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, quanti
 from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import as_matrix, weight_of
+from lightning_compress.ops.pack import pack as pack_words
 from lightning_compress.quant.fake_quant import round_weight, wide
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
-from lightning_compress.quant.pack_int32 import compress_words
 from lightning_compress.quant.record import Quantized
 
 Stored = TypeVar("Stored")
 
-__all__ = ["ACTIVATION_NAMES", "check_fit", "check_record", "is_packable", "pack", "tensor_names", "unpack"]
+__all__ = ["ACTIVATION_NAMES", "check_fit", "check_record", "compress_words", "is_packable", "pack", "tensor_names",
+           "unpack"]  # fmt: skip
 
 ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
 """What a static activation scheme adds to the names of a module's tensors."""
@@ -41,10 +42,7 @@ def is_packable(module: nn.Module) -> bool:
 def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
     """The tensors that replace ``weight`` on disk, on the CPU; the module is not changed.
 
-    Args:
-        name: For messages.
-        module: Linear or Embedding, weight [R, C] on the grid of ``record``.
-        record: Its grid.
+    ``module`` is a Linear or an Embedding whose weight [R, C] is on the grid of ``record``; ``name`` is for messages.
 
     Returns:
         By local name: ``weight_packed`` int32 and ``weight_shape`` int64, or ``weight_packed`` uint8 (FP4, FP6), or
@@ -78,6 +76,23 @@ def pack(name: str, module: nn.Module, record: Quantized) -> dict[str, Tensor]:
         if value is not None and not (local.endswith("zero_point") and scheme.input_activations.symmetric):
             packed[local] = value.reshape(-1).to(weight.dtype if local == "input_scale" else value.dtype)
     return {local: value.detach().cpu().contiguous() for local, value in packed.items()}
+
+
+def compress_words(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """The result of ``PackedQuantizationCompressor.compress``, bit for bit, on the device of the weight.
+
+    ``weight`` [R, C] in ``state`` is float32 or wider, and on the grid of ``weight_scale`` and ``weight_zero_point``.
+    """
+    args = scheme.weights
+    tensors = {name: value for name, value in state.items() if name not in ("weight", "weight_zero_point")}
+    zero = state.get("weight_zero_point")
+    codes = quantize(state["weight"], state["weight_scale"], zero, args, dtype=torch.int8)
+    shape = torch.tensor(codes.shape, dtype=torch.int64)
+    tensors |= {"weight_packed": pack_words(codes, args.num_bits), "weight_shape": shape}
+    if not args.symmetric and zero is not None:
+        in_words = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+        tensors["weight_zero_point"] = pack_words(zero, args.num_bits, 0) if in_words else zero
+    return tensors
 
 
 def unpack(tensors: dict[str, Tensor], module_type: type, scheme: QuantizationScheme) -> tuple[Tensor, Quantized]:

@@ -62,10 +62,7 @@ def expand(scale: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
 def minmax(W_RC: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point from the extremes, exactly as ``compressed_tensors.calculate_qparams`` gives them.
 
-    Args:
-        W_RC: The weight, any floating dtype.
-        args: The grid.
-        global_scale: g of NVFP4, float32 [1]; by default from the extremes of W.
+    ``global_scale`` is g of NVFP4, float32 [1]; by default it is computed from the extremes of W.
 
     Returns:
         The scale in the dtype of W (microscaled formats: float32), and the zero point as int8 or None (symmetric):

@@ -13,11 +13,8 @@ def shape_conflict(cutting: Any, other: Any, shared: set[str], earlier: bool) ->
 
     Windows in different units cannot be compared here; a conflict between those is an error at the cut.
 
-    Args:
-        cutting: The modifier whose ``needs.changes_shapes`` is True.
-        other: A modifier that may keep tensors of the shapes of weights, from its start or from set-up on.
-        shared: Modules that both modifiers change.
-        earlier: Whether ``other`` stands before ``cutting`` in the recipe.
+    ``shared`` are modules that both modifiers change; ``earlier``: whether ``other`` stands before ``cutting``, whose
+    ``needs.changes_shapes`` is True, in the recipe.
     """
     if other.needs.fixed_shapes_from == "never" or not shared:
         return None

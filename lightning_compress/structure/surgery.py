@@ -24,7 +24,10 @@ Optimizers = Optimizer | Sequence[Optimizer] | None
 
 @dataclass(frozen=True)
 class Structure(Record):
-    """The cuts that were made in a model, in their order."""
+    """The cuts that were made in a model, in their order.
+
+    The model holds them as plain data, so that a pickled copy of it can be read without this package.
+    """
 
     attribute = "_lightning_compress_structure"
 

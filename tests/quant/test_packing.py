@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.quant.packing import check_fit, pack, tensor_names, unpack
+from lightning_compress.quant.packing import check_fit, compress_words, pack, tensor_names, unpack
 from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.scales import minmax
 
 
 def on_grid(scheme, R=16, C=128, dtype=torch.float32, seed=0):
@@ -148,3 +151,23 @@ def test_a_record_survives_json_exactly(scheme_of, dtype):
     assert_close(again.scale, record.scale, rtol=0, atol=0)
     assert_close(again.zero_point, record.zero_point, rtol=0, atol=0)
     assert again.input_scale is None
+
+
+STRATEGIES = [{"strategy": "group", "group_size": 8}, {"strategy": "channel"}, {"strategy": "tensor"}]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy["strategy"])
+def test_packed_words_are_those_of_compressed_tensors(strategy, bits, symmetric):
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, **strategy)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    W = torch.randn(5, 24, generator=torch.Generator().manual_seed(bits))
+    scale, zero = minmax(W, args)
+    state = {"weight": W, "weight_scale": scale} | ({} if zero is None else {"weight_zero_point": zero})
+    found, expected = compress_words(state, scheme), PackedQuantizationCompressor.compress(state, scheme)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype
+    assert state["weight"] is W

@@ -18,11 +18,7 @@ def input_codes(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes (int8, as x), their scales, and their zero points (None: symmetric).
 
-    Args:
-        x: [..., K], floating point.
-        args: 8-bit integers, by token or by tensor.
-        scale: [1], for static inputs; None: computed from x.
-        zero: [1], for static asymmetric inputs.
+    ``args`` are 8-bit integers, by token or by tensor. ``scale`` and ``zero``, [1] each, are those of static inputs.
     """
     if args.dynamic:
         scale, zero = _dynamic(x, args)

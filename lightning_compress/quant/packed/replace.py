@@ -20,17 +20,11 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Packing:
-    """What :func:`pack_linears` did.
+    """What :func:`pack_linears` did."""
 
-    Args:
-        names: Modules that were packed.
-        dense: Quantized modules that stay dense, and why.
-        faster: How many of the dense ones would be packed if the model had that dtype.
-    """
-
-    names: tuple[str, ...]
-    dense: Mapping[str, str]
-    faster: Mapping[torch.dtype, int]
+    names: tuple[str, ...]  # modules that were packed
+    dense: Mapping[str, str]  # quantized modules that stay dense, and why
+    faster: Mapping[torch.dtype, int]  # how many of the dense ones would be packed if the model had that dtype
 
     def __str__(self) -> str:
         """Such as ``packed 0 of 210 quantized modules; 210 stay dense: this cpu has no packed product in float32``."""

@@ -17,16 +17,9 @@ WRITERS = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itru
 
 
 class PackedWeight(Tensor):
-    """A tensor [N, K] without memory of its own.
+    """A tensor [N, K] without memory of its own."""
 
-    Args:
-        shape: N and K.
-        dtype: dtype of the dense weight.
-        device: Device of the packed weight.
-        dense: Returns the dense weight.
-    """
-
-    dense: Callable[[], Tensor]
+    dense: Callable[[], Tensor]  # returns the dense weight, in the dtype of this tensor
 
     @staticmethod
     def __new__(
