@@ -1,12 +1,12 @@
-"""A teacher's answers on disk: computed once for each sample, read again in later epochs.
+"""A teacher's answers on disk: computed once for each sample, read in later epochs.
 
     folder/<identity>/<host>-<process>-<random>.safetensors      shards of many samples, each written once
 
 A sample's answer is a few tensors with one row per token. A shard holds the keys of its samples, where each ends, a
-CRC-32 of each, and the rows of all of them one after another. Shards are there whole or not at all, and no two writers
-share one, so ranks and runs may share a folder; what others have written is seen at :meth:`AnswerCache.refresh`. What
-identifies the answers (the teacher, how many logits are kept) names the sub-folder, so answers of another teacher are
-never taken for these. An answer whose CRC is another one is not taken either: its shard is named and passed over.
+CRC-32 of each, and the rows of all of them one after another. Shards are written atomically, and no two writers share
+one, so ranks and runs may share a folder; :meth:`AnswerCache.refresh` reads new shards of others. The identity of the
+answers (the teacher, the number of logits) names the sub-folder, so answers of another teacher are never used. Nor is
+an answer with a wrong CRC: a warning names its shard, which is skipped.
 """
 
 import hashlib
@@ -32,17 +32,17 @@ from lightning_compress.files.leftovers import host_name, remove_leftovers
 __all__ = ["AnswerCache"]
 
 OPEN_SHARDS = 128  # mapped at a time; a process may open 1024 files on most machines
-TABLES = ("keys", "ends", "checks")  # of a shard, beside the parts of its answers
+TABLES = ("keys", "ends", "checks")  # of a shard, besides the tensors of its answers
 
 
 class AnswerCache:
     """Tensors by key, in memory until a shard is full, then on disk.
 
     Args:
-        folder: Where all caches lie; each identity has a folder of its own in it.
-        identity: What the answers depend on, beside the sample.
-        limit: Bytes that this identity may take on disk, by all ranks together; from there on nothing is added.
-        shard: Bytes of a shard.
+        folder: Folder of all caches; each identity has a sub-folder.
+        identity: All that the answers depend on, besides the sample.
+        limit: Largest size of this identity on disk in bytes, for all ranks together; then no more answers are added.
+        shard: Size of a shard in bytes.
 
     Raises:
         ValueError: ``folder`` is a file, or cannot be made.
@@ -67,14 +67,14 @@ class AnswerCache:
         self.refresh()
 
     def __len__(self) -> int:
-        """Samples that are known."""
+        """Number of samples."""
         return len(self._places) + len(self._pending)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._pending or key in self._places
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
-        """The answer to a sample; None when it is not there, or damaged: its shard is then named and passed over."""
+        """The answer to a sample; None when it is missing, or damaged: a warning then names its shard."""
         if key in self._pending or key not in self._places:
             return self._pending.get(key)
         name, first, last, check = self._places[key]
@@ -92,28 +92,28 @@ class AnswerCache:
         return None
 
     def put(self, key: bytes, answer: Mapping[str, Tensor]) -> None:
-        """Keep an answer, its tensors with one row per token; does nothing when it is known, or the cache is full."""
+        """Add an answer, its tensors with one row per token, unless it is in the cache, or the cache is full."""
         if key in self or self.full:
             return
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in answer.items()}
-        size = sum(tensor.nbytes for tensor in kept.values()) + len(key) + 16
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in answer.items()}
+        size = sum(tensor.nbytes for tensor in tensors.values()) + len(key) + 16
         if self.bytes + self._pending_bytes + size > self.limit:
             self.full = True
             self.flush()
             warnings.warn(
                 f"the teacher cache in {self.folder} is full: {len(self):,} samples take {self.bytes / 2**30:.2f} of "
-                f"cache_limit_gib={self.limit / 2**30:g}; the teacher goes on answering for all others. Raise the "
+                f"cache_limit_gib={self.limit / 2**30:g}; the teacher goes on running for all others. Raise the "
                 f"limit, or keep fewer logits (top_k)",
                 stacklevel=2,
             )
             return
-        self._pending[key] = kept
+        self._pending[key] = tensors
         self._pending_bytes += size
         if self._pending_bytes >= self.shard:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is in memory as a shard. A disk that is full is a warning: training goes on with the teacher."""
+        """Write pending answers as a shard. A full disk is a warning: training goes on with the teacher."""
         if not self._pending:
             return
         answers = list(self._pending.values())
@@ -130,7 +130,7 @@ class AnswerCache:
         except (OSError, SafetensorError) as error:
             self.full = True
             warnings.warn(
-                f"the teacher cache cannot be written: {error}; nothing more is added, the teacher goes on answering",
+                f"the teacher cache cannot be written: {error}; no more answers are added, the teacher goes on running",
                 stacklevel=2,
             )
         else:
@@ -138,7 +138,7 @@ class AnswerCache:
         self._pending, self._pending_bytes = {}, 0
 
     def refresh(self) -> None:
-        """See what other ranks and runs have written."""
+        """Read the tables of new shards of other ranks and runs."""
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
             if path.name not in self._shards:
                 self._learn(path.name)
@@ -148,12 +148,12 @@ class AnswerCache:
         return shutil.disk_usage(self.folder).free
 
     def close(self) -> None:
-        """Write the rest, and let go of the files."""
+        """Write pending answers, and close the files."""
         self.flush()
         self._open.clear()
 
     def _learn(self, name: str) -> None:
-        """Note which samples a shard holds; one that is damaged or holds other answers is named and passed over."""
+        """Read which samples a shard holds; a warning names one that is damaged or holds other answers."""
         self._shards.add(name)
         path = self.folder / name
         try:

@@ -1,7 +1,7 @@
-"""A teacher's answers to a batch, from its cache where all samples are known, and how often that was so.
+"""A teacher's answers to a batch, from its cache where it has all samples, with counts of hits and misses.
 
-A batch with a sample that is not known goes through the teacher whole, and known samples keep the answer of then: so
-the answers to a batch do not depend on how much of the cache a run that was killed had written.
+The teacher runs on all samples of a batch if one is not in the cache, and samples in the cache keep their answers: so
+the answers to a batch do not depend on how much of the cache an interrupted run had written.
 """
 
 import math
@@ -24,10 +24,10 @@ FEW = 0.1  # a later epoch with fewer hits than this ends the writing, with a wa
 
 
 class Recall:
-    """Asks the cache first.
+    """Reads answers from the cache, and runs the teacher for missing ones.
 
     Args:
-        cache: Of this teacher.
+        cache: Cache of this teacher.
     """
 
     def __init__(self, cache: AnswerCache) -> None:
@@ -45,11 +45,11 @@ class Recall:
         """The teacher's answers to a batch, [batch, tokens, ...] each, zeros for trailing padding.
 
         Args:
-            named: What the model is called with, by name; labels do not count, and where ``attention_mask`` has the
-                shape of the tokens it says what is padding.
-            shape: Of the tokens, samples first: [batch] or [batch, tokens, ...].
-            ask: Runs the teacher on the batch; the answers are of the same form.
-            batches_per_epoch: Of this rank, for an estimate of the size; None where it is unknown.
+            named: Inputs of the model by name; labels do not count, and an ``attention_mask`` in the shape of the
+                tokens marks padding.
+            shape: Shape of the tokens, samples first: [batch] or [batch, tokens, ...].
+            ask: Runs the teacher on the batch; the answers have the same form.
+            batches_per_epoch: Number of batches on this rank, for an estimate of the size; None: unknown.
         """
         batch, padding = shape[0], named.get("attention_mask")
         cut = isinstance(padding, Tensor) and padding.dim() == 2 and padding.shape == tuple(shape)
@@ -76,7 +76,7 @@ class Recall:
         return {part: _padded([answer[part] for answer in answers], tokens) for part in answers[0]}
 
     def close_epoch(self) -> None:
-        """Write the rest, add up over ranks, see what they have written, and warn where the cache does not help.
+        """Write pending answers, add up counts over ranks, read their shards, and warn where the cache does not help.
 
         Every rank calls this at the same time.
         """
@@ -89,10 +89,10 @@ class Recall:
         if len(self.epochs) > 1 and not self.cache.full and hits < FEW * (hits + misses):
             self.cache.full = True
             warnings.warn(
-                f"the teacher cache helps little: in epoch {len(self.epochs)} it knew {hits:,} of {hits + misses:,} "
+                f"the teacher cache helps little: in epoch {len(self.epochs)} it had {hits:,} of {hits + misses:,} "
                 f"samples, so inputs differ from epoch to epoch (augmentation, random crops, samples drawn anew); "
-                f"nothing more is written ({self.cache.bytes / 2**20:,.1f} MiB so far). Leave out cache_dir, or train "
-                f"on the same samples in every epoch",
+                f"no more answers are written ({self.cache.bytes / 2**20:,.1f} MiB so far). Leave out cache_dir, or "
+                f"train on the same samples in every epoch",
                 stacklevel=2,
             )
         self.epochs.append([0, 0])
@@ -130,7 +130,7 @@ def _cut(answers: Mapping[str, Tensor], sample: int, lengths: list[int] | None) 
 
 
 def _padded(rows: list[Tensor], tokens: int) -> Tensor:
-    whole = torch.zeros(len(rows), tokens, *rows[0].shape[1:], dtype=rows[0].dtype)
-    for row, place in zip(rows, whole, strict=True):
-        place[: len(row)] = row
-    return whole
+    padded = torch.zeros(len(rows), tokens, *rows[0].shape[1:], dtype=rows[0].dtype)
+    for row, target in zip(rows, padded, strict=True):
+        target[: len(row)] = row
+    return padded

@@ -2,12 +2,12 @@ r"""How far a student is from its teacher: on logits, on hidden states, on atten
 
 Logits, per token, with temperature T (Hinton et al. 2015, arXiv:1503.02531), p from the teacher and q from the student:
 
-    forward    T^2 KL(p || q)                      covers all that the teacher may say
-    reverse    T^2 KL(q || p)                      keeps to what the teacher surely says
+    forward    T^2 KL(p || q)                      covers all classes that the teacher finds likely
+    reverse    T^2 KL(q || p)                      concentrates on the likeliest classes of the teacher
     jsd        T^2 [b KL(p || m) + (1-b) KL(q || m)],  m = b p + (1-b) q      (b = 0.5: Jensen-Shannon)
 
-The factor T^2 keeps gradients of one size whatever T is. The same over the teacher's K likeliest classes and one bucket
-for all others: never more than the whole divergence, and the whole one at K = V.
+The factor T^2 keeps the size of gradients independent of T. The same over the teacher's K likeliest classes and one
+bucket for all others: never more than the full divergence, and equal to it at K = V.
 
 Shapes: N tokens (any leading dimensions), V vocabulary, D features, K kept logits, B powers.
 """
@@ -49,11 +49,11 @@ def logit_divergence(
 
 
 class TopLogits(NamedTuple):
-    """What is kept of a teacher's logits; it serves any temperature from 0.5 up.
+    """The teacher's likeliest classes and the mass of all others, for any temperature from 0.5 up.
 
     Args:
         log_p_NK: log softmax at T = 1 of the K likeliest classes, float16.
-        index_NK: Their places, int32, or uint16 where that is enough.
+        index_NK: Their indices, int32, or uint16 where that is enough.
         rest_NB: log of the sum of p^b over all other classes, for b in ``POWERS``, float32; -inf when K = V.
     """
 
@@ -63,7 +63,7 @@ class TopLogits(NamedTuple):
 
 
 def top_logits(teacher_NV: Tensor, k: int) -> TopLogits:
-    """Keep the K likeliest classes, and what the others weigh together.
+    """The K likeliest classes, and the mass of the others together.
 
     Raises:
         ValueError: K is not in [1, V].
@@ -75,8 +75,9 @@ def top_logits(teacher_NV: Tensor, k: int) -> TopLogits:
     log_p_NK, index_NK = log_p_NV.topk(k, -1)
     others_NV = log_p_NV.scatter(-1, index_NK, -torch.inf)
     rest_NB = torch.stack([torch.logsumexp(b * others_NV, -1) for b in POWERS], -1)
-    kept = log_p_NK.clamp_min(FLOOR).half()
-    return TopLogits(kept, index_NK.to(torch.uint16 if V <= 2**16 else torch.int32), rest_NB)
+    return TopLogits(
+        log_p_NK.clamp_min(FLOOR).half(), index_NK.to(torch.uint16 if V <= 2**16 else torch.int32), rest_NB
+    )
 
 
 def top_k_divergence(
@@ -86,7 +87,7 @@ def top_k_divergence(
 
     Args:
         student_NV: Logits of the student.
-        teacher: What :func:`top_logits` kept.
+        teacher: Result of :func:`top_logits`.
         temperature: T >= 0.5.
         kind: ``forward``, ``reverse`` or ``jsd``.
         beta: Share of the teacher in the mixture of ``jsd``.
@@ -149,7 +150,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _rest_at(rest_NB: Tensor, power: float, classes: int) -> Tensor:
-    """log of the sum of p^power over ``classes`` classes, [N], by the polynomial through what is known of it.
+    """log of the sum of p^power over ``classes`` classes, [N], by the polynomial through its known values.
 
     It is smooth and convex in the power, and at power 0 it is log(classes).
     """
@@ -159,11 +160,11 @@ def _rest_at(rest_NB: Tensor, power: float, classes: int) -> Tensor:
             f"classes that are left out is not known; raise temperature, or leave out top_k and cache_dir"
         )
     nodes = (0.0, *POWERS)
-    nothing = rest_NB[..., 0].isneginf()  # all other classes are masked
+    masked = rest_NB[..., 0].isneginf()  # all other classes are masked
     values = [torch.full_like(rest_NB[..., 0], math.log(classes)), *rest_NB.unbind(-1)]
     total = torch.zeros_like(values[0])
     for node, value in zip(nodes, values, strict=True):
         weight = math.prod((power - other) / (node - other) for other in nodes if other != node)
         if weight:  # at a node the other weights are exactly 0
             total = total + weight * value
-    return torch.where(nothing, FLOOR, total)
+    return torch.where(masked, FLOOR, total)

@@ -1,8 +1,8 @@
-"""What identifies a teacher, and what identifies one sample of a batch: SHA-256 over their content.
+"""Identities of a teacher, and of one sample of a batch: SHA-256 over their content.
 
-The teacher's is kept in checkpoints and names the cache; a sample's is its key in the cache. A sample is one row of
-every tensor that the model is called with, so it is found again in whatever batch a shuffling loader puts it.
-Trailing padding is left out of it, so it is found beside a longer sample too.
+The teacher's is stored in checkpoints and names the cache; a sample's is its key in the cache. A sample is one row of
+every input tensor of the model, so that its key is the same in any batch of a shuffling loader. Trailing padding is
+left out, so that the key is the same in a batch with a longer sample, too.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ __all__ = ["real_lengths", "sample_keys", "teacher_hash"]
 
 
 def teacher_hash(teacher: Callable[..., Any]) -> str:
-    """Over name, type, shape and every byte of each tensor, and the layers; of a callable its name is all there is.
+    """Hash of name, type, shape and every byte of each tensor, and of the layers; for a callable its name.
 
     0.9 GB/s on one core.
     """
@@ -38,7 +38,7 @@ def sample_keys(inputs: Mapping[str, Any], batch: int, lengths: list[int] | None
     """A key of 16 bytes for each sample of a batch.
 
     Args:
-        inputs: Everything that the teacher is called with, by name.
+        inputs: All inputs of the teacher, by name.
         batch: How many samples there are; a tensor whose first dimension is this has one row for each.
         lengths: Tokens of each sample without trailing padding (see :func:`real_lengths`); None: all of them.
 
@@ -56,21 +56,21 @@ def sample_keys(inputs: Mapping[str, Any], batch: int, lengths: list[int] | None
                 row = rows[i][: lengths[i]] if per_token and lengths is not None else rows[i]
                 digest.update(name + f" {row.dtype} {tuple(row.shape)}".encode() + _bytes(row))
         elif isinstance(leaf, Tensor | bool | int | float | str | torch.dtype | None):
-            said = _bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode()
+            content = _bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode()
             for digest in digests:
-                digest.update(name + b" " + said)
+                digest.update(name + b" " + content)
         else:
             raise ValueError(
                 f"cache_dir: the model is called with {keystr(path)} of type {type(leaf).__name__}, expected tensors, "
-                f"numbers or strings, by which a sample is found again; leave out cache_dir"
+                f"numbers or strings, which identify a sample; leave out cache_dir"
             )
     return [digest.digest()[:16] for digest in digests]
 
 
 def real_lengths(attention_mask: Tensor) -> list[int]:
-    """Tokens of each sample up to its last one that is no padding; mask [batch, tokens]."""
-    places = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-    lengths: list[int] = (attention_mask.bool() * places).amax(1).tolist()
+    """Number of tokens of each sample without trailing padding; mask [batch, tokens]."""
+    counts = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    lengths: list[int] = (attention_mask.bool() * counts).amax(1).tolist()
     return lengths
 
 

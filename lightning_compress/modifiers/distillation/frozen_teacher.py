@@ -1,4 +1,4 @@
-"""A teacher that answers and never moves: in eval mode, without gradients, on its own device and in its own dtype."""
+"""A teacher that never trains: in eval mode, without gradients, on a device and in a dtype of choice."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +13,13 @@ __all__ = ["FrozenTeacher"]
 
 
 class FrozenTeacher:
-    """What :func:`build_teacher` finds, ready to be asked.
+    """A teacher from :func:`build_teacher`.
 
     Args:
-        source: See :func:`build_teacher`.
-        student: The model, as it is before anything is changed.
-        dtype: ``bfloat16``, ``float16`` or ``float32``; None: as it is.
-        device: Where it lives; None: where the inputs are, so beside the student.
+        source: Source of the teacher, see :func:`build_teacher`.
+        student: The model, before any change.
+        dtype: ``bfloat16``, ``float16`` or ``float32``; None: unchanged.
+        device: Device of the teacher; None: that of the inputs, so of the student.
     """
 
     def __init__(self, source: Any, student: nn.Module, dtype: str | None = None, device: str | None = None) -> None:
@@ -31,11 +31,11 @@ class FrozenTeacher:
 
     @property
     def module(self) -> nn.Module | None:
-        """None for a callable that is no module."""
+        """The teacher as a module; None for another callable."""
         return self.call if isinstance(self.call, nn.Module) else None
 
     def copy_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Be another state of the same model.
+        """Load other weights of the same model.
 
         Raises:
             ValueError: The tensors have other names or shapes.
@@ -45,16 +45,16 @@ class FrozenTeacher:
             self.module.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(
-                f"teacher='self': the model has changed its shape since set-up ({error}); let it teach from the start "
-                f"(start=0), or let the teacher be a checkpoint"
+                f"teacher='self': the model has changed its shape since set-up ({error}); distil from the start "
+                f"(start=0), or give a checkpoint as the teacher"
             ) from error
         self.hash = teacher_hash(self.module)
 
     def ask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Its answer to the student's inputs, labels aside.
+        """The teacher's output for the student's inputs without labels.
 
         Raises:
-            ValueError: It does not take them.
+            ValueError: The teacher does not take these inputs.
         """
         inputs = {key: value for key, value in kwargs.items() if key != "labels"}
         tensors = [value for value in (*args, *inputs.values()) if isinstance(value, Tensor)]
@@ -76,7 +76,7 @@ class FrozenTeacher:
 
 
 def _moved(value: Any, like: Tensor | None) -> Any:
-    """Inputs on the device of a teacher's parameter, and those that are no integers in its dtype."""
+    """Inputs on the device of a teacher's parameter, and floating-point ones in its dtype."""
     if like is None:
         return value
     if isinstance(value, Tensor):

@@ -1,21 +1,14 @@
-"""What a model was called with and what it gave: its inputs by name, logits, attention maps, the tokens that count."""
+"""Inputs of a model by name, and its outputs: logits, attention maps, the tokens that count."""
 
 import inspect
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = [
-    "ask_for_attention",
-    "attention_maps",
-    "check_attention",
-    "features_last",
-    "inputs_of",
-    "is_causal",
-    "logits_of",
-    "token_mask",
-]
+__all__ = ["ask_for_attention", "attention_maps", "check_attention", "features_last", "inputs_of", "is_causal",
+           "logits_of", "token_mask"]  # fmt: skip
 
 
 def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +25,7 @@ def logits_of(output: Any, class_dim: int = -1) -> Tensor:
     """Logits with their classes last: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The output has no logits.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
@@ -55,21 +48,21 @@ def attention_maps(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
     Raises:
         ValueError: One gives no maps, or L does not divide M.
     """
-    ours, theirs = _maps_of(student, "model"), _maps_of(teacher, "teacher")
-    if len(theirs) % len(ours):
+    maps, teacher_maps = _maps_of(student, "model"), _maps_of(teacher, "teacher")
+    if len(teacher_maps) % len(maps):
         raise ValueError(
-            f"attention_weight > 0: the teacher has {len(theirs)} layers and the model {len(ours)}; expected a "
+            f"attention_weight > 0: the teacher has {len(teacher_maps)} layers and the model {len(maps)}; expected a "
             f"multiple, so that each layer has one to learn from"
         )
-    every = len(theirs) // len(ours)
-    return list(zip(ours, theirs[every - 1 :: every], strict=True))
+    step = len(teacher_maps) // len(maps)
+    return list(zip(maps, teacher_maps[step - 1 :: step], strict=True))
 
 
-def _maps_of(output: Any, whose: str) -> tuple[Tensor, ...]:
+def _maps_of(output: Any, model: str) -> tuple[Tensor, ...]:
     maps = getattr(output, "attentions", None)
     if not maps or maps[0] is None:
         raise ValueError(
-            f"attention_weight > 0, but the {whose} gives no attention maps; use attn_implementation='eager'"
+            f"attention_weight > 0, but the {model} gives no attention maps; use attn_implementation='eager'"
         )
     return tuple(maps)
 
@@ -92,15 +85,15 @@ def token_mask(
     """True for tokens that count; None when all do.
 
     Args:
-        inputs: What the model was called with, by name.
-        batch: The batch as the loader gave it: labels and masks are looked for here too.
-        shape: Of what is averaged, one entry per token; masks of another shape do not belong to it.
-        ignore_index: Tokens with this label do not count.
-        shift: The label of a token is that of the token before: a model that predicts the next token.
+        inputs: Inputs of the model, by name.
+        batch: The batch from the loader, which may hold labels and masks, too.
+        shape: Shape of the values to average, one entry per token; masks of another shape are ignored.
+        ignore_index: Label of tokens that do not count.
+        shift: True for models that predict the next token: its label is at the next token.
         key: Name of one more mask; True or 1 for tokens that count.
 
     Raises:
-        ValueError: There is no tensor called ``key``, or it has another shape.
+        ValueError: ``key`` is not a tensor of the batch or the call, or it has another shape.
     """
     known = {**(batch if isinstance(batch, Mapping) else {}), **{k: v for k, v in inputs.items() if v is not None}}
 
@@ -118,26 +111,21 @@ def token_mask(
             counts[:, -1] = False  # nothing comes after the last token
         masks.append(counts)
     if key is not None:
-        if (own := fitting(key)) is None:
-            given = known.get(key)
-            what = f"has shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"is not among {sorted(known)}"
-            raise ValueError(f"mask_key={key!r} {what}; expected a mask of shape {shape} in the batch or the call")
-        masks.append(own.bool())
-    if not masks:
-        return None
-    whole = masks[0]
-    for mask in masks[1:]:
-        whole = whole & mask.to(whole.device)
-    return whole
+        if (extra := fitting(key)) is None:
+            value = known.get(key)
+            fault = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is not among {sorted(known)}"
+            raise ValueError(f"mask_key={key!r} {fault}; expected a mask of shape {shape} in the batch or the call")
+        masks.append(extra.bool())
+    return reduce(lambda both, mask: both & mask.to(both.device), masks) if masks else None
 
 
 def check_attention(model: nn.Module) -> None:
-    """ValueError where a model cannot be asked for its attention maps."""
+    """ValueError where a model cannot return attention maps."""
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
     if not any(p.name == "output_attentions" or p.kind == p.VAR_KEYWORD for p in parameters):
         raise ValueError(
-            f"attention_weight: the forward of {type(model).__name__} takes no output_attentions, so that it cannot be "
-            f"asked for its attention maps as models of transformers can; leave it out, or give hidden=..."
+            f"attention_weight: the forward of {type(model).__name__} takes no output_attentions, so that it cannot "
+            f"return attention maps as models of transformers can; leave it out, or give hidden=..."
         )
 
 

@@ -5,8 +5,8 @@ r"""Distillation: the model learns from a teacher while it trains.
 Hinton et al. 2015, arXiv:1503.02531 (logits); Romero et al. 2015, arXiv:1412.6550 (hidden states through a learned
 projection); Jiao et al. 2020, arXiv:1909.10351 (attention maps). The divergences are in divergence.py.
 
-The student's forward is watched by a hook; the teacher sees the same inputs. The teacher lives on this modifier: it is
-in eval mode, never trains, and enters neither ``state_dict`` nor optimizer nor DDP.
+A hook observes the student's forward; the teacher gets the same inputs. The modifier holds the teacher: it is in eval
+mode, never trains, and is in neither ``state_dict`` nor optimizer nor DDP.
 """
 
 import copy
@@ -50,52 +50,53 @@ from lightning_compress.pruning.schedules import Schedule, progress, value_at
 
 __all__ = ["DistillationModifier"]
 
-CACHED = 64  # logits that a cache keeps where top_k does not say
+CACHED = 64  # logits in a cache without top_k
 
 
 class DistillationModifier(Modifier):
-    """Add a teacher's knowledge to the loss.
+    """Add the distance from a teacher to the loss.
 
     Args:
-        teacher: ``"self"`` (a copy of the model as it is when the window opens), a module, a callable with the model's
+        teacher: ``"self"`` (a copy of the model when the window opens), a module, a callable with the model's
             arguments, the path of a checkpoint (``.ckpt``, ``.pt``, ``.safetensors``) for a copy of the model, or a
             Hugging Face folder.
         weight: a, the share of distillation in the loss, in [0, 1], at the end of its schedule.
         init_weight: The share when the window opens; None: ``weight`` from the start.
-        schedule: How the share goes from ``init_weight`` to ``weight`` over the window.
+        schedule: Curve of the share from ``init_weight`` to ``weight`` over the window.
         temperature: T of the softmax.
         divergence: ``forward``, ``reverse`` or ``jsd``; None: no distillation of logits.
         beta: Share of the teacher in the mixture of ``jsd``; 0.5 is Jensen-Shannon.
-        top_k: Only the teacher's likeliest classes count one by one, all others together; None: all one by one.
-        cache_dir: Folder that keeps the top logits of every sample, so that the teacher runs in the first epoch only;
-            ``top_k`` is 64 there unless it is given. Not with ``hidden`` and ``attention_weight``.
-        cache_limit_gib: What a teacher's cache may take on disk, in GiB, by all ranks together.
+        top_k: Number of the teacher's likeliest classes that are compared one by one, all others as one; None: all
+            classes one by one.
+        cache_dir: Folder for the top logits of every sample, so that the teacher runs in the first epoch only;
+            ``top_k`` is 64 by default there. Not with ``hidden`` and ``attention_weight``.
+        cache_limit_gib: Largest size of a teacher's cache on disk, in GiB, for all ranks together.
         class_dim: Dimension of the logits that holds the classes; 1 for maps [batch, classes, height, width].
-        hidden: Pairs of module names, student's to teacher's, whose outputs must agree.
+        hidden: Pairs of module names, student's to teacher's, whose outputs are compared.
         hidden_weight: w_h.
         hidden_distance: ``mse`` (normalized) or ``cosine``.
         feature_dim: Dimension of the hidden states that holds the features; None: 1 where they have 4 or 5 dimensions
             (convolutions), else the last.
         attention_weight: w_a; above 0 both models must return attention maps (eager attention in Hugging Face's).
-        projection_lr: Learning rate of the projections between hidden states of different widths. They train with an
-            AdamW of their own, are saved with the run, and never exported.
-        ignore_index: Tokens whose label this is do not count; nor does padding (attention_mask).
-        shift_labels: Whether the label of a token stands at the token after it; None: in causal Hugging Face models.
+        projection_lr: Learning rate of the projections between hidden states of different widths. They train with a
+            separate AdamW, are saved with the run, and never exported.
+        ignore_index: Label of tokens that do not count; padding (attention_mask) does not count either.
+        shift_labels: True: the label of a token is at the next token; None: in causal Hugging Face models.
         mask_key: Name of one more mask in the batch or the call, with 1 for tokens that count.
-        teacher_dtype: ``bfloat16``, ``float16`` or ``float32``: what the teacher computes in; None: as it is.
-        teacher_device: Where the teacher lives; None: with the student.
+        teacher_dtype: Dtype of the teacher, ``bfloat16``, ``float16`` or ``float32``; None: unchanged.
+        teacher_device: Device of the teacher; None: that of the student.
         start: When distillation begins; the default is the first batch.
 
     Raises:
-        ValueError: A share outside of [0, 1], T <= 0, nothing to distil, a teacher file that is missing or that only
-            unpickling could read, shapes of the two models that do not fit, a loss that is not finite.
+        ValueError: A share outside of [0, 1], T <= 0, no distance is chosen, a teacher file that is missing or that
+            only unpickling could read, shapes of the two models that do not fit, a loss that is not finite.
     """
 
     teacher: Any = "self"
-    weight: float = 0.5
-    init_weight: float | None = None
+    weight: float = Field(default=0.5, ge=0, le=1)
+    init_weight: float | None = Field(default=None, ge=0, le=1)
     schedule: Schedule = "constant"
-    temperature: float = 1.0
+    temperature: float = Field(default=1.0, gt=0)
     divergence: Divergence | None = "forward"
     beta: float = Field(default=0.5, gt=0, lt=1)
     top_k: int | None = Field(default=None, ge=1)
@@ -119,18 +120,13 @@ class DistillationModifier(Modifier):
     _teacher_hash: str = PrivateAttr(default="")
     _restored: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # weights of a copy made in mid-run
     _call: tuple[dict[str, Any], tuple[Any, ...], dict[str, Any], Any] | None = PrivateAttr(default=None)
-    _hidden: HiddenPairs | None = PrivateAttr(default=None)
+    _hidden: HiddenPairs = PrivateAttr(default_factory=lambda: HiddenPairs({}, None, Projections(0.0)))
     _recall: Recall | None = PrivateAttr(default=None)
     _epochs: list[list[int]] | None = PrivateAttr(default=None)  # of the run that this one continues
     _epoch: int | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "DistillationModifier":
-        for name, value in (("weight", self.weight), ("init_weight", self.init_weight)):
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} is a share of the loss: it must lie in [0, 1]")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
         if self.divergence is None and not self.hidden and not self.attention_weight:
             raise ValueError("nothing to distil: give divergence, hidden or attention_weight")
         if (self.init_weight is None) != (self.schedule == "constant"):
@@ -154,11 +150,11 @@ class DistillationModifier(Modifier):
 
     @property
     def _copied_late(self) -> bool:
-        """Whether the teacher is the model as training has left it, which the next process cannot build anew."""
+        """True where the teacher is a partly trained model, which another process cannot build anew."""
         return self.teacher == "self" and bool(self.start)
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
-        """A copy of the model must be a plain one, of the shapes that any later process can build."""
+        """A copy of the model must be unchanged by other modifiers, with shapes that a later process can build."""
         if self.teacher != "self":
             return None
         at_set_up = other.start == 0 and other.end is None
@@ -182,8 +178,8 @@ class DistillationModifier(Modifier):
             self._check_sizes(state.model, self._teacher.module)
         elif self.cache_dir is not None:
             raise ValueError(
-                f"cache_dir needs a teacher that is a module or a file: of {self.teacher!r} nothing says whether it is "
-                f"the same one in the next run; leave out cache_dir"
+                f"cache_dir needs a teacher that is a module or a file: {self.teacher!r} cannot be recognized in the "
+                f"next run; leave out cache_dir"
             )
         if self.attention_weight:
             check_attention(state.model)
@@ -203,7 +199,7 @@ class DistillationModifier(Modifier):
     # -- while training ------------------------------------------------------------------------------------------------
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Watch the student (and the teacher's hidden states) from now on."""
+        """Hook the student, and the teacher's hidden states."""
         assert self._teacher is not None
         if self._copied_late:
             self._teacher.copy_weights(self._restored or state.model.state_dict())
@@ -218,11 +214,9 @@ class DistillationModifier(Modifier):
         self.hook(state.model, self._remember_call, "forward", with_kwargs=True)
         if self.attention_weight:
             self.hook(state.model, ask_for_attention, "forward_pre", with_kwargs=True)
-        assert self._hidden is not None
         self._hidden.watch(state.model, self._teacher.module, self.hook)
 
     def on_update(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert self._hidden is not None
         if event.type_ == EventType.BATCH_START and self._recall is not None:
             self._count_epoch(event)
         elif event.type_ == EventType.LOSS_CALCULATED:
@@ -243,7 +237,7 @@ class DistillationModifier(Modifier):
 
     def remove_hooks(self, *modules: nn.Module) -> None:
         super().remove_hooks(*modules)
-        if not modules and self._hidden is not None:
+        if not modules:
             self._hidden.unwatch()
 
     def share_at(self, index: float) -> float:
@@ -268,12 +262,10 @@ class DistillationModifier(Modifier):
 
     def _add_to_loss(self, state: State, event: Event) -> None:
         assert state.loss is not None
-        assert self._hidden is not None
         if self._call is None:
             raise ValueError(
-                "distillation saw no forward of the model in this training step; if training_step calls an inner part "
-                "of it, name that part with module= in CompressionCallback; code that was compiled before the fit sees "
-                "no hooks"
+                "the model's forward was not called in this training step; if training_step calls a submodule instead, "
+                "name it with module= in CompressionCallback; code that was compiled before the fit calls no hooks"
             )
         (named, args, kwargs, student), self._call = self._call, None
         distance = self._distance(state, event, named, args, kwargs, student)
@@ -291,14 +283,12 @@ class DistillationModifier(Modifier):
         self, state: State, event: Event, named: dict[str, Any], args: Any, kwargs: dict[str, Any], student: Any
     ) -> Tensor:
         assert self._teacher is not None
-        assert self._hidden is not None
         teacher = self._teacher
         shift = is_causal(state.model) if self.shift_labels is None else self.shift_labels
 
         def mean(per_token: Tensor) -> Tensor:
-            shape, batch = tuple(per_token.shape), state.batch_data
-            key = self.mask_key
-            mask = token_mask(named, batch, shape, ignore_index=self.ignore_index, shift=shift, key=key)
+            shape, index, key = tuple(per_token.shape), self.ignore_index, self.mask_key
+            mask = token_mask(named, state.batch_data, shape, ignore_index=index, shift=shift, key=key)
             return masked_mean(per_token, mask if mask is None else mask.to(per_token.device))
 
         def ask() -> Any:
@@ -333,7 +323,7 @@ class DistillationModifier(Modifier):
         return teacher_logits
 
     def _top(self, logits: Tensor, named: dict[str, Any], event: Event, ask: Callable[[], Any]) -> TopLogits:
-        """The teacher's likeliest classes, in the shape of the student's logits; from the cache where it knows them."""
+        """The teacher's likeliest classes, in the shape of the student's logits; from the cache where it has them."""
         assert self._top_count is not None
         k = self.top_k or min(self._top_count, logits.shape[-1])
 
@@ -346,18 +336,19 @@ class DistillationModifier(Modifier):
                 )
             return {n: t.reshape(len(logits), -1, t.shape[-1]) for n, t in top._asdict().items()}
 
-        recall, per_epoch = self._recall, _batches_per_epoch(event)
+        recall, steps = self._recall, event.steps_per_epoch
+        per_epoch = None if steps is None else steps * event.batches_per_step
         answers = fresh() if recall is None else recall.answers(named, logits.shape[:-1], fresh, per_epoch)
         return TopLogits(**{n: t.to(logits.device).view(*logits.shape[:-1], t.shape[-1]) for n, t in answers.items()})
 
     def _remember_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.is_grad_enabled():  # not module.training: what from_pretrained returns trains in eval mode
+        if torch.is_grad_enabled():  # not module.training: models of from_pretrained train in eval mode
             self._call = (inputs_of(module, args, kwargs), args, kwargs, output)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Answers of the teacher that are in memory go to disk first: a run that resumes from here finds them."""
+        """Write the teacher's answers in memory to disk first, so that a resumed run has them."""
         if self._recall is not None:
             self._recall.cache.flush()
         late = self._copied_late and self._started and not self._ended
@@ -366,7 +357,7 @@ class DistillationModifier(Modifier):
             **super().state_dict(),
             "teacher": self._teacher_hash,
             "teacher_weights": dict(module.state_dict()) if late and module is not None else self._restored,
-            "projections": None if self._hidden is None else self._hidden.projections.state_dict(),
+            "projections": self._hidden.projections.state_dict(),
             "epochs": self._recall.epochs if self._recall is not None else self._epochs,
             "epoch": self._epoch,
         }
@@ -380,14 +371,10 @@ class DistillationModifier(Modifier):
                 f"so build it with the same weights: the same seed before it is built, or the same pretrained file)"
             )
         self._restored = dict(state["teacher_weights"])
-        if self._hidden is not None and state["projections"] is not None:
+        if state["projections"] is not None:
             self._hidden.projections.load_state_dict(state["projections"])
         self._epochs, self._epoch = copy.deepcopy(state["epochs"]), state["epoch"]
-        if self._epochs and rank() > 0:  # the open epoch was counted by rank 0, for itself
+        if self._epochs and rank() > 0:  # rank zero counted the open epoch for itself alone
             self._epochs[-1] = [0, 0]
         if self._recall is not None and self._epochs:  # a window that opens at 0 has opened already
             self._recall.epochs = self._epochs
-
-
-def _batches_per_epoch(event: Event) -> int | None:
-    return None if event.steps_per_epoch is None else event.steps_per_epoch * event.batches_per_step

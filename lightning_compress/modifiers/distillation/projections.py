@@ -1,8 +1,8 @@
 """Learned projections between hidden states of different widths (Romero et al. 2015, arXiv:1412.6550).
 
-They belong to the training, not to the model: they train with an AdamW of their own, are saved with the run and never
-exported. Their gradients are taken before backward, of the distance alone, so neither loss scaling, clipping nor DDP's
-buckets touch them; over ranks they are averaged. They begin equal on all ranks and take nothing from the global
+They belong to the training, not to the model: they train with a separate AdamW, are saved with the run and never
+exported. Their gradients are computed before backward, from the distance alone, so that loss scaling, clipping and
+DDP's buckets do not affect them; over ranks they are averaged. They begin equal on all ranks and do not use the global
 random state.
 """
 
@@ -24,7 +24,7 @@ class Projections:
         self.lr = lr
         self.weights: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
-        self._used: dict[str, Tensor] = {}  # what stands in this batch's graph, by name
+        self._used: dict[str, Tensor] = {}  # leaves of this batch's graph, by name
         self._stale = False
 
     def project(self, name: str, hidden: Tensor, width: int) -> Tensor:
@@ -89,15 +89,15 @@ class Projections:
             self.optimizer.add_param_group({"params": [weight]})
 
     def _follow(self, weight: Tensor, device: torch.device) -> None:
-        """Move a matrix to where the model is, with its gradient and what AdamW knows of it."""
+        """Move a matrix to the device of the model, with its gradient and its state in AdamW."""
         if weight.device == device:
             return
         weight.data = weight.data.to(device)
         weight.grad = None if weight.grad is None else weight.grad.to(device)
-        known = self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}
+        state = self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}
         for key in ("exp_avg", "exp_avg_sq"):
-            if key in known:
-                known[key] = known[key].to(device)
+            if key in state:
+                state[key] = state[key].to(device)
 
     def _drop_gradients(self) -> None:
         self._stale = False

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: the model itself, a module, a callable, a checkpoint, a Hugging Face folder.
+"""Sources of a teacher: the model itself, a module, a callable, a checkpoint, a Hugging Face folder.
 
 Nothing is unpickled: checkpoints are read with ``weights_only``, or are safetensors.
 """
@@ -24,11 +24,11 @@ def build_teacher(source: Any, model: nn.Module) -> Callable[..., Any]:
     Args:
         source: ``"self"``, a module, a callable with the model's arguments, the path of a checkpoint (``.ckpt``,
             ``.pt``, ``.safetensors``: weights for a copy of the model) or of a Hugging Face folder.
-        model: The student, as it is before anything is changed.
+        model: The student, before any change.
 
     Raises:
-        ValueError: It is none of these, there is no such file, only unpickling could read it, its tensors do not fit,
-            or it shares parameters with the model.
+        ValueError: The source is none of these, the file is missing, only unpickling could read it, its tensors do not
+            fit, or it shares parameters with the model.
     """
     if not isinstance(source, str | Path):
         if not callable(source):
@@ -46,10 +46,10 @@ def build_teacher(source: Any, model: nn.Module) -> Callable[..., Any]:
             teacher = _copy(model, source)
             _load_weights(teacher, path)
     if isinstance(teacher, nn.Module):
-        ours = {id(p) for p in model.parameters()}
-        if shared := [name for name, p in teacher.named_parameters() if id(p) in ours]:
+        student = {id(p) for p in model.parameters()}
+        if shared := [name for name, p in teacher.named_parameters() if id(p) in student]:
             raise ValueError(
-                f"the teacher shares {len(shared)} parameters with the model ({shared[:3]}), so it would move with it; "
+                f"the teacher shares {len(shared)} parameters with the model ({shared[:3]}), so they would train too; "
                 f"give teacher='self' for a copy of the model"
             )
         teacher.eval().requires_grad_(False)
@@ -109,22 +109,24 @@ def _class_named(config: Path) -> str:
 def _load_weights(teacher: nn.Module, path: Path) -> None:
     """Tensors of a file into the teacher; keys of a LightningModule lose their prefix."""
     weights = _read(path)
-    own = teacher.state_dict()
+    tensors = teacher.state_dict()
+    first = next(iter(tensors), "")
     weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}  # saved while compiled
-    prefixes = {key.removesuffix(next(iter(own), "")) for key in weights if key.endswith(next(iter(own), ""))}
-    prefix = max(sorted(prefixes), key=lambda p: sum(f"{p}{key}" in weights for key in own), default="")
-    found = {key: weights[f"{prefix}{key}"] for key in own if f"{prefix}{key}" in weights}
-    tied = {tensor.data_ptr() for key, tensor in own.items() if key in found}
+    prefixes = {key.removesuffix(first) for key in weights if key.endswith(first)}
+    prefix = max(sorted(prefixes), key=lambda p: sum(f"{p}{key}" in weights for key in tensors), default="")
+    values = {key: weights[f"{prefix}{key}"] for key in tensors if f"{prefix}{key}" in weights}
+    tied = {tensor.data_ptr() for key, tensor in tensors.items() if key in values}
     unfit = [
-        key for key, tensor in own.items()
-        if (key not in found and tensor.data_ptr() not in tied) or (key in found and found[key].shape != tensor.shape)
-    ]  # fmt: skip
+        key
+        for key, tensor in tensors.items()
+        if (values[key].shape != tensor.shape if key in values else tensor.data_ptr() not in tied)
+    ]
     if unfit:
         raise ValueError(
             f"teacher={str(path)!r} lacks {len(unfit)} tensors of the model or has other shapes: {unfit[:3]}; a file "
-            f"holds weights for a copy of the model, a teacher of another size is given as a folder or as a module"
+            f"holds weights for a copy of the model; give a teacher of another size as a folder or as a module"
         )
-    teacher.load_state_dict(found, strict=False)
+    teacher.load_state_dict(values, strict=False)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -135,12 +137,12 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"teacher={str(path)!r} is no whole safetensors file: {error}") from error
+            raise ValueError(f"teacher={str(path)!r} is not a complete safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
-        taken = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'teacher.pt')"
-        hint = f" (of a checkpoint that you made yourself, with a network among its hyperparameters: {taken})"
+        code = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'teacher.pt')"
+        hint = f" (for a checkpoint of your own runs, with a network among its hyperparameters: {code})"
         raise _objects_error(path, hint) from None
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
@@ -151,7 +153,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 
 def _objects_error(path: Path, hint: str = "") -> ValueError:
-    """In place of torch's own error, which advises to switch the check off."""
+    """Replaces the error of torch, which advises to disable the check."""
     return ValueError(
         f"teacher={str(path)!r} is damaged, or holds objects, which can run code and are not read; expected tensors "
         f"and plain values: save the teacher's state_dict, or a safetensors file{hint}"

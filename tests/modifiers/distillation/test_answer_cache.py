@@ -115,7 +115,7 @@ def test_a_disk_that_is_full_ends_the_writing_and_leaves_nothing_half_written(tm
     cache = AnswerCache(tmp_path, IDENTITY, 1e9)
     cache.put(key(1), answer(1))
     monkeypatch.setattr(module, "save_file", no_space)
-    with pytest.warns(UserWarning, match="No space left on device; nothing more is added, the teacher goes on"):
+    with pytest.warns(UserWarning, match="No space left on device; no more answers are added, the teacher goes on"):
         cache.flush()
     assert files(cache) == []
     assert key(1) not in cache

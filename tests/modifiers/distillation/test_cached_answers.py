@@ -108,7 +108,7 @@ def test_all_classes_are_kept_where_there_are_fewer_than_the_default(tmp_path):
 
 def test_augmented_inputs_give_a_warning_with_numbers_and_end_the_writing(tmp_path):
     modifier = distil(network(1), top_k=3, cache_dir=str(tmp_path))
-    said = r"helps little: in epoch 2 it knew 0 of 24 samples, .*nothing more is written"
+    said = r"helps little: in epoch 2 it had 0 of 24 samples, .*no more answers are written"
     with pytest.warns(UserWarning, match=said) as told:
         _, lifecycle, state = run(modifier, 4, data=samples)
     assert len([w for w in told if "helps little" in str(w.message)]) == 1

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_at_set_up_where_that_is_possible():
     with pytest.raises(ValueError, match="the teacher's vocabulary has 60 tokens, the model's 50: expected one"):
         start(with_vocabulary(50), teacher=with_vocabulary(60))
     start(with_vocabulary(50), teacher=with_vocabulary(60), divergence=None, hidden={"0": "0"})
-    with pytest.raises(ValueError, match=r"hidden \(teacher\): there is no module '7'; expected a dotted name"):
+    with pytest.raises(ValueError, match=r"hidden \(teacher\): the model has no module '7'; expected a dotted name"):
         start(hidden={"0": "7"})
     with pytest.raises(ValueError, match="hidden states need a teacher that is a module"):
         start(teacher=F.relu, hidden={"0": "0"})
@@ -137,7 +137,10 @@ def test_what_does_not_fit_is_refused_at_set_up_where_that_is_possible():
         ({"init_weight": 0.5, "end": 5}, "init_weight=0.5 with schedule='constant': a share that changes needs both"),
         ({"schedule": "linear", "end": 5}, "init_weight=None with schedule='linear': a share that changes needs both"),
         ({"init_weight": 0.5, "schedule": "linear"}, "init_weight needs end"),
-        ({"init_weight": -0.5, "schedule": "linear", "end": 5}, "init_weight=-0.5 is a share of the loss"),
+        (
+            {"init_weight": -0.5, "schedule": "linear", "end": 5},
+            "init_weight=-0.5: Input should be greater than or equal to 0",
+        ),
         ({"update": 5}, "update=5.0: distillation acts on every batch of its window"),
         ({"beta": 1.0}, "beta=1.0"),
         ({"hidden": {"0": "0"}, "hidden_weight": -1}, "hidden_weight=-1"),
@@ -174,7 +177,7 @@ def test_a_step_without_a_forward_of_the_model_is_told():
     lifecycle, state = Lifecycle([DistillationModifier()]), State(model=model)
     lifecycle.initialize(state)
     lifecycle.emit(state, Event(E.BATCH_START))
-    with pytest.raises(ValueError, match="saw no forward of the model in this training step; .* module= in"):
+    with pytest.raises(ValueError, match="forward was not called in this training step; .* module= in"):
         lifecycle.emit(state.but(loss=model[0](torch.randn(2, 16)).sum()), Event(E.LOSS_CALCULATED))
 
 
