@@ -1,4 +1,4 @@
-"""H = E[x x^T], damped and factored in the order in which columns are worked on: what GPTQ and SparseGPT sweep along.
+"""H = E[x x^T], damped and factored in the order of the columns, for the sweeps of GPTQ and SparseGPT.
 
     H   = E[x x^T] + lambda I                          lambda = dampening_frac * mean(diag E[x x^T])
     H   = U diag(p)^2 U^T                              U upper triangular with ones on its diagonal
@@ -26,11 +26,11 @@ class Factor:
     """H = E[x x^T] + diag(added), factored in the order in which columns are rounded.
 
     Args:
-        order_C: Column that is rounded at each place.
-        UT_CC: U^T: row j holds what column j takes over from the errors of the columns before it.
+        order_C: Columns in the order of rounding.
+        UT_CC: U^T: row j holds the factors for column j of the errors of earlier columns.
         pivot_C: p_j.
         diagonal_C: H_jj of each column (not in that order).
-        added_C: What was added to the diagonal of each column (not in that order).
+        added_C: Damping on the diagonal, for each column (not in that order).
         dampening: The fraction of the mean diagonal that was needed.
     """
 
@@ -71,10 +71,10 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
 
 
 def added_diagonal(H_CC: Tensor, dampening: float) -> Tensor:
-    """What damping adds to the diagonal of H, [C]: ``dampening * mean(diag H)``."""
+    """The damping on the diagonal of H, [C]: ``dampening * mean(diag H)``."""
     diagonal_C = H_CC.diagonal()
     added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
-    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0  # no input, no damping: any positive number will do
+    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0  # no input and no damping: any positive number works
     return added_C
 
 
@@ -82,9 +82,9 @@ def factorize_retrying(H_CC: Tensor, dampening: float, by_size: bool, retry: boo
     """Factor H, where it is not positive definite with ten times the damping, up to 1.0.
 
     Args:
-        H_CC: As in :func:`factorize`.
-        dampening: As in :func:`factorize`.
-        by_size: As in :func:`factorize`.
+        H_CC: E[x x^T], float32 or float64, both triangles.
+        dampening: Fraction of the mean diagonal to begin with.
+        by_size: True: columns in order of falling H_jj.
         retry: False: only the first damping is tried.
 
     Returns:

@@ -1,9 +1,9 @@
 """H = E[x x^T] of layers' inputs, one for all layers that receive the very same tensor.
 
-Who needs no more than the blocks H_gg of g columns on the diagonal takes each group of columns as a partition
+Where only the blocks H_gg of g columns on the diagonal are needed, each group of columns is a partition
 (:func:`groups_as_partitions`): C / g times less work and memory.
 
-The mean is over tokens, so that batch boundaries, padding and ranks change nothing. Query, key and value projections,
+The mean is over tokens, independent of batch boundaries, padding and ranks. Query, key and value projections,
 or gate and up, receive one tensor object: their H is accumulated once.
 
 Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all others).
@@ -19,14 +19,8 @@ from torch.nn.functional import pad
 
 from lightning_compress.ops.hessian import hessian_accumulate_, mirror_
 
-__all__ = [
-    "HessianPool",
-    "InputHessian",
-    "NonFiniteHessianError",
-    "PerHessian",
-    "SharedHessian",
-    "groups_as_partitions",
-]
+__all__ = ["HessianPool", "InputHessian", "NonFiniteHessianError", "PerHessian", "SharedHessian",
+           "groups_as_partitions"]  # fmt: skip
 
 
 class NonFiniteHessianError(ValueError):
@@ -45,7 +39,7 @@ class InputHessian:
     Args:
         partitions: P.
         columns: C.
-        device: Where the inputs are.
+        device: Device of the inputs.
     """
 
     reduce = {"sum_PCC": "sum", "tokens": "sum"}
@@ -56,11 +50,11 @@ class InputHessian:
         self.tokens = 0
 
     def update(self, X_PNC: Tensor) -> None:
-        """Take N more tokens; any floating dtype, added up in float32.
+        """Add N tokens; any floating dtype, added up in float32.
 
         Raises:
-            NonFiniteHessianError: They hold NaN or Inf, or their squares lie beyond float32.
-            ValueError: They have another number of columns.
+            NonFiniteHessianError: The tokens hold NaN or Inf, or their squares lie beyond float32.
+            ValueError: The tokens have another number of columns.
         """
         P, N, C = X_PNC.shape
         if (expected := (len(self.sum_PCC), self.sum_PCC.shape[2])) != (P, C):
@@ -79,29 +73,29 @@ class InputHessian:
             )
 
     def take(self) -> Tensor:
-        """:meth:`value` in the memory of the sum: the statistic is of no use any more, but for ``tokens``."""
+        """:meth:`value` in the memory of the sum: afterwards only ``tokens`` of the statistic can be used."""
         H_PCC, self.sum_PCC = self.sum_PCC, self.sum_PCC.new_empty(0)
-        return self._whole(H_PCC)
+        return self._mean(H_PCC)
 
     def value(self) -> Tensor:
         """H [P, C, C] in float32, both triangles."""
-        return self._whole(self.sum_PCC.clone())
+        return self._mean(self.sum_PCC.clone())
 
-    def _whole(self, H_PCC: Tensor) -> Tensor:
+    def _mean(self, H_PCC: Tensor) -> Tensor:
         for H_CC in H_PCC:
             mirror_(H_CC)
         return H_PCC.div_(max(1, self.tokens))
 
 
 class SharedHessian:
-    """A statistic and the modules that it belongs to: each must have seen every one of its inputs."""
+    """A statistic and the modules that it belongs to: each must have seen all of its inputs."""
 
     def __init__(self) -> None:
-        self.statistic: InputHessian | None = None  # made with the first rows, which tell its size
-        self.held_out: InputHessian | None = None  # of every second input, where some are held out
-        self.inputs = 0  # how many times the statistic was updated
+        self.statistic: InputHessian | None = None  # created with the first rows, which define its size
+        self.held_out: InputHessian | None = None  # of every second input, if inputs are held out
+        self.inputs = 0  # number of updates of the statistic
         self.seen: dict[str, set[int]] = {}  # module -> which of these inputs it received
-        self.closed = False  # the statistic was used; it cannot grow any more
+        self.closed = False  # the statistic was used; it cannot grow further
 
     @property
     def members(self) -> list[str]:
@@ -134,7 +128,7 @@ class SharedHessian:
             yield H_CC, self.statistic.tokens, None if halves is None else (halves[0][p], halves[1][p])
 
     def join(self) -> None:
-        """Count what was held out like all the rest."""
+        """Add the inputs that were held out."""
         if self.held_out is not None:
             assert self.statistic is not None
             self.statistic.sum_PCC += self.held_out.sum_PCC
@@ -159,7 +153,7 @@ class HessianPool:
     the same layout and not changed in between. From then on both must receive the same tensors.
 
     Args:
-        share: False gives every module a statistic of its own.
+        share: False gives every module a separate statistic.
         hold_out: Every second input goes to ``SharedHessian.held_out``.
     """
 
@@ -173,9 +167,9 @@ class HessianPool:
 
         Args:
             name: The module.
-            x: The tensor object as the module got it.
-            layout: What, besides x, decides on its rows (the window of a convolution).
-            rows: Makes X [P, N, C] of x; called only when the statistic needs it.
+            x: The tensor object that the module received.
+            layout: What its rows depend on besides x (the window of a convolution).
+            rows: Computes X [P, N, C] of x; called only when the statistic needs it.
 
         Raises:
             NonFiniteHessianError: x holds NaN or Inf, or squares beyond float32; names the module and its input.
@@ -183,30 +177,30 @@ class HessianPool:
         """
         key = (id(x), layout)
         shared, indices = self._find(key, x)
-        own = self._of.get(name)
-        if own is None:
-            own = self._of[name] = shared or SharedHessian()
-            own.seen[name] = set()
-        seen = own.seen[name]
-        if shared is own and (new := sorted(indices - seen)):
+        hessian = self._of.get(name)
+        if hessian is None:
+            hessian = self._of[name] = shared or SharedHessian()
+            hessian.seen[name] = set()
+        seen = hessian.seen[name]
+        if shared is hessian and (new := sorted(indices - seen)):
             seen.add(new[0])
             return
-        if own.closed or not own.is_level(name):
-            raise ValueError(self._parted(name, own))
+        if hessian.closed or not hessian.is_level(name):
+            raise ValueError(self._parted(name, hessian))
         X_PNC = rows()
-        if own.statistic is None:
+        if hessian.statistic is None:
             size = X_PNC.shape[0], X_PNC.shape[2], X_PNC.device
-            own.statistic, own.held_out = InputHessian(*size), InputHessian(*size) if self.hold_out else None
-        moment = own.statistic if own.held_out is None or own.inputs % 2 == 0 else own.held_out
+            hessian.statistic, hessian.held_out = InputHessian(*size), InputHessian(*size) if self.hold_out else None
+        statistic = hessian.statistic if hessian.held_out is None or hessian.inputs % 2 == 0 else hessian.held_out
         try:
-            moment.update(X_PNC)
+            statistic.update(X_PNC)
         except NonFiniteHessianError as error:
-            raise NonFiniteHessianError(f"input {own.inputs} (counted from 0) of {name!r} {error}") from error
+            raise NonFiniteHessianError(f"input {hessian.inputs} (counted from 0) of {name!r} {error}") from error
         except ValueError as error:
-            raise ValueError(f"input {own.inputs} (counted from 0) of {name!r}: {error}") from error
-        seen.add(own.inputs)
-        self._remember(key, x, own, own.inputs)
-        own.inputs += 1
+            raise ValueError(f"input {hessian.inputs} (counted from 0) of {name!r}: {error}") from error
+        seen.add(hessian.inputs)
+        self._remember(key, x, hessian, hessian.inputs)
+        hessian.inputs += 1
 
     def get(self, name: str) -> SharedHessian | None:
         """The statistic of a module, to be used now (it is closed); None when the module never saw a token.
@@ -223,27 +217,27 @@ class HessianPool:
         return shared
 
     def drop(self, *names: str) -> None:
-        """Forget modules; a statistic goes with its last one."""
+        """Forget modules, and statistics without a module."""
         for name in names:
             self._of.pop(name, None)
-        kept = {id(s) for s in self._of.values()}
-        self._inputs = {k: entry for k, entry in self._inputs.items() if id(entry[2]) in kept}
+        used = {id(s) for s in self._of.values()}
+        self._inputs = {k: entry for k, entry in self._inputs.items() if id(entry[2]) in used}
 
     def drop_stale(self) -> None:
-        """Forget used statistics that no module can join any more, since none of their inputs is alive."""
+        """Forget closed statistics that no further module can join, since all their inputs are deleted."""
         alive = {id(entry[2]) for entry in self._inputs.values() if entry[0]() is not None}
         self.drop(*[name for name, shared in self._of.items() if shared.closed and id(shared) not in alive])
 
     def _find(self, key: tuple[int, Hashable], x: Tensor) -> tuple[SharedHessian | None, set[int]]:
-        """Who received this very tensor before, unchanged, and as which of its inputs."""
+        """The statistic that received this tensor before, unchanged, and as which of its inputs."""
         entry = self._inputs.get(key) if self.share else None
         if entry is None or entry[0]() is not x or entry[1] != _version(x):
             return None, set()
         return entry[2], entry[3]
 
     def _remember(self, key: tuple[int, Hashable], x: Tensor, shared: SharedHessian, index: int) -> None:
-        known, indices = self._find(key, x)
-        if known is not shared:
+        previous, indices = self._find(key, x)
+        if previous is not shared:
             indices = set()
             self._inputs[key] = (weakref.ref(x), _version(x), shared, indices)
         indices.add(index)

@@ -1,10 +1,10 @@
-"""The best weights on a fixed support: what is kept makes up, as well as it can, for what is gone.
+"""The best weights on a fixed support: the remaining weights minimize the error of the layer.
 
     q_S = (W H)_S (H_SS)^-1                 per row, S its kept columns: the least (w - q) H (w - q)^T
 
 Conjugate gradients with Jacobi preconditioning find it for all rows at once, one GEMM per iteration, and can stop at
-any time: the loss falls with every iteration. A sweep over columns (SparseGPT) lets only later columns make up for
-earlier ones; ten iterations after it come within a per cent of the exact solution.
+any time: the loss falls with every iteration. In a sweep over columns (SparseGPT) only later columns correct earlier
+ones; ten iterations after it come within a per cent of the exact solution.
 
 Shapes: R rows (output features), C columns (inputs).
 """
@@ -20,10 +20,10 @@ def refit(W_RC: Tensor, Q_RC: Tensor, keep_RC: Tensor, H_CC: Tensor, iterations:
 
     Args:
         W_RC: Dense weights, float32 or float64.
-        Q_RC: Where to start: weights that are zero outside of the support.
+        Q_RC: Initial weights, zero outside of the support.
         keep_RC: The support, bool.
         H_CC: Positive definite (damped), both triangles, in the dtype of W.
-        iterations: Of conjugate gradients, for every row.
+        iterations: Iterations of conjugate gradients, for every row.
 
     Returns:
         Q [R, C], exactly zero outside of the support.
@@ -50,5 +50,5 @@ def refit(W_RC: Tensor, Q_RC: Tensor, keep_RC: Tensor, H_CC: Tensor, iterations:
 
 
 def _ratio(a_R: Tensor, b_R: Tensor) -> Tensor:
-    """The quotient a / b, and 0 where a row is done: b is 0, or so small that the division overflows."""
+    """The quotient a / b, and 0 in converged rows: b is 0, or so small that the division overflows."""
     return (a_R / b_R).nan_to_num_(0.0, 0.0, 0.0)

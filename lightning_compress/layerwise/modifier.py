@@ -1,10 +1,10 @@
-"""The life of a technique that solves layers one by one from statistics of their inputs.
+"""Base class of techniques that solve layers one by one from statistics of their inputs.
 
     CALIBRATION_START    find the layers, hook them
-    each batch           the hook hands the input of a layer to :meth:`LayerwiseModifier.observe`
+    each batch           the hook passes the input of a layer to :meth:`LayerwiseModifier.observe`
     MODULE_READY         one-pass walk: all batches have arrived at these layers     -> solve, write, report
     BLOCK_END            two-pass walk: all layers of the block have seen their data -> solve, write, report
-    CALIBRATION_END      layers that never saw data: :meth:`LayerwiseModifier.unseen`; hooks and statistics go
+    CALIBRATION_END      layers that never saw data: :meth:`LayerwiseModifier.unseen`; remove hooks and statistics
 
 A technique states its layers (``find_layers``) and implements ``solve``, tensors in and tensors out. Layers that
 receive the very same tensor share one Hessian, and what ``prepare`` makes of it. A grouped convolution is split here
@@ -56,7 +56,7 @@ class Layer:
         module: The module.
         W_RC: Its rows of the weight, in the dtype of the module; they must not be changed in place.
         rows: Which rows of the module's weight these are.
-        common: What :meth:`LayerwiseModifier.common` gave for the module.
+        common: Result of :meth:`LayerwiseModifier.common` for the module.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Layer:
 
 @dataclass
 class Solved:
-    """What replaces the weight of a layer.
+    """The solution of a layer.
 
     Args:
         W_RC: The new weight; in the dtype of the module, unless ``write`` converts it.
@@ -127,7 +127,7 @@ class LayerwiseModifier(Modifier):
     _pool: HessianPool = PrivateAttr(default_factory=HessianPool)
     _prepared: PerHessian[list[Any]] = PrivateAttr(default_factory=PerHessian)  # by partition
 
-    # -- what a technique says ----------------------------------------------------------------------------------------
+    # -- what a technique implements ----------------------------------------------------------------------------------
 
     @abstractmethod
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -138,16 +138,16 @@ class LayerwiseModifier(Modifier):
 
         Args:
             layer: The layer, or one partition of it.
-            prepared: What :meth:`prepare` gave for the Hessian of its inputs.
+            prepared: Result of :meth:`prepare` for the Hessian of its inputs.
         """
         raise NotImplementedError(f"{type(self).__name__} implements neither solve nor solve_together")
 
     def prepare(self, hessian: Hessian, layers: Sequence[Layer]) -> Any:
-        """What solving needs of a Hessian, once for all layers that share it; None gives them up (:meth:`give_up`).
+        """Compute what solving needs of a Hessian, once for all layers that share it; None: :meth:`give_up` layers.
 
         Args:
-            hessian: Of the inputs of these layers.
-            layers: Those of them that are solved first.
+            hessian: Hessian of the inputs of these layers.
+            layers: The layers that are solved first.
         """
         return hessian
 
@@ -171,7 +171,7 @@ class LayerwiseModifier(Modifier):
         """Put the solution into the module (:func:`write_matrix`); returns facts for its row of the ledger."""
 
     def give_up(self, state: State, name: str, tokens: int) -> None:
-        """Handle a layer for which :meth:`prepare` gave None."""
+        """Handle a layer for which :meth:`prepare` returned None."""
         raise AssertionError(f"{self.name} gives no layer up")
 
     @abstractmethod
@@ -184,7 +184,7 @@ class LayerwiseModifier(Modifier):
         return False
 
     def set_up(self) -> None:
-        """Make what a calibration needs; the layers are known, and not hooked yet."""
+        """Prepare for a calibration; the layers are known, and not hooked yet."""
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class LayerwiseModifier(Modifier):
         """Take one input of a layer into its statistic."""
         self._pool.update(name, x, input_layout(module), lambda: inputs_as_rows(module, x, self.token_mask))
 
-    # -- the life of it -----------------------------------------------------------------------------------------------
+    # -- events -------------------------------------------------------------------------------------------------------
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         self.find_layers(state.model)
@@ -224,7 +224,7 @@ class LayerwiseModifier(Modifier):
         self.reset()
 
     def reset(self) -> None:
-        """Let all statistics and hooks go."""
+        """Remove all statistics and hooks."""
         self._layers, self._pool = {}, HessianPool()
         self._prepared.clear()
         self.remove_hooks()
@@ -232,13 +232,13 @@ class LayerwiseModifier(Modifier):
     # -- solving ------------------------------------------------------------------------------------------------------
 
     def seen(self, names: Iterable[str]) -> dict[str, SharedHessian]:
-        """Those of ``names`` that are left and have seen data, with the statistic of their inputs."""
+        """Statistics of the layers among ``names`` that remain and have seen data."""
         self._pool.drop_stale()
         statistics = {name: self._pool.get(name) for name in names if name in self._layers}
         return {name: shared for name, shared in statistics.items() if shared is not None}
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
-        """Solve those of ``names`` that are left and have seen data."""
+        """Solve the layers among ``names`` that remain and have seen data."""
         groups: dict[tuple[SharedHessian, Hashable], list[str]] = {}
         for name, shared in self.seen(names).items():
             groups.setdefault((shared, self.group_of(name)), []).append(name)
@@ -264,7 +264,7 @@ class LayerwiseModifier(Modifier):
             self.conclude(state, layer, Solved.join(each), shared.tokens, seconds * len(layer.W_RC))
 
     def conclude(self, state: State, layer: Layer, solved: Solved, tokens: int, seconds: float) -> None:
-        """Write a solution into its layer, and its row into the ledger; the layer is done."""
+        """Write a solution into its layer, and its row into the ledger; the layer is finished."""
         start = time.perf_counter()
         facts = {"error": solved.relative_error, "tokens": tokens, **self.write(layer, solved)}
         self.finish(layer.name)
@@ -272,20 +272,20 @@ class LayerwiseModifier(Modifier):
         state.ledger.add(layer.name, self.technique, flag=solved.flag, seconds=seconds, **facts)
 
     def begin(self, names: Iterable[str]) -> list[Layer]:
-        """These layers, whole; ValueError where one cannot be solved."""
+        """These layers, without partitions; ValueError where one cannot be solved."""
         modules = {name: self._layers[name] for name in names}
         for name, module in modules.items():
             self.check(name, module)
         return [Layer(name, module, as_matrix(module)) for name, module in modules.items()]
 
     def finish(self, name: str) -> nn.Module:
-        """A layer is done: its hooks come off."""
+        """Remove the hooks of a layer that is finished."""
         module = self._layers.pop(name)
         self.remove_hooks(module)
         return module
 
     def prepared(self, shared: SharedHessian, layers: Sequence[Layer]) -> list[Any]:
-        """What :meth:`prepare` gives for each partition of a Hessian, once for all layers that share it."""
+        """Results of :meth:`prepare` for each partition of a Hessian, once for all layers that share it."""
         if shared not in self._prepared:
             parts = zip(*[layer.parts(shared.partitions) for layer in layers], strict=True)
             self._prepared[shared] = [

@@ -32,7 +32,7 @@ def allocate(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: fl
 
     Args:
         shares: D of each layer.
-        sizes: Its number of weights.
+        sizes: Number of weights of each layer.
         sparsity: s, of all layers together.
         lmbda: Layers differ by at most ``2 * lmbda``.
     """
@@ -43,7 +43,7 @@ def allocate(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: fl
 
 
 class OutlierSurvey:
-    """Input sizes of the dense model's targets, and what follows from them.
+    """Statistics of the inputs of the dense targets, and their sparsities.
 
     Args:
         modules: The targets by dotted name.
@@ -58,7 +58,7 @@ class OutlierSurvey:
         self._shares: dict[str, float] = {}
 
     def observe(self, name: str, X_PNC: Tensor) -> None:
-        """Take one input of a target, [P, N, C]."""
+        """Add one input of a target, [P, N, C]."""
         squares = X_PNC.float().square().sum(1)
         self._squares[name] = self._squares[name] + squares if name in self._squares else squares
         self._tokens[name] = self._tokens.get(name, 0) + X_PNC.shape[1]
@@ -76,8 +76,8 @@ class OutlierSurvey:
         sizes: dict[str, int] = {}
         for name, layer in self._layer.items():
             sizes[layer] = sizes.get(layer, 0) + as_matrix(self.modules[name]).numel()
-        found = allocate(self._shares, sizes, sparsity, lmbda) if sizes else {}
-        return {name: found[layer] for name, layer in self._layer.items()}
+        by_layer = allocate(self._shares, sizes, sparsity, lmbda) if sizes else {}
+        return {name: by_layer[layer] for name, layer in self._layer.items()}
 
     def _score(self, name: str) -> Tensor:
         rms_PC = (self._squares.pop(name) / self._tokens[name]).sqrt()

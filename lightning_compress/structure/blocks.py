@@ -85,7 +85,7 @@ def find_layers(model: nn.Module, name: str | None = None) -> str:
     """The dotted name of the model's list of blocks: the longest ModuleList or Sequential of one class of blocks.
 
     Raises:
-        ValueError: There is none, several are as long, or ``name`` is not a list of modules.
+        ValueError: No list, several of one length, or ``name`` is not a list of modules.
     """
     lists = {
         path: module

@@ -1,7 +1,6 @@
 """The sizes in the config of a transformers model, and whether it can state the sizes after a cut.
 
-Fields are not trusted: the architecture is built from the changed config, without weights, and must have every shape
-that the cut leaves.
+As a check, the architecture is built from the changed config, without weights, and must have every shape after the cut.
 """
 
 import copy

@@ -1,15 +1,14 @@
-"""A block while its weights are learned: what it shall give, how far it is from that, gradients for its weights.
+"""A block while its weights are learned: its target output, the error to it, gradients for its weights.
 
-Weights are written into the block's own parameters, and gradients taken for these: no module is replaced or wrapped, so
-that any forward works. Nothing is left in ``.grad``.
+Weights are written into the parameters of the block, and gradients computed for these: no module is replaced or
+wrapped, so that any forward works, and ``.grad`` is not used.
 
 Shapes: R rows, C columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -23,8 +22,7 @@ from lightning_compress.quant.fake_quant import fake_quantize_input
 __all__ = ["LearnedBlock"]
 
 
-@dataclass(frozen=True)
-class _Size:
+class _Size(NamedTuple):
     power: float
     numbers: int
     samples: int
@@ -34,11 +32,11 @@ class LearnedBlock:
     """The modules of a block whose weights are learned together.
 
     Args:
-        modules: By name; their weights are dense.
-        replay: Puts a batch through the block and returns what comes out.
-        mask: The tokens that count of the batch that ran last; None: all.
-        count: Batches.
-        dense: What the block shall give for a batch; None: what it gives now.
+        modules: Modules by name; their weights are dense.
+        replay: Runs the block on a batch and returns its output.
+        mask: Mask of the tokens that count in the last batch; None: all.
+        count: Number of batches.
+        dense: Target output for a batch; None: the present output of the block.
     """
 
     def __init__(
@@ -52,20 +50,20 @@ class LearnedBlock:
         self.modules, self.replay, self.mask, self.count = modules, replay, mask, count
         outputs = [] if dense is not None else [first_tensor(replay(i)).clone() for i in range(count)]
         self._target: Callable[[int], Tensor] = outputs.__getitem__ if dense is None else dense
-        self._sizes: dict[int, _Size] = {}  # of what it shall give, by batch
+        self._sizes: dict[int, _Size] = {}  # of the target output, by batch
         self.gives_output = dense is not None or outputs[0].numel() > 0
 
     @property
     def power(self) -> float:
-        """The sum of squares of what the block shall give, over the batches that were looked at."""
+        """The sum of squares of the target output, over the batches of :meth:`error` so far."""
         return sum(size.power for size in self._sizes.values())
 
     def samples(self, batch: int) -> int:
-        """How many samples a batch holds that :meth:`error` has looked at."""
+        """Number of samples in a batch, after :meth:`error` of that batch."""
         return self._sizes[batch].samples
 
     def error(self, batch: int) -> Tensor:
-        """Sum of squared errors of what the block gives now, over tokens that count, float32."""
+        """Sum of squared errors of the present output, over tokens that count, float32."""
         output = first_tensor(self.replay(batch))
         mask = self.mask()
         target = counted(self._target(batch).to(output.device), mask).float()
@@ -74,7 +72,7 @@ class LearnedBlock:
         return (counted(output, mask).float() - target).square().sum()
 
     def norms(self, batch: int) -> list[Tensor]:
-        """||B(X)||_2 of what the block gives now, over tokens that count: float32 [], one for each sample."""
+        """||B(X)||_2 of the present output, over tokens that count: float32 [], one for each sample."""
         output, mask = first_tensor(self.replay(batch)), self.mask()
         if mask is not None:
             mask = mask.to(output.device)
@@ -94,10 +92,9 @@ class LearnedBlock:
             write_matrix(self.modules[name], W_RC)
 
     def gradients(self, error: Tensor) -> dict[str, Tensor]:
-        """Of an error for the weights, [R, C] float32; modules that took no part are left out.
+        """Gradients of an error for the weights, [R, C] float32; modules without a gradient are left out.
 
-        They are in units of the mean square of what the block shall give, so that half precision neither overflows nor
-        underflows.
+        Their unit is the mean square of the target output, so that half precision neither overflows nor underflows.
 
         Raises:
             ValueError: The block's output has no gradient.
@@ -106,17 +103,17 @@ class LearnedBlock:
         return self.gradients_of(error, unit)
 
     def gradients_of(self, value: Tensor, unit: float = 1.0, again: bool = False) -> dict[str, Tensor]:
-        """``unit`` times the gradient of a scalar for the weights, as :meth:`gradients`; ``again``: of more to come."""
+        """``unit`` times the gradients of a scalar for the weights; ``again``: keep the graph for another scalar."""
         if not value.requires_grad:
             raise ValueError(
                 f"no gradient of the block's output reaches {', '.join(map(repr, self.modules))}: is there a "
-                f"torch.no_grad() or .detach() in its forward? Add them to ignore, or take one that learns nothing"
+                f"torch.no_grad() or .detach() in its forward? Add them to ignore, or use GPTQModifier"
             )
         holders = {name: parameter_of(module) for name, module in self.modules.items()}
         parameters = list(dict.fromkeys(holders.values()))  # experts may share one
         weight = torch.full_like(value, unit)
-        found = torch.autograd.grad(value, parameters, weight, retain_graph=again, allow_unused=True)
-        of = dict(zip(parameters, found, strict=True))
+        gradients = torch.autograd.grad(value, parameters, weight, retain_graph=again, allow_unused=True)
+        of = dict(zip(parameters, gradients, strict=True))
         pairs = [(name, of[holder]) for name, holder in holders.items()]
         return {name: as_matrix(self.modules[name], like=G).float() for name, G in pairs if G is not None}
 
@@ -125,23 +122,23 @@ class LearnedBlock:
         """Inside, these weights alone have gradients, and inputs are quantized, straight through.
 
         Args:
-            model: All of it.
-            inputs: How the input of a module is quantized; None: not at all.
+            model: The model with the block.
+            inputs: Grid of the input of each module; None: not quantized.
         """
-        needing = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         handles = [
             self.modules[name].register_forward_pre_hook(lambda module, x, args=args: _quantized(module, x, args))
             for name, args in inputs.items()
             if args is not None
         ]
         try:
-            for parameter in needing:
+            for parameter in flags:
                 parameter.requires_grad_(False)
             for module in self.modules.values():
                 parameter_of(module).requires_grad_(True)
             yield
         finally:
-            for parameter, flag in needing.items():
+            for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             for handle in handles:
                 handle.remove()

@@ -2,13 +2,14 @@
 
     V <- V - lr_t sign(dL/dV),   lr_t = lr (1 - t / iters)            alpha, beta likewise
 
-L is taken on a few batches a step, in the order of a seeded generator, each batch as often as any other. Which iterate
-is best is judged by L divided by what iterate 0 loses on the same batches, since batches differ more than iterates do.
-In the end iterate 0, the best and the last one are compared on all batches, so that nothing ends worse than it began.
+Each step computes L on a few batches, in the order of a seeded generator, each batch equally often. The best iterate is
+that with the least L divided by L of iterate 0 on the same batches, since batches differ more than iterates do. At the
+end iterate 0, the best and the last one are compared on all batches, so that the result is never worse than iterate 0.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +17,20 @@ from torch import Tensor
 from lightning_compress.modifiers.autoround.block import LearnedBlock
 from lightning_compress.modifiers.autoround.grid import LearnedGrid, OnGrid
 
-__all__ = ["Descent", "Result", "descend"]
+__all__ = ["Descent", "Result", "descend", "drawn"]
+
+W = TypeVar("W")
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How to go down.
+    """Settings of the descent.
 
     Args:
-        iters: Steps; 0: none.
+        iters: Number of steps.
         rate: lr.
-        samples: So many a step, in whole batches.
-        seed: Of the order of batches.
+        samples: Samples in each step, at least, in whole batches.
+        seed: Seed of the order of batches.
     """
 
     iters: int
@@ -36,31 +39,30 @@ class Descent:
     seed: int
 
 
-@dataclass(frozen=True)
-class Result:
-    """What came out.
+class Result(NamedTuple, Generic[W]):
+    """The best weights of a block.
 
     Args:
-        weights: Every weight on its grid.
-        began: The error of iterate 0 on all batches.
-        ended: That of ``weights``.
+        weights: Weights by name.
+        began: Squared error of the block's output on all batches with the initial weights.
+        ended: Squared error with ``weights``.
     """
 
-    weights: dict[str, OnGrid]
+    weights: dict[str, W]
     began: float
     ended: float
 
 
 def descend(
     grids: Mapping[str, LearnedGrid], block: LearnedBlock, how: Descent, others: Sequence[dict[str, OnGrid]] = ()
-) -> Result:
-    """Learn the rounding of a block's weights; the best weights are in place in the end.
+) -> Result[OnGrid]:
+    """Learn the rounding of a block's weights, and write the best weights into the block.
 
     Args:
         grids: The weights by name, V = 0: iterate 0.
-        block: Where they work, between the two ends of :meth:`LearnedBlock.learning`.
-        how: Steps, rate, samples a step, seed.
-        others: Weights that must not be better than the result, such as those rounded to nearest.
+        block: Their block, inside of :meth:`LearnedBlock.learning`.
+        how: Settings of the descent.
+        others: Weights that compete with the result, such as those rounded to nearest.
     """
     start = best = last = {name: grid.now() for name, grid in grids.items()}
     block.place(start)
@@ -68,9 +70,9 @@ def descend(
     least = 1.0  # L / L of iterate 0
     order = drawn(block.count, how.seed)
     for t in range(how.iters if sum(each) > 0 else 0):
-        picked = _some(order, block, how.samples)
-        error, sums = _error_and_gradients(block, picked)
-        before = sum(each[i] for i in picked)
+        batches = _some(order, block, how.samples)
+        error, sums = _error_and_gradients(block, batches)
+        before = sum(each[i] for i in batches)
         if before > 0 and error / before < least:
             least, best = error / before, last
         for name, gradient_RC in sums.items():
@@ -78,34 +80,34 @@ def descend(
         last = {name: grid.now() for name, grid in grids.items()}
         block.place(last)
     weights, ended = start, sum(each)
-    for tried in [weights for weights in (last, best) if weights is not start] + list(others):
-        block.place(tried)
+    for candidate in [weights for weights in (last, best) if weights is not start] + list(others):
+        block.place(candidate)
         error = sum(float(block.error(i)) for i in range(block.count))
         if error < ended:
-            weights, ended = tried, error
+            weights, ended = candidate, error
     block.place(weights)
     return Result(weights, sum(each), ended)
 
 
 def drawn(count: int, seed: int) -> Iterator[int]:
-    """Numbers below ``count`` without end: all of them in random order, then all of them in another one."""
+    """Endless random numbers below ``count``: one permutation after another."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
 def _some(order: Iterator[int], block: LearnedBlock, samples: int) -> list[int]:
-    """The next batches, until they hold so many samples, or all of them."""
-    picked = [next(order)]
-    while sum(map(block.samples, picked)) < samples and len(picked) < block.count:
-        picked.append(next(order))
-    return picked
+    """The next batches that hold at least so many samples, or all batches."""
+    batches = [next(order)]
+    while sum(map(block.samples, batches)) < samples and len(batches) < block.count:
+        batches.append(next(order))
+    return batches
 
 
-def _error_and_gradients(block: LearnedBlock, picked: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
-    """Summed over some batches, one after the other."""
+def _error_and_gradients(block: LearnedBlock, batches: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
+    """The error and its gradients, summed over batches."""
     total, sums = 0.0, dict[str, Tensor]()
-    for i in picked:
+    for i in batches:
         with torch.enable_grad():
             error = block.error(i)
         total += float(error)

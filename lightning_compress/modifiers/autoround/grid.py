@@ -1,14 +1,14 @@
-"""A weight on a grid whose rounding and range are learned, and the gradients for both, straight through the rounding.
+"""A weight on a grid with learned rounding and range, and the gradients for both, straight through the rounding.
 
     c = clip(round(w / s + V + z)),   q = s (c - z)                                   V in [-1/2, 1/2]
     s = s0 f,   f = (beta (qmax - z0) - alpha (qmin - z0)) / (qmax - qmin)            alpha, beta in [1/2, 1]
     z = qmin - round(alpha (qmin - z0) / f)                                           symmetric: f = beta, z = 0
 
 For the range of the extremes, (qmin - z0) s0 = min w and (qmax - z0) s0 = max w, these are equations (2) to (4) of
-Cheng et al. (arXiv:2309.05516). At V = 0 and alpha = beta = 1 the scale is s0 bit for bit, however it was found.
+Cheng et al. (arXiv:2309.05516). At V = 0 and alpha = beta = 1 the scale is s0 bit for bit.
 
-With all rounding, the cast of s included, taken for the identity in backward, and G the gradient for q, [inside] where
-c was not clipped:
+In backward all rounding counts as the identity, the cast of s too. With G the gradient for q, and [inside] where c was
+not clipped:
 
     dV = G s [inside]        ds = sum G (c - z - [inside] w / s)        dz = -sum G s [outside]
 
@@ -59,7 +59,7 @@ class LearnedGrid:
     """One weight, its V, alpha and beta.
 
     Args:
-        W_RC: What is rounded, any floating dtype; q has the dtype of ``scale``.
+        W_RC: The values to round, any floating dtype; q has the dtype of ``scale``.
         scale: s0, positive.
         zero_point: z0, int8; None for a symmetric grid.
         args: The grid: integers.
@@ -81,7 +81,7 @@ class LearnedGrid:
         self.alpha = None if zero_point is None else torch.ones_like(self.beta)
 
     def now(self) -> OnGrid:
-        """The weight as V, alpha and beta round it now."""
+        """The weight, rounded with the present V, alpha and beta."""
         scale, zero_point, _ = self._range()
         c_RGg, z_RG1, _, _ = self._codes(scale, zero_point)
         codes_RC = (c_RGg - z_RG1).flatten(1)
@@ -99,7 +99,7 @@ class LearnedGrid:
             self.alpha.sub_(dalpha.sign_(), alpha=rate).clamp_(SHRINK, 1.0)
 
     def gradients(self, gradient_RC: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """For V, alpha (None: there is none) and beta."""
+        """Gradients for V, alpha (None: symmetric) and beta."""
         G_RC = gradient_RC.float()
         if self.keep_RC is not None:
             G_RC = G_RC * self.keep_RC

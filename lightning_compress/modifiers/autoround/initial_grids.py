@@ -1,7 +1,7 @@
-"""Where the descent begins: what is rounded at V = 0, and on which scales.
+"""Iterate 0 of the descent: the values that are rounded at V = 0, and their scales.
 
 ``rtn``: the weights themselves. ``gptq``: the values that GPTQ rounds, each column adjusted for the errors of those
-before it, so that iterate 0 is GPTQ's solution and V moves around it.
+before it, so that iterate 0 is GPTQ's solution and V varies around it.
 
 Shapes: R rows, C columns, P partitions of a grouped convolution.
 """
@@ -25,10 +25,10 @@ DAMPENING = 0.01
 
 @dataclass(frozen=True)
 class Start:
-    """How to begin.
+    """Settings of iterate 0.
 
     Args:
-        gptq: From GPTQ's solution, else from the weights.
+        gptq: True: GPTQ's solution; False: the weights, rounded to nearest.
         scale_search: ``minmax``, ``mse`` or ``hessian``.
     """
 
@@ -37,7 +37,7 @@ class Start:
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether H is asked for."""
+        """True where H is needed."""
         return self.gptq or self.scale_search == "hessian"
 
     def __call__(
@@ -46,16 +46,16 @@ class Start:
         """The grid at iterate 0.
 
         Args:
-            W_RC: The dense weight, in its own dtype.
+            W_RC: The dense weight, in the dtype of the layer.
             args: The grid.
             keep_RC: False where a weight stays zero; None: nowhere.
-            H_PCC: E[x x^T] of the inputs, by partition; None where it is not asked for.
+            H_PCC: E[x x^T] of the inputs, by partition; None where it is not needed.
         """
         if self.gptq:
             assert H_PCC is not None
-            begun = self._gptq(W_RC, args, keep_RC, H_PCC)
-            if begun is not None:
-                return begun
+            grid = self._gptq(W_RC, args, keep_RC, H_PCC)
+            if grid is not None:
+                return grid
         diagonal_C = None if H_PCC is None else H_PCC.diagonal(dim1=1, dim2=2).mean(0)
         return LearnedGrid(W_RC, *find_scales(W_RC, args, self.scale_search, diagonal_C), args, keep_RC)
 
@@ -70,8 +70,8 @@ class Start:
         common = solver.common_scales(W_RC, factor_P, None) if P > 1 else None
         latents, solutions = [], []
         for p, (W, keep, factor) in enumerate(zip(W_RC.chunk(P), keep_RC.chunk(P), factor_P, strict=True)):
-            given = None if common is None else rows_of(common, slice(p * R // P, (p + 1) * R // P), R, args)
-            (solved,) = solver([Matrix(W, keep, None, given)], factor)
+            fixed = None if common is None else rows_of(common, slice(p * R // P, (p + 1) * R // P), R, args)
+            (solved,) = solver([Matrix(W, keep, None, fixed)], factor)
             latents.append(adjusted(solved.W_RC, solved.Q_RC, factor) * keep)
             solutions.append(solved)
         zeros = [one.zero_point for one in solutions if one.zero_point is not None]

@@ -7,11 +7,11 @@ arXiv:2309.05516:
     q = s (clip(round(w / s + V + z)) - z),   V in [-1/2, 1/2],   alpha, beta in [1/2, 1] shrink the range (grid.py)
     V <- V - lr_t sign(dL/dV),   lr_t = lr (1 - t / iters)                      alpha, beta likewise (descent.py)
 
-B* is the dense block and X* its input in the dense model, B the block being quantized and X its input behind quantized
-blocks, so that each block also makes up for those before it. All weights of a block are learned together. Iterate 0 is
+B* is the dense block and X* its input in the dense model, B the block being quantized and X its input after quantized
+blocks, so that each block also corrects those before it. All weights of a block are learned together. Iterate 0 is
 rounding to nearest, or GPTQ's solution; the result is never worse than either on the calibration data.
 
-Modules behind the last block are learned by the model's output; those in front of the first one stay as they began.
+Modules after the last block are learned by the model's output; those before the first one keep iterate 0.
 
 Shapes: R rows, C columns.
 """
@@ -45,24 +45,24 @@ RATES = {"rtn": 1.0, "gptq": 0.05}
 
 
 class AutoRoundModifier(LayerwiseQuantizer):
-    """Quantize weights to integers; which way each is rounded is learned block by block.
+    """Quantize weights to integers, with rounding that is learned block by block.
 
-    Its layers wait for their block, and are learned together by replaying it: no layer is solved alone.
+    The layers of a block are learned together by replaying it: no layer is solved alone.
 
     ``targets``, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are those of
     :class:`~lightning_compress.quant.arguments.QuantizationArguments`, with grids of integers,
     ``preserve_zeros`` that of :class:`~lightning_compress.layerwise.quantizer.LayerwiseQuantizer`.
 
     Args:
-        iters: Steps for each block; 0 leaves it as it began.
-        lr: Of the first step, falling to 0. None: from ``rtn`` 1 / ``iters``, so that V can just get to its bound; from
-            ``gptq`` a twentieth of that, since columns that make up for each other must move together.
-        batch_size: Samples a step: as many calibration batches as hold them, at least one.
-        seed: Of the order of the batches.
-        init: What the descent begins with: ``gptq``, or ``rtn``, rounding to nearest.
-        scale_search: The scales it begins with, as for GPTQModifier: ``hessian``, ``mse`` or ``minmax``.
-        target: The output that is aimed at: ``dense``: of the block in the dense model. ``same_input``: of the dense
-            block on what it gets behind quantized blocks.
+        iters: Steps for each block; 0 keeps iterate 0.
+        lr: Rate of the first step, falling to 0. None: from ``rtn`` 1 / ``iters``, so that V can just reach its bound;
+            from ``gptq`` a twentieth of that, since columns that correct each other must change together.
+        batch_size: Samples in each step: as many calibration batches as hold them, at least one.
+        seed: Seed of the order of the batches.
+        init: Iterate 0 of the descent: ``gptq``, or ``rtn``, rounding to nearest.
+        scale_search: Initial scales, as for GPTQModifier: ``hessian``, ``mse`` or ``minmax``.
+        target: Target output: ``dense``: of the block in the dense model. ``same_input``: of the dense block for its
+            input after quantized blocks.
     """
 
     technique: ClassVar[str] = "autoround"
@@ -114,7 +114,7 @@ class AutoRoundModifier(LayerwiseQuantizer):
         if state.replay is None:
             raise ValueError(
                 f"{self.name} must run block {state.block_name!r} again to learn its rounding, but its inputs are "
-                f"gone; calibrate with walk='two_pass' or walk='auto'"
+                f"not stored; calibrate with walk='two_pass' or walk='auto'"
             )
         with torch.inference_mode(False), torch.no_grad():
             start = time.perf_counter()

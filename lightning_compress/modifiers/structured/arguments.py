@@ -49,7 +49,7 @@ class StructuredArguments(Modifier):
         return self
 
     def settle(self, model: nn.Module) -> None:
-        """``auto`` becomes ``mlp`` or ``channels``."""
+        """Replace ``auto`` by ``mlp`` or ``channels``."""
         if self._kind == "auto":
             self._kind = "mlp" if is_transformers(model) or find_mlps(model) else "channels"
 
@@ -64,11 +64,11 @@ class StructuredArguments(Modifier):
     def block_groups(self, model: nn.Module) -> list[Group]:
         groups = find_mlps(model) if self._kind == "mlp" else find_heads(model)
         if not groups:
-            what = "MLP (such as gate_proj, up_proj, down_proj, or fc1, fc2)"
+            expected = "MLP (such as gate_proj, up_proj, down_proj, or fc1, fc2)"
             if self._kind == "heads":
-                what = "attention with q_proj, k_proj, v_proj, o_proj and a head_dim"
+                expected = "attention with q_proj, k_proj, v_proj, o_proj and a head_dim"
             override = self.override("dimension", "channels")
-            raise ValueError(f"found no {what} in this {type(model).__name__}; use dimension='channels'{override}")
+            raise ValueError(f"found no {expected} in this {type(model).__name__}; use dimension='channels'{override}")
         if self.targets is None and not self.ignore:
             return groups
         names = [g.name for g in groups]
@@ -81,23 +81,23 @@ class StructuredArguments(Modifier):
         return groups
 
     def check_size(self, name: str, units: int) -> None:
-        what, kept = UNITS[self._kind], units_to_keep(units, self.ratio, self.round_to)
-        if kept < 1:
-            raise ValueError(f"ratio={self.ratio} leaves none of the {units} {what} of {name!r}; take less")
+        kind, count = UNITS[self._kind], units_to_keep(units, self.ratio, self.round_to)
+        if count < 1:
+            raise ValueError(f"ratio={self.ratio} leaves none of the {units} {kind} of {name!r}; take less")
         if self._kind == "heads" and abs(self.ratio * units - round(self.ratio * units)) > 1e-6:
             ratios = ", ".join(f"{i / units:.4g}" for i in range(1, units))
             raise ValueError(
-                f"ratio={self.ratio} cuts through the {units} {what} of {name!r}, which go whole, with all queries "
-                f"that share them; {f'give one of {ratios}' if ratios else 'there is only one: use another dimension'}"
+                f"ratio={self.ratio} cuts through the {units} {kind} of {name!r}, which are removed as a unit with all "
+                f"queries that share them; {f'give one of {ratios}' if ratios else 'use another dimension'}"
             )
-        if kept == units and self.ratio:
+        if count == units and self.ratio:
             raise ValueError(
-                f"ratio={self.ratio} with round_to={self.round_to} removes none of the {units} {what} of {name!r}; "
+                f"ratio={self.ratio} with round_to={self.round_to} removes none of the {units} {kind} of {name!r}; "
                 f"take a larger ratio or a smaller round_to, or ignore it"
             )
 
     def ratio_at(self, index: float) -> float:
-        """Share that is gone at a point in time."""
+        """Share that is removed at a point in time."""
         assert self.start is not None
         end = self.start if self.end is None else self.end
         return value_at(self.schedule, progress(index, self.start, end), 0.0, self.ratio, self.power)

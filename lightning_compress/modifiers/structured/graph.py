@@ -1,7 +1,7 @@
-"""What hangs together in any network: torch-pruning follows channels through residuals, norms, concatenations.
+"""Groups of channels in any network: torch-pruning traces channels through residuals, norms, concatenations.
 
-Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900. The library says which places of which
-layers belong to a channel; what is cut, and how, stays with this package. torch-pruning is an optional package.
+Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900. The library gives the indices of layers
+that belong to a channel; this package makes the cut. torch-pruning is an optional package.
 """
 
 import warnings
@@ -88,13 +88,13 @@ def _groups(
             continue
         cut = library.prune_linear_out_channels if isinstance(module, nn.Linear) else library.prune_conv_out_channels
         size = output_size(module)
-        found = graph.get_pruning_group(module, cut, idxs=list(range(size)))
-        if not _is_whole(found, graph):
-            outputs.append(name)
+        items = graph.get_pruning_group(module, cut, idxs=list(range(size)))
+        if not all(item.dep.target.outputs or not graph.is_out_channel_pruning_fn(item.dep.handler) for item in items):
+            outputs.append(name)  # some of its channels leave the model
             continue
         slices: list[Slice] = []
-        for item in found:
-            dep, places = item.dep, torch.tensor(item.idxs, dtype=torch.int64)
+        for item in items:
+            dep, indices = item.dep, torch.tensor(item.idxs, dtype=torch.int64)
             layer = dep.target.module
             if isinstance(layer, nn.Parameter):
                 path = next(n for n, p in model.named_parameters() if p is layer)
@@ -106,26 +106,21 @@ def _groups(
             if out and isinstance(layer, (nn.Linear, *CONVS)):
                 covered.add(path)
             roots = torch.tensor(item.root_idxs, dtype=torch.int64)
-            index = _by_unit(places, roots, size, path, name)
+            index = _by_unit(indices, roots, size, path, name)
             slices += _slices(path, layer, index, out)
         groups.append(Group(name, size, tuple(slices)))
     return groups, outputs
 
 
-def _is_whole(found: Any, graph: Any) -> bool:
-    """False when some of the channels leave the model."""
-    return all(item.dep.target.outputs or not graph.is_out_channel_pruning_fn(item.dep.handler) for item in found)
-
-
-def _by_unit(places: Tensor, roots: Tensor, size: int, path: str, maker: str) -> Tensor:
-    """The places of each channel, [U, K]."""
+def _by_unit(indices: Tensor, roots: Tensor, size: int, path: str, maker: str) -> Tensor:
+    """The indices of each channel, [U, K]."""
     order = torch.argsort(roots, stable=True)
     if len(roots) % size or not torch.equal(roots[order], torch.arange(size).repeat_interleave(len(roots) // size)):
         raise ValueError(
             f"cannot prune through {path!r}: the channels of {maker!r} enter it unequally often; add {maker!r} to "
             f"ignore"
         )
-    return places[order].view(size, -1)
+    return indices[order].view(size, -1)
 
 
 def _slices(path: str, layer: Any, index: Tensor, out: bool) -> list[Slice]:

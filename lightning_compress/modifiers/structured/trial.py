@@ -1,4 +1,4 @@
-"""A cut tried on a copy of the model before it is made: what breaks the forward pass is refused, and named."""
+"""A cut tried on a copy of the model first: an error names the layers that break the forward pass."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ def check_cut(
     that fails, the groups are tried one by one, to name the layers whose channels cannot be pruned.
 
     Args:
-        model: It stays as it is; a copy of it is made for each trial.
-        groups: What would be cut.
+        model: The model, which is copied for each trial.
+        groups: The groups to cut.
         counts: How many units of each group stay.
         args: Positional arguments of a forward pass.
         kwargs: Its keyword arguments.
@@ -38,8 +38,8 @@ def check_cut(
     error = _failure(model, pairs, args, kwargs, expected)
     if error is None:
         return
-    makers = [pair[0].name for pair in pairs if _failure(model, [pair], args, kwargs, expected) is not None]
-    named = ", ".join(map(repr, makers or [group.name for group in groups]))
+    broken = [pair[0].name for pair in pairs if _failure(model, [pair], args, kwargs, expected) is not None]
+    named = ", ".join(map(repr, broken or [group.name for group in groups]))
     raise ValueError(
         f"without some of the output channels of {named} the model does not run as before: {error}; its forward "
         f"computes with sizes that pruning channels cannot follow: add {named} to ignore"
@@ -53,13 +53,13 @@ def _failure(
     kwargs: Mapping[str, Any],
     expected: list[torch.Size],
 ) -> Exception | None:
-    """What goes wrong when the first units of the groups stay; None when nothing does."""
+    """The error when only the first units of the groups stay, or None."""
     trial = copy.deepcopy(model)
     tensors = tensors_of(trial)
     try:
-        kept = [(group, torch.arange(count)) for group, count in pairs]
         _check_inside(pairs, tensors)
-        cut_tensors(trial, cut_of(kept, {name: tensor.shape for name, tensor in tensors.items()}))
+        remaining = [(group, torch.arange(count)) for group, count in pairs]
+        cut_tensors(trial, cut_of(remaining, {name: tensor.shape for name, tensor in tensors.items()}))
         shapes = _output_shapes(trial, args, kwargs)
     except Exception as error:  # whatever the user's forward raises
         return error

@@ -1,4 +1,4 @@
-"""What batches say of the units of each group before a cut: sums of energies or gradients, and scores."""
+"""Statistics of the units of each group before a cut: sums of energies or gradients, and scores."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -29,7 +29,7 @@ class UnitStatistics:
         self._counts[name] = self._counts.get(name, 0) + count
 
     def add_gradients(self, model: nn.Module, groups: Mapping[str, Group]) -> None:
-        """Add what the gradients of a step say of each unit (Taylor)."""
+        """Add the gradients of a step for each unit (Taylor)."""
         tensors = tensors_of(model)
         for name, group in groups.items():
             pieces = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
@@ -46,8 +46,8 @@ class UnitStatistics:
         if importance == "magnitude":
             tensors = tensors_of(model)
             matrices = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
-            none = torch.zeros(group.units, dtype=torch.float32)
-            return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), none).sqrt()
+            zero = torch.zeros(group.units, dtype=torch.float32)
+            return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), zero).sqrt()
         if not self._counts.get(group.name):
             raise ValueError(
                 f"importance={importance!r}, but {group.name!r} saw no batch before the cut; give a later start, or "
@@ -62,7 +62,7 @@ class UnitStatistics:
         self._counts = {new: self._counts[old] for old, new in names.items() if new is not None}
 
     def forget(self, names: Iterable[str]) -> None:
-        """Begin again for groups that were cut."""
+        """Drop the statistics of groups that were cut."""
         for name in names:
             self._sums.pop(name, None)
             self._counts.pop(name, None)

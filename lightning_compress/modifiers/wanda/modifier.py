@@ -2,9 +2,9 @@
 
     score_rc = |W_rc| * ||x_c||_2          eq. (1); compared within each output row, or within each group of N:M
 
-||x_c||_2 is the root of H's diagonal. The paper changes no weight that stays; with ``refit_iterations`` those make up
-for what is gone (layerwise/least_squares_refit.py): on the correlated inputs of the tests that halves the error of
-the layer.
+||x_c||_2 is the root of H's diagonal. The paper does not change the remaining weights; with ``refit_iterations`` they
+correct the pruned ones (layerwise/least_squares_refit.py): on the correlated inputs of the tests that halves the error
+of the layer.
 
 Wanda++ (Yang et al., 2025, arXiv:2503.04992), optional, looks at the whole block:
 
@@ -37,11 +37,11 @@ __all__ = ["WandaPruningModifier", "wanda_mask"]
 
 
 def wanda_mask(W_RC: Tensor, norm_C: Tensor, sparsity: float, structure: str = "unstructured") -> Tensor:
-    """True where the weight survives; zeros that are there never do, and count.
+    """True where the weight survives; weights that are zero already count as pruned.
 
     Args:
         W_RC: Weights.
-        norm_C: ||x_c||_2 up to a common factor; or what |W| is multiplied by, [R, C].
+        norm_C: ||x_c||_2 up to a common factor; or any factor of |W|, [R, C].
         sparsity: Share that each row loses, in [0, 1): ``floor(sparsity * C)`` weights.
         structure: ``unstructured`` or ``N:M``.
     """
@@ -60,16 +60,16 @@ class WandaPruningModifier(LayerwisePruner):
     Args:
         sparsity: Share of zeros in every row, in [0, 1), or a mapping of targets to shares, the best match counting.
             None: 0.5, or with N:M the sparsity of the pattern. Weights that are zero already count, and stay zero.
-        regional_gradient: alpha, weight of the block's own gradients in the score (Wanda++ takes 100); 0: none. It
-            takes a backward pass through each block for every sample.
-        regional_rounds: K, how often a block is pruned and then trained on its output (Wanda++ takes 5); 0: never.
-            The result is never worse than without, on the calibration data, and the sparsity is as exact.
+        regional_gradient: alpha, weight of the block's gradients in the score (100 in Wanda++); 0: none. It takes a
+            backward pass through each block for every sample.
+        regional_rounds: K, how often a block is pruned and then trained on its output (5 in Wanda++); 0: never. The
+            result is never worse on the calibration data, and the sparsity is as exact.
         regional_steps: M, steps of RMSprop in each round, one on each calibration batch.
-        regional_rate: lr of RMSprop; Wanda++ takes 3e-7 for models of 7B.
-        regional_seed: Of the order of batches.
+        regional_rate: lr of RMSprop; 3e-7 in Wanda++ for models of 7B.
+        regional_seed: Seed of the order of batches.
 
     Raises:
-        ValueError: A sparsity outside of [0, 1), a pattern whose sparsity is another, a width that it does not divide.
+        ValueError: A sparsity outside of [0, 1) or other than that of the pattern, a width that M does not divide.
     """
 
     technique: ClassVar[str] = "wanda"
@@ -83,7 +83,7 @@ class WandaPruningModifier(LayerwisePruner):
     regional_seed: int = 0
 
     @model_validator(mode="after")
-    def _rounds_are_asked_for(self) -> "WandaPruningModifier":
+    def _rounds_are_set(self) -> "WandaPruningModifier":
         names = self.changed({"regional_steps", "regional_rate", "regional_seed"})
         if names and not self.regional_rounds:
             raise ValueError(f"{', '.join(names)} without regional_rounds would do nothing; give such as 5")
@@ -103,10 +103,10 @@ class WandaPruningModifier(LayerwisePruner):
 
         Args:
             layer: The layer.
-            W_RC: Its weight now, float32.
-            hessian: Of its inputs.
-            norm: What |W| is multiplied by; None: ||x_c||_2.
-            refitted: The weight was refitted before, so it is not refitted again.
+            W_RC: Its present weight, float32.
+            hessian: Hessian of its inputs.
+            norm: Factor of |W|; None: ||x_c||_2.
+            refitted: True: the weight is refitted already, so it is not refitted again.
         """
         norm = hessian.H_CC.diagonal().sqrt() if norm is None else norm
         keep_RC = wanda_mask(W_RC, norm, self.sparsity_in(layer), self.mask_structure)
@@ -145,8 +145,8 @@ class WandaPruningModifier(LayerwisePruner):
         assert state.replay is not None
 
         def prune(name: str, W_RC: Tensor, first: bool) -> Tensor:
-            parts = zip(layers[name], W_RC.chunk(len(layers[name])), hessians[name], norms[name], strict=True)
-            return torch.cat([self._pruned(*part, refitted=not first) for part in parts])
+            problems = zip(layers[name], W_RC.chunk(len(layers[name])), hessians[name], norms[name], strict=True)
+            return torch.cat([self._pruned(*problem, refitted=not first) for problem in problems])
 
         norms: Mapping[str, Sequence[Tensor | None]] = {name: [None] * len(parts) for name, parts in layers.items()}
         dense = {name: torch.cat([part.W_RC for part in parts]) for name, parts in layers.items()}
@@ -173,7 +173,7 @@ class WandaPruningModifier(LayerwisePruner):
     def _norms(
         self, block: LearnedBlock, dense: Mapping[str, Tensor], hessians: Mapping[str, Sequence[Hessian]]
     ) -> dict[str, list[Tensor]]:
-        """By layer and partition what |W| is multiplied by."""
+        """The factors of |W|, by layer and partition."""
         norms = {}
         for name, gradient in regional_gradients(block, dense).items():
             parts = zip(hessians[name], gradient.value().chunk(len(hessians[name])), strict=True)

@@ -1,10 +1,10 @@
-"""Refine what pruning has left of a block (Wanda++, Yang et al., 2025, arXiv:2503.04992).
+"""Refine the weights of a pruned block (Wanda++, Yang et al., 2025, arXiv:2503.04992).
 
     K times:  prune W;  M times:  v <- 0.99 v + 0.01 g^2,   W <- W - lr g / (sqrt(v) + eps)              RMSprop
     prune W
 
-g is the gradient of the squared error of the block's output on one calibration batch. All weights move, those that were
-pruned too, until the next pruning. Which pruned block is best is judged on all batches.
+g is the gradient of the squared error of the block's output on one calibration batch. All weights train until the next
+pruning, pruned ones too. The best pruned block is that with the least error on all batches.
 
 Shapes: R rows (out features), C columns (in features).
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_compress.modifiers.autoround.block import LearnedBlock
-from lightning_compress.modifiers.autoround.descent import drawn
+from lightning_compress.modifiers.autoround.descent import Result, drawn
 
-__all__ = ["RMSprop", "Refinement", "Refined", "refine"]
+__all__ = ["RMSprop", "Refinement", "refine"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Refinement:
     """Settings of the refinement.
 
     Args:
-        rounds: K; 0: prune, and be done.
+        rounds: K; 0: only prune.
         steps: M.
         rate: lr.
-        seed: Of the order of batches.
+        seed: Seed of the order of batches.
     """
 
     rounds: int
@@ -38,36 +38,21 @@ class Refinement:
     seed: int
 
 
-@dataclass(frozen=True)
-class Refined:
-    """Result of the refinement.
-
-    Args:
-        weights: Pruned weights by name, [R, C], as they are stored.
-        began: Squared error of the block's output with the weights it was compared with.
-        ended: Squared error with ``weights``.
-    """
-
-    weights: dict[str, Tensor]
-    began: float
-    ended: float
-
-
 def refine(
     block: LearnedBlock,
     dense: Mapping[str, Tensor],
     rival: Mapping[str, Tensor],
     prune: Callable[[str, Tensor, bool], Tensor],
     how: Refinement,
-) -> Refined:
-    """Prune the weights of a block together.
+) -> Result[Tensor]:
+    """Prune the weights of a block together; ``began`` of the result is the error of ``rival``.
 
     Args:
-        block: Between the two ends of :meth:`LearnedBlock.learning`.
+        block: The block, inside of :meth:`LearnedBlock.learning`.
         dense: Its weights by name, [R, C]; zeros stay.
-        rival: Pruned weights that the result must not be worse than, where there are rounds.
+        rival: Pruned weights that compete with the result, where there are rounds.
         prune: ``prune(name, W, first)`` gives the pruned weight, as it is stored, of W, float32; ``first``: W is dense.
-        how: Rounds, steps, rate, seed.
+        how: Settings of the refinement.
     """
     began = ended = _error(block, rival)
     weights = dict(rival)
@@ -89,14 +74,14 @@ def refine(
             for name, g_RC in block.gradients(loss).items():
                 optimizers[name].step(W[name], g_RC * nonzero[name])
             block.write(W)
-    return Refined(weights, began, ended)
+    return Result(weights, began, ended)
 
 
 class RMSprop:
-    """Steps of one weight, as torch.optim.RMSprop takes them, from gradients that lie in no ``.grad``.
+    """Steps of one weight, as in torch.optim.RMSprop, from gradients outside of ``.grad``.
 
     Args:
-        like: The weight, for shape and device.
+        like: Tensor with the shape and the device of the weight.
         rate: lr.
     """
 
@@ -106,12 +91,12 @@ class RMSprop:
         self.v_RC, self.rate = torch.zeros_like(like, dtype=torch.float32), rate
 
     def step(self, W_RC: Tensor, g_RC: Tensor) -> None:
-        """Move W, float32, in place."""
+        """Update W, float32, in place."""
         self.v_RC.mul_(self.DECAY).addcmul_(g_RC, g_RC, value=1 - self.DECAY)
         W_RC.addcdiv_(g_RC, self.v_RC.sqrt().add_(self.EPS), value=-self.rate)
 
 
 def _error(block: LearnedBlock, weights: Mapping[str, Tensor]) -> float:
-    """Of the block's output on all batches, with these weights, which stay there."""
+    """Write weights into the block; the squared error of its output on all batches."""
     block.write(weights)
     return sum(float(block.error(i)) for i in range(block.count))

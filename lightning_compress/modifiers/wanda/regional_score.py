@@ -1,10 +1,10 @@
-"""The score of Wanda++ (Yang et al., 2025, arXiv:2503.04992): Wanda's, and what a weight does to its block's output.
+"""The score of Wanda++ (Yang et al., 2025, arXiv:2503.04992): Wanda's, plus the gradient of the block's output.
 
     score_rc = (alpha G_rc + ||x_c||_2) |W_rc|
     G_rc     = sqrt( mean_n (d ||B(X_n)||_2 / d W_rc)^2 )               over N samples X_n, B the dense block
 
-alpha weighs two things of different units, so ||x_c||_2 must be that of a sample, as Wanda's code has it: the root of
-the mean over samples of sum_t x_tc^2. Batch boundaries then change nothing.
+The two terms have different units, so ||x_c||_2 must be that of a sample, as in Wanda's code: the root of the mean over
+samples of sum_t x_tc^2. It does not depend on batch boundaries.
 
 Shapes: R rows (out features), C columns (in features).
 """
@@ -20,7 +20,7 @@ __all__ = ["RegionalGradient", "regional_gradients", "regional_norm"]
 
 
 def regional_norm(square_C: Tensor, tokens: int, samples: int, G_RC: Tensor, alpha: float) -> Tensor:
-    """What |W| is multiplied by, [R, C].
+    """The factor of |W| in the score, [R, C].
 
     Args:
         square_C: E[x_c^2] over tokens.
@@ -36,8 +36,8 @@ def regional_gradients(block: LearnedBlock, weights: Mapping[str, Tensor]) -> di
     """G of every weight of a dense block, by name.
 
     Args:
-        block: Between the two ends of :meth:`LearnedBlock.learning`.
-        weights: By name, [R, C].
+        block: The block, inside of :meth:`LearnedBlock.learning`.
+        weights: Weights by name, [R, C].
     """
     statistics = {name: RegionalGradient(W_RC) for name, W_RC in weights.items()}
     for i in range(block.count):
@@ -54,7 +54,7 @@ class RegionalGradient:
     """The statistic G of one weight.
 
     Args:
-        like: A matrix [R, C], for shape and device.
+        like: Matrix [R, C] with the shape and the device of the weight.
     """
 
     def __init__(self, like: Tensor):
@@ -62,7 +62,7 @@ class RegionalGradient:
         self.samples = 0
 
     def update(self, G_RC: Tensor | None) -> None:
-        """The gradient of the norm of one more sample's output; None where the sample did not meet the weight."""
+        """Add the gradient of the norm of one sample's output; None where the sample did not use the weight."""
         self.samples += 1
         if G_RC is not None:
             self.squares_RC.addcmul_(G_RC, G_RC)

@@ -81,13 +81,16 @@ def test_files_that_are_no_teacher_are_refused(tmp_path):
 
     refuse("nowhere.ckpt", "no such file or folder; 'self' distils from the model itself")
     torch.save({"state_dict": network()}, tmp_path / "pickle.ckpt")
-    refuse("pickle.ckpt", "is damaged, or holds objects, which can run code and are not read.*of your own runs.*state_dict'")
+    refuse(
+        "pickle.ckpt",
+        "is damaged, or holds objects, which can run code and are not read.*of your own runs.*state_dict'",
+    )
     torch.save([1, 2], tmp_path / "list.pt")
     refuse("list.pt", "holds a list, expected a state_dict or a Lightning checkpoint")
     (tmp_path / "cut.safetensors").write_bytes(b"\x80\x00\x00\x00\x00\x00\x00\x00{}")
     refuse("cut.safetensors", "is not a complete safetensors file")
     save_file({"0.weight": torch.zeros(32, 16)}, tmp_path / "part.safetensors")
-    refuse("part.safetensors", r"lacks 3 tensors of the model or has other shapes: \['0.bias'.* is given as a folder")
+    refuse("part.safetensors", r"lacks 3 tensors of the model or has other shapes: \['0.bias'.* of another size as a folder")
     (tmp_path / "folder").mkdir()
     refuse("folder", "Sequential has no from_pretrained: expected a Hugging Face folder")
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
