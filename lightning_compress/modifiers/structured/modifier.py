@@ -151,7 +151,7 @@ class StructuredPruningModifier(StructuredArguments):
         if named := [name for name in outputs if name in listed(self.targets or [])]:
             raise ValueError(f"target {named[0]!r} makes the output of the model, whose size is fixed; leave it out")
         for name in outputs:
-            state.ledger.add(name, "structured", flag="not pruned: it makes the output of the model")
+            state.ledger.add(name, "structured", flag="left whole: it makes the output of the model")
         if not groups:
             raise ValueError(f"every target makes the output of the model ({', '.join(outputs)}): nothing to prune")
         self._set_groups(groups)

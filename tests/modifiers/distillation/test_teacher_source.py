@@ -90,7 +90,7 @@ def test_files_that_are_no_teacher_are_refused(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x80\x00\x00\x00\x00\x00\x00\x00{}")
     refuse("cut.safetensors", "is not a complete safetensors file")
     save_file({"0.weight": torch.zeros(32, 16)}, tmp_path / "part.safetensors")
-    refuse("part.safetensors", r"lacks 3 tensors of the model or has other shapes: \['0.bias'.* of another size as a folder")
+    refuse("part.safetensors", r"lacks 3 tensors of the model or .*: \['0.bias'.* of another size as a folder")
     (tmp_path / "folder").mkdir()
     refuse("folder", "Sequential has no from_pretrained: expected a Hugging Face folder")
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))

@@ -66,7 +66,7 @@ def test_the_layer_that_makes_the_output_stays_whole_and_the_ledger_says_so():
     state = State(model=model)
     Lifecycle([modifier]).initialize(state)
     rows = {row.module: row for row in state.ledger}
-    assert rows["head"].flags == ["not pruned: it makes the output of the model"]
+    assert rows["head"].flags == ["left whole: it makes the output of the model"]
     assert rows["stem"].scheme == "8 -> 4 channels"
     before, after = (sum(p.numel() for p in m.parameters()) for m in (residuals(), model))
     assert rows["stem"].flags == [f"the model: {before} -> {after} parameters"]
