@@ -7,7 +7,8 @@ embeddings) are stored by reference, each object once, however many blocks and b
 Shapes: B batch, T tokens, C channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
@@ -15,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.calibration.inputs import run_model
 from lightning_compress.layers.finite import is_finite, nonfinite
@@ -32,6 +34,7 @@ __all__ = [
     "first_bad_module",
     "put",
     "take",
+    "taken_off",
     "tensors_of",
     "token_mask",
 ]
@@ -215,6 +218,15 @@ def put(template: Any, at: int | str | None, hidden: Tensor) -> Any:
     return changed
 
 
+@contextmanager
+def taken_off(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks are on inside."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
 # -- is it finite -----------------------------------------------------------------------------------------------------
 
 
@@ -247,12 +259,8 @@ def first_bad_module(model: nn.Module, prefix: str, run: Callable[[], Any]) -> s
             names.append(name)
 
     leaves = [(n, m) for n, m in model.named_modules(prefix=prefix) if not any(True for _ in m.children())]
-    handles = [m.register_forward_hook(lambda _m, args, out, n=n: look(n, args, out)) for n, m in leaves]
-    try:
+    with taken_off(m.register_forward_hook(lambda _m, args, out, n=n: look(n, args, out)) for n, m in leaves):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return names[0] if names else None
 
 

@@ -6,13 +6,13 @@ lockstep.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_compress.calibration.activations import find_nonfinite
+from lightning_compress.calibration.activations import find_nonfinite, taken_off
 from lightning_compress.calibration.capture import run_to_stop, stop
 from lightning_compress.calibration.lockstep import run_in_lockstep
 from lightning_compress.calibration.probe import Probe, nonfinite_error
@@ -169,8 +169,7 @@ class BlockPasses:
                 to_end,
             )
 
-    @contextmanager
-    def _stopped_when_seen(self, group: ModuleGroup, hooked: Mapping[nn.Module, str]) -> Iterator[None]:
+    def _stopped_when_seen(self, group: ModuleGroup, hooked: Mapping[nn.Module, str]) -> AbstractContextManager[None]:
         """End each run at the last input: a Llama block's down_proj, a quarter of its work, is not computed."""
         seen: dict[int, set[nn.Module]] = {}
 
@@ -181,11 +180,8 @@ class BlockPasses:
                 stop()
 
         once = all(self.probe.counts[module] == 1 for module in hooked)
-        with ExitStack() as stack:
-            if once and not any(module._forward_hooks for module in group.modules.values()):
-                for module in hooked:
-                    stack.callback(module.register_forward_pre_hook(arrive).remove)
-            yield
+        possible = once and not any(module._forward_hooks for module in group.modules.values())
+        return taken_off(module.register_forward_pre_hook(arrive) for module in (hooked if possible else ()))
 
     def _hooked(self, stage: Sequence[Modifier], group: ModuleGroup) -> dict[nn.Module, str]:
         """Modules of the group that the stage has hooked to calibrate, in the order of their calls."""
@@ -204,19 +200,17 @@ class BlockPasses:
                     stack.enter_context(modifier.paused())
             yield
 
-    @contextmanager
-    def _finite_inputs(self, hooked: Mapping[nn.Module, str]) -> Iterator[None]:
+    def _finite_inputs(self, hooked: Mapping[nn.Module, str]) -> AbstractContextManager[None]:
         """ValueError with the module and the batch before NaN or Inf reaches a statistic."""
 
         def check(name: str, args: tuple[object, ...]) -> None:
             if kind := find_nonfinite(args[:1], self.masks[self.batch]):
                 raise nonfinite_error(kind, f"the input of module {name!r}", self.batch, None)
 
-        with ExitStack() as stack:
-            for module, name in hooked.items():
-                handle = module.register_forward_pre_hook(lambda _m, args, n=name: check(n, args), prepend=True)
-                stack.callback(handle.remove)
-            yield
+        return taken_off(
+            module.register_forward_pre_hook(lambda _m, args, n=name: check(n, args), prepend=True)
+            for module, name in hooked.items()
+        )
 
 
 def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:

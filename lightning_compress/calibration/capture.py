@@ -5,12 +5,12 @@ A stub returns its hidden input in the structure of output that the probe saw, s
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from lightning_compress.calibration.activations import BlockCall, argument, put
+from lightning_compress.calibration.activations import BlockCall, argument, put, taken_off
 from lightning_compress.calibration.probe import ProbedBlock
 from lightning_compress.layers.forward import patched
 
@@ -89,14 +89,9 @@ def stubbed(
         yield
 
 
-@contextmanager
-def stopped_before(block: nn.Module) -> Iterator[None]:
+def stopped_before(block: nn.Module) -> AbstractContextManager[None]:
     """Inside, :func:`run_to_stop` ends where the block is called."""
-    handle = block.register_forward_pre_hook(lambda _m, _args: stop(), prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return taken_off([block.register_forward_pre_hook(lambda _m, _args: stop(), prepend=True)])
 
 
 def run_to_stop(run: Callable[[], Any]) -> None:

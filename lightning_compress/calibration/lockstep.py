@@ -11,12 +11,14 @@ A batch that passes a module by (an expert that got no token) is no obstacle as 
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from lightning_compress.calibration.activations import taken_off
 
 __all__ = ["run_in_lockstep"]
 
@@ -175,8 +177,9 @@ class _Batch:
             self._stopped.release()
 
 
-@contextmanager
-def _paused_before(modules: Mapping[nn.Module, str], pause: Callable[[nn.Module], None]) -> Iterator[None]:
+def _paused_before(
+    modules: Mapping[nn.Module, str], pause: Callable[[nn.Module], None]
+) -> AbstractContextManager[None]:
     """Call ``pause`` before each module runs, after the hooks that are on it now.
 
     Hooks that come on while it pauses (the fake-quantization of a finished module's input) are run afterwards: torch
@@ -195,10 +198,7 @@ def _paused_before(modules: Mapping[nn.Module, str], pause: Callable[[nn.Module]
                 args = result if isinstance(result, tuple) else (result,)
         return args, kwargs
 
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
+    return taken_off(module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.calibration.activations import BlockCall, put, take
+from lightning_compress.calibration.activations import BlockCall, put, take, taken_off
 from lightning_compress.calibration.blocks import modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, stubbed
 from lightning_compress.calibration.probe import Probe, ProbedBlock
@@ -177,21 +177,17 @@ def _tail_is_reached(
     if not isinstance(hidden, Tensor):
         return False
     seen: dict[nn.Module, Any] = {}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda m, args, kwargs: seen.__setitem__(m, (args, kwargs)), with_kwargs=True, prepend=True
-        )
-        for module in wanted
-    ]
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[module] = (args, kwargs)
+
+    hooks = taken_off(m.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for m in wanted)
     try:
-        with stubbed(segment, blocks, last=lambda: put(last.template, last.out_at, hidden)):
+        with hooks, stubbed(segment, blocks, last=lambda: put(last.template, last.out_at, hidden)):
             run()
     except Exception as error:  # the model's own code, fed by stubs
         logger.info("stubbed, the model raises %s: %s", type(error).__name__, error)
         return False
-    finally:
-        for handle in handles:
-            handle.remove()
     if all(m in seen and _same_arguments(BlockCall(*seen[m]), BlockCall(*wanted[m])) for m in wanted):
         return True
     logger.info("modules after the blocks use more than the last block's output: the whole model is run for them")

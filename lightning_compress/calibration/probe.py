@@ -6,13 +6,15 @@ are raised before hours of work: targets that never run, numbers that are not fi
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.calibration.activations import (
     HIDDEN,
@@ -21,6 +23,7 @@ from lightning_compress.calibration.activations import (
     find_nonfinite,
     first_bad_module,
     take,
+    taken_off,
     tensors_of,
 )
 from lightning_compress.calibration.blocks import modules_outside
@@ -96,7 +99,7 @@ def run_probe(
     outside = modules_outside(model, blocks)
     hooks = _ProbeHooks(blocks, targets, set(outside.values()), mask)
     try:
-        with hooks:
+        with taken_off(hooks.on()):
             run()
     except NonFiniteError as error:
         raise nonfinite_error(error.kind, error.where, 0, first_bad_module(model, "", run)) from None
@@ -122,7 +125,7 @@ class NonFiniteError(Exception):
 
 
 class _ProbeHooks:
-    """Hooks on blocks and targets that record their calls, on inside a ``with``."""
+    """Hooks on blocks and targets that record their calls."""
 
     def __init__(
         self,
@@ -133,40 +136,24 @@ class _ProbeHooks:
     ):
         self.blocks, self.targets, self.outside, self.mask = blocks, targets, outside, mask
         self.probe = Probe()
-        self._handles: list[Any] = []
         self._versions: list[int] = []  # of the arguments of the running block
         self._input_kind: tuple[Any, ...] = ()  # shape and dtype of its hidden input
         self._output: Any = None  # of the block before
         self._output_versions: dict[int, int] = {}
 
-    def __enter__(self) -> None:
-        for module in self.outside:
-            self._handles.append(
-                module.register_forward_pre_hook(
-                    lambda m, _args: self.probe.gap.__setitem__(m, len(self.probe.blocks)), prepend=True
-                )
-            )
-        for target, name in self.targets.items():
-            self._handles.append(
-                target.register_forward_pre_hook(
-                    lambda m, args, kwargs, n=name: self._on_target(m, n, args, kwargs), with_kwargs=True, prepend=True
-                )
-            )
-        for name, block in self.blocks.items():
-            self._handles.append(
-                block.register_forward_pre_hook(
-                    lambda _m, args, kwargs, n=name: self._before_block(n, args, kwargs), with_kwargs=True, prepend=True
-                )
-            )
-            self._handles.append(
-                block.register_forward_hook(
-                    lambda _m, args, kwargs, out, n=name: self._after_block(n, args, kwargs, out), with_kwargs=True
-                )
-            )
+    def on(self) -> Iterator[RemovableHandle]:
+        """Put the hooks on."""
 
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
+        def before(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+            return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+        for module in self.outside:
+            yield before(module, lambda m, *_: self.probe.gap.__setitem__(m, len(self.probe.blocks)))
+        for target, name in self.targets.items():
+            yield before(target, lambda m, args, kwargs, n=name: self._on_target(m, n, args, kwargs))
+        for name, block in self.blocks.items():
+            yield before(block, lambda _m, args, kwargs, n=name: self._before_block(n, args, kwargs))
+            yield block.register_forward_hook(partial(self._after_block, name), with_kwargs=True)
 
     def finish(self) -> None:
         """Describe the last block's output."""
@@ -198,7 +185,7 @@ class _ProbeHooks:
         self._input_kind = _kind(argument(args, kwargs, hidden_at))
         self._versions = [_version(t) for t in tensors_of((args, kwargs))]
 
-    def _after_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_block(self, name: str, _block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if kind := find_nonfinite(_hidden_part(output), self.mask):
             raise NonFiniteError(kind, f"the output of block {name!r}", 0)
         versions = [_version(t) for t in tensors_of((args, kwargs))]

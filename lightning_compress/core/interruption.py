@@ -43,12 +43,8 @@ def check_uninterrupted(model: nn.Module) -> None:
 
 
 def _samples(model: nn.Module) -> dict[str, Tensor]:
-    return {name: _sample(parameter) for name, parameter in model.named_parameters() if not parameter.is_meta}
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLES)].cpu().clone()
+    flat = ((name, p.detach().reshape(-1)) for name, p in model.named_parameters() if not p.is_meta)
+    return {name: values[:: max(1, len(values) // SAMPLES)].cpu().clone() for name, values in flat}
 
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

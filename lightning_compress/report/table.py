@@ -171,13 +171,9 @@ def _number(value: Any, sign: str = "", digits: int = 4) -> str:
 
 def _size(value: float | None) -> str:
     """Bytes, in powers of 1024."""
-    return _scaled(value, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _scaled(value: float | None, step: int, units: Sequence[str]) -> str:
     if value is None:
         return ""
-    power = 0
-    while abs(value) >= step and power < len(units) - 1:
-        value, power = value / step, power + 1
-    return f"{value:.4g}{units[power]}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.4g} {units[0]}"

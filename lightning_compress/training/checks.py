@@ -73,18 +73,23 @@ def check_lightning(trainer: Any, pl_module: Any) -> None:
 
 
 def check_fit(trainer: Trainer, pl_module: LightningModule, callback: Callback, root: LightningModule | None) -> None:
-    """A Trainer and a LightningModule that the callback can work with; ``root`` is that of an earlier fit."""
-    check_strategy(trainer)
-    check_order(trainer, callback)
-    check_same_root(pl_module, root)
-
-
-def check_strategy(trainer: Trainer) -> None:
-    """ValueError for a strategy that shards weights."""
+    """ValueError for sharded weights, averaging that comes later, and another LightningModule than ``root``."""
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ValueError(
             f"{type(trainer.strategy).__name__} shards the weights, and compression needs full ones: use "
             f"strategy='ddp' or one device, or compress the consolidated checkpoint afterwards, with compress()"
+        )
+    for other in trainer.callbacks[trainer.callbacks.index(callback) + 1 :]:
+        if averages(other):
+            name = type(other).__name__
+            raise ValueError(
+                f"{name} is listed after CompressionCallback and would overwrite the compressed weights with its "
+                f"average: list it first, Trainer(callbacks=[{name}(...), CompressionCallback(...)])"
+            )
+    if root is not None and root is not pl_module:
+        raise ValueError(
+            "this CompressionCallback has compressed, or begun to compress, another LightningModule; "
+            "make a new one for each model"
         )
 
 
@@ -98,27 +103,8 @@ def check_whole(module: nn.Module) -> None:
         )
 
 
-def check_order(trainer: Trainer, callback: Callback) -> None:
-    """ValueError where averaging comes later, which overwrites the weights at the end of training."""
-    after = trainer.callbacks[trainer.callbacks.index(callback) + 1 :]
-    for other in after:
-        if averages(other):
-            name = type(other).__name__
-            raise ValueError(
-                f"{name} is listed after CompressionCallback and would overwrite the compressed weights with its "
-                f"average: list it first, Trainer(callbacks=[{name}(...), CompressionCallback(...)])"
-            )
-
-
 def check_averaging(trainer: Trainer, module: str, reshaping: bool, added: bool) -> None:
-    """Averages pair tensors by position, so a recipe may neither add tensors nor change their shapes.
-
-    Args:
-        trainer: The Trainer, for its callbacks.
-        module: Name of the model.
-        reshaping: Whether a modifier changes shapes.
-        added: Whether a modifier has added parameters or buffers.
-    """
+    """Averages pair tensors by position, so a recipe may neither add tensors nor change their shapes."""
     averaging = [type(c).__name__ for c in trainer.callbacks if averages(c)]
     if averaging and reshaping:
         raise ValueError(
@@ -145,15 +131,6 @@ def check_windows(trainer: Trainer, modifiers: Sequence[Modifier], event: Event)
         )
     for modifier in modifiers if trainer.is_global_zero and not trainer.fast_dev_run else ():
         modifier.check_length(event)
-
-
-def check_same_root(pl_module: LightningModule, root: LightningModule | None) -> None:
-    """A callback compresses one LightningModule: ValueError where ``root`` is another one, from an earlier fit."""
-    if root is not None and root is not pl_module:
-        raise ValueError(
-            "this CompressionCallback has compressed, or begun to compress, another LightningModule; "
-            "make a new one for each model"
-        )
 
 
 def check_same_module(pl_module: LightningModule, name: str | None, model: nn.Module | None) -> None:

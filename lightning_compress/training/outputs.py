@@ -92,13 +92,8 @@ class FolderLock:
         Raises:
             ValueError: Another run has locked it, or it cannot be written.
         """
-        mine = {
-            "host": host_name(),
-            "process": os.getpid(),
-            "started": _started(os.getpid()),
-            "run": run,
-            "job": _job(),
-        }
+        process, job = os.getpid(), os.environ.get("SLURM_JOB_ID")
+        mine = {"host": host_name(), "process": process, "started": _started(process), "run": run, "job": job}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             while not _create(path, mine):
@@ -165,7 +160,3 @@ def _started(process: int) -> str:
         return f"{boot}/{Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"
     except (OSError, IndexError):
         return ""
-
-
-def _job() -> str | None:
-    return os.environ.get("SLURM_JOB_ID")

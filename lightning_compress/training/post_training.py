@@ -48,14 +48,8 @@ __all__ = ["PostTraining"]
 class PostTraining:
     """One end of one run, or the calibration before a window of it opens.
 
-    Args:
-        trainer: After training, before its teardown (or after it, when no training took place).
-        pl_module: The LightningModule.
-        lifecycle: The initialized modifiers.
-        state: State with the model that is compressed.
-        run: The run.
-        event: An event of this moment.
-        clock_state: The callback's clock as numbers.
+    The Trainer is after training, before its teardown (or after it, when no training took place); ``clock_state`` is
+    the callback's clock as numbers.
     """
 
     trainer: Trainer
@@ -105,14 +99,7 @@ class PostTraining:
             self.run.facts["metric_dense"] = {"step": self.event.global_step, "values": values}
 
     def check_input(self, batch: Any) -> None:
-        """As the first training batch begins: compare what will calibrate with the model's ``forward``.
-
-        Args:
-            batch: That batch, as the model gets it.
-
-        Raises:
-            ValueError: The model cannot take it.
-        """
+        """As the first training batch begins: ValueError where ``forward`` cannot take what will calibrate."""
         if any(m.needs.data for m in self.lifecycle.modifiers):
             alone(lambda: self._check_input(batch), "checking the first calibration batch")
 

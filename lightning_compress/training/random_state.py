@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 
 from lightning_compress import distributed
 
@@ -51,11 +50,11 @@ def restore(states: list[dict[str, Any]]) -> None:
     if distributed.rank() >= len(states):
         return
     state = states[distributed.rank()]
-    torch.set_rng_state(_cpu(state["torch"]))
+    torch.set_rng_state(state["torch"].cpu())
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     if len(cuda := state.get("cuda", ())) == torch.cuda.device_count() and cuda:
-        torch.cuda.set_rng_state_all([_cpu(one) for one in cuda])
+        torch.cuda.set_rng_state_all([one.cpu() for one in cuda])
     if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
         kind, keys, rest = state["numpy"]["kind"], state["numpy"]["keys"], state["numpy"]["rest"]
         numpy.random.set_state((kind, keys.tolist(), *rest))
@@ -95,7 +94,3 @@ def undisturbed(trainer: Trainer, seed: int) -> Iterator[None]:
             yield
         finally:
             trainer.state.stage = stage
-
-
-def _cpu(state: Tensor) -> Tensor:
-    return state.cpu()

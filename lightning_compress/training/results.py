@@ -51,14 +51,8 @@ def processors(trainer: Trainer, pl_module: LightningModule) -> list[Any]:
 class Results:
     """The files of a compressed model.
 
-    Args:
-        trainer: The Trainer.
-        pl_module: The LightningModule.
-        state: State with the compressed model and the ledger.
-        run: The run.
-        event: An event of this moment.
-        clock_state: The callback's clock as numbers; with the run's name it identifies the exported model.
-        sample: A calibration batch; None for recipes that use no data.
+    ``clock_state``, the callback's clock as numbers, and the run's name identify the exported model; ``sample`` is a
+    calibration batch, None for recipes that use no data.
     """
 
     trainer: Trainer

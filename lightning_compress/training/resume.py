@@ -41,7 +41,10 @@ def resume_loaders(trainer: Trainer) -> int:
         loop._combined_loader_states_to_load = []
         if loop._data_fetcher is not None:
             iter(loop._data_fetcher)  # the present iterator began without the state
-    if repeated := _repeated_batches(trainer):
+    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    if after_last_batch(trainer) or all(isinstance(loader, _Stateful) for loader in loaders):
+        return 0
+    if repeated := int(loop.epoch_loop.batch_progress.current.ready):
         rank_zero_warn(
             f"this run is resumed after batch {repeated} of an epoch, and its training loader has no state: it "
             f"begins the epoch again, so that {repeated} batches come again and as many at the end are left "
@@ -49,14 +52,6 @@ def resume_loaders(trainer: Trainer) -> int:
             f"torchdata's StatefulDataLoader"
         )
     return repeated
-
-
-def _repeated_batches(trainer: Trainer) -> int:
-    loop = trainer.fit_loop
-    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
-    if after_last_batch(trainer) or all(isinstance(loader, _Stateful) for loader in loaders):
-        return 0
-    return int(loop.epoch_loop.batch_progress.current.ready)
 
 
 def after_last_batch(trainer: Trainer) -> bool:

@@ -30,13 +30,11 @@ def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], st
     """
     if isinstance(loader, CombinedLoader):
         return seeded_view(loader.iterables, batches, seed)
-    if isinstance(loader, Mapping):
-        views = {key: seeded_view(inner, batches, seed) for key, inner in loader.items()}
+    if isinstance(loader, Mapping | list | tuple):
+        inner = loader if isinstance(loader, Mapping) else dict(enumerate(loader))
+        views = {key: seeded_view(one, batches, seed) for key, one in inner.items()}
         note = "; ".join(f"{key}: {samples}" for key, (_, samples) in views.items())
-        return _Together({key: view for key, (view, _) in views.items()}), note
-    if isinstance(loader, list | tuple):
-        together, note = seeded_view(dict(enumerate(loader)), batches, seed)
-        return _Listed(together, type(loader)), note
+        return _Together({key: view for key, (view, _) in views.items()}, type(loader)), note
     reason = _unindexable(loader)
     if reason is not None:
         return loader, f"its first {batches} batches as they come ({reason}, so the choice is the loader's)"
@@ -141,21 +139,12 @@ class SideBySide:
 
 
 class _Together:
-    """Batches of several loaders side by side, ``{key: batch}``, until the first is exhausted."""
+    """Batches of several loaders side by side, as a list, a tuple or ``{key: batch}``, until the first is exhausted."""
 
-    def __init__(self, loaders: Mapping[Any, Iterable[Any]]):
-        self.loaders = loaders
-
-    def __iter__(self) -> Iterator[dict[Any, Any]]:
-        for batches in zip(*self.loaders.values(), strict=False):
-            yield dict(zip(self.loaders, batches, strict=True))
-
-
-class _Listed:
-    """The same, as a list or tuple."""
-
-    def __init__(self, loader: Iterable[dict[Any, Any]], kind: type):
-        self.loader, self.kind = loader, kind
+    def __init__(self, loaders: Mapping[Any, Iterable[Any]], kind: type[Any]):
+        self.loaders, self.kind = loaders, kind
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.kind(batch.values()) for batch in self.loader)
+        for batches in zip(*self.loaders.values(), strict=False):
+            named = dict(zip(self.loaders, batches, strict=True))
+            yield named if issubclass(self.kind, Mapping) else self.kind(batches)

@@ -77,7 +77,12 @@ def initialize(
     windowed = any(m.start is not None for m in lifecycle.modifiers)
     with nullcontext() if windowed else split_while(model):  # training needs experts in one tensor
         lifecycle.initialize(state, event)
-        _warn_of_readers(lifecycle, model)
+        schemes: dict[str, Any] = {}
+        for modifier in lifecycle.modifiers:
+            if isinstance(modifier, QuantizationArguments):
+                schemes |= modifier.planned
+        if fault := planned_fault(model, schemes):  # plain transformers is known not to read it
+            rank_zero_warn(fault)
     check_averaging(trainer, name, reshaping, tensor_names(pl_module) != before)
 
 
@@ -92,13 +97,3 @@ def check_before_training(
     tokenizers = processors(trainer, pl_module)
     alone(lambda: rehearse(model, tokenizers), "checking what will be exported")
     check_device(options)
-
-
-def _warn_of_readers(lifecycle: Lifecycle, model: nn.Module) -> None:
-    """Warn before training of a scheme that plain transformers is known not to read."""
-    schemes: dict[str, Any] = {}
-    for modifier in lifecycle.modifiers:
-        if isinstance(modifier, QuantizationArguments):
-            schemes |= modifier.planned
-    if fault := planned_fault(model, schemes):
-        rank_zero_warn(fault)
