@@ -34,7 +34,7 @@ def test_the_factor_is_the_matrix():
 
 
 @pytest.mark.parametrize("rank", [1, 47])
-def test_rank_deficient_undamped_is_no_factor(rank):
+def test_a_rank_deficient_hessian_without_damping_has_no_factor(rank):
     X = torch.randn(rank, 48, generator=torch.Generator().manual_seed(0))
     assert factorize(X.t() @ X / rank, 0.0, True) is None
     assert factorize(X.t() @ X / rank, 0.01, True) is not None

@@ -121,7 +121,7 @@ def test_the_same_module_called_twice_with_one_tensor_counts_twice():
     assert_close(moment(pool, "a"), torch.full((4, 4), 2 / 3))
 
 
-def test_modules_that_part_after_sharing_are_named():
+def test_modules_that_diverge_after_sharing_are_named():
     pool, x, y = HessianPool(), torch.randn(5, 8), torch.randn(5, 8)
     for name in "qk":
         feed(pool, name, x)
@@ -149,7 +149,7 @@ def test_nan_and_inf_name_module_and_batch(bad):
         feed(pool, "model.down", x)
 
 
-def test_squares_beyond_float32_and_another_width_are_said_as_they_are():
+def test_squares_beyond_float32_and_another_width_have_separate_messages():
     pool = HessianPool()
     feed(pool, "a", torch.randn(5, 8))
     with pytest.raises(NonFiniteHessianError, match=r"input 1 \(counted from 0\) of 'a' holds numbers up to 1e\+20"):
@@ -160,7 +160,7 @@ def test_squares_beyond_float32_and_another_width_are_said_as_they_are():
         feed(pool, "a", torch.randn(5, 6))
 
 
-def test_no_tokens_is_no_data():
+def test_a_module_without_tokens_has_no_statistic():
     pool = HessianPool()
     assert pool.get("a") is None
     feed(pool, "a", torch.zeros(0, 8))

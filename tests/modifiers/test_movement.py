@@ -178,7 +178,7 @@ def test_soft_scores_do_not_depend_on_the_size_of_the_loss():
     assert_close(small._scores["0"], large._scores["0"])
 
 
-def test_nothing_left_is_said():
+def test_a_target_that_is_pruned_completely_is_a_warning():
     soft = MovementPruningModifier(mode="soft", end=20, score_lr=1.0, regularization=50.0, threshold=0.4)
     with pytest.warns(UserWarning, match="all weights of .* are zero; give less regularization"):
         train(network(), [soft], 25)

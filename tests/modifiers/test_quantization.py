@@ -232,7 +232,7 @@ def test_hessian_scales_are_the_same_in_one_pass_and_in_two():
     assert_close(found[0], found[1], rtol=1e-3, atol=0)
 
 
-def test_modules_that_part_after_sharing_inputs_are_named():
+def test_modules_whose_inputs_differ_after_sharing_are_named():
     def run(**arguments):
         model = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 4)})
         model.forward = lambda batch: (model["a"](batch[0]), model["b"](batch[1]))

@@ -13,7 +13,7 @@ from lightning_compress.modifiers.movement import MovementPruningModifier
 from tests.support.training_loop import network, train
 
 
-def test_a_weight_that_is_no_matrix_is_refused_before_training():
+def test_a_weight_that_is_not_a_matrix_is_refused_before_training():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU())
     for targets, name in ((["Linear", "1"], r"1 \(LayerNorm\)"), (["2"], r"2 \(ReLU\)")):
         with pytest.raises(ValueError, match=f"cannot prune {name}: expected modules with a weight"):

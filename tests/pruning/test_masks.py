@@ -54,7 +54,7 @@ def test_a_global_ranking_takes_from_where_scores_are_low():
         ("blocks", None, "is unknown; expected 'unstructured'"),
     ],
 )
-def test_what_is_no_structure_is_refused(structure, sparsity, message):
+def test_unknown_structures_are_refused(structure, sparsity, message):
     with pytest.raises(ValueError, match=message):
         check_structure(structure, sparsity)
 

@@ -39,7 +39,7 @@ def test_sides_that_do_not_fit_make_no_group():
     assert torch.equal(group.slices[0].index.flatten(), torch.arange(8))
 
 
-def test_lists_that_cannot_be_told_apart_must_be_named():
+def test_ambiguous_lists_must_be_named():
     model = nn.ModuleDict({side: nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3)) for side in "ab"})
     with pytest.raises(ValueError, match=r"found \['a', 'b'\]; name it: blocks='model.layers'"):
         find_layers(model)

@@ -72,7 +72,7 @@ def test_layers_go_with_their_parameters_and_places_are_counted_anew():
     assert [step["layers"] for step in record_of(model)] == [{"layers": [1, 3]}]
 
 
-def test_what_cannot_be_cut_is_named_and_stays():
+def test_tensors_that_cannot_be_cut_are_named_and_unchanged():
     model = perceptron()
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.raises(ValueError, match=r"'0.weight' is parametrized .*prune at set-up"):

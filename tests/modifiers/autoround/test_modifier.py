@@ -132,7 +132,7 @@ def test_pruned_weights_stay_zero(init):
             "num_bits": 8, "strategy": "tensor"}}}}, "static activations are not calibrated while"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said_when_it_is_built(arguments, message):
+def test_unsupported_schemes_are_refused_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         AutoRoundModifier(**arguments)
 
@@ -156,7 +156,7 @@ def test_it_needs_data():
         compress(build("gelu"), AutoRoundModifier(config_groups=groups("gelu")))
 
 
-def test_who_never_saw_data_is_named_and_rounded():
+def test_layers_without_data_are_named_and_rounded():
     model = quantization_runs.attention()
     modifier = AutoRoundModifier(config_groups=groups("gelu"), iters=2)
     with pytest.warns(UserWarning, match="AutoRoundModifier: spare never saw data and were rounded to nearest"):

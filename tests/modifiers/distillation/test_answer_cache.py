@@ -93,7 +93,7 @@ def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
         assert len(cache._open) <= 2
 
 
-def test_the_limit_holds_and_is_told_once(tmp_path):
+def test_the_limit_holds_and_warns_once(tmp_path):
     cache = AnswerCache(tmp_path, IDENTITY, 550)
     for i in range(5):
         cache.put(key(i), answer(i))
@@ -228,7 +228,7 @@ def read_all(folder, numbers):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_answer_is_never_taken(tmp_path, kind):
+def test_a_damaged_answer_is_never_used(tmp_path, kind):
     """Its file is named, once, and the rest of the cache stays in use."""
     cache = AnswerCache(tmp_path, IDENTITY, 1e9)
     sizes = {1: 3, 2: 1, 3: 2}
@@ -252,7 +252,7 @@ def test_a_damaged_answer_is_never_taken(tmp_path, kind):
     assert same(again.get(key(3)), answer(3, 2))
 
 
-def test_a_file_says_whose_answers_it_holds(tmp_path):
+def test_a_file_states_the_identity_of_its_answers(tmp_path):
     cache = AnswerCache(tmp_path, IDENTITY, 1e9)
     cache.put(key(1), answer(1))
     cache.close()

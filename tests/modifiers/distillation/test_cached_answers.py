@@ -123,7 +123,7 @@ def test_a_cache_that_helps_says_nothing(tmp_path):
         lifecycle.finalize(state)
 
 
-def test_what_will_not_fit_is_said_at_the_first_batch(tmp_path):
+def test_a_cache_that_will_not_fit_is_a_warning_at_the_first_batch(tmp_path):
     modifier = distil(network(1), top_k=3, cache_dir=str(tmp_path), cache_limit_gib=5e-7)
     teacher_runs = Counting(network(1))
     with pytest.warns(UserWarning, match="the teacher cache") as told:

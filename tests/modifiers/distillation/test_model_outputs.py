@@ -33,7 +33,7 @@ NO_LOGITS = [None, {"features": LOGITS}, (), SimpleNamespace(logits=None), "text
 
 
 @pytest.mark.parametrize("output", NO_LOGITS, ids=lambda output: type(output).__name__)
-def test_no_logits_are_told(output):
+def test_outputs_without_logits_are_refused(output):
     with pytest.raises(ValueError, match="found no logits in an output of type"):
         logits_of(output)
 
@@ -85,7 +85,7 @@ def test_which_tokens_count():
     assert token_mask({"labels": None}, (1, 2), shape, **USUAL) is None
 
 
-def test_a_mask_that_is_not_there_is_named():
+def test_a_missing_mask_is_named():
     with pytest.raises(ValueError, match=r"mask_key='answer' is not among \['ids'\]; expected a mask of"):
         token_mask({"ids": LOGITS}, None, (2, 4), ignore_index=-100, shift=False, key="answer")
     with pytest.raises(ValueError, match=r"mask_key='answer' has shape \(2,\)"):

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_in_the_first_batch():
         distilled(Lazy(), DistillationModifier(hidden={"unused": "unused"}), IMAGES[:, 0])
 
 
-def test_a_step_without_a_forward_of_the_model_is_told():
+def test_a_step_without_a_forward_of_the_model_is_an_error():
     model = network()
     lifecycle, state = Lifecycle([DistillationModifier()]), State(model=model)
     lifecycle.initialize(state)

@@ -74,7 +74,7 @@ def test_a_hugging_face_folder_of_another_size_and_class(tmp_path):
             torch.testing.assert_close(teacher(ids).logits, original.eval()(ids).logits)
 
 
-def test_files_that_are_no_teacher_are_refused(tmp_path):
+def test_files_that_are_not_a_teacher_are_refused(tmp_path):
     def refuse(name, message):
         with pytest.raises(ValueError, match=message):
             build_teacher(str(tmp_path / name), network())

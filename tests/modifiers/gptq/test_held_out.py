@@ -40,7 +40,7 @@ def test_the_choice_is_the_best_of_all_on_the_other_half():
     assert (plain.refine, errors[plain.dampening, False]) == (False, min(errors[d, False] for d in DAMPENINGS))
 
 
-def test_refinement_that_does_worse_on_held_out_inputs_is_not_taken():
+def test_refinement_that_does_worse_on_held_out_inputs_is_not_chosen():
     """H of a few tokens with next to no damping is fitted, noise and all: other inputs lose more by it."""
     W = torch.randn(32, C, generator=torch.Generator().manual_seed(0))
     matrix = Matrix(W, torch.ones(32, C, dtype=torch.bool))

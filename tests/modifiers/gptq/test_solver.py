@@ -196,7 +196,7 @@ def test_sorted_columns_make_the_order_the_identity():
 
 
 @pytest.mark.parametrize("dampening", [0.01, 0.0])
-def test_dead_columns_are_rounded_to_nearest_and_disturb_nobody(dampening):
+def test_dead_columns_are_rounded_to_nearest_and_change_no_other_column(dampening):
     W, H = problem()
     alive = torch.ones(48, dtype=torch.bool)
     alive[[0, 17, 47]] = False
