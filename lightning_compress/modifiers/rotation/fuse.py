@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.modifiers.rotation.follow import output_leaves
-from lightning_compress.modifiers.rotation.spaces import Head, Norm, Slot, Space, Touch
+from lightning_compress.modifiers.rotation.spaces import Head, Norm, Slot, Touch
 
-__all__ = ["Fusion", "Turn", "fuse", "outputs_of", "turns_of_heads", "turns_of_space"]
+__all__ = ["Fusion", "Turn", "fuse", "outputs_of", "turns_of_heads"]
 
 FULL_PRECISION, HALF_PRECISION = 1e-5, 5e-2
 
@@ -38,12 +38,6 @@ class Turn:
     touch: Touch
     matrix: Tensor
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for turns that do the same to one tensor."""
-        t = self.touch
-        return (t.dim, t.start, t.stop, None if t.norm is None else t.norm.module, id(self.matrix))
-
 
 @dataclass
 class Fusion:
@@ -58,11 +52,6 @@ class Fusion:
     changed: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     difference: float = 0.0
-
-
-def turns_of_space(space: Space, R: Tensor) -> list[Turn]:
-    """Turn the basis of a space by R, which keeps the mean where the space is ``centered``."""
-    return [Turn(touch, R) for touch in space.touches]
 
 
 def turns_of_heads(heads: Iterable[Head], rotation_of: Callable[[Head], Tensor]) -> list[Turn]:
@@ -159,11 +148,11 @@ def _untie(model: nn.Module, turns: Sequence[Turn], fusion: Fusion, undo: ExitSt
 
 
 def _effect(turn: Turn, model: nn.Module) -> tuple[Any, ...]:
-    """The key of a turn, without the norm where its gain is 1."""
-    norm = turn.touch.norm
+    """Equal for turns that do the same to one tensor: a norm counts where its gain is not 1."""
+    touch, norm = turn.touch, turn.touch.norm
     gain = None if norm is None else norm.gain_of(model)
     plain = gain is None or bool((gain == 1).all())
-    return (*turn.key[:3], None if plain else turn.key[3], turn.key[4])
+    return (touch.dim, touch.start, touch.stop, None if norm is None or plain else norm.module, id(turn.matrix))
 
 
 def _by_parameter(model: nn.Module, turns: Sequence[Turn]) -> dict[nn.Parameter, list[Turn]]:

@@ -88,12 +88,17 @@ class Marks:
         self.inside: list[str] = []  # names of the modules that run, outermost first
         self.spaces: list[Space] = []
         self.heads: list[Head] = []
-        self.products: list[Product] = []
-        self.attentions = 0
+        self.products: list[Product] = []  # in order
+        self.attentions = 0  # that ran
         self.touched: set[int] = set()  # parameters that the run used, by id
         self._marks: dict[int, tuple[Tensor, Mark]] = {}  # with the tensor, so that no other one gets its id
         self._views: dict[int, tuple[Tensor, ParameterView]] = {}
         self._tables: dict[int, Space] = {}  # by id of the parameter
+
+    def close(self) -> None:
+        """Keep each space once, and let go of the tensors of the run."""
+        self.spaces = list({id(space.root()): space.root() for space in self.spaces}.values())
+        self._marks, self._views = {}, {}
 
     def get(self, x: Any) -> Mark | None:
         """The mark of a tensor."""

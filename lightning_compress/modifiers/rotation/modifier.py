@@ -16,6 +16,7 @@ H diag(1, +-1, ...) H^T / n instead of diag(+-1) H / sqrt(n), and no weight has 
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -25,8 +26,7 @@ from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.core.precision import model_precision
 from lightning_compress.layers.matching import Names, listed, match_rank, select
 from lightning_compress.layers.matrix import inputs_as_rows
-from lightning_compress.modifiers.rotation.discover import TracedModel, discover
-from lightning_compress.modifiers.rotation.follow import BasisTrace
+from lightning_compress.modifiers.rotation.discover import discover
 from lightning_compress.modifiers.rotation.fuse import Fusion, fuse
 from lightning_compress.modifiers.rotation.learn import TokenSample, learn_rotation, readers_of
 from lightning_compress.modifiers.rotation.plan import Matrices, RotationPlan, attach_online, make_plan
@@ -80,7 +80,7 @@ class RotationModifier(Modifier):
     targets: Names = ["Linear"]
     ignore: Names = ["re:.*lm_head"]
 
-    _traced: TracedModel | None = PrivateAttr(default=None)
+    _run: Callable[[], Any] | None = PrivateAttr(default=None)  # repeats the run that was traced
     _pending: RotationPlan | None = PrivateAttr(default=None)  # with ``learn`` until the data are seen
     _samples: dict[str, TokenSample] = PrivateAttr(default_factory=dict)  # by name of the norm
 
@@ -114,10 +114,8 @@ class RotationModifier(Modifier):
         return Needs(data=self.learn, survey=self.learn, one_pass=True)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        model = _model(state)
-        with model_precision():
-            traced = discover(model)
-        self._plan(model, traced.trace)
+        self._prepare(state)  # refuses a model that cannot be rotated
+        self._run = self._pending = None
         return True
 
     def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -126,10 +124,15 @@ class RotationModifier(Modifier):
             self._rotate(state)
 
     def _prepare(self, state: State) -> RotationPlan:
+        """Plan the rotations of the model; ValueError where one is not possible."""
         model = _model(state)
         with model_precision():
-            self._traced = discover(model)
-        self._pending = self._plan(model, self._traced.trace)
+            trace, self._run = discover(model)
+        matrices = Matrices(self.transform_type, self.transform_block_size, self.seed)
+        rotations = list(dict.fromkeys(self.rotations))
+        self._pending = make_plan(
+            model, trace, rotations, lambda: select(model, self.targets, self.ignore), matrices, self.allow_online
+        )
         return self._pending
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -181,21 +184,13 @@ class RotationModifier(Modifier):
         """Nothing is left to do, so that later modifiers may finish module by module."""
 
     def _rotate(self, state: State) -> None:
-        model, traced, plan, start = _model(state), self._traced, self._pending, time.perf_counter()
-        assert traced is not None
+        model, run, plan, start = _model(state), self._run, self._pending, time.perf_counter()
+        assert run is not None
         assert plan is not None
-        self._traced = self._pending = None
-        run = model_precision()(traced.run)
+        self._run = self._pending = None
+        run = model_precision()(run)
         fusion = fuse(model, plan.turns, plan.norms, run, self.tolerance, lambda: attach_online(model, plan.online))
         self._report(state, plan, fusion, time.perf_counter() - start)
-
-    def _plan(self, model: nn.Module, trace: BasisTrace) -> RotationPlan:
-        """The rotations of the model; ValueError where one is not possible."""
-        matrices = Matrices(self.transform_type, self.transform_block_size, self.seed)
-        rotations = list(dict.fromkeys(self.rotations))
-        return make_plan(
-            model, trace, rotations, lambda: select(model, self.targets, self.ignore), matrices, self.allow_online
-        )
 
     def _report(self, state: State, plan: RotationPlan, fusion: Fusion, seconds: float) -> None:
         for name in fusion.changed:

@@ -18,8 +18,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_compress.layers.matrix import is_supported
 from lightning_compress.modifiers.rotation.discover import heads_of, streams_of
-from lightning_compress.modifiers.rotation.follow import BasisTrace
-from lightning_compress.modifiers.rotation.fuse import Turn, turns_of_heads, turns_of_space
+from lightning_compress.modifiers.rotation.fuse import Turn, turns_of_heads
 from lightning_compress.modifiers.rotation.hadamard import (
     check_order,
     hadamard,
@@ -27,7 +26,7 @@ from lightning_compress.modifiers.rotation.hadamard import (
     random_orthogonal,
     random_signs,
 )
-from lightning_compress.modifiers.rotation.marks import Product
+from lightning_compress.modifiers.rotation.marks import Marks, Product
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from lightning_compress.modifiers.rotation.spaces import Norm, Space, Touch
 
@@ -110,7 +109,7 @@ class Matrices:
 
 def make_plan(
     model: nn.Module,
-    trace: BasisTrace,
+    trace: Marks,
     rotations: Collection[str],
     targets: Callable[[], Mapping[str, nn.Module]],
     matrices: Matrices,
@@ -134,7 +133,7 @@ def make_plan(
     if "R1" in rotations or (everywhere and _possible(streams_of, trace, model)):
         for stream in streams_of(trace, model):
             R = matrices("R1", stream.size, stream.centered)
-            plan.turns += turns_of_space(stream, R)
+            plan.turns += [Turn(touch, R) for touch in stream.touches]
             plan.norms += [(norm, R) for norm in stream.norms]
             plan.streams.append((stream, R))
     if "R2" in rotations or (everywhere and _possible(heads_of, trace, model)):
@@ -206,7 +205,7 @@ def _add_online(
         plan.turns += [Turn(Touch(touch.slot, touch.dim), M) for touch in touches]
 
 
-def _possible(find: Callable[[BasisTrace, nn.Module], object], trace: BasisTrace, model: nn.Module) -> bool:
+def _possible(find: Callable[[Marks, nn.Module], object], trace: Marks, model: nn.Module) -> bool:
     try:
         find(trace, model)
     except ValueError:

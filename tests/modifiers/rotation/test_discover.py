@@ -1,4 +1,4 @@
-"""Spaces that can be turned are found; an error names what stands in the way."""
+"""Spaces that can be turned are found in a run on token ids; an error names what stands in the way."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress import QuantizationModifier, RotationModifier, compress
+from lightning_compress.modifiers.rotation.discover import token_run
 from tests.support.rotation_models import build
 
 
@@ -56,3 +57,36 @@ def test_an_input_that_is_computed_from_the_stream_without_a_parameter_is_refuse
 
     with pytest.raises(ValueError, match="the residual stream of Net cannot be rotated: tanh needs it as it is"):
         compress(Net(), RotationModifier(rotations=["R1"]))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.drop, self.calls = nn.Embedding(50, 4), nn.Dropout(0.5), []
+
+    def forward(self, ids):
+        self.calls.append((ids, self.training, torch.is_grad_enabled()))
+        return self.drop(self.table(ids))
+
+
+def test_a_run_repeats_its_tokens_in_eval_mode_and_restores_the_modes():
+    model = Net().train()
+    model.drop.eval()
+    run = token_run(model, rows=3)
+    assert torch.equal(run(), run())
+    (ids, *first), (again, *second) = model.calls
+    assert torch.equal(ids, again)
+    assert (ids.shape, int(ids.max()) < 50) == ((3, 16), True)
+    assert first == second == [False, False]
+    assert (model.training, model.drop.training) == (True, False)
+    token_run(model, rows=3, seed=1)()
+    assert not torch.equal(model.calls[-1][0], ids)
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (nn.Sequential(nn.Linear(4, 4)), "Sequential has no nn.Embedding"),
+    (nn.ModuleDict({"table": nn.Embedding(4, 4)}), "ModuleDict does not run on .2, 16. of them"),
+])  # fmt: skip
+def test_models_of_other_inputs_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        compress(model, RotationModifier())
