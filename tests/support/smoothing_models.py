@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.modifiers.smoothing.fold import fold
-from lightning_compress.modifiers.smoothing.mappings import parse
-from lightning_compress.modifiers.smoothing.pair import Pair
+from lightning_compress.modifiers.smoothing.pair import Pair, parse
 from lightning_compress.modifiers.smoothing.pair_finder import PairFinder
 
 C, FF = 32, 64

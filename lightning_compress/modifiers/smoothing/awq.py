@@ -8,7 +8,7 @@
 the layers that one source feeds, the attention or the MLP. A layer alone is its own parent, and there the squared error
 is exact without running anything, for all points of the grid at once.
 
-Optionally the range of each group of weights is clipped (clipping.py).
+Optionally the range of each group of weights is clipped (awq_scales.py).
 
 Shapes: R rows, C input channels, J channels of the source, K points of the grid.
 """
@@ -29,8 +29,14 @@ from lightning_compress.layers.matrix import as_matrix, check_weights_work, only
 from lightning_compress.layerwise.modifier import LayerwiseModifier
 from lightning_compress.layerwise.parent import ParentCalls, common_parent, record_calls
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
-from lightning_compress.modifiers.smoothing.awq_scales import awq_scale, grid, group_sizes, layer_errors, rounded_with
-from lightning_compress.modifiers.smoothing.clipping import clipped
+from lightning_compress.modifiers.smoothing.awq_scales import (
+    awq_scale,
+    clipped,
+    grid,
+    group_sizes,
+    layer_errors,
+    rounded_with,
+)
 from lightning_compress.modifiers.smoothing.fold import spread
 from lightning_compress.modifiers.smoothing.modifier import PairModifier
 from lightning_compress.modifiers.smoothing.pair import Pair

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import is_transposed
 from lightning_compress.modifiers.smoothing.fold import restored, scale_consumer, scale_source
-from lightning_compress.modifiers.smoothing.mappings import shared_prefix
-from lightning_compress.modifiers.smoothing.pair import Consumer, Pair, SourceForm
+from lightning_compress.modifiers.smoothing.pair import Consumer, Pair, SourceForm, shared_prefix
 from lightning_compress.modifiers.smoothing.unit_probe import Recording, UnitCall, probe, relative_change
 
 __all__ = ["sources_of", "trace"]

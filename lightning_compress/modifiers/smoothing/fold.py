@@ -32,10 +32,10 @@ def fold(pair: Pair, modules: Mapping[str, nn.Module], s_J: Tensor) -> None:
 def scale_source(unit: nn.Module, form: SourceForm, channels_J: Tensor, s_J: Tensor) -> None:
     """Divide output channels by s."""
     for name, parameter in unit.named_parameters(recurse=False):
-        axis = output_axis(unit) if parameter.ndim > 1 else 0
+        axis = int(is_transposed(unit) and parameter.ndim > 1)  # that runs over outputs
         shape = [-1 if i == axis else 1 for i in range(parameter.ndim)]
         channels = channels_J.to(parameter.device)
-        old = parameter.index_select(axis, channels).to(_work_dtype(parameter))
+        old = parameter.index_select(axis, channels).to(torch.promote_types(parameter.dtype, torch.float32))
         s = s_J.to(old).view(shape)
         new = (1 + old) / s - 1 if form == "one_plus_weight" and name == "weight" else old / s
         parameter.index_copy_(axis, channels, new.to(parameter.dtype))
@@ -46,7 +46,7 @@ def scale_consumer(unit: nn.Module, consumer: Consumer, s_J: Tensor) -> None:
     """Multiply the weights of each scaled input channel by s."""
     for name, axis in consumer.axes.items():
         parameter = unit.get_parameter(name)
-        s_C = spread(consumer.index_C, s_J).to(parameter.device, _work_dtype(parameter))
+        s_C = spread(consumer.index_C, s_J).to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
         shape = [-1 if i == axis % parameter.ndim else 1 for i in range(parameter.ndim)]
         parameter.copy_((parameter.to(s_C.dtype) * s_C.view(shape)).to(parameter.dtype))
 
@@ -55,11 +55,6 @@ def spread(index_C: Tensor, s_J: Tensor) -> Tensor:
     """The scale of each input channel of a consumer, [C]; 1 where it is not scaled."""
     index_C = index_C.to(s_J.device)
     return torch.where(index_C >= 0, s_J[index_C.clamp(min=0)], torch.ones_like(s_J[:1]))
-
-
-def output_axis(unit: nn.Module) -> int:
-    """The axis of a linear layer's weight that runs over its outputs."""
-    return 1 if is_transposed(unit) else 0
 
 
 @contextmanager
@@ -100,7 +95,3 @@ def change_by_folding(
             return float("inf")
         outputs += [(a.output, b.output) for a, b in zip(calls, after.calls[name], strict=True)]
     return max(relative_change(a, b) for a, b in outputs)
-
-
-def _work_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

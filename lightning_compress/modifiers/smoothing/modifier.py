@@ -16,8 +16,7 @@ from lightning_compress.layers.matching import Names, select
 from lightning_compress.layers.matrix import CONVOLUTIONS, as_matrix, check_weights_work, inputs_as_rows, is_supported
 from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
 from lightning_compress.modifiers.smoothing.fold import fold
-from lightning_compress.modifiers.smoothing.mappings import Mapped, parse, unmatched
-from lightning_compress.modifiers.smoothing.pair import Pair
+from lightning_compress.modifiers.smoothing.pair import Mapped, Pair, parse, unmatched
 from lightning_compress.modifiers.smoothing.pair_finder import PairFinder
 from lightning_compress.modifiers.smoothing.statistics import ChannelMax, ChannelStatistic, to_source
 from lightning_compress.quant.record import Quantized

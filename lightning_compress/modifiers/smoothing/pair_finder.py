@@ -15,8 +15,7 @@ from torch import nn
 from lightning_compress.layers.tied_weights import shared_parameters
 from lightning_compress.modifiers.smoothing.channel_tracing import sources_of, trace
 from lightning_compress.modifiers.smoothing.fold import change_by_folding
-from lightning_compress.modifiers.smoothing.mappings import Mapped, resolve
-from lightning_compress.modifiers.smoothing.pair import Pair
+from lightning_compress.modifiers.smoothing.pair import Mapped, Pair, resolve
 from lightning_compress.modifiers.smoothing.unit_probe import find_units, record
 
 __all__ = ["INVARIANT", "PairFinder"]

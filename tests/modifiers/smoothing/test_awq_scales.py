@@ -1,4 +1,4 @@
-"""The grid of AWQ, its formula, and the exact error of a layer."""
+"""The grid of AWQ, its formula, the exact error of a layer, and the best range of each group against a loop."""
 
 import pytest
 import torch
@@ -6,13 +6,17 @@ from torch.testing import assert_close
 
 from lightning_compress.modifiers.smoothing.awq_scales import (
     AT_ONCE,
+    CLIPS,
     GridPoint,
     awq_scale,
+    clipped,
     grid,
     group_sizes,
     layer_errors,
     rounded_with,
 )
+from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.scales import minmax
 from tests.support.quantization_runs import correlated, int4
 
 GRAINS = {
@@ -69,3 +73,25 @@ def test_the_error_of_a_layer_is_that_of_its_outputs(grain, monkeypatch):
         Y = X @ rounded_with(W, s_C, GRAINS[grain]).t()
         assert float(error) == pytest.approx(float((Y - X @ W.t()).square().sum() / len(X)), rel=1e-3)
     assert AT_ONCE > 400
+
+
+@pytest.mark.parametrize("grain", [grain for grain in GRAINS if grain != "tensor"])
+def test_clipping_takes_the_best_range_of_every_group(grain):
+    grid_args = GRAINS[grain]
+    torch.manual_seed(0)
+    W, X = torch.randn(4, 32), correlated(80, 32)
+    W[1, 5] = 9.0
+    H = X.t() @ X / len(X)
+    Q, g = clipped(W, grid_args, H), {"group": 16, "asymmetric": 8, "channel": 32}[grain]
+
+    def loss(cut, row, cols):
+        D = (round_weight(cut, *minmax(cut, grid_args), grid_args) - W)[row, cols]
+        return float(D @ H[cols, cols] @ D)
+
+    for row in range(4):
+        for start in range(0, 32, g):
+            cols = slice(start, start + g)
+            top = W[row, cols].abs().max()  # not a float: an ulp decides how the limit is rounded
+            best = min(loss(W.clamp(-top * c, top * c), row, cols) for c in CLIPS)
+            assert loss(Q, row, cols) == pytest.approx(best, rel=1e-4)
+    assert not torch.equal(Q, W)
