@@ -9,8 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["OLDEST", "calls_kernel", "kernel_runs", "triton_version"]
+__all__ = ["KERNEL_DTYPES", "OLDEST", "calls_kernel", "kernel_runs", "triton_version"]
 
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (3, 6)  # the first Triton that the kernels were compiled and interpreted with
 DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")  # distributions that contain the module
 

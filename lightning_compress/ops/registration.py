@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["product_op", "register_gradient", "register_op", "skips_dispatcher"]
+from lightning_compress.ops.availability import KERNEL_DTYPES
+
+__all__ = ["check_matrices", "check_tokens", "product_op", "register_gradient", "register_op", "skips_dispatcher"]
 
 Op = Callable[..., Any]
 
@@ -21,6 +23,25 @@ def skips_dispatcher(x: Tensor) -> bool:
     """
     plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
     return plain and not torch.compiler.is_compiling()
+
+
+def check_tokens(x: Tensor, weights: Sequence[Tensor]) -> None:
+    """ValueError where the kernels do not take the dtype of x, or the weight is on another device."""
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    if any(t.device != x.device for t in weights):
+        raise ValueError(
+            f"x is on {x.device}, the weight on {', '.join(str(t.device) for t in weights)}; put them on one device"
+        )
+
+
+def check_matrices(x: Tensor, planes_NP: Tensor, scale_GN: Tensor) -> None:
+    """ValueError where the shapes of tokens, packed codes and scales do not fit."""
+    if planes_NP.ndim != 2 or scale_GN.ndim != 2 or not x.ndim or scale_GN.shape[1] != planes_NP.shape[0]:
+        raise ValueError(
+            f"expected x [..., K], planes [N, P] and scale [G, N], got {tuple(x.shape)}, {tuple(planes_NP.shape)} and "
+            f"{tuple(scale_GN.shape)}"
+        )
 
 
 def register_op(name: str, schema: str, function: Op, fake: Op, mutates: Sequence[str] = ()) -> Op:

@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
 from lightning_compress.ops.fake_quant.reference import HALF_STEP
 
 __all__ = ["HALF_STEP", "learned_step", "learned_value", "relative_step", "replace_value", "straight_through"]
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def straight_through(
@@ -62,15 +60,9 @@ def learned_value(
 ) -> Tensor:
     """``value``, with the gradients of LSQ for the activation x and for its scale.
 
-    Args:
-        x: Activation, any shape, any floating dtype.
-        value: x rounded to the grid, as the exported model computes it.
-        scale: Scale, [1].
-        zero: Zero point, [1]; None for 0.
-        low: Lowest code.
-        high: Highest code.
-        float8: The grid is that of FP8 (e4m3), not integers.
-        features: N in 1 / sqrt(N high), the factor of the gradient of the scale.
+    x has any shape and floating dtype; ``value`` is x rounded to the grid, as the exported model computes it;
+    ``features`` is N in 1 / sqrt(N high), the factor of the gradient of the scale [1]. The others are those of
+    :func:`straight_through`.
     """
     return _LearnedValue.apply(x, value, scale, zero, low, high, float8, features)
 
@@ -121,15 +113,7 @@ class _StraightThrough(Function):
         return gradient_RC * inside.view(W_RC.shape), None, None, None, None, None
 
 
-class _LearnedStep(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool
-    ) -> Tensor:
-        ctx.save_for_backward(W_RC, scale, zero)
-        ctx.grid = (low, high, float8)
-        return _value(W_RC, scale, zero, low, high, float8)
-
+class _LearnedStep(_StraightThrough):  # with the same forward
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_RC: Tensor) -> tuple[Tensor | None, ...]:

@@ -49,18 +49,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of W [R, C], in the dtype of the gradient of W^, and of the scale, float32 and not divided.
 
-    A gradient that is not needed is None.
-
-    Args:
-        gradient_RC: Gradient of W^.
-        W_RC: Weight, float16, bfloat16 or float32.
-        scale: Scales, [1], [R, 1] or [R, G].
-        zero: Zero points in the shape of the scale, or None.
-        low: Lowest code.
-        high: Highest code.
-        float8: The grid is that of FP8.
-        beyond: Distance beyond the grid up to which the gradient of W is 1, inclusive; None: 1 strictly inside (LSQ).
-        needed: Whether the gradient of W and that of the scale are needed.
+    A gradient that is not needed is None. ``beyond``: distance beyond the grid up to which the gradient of W is 1,
+    inclusive; None: 1 strictly inside (LSQ). Other arguments as in the reference.
     """
     W_RC, gradient_RC = W_RC.contiguous(), gradient_RC.contiguous()
     of_W = torch.empty_like(gradient_RC) if needed[0] else None

@@ -12,12 +12,11 @@ from torch import Tensor
 from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.fp4_gemm.layout import Layout, dense, to_layout
 from lightning_compress.ops.fp4_gemm.reference import dequantize
-from lightning_compress.ops.registration import product_op, skips_dispatcher
-from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE
+from lightning_compress.ops.registration import check_tokens, product_op, skips_dispatcher
+from lightning_compress.ops.w4a16_gemm.layout import check_words
 
 __all__ = ["Layout", "dequantize", "fp4_gemm", "to_layout"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENSE_ABOVE = 1024  # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
 
 
@@ -41,17 +40,12 @@ def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) 
 
 def check(x: Tensor, layout: Layout) -> None:
     """ValueError where the arguments of :func:`fp4_gemm` do not fit."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    check_tokens(x, layout)
     kinds = tuple(t.dtype for t in layout)
     if kinds != (torch.int16, torch.uint8, torch.float32):
         raise ValueError(
             f"expected int16 planes, uint8 scales and float32 divisors, got {', '.join(map(str, kinds))}; make them "
             f"with to_layout"
-        )
-    if any(t.device != x.device for t in layout):
-        raise ValueError(
-            f"x is on {x.device}, the weight on {', '.join(str(t.device) for t in layout)}; put them on one device"
         )
     planes_NP, scale_GN, divisor_N = layout
     N = planes_NP.shape[0] if planes_NP.ndim == 2 else -1
@@ -63,12 +57,7 @@ def check(x: Tensor, layout: Layout) -> None:
     K, G = x.shape[-1], scale_GN.shape[0]
     if not G or K % G or not K:
         raise ValueError(f"{G} groups do not divide K={K} columns; pass the x of this layer")
-    P = planes_NP.shape[1]
-    if -(-K // BLOCK) * PLANE != P:
-        raise ValueError(
-            f"x has K={K} columns, a row of the weight has {P} words, which hold {P * 4 - BLOCK + 1} to {P * 4}; "
-            f"pass the x of this layer"
-        )
+    check_words(K, planes_NP)
     if not all(t.is_contiguous() for t in layout):
         raise ValueError("planes, scale and divisor must be contiguous; call .contiguous() once, after loading")
 

@@ -9,14 +9,12 @@ Shapes: N rows, K columns, G groups of K / G columns in a row, P = ceil(K bits /
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
 from lightning_compress.ops.group_quant import reference
 from lightning_compress.ops.pack.lanes import pack_rows
 from lightning_compress.ops.registration import register_op
 
 __all__ = ["group_quant", "group_round"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def group_quant(W_NK: Tensor, group: int, bits: int, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -40,14 +38,8 @@ def group_round(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same with the dequantized weight W^ [N, K], in the dtype of W, in place of words.
 
-    Rows of activations are tokens: with ``group`` = K this is dynamic quantization per token.
-
-    Args:
-        W_NK: Weight, float16, bfloat16 or float32, finite.
-        group: Number of columns that share a scale; K for one scale per row.
-        bits: Bits of a code, 2 to 8.
-        symmetric: The grid has no zero point.
-        float8: Round to FP8 (e4m3) in place of integers; symmetric only.
+    Rows of activations are tokens: with ``group`` = K this is dynamic quantization per token. ``float8``: round to FP8
+    (e4m3) in place of integers, symmetric only. Other arguments are those of :func:`group_quant`.
 
     Raises:
         ValueError: As for :func:`group_quant`, or FP8 with a zero point.
@@ -59,7 +51,7 @@ def group_round(
 
 
 def _check(W_NK: Tensor, group: int, bits: int) -> None:
-    if W_NK.dtype not in DTYPES or W_NK.ndim != 2:
+    if W_NK.dtype not in KERNEL_DTYPES or W_NK.ndim != 2:
         raise ValueError(
             f"expected W [N, K] in float16, bfloat16 or float32, got {W_NK.dtype} {tuple(W_NK.shape)}; convert "
             f"and reshape it"

@@ -26,13 +26,7 @@ def group_quant(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Words int32 [N, P] or values [N, K], scale [N, G] and zero point int8 [N, G] or None; equal to the reference.
 
-    Args:
-        W_NK: Weight, float16, bfloat16 or float32.
-        group: Number of columns that share a scale; with ``packed`` a multiple of 32, or K.
-        bits: Bits of a code, 2 to 8.
-        symmetric: The grid has no zero point.
-        float8: Round to FP8 (e4m3); values only.
-        packed: Give words, otherwise values.
+    Arguments as ``group_quant`` and ``group_round`` check them; with ``packed`` the group is a multiple of 32, or K.
     """
     W_NK = W_NK.contiguous()
     (N, K), device = W_NK.shape, W_NK.device

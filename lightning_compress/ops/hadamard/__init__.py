@@ -8,12 +8,10 @@ Shapes: x [..., n], n = m P, base B [m, m] of +-1, P a power of two.
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
 from lightning_compress.ops.registration import register_gradient, register_op
 
 __all__ = ["hadamard_transform"]
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def hadamard_transform(x: Tensor, base_mm: Tensor | None = None, scale: float = 1.0) -> Tensor:

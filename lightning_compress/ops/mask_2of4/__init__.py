@@ -8,13 +8,11 @@ Shapes: R rows, C columns, a multiple of four.
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
 from lightning_compress.ops.mask_2of4 import reference
 from lightning_compress.ops.registration import register_op
 
 __all__ = ["mask_2of4"]
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def mask_2of4(score_RC: Tensor) -> Tensor:
@@ -49,8 +47,6 @@ def _kernel_runs(device: torch.device) -> bool:
     return kernel_runs(device, "scores of 2:4 masks are sorted by torch")
 
 
-def _mask_fake(score: Tensor) -> Tensor:
-    return score.new_empty(score.shape, dtype=torch.bool)
-
-
-_mask_op = register_op("mask_2of4", "(Tensor score) -> Tensor", _mask, _mask_fake)
+_mask_op = register_op(
+    "mask_2of4", "(Tensor score) -> Tensor", _mask, lambda score: score.new_empty(score.shape, dtype=torch.bool)
+)

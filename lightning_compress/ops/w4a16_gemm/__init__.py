@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
-from lightning_compress.ops.registration import product_op, skips_dispatcher
-from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE, from_planes, grid_rows, to_planes
+from lightning_compress.ops.registration import check_matrices, check_tokens, product_op, skips_dispatcher
+from lightning_compress.ops.w4a16_gemm.layout import PLANE, check_words, from_planes, grid_rows, to_planes
 from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequantize, unpack
 
 __all__ = ["dequantize", "from_planes", "grid_rows", "to_planes", "w4a16_gemm"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENSE_ABOVE = 1024  # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
 
 
@@ -39,8 +38,8 @@ def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor |
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> None:
     """ValueError where the arguments of :func:`w4a16_gemm` do not fit."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    weights = [planes_NP, scale_GN, *([] if zero_GN is None else [zero_GN])]
+    check_tokens(x, weights)
     if planes_NP.dtype != torch.int16 or not scale_GN.is_floating_point():
         raise ValueError(
             f"expected int16 planes and a floating scale, got {planes_NP.dtype} and {scale_GN.dtype}; make them with "
@@ -51,22 +50,9 @@ def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None
             f"expected int8 zero points of the scale's shape {tuple(scale_GN.shape)}, got {zero_GN.dtype} "
             f"{tuple(zero_GN.shape)}; make them with grid_rows"
         )
-    weights = [planes_NP, scale_GN, *([] if zero_GN is None else [zero_GN])]
-    if any(t.device != x.device for t in weights):
-        raise ValueError(
-            f"x is on {x.device}, the weight on {', '.join(str(t.device) for t in weights)}; put them on one device"
-        )
-    if planes_NP.ndim != 2 or scale_GN.ndim != 2 or not x.ndim or scale_GN.shape[1] != planes_NP.shape[0]:
-        raise ValueError(
-            f"expected x [..., K], planes [N, P] and scale [G, N], got {tuple(x.shape)}, {tuple(planes_NP.shape)} and "
-            f"{tuple(scale_GN.shape)}"
-        )
-    K, G, P = x.shape[-1], scale_GN.shape[0], planes_NP.shape[1]
-    if -(-K // BLOCK) * PLANE != P:
-        raise ValueError(
-            f"x has K={K} columns, a row of the weight has {P} words, which hold {P * 4 - BLOCK + 1} to {P * 4}; "
-            f"pass the x of this layer"
-        )
+    check_matrices(x, planes_NP, scale_GN)
+    K, G = x.shape[-1], scale_GN.shape[0]
+    check_words(K, planes_NP)
     if K % G:
         raise ValueError(f"{G} groups do not divide K={K} columns; pass a scale [G, N] with G a divisor of K")
     if not all(t.is_contiguous() for t in weights):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_compress.ops.w4a16_gemm.reference import CODES_PER_WORD, pack, unpack, unpack_zero
 
-__all__ = ["BLOCK", "PLANE", "from_planes", "grid_rows", "to_planes"]
+__all__ = ["BLOCK", "PLANE", "check_words", "from_planes", "grid_rows", "to_planes"]
 
 BLOCK = 128
 PLANE = 32
@@ -39,6 +39,16 @@ def grid_rows(scale_NG: Tensor, zero_packed: Tensor | None) -> tuple[Tensor, Ten
     """Scales [G, N] and zero points int8 [G, N] (or None): neighbouring rows of a tile are neighbours in memory."""
     zero_GN = None if zero_packed is None else unpack_zero(zero_packed, len(scale_NG)).t().contiguous()
     return scale_NG.t().contiguous(), zero_GN
+
+
+def check_words(K: int, planes_NP: Tensor) -> None:
+    """ValueError where rows of the planes do not hold K columns."""
+    P = planes_NP.shape[1]
+    if -(-K // BLOCK) * PLANE != P:
+        raise ValueError(
+            f"x has K={K} columns, a row of the weight has {P} words, which hold {P * 4 - BLOCK + 1} to {P * 4}; "
+            f"pass the x of this layer"
+        )
 
 
 def _shifts(device: torch.device) -> Tensor:

@@ -56,6 +56,5 @@ def pack(codes: Tensor) -> Tensor:
     """The reverse of :func:`unpack`, int32; unused bits of the last word of a row are 0."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % CODES_PER_WORD)).long()
     shifts = torch.arange(0, 32, 4, device=codes.device)
-    return (
-        (padded.unflatten(1, (-1, CODES_PER_WORD)) << shifts).sum(-1).to(torch.int32)
-    )  # wraps above 2^31, as intended
+    words = padded.unflatten(1, (-1, CODES_PER_WORD)) << shifts
+    return words.sum(-1).to(torch.int32)  # wraps above 2^31, as intended

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
-from lightning_compress.ops.registration import product_op, skips_dispatcher
+from lightning_compress.ops.registration import check_matrices, check_tokens, product_op, skips_dispatcher
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, codes, plane_of, to_planes
 from lightning_compress.ops.w4a8_gemm.reference import dequantize
 from lightning_compress.ops.w8a8_gemm import KINDS, quantize_tokens
 
 __all__ = ["dequantize", "to_planes", "w4a8_gemm"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -40,8 +38,7 @@ def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype 
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> None:
     """ValueError where the arguments of :func:`w4a8_gemm` do not fit."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    check_tokens(x, (planes_NP, scale_GN))
     if kind not in KINDS:
         raise ValueError(f"expected codes of int8 or float8_e4m3fn, got {kind}")
     if planes_NP.dtype != torch.int8 or not scale_GN.is_floating_point():
@@ -49,15 +46,7 @@ def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> 
             f"expected int8 planes and a floating scale, got {planes_NP.dtype} and {scale_GN.dtype}; make the planes "
             f"with to_planes"
         )
-    if planes_NP.device != x.device or scale_GN.device != x.device:
-        raise ValueError(
-            f"x is on {x.device}, the weight on {planes_NP.device}, {scale_GN.device}; put them on one device"
-        )
-    if planes_NP.ndim != 2 or scale_GN.ndim != 2 or not x.ndim or scale_GN.shape[1] != planes_NP.shape[0]:
-        raise ValueError(
-            f"expected x [..., K], planes [N, P] and scale [G, N], got {tuple(x.shape)}, {tuple(planes_NP.shape)} and "
-            f"{tuple(scale_GN.shape)}"
-        )
+    check_matrices(x, planes_NP, scale_GN)
     K, G, P = x.shape[-1], scale_GN.shape[0], planes_NP.shape[1]
     if not G or not K or K % G:
         raise ValueError(f"{G} groups do not divide K={K} columns; pass a scale [G, N] with G a divisor of K")

@@ -9,13 +9,12 @@ Shapes: M tokens, N output features, K input features.
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.availability import kernel_runs
+from lightning_compress.ops.availability import KERNEL_DTYPES, kernel_runs
 from lightning_compress.ops.registration import product_op, register_op, skips_dispatcher
 from lightning_compress.ops.w8a8_gemm import reference
 
 __all__ = ["KINDS", "quantize_static", "quantize_tokens", "w8a8_gemm", "w8a8_linear"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = (torch.int8, torch.float8_e4m3fn)
 FEW = 64  # tokens up to which the kernel is expected to win over cuBLASLt; not measured yet
 FUSED = 8  # tokens up to which quantizing in every program should beat a launch; not measured yet
@@ -69,7 +68,7 @@ def w8a8_gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, 
             f"expected int8 or float8_e4m3fn codes on both sides and float32 scales, got {codes.dtype} and "
             f"{weight_NK.dtype}, {scale.dtype} and {scale_N.dtype}; make those of tokens with quantize_tokens"
         )
-    if dtype not in DTYPES:
+    if dtype not in KERNEL_DTYPES:
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     N = len(weight_NK) if weight_NK.ndim else 0
     scaled = scale.shape in (codes.shape[:-1], (1,)) and scale_N.shape in ((N,), (1,))
@@ -110,7 +109,7 @@ def w8a8_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | N
 
 
 def _check_tokens(x: Tensor, kind: torch.dtype) -> None:
-    if x.dtype not in DTYPES or not x.ndim or not x.shape[-1]:
+    if x.dtype not in KERNEL_DTYPES or not x.ndim or not x.shape[-1]:
         raise ValueError(f"expected x [..., K] in float16, bfloat16 or float32, got {x.dtype} {tuple(x.shape)}")
     if kind not in KINDS:
         raise ValueError(f"expected codes of int8 or float8_e4m3fn, got {kind}")
@@ -202,10 +201,6 @@ def _dense(weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight_NK.float() * scale_N[:, None]).to(dtype)
 
 
-def _gemm_fake(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(*codes.shape[:-1], weight.shape[0], dtype=dtype)
-
-
 def _quantize_fake(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -217,7 +212,7 @@ _gemm_op = register_op(
     "w8a8_gemm",
     "(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
     _gemm,
-    _gemm_fake,
+    lambda codes, scale, weight, weight_scale, dtype: codes.new_empty(*codes.shape[:-1], weight.shape[0], dtype=dtype),
 )
 _linear_op = product_op(
     "w8a8_linear", "Tensor weight, Tensor weight_scale", _linear, _dense, options="Tensor? scale", packed=False
