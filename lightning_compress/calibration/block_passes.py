@@ -26,11 +26,7 @@ __all__ = ["ModuleGroup", "BlockPasses", "one_pass_obstacle"]
 class ModuleGroup:
     """Modules that are finished together.
 
-    Args:
-        name: The block's dotted name; empty outside of all blocks.
-        block: The block; None outside of all blocks.
-        modules: Modules of the group by dotted name.
-        title: Name of the group in messages and progress.
+    Outside of all blocks ``name`` is empty and ``block`` is None; ``title`` names the group in messages and progress.
     """
 
     name: str
@@ -44,11 +40,8 @@ class BlockPasses:
     """Runs the stages of a recipe over groups of modules.
 
     Args:
-        lifecycle: The modifiers.
         state: State of every event, but for the group.
-        clock: Clock of the events.
         masks: Per batch the tokens that count, [B, T]; None: all.
-        probe: Order and number of the calls of each target in a forward pass.
         one_pass: The last stage runs in lockstep.
         report: Called with a text as work advances.
     """
@@ -229,11 +222,8 @@ def one_pass_obstacle(
 ) -> str | None:
     """Why the last stage cannot run in lockstep; None when it can.
 
-    Args:
-        modifiers: The modifiers of the recipe, with their hooks on.
-        counts: Calls per target in one forward pass.
-        targets: Modules that modifiers have hooked, with names.
-        uncalled: Whether targets that the first batch does not reach (an expert without tokens?) are allowed.
+    The hooks of the modifiers are on, ``counts`` are calls in one forward pass, and ``uncalled`` allows targets that
+    the first batch does not reach (an expert without tokens?).
     """
     last = [m for m in stages_of(modifiers)[-1] if m.needs.calibration]
     for modifier in last:

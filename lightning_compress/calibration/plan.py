@@ -60,14 +60,9 @@ def make_plan(
     probe: Probe,
     targets: Mapping[nn.Module, str],
 ) -> CalibrationPlan:
-    """Order the work.
+    """Order the work; the model is dense, hooks of the modifiers are paused, and ``run`` runs the batch of the probe.
 
-    Args:
-        model: The dense model, hooks of the modifiers paused.
-        run: Runs the first batch through the model, as for the probe.
-        blocks: Blocks by name.
-        probe: Result of that run.
-        targets: Modules that modifiers have hooked, with their names.
+    ``targets`` are the modules that modifiers have hooked, with their names.
     """
     calls = [block.name for block in probe.blocks]
     if repeated := sorted({name for name in calls if calls.count(name) > 1}):

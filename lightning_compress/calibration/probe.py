@@ -84,17 +84,10 @@ def run_probe(
     targets: Mapping[nn.Module, str],
     mask: Tensor | None,
 ) -> Probe:
-    """Run the first batch through the dense model and record the calls.
+    """Run the first batch through the dense model and record the calls; hooks of the modifiers are paused.
 
-    Args:
-        model: The model, in the modes of calibration, hooks of the modifiers paused.
-        run: Runs the first batch through the model.
-        blocks: Blocks by name.
-        targets: Modules that modifiers have hooked, with their names.
-        mask: Tokens of the batch that count, [B, T]; None: all.
-
-    Raises:
-        ValueError: An activation is NaN or Inf; the message names the module.
+    ``targets`` are the modules that modifiers have hooked, with their names; ``mask`` says which tokens of the batch
+    count, [B, T], None: all. An activation that is NaN or Inf is a ValueError that names the module.
     """
     outside = modules_outside(model, blocks)
     hooks = _ProbeHooks(blocks, targets, set(outside.values()), mask)

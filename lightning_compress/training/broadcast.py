@@ -45,14 +45,9 @@ class _Structure:
 
 
 def share(model: nn.Module, device: torch.device) -> None:
-    """Make the model of every rank that of rank 0; every rank calls this.
+    """Make the model of every rank that of rank 0; every rank calls this, with its device.
 
-    Args:
-        model: The compressed model on rank 0, the trained one on the others.
-        device: Of this rank.
-
-    Raises:
-        ValueError: On every rank, when rank 0 changed the model in a way that the others cannot repeat.
+    ValueError, on every rank, when rank 0 changed the model in a way that the others cannot repeat.
     """
     if world_size() == 1:
         return

@@ -42,9 +42,7 @@ class Outputs:
     def check(self, *, resumed: bool, run: str) -> None:
         """ValueError now, not after hours of training, when one of them could not be written.
 
-        Args:
-            resumed: Whether this run resumes from a checkpoint; then it may replace its earlier export.
-            run: Name of the run.
+        A run that is ``resumed`` from a checkpoint may replace its earlier export.
         """
         if self.report.exists() and not self.report.is_dir():
             raise ValueError(f"{self.report} is a file, and the report goes into a folder of that name; move the file")
@@ -87,11 +85,7 @@ class FolderLock:
         self._locks: dict[Path, dict[str, Any]] = {}
 
     def acquire(self, path: Path, run: str) -> None:
-        """Create the lock file ``path``, and its folder.
-
-        Raises:
-            ValueError: Another run has locked it, or it cannot be written.
-        """
+        """Create the lock file ``path``, and its folder; ValueError if another run has it, or it cannot be written."""
         process, job = os.getpid(), os.environ.get("SLURM_JOB_ID")
         mine = {"host": host_name(), "process": process, "started": _started(process), "run": run, "job": job}
         try:

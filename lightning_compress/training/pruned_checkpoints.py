@@ -57,12 +57,7 @@ def check_launcher(trainer: Trainer) -> None:
 
 
 def carry_shapes(root: LightningModule, name: str | None) -> AbstractContextManager[None]:
-    """Inside, the checkpoint hooks of this object write and read shapes, before its own.
-
-    Args:
-        root: The LightningModule.
-        name: Of the model inside it, as in :func:`choose`.
-    """
+    """Inside, the checkpoint hooks of ``root`` write and read shapes, before its own; ``name`` as in :func:`choose`."""
     load, save = root.on_load_checkpoint, root.on_save_checkpoint
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:

@@ -42,11 +42,7 @@ def collect_all(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def restore(states: list[dict[str, Any]]) -> None:
-    """Continue with the random numbers as after :func:`collect_all`.
-
-    Args:
-        states: One for each rank. A further rank leaves its random state as it is.
-    """
+    """Continue as after :func:`collect_all`; a rank that ``states`` has none for leaves its random state as it is."""
     if distributed.rank() >= len(states):
         return
     state = states[distributed.rank()]
@@ -77,9 +73,7 @@ class LoadedRandomState:
 def undisturbed(trainer: Trainer, seed: int) -> Iterator[None]:
     """Afterwards the random state and the Trainer's stage are as before; inside, no autocast and no gradients.
 
-    Args:
-        trainer: In its fit.
-        seed: Seed of torch's random state inside. Python's and NumPy's, which augmentation may use, are put back, too.
+    ``seed`` is for torch's random state. Python's and NumPy's, which augmentation may use, are put back, too.
     """
     stage = trainer.state.stage
     with ExitStack() as stack:

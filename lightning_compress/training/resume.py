@@ -32,8 +32,7 @@ __all__ = ["after_last_batch", "begin_epoch", "is_resumed", "load_earlier_end", 
 def resume_loaders(trainer: Trainer) -> int:
     """Load the states of loaders that Lightning has left out; called in on_train_start.
 
-    Returns:
-        How many batches of the resumed epoch come again, since a loader has no state (a warning says so).
+    Returns how many batches of the resumed epoch come again, since a loader has no state (a warning says so).
     """
     loop = trainer.fit_loop
     if loop._combined_loader is not None and loop._combined_loader_states_to_load:
@@ -81,15 +80,8 @@ def load_earlier_end(
 ) -> dict[str, Any] | None:
     """Load ``compressed.ckpt`` if this very run has written it from this very model; every rank calls this.
 
-    Args:
-        trainer: The Trainer, in its fit.
-        pl_module: Gets the compressed weights.
-        outputs: Paths of the checkpoint and of the export.
-        key: The callback's key in a checkpoint.
-        state: The callback's present state.
-
-    Returns:
-        The callback's state in that checkpoint; None when there is no such checkpoint.
+    ``state`` is the callback's present state, ``key`` its key in a checkpoint. Returns the callback's state in that
+    checkpoint; None when there is no such checkpoint.
     """
     path = outputs.checkpoint
     if not alone(lambda: _made_from(_read(path), outputs.export, key, state), "reading compressed.ckpt"):

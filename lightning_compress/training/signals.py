@@ -68,11 +68,9 @@ def stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def requeue_only(trainer: Trainer, *, save_first: bool) -> Iterator[None]:
-    """Inside, the signal requeues the job and saves nothing; a handler of the user is not replaced.
+    """Inside, the signal requeues the job and saves nothing; a handler of the user is not replaced. For every rank.
 
-    Args:
-        trainer: In its fit; every rank opens this.
-        save_first: Save a checkpoint now, from which the next attempt resumes. Without it that starts as this one did.
+    With ``save_first`` a checkpoint is saved now, from which the next attempt resumes; else that starts as this one.
     """
     signum = _requeue_signal(trainer)
     if signum is None:
