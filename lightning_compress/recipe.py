@@ -75,8 +75,8 @@ def _entry(modifier: Modifier) -> dict[str, Any]:
     names = {c: name for name, c in ModifierFactory._registered.items()}
     fields = type(modifier).model_fields
     arguments = {name: _plain(modifier, name) for name in fields}
-    told = {n: v for n, v in arguments.items() if v is not None or fields[n].default is not None}
-    return {"type": names.get(type(modifier), type(modifier).__name__), **told}
+    settings = {n: v for n, v in arguments.items() if v is not None or fields[n].default is not None}
+    return {"type": names.get(type(modifier), type(modifier).__name__), **settings}
 
 
 def _plain(modifier: Modifier, name: str) -> Any:

@@ -3,7 +3,9 @@
 The exceptions below may only become fewer: an entry that is no longer needed fails, too.
 """
 
+import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +59,36 @@ def test_docstrings_and_mirrored_tests_become_more(package):
     assert len(missing) <= MODULES_WITHOUT_TEST, f"write tests/a/test_b.py for a/b.py; without one are {missing}"
     public = [function.documented for function in package.functions if function.public]
     assert sum(public) >= DOCUMENTED * len(public)
+
+
+# A result is named by a noun: the modules, not found; the weights before, not kept.
+NOT_NOUNS = {
+    "beside", "done", "found", "given", "gone", "kept", "made", "ours", "own", "said", "taken", "theirs", "there",
+    "told", "whole",
+}  # fmt: skip
+
+
+def test_results_are_named_by_nouns():
+    names = []
+    for path in sorted(Path(house.ROOT, "lightning_compress").rglob("*.py")):
+        stored = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name))
+        names += [
+            f"{path.name}:{n.lineno} {n.id}" for n in stored if n.id in NOT_NOUNS and isinstance(n.ctx, ast.Store)
+        ]
+    assert not names, f"name the thing: {names}"
+
+
+DIALECT = re.compile(r"\b(is no (?!longer\b|more than\b|obstacle\b)\w+|shall|whoever|nobody)\b")
+
+
+def test_texts_are_in_plain_english():
+    """Of the phrases that a reader stops at: "is no number" for "is not a number", "shall" for "must"."""
+    lines = []
+    for path in sorted(Path(house.ROOT, "lightning_compress").rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if (match := DIALECT.search(line)) and "there is no" not in line.lower():
+                lines.append(f"{path.name}:{number} {match[0]}")
+    assert not lines, f"see CONTRIBUTING.md, plain English: {lines}"
 
 
 SOURCES = {

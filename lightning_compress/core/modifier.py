@@ -140,10 +140,10 @@ class Modifier(ModifierInterface, Hooks, Window):
             raise RuntimeError(f"cannot initialize {self.name} twice; create a new one")
         try:
             with _each_warning_once(self._warned):
-                done = self.on_initialize(state, **kwargs)
-            if not done:
+                prepared = self.on_initialize(state, **kwargs)
+            if not prepared:
                 raise RuntimeError(
-                    f"{self.name}.on_initialize returned {done!r}, expected True: it could not prepare the model, "
+                    f"{self.name}.on_initialize returned {prepared!r}, expected True: it could not prepare the model, "
                     f"and its hooks are removed; check its arguments"
                 )
             self._initialized = True
@@ -166,11 +166,11 @@ class Modifier(ModifierInterface, Hooks, Window):
         if not self._initialized:
             raise RuntimeError(f"cannot finalize {self.name}: it was never initialized")
         try:
-            done = self.on_finalize(state, **kwargs)
+            succeeded = self.on_finalize(state, **kwargs)
         finally:
             self.remove_hooks()
-        if not done:
-            raise RuntimeError(f"{self.name}.on_finalize returned {done!r}, expected True")
+        if not succeeded:
+            raise RuntimeError(f"{self.name}.on_finalize returned {succeeded!r}, expected True")
         self._finalized = True
         if self.start is not None and not (self._started or self._resumed):
             until = "" if self.end is None else f" and before {self.end}"

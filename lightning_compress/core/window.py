@@ -94,6 +94,6 @@ class Window(Arguments):
         """Without ``update``: always. With it: once at the first BATCH_START at or after each update point."""
         if self.update is None or event.type_ != EventType.BATCH_START:
             return self.update is None
-        due, done = event.due_count(self.start or 0.0, self.update), self._updates
-        self._updates = max(due, done)
-        return due > done
+        due, delivered = event.due_count(self.start or 0.0, self.update), self._updates
+        self._updates = max(due, delivered)
+        return due > delivered

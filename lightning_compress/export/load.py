@@ -72,7 +72,7 @@ def load(
             nothing in it can be ``packed``, or nothing can be fused with ``fuse=True``.
     """
     source = _open(Path(folder).expanduser().resolve())
-    if "online" in source.own:
+    if "online" in source.own_content:
         if packed or fuse:
             raise ValueError(
                 f"{source.path}: rotations run beside its modules, which packed modules cannot have; leave packed out"
@@ -83,7 +83,7 @@ def load(
     layout = _layout(source, model, len(files.names), dtype)
     quantized = _read_quantized(source, layout, files, dtype, keep=packed is not False)
     caches = _read_caches(source, layout, files)
-    rotations = read_online(layout, source.own.get("online", {}), source.own_file)
+    rotations = read_online(layout, source.own_content.get("online", {}), source.own_file)
     is_new = model is None
     model = _filled(source, layout, model, quantized.weights | files.rest())
     model = (model if device is None else model.to(device)).eval()
@@ -112,7 +112,7 @@ class _Folder:
 
     path: Path  # absolute
     config: Mapping[str, Any]  # of config.json, without the changes that keep other loaders off (online.py)
-    own: Mapping[str, Any]  # the content of lightning_compress.json
+    own_content: Mapping[str, Any]  # the content of lightning_compress.json
     quantization: Mapping[str, Any]  # ``quantization_config``; empty where nothing is quantized
 
     @property
@@ -135,8 +135,8 @@ class _Quantized:
 
 def _open(path: Path) -> _Folder:
     config_file = path / "config.json"
-    config, own = read_json(config_file), read_own(path / OWN_FILE)
-    if "online" in own:
+    config, content = read_json(config_file), read_own(path / OWN_FILE)
+    if "online" in content:
         with naming(config_file):
             config = unsealed(config)
     quantization = config.get("quantization_config", {})
@@ -147,7 +147,7 @@ def _open(path: Path) -> _Folder:
         raise ValueError(
             f"{path} was quantized by {method!s:.80}, expected compressed-tensors; load it with transformers"
         )
-    return _Folder(path, config, own, quantization)
+    return _Folder(path, config, content, quantization)
 
 
 def _check_arguments(source: _Folder, model: nn.Module | None, dtype: torch.dtype | None) -> None:
@@ -165,10 +165,10 @@ def _check_arguments(source: _Folder, model: nn.Module | None, dtype: torch.dtyp
 def _layout(source: _Folder, model: nn.Module | None, tensors: int, dtype: torch.dtype | None) -> nn.Module:
     """``model``, or the one that config.json describes, in the shapes that it was saved in; experts are split."""
     if model is None:
-        own_dtype = getattr(torch, source.own["dtype"]) if "dtype" in source.own else None
+        own_dtype = getattr(torch, source.own_content["dtype"]) if "dtype" in source.own_content else None
         model = hugging_face.skeleton(source.path, source.config, tensors, dtype or own_dtype)
     with naming(source.own_file, "structure"):
-        reshape(model, source.own.get("structure", record_of(model)))
+        reshape(model, source.own_content.get("structure", record_of(model)))
     if hugging_face.is_transformers(model) and fused_experts(model):
         split(model)
     return model
@@ -187,7 +187,7 @@ def _read_quantized(
     """
     quantized = _Quantized({}, {}, {})
     names = names_of_experts(layout) if hugging_face.is_transformers(layout) else {}
-    names |= source.own["names"]
+    names |= source.own_content["names"]
     schemes = {}
     if source.quantization:
         with naming(source.config_file, "quantization_config"):
@@ -201,7 +201,7 @@ def _read_quantized(
             quantized.weights[f"{on_disk}.weight"], quantized.records[name] = _unpacked(name, tensors, module, scheme)
         if keep:
             quantized.stored[name] = dict(tensors)
-    for name, data in source.own["dense"].items():
+    for name, data in source.own_content["dense"].items():
         with naming(source.own_file, f"dense.{name}"):
             quantized.records[name] = Quantized.from_json(data)
             check_record(name, as_matrix(layout.get_submodule(name)), quantized.records[name])

@@ -134,20 +134,20 @@ def _write(contents: Contents, folder: Path, max_shard_bytes: int) -> None:
     if contents.is_transformers:
         plain_transformers.warn_of_misfits(contents.model)
         plain_transformers.warn_of_dropped(contents.model)
-    own: dict[str, Any] = {
+    content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dense": {name: contents.records[name][1].to_json() for name in contents.dense},
         "names": {name: other for name, other in on_disk.items() if name != other},
     }
     if dtype is not None:
-        own["dtype"] = str(dtype).removeprefix("torch.")
+        content["dtype"] = str(dtype).removeprefix("torch.")
     if entries := online_entries(contents.model):
-        own["online"] = entries
+        content["online"] = entries
         seal(folder)
     if not contents.is_transformers and (steps := record_of(contents.model)):
-        own["structure"] = steps
-    if len(own) > 3 or own["dense"] or own["names"]:
-        (folder / OWN_FILE).write_text(json.dumps(own, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        content["structure"] = steps
+    if len(content) > 3 or content["dense"] or content["names"]:
+        (folder / OWN_FILE).write_text(json.dumps(content, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _write_weights(contents: Contents, folder: Path, max_shard_bytes: int) -> dict[str, str]:

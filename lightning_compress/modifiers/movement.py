@@ -187,9 +187,9 @@ class MovementPruningModifier(ScheduledSparsity):
         """The best weights are back; restore what was saved with them."""
         if self._count(state["masks"]) > self._count(self._weights.masks):
             self._final = dict(self._weights.masks)
-        done = self._done
+        was_done = self._done
         self._restore(state)
-        self._done = done or self._done  # the clock does not go back
+        self._done = was_done or self._done  # the clock does not go back
 
     def on_training_end(self, state: State, event: Event, **kwargs: Any) -> None:
         if self._final:

@@ -117,4 +117,6 @@ class QuantizationArguments(BaseModel):
         if self.config_groups is None:
             return "scheme.weights.group_size" if self._is_inline else "group_size"
         named = zip(self.config_groups, self.schemes, strict=True)
-        return next((f"config_groups.{name}.weights.group_size" for name, own in named if own is scheme), None)
+        return next(
+            (f"config_groups.{name}.weights.group_size" for name, candidate in named if candidate is scheme), None
+        )

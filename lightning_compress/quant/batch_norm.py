@@ -156,12 +156,12 @@ def _trace(
         for name, child in module.named_children():
             _trace(child, f"{prefix}{name}.", before, calls)
         return
-    made = {node: f"{prefix}{node.target}" for node in graph.nodes if node.op == "call_module"}
-    calls.update(made.values())
-    for node, name in made.items():
+    names = {node: f"{prefix}{node.target}" for node in graph.nodes if node.op == "call_module"}
+    calls.update(names.values())
+    for node, name in names.items():
         if name in before:
             source = node.args[0] if node.args else None
-            known = made.get(source) if isinstance(source, fx.Node) else None
+            known = names.get(source) if isinstance(source, fx.Node) else None
             before[name].append((known, len(source.users) if isinstance(source, fx.Node) else 0))
 
 

@@ -158,7 +158,7 @@ def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
         raise RuntimeError(f"{name!r}: its scheme is asymmetric, but its record has no zero point")
     for what in ("scale", "global_scale", "input_scale", "input_global_scale"):
         value = getattr(record, what)
-        if value is not None and not ((found := wide(value)).isfinite() & (found > 0)).all():
+        if value is not None and not ((values := wide(value)).isfinite() & (values > 0)).all():
             raise RuntimeError(f"{name!r}: its {what} is not finite and positive everywhere")
 
 

@@ -176,8 +176,8 @@ class FakeQuantize(nn.Module):
         """The record of the current weight."""
         scale, zero = self.grid(W_RC)
         static = self.input is not None and not self.input.args.dynamic
-        given = self.input.grid() if self.input is not None and static else (None, None)
-        return Quantized(self.scheme, scale.clone(), None if zero is None else zero.clone(), *given)
+        input_grid = self.input.grid() if self.input is not None and static else (None, None)
+        return Quantized(self.scheme, scale.clone(), None if zero is None else zero.clone(), *input_grid)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [R, C], with its gradient."""

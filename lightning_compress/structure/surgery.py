@@ -142,8 +142,8 @@ def reshape(model: nn.Module, steps: Sequence[Step]) -> None:
             f"model, and use the recipe of the run that saved it"
         )
     for step in steps[len(past) :]:
-        for name, kept in step.get("layers", {}).items():
-            _keep_layers(model, name, kept)
+        for name, layers in step.get("layers", {}).items():
+            _keep_layers(model, name, layers)
         for name, shape in step.get("shapes", {}).items():
             tensor = _tensor(model, name)
             if len(shape) != tensor.dim() or any(s > t for s, t in zip(shape, tensor.shape, strict=True)):
@@ -172,8 +172,8 @@ def change_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, An
 
 def _selected(tensor: Tensor, along: Mapping[int, Tensor]) -> Tensor:
     tensor = tensor.detach()
-    for dim, kept in along.items():
-        tensor = tensor.index_select(dim, kept.to(tensor.device))
+    for dim, indices in along.items():
+        tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor.contiguous()
 
 

@@ -113,9 +113,9 @@ def evaluate(
 
 
 def _counted(batches: Iterable[Batch], progress: Callable[[int], None]) -> Iterator[Batch]:
-    for done, batch in enumerate(batches, 1):
+    for number, batch in enumerate(batches, 1):
         yield batch
-        progress(done)
+        progress(number)
 
 
 def compare(before: Measurement, after: Measurement, device: torch.device = CPU) -> dict[str, Any]:

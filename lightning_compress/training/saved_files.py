@@ -1,6 +1,6 @@
 """Checkpoint files that this process saved: they may be unpickled, and no other file is.
 
-A date is no evidence: the sender of a file chooses it, and the path of the best file is read from a checkpoint, too.
+A date proves nothing: the sender of a file chooses it, and the path of the best file is read from a checkpoint, too.
 So the inode, size and time of change of each file are recorded when it is saved, and compared before it is read.
 """
 
