@@ -146,7 +146,12 @@ def _modifier(entry: Any, place: str) -> Modifier:
     if (target is None) == (type_ is None):
         raise ValueError(f"{place} needs either type or _target_, such as type: GPTQModifier")
     if target is not None:
-        type_ = _named_by(target, place)
+        if not isinstance(target, str) or not target.startswith(OWN):
+            raise ValueError(
+                f"{place}: _target_: {target} is refused: a recipe file may only name modifiers of this package; "
+                f"for a modifier of your own use ModifierFactory.register and type: its name"
+            )
+        type_ = target.rsplit(".", 1)[-1]
     for name, value in arguments.items():
         _refuse_targets(value, f"{place}.{name}")
     try:
@@ -159,15 +164,6 @@ def _named_arguments(entry: Mapping[Any, Any], place: str) -> dict[str, Any]:
     if other := [key for key in entry if not isinstance(key, str)]:
         raise ValueError(f"{place}: {other[0]!r} is not the name of an argument; write names as text")
     return dict(entry)
-
-
-def _named_by(target: Any, place: str) -> str:
-    if not isinstance(target, str) or not target.startswith(OWN):
-        raise ValueError(
-            f"{place}: _target_: {target} is refused: a recipe file may only name modifiers of this package; "
-            f"for a modifier of your own use ModifierFactory.register and type: its name"
-        )
-    return target.rsplit(".", 1)[-1]
 
 
 def _refuse_targets(value: Any, place: str) -> None:

@@ -41,17 +41,11 @@ class Turn:
 
 @dataclass
 class Fusion:
-    """The effects of a rotation on a model.
+    """The effects of a rotation on a model: names of parameters, and the largest change of an output."""
 
-    Args:
-        changed: Names of the parameters that were turned.
-        untied: Names of the parameters that had shared their tensor with another one and no longer do.
-        difference: Largest change of an output, as a share of the largest output.
-    """
-
-    changed: list[str] = field(default_factory=list)
-    untied: list[str] = field(default_factory=list)
-    difference: float = 0.0
+    changed: list[str] = field(default_factory=list)  # that were turned
+    untied: list[str] = field(default_factory=list)  # that had shared their tensor with another one and no longer do
+    difference: float = 0.0  # as a share of the largest output
 
 
 def turns_of_heads(heads: Iterable[Head], rotation_of: Callable[[Head], Tensor]) -> list[Turn]:

@@ -18,19 +18,12 @@ __all__ = ["AttentionValue", "Mark", "Marks", "ParameterView", "Product"]
 
 @dataclass(frozen=True)
 class AttentionValue:
-    """Output of a projection on its way through an attention.
+    """Output of a projection on its way through an attention."""
 
-    Args:
-        touches: Rows of the projection, and of its bias.
-        width: Number of features beside each other.
-        is_uncut: It is not cut into heads yet, so that its features are rows of the weight.
-        mixed: It is a weighted sum over tokens.
-    """
-
-    touches: tuple[Touch, ...]
-    width: int
-    is_uncut: bool = True
-    mixed: bool = False
+    touches: tuple[Touch, ...]  # rows of the projection, and of its bias
+    width: int  # number of features beside each other
+    is_uncut: bool = True  # not cut into heads yet, so that its features are rows of the weight
+    mixed: bool = False  # a weighted sum over tokens
 
     def rows(self, start: int, stop: int) -> "AttentionValue":
         """Some of its features."""
@@ -57,23 +50,14 @@ class ParameterView:
 
 @dataclass
 class Product:
-    """A product with a parameter.
+    """A product with a parameter."""
 
-    Args:
-        module: Name of the innermost module that ran.
-        reads: The dimension of the weight that meets the input.
-        writes: The dimension of the weight that gives the output, and the bias.
-        input_space: Space of the input, if known.
-        output_space: Space of the output.
-        head: The inputs are values of an attention.
-    """
-
-    module: str
-    reads: Touch
-    writes: tuple[Touch, ...]
+    module: str  # the innermost one that ran
+    reads: Touch  # the dimension of the weight that meets the input
+    writes: tuple[Touch, ...]  # the dimension of the weight that gives the output, and the bias
     input_space: Space | None
     output_space: Space
-    head: bool = False
+    head: bool = False  # the inputs are values of an attention
 
 
 class Marks:

@@ -97,16 +97,11 @@ def _form(unit: nn.Module, call: UnitCall) -> SourceForm | None:
         with restored(unit):
             scale_source(unit, form, channels, 1 / factor_R)
             scaled = unit(*call.args, **call.kwargs)
-        if relative_change(call.output * factor_R.to(call.output.dtype), scaled) <= _tolerance(
-            form, parameters["weight"]
-        ):
+        # powers of two are exact; but (1 + w) / s - 1 is rounded to the dtype of w
+        rounding = 8 * torch.finfo(parameters["weight"].dtype).eps if form == "one_plus_weight" else 0.0
+        if relative_change(call.output * factor_R.to(call.output.dtype), scaled) <= max(CLOSE, rounding):
             return form
     return None
-
-
-def _tolerance(form: SourceForm, weight: Tensor) -> float:
-    """Powers of two are exact; but (1 + w) / s - 1 is rounded to the dtype of w."""
-    return CLOSE if form != "one_plus_weight" else max(CLOSE, 8 * torch.finfo(weight.dtype).eps)
 
 
 def _is_frozen(unit: nn.Module, frozen: set[int]) -> bool:
@@ -288,7 +283,11 @@ def _axes(unit: nn.Module, calls: Sequence[UnitCall], index_C: Tensor, J: int) -
 
 def _add_silent(recording: Recording, source: str, consumers: dict[str, Consumer], frozen: set[int]) -> bool:
     """Add experts that received no token of this batch like their siblings; False when one of them must not change."""
-    silent = [n for n in recording.units if all(_is_empty(call) for call in recording.calls.get(n, []))]
+    silent = []
+    for name in recording.units:
+        inputs = [call.main_input for call in recording.calls.get(name, [])]
+        if all(x is not None and not x.numel() for x in inputs):
+            silent.append(name)
     for name, consumer in list(consumers.items()):
         for other in silent:
             if other in consumers or not _are_siblings(name, other, source):
@@ -303,11 +302,6 @@ def _add_silent(recording: Recording, source: str, consumers: dict[str, Consumer
                 return False
             consumers[other] = consumer
     return True
-
-
-def _is_empty(call: UnitCall) -> bool:
-    x = call.main_input
-    return x is not None and x.numel() == 0
 
 
 def _are_siblings(one: str, other: str, source: str) -> bool:
