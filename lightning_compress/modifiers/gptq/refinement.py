@@ -57,9 +57,8 @@ def refine(
     nearest: Rounding,
     dtype: torch.dtype,
     keep_RC: Tensor | None = None,
-    rounds: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Refit the scales, improve the codes, refit the scales, ``rounds`` times; rows whose J does not fall keep Q.
+    """Refit the scales, improve the codes, refit the scales; rows whose J does not fall keep Q.
 
     Args:
         W_RC: The dense weight, float32.
@@ -71,7 +70,6 @@ def refine(
         nearest: Writes the grid points nearest to a column of values into its last argument.
         dtype: Dtype in which scales are stored.
         keep_RC: False where Q is zero and stays zero; None: nowhere.
-        rounds: Number of rounds.
 
     Returns:
         Q [R, C], scales [R, G] that hold in ``dtype``, float32, and J of each row, [R].
@@ -82,11 +80,9 @@ def refine(
     if not is_refinable(args):
         raise ValueError(f"expected integers with a scale for each row, got {args.type} per {args.strategy}")
     start_RG = expand(scale, len(W_RC), args).float()
-    new_RC, scale_RG = Q_RC, start_RG
-    for _ in range(rounds):
-        new_RC, scale_RG = refit_scales(W_RC, new_RC, scale_RG, args, H_CC, dtype)
-        new_RC = improve_codes(W_RC, new_RC, scale_RG, zero_point, args, H_CC, nearest, keep_RC)
-        new_RC, scale_RG = refit_scales(W_RC, new_RC, scale_RG, args, H_CC, dtype)
+    new_RC, scale_RG = refit_scales(W_RC, Q_RC, start_RG, args, H_CC, dtype)
+    new_RC = improve_codes(W_RC, new_RC, scale_RG, zero_point, args, H_CC, nearest, keep_RC)
+    new_RC, scale_RG = refit_scales(W_RC, new_RC, scale_RG, args, H_CC, dtype)
     before_R, after_R = weighted_error(W_RC, Q_RC, H_CC), weighted_error(W_RC, new_RC, H_CC)
     gains_R1 = (after_R < before_R)[:, None]
     return new_RC.where(gains_R1, Q_RC), scale_RG.where(gains_R1, start_RG), torch.minimum(after_R, before_R)
