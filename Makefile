@@ -88,7 +88,7 @@ test: $(READY)  ## the tests that need no GPU, no cluster and no download
 
 test-newest: $(NEWEST_READY)  ## exports, KV caches and reloads with the newest transformers and compressed-tensors
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(HERE) \
-		tests/export/test_kv_cache.py tests/export/test_reload.py $(ARGS)
+		tests/export/test_reload_kv_cache.py tests/export/test_reload.py $(ARGS)
 
 test-lowest: $(LOWEST_READY)  ## the tests with the lowest versions that pyproject.toml promises
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PARALLEL) $(HERE) $(ARGS)

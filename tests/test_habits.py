@@ -57,6 +57,15 @@ def test_there_is_a_workflow_for_each_purpose():
     assert [path.stem for path in WORKFLOWS] == ["docs", "lint", "release", "test"]
 
 
+def test_the_paths_in_makefiles_exist():
+    makefiles = [ROOT / "Makefile", *ROOT.glob("benchmarks/*.mk"), *ROOT.glob("scripts/slurm/*.mk"), *WORKFLOWS]
+    paths = {
+        p for f in makefiles for p in re.findall(r"\b(?:tests|scripts|benchmarks|conf)/[\w/]+\.\w+", f.read_text())
+    }
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 @each_workflow
 def test_workflows_call_targets_and_files_that_exist(path):
     called = set(re.findall(r"\bmake ([a-z-]+)", commands(path)))
