@@ -9,6 +9,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch.testing import assert_close
 
+from benchmarks.op_cases.w8a8_gemm import scales_rows_on_cpu
 from lightning_compress.ops import w8a8_gemm as w8a8_gemm_module
 from lightning_compress.ops.w8a8_gemm import (
     KINDS,
@@ -110,6 +111,8 @@ def test_gradient_passes_the_rounding_straight():
 def test_scales_of_torchs_own_product(by_token, by_row, dtype):
     codes, scale, weight, scale_N = case(32, 48, 64, E4M3)
     arguments = codes, scale if by_token else scale[:1], weight, scale_N if by_row else scale_N[:1]
+    if by_token and dtype == torch.bfloat16 and not scales_rows_on_cpu():
+        pytest.skip(f"torch {torch.__version__} has no scales by row on a CPU")
     y = _by_scaled_mm(*arguments, dtype)
     assert y.dtype == dtype
     assert_close(y.double(), reference.gemm(*arguments), rtol=8e-3, atol=1e-3)
