@@ -1,6 +1,8 @@
 """The schema that editors check recipes against: as the models are now, true to every recipe, useful in mistakes."""
 
 import json
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,9 @@ def errors(validator, recipe):
 
 
 def test_the_schema_is_that_of_the_models():
+    pin = re.search(r"^pydantic==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if pin is None or pin[1] != version("pydantic"):
+        pytest.skip("written with the pydantic of constraints.txt; each version words a schema in its own way")
     written = recipe_schemas.SCHEMA.read_text(encoding="utf-8")
     assert written == recipe_schemas.as_text(recipe_schemas.recipe_schema()) + "\n", (
         "run  make format  (or python -m scripts.recipe_schemas) and commit what it writes"
