@@ -2,35 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.quant.record import Quantized
-from tests.support.quantization_runs import attention, batches, calibrate, weights
-
-
-def made(**arguments) -> GPTQModifier:
-    return GPTQModifier(**{"scheme": "W4A16", "group_size": 16, "ignore": ["spare"], **arguments})
-
-
-def inputs_of(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
-    """What each Linear receives from the dense model, as rows."""
-    rows: dict[str, list[Tensor]] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, name=name: rows.setdefault(name, []).append(args[0].flatten(0, 1))
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.no_grad():
-        for x in data:
-            model(x)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+from tests.support.quantization_runs import attention, batches, calibrate, inputs_of, made, weights
 
 
 def test_activations_are_quantized_once_the_module_is_solved():

@@ -1,35 +1,10 @@
 """Influence of a block and importance of units, by their formulas."""
 
 import torch
-from torch import nn
 
 from lightning_compress import compress
 from lightning_compress.modifiers.depth import DepthPruningModifier
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, size: float):
-        super().__init__()
-        self.inner = nn.Linear(width, width)
-        nn.init.normal_(self.inner.weight, std=size)
-
-    def forward(self, x):
-        return x + self.inner(x)
-
-
-class Tower(nn.Module):
-    """Blocks of growing, then shrinking influence."""
-
-    def __init__(self, sizes=(0.3, 0.001, 0.2, 0.002, 0.4)):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(16, size) for size in sizes)
-        self.head = nn.Linear(16, 8)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+from tests.support.structure_runs import Tower
 
 
 def test_influence_is_what_the_formula_says_on_calibration_batches():

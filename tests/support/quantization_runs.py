@@ -8,6 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, EventType, Ledger, Lifecycle, Modifier, State
+from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.quant.schemes import from_groups
 
 
@@ -81,3 +82,25 @@ def calibrate(
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("weight")}
+
+
+def made(**arguments) -> GPTQModifier:
+    return GPTQModifier(**{"scheme": "W4A16", "group_size": 16, "ignore": ["spare"], **arguments})
+
+
+def inputs_of(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
+    """What each Linear receives from the dense model, as rows."""
+    rows: dict[str, list[Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: rows.setdefault(name, []).append(args[0].flatten(0, 1))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        for x in data:
+            model(x)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in rows.items()}

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core import Lifecycle, State
+
 
 class Residual(nn.Module):
     def __init__(self, width: int):
@@ -71,3 +73,40 @@ def silenced(model: nn.Module, hooks: dict[str, Callable[[Tensor], Tensor]]) -> 
         return lambda module, args: (change(args[0]), *args[1:])
 
     return [model.get_submodule(name).register_forward_pre_hook(zeroing(change)) for name, change in hooks.items()]
+
+
+def initialized(model, *modifiers):
+    """The lifecycle at the end of set-up, as compress() and the callback begin."""
+    lifecycle = Lifecycle(modifiers)
+    lifecycle.initialize(State(model=model))
+    return lifecycle
+
+
+def perceptron(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, size: float):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        nn.init.normal_(self.inner.weight, std=size)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Tower(nn.Module):
+    """Blocks of growing, then shrinking influence."""
+
+    def __init__(self, sizes=(0.3, 0.001, 0.2, 0.002, 0.4)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(16, size) for size in sizes)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

@@ -19,35 +19,13 @@ from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
-from tests.support.quantization_runs import attention, batches, calibrate, correlated, weights
+from tests.support.quantization_runs import attention, batches, calibrate, correlated, inputs_of, made, weights
 
 FACTORIZE = "lightning_compress.layerwise.factor.factorize"
 
 
 def grid(bits: int = 4, group: int = 16, symmetric: bool = True) -> QuantizationArgs:
     return QuantizationArgs(num_bits=bits, group_size=group, symmetric=symmetric)
-
-
-def made(**arguments) -> GPTQModifier:
-    return GPTQModifier(**{"scheme": "W4A16", "group_size": 16, "ignore": ["spare"], **arguments})
-
-
-def inputs_of(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
-    """What each Linear receives from the dense model, as rows."""
-    rows: dict[str, list[Tensor]] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, name=name: rows.setdefault(name, []).append(args[0].flatten(0, 1))
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.no_grad():
-        for x in data:
-            model(x)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def test_the_walk_solves_each_module_with_its_own_inputs():

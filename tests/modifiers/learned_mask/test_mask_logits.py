@@ -5,25 +5,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.core import Event, EventType, Lifecycle, State
-from lightning_compress.layers.dense_keys import parametrization_of
+from lightning_compress.core import Event, EventType, State
 from lightning_compress.modifiers.learned_mask.gumbel import gumbel, hard_mask, patterns
-from lightning_compress.modifiers.learned_mask.mask_logits import MaskLogits
-from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier
+from tests.support.learned_mask_runs import logits_of, started
 from tests.support.training_loop import network
-
-
-def logits_of(module: nn.Module) -> MaskLogits:
-    found = parametrization_of(module, MaskLogits)
-    assert found is not None
-    return found
-
-
-def started(model: nn.Module, **options) -> tuple[LearnedMaskModifier, Lifecycle]:
-    modifier = LearnedMaskModifier(**{"end": 100} | options)
-    lifecycle = Lifecycle([modifier])
-    lifecycle.initialize(State(model=model))
-    return modifier, lifecycle
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -8,29 +8,15 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress.core import Event, EventType, Lifecycle, State
-from lightning_compress.layers.dense_keys import parametrization_of
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
-from lightning_compress.modifiers.learned_mask.mask_logits import MaskLogits
 from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.record import Quantized
+from tests.support.learned_mask_runs import logits_of, started
 from tests.support.pruning_runs import kept_per_group
 from tests.support.training_loop import network, train
-
-
-def logits_of(module: nn.Module) -> MaskLogits:
-    found = parametrization_of(module, MaskLogits)
-    assert found is not None
-    return found
-
-
-def started(model: nn.Module, **options) -> tuple[LearnedMaskModifier, Lifecycle]:
-    modifier = LearnedMaskModifier(**{"end": 100} | options)
-    lifecycle = Lifecycle([modifier])
-    lifecycle.initialize(State(model=model))
-    return modifier, lifecycle
 
 
 def loop(model, lifecycle, steps, first=0, lr=0.05):

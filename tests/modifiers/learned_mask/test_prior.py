@@ -3,27 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from lightning_compress.core import Lifecycle, State
-from lightning_compress.layers.dense_keys import parametrization_of
-from lightning_compress.modifiers.learned_mask.mask_logits import MaskLogits
-from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier
 from lightning_compress.pruning.masks import keep_mask
+from tests.support.learned_mask_runs import logits_of, started
 from tests.support.training_loop import network
-
-
-def logits_of(module: nn.Module) -> MaskLogits:
-    found = parametrization_of(module, MaskLogits)
-    assert found is not None
-    return found
-
-
-def started(model: nn.Module, **options) -> tuple[LearnedMaskModifier, Lifecycle]:
-    modifier = LearnedMaskModifier(**{"end": 100} | options)
-    lifecycle = Lifecycle([modifier])
-    lifecycle.initialize(State(model=model))
-    return modifier, lifecycle
 
 
 def test_it_begins_with_the_mask_of_magnitude():

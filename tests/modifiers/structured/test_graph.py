@@ -4,24 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress.core import Lifecycle, State
 from lightning_compress.modifiers.structured.modifier import StructuredPruningModifier
-from tests.support.structure_runs import images, llama, residuals, silenced
-
-
-def initialized(model, *modifiers):
-    """The lifecycle at the end of set-up, as compress() and the callback begin."""
-    lifecycle = Lifecycle(modifiers)
-    lifecycle.initialize(State(model=model))
-    return lifecycle
-
-
-def perceptron(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
+from tests.support.structure_runs import images, initialized, llama, perceptron, residuals, silenced
 
 
 def test_channels_are_followed_through_residuals_and_norms():

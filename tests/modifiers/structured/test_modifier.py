@@ -1,25 +1,11 @@
 """Structured pruning: shapes shrink, what stays computes what it did, and the optimizer keeps its memory."""
 
 import pytest
-import torch
 from torch import nn
 
-from lightning_compress.core import Lifecycle, State
 from lightning_compress.modifiers.structured.modifier import StructuredPruningModifier
-from tests.support.structure_runs import llama
+from tests.support.structure_runs import initialized, llama, perceptron
 from tests.support.training_loop import train
-
-
-def initialized(model, *modifiers):
-    """The lifecycle at the end of set-up, as compress() and the callback begin."""
-    lifecycle = Lifecycle(modifiers)
-    lifecycle.initialize(State(model=model))
-    return lifecycle
-
-
-def perceptron(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
 
 
 def test_pruning_follows_the_schedule_down_to_its_end():

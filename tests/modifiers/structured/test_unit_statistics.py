@@ -4,21 +4,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_compress.core import Event, EventType, Lifecycle, State
+from lightning_compress.core import Event, EventType, State
 from lightning_compress.modifiers.structured.modifier import StructuredPruningModifier
+from tests.support.structure_runs import initialized, perceptron
 from tests.support.training_loop import train
-
-
-def initialized(model, *modifiers):
-    """The lifecycle at the end of set-up, as compress() and the callback begin."""
-    lifecycle = Lifecycle(modifiers)
-    lifecycle.initialize(State(model=model))
-    return lifecycle
-
-
-def perceptron(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
 
 
 def test_taylor_keeps_what_the_loss_needs():
