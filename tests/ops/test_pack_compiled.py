@@ -1,6 +1,7 @@
 """The kernels compiled for GPUs that are not there. Needs the extra ``kernels`` (make test-kernels)."""
 
 import os
+from importlib.metadata import version
 
 import pytest
 
@@ -29,4 +30,5 @@ def test_compile_without_spills_and_move_16_bytes_at_a_time(bits, C, capability,
         if C % 32 == 0:
             assert code["wide"] >= 2, code
             assert code["registers"] <= 40, code  # 1536 threads to a processor
-            assert code["instructions"] <= (310 if bits == 4 else 430), code  # Triton 3.6 takes 424 for 7 bits
+            most = 430 if version("triton").startswith("3.6.") else 400  # 3.6 takes 424 for 7 bits
+            assert code["instructions"] <= (310 if bits == 4 else most), code
