@@ -52,7 +52,6 @@ from lightning_compress.training.options import read_arguments
 from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.post_training import PostTraining
 from lightning_compress.training.pruned_checkpoints import carry_shapes
-from lightning_compress.training.rank_zero import alone
 from lightning_compress.training.resume import (
     after_last_batch,
     begin_epoch,
@@ -166,6 +165,8 @@ class CompressionCallback(Callback):
             return
         self._root, self._trained = pl_module, False
         self._cleanup.callback(self.run.saved_files.watch(trainer))
+        self._cleanup.enter_context(self.run.in_team())
+        self._state = self._state.but(team=self.run.team)
         if not self.lifecycle.initialized:
             built = when_built(pl_module, self.options.module, lambda: self._initialize(trainer, pl_module))
             self._cleanup.enter_context(built)
@@ -174,7 +175,7 @@ class CompressionCallback(Callback):
         if self.lifecycle.initialized:
             return
         name, model = choose(pl_module, self.options.module)
-        self._state = self._batch_state = State(model=model, ledger=self.ledger)
+        self._state = self._batch_state = self._state.but(model=model)
         self.run.facts.setdefault("model_bytes_before", tensor_bytes(model, trainer.precision))  # before any cut
         initialize(trainer, pl_module, name, self.lifecycle, self._state, self.clock.event(E.BATCH_START))
 
@@ -183,11 +184,11 @@ class CompressionCallback(Callback):
         if self.done:
             return
         if self._state.model is not None:  # not in setup: configure_model comes after it
-            check_before_training(trainer, pl_module, self._state.model, self.options.calibration)
+            check_before_training(trainer, pl_module, self._state, self.options.calibration)
         if not trainer.fast_dev_run:  # not in setup: only now it is known whether a run is resumed
             outputs = self.run.outputs = Outputs.of(trainer, self.options.export_dir)
             resumed, name = is_resumed(trainer), self.run.name
-            alone(lambda: outputs.claim(self._lock, resumed=resumed, run=name), "checking export_dir")
+            self.run.team.result(lambda: outputs.claim(self._lock, resumed=resumed, run=name), "checking export_dir")
             if self.options.load_best:
                 check_best(trainer, self.lifecycle, self.run.saved_files)
 
@@ -303,8 +304,8 @@ class CompressionCallback(Callback):
         self.clock.detach()
         check_same_module(pl_module, self.options.module, self._state.model)
         outputs = self.run.outputs
-        if outputs is not None and not self._trained:
-            if earlier := load_earlier_end(trainer, pl_module, outputs, self.state_key, self.state_dict()):
+        if not self._trained:
+            if earlier := load_earlier_end(trainer, pl_module, self.run, self.state_key, self.state_dict()):
                 self.load_state_dict(earlier)
                 return
         post_training = self._post_training(trainer, pl_module, self.clock.event())

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.core.ledger import Ledger
+from lightning_compress.team import Team
 
 __all__ = ["State"]
 
@@ -36,6 +37,7 @@ class State:
             hidden state is not the first tensor that it returns.
         batches: How many batches ``replay`` knows.
         ledger: Ledger of the facts on modules.
+        team: The processes that calibrate together, each with its own batches.
     """
 
     model: nn.Module = None  # type: ignore[assignment]  # handlers always get one
@@ -50,6 +52,7 @@ class State:
     dense: Callable[[int], Tensor] | None = None
     batches: int = 0
     ledger: Ledger = field(default_factory=Ledger)
+    team: Team = field(default_factory=Team)
 
     def but(self, **changes: Any) -> "State":
         """The same state with some fields changed."""

@@ -20,13 +20,13 @@ from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
-from lightning_compress.distributed import world_size
 from lightning_compress.pruning.importance import block_influence
 from lightning_compress.structure.blocks import find_layers
 from lightning_compress.structure.config import check_states, is_transformers, layer_fields
 from lightning_compress.structure.final_shapes import shape_conflict
 from lightning_compress.structure.groups import moved
 from lightning_compress.structure.surgery import cut_layers
+from lightning_compress.team import Team
 
 __all__ = ["DepthPruningModifier"]
 
@@ -85,7 +85,7 @@ class DepthPruningModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Find the list of blocks, and check the arguments against it, before any training."""
         model = state.model
-        if world_size() > 1 and self.start is not None and self.start != 0:
+        if not Team.present().alone and self.start is not None and self.start != 0:
             raise ValueError(
                 f"{self.name}: several processes train this model, whose parameters cannot change once DDP has wrapped "
                 f"it: name the layers, with start=0"

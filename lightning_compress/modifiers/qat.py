@@ -22,7 +22,6 @@ from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
-from lightning_compress.distributed import all_reduce_
 from lightning_compress.layers.dense_keys import original_weight
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import as_matrix, check_weights_work
@@ -42,6 +41,7 @@ from lightning_compress.quant.parametrization import (
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 from lightning_compress.quant.weight_metrics import weight_error, weight_facts
+from lightning_compress.team import Team
 
 __all__ = ["QATModifier"]
 
@@ -210,7 +210,7 @@ class QATModifier(QuantizationArguments, Modifier):
             return
         low, high = (torch.cat([getattr(i, name) for i in observing]) for name in ("batch_low", "batch_high"))
         extremes = SimpleNamespace(reduce={"low": "min", "high": "max"}, low=low, high=high)
-        all_reduce_(extremes)
+        Team.present().reduce_(extremes)
         for i, *batch in zip(observing, extremes.low.split(1), extremes.high.split(1), strict=True):
             i.take_batch(*batch)
 

@@ -13,17 +13,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_compress.distributed import gather, world_size
-from lightning_compress.distributed import rank as rank_of_process
 from lightning_compress.layers.records import Record
 from lightning_compress.layers.split_experts import is_split, join, split
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 from lightning_compress.quant.kv_cache import QuantizedCache
 from lightning_compress.quant.record import Quantized
 from lightning_compress.structure.surgery import record_of, reshape
-from lightning_compress.training.rank_zero import alone, send_tensors
+from lightning_compress.team import Team
 
-__all__ = ["beside_weights", "share", "spawns_workers", "ties", "warn_of_workers"]
+__all__ = ["beside_weights", "send_weights", "share", "spawns_workers", "ties", "warn_of_workers"]
 
 KINDS: tuple[type[Record], ...] = (Quantized, QuantizedCache, OnlineRotations)
 """The records that are sent after the weights; the cuts go before, since they make the shapes of the weights."""
@@ -44,20 +42,20 @@ class _Structure:
     tied: dict[str, bool]
 
 
-def share(model: nn.Module, device: torch.device) -> None:
+def share(model: nn.Module, device: torch.device, team: Team) -> None:
     """Make the model of every rank that of rank 0; every rank calls this, with its device.
 
     ValueError, on every rank, when rank 0 changed the model in a way that the others cannot repeat.
     """
-    if world_size() == 1:
+    if team.alone:
         return
-    structure = alone(lambda: _structure_of(model), "sending the structure of the model")
+    structure = team.result(lambda: _structure_of(model), "sending the structure of the model")
     fault = ""
     try:
         _apply(model, structure)
     except Exception as error:  # raised on every rank: the others would wait for this one
         fault = f"{type(error).__name__}: {error}"
-    reports = gather((fault, _outline(model)))
+    reports = team.gather((fault, _outline(model)))
     for rank, (fault, outline) in enumerate(reports):
         if fault or outline != reports[0][1]:
             differing = sorted(name for name, *_ in set(outline) ^ set(reports[0][1])) or ["their order"]
@@ -66,13 +64,18 @@ def share(model: nn.Module, device: torch.device) -> None:
                 f"{fault or f'tensors differ, such as {differing[0]}'}; change the model at set-up, which all ranks "
                 f"do, or train on one device"
             )
-    send_tensors(model)
-    are_split, records = alone(lambda: _records(model), "sending scales")
-    if rank_of_process() != 0:
+    send_weights(team, model)
+    are_split, records = team.result(lambda: _records(model), "sending scales")
+    if team.rank != 0:
         if are_split:
             split(model)
         _attach(model, records, device)
         join(model)  # experts that carry no record
+
+
+def send_weights(team: Team, module: nn.Module) -> None:
+    """Every rank gets the parameters and buffers of rank 0."""
+    team.broadcast_([t.data for t in (*module.parameters(), *module.buffers())])
 
 
 def ties(model: nn.Module) -> int:

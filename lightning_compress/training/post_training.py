@@ -22,10 +22,9 @@ from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.state import State
-from lightning_compress.distributed import world_size
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.training.best_weights import load_best, monitored_metric
-from lightning_compress.training.broadcast import beside_weights, share, ties, warn_of_workers
+from lightning_compress.training.broadcast import beside_weights, send_weights, share, ties, warn_of_workers
 from lightning_compress.training.compiled import reset_compiled
 from lightning_compress.training.evaluation import Measurement, batches_of, compare, evaluate
 from lightning_compress.training.loaders import (
@@ -37,7 +36,6 @@ from lightning_compress.training.loaders import (
 )
 from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.random_state import undisturbed
-from lightning_compress.training.rank_zero import alone, send_tensors
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
 
@@ -77,11 +75,12 @@ class PostTraining:
             self._load_best()
             before = self.measure("metric before", progress)
             with self.run.timed("calibration"):
-                alone(lambda: self._act(self.lifecycle.after_training, progress, training_end=True), "calibration")
-                share(self.module, self.pl_module.device)
+                act = partial(self._act, self.lifecycle.after_training, progress, training_end=True)
+                self.run.team.result(act, "calibration")
+                share(self.module, self.pl_module.device, self.run.team)
             self.lifecycle.finalize(self.state)
             after = self.measure("metric after", progress)
-            self.run.facts |= compare(before, after, summing_device(self.trainer))
+            self.run.facts |= compare(before, after, self._summing_device)
         guard_save_pretrained(self.module)
         self.run.facts["beside_weights"] = beside_weights(self.module)
         warn_of_workers(self.trainer, self.module, ties_before)
@@ -101,7 +100,7 @@ class PostTraining:
     def check_input(self, batch: Any) -> None:
         """As the first training batch begins: ValueError where ``forward`` cannot take what will calibrate."""
         if any(m.needs.data for m in self.lifecycle.modifiers):
-            alone(lambda: self._check_input(batch), "checking the first calibration batch")
+            self.run.team.result(lambda: self._check_input(batch), "checking the first calibration batch")
 
     def _check_input(self, batch: Any) -> None:
         with self._undisturbed():
@@ -111,8 +110,8 @@ class PostTraining:
         """During training: calibrate modifiers whose result later modifiers train on; every rank calls this."""
         with self._undisturbed():
             with self.run.timed("calibration"):
-                state = alone(self._calibrated_state, "calibration")
-                send_tensors(self.module)
+                state = self.run.team.result(self._calibrated_state, "calibration")
+                send_weights(self.run.team, self.module)
             if not self.trainer.is_global_zero:
                 self.lifecycle.weights_loaded(state)
         for modifier in self.lifecycle.modifiers:
@@ -133,10 +132,10 @@ class PostTraining:
             return load_best(self.trainer, self.pl_module, self.lifecycle, self.run.saved_files, self.run.name)
 
         with self.run.timed("load best"):
-            path, states = alone(load, "loading the best checkpoint")
+            path, states = self.run.team.result(load, "loading the best checkpoint")
             self.run.facts["best_checkpoint"] = path
             if path:
-                send_tensors(self.pl_module)
+                send_weights(self.run.team, self.pl_module)
             self.lifecycle.weights_loaded(states)
 
     def measure(self, phase: str, progress: Callable[[str, int, int], None]) -> Measurement:
@@ -153,7 +152,7 @@ class PostTraining:
                 forward=partial(run_model, advice=IN_TRAINER),
                 context=trainer.precision_plugin.val_step_context,
                 monitor=monitored_metric(trainer),
-                device=summing_device(trainer),
+                device=self._summing_device,
                 progress=lambda batches: progress(phase, batches, sum(n or 0 for n in limits)),
             )
 
@@ -190,7 +189,7 @@ class PostTraining:
         plugin = self.trainer.precision_plugin
         return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
 
-
-def summing_device(trainer: Trainer) -> torch.device:
-    """Device on which ranks add up; a single process uses the CPU, since MPS has no float64."""
-    return trainer.strategy.root_device if world_size() > 1 else torch.device("cpu")
+    @property
+    def _summing_device(self) -> torch.device:
+        """Device on which ranks add up; a single process uses the CPU, since MPS has no float64."""
+        return torch.device("cpu") if self.run.team.alone else self.trainer.strategy.root_device

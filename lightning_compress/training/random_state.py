@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_compress import distributed
+from lightning_compress.team import Team
 
 __all__ = ["LoadedRandomState", "collect", "collect_all", "restore", "undisturbed"]
 
@@ -38,14 +38,15 @@ def collect() -> dict[str, Any]:
 
 def collect_all(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of all ranks; every rank calls this."""
-    return distributed.gather(state)
+    return Team.present().gather(state)
 
 
 def restore(states: list[dict[str, Any]]) -> None:
     """Continue as after :func:`collect_all`; a rank that ``states`` has none for leaves its random state as it is."""
-    if distributed.rank() >= len(states):
+    rank = Team.present().rank
+    if rank >= len(states):
         return
-    state = states[distributed.rank()]
+    state = states[rank]
     torch.set_rng_state(state["torch"].cpu())
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))

@@ -18,7 +18,6 @@ from torch import nn
 from lightning_compress.calibration.activations import BatchRunner
 from lightning_compress.core.events import Event
 from lightning_compress.core.state import State
-from lightning_compress.distributed import world_size
 from lightning_compress.export import verify
 from lightning_compress.export.save import save
 from lightning_compress.quant.record import Quantized
@@ -27,7 +26,6 @@ from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.loaders import forward_of
 from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.random_state import undisturbed
-from lightning_compress.training.rank_zero import alone
 from lightning_compress.training.resume import is_resumed
 from lightning_compress.training.run import Run
 
@@ -78,7 +76,7 @@ class Results:
         try:
             self._save_checkpoint()
         except Exception as error:
-            if world_size() > 1:
+            if not self.run.team.alone:
                 raise  # the other ranks still wait in it
             failure = error
         with ExitStack() as stack:
@@ -86,7 +84,7 @@ class Results:
             if outputs is None:
                 root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt")
-            alone(lambda: self._write(outputs), "the export")
+            self.run.team.result(lambda: self._write(outputs), "the export")
         if failure is not None:
             raise failure
 

@@ -23,8 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_compress.files.atomic_folder import origin_of
-from lightning_compress.training.outputs import Outputs
-from lightning_compress.training.rank_zero import alone
+from lightning_compress.training.run import Run
 
 __all__ = ["after_last_batch", "begin_epoch", "is_resumed", "load_earlier_end", "resume_loaders"]
 
@@ -76,15 +75,18 @@ def is_resumed(trainer: Trainer) -> bool:
 
 
 def load_earlier_end(
-    trainer: Trainer, pl_module: LightningModule, outputs: Outputs, key: str, state: Mapping[str, Any]
+    trainer: Trainer, pl_module: LightningModule, run: Run, key: str, state: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Load ``compressed.ckpt`` if this very run has written it from this very model; every rank calls this.
 
     ``state`` is the callback's present state, ``key`` its key in a checkpoint. Returns the callback's state in that
     checkpoint; None when there is no such checkpoint.
     """
+    outputs = run.outputs
+    if outputs is None:
+        return None
     path = outputs.checkpoint
-    if not alone(lambda: _made_from(_read(path), outputs.export, key, state), "reading compressed.ckpt"):
+    if not run.team.result(lambda: _made_from(_read(path), outputs.export, key, state), "reading compressed.ckpt"):
         return None
     checkpoint = _read(path)
     pl_module.on_load_checkpoint(checkpoint)

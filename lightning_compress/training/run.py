@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_compress.team import Team
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.samples import OwnBatches
@@ -29,6 +30,7 @@ class Run:
         outputs: Paths that this fit writes; None in a fast_dev_run.
         saved_files: Checkpoint files that this process saved.
         own_batches: Batches of the user's ``calibration_dataloader``, of which the first is looked at early.
+        team: The processes of this fit.
         seconds: Seconds of each phase.
         facts: Facts for the report.
     """
@@ -39,8 +41,19 @@ class Run:
     outputs: Outputs | None = None
     saved_files: SavedFiles = field(default_factory=SavedFiles)
     own_batches: OwnBatches = field(default_factory=OwnBatches)
+    team: Team = field(default_factory=Team)
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def in_team(self) -> Iterator[None]:
+        """Inside, :attr:`team` is that of all processes; every rank enters at the same time."""
+        self.team = Team.of_processes()
+        try:
+            yield
+        finally:
+            self.team.close()
+            self.team = Team()
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

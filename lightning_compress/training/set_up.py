@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 
 from lightning_compress.calibration.blocks import find_blocks
 from lightning_compress.calibration.options import CalibrationOptions, check_device
@@ -22,7 +21,6 @@ from lightning_compress.layers.split_experts import split_while
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.training.checks import check_averaging, check_whole, tensor_names
 from lightning_compress.training.pruned_checkpoints import check_launcher
-from lightning_compress.training.rank_zero import alone
 from lightning_compress.training.results import processors
 from lightning_compress.training.submodule import USUAL, choose
 
@@ -87,13 +85,14 @@ def initialize(
 
 
 def check_before_training(
-    trainer: Trainer, pl_module: LightningModule, model: nn.Module, options: CalibrationOptions
+    trainer: Trainer, pl_module: LightningModule, state: State, options: CalibrationOptions
 ) -> None:
     """ValueError now for what would fail after training: ``blocks``, ``offload_device``, the export."""
+    model = state.model
     check_uninterrupted(model)
     check_whole(model)
     if options.blocks is not None:
         find_blocks(model, options.blocks)
     tokenizers = processors(trainer, pl_module)
-    alone(lambda: rehearse(model, tokenizers), "checking what will be exported")
+    state.team.result(lambda: rehearse(model, tokenizers), "checking what will be exported")
     check_device(options)

@@ -11,7 +11,10 @@ from torch.utils.data import DataLoader
 
 import lightning_compress as lc
 from lightning_compress import CompressionCallback
+from lightning_compress.team import Team
+from lightning_compress.training.broadcast import send_weights
 from lightning_compress.training.pruned_checkpoints import record_of
+from tests.support.processes import run_processes
 from tests.support.structure_runs import llama
 from tests.support.training_runs import RoundingModifier, quiet
 from tests.support.two_ranks import run_two_ranks
@@ -145,3 +148,17 @@ def test_what_no_rank_can_repeat_is_an_error_on_both(ends):
             "after training the model was changed on rank 0 alone, and rank 1 cannot follow: tensors differ, such as "
             "lm_head.bias; change the model at set-up, which all ranks do, or train on one device"
         )
+
+
+def test_every_rank_gets_the_parameters_and_buffers_of_rank_0(tmp_path):
+    def work(rank):
+        module = nn.BatchNorm1d(2)
+        module.running_mean += rank
+        module.weight.data += rank
+        module.num_batches_tracked += rank
+        send_weights(Team.present(), module)
+        return {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+
+    zero, one = run_processes(work, tmp_path)
+    assert zero == one
+    assert one["running_mean"] == [0, 0]

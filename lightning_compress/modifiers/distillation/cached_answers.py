@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.distributed import all_reduce_, world_size
 from lightning_compress.modifiers.distillation.answer_cache import AnswerCache
 from lightning_compress.modifiers.distillation.fingerprint import real_lengths, sample_keys
+from lightning_compress.team import Team
 
 __all__ = ["Recall"]
 
@@ -83,7 +83,7 @@ class Recall:
         self.cache.flush()
         hits, misses = self.epochs[-1]
         count = SimpleNamespace(reduce={"hits": "sum", "misses": "sum"}, hits=hits, misses=misses)
-        all_reduce_(count)
+        Team.present().reduce_(count)
         self.cache.refresh()
         hits, misses = self.epochs[-1] = [count.hits, count.misses]
         if len(self.epochs) > 1 and not self.cache.full and hits < FEW * (hits + misses):
@@ -112,7 +112,7 @@ class Recall:
         if batches_per_epoch is None:
             return
         each = KEY + sum(tensor.nbytes for row in rows for tensor in row.values()) / len(rows)
-        samples = batches_per_epoch * len(rows) * world_size()
+        samples = batches_per_epoch * len(rows) * Team.present().size
         needed, free = each * samples, self.cache.free()
         if needed > min(self.cache.limit, self.cache.bytes + free):
             warnings.warn(

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
-from lightning_compress.distributed import rank
 from lightning_compress.modifiers.distillation.answer_cache import AnswerCache
 from lightning_compress.modifiers.distillation.cached_answers import Recall
 from lightning_compress.modifiers.distillation.divergence import (
@@ -47,6 +46,7 @@ from lightning_compress.modifiers.distillation.model_outputs import (
 )
 from lightning_compress.modifiers.distillation.projections import Projections
 from lightning_compress.pruning.schedules import Schedule, progress, value_at
+from lightning_compress.team import Team
 
 __all__ = ["DistillationModifier"]
 
@@ -374,7 +374,7 @@ class DistillationModifier(Modifier):
         if state["projections"] is not None:
             self._hidden.projections.load_state_dict(state["projections"])
         self._epochs, self._epoch = copy.deepcopy(state["epochs"]), state["epoch"]
-        if self._epochs and rank() > 0:  # rank zero counted the open epoch for itself alone
+        if self._epochs and Team.present().rank > 0:  # rank zero counted the open epoch for itself alone
             self._epochs[-1] = [0, 0]
         if self._recall is not None and self._epochs:  # a window that opens at 0 has opened already
             self._recall.epochs = self._epochs

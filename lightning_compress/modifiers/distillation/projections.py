@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.distributed import all_reduce_, world_size
+from lightning_compress.team import Team
 
 __all__ = ["Projections"]
 
@@ -60,12 +60,13 @@ class Projections:
         self._stale = False
         if self.optimizer is None:
             return
-        if world_size() > 1:
+        team = Team.present()
+        if not team.alone:
             for weight in self.weights.values():
                 if weight.grad is not None:
                     total = SimpleNamespace(reduce={"grad": "sum"}, grad=weight.grad)
-                    all_reduce_(total)
-                    weight.grad = total.grad / world_size()
+                    team.reduce_(total)
+                    weight.grad = total.grad / team.size
         self.optimizer.step()
         self._drop_gradients()
 

@@ -22,7 +22,6 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.precision import model_precision
 from lightning_compress.core.state import State
-from lightning_compress.distributed import world_size
 from lightning_compress.layers.matching import listed
 from lightning_compress.modifiers.structured.arguments import UNITS, StructuredArguments
 from lightning_compress.modifiers.structured.graph import check_installed, find_channels, output_size
@@ -42,6 +41,7 @@ from lightning_compress.structure.groups import (
     without_layers,
 )
 from lightning_compress.structure.surgery import cut_tensors, record_of, tensors_of
+from lightning_compress.team import Team
 
 __all__ = ["StructuredPruningModifier"]
 
@@ -94,7 +94,7 @@ class StructuredPruningModifier(StructuredArguments):
         self.settle(model)
         self._before, self._steps = sum(p.numel() for p in model.parameters()), len(record_of(model))
         known = self._kind != "channels" or self.input_shape is not None
-        if world_size() > 1 and self.start is not None and not (self.start == 0 and self.end is None and known):
+        if not Team.present().alone and self.start is not None and not (self.start == 0 and self.end is None and known):
             raise ValueError(
                 f"{self.name}: several processes train this model, whose shapes cannot change once DDP has wrapped it: "
                 f"prune at set-up with start=0 and no end (and input_shape for channels)"

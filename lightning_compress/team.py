@@ -1,0 +1,226 @@
+"""The processes of a run: which batches are whose, sums to an owner, results for all, errors that reach every rank.
+
+Tensors go through torch's default process group. Everything else goes through ``control``, one gloo group per run whose
+timeout is a year: a calibration may take longer than the 30 minutes (NCCL: 10) after which a collective of the default
+group fails. Each exchange there is a star around rank 0. So a rank that has ended is known by its number, and an error
+on one rank is raised on all, at the next exchange of each. A group of tensors is sent only after such an exchange: no
+rank waits for one that cannot come.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["RankError", "Team"]
+
+T = TypeVar("T")
+NO_TIMEOUT = timedelta(days=365)
+_OPERATIONS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
+
+
+class RankError(RuntimeError):
+    """Another rank failed, or has ended; the message names it."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank brings to an exchange."""
+
+    value: Any = None
+    fault: str | None = None  # its error
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process, or the processes that work together; every rank calls the methods in the same order.
+
+    Args:
+        rank: The number of this process.
+        size: How many processes there are; with 1 no method does anything but return its own value.
+        control: Group for all but tensors; None: the default group, whose timeout holds.
+    """
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None
+
+    @classmethod
+    def present(cls) -> Self:
+        """The processes of the default group; a single process without one. No rank waits for another."""
+        active = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if active else cls()
+
+    @classmethod
+    def of_processes(cls) -> Self:
+        """The processes of the default group with a ``control`` group, which :meth:`close` ends; all ranks call it."""
+        team = cls.present()
+        if team.size == 1:
+            return team
+        return cls(team.rank, team.size, dist.new_group(backend="gloo", timeout=NO_TIMEOUT))
+
+    def close(self) -> None:
+        """End the control group; ranks that wait in it get an error."""
+        if self.control is not None and dist.is_initialized():
+            dist.destroy_process_group(self.control)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # groups cannot be pickled, and a spawned worker makes its own
+        return type(self), ()
+
+    @property
+    def alone(self) -> bool:
+        """True for a single process."""
+        return self.size == 1
+
+    def mine(self, count: int) -> range:
+        """Those of ``count`` units of work that are this rank's; a unit is never split."""
+        return range(self.rank, count, self.size)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def gather(self, value: Any, what: str = "the exchange") -> list[Any]:
+        """The values of all ranks, in their order, on every rank; they are pickled.
+
+        Args:
+            value: The value of this rank.
+            what: Name of the work before, for the message when a rank failed in it.
+
+        Raises:
+            RankError: A rank failed, or has ended.
+        """
+        if self.size == 1:
+            return [value]
+        reports = self._exchange(_Report(value))
+        if faults := [f"rank {rank}: {report.fault}" for rank, report in enumerate(reports) if report.fault]:
+            raise RankError(f"{what} failed on {'; '.join(faults)}")
+        return [report.value for report in reports]
+
+    def agree(self, flag: bool, what: str = "the exchange") -> bool:
+        """True on every rank when the flag of any rank is."""
+        return any(self.gather(flag, what))
+
+    def result(self, work: Callable[[], T], what: str, owner: int = 0) -> T:
+        """Run ``work`` on one rank and give its result (pickled) to every rank.
+
+        Args:
+            work: Called without arguments on the rank ``owner``.
+            what: Name of the work, for the message of the other ranks when it fails.
+            owner: The rank.
+
+        Raises:
+            RankError: On the other ranks, when the owner failed; the owner raises its own error.
+        """
+        if self.size == 1:
+            return work()
+        value = None
+        if self.rank == owner:
+            try:
+                value = work()
+            except BaseException as error:
+                self.fail(error)
+                raise
+        result: T = self.gather(value, what)[owner]
+        return result
+
+    def fail(self, error: BaseException) -> None:
+        """Let the others raise this rank's error at their next exchange; they have it already if it is a RankError."""
+        if self.size == 1 or isinstance(error, RankError):
+            return
+        try:
+            self._exchange(_Report(fault=f"{type(error).__name__}: {error}"))
+        except RuntimeError:  # they may have ended, as after a signal to all: this error counts
+            return
+
+    def _exchange(self, report: _Report) -> list[_Report]:
+        """The reports of all ranks; a rank that has ended is one with a fault."""
+        if self.control is None:
+            reports: list[Any] = [None] * self.size
+            dist.all_gather_object(reports, report)
+            return reports
+        if self.rank:
+            try:
+                dist.send_object_list([report], dst=0, group=self.control)
+                return self._received(0)
+            except RuntimeError as error:
+                raise RankError(f"rank 0 has ended, or the connection to it: {_first_line(error)}") from None
+        reports = [report, *(self._received_or_fault(rank) for rank in range(1, self.size))]
+        for rank in range(1, self.size):
+            try:
+                dist.send_object_list([reports], dst=rank, group=self.control)
+            except RuntimeError as error:
+                reports[rank] = _Report(fault=reports[rank].fault or _ended(error))
+        return reports
+
+    def _received(self, source: int) -> Any:
+        message: list[Any] = [None]
+        dist.recv_object_list(message, src=source, group=self.control)
+        return message[0]
+
+    def _received_or_fault(self, rank: int) -> _Report:
+        try:
+            report: _Report = self._received(rank)
+        except RuntimeError as error:
+            return _Report(fault=_ended(error))
+        return report
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    def reduce_(self, statistic: Any, owner: int | None = None) -> None:
+        """Combine a statistic over ranks in place, as its ``reduce`` mapping of attributes declares.
+
+        ``sum``, ``max`` and ``min`` are for tensors and numbers, ``union`` for dicts whose keys no two ranks share.
+
+        Args:
+            statistic: The statistic of this rank.
+            owner: Only this rank needs the tensors; on the others they are undefined afterwards. None: all need them.
+        """
+        if self.size == 1:
+            return
+        values = {name: getattr(statistic, name) for name in statistic.reduce}
+        plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        ranks = self.gather(plain, type(statistic).__name__) if plain or self.control is not None else []
+        for name in plain:
+            setattr(statistic, name, _combined(statistic.reduce[name], [rank[name] for rank in ranks]))
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                operation = getattr(dist.ReduceOp, _OPERATIONS[statistic.reduce[name]])
+                sent = _on_the_wire(value)
+                if owner is None:
+                    dist.all_reduce(sent, op=operation)
+                else:
+                    dist.reduce(sent, dst=owner, op=operation)
+                if sent is not value:
+                    value.copy_(sent)
+
+    def broadcast_(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
+        """Send tensors of one rank to all others, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                sent = _on_the_wire(tensor)
+                dist.broadcast(sent, src=owner)
+                if sent is not tensor:
+                    tensor.copy_(sent)
+
+
+def _combined(operation: str, values: Sequence[Any]) -> Any:
+    """Numbers or dicts of all ranks, in the order of the ranks."""
+    if operation == "union":
+        return {key: value for each in values for key, value in each.items()}
+    functions: dict[str, Callable[[Sequence[Any]], Any]] = {"sum": sum, "max": max, "min": min}
+    return functions[operation](values)
+
+
+def _on_the_wire(tensor: Tensor) -> Tensor:
+    """Contiguous, and on the accelerator where the backend (NCCL) knows no other place."""
+    return (tensor.cuda() if dist.get_backend() == "nccl" else tensor).contiguous()
+
+
+def _ended(error: RuntimeError) -> str:
+    return f"it has ended, or the connection to it: {_first_line(error)}"
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
