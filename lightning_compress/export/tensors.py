@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["TensorFiles", "naming", "read_json", "write_tensors"]
+__all__ = ["INDEX", "TensorFiles", "naming", "read_json", "write_file", "write_index", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
 BESIDE = re.compile(r"[^/\\\0]{1,200}\.safetensors")
@@ -35,19 +35,22 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
         shards[-1][name] = tensor.contiguous()
         room -= tensor.nbytes
     if len(shards) == 1:
-        _save(shards[0], folder / "model.safetensors")
+        write_file(shards[0], folder / "model.safetensors")
         return
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        _save(shard, folder / file)
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-    }
+        write_file(shard, folder / file)
+    total = sum(t.nbytes for shard in shards for t in shard.values())
+    write_index({name: file for file, shard in zip(files, shards, strict=True) for name in shard}, total, folder)
+
+
+def write_index(weight_map: Mapping[str, str], total_bytes: int, folder: Path) -> None:
+    """Write model.safetensors.index.json: the file of each tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def write_file(tensors: dict[str, Tensor], path: Path) -> None:
     """Write one file with the mode of the umask; safetensors 0.8 alone would make it readable by the owner only."""
     path.touch()
     mode = path.stat().st_mode

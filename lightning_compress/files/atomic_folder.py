@@ -21,7 +21,7 @@ from typing import Any
 
 from lightning_compress.files.leftovers import fsync, partial_path, remove_leftovers
 
-__all__ = ["MANIFEST", "check_target", "origin_of", "whole_folder"]
+__all__ = ["MANIFEST", "check_target", "origin_of", "swap_in", "whole_folder"]
 
 MANIFEST = "export_manifest.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -85,16 +85,25 @@ def whole_folder(
         partial = _make_sibling(target, "partial")
         try:
             yield partial
-            _write_manifest(partial, origin)
-            _sync(partial)
-            _check_replaceable(target, overwrite, run)  # another process may have filled it meanwhile
-            _swap_in(partial, target)
+            swap_in(partial, target, overwrite=overwrite, origin=origin)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except BaseException:
         _remove_parents(parents)
         raise
+
+
+def swap_in(partial: Path, target: Path, *, overwrite: bool = False, origin: Mapping[str, Any] | None = None) -> None:
+    """Turn a complete folder beside ``target`` into ``target``: manifest, fsync, one rename.
+
+    Raises:
+        ValueError: ``target`` was filled meanwhile and must not be replaced.
+    """
+    _write_manifest(partial, origin)
+    _sync(partial)
+    _check_replaceable(target, overwrite, None if origin is None else origin["run"])
+    _swap(partial, target)
 
 
 def _check_replaceable(target: Path, overwrite: bool, run: str | None) -> None:
@@ -177,7 +186,7 @@ def _sync(folder: Path) -> None:
             fsync(os.path.join(parent, name))
 
 
-def _swap_in(partial: Path, target: Path) -> None:
+def _swap(partial: Path, target: Path) -> None:
     """Rename ``partial`` to ``target``; an earlier export keeps that name until then.
 
     The plain rename refuses a folder that was filled meanwhile.

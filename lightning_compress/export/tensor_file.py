@@ -1,0 +1,102 @@
+"""One safetensors file, read with plain reads instead of a memory map.
+
+A private map counts against RLIMIT_DATA as a whole, and keeps the file open. The file is not trusted: each length is
+compared with the file's size before memory is allocated.
+
+    8 bytes, little endian: length of the header | header, JSON: {name: {"dtype", "shape", "data_offsets"}} | data
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lightning_compress.export.tensors import naming
+
+__all__ = ["TensorFile"]
+
+HEADER_BYTES = 10**8  # as safetensors
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+
+
+class TensorFile:
+    """The tensors of one file; each is read when it is needed, and the file is open only meanwhile.
+
+    Args:
+        path: A safetensors file.
+
+    Raises:
+        ValueError: It is damaged; the message names the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._places: dict[str, tuple[torch.dtype, list[int], int]] = {}  # dtype, shape, position in the file
+        with naming(path), path.open("rb") as file:
+            header, start = _header(file)
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    self._places[name] = _place(name, entry, start, os.fstat(file.fileno()).st_size)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors, in the order of the header."""
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._places[name][1])
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of a tensor."""
+        dtype, shape, _ = self._places[name]
+        return math.prod(shape) * dtype.itemsize
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        dtype, shape, position = self._places[name]
+        data = torch.empty(self.nbytes(name), dtype=torch.uint8)
+        with naming(self.path, repr(name)), self.path.open("rb", buffering=0) as file:
+            file.seek(position)
+            view, count = memoryview(data.numpy()), 0
+            while count < len(view):  # a read is limited to 2 GiB
+                if not (step := file.readinto(view[count:])):
+                    raise ValueError(f"the file ends {len(view) - count} bytes early; copy it again")
+                count += step
+        return data.view(dtype).reshape(shape)
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header, and the position of the data."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(HEADER_BYTES, size - 8):
+        raise ValueError(f"a header of {length} bytes in a file of {size}; copy it again")
+    header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}, expected an object; copy it again")
+    return header, 8 + length
+
+
+def _place(name: str, entry: Any, start: int, size: int) -> tuple[torch.dtype, list[int], int]:
+    """Dtype, shape and position of a tensor."""
+    dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise ValueError(f"{name!r:.200} has dtype {entry['dtype']!r:.40}, expected one of {', '.join(DTYPES)}")
+    if not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+        raise ValueError(f"{name!r:.200}: shape and offsets must be whole numbers from 0 up; copy the file again")
+    if start + end > size or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"{name!r:.200} with shape {shape!r:.80} has bytes {begin} to {end} of {size - start}; copy the file again"
+        )
+    return dtype, shape, start + begin
