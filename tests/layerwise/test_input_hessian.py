@@ -31,6 +31,25 @@ def test_splitting_the_batch_changes_nothing():
     assert parts.tokens == whole.tokens == 600
 
 
+def test_the_order_of_batches_and_how_ranks_share_them_change_no_bit():
+    batches = correlated(24 * 64, 100).mul(torch.logspace(-3, 3, 100)).split(64)
+
+    def value(*shares: list[Tensor]) -> Tensor:
+        stats = [InputHessian(1, 100) for _ in shares]
+        for stat, share in zip(stats, shares, strict=True):
+            for x in share:
+                stat.update(x[None])
+        for stat in stats[1:]:
+            stats[0].sum_PCC += stat.sum_PCC
+            stats[0].tokens += stat.tokens
+        return stats[0].value()
+
+    whole = value(list(batches))
+    assert torch.equal(value(list(batches[::-1])), whole)
+    for ranks in (2, 3, 4):
+        assert torch.equal(value(*[list(batches[rank::ranks]) for rank in range(ranks)]), whole)
+
+
 def test_partitions_are_kept_apart():
     x = torch.randn(3, 50, 8)
     stat = InputHessian(3, 8)

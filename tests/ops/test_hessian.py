@@ -29,6 +29,25 @@ def test_bf16_adds_up_in_float32():
     assert hessian_accumulate_(torch.zeros(4, 4), X_NC)[0, 0] == 4096
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_float64_sum_adds_up_the_float32_sums_of_the_calls(dtype):
+    batches = torch.randn(3, 40, 200).to(dtype)
+    one_CC = hessian_accumulate_(torch.zeros(200, 200, dtype=torch.float64), batches[0])
+    assert torch.equal(one_CC.tril(), hessian_accumulate_(torch.zeros(200, 200), batches[0]).tril().double())
+    forwards, backwards = (torch.zeros(200, 200, dtype=torch.float64) for _ in range(2))
+    for i in range(3):
+        hessian_accumulate_(forwards, batches[i])
+        hessian_accumulate_(backwards, batches[2 - i])
+    assert torch.equal(forwards.tril().float(), backwards.tril().float())
+    assert_close(forwards.tril(), sum(x.double().t() @ x.double() for x in batches).tril(), rtol=1e-5, atol=1e-4)
+
+
+def test_float64_inputs_stay_float64():
+    X_NC = torch.randn(30, 150, dtype=torch.float64)
+    H_CC = hessian_accumulate_(torch.zeros(150, 150, dtype=torch.float64), X_NC)
+    assert_close(H_CC.tril(), (X_NC.t() @ X_NC).tril(), rtol=1e-14, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("H", "X", "message"),
     [

@@ -23,11 +23,11 @@ WIDE = HessianLaunch(32, 64, 16, 1, 8, 3, False)
 BY_DESCRIPTOR = HessianLaunch(32, 64, 16, 1, 8, 3, True)
 
 
-def check(X_NC, launch):
+def check(X_NC, launch, sums=torch.float32):
     """H holds numbers below the diagonal and NaN where no tile may write: above the tiles on the diagonal."""
     C = X_NC.shape[1]
     start = torch.randn(C, C)
-    start = start + start.t()
+    start = (start + start.t()).to(sums)
     H_CC = start.clone()
     accumulate_(H_CC, X_NC, launch)
     expected = start.double() + X_NC.double().t() @ X_NC.double()
@@ -47,6 +47,11 @@ def test_equals_float64(N, C, launch, dtype):
 @pytest.mark.parametrize(("N", "C"), [(17, 72), (40, 128)], ids=str)
 def test_descriptors_equal_float64(N, C, dtype):
     check(torch.randn(N, C).to(dtype), BY_DESCRIPTOR)
+
+
+def test_sums_may_be_float64():
+    check(torch.randn(40, 100).half(), SQUARE, torch.float64)
+    check(torch.randn(37, 40).half(), HessianLaunch(32, 32, 16, 2, 8, 3, False), torch.float64)
 
 
 @pytest.mark.parametrize("split", [2, 3])

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
-from lightning_compress.ops.hessian import reference
 from lightning_compress.ops.registration import register_op
 
 __all__ = ["hessian_accumulate_", "mirror_"]
 
 HALF = (torch.float16, torch.bfloat16)
 LEAF = 96  # columns of a tile on the diagonal: 48 to 144 run equally (AMD EPYC, one thread), 192 slower
+GPU_LEAF = 4096
 
 
 def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
@@ -23,8 +23,9 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
 
     Args:
         H_CC: float32 or float64, [C, C], contiguous.
-        X_NC: [N, C], any floating dtype. Sums of bf16 and fp16 are in float32: on CUDA in the tensor cores, where their
-            products are exact; elsewhere X is converted to the dtype of H first.
+        X_NC: [N, C], any floating dtype. X^T X of a call is summed in float32 (of float64 X in float64) and added in
+            the dtype of H: with float64 the order of calls leaves no trace in what is rounded to float32 afterwards.
+            Sums of bf16 and fp16 are on CUDA in the tensor cores, where their products are exact.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit.
@@ -52,33 +53,35 @@ def mirror_(H_CC: Tensor) -> Tensor:
 
 
 def _accumulate_(H_CC: Tensor, X_NC: Tensor) -> None:
-    if H_CC.is_cuda and X_NC.dtype in HALF and H_CC.dtype == torch.float32 and _kernel_runs(H_CC.device):
+    if H_CC.is_cuda and X_NC.dtype in HALF and _kernel_runs(H_CC.device):
         from lightning_compress.ops.hessian.kernel import accumulate_
 
         accumulate_(H_CC, X_NC)
-    elif H_CC.device.type != "cpu":
-        reference.hessian_accumulate_(H_CC, X_NC)  # one large GEMM fills a GPU better than many small ones
-    else:
-        X_NC = X_NC.to(H_CC.dtype)
-        for rows, columns in tiles(0, len(H_CC)):
+        return
+    X_NC = X_NC.to(torch.promote_types(X_NC.dtype, torch.float32))
+    leaf = LEAF if H_CC.device.type == "cpu" else GPU_LEAF  # one large GEMM fills a GPU better than many small ones
+    for rows, columns in tiles(0, len(H_CC), leaf):
+        if H_CC.dtype == X_NC.dtype:
             H_CC[rows, columns].addmm_(X_NC[:, rows].t(), X_NC[:, columns])
+        else:
+            H_CC[rows, columns] += X_NC[:, rows].t() @ X_NC[:, columns]
 
 
 def _kernel_runs(device: torch.device) -> bool:
     return kernel_runs(device, "X^T X is computed in both triangles, in float32")
 
 
-def tiles(low: int, high: int) -> Iterator[tuple[slice, slice]]:
+def tiles(low: int, high: int, leaf: int = LEAF) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of tiles that cover the lower triangle of [low:high, low:high]: its halves, the square between.
 
     The squares are as large as possible, so that nearly all of the work runs at the speed of a large GEMM.
     """
-    if high - low <= LEAF:
+    if high - low <= leaf:
         yield slice(low, high), slice(low, high)
         return
     middle = low + -(-(high - low) // 64) * 32  # a multiple of 32 columns: tiles begin on cache lines
-    yield from tiles(low, middle)
-    yield from tiles(middle, high)
+    yield from tiles(low, middle, leaf)
+    yield from tiles(middle, high, leaf)
     yield slice(middle, high), slice(low, middle)
 
 

@@ -27,7 +27,7 @@ TOKENS = 16384  # tokens of a launch: at C = 14336, 0.8 GB of H are read and wri
 
 
 def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch | None = None) -> Tensor:
-    """Add X^T X to the lower triangle of H float32, in place; X bf16 or fp16 of any stride."""
+    """Add X^T X to the lower triangle of H, float32 or float64, in place; X bf16 or fp16 of any stride."""
     for X in X_NC.split(TOKENS):
         if len(X):
             _accumulate_(H_CC, X, launch or choose(len(X), len(H_CC), X.dtype, X.device, _aligned(H_CC, X)))
@@ -35,17 +35,17 @@ def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch | None = None)
 
 
 def _aligned(H_CC: Tensor, X_NC: Tensor) -> bool:
-    """Whether tensor descriptors of both tensors are possible."""
+    """Whether tensor descriptors of both tensors are possible; they add float32 only."""
     return (
         X_NC.stride(1) == 1 and X_NC.stride(0) % 8 == 0 and X_NC.data_ptr() % 16 == 0
-        and H_CC.stride(0) % 4 == 0 and H_CC.data_ptr() % 16 == 0
+        and H_CC.dtype == torch.float32 and H_CC.stride(0) % 4 == 0 and H_CC.data_ptr() % 16 == 0
     )  # fmt: skip
 
 
 def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch) -> None:
     N, C = X_NC.shape
     split = launch.split
-    out = H_CC if split == 1 else torch.zeros(split, C, C, device=H_CC.device, dtype=H_CC.dtype)
+    out = H_CC if split == 1 else torch.zeros(split, C, C, device=H_CC.device, dtype=torch.float32)
     interpreted = not isinstance(hessian_kernel, triton.JITFunction)
     x, h = X_NC, out
     if launch.descriptors:
@@ -115,9 +115,10 @@ def hessian_kernel(
         else:
             inside = (row_I < C)[:, None] & (column_J < C)[None, :]
             at_IJ = h + (tl.program_id(1).to(tl.int64) * C + row_I[:, None]) * C + column_J[None, :]
-            if ADD:
-                sums_IJ += tl.load(at_IJ, mask=inside, other=0.0)
-            tl.store(at_IJ, sums_IJ, mask=inside)
+            if ADD:  # in the dtype of h
+                tl.store(at_IJ, tl.load(at_IJ, mask=inside, other=0.0) + sums_IJ, mask=inside)
+            else:
+                tl.store(at_IJ, sums_IJ, mask=inside)
 
 
 @triton.jit
