@@ -44,6 +44,7 @@ class BlockPasses:
         masks: Per batch the tokens that count, [B, T]; None: all.
         one_pass: The last stage runs in lockstep.
         report: Called with a text as work advances.
+        interrupt: Called after each MODULE_READY; it may raise, and the walk ends there.
     """
 
     lifecycle: Lifecycle
@@ -53,6 +54,7 @@ class BlockPasses:
     probe: Probe
     one_pass: bool
     report: Callable[[str], None]
+    interrupt: Callable[[], None]
     batch: int = field(default=0, init=False)
 
     def complete(
@@ -147,6 +149,7 @@ class BlockPasses:
             at[0] = hooked[module]
             self.report(f"{group.title}: {at[0]}")
             self.emit(EventType.MODULE_READY, group, stage, {hooked[module]: module})
+            self.interrupt()
 
         # a modifier of weights alone (rounding) waits for no data, and the batches must run through its result
         weighty = {n: m for n, m in group.modules.items() if any(True for _ in m.parameters(recurse=False))}

@@ -62,6 +62,7 @@ def calibrate(
     clock: Event = Event(),  # noqa: B008  (frozen)
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Show calibration data to the modifiers and let them compress the model, block after block.
 
@@ -74,6 +75,7 @@ def calibrate(
         forward: ``forward(model, batch)`` runs the model on a batch; by default a mapping gives keyword arguments, of a
             tuple or list the first item is the input, and anything else is the input.
         progress: Called with a text, the number of finished blocks and the number of all blocks.
+        interrupt: Called after each MODULE_READY and each finished block; what it raises ends the calibration there.
 
     Raises:
         ValueError: No batches although a modifier needs them, NaN or Inf in weights or activations, ``blocks`` that
@@ -87,7 +89,7 @@ def calibrate(
     batches = [] if batches is None else list(batches)
     if batches and forward is None and any(m.needs.data for m in lifecycle.modifiers):
         check_batch(model, batches[0])
-    walker = Walker(lifecycle, state, clock, batches, BatchRunner(model, forward), options, progress)
+    walker = Walker(lifecycle, state, clock, batches, BatchRunner(model, forward), options, progress, interrupt)
     # training continues on weights in one tensor: the modifier that comes next does not know the experts in it
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     try:

@@ -48,24 +48,25 @@ class Walker:
         runner: BatchRunner,
         options: CalibrationOptions,
         progress: Callable[[str, int, int], None] | None,
+        interrupt: Callable[[], None],
     ):
         self.lifecycle, self.state, self.clock, self.batches, self.runner = lifecycle, state, clock, batches, runner
-        self.walk, self.progress = options.walk, progress
+        self.walk, self.progress, self.interrupt = options.walk, progress, interrupt
         self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
         self.model = runner.model
         self.plan = CalibrationPlan()
         self.finished, self.total = 0, 1
-        self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self.report)
+        self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self.report, interrupt)
 
     def walk_without_data(self, blocks: Mapping[str, nn.Module]) -> None:
         """BLOCK_END for every block and for the modules outside of blocks; no forward pass."""
         for name, block in blocks.items():
             self.report(name)
             self.passes.emit(EventType.BLOCK_END, block_group(name, block))
-            self.finished += 1
+            self.finish_group()
         self.report("modules outside of blocks")
         self.passes.emit(EventType.BLOCK_END, outside_group(modules_outside(self.model, blocks)))
-        self.finished += 1
+        self.finish_group()
         self.report("done")
 
     def walk_with_data(self, blocks: Mapping[str, nn.Module]) -> None:
@@ -98,7 +99,7 @@ class Walker:
                 index += 1
             for name, block in plan.uncalled.items():
                 self.passes.emit(EventType.BLOCK_END, block_group(name, block))
-                self.finished += 1
+                self.finish_group()
             if plan.segments and plan.stub_last:
                 stack.enter_context(stubbed(plan.segments[-1], plan.blocks, last=lambda: self._last_output(inputs)))
             self._complete_outside(index, self._run)
@@ -126,7 +127,9 @@ class Walker:
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
-        self.passes = BlockPasses(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report)
+        self.passes = BlockPasses(
+            self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report, self.interrupt
+        )
         self.total = len(self.plan.blocks) + 1
 
     def _masks(self, key: str) -> list[Tensor | None]:
@@ -196,7 +199,7 @@ class Walker:
                         source = first_bad_module(module, block.name, again)
                     raise nonfinite_error(error.kind, error.where, error.batch, source) from None
             inputs.drop(block.name)
-            self.finished += 1
+            self.finish_group()
 
     def _pass_dense(
         self, block: ProbedBlock, module: nn.Module, dense: SegmentInputs
@@ -263,6 +266,11 @@ class Walker:
         moved = hidden.to(home) if home is not None else hidden
         # a copy, since the model may write into it
         return put(last.template, last.out_at, hidden.clone() if moved is hidden else moved)
+
+    def finish_group(self) -> None:
+        """A block, or the modules outside of blocks, are finished."""
+        self.finished += 1
+        self.interrupt()
 
     def report(self, text: str) -> None:
         if self.progress is not None:

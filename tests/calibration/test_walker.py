@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -66,6 +67,30 @@ def test_progress_goes_up_to_its_total():
     assert told[-1] == ("done", 4, 4)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert ("layers.1: layers.1.k, batch 2/2", 1, 4) in told
+
+
+@pytest.mark.parametrize(("walk", "count"), [("one_pass", 4 * 3 + 3 + 2), ("two_pass", 3)])
+def test_it_may_be_interrupted_after_each_module_and_each_block(walk, count):
+    calls, watcher = [], LockstepWatcher()
+
+    def interrupt():
+        calls.append(list(watcher.finished))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    for stop in (count + 1, count - 1):
+        calls.clear()
+        watcher, model = LockstepWatcher(), seeded(Layered)
+        with pytest.raises(KeyboardInterrupt) if stop < count else nullcontext():
+            calibrate(
+                *started(watcher, model=model),
+                make_batches(2, 2, 5, C),
+                options=CalibrationOptions(walk=walk),
+                interrupt=interrupt,
+            )
+        assert len(calls) == min(stop, count)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    assert calls[-1] == watcher.finished  # nothing was finished after it
 
 
 def test_what_a_small_sample_does_not_reach_is_looked_for_in_the_whole_batch():
