@@ -10,7 +10,7 @@ Shapes: B batch, H heads of keys and values, T tokens, D numbers per head.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
@@ -57,6 +57,10 @@ class QuantizedCache(Record):
 
     def register(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(_quantize_cache, with_kwargs=True)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        return super().from_json(data | {"args": QuantizationArgs.model_validate(data["args"])})
 
     @staticmethod
     def tensor_names(args: QuantizationArgs) -> tuple[str, ...]:
