@@ -180,8 +180,9 @@ def tree_move(tree: Any, device: torch.device | None) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Device of the module's first parameter or buffer; None when it has none."""
-    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
+    """Device of the module's first parameter or buffer, of those in memory where there are any; None without any."""
+    devices = [tensor.device for tensor in chain(module.parameters(), module.buffers())]
+    return next((device for device in devices if device.type != "meta"), devices[0] if devices else None)
 
 
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:

@@ -6,6 +6,8 @@ A stub returns its hidden input in the structure of output that the probe saw, s
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from lightning_compress.calibration.activations import BlockCall, argument, put,
 from lightning_compress.calibration.probe import ProbedBlock
 from lightning_compress.layers.forward import patched
 
-__all__ = ["BrokenLinkError", "capture", "run_to_stop", "stop", "stopped_before", "stubbed"]
+__all__ = ["BrokenLinkError", "capture", "is_stubbed", "run_to_stop", "stop", "stopped_before", "stubbed"]
 
 
 class BrokenLinkError(Exception):
@@ -84,9 +86,14 @@ def stubbed(
     """
     with ExitStack() as stack:
         for block in segment[:-1]:
-            stack.enter_context(patched(modules[block.name], forward=_stub(block)))
-        stack.enter_context(patched(modules[segment[-1].name], forward=lambda *_args, **_kwargs: last()))
+            stack.enter_context(patched(modules[block.name], forward=_Stub(partial(_hidden_through, block))))
+        stack.enter_context(patched(modules[segment[-1].name], forward=_Stub(lambda *_args, **_kwargs: last())))
         yield
+
+
+def is_stubbed(block: nn.Module) -> bool:
+    """True while a stub stands for the block, so that its weights are not used."""
+    return isinstance(vars(block).get("forward"), _Stub)
 
 
 def stopped_before(block: nn.Module) -> AbstractContextManager[None]:
@@ -105,8 +112,15 @@ def stop() -> NoReturn:
     raise _Stop
 
 
-def _stub(block: ProbedBlock) -> Callable[..., Any]:
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        return put(block.template, block.out_at, argument(args, kwargs, block.hidden_at))
+@dataclass(frozen=True)
+class _Stub:
+    """The forward of a block that is not computed."""
 
-    return stub
+    output: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output(*args, **kwargs)
+
+
+def _hidden_through(block: ProbedBlock, *args: Any, **kwargs: Any) -> Any:
+    return put(block.template, block.out_at, argument(args, kwargs, block.hidden_at))

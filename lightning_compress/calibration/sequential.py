@@ -30,7 +30,7 @@ from lightning_compress.calibration.blocks import find_blocks, modules_of_block,
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.options import CalibrationOptions
-from lightning_compress.calibration.placement import on_device, streamed
+from lightning_compress.calibration.residence import Residence
 from lightning_compress.calibration.walker import Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.layers.split_experts import split_while, watched
@@ -63,6 +63,7 @@ def calibrate(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     interrupt: Callable[[], None] = lambda: None,
+    residence: Residence | None = None,
 ) -> None:
     """Show calibration data to the modifiers and let them compress the model, block after block.
 
@@ -76,6 +77,7 @@ def calibrate(
             tuple or list the first item is the input, and anything else is the input.
         progress: Called with a text, the number of finished blocks and the number of all blocks.
         interrupt: Called after each MODULE_READY and each finished block; what it raises ends the calibration there.
+        residence: Where the blocks live; None: in memory.
 
     Raises:
         ValueError: No batches although a modifier needs them, NaN or Inf in weights or activations, ``blocks`` that
@@ -89,7 +91,9 @@ def calibrate(
     batches = [] if batches is None else list(batches)
     if batches and forward is None and any(m.needs.data for m in lifecycle.modifiers):
         check_batch(model, batches[0])
-    walker = Walker(lifecycle, state, clock, batches, BatchRunner(model, forward), options, progress, interrupt)
+    walker = Walker(
+        lifecycle, state, clock, batches, BatchRunner(model, forward), options, progress, interrupt, residence
+    )
     # training continues on weights in one tensor: the modifier that comes next does not know the experts in it
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     try:
@@ -121,9 +125,9 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
 
 def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     """All batches through the dense model, for modifiers that need it; BLOCK_SURVEYED per block and for the rest."""
-    lifecycle, model, device = walker.lifecycle, walker.model, walker.device
+    lifecycle, model, device, residence = walker.lifecycle, walker.model, walker.device, walker.residence
     with ExitStack() as stack:
-        stack.enter_context(streamed(blocks, device) if blocks else on_device(model, device))
+        stack.enter_context(residence.passing(blocks) if blocks else residence.visit("", model))
         for modifier in lifecycle.modifiers:
             if not modifier.needs.survey:
                 stack.enter_context(modifier.paused())

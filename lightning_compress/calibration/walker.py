@@ -26,9 +26,9 @@ from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
 from lightning_compress.calibration.options import CalibrationOptions
-from lightning_compress.calibration.placement import exact_device, on_device, streamed
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
+from lightning_compress.calibration.residence import InMemory, Residence, exact_device
 from lightning_compress.core import Event, EventType, Lifecycle, State
 
 __all__ = ["Walker"]
@@ -49,10 +49,12 @@ class Walker:
         options: CalibrationOptions,
         progress: Callable[[str, int, int], None] | None,
         interrupt: Callable[[], None],
+        residence: Residence | None = None,
     ):
         self.lifecycle, self.state, self.clock, self.batches, self.runner = lifecycle, state, clock, batches, runner
         self.walk, self.progress, self.interrupt = options.walk, progress, interrupt
         self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
+        self.residence: Residence = InMemory(self.device) if residence is None else residence
         self.model = runner.model
         self.plan = CalibrationPlan()
         self.finished, self.total = 0, 1
@@ -62,7 +64,8 @@ class Walker:
         """BLOCK_END for every block and for the modules outside of blocks; no forward pass."""
         for name, block in blocks.items():
             self.report(name)
-            self.passes.emit(EventType.BLOCK_END, block_group(name, block))
+            with self.residence.visit(name, block):
+                self.passes.emit(EventType.BLOCK_END, block_group(name, block))
             self.finish_group()
         self.report("modules outside of blocks")
         self.passes.emit(EventType.BLOCK_END, outside_group(modules_outside(self.model, blocks)))
@@ -79,7 +82,7 @@ class Walker:
             )
         with ExitStack() as stack:
             if not blocks:
-                stack.enter_context(on_device(self.model, self.device))
+                stack.enter_context(self.residence.visit("", self.model))
             self._prepare(blocks)
             plan, index, inputs = self.plan, 0, SegmentInputs(self.offload_device)
             while index < len(plan.segments):
@@ -114,11 +117,12 @@ class Walker:
         targets = {m: names[m] for modifier in calibrating for m in modifier.hooked if m in names}
         self.report("probe: the first batch through the dense model")
         masks = self._masks("attention_mask")
-        with self.lifecycle.paused(), streamed(blocks, self.device):
+        with self.lifecycle.paused(), self.residence.passing(blocks):
             probe, run = self._probe(blocks, targets, masks[0])
             for module in warn_of_targets(self.model, probe, targets):
                 del targets[module]  # no batch can reach them
             plan = make_plan(self.model, run, blocks, probe, targets) if blocks else plan_without_blocks(self.model)
+        self.residence.check(plan, [name for module, name in targets.items() if module not in probe.counts])
         self.plan = plan
         explicit = self.walk == "one_pass"
         obstacle = one_pass_obstacle(self.lifecycle.modifiers, probe.counts, targets, uncalled=explicit)
@@ -158,7 +162,7 @@ class Walker:
         inputs = SegmentInputs(self.offload_device)
         names = {block.name for block in segment}
         before = {name: block for name, block in self.plan.blocks.items() if name not in names}
-        with self.lifecycle.paused(), streamed(before, self.device):
+        with self.lifecycle.paused(), self.residence.passing(before):
             for i in range(len(self.batches)):
                 self.passes.begin(i, f"{segment[0].name}: inputs, batch {i + 1}/{len(self.batches)}")
                 try:
@@ -186,7 +190,7 @@ class Walker:
         dense = inputs.dense_copy() if compared else None
         for block in segment:
             module = self.plan.blocks[block.name]
-            with on_device(module, self.device):
+            with self.residence.visit(block.name, module):
                 dense_outputs = None if dense is None else self._pass_dense(block, module, dense)
                 run = partial(self._run_block, block, module, inputs)
                 needed = keep_last or block is not segment[-1]
@@ -248,7 +252,7 @@ class Walker:
         """Finish the modules that run before segment ``index``, or after all of them."""
         modules = self.plan.outside[index]
         if modules or not self.plan.segments:
-            with streamed(self.plan.blocks, self.device):
+            with self.residence.passing(self.plan.blocks):
                 self.passes.complete(outside_group(modules), run, None)
 
     def _tail_needs_output(self) -> bool:
@@ -263,6 +267,7 @@ class Walker:
         last, hidden = self.plan.segments[-1][-1], inputs.hidden[self.passes.batch]
         assert isinstance(hidden, Tensor)
         home = device_of(self.plan.blocks[last.name])
+        home = device_of(self.model) if home is not None and home.type == "meta" else home  # its block is on disk
         moved = hidden.to(home) if home is not None else hidden
         # a copy, since the model may write into it
         return put(last.template, last.out_at, hidden.clone() if moved is hidden else moved)

@@ -134,7 +134,7 @@ class ShardWriter:
                 write_file(tensors, partial)
                 size, checksum = partial.stat().st_size, _checksum(partial)
             fsync(self.folder)
-            entry = {
+            entry: dict[str, Any] = {
                 "format_version": FORMAT_VERSION, "bytes": size, "sha256": checksum, "tensors": list(tensors),
                 "rows": [dict(row) for row in rows], "facts": dict(facts or {}),
             }  # fmt: skip

@@ -68,7 +68,7 @@ class TensorFile:
         data = torch.empty(self.nbytes(name), dtype=torch.uint8)
         with naming(self.path, repr(name)), self.path.open("rb", buffering=0) as file:
             file.seek(position)
-            view, count = memoryview(data.numpy()), 0
+            view, count = memoryview(data.numpy()), 0  # type: ignore[arg-type]
             while count < len(view):  # a read is limited to 2 GiB
                 if not (step := file.readinto(view[count:])):
                     raise ValueError(f"the file ends {len(view) - count} bytes early; copy it again")
