@@ -9,6 +9,8 @@ import warnings
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,10 @@ def main(cfg: DictConfig) -> float | None:
         metrics = train(cfg)
     except SystemExit as stopped:  # SIGTERM: Lightning would exit with code 0, as after success
         raise SystemExit(stopped.code or 143) from stopped
+    except Exception:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra prints the error of the first job that failed only
+            log.exception("this job failed")
+        raise
     return optimized(metrics, cfg.optimized_metric)
 
 

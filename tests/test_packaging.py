@@ -199,7 +199,9 @@ def test_the_wheel_names_its_licence_its_plugin_and_its_python(wheel: Path) -> N
     assert "Requires-Python: >=3.11" in metadata
     for extra in ("hf", "plot", "slurm", "sweep", "dev", "docs"):
         assert f"Provides-Extra: {extra}" in metadata
-    assert "[hydra.plugins]" in archive.read(f"{info}/entry_points.txt").decode()
+    entry_points = archive.read(f"{info}/entry_points.txt").decode()
+    assert "[hydra.plugins]" in entry_points
+    assert "[console_scripts]\nlightning-compress = lightning_compress.cli:main" in entry_points
     assert f"{info}/licenses/LICENSE" in archive.namelist()
 
 
@@ -242,6 +244,18 @@ def test_compress_works_in_an_app_that_was_not_edited(run: Run, tmp_path: Path) 
     assert int(done.stdout.rsplit("most values in a row:", 1)[1]) <= 16  # after the test at the end, too
     config = yaml.safe_load((tmp_path / ".hydra" / "config.yaml").read_text())
     assert list(config["callbacks"]) == ["model_checkpoint", "compress"]
+
+
+def test_a_sweep_there_is_compared_by_the_console_command(run: Run, python: Path, tmp_path: Path) -> None:
+    done = run("src/train.py", "-m", "+compress=rtn_w2,[wanda_2of4,gptq_w4]", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [str(python.with_name("lightning-compress")), "sweep", "."]
+    table = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "results of 2 of 2 jobs; val/loss (smaller is better)" in table  # what its checkpoint callback monitors
+    rows = [
+        line.split(",") for line in (tmp_path / "sweep.csv").read_text().replace("[wanda_2of4,", "[wanda_2of4;").split()
+    ]
+    assert [row[:3] for row in rows[1:]] == [["0", "rtn_w2", "val/loss"], ["1", '"[wanda_2of4;gptq_w4]"', "val/loss"]]
 
 
 def test_the_app_without_compress_is_as_before(run: Run, tmp_path: Path) -> None:

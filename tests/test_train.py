@@ -1,5 +1,6 @@
 """``train.py`` end to end on a tiny model: train, compress, test the compressed one, sweep, and no training at all."""
 
+import csv
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import train as app
 from examples.model_llama import LlamaDemo
+from lightning_compress.report.sweep_jobs import read_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -134,17 +136,18 @@ def test_a_pretrained_model_any_text_and_its_tokenizer(app_config: Any, tmp_path
     assert values_per_row(dense.model.layers[0].mlp.up_proj.weight) > 16
 
 
-def test_a_sweep_runs_each_recipe(tmp_path: Path, library: str) -> None:
+def test_a_sweep_runs_each_recipe_and_ends_in_one_table_and_one_figure(tmp_path: Path, library: str) -> None:
+    folder = tmp_path / "a sweep"
     overrides = [
         "-m",
         *TINY,
         library,
-        "+compress=gptq_w4,rtn_w4",
+        "+compress=gptq_w4,awq_w4,[smoothquant,gptq_w8a8]",
         "optimized_metric=test/loss",
         "+callbacks.compress.verify=false",
     ]
     run = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
+        [sys.executable, str(ROOT / "train.py"), *overrides, f"hydra.sweep.dir='{folder}'"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -152,9 +155,30 @@ def test_a_sweep_runs_each_recipe(tmp_path: Path, library: str) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    for job, name in enumerate(("GPTQModifier", "QuantizationModifier")):
-        recipe = yaml.safe_load((tmp_path / "sweep" / str(job) / "compressed" / "recipe.yaml").read_text())
-        assert [modifier["type"] for modifier in recipe["modifiers"].values()] == [name]
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["compress"] for row in rows] == ["gptq_w4", "awq_w4", "[smoothquant,gptq_w8a8]"]
+    assert "1" in {row["on_front"] for row in rows}
+    for row, names in zip(rows, (["GPTQ"], ["AWQ"], ["SmoothQuant", "GPTQ"]), strict=True):
+        recipe = yaml.safe_load((folder / row["job"] / "compressed" / "recipe.yaml").read_text())
+        assert [modifier["type"] for modifier in recipe["modifiers"].values()] == [f"{name}Modifier" for name in names]
+        summary = json.loads((folder / row["job"] / "report" / "summary.json").read_text())
+        assert float(row["after"]) == summary["metric"]["perplexity"]["after"]
+        assert int(row["size"]) == (folder / row["job"] / "compressed" / "model.safetensors").stat().st_size
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "results of 3 of 3 jobs; perplexity (smaller is better)" in run.stdout
+
+
+def test_the_error_of_every_job_that_fails_is_in_its_log(tmp_path: Path) -> None:
+    """Hydra runs all jobs of a sweep and raises the error of the first one that failed."""
+    settings = ["-m", "train=false", "test=false", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "train.py"), *settings]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode == 1
+    assert [job.fault for job in read_jobs(tmp_path)] == [
+        "it has no report/summary.json; train.log ends: "
+        "ValueError: nothing to do: train=false, test=false, and no +compress=NAME; set one of them"
+    ] * 2
 
 
 def test_a_run_that_a_signal_ends_does_not_look_done(app_config: Any, library: str, tmp_path: Path) -> None:

@@ -6,15 +6,13 @@ Tables fit 80 columns, figures are never broken: names of techniques, schemes an
 import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, TextIO
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lightning_compress.core.ledger import Ledger, Row
+from lightning_compress.report.section import Section, number, print_section, size
 from lightning_compress.report.summary import headline, totals
 
 __all__ = ["render", "show"]
@@ -23,18 +21,6 @@ WORST = 5  # modules with the largest error that are shown one by one
 NAMED = 3  # modules that are named for each flag
 SHORT = 0.01  # seconds; a phase below is not worth a figure
 WIDTH = 80  # columns of a log
-STACKED = ("median error", "worst error")  # headers in two lines
-WORDS = ("metric", "module", "technique", "scheme", "flags")  # columns that are not figures
-
-
-@dataclass(frozen=True)
-class Section:
-    """One table; cells are text already."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    footer: Sequence[str] = ()
 
 
 def render(ledger: Ledger, facts: Mapping[str, Any], width: int = WIDTH) -> str:
@@ -55,23 +41,7 @@ def show(ledger: Ledger, facts: Mapping[str, Any], file: TextIO | None = None) -
 
 def _print(console: Console, ledger: Ledger, facts: Mapping[str, Any]) -> None:
     for section in _sections(ledger, facts):
-        table = Table(
-            box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_footer=bool(section.footer)
-        )  # fmt: skip
-        for number, name in enumerate(section.header):
-            words = name in WORDS
-            table.add_column(
-                "\n".join(name.split()) if name in STACKED else name,
-                section.footer[number] if section.footer else "",
-                justify="left" if words else "right",
-                overflow="fold",
-                no_wrap=not words,
-                min_width=min(40, max((len(row[0]) for row in section.rows), default=1)) if name == "module" else None,
-            )
-        for row in section.rows:
-            table.add_row(*row)
-        console.print(f"\n{section.title}", style="bold", markup=False, highlight=False, soft_wrap=True)
-        console.print(table)
+        print_section(console, section)
     console.print()
     for note in _notes(ledger, facts):
         console.print(note, markup=False, highlight=False, soft_wrap=not note.startswith("seconds"))  # paths stay whole
@@ -92,9 +62,9 @@ def _metrics(facts: Mapping[str, Any]) -> Section:
         if change is None and before is not None and after is not None:
             change = after - before
         error = entry.get("standard_error")
-        paired = _number(change, "+") + ("" if error is None else f" ± {_number(error, digits=2)}")
-        first = [_number(dense["values"].get(name), digits=6)] if dense["values"] else []
-        rows.append([name, *first, _number(before, digits=6), _number(after, digits=6), paired])
+        paired = number(change, "+") + ("" if error is None else f" ± {number(error, digits=2)}")
+        first = [number(dense["values"].get(name), digits=6)] if dense["values"] else []
+        rows.append([name, *first, number(before, digits=6), number(after, digits=6), paired])
     figures = ["before", "after", "difference ± standard error"]
     if dense["values"]:
         figures = [f"dense, step {dense['step']}", "trained", "after", "after - trained"]
@@ -109,8 +79,8 @@ def _techniques(ledger: Ledger) -> Section:
     rows = [[*name, *_aggregate(group)] for name, group in groups.items()]
     sums = totals(ledger)
     footer = [
-        "total", "", str(sums["modules"]), _number(sums["bits_per_weight"]), _size(sums["bytes_before"]),
-        _size(sums["bytes_after"]), "", "",
+        "total", "", str(sums["modules"]), number(sums["bits_per_weight"]), size(sums["bytes_before"]),
+        size(sums["bytes_after"]), "", "",
     ] if len(rows) > 1 else []  # fmt: skip
     return Section("modules, bits per weight, sizes of their weights, errors of their outputs", header, rows, footer)
 
@@ -121,19 +91,17 @@ def _aggregate(rows: Sequence[Row]) -> list[str]:
     weighed = [(row.bits * row.params, row.params) for row in rows if row.bits is not None and row.params]
     return [
         str(len(rows)),
-        _number(sum(b for b, _ in weighed) / sum(p for _, p in weighed) if weighed else None),
-        _size(_sum(row.bytes_before for row in rows)),
-        _size(_sum(row.bytes_after for row in rows)),
-        _number(median(errors) if errors else None, digits=3),
-        _number(max(errors, default=None), digits=3),
+        number(sum(b for b, _ in weighed) / sum(p for _, p in weighed) if weighed else None),
+        size(_sum(row.bytes_before for row in rows)),
+        size(_sum(row.bytes_after for row in rows)),
+        number(median(errors) if errors else None, digits=3),
+        number(max(errors, default=None), digits=3),
     ]
 
 
 def _worst(ledger: Ledger) -> Section:
     ranked = sorted((row for row in ledger if row.error is not None), key=lambda row: -(row.error or 0))[:WORST]
-    rows = [
-        [row.module, row.technique, _number(row.error), _number(row.sqnr_db), "; ".join(row.flags)] for row in ranked
-    ]
+    rows = [[row.module, row.technique, number(row.error), number(row.sqnr_db), "; ".join(row.flags)] for row in ranked]
     title = "largest errors, |(W - Q) X|² / |W X|² (without data |W - Q|² / |W|²)"
     return Section(title, ["module", "technique", "error", "SQNR dB", "flags"], rows)
 
@@ -145,16 +113,16 @@ def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
         notes.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
     if (share := totals(ledger)["sparsity"]) is not None:
         pruned = {row.module for row in ledger if row.sparsity is not None}
-        notes.append(f"zeros: {_number(100 * share, digits=3)} % of the weights of {len(pruned)} pruned modules")
+        notes.append(f"zeros: {number(100 * share, digits=3)} % of the weights of {len(pruned)} pruned modules")
     if facts.get("model_bytes_before") and facts.get("model_bytes_after"):
         where = " on disk" if facts.get("export_dir") else ""
-        sizes = f"{_size(facts['model_bytes_before'])} -> {_size(facts['model_bytes_after'])}{where}"
+        sizes = f"{size(facts['model_bytes_before'])} -> {size(facts['model_bytes_after'])}{where}"
         notes.append(f"model with all its weights: {sizes}")
     if seconds := facts.get("seconds"):
         long = {phase: spent for phase, spent in seconds.items() if spent >= SHORT}
-        notes.append("seconds: " + ", ".join(f"{phase} {_number(spent)}" for phase, spent in long.items()))
+        notes.append("seconds: " + ", ".join(f"{phase} {number(spent)}" for phase, spent in long.items()))
     if (peak := facts.get("peak_memory_bytes")) is not None:
-        notes.append(f"peak memory: {_size(peak)}")
+        notes.append(f"peak memory: {size(peak)}")
     if (folder := facts.get("export_dir")) is not None:
         notes.append(f"compressed model: {folder}")
     return notes
@@ -163,17 +131,3 @@ def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
 def _sum(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
-
-
-def _number(value: Any, sign: str = "", digits: int = 4) -> str:
-    return "" if value is None else format(value, f"{sign}.{digits}g") if isinstance(value, int | float) else str(value)
-
-
-def _size(value: float | None) -> str:
-    """Bytes, in powers of 1024."""
-    if value is None:
-        return ""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(value) >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.4g} {units[0]}"
