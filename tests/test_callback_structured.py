@@ -25,7 +25,7 @@ from lightning_compress import (
 )
 from lightning_compress.structure.surgery import record_of
 from tests.support.structure_runs import images, llama, residuals, tokens
-from tests.support.training_runs import Regression, Sums, quiet
+from tests.support.training_runs import Regression, Sums, best, quiet
 
 
 def channels(**arguments):
@@ -266,7 +266,17 @@ def test_two_processes_train_a_model_that_shrank_at_set_up(tmp_path):
     assert (tmp_path / "compressed" / "config.json").exists()
 
 
-def test_workers_that_hand_weights_back_to_a_dense_model_are_refused(tmp_path):
-    trainer = quiet(tmp_path, CompressionCallback(channels()), strategy="ddp_fork", devices=2)
-    with pytest.raises(Exception, match="weights back for the dense model: use strategy='ddp'"):
-        trainer.fit(Regression(), Sums())
+def test_the_main_process_of_forked_workers_keeps_the_dense_model_and_tests_the_small_one(tmp_path):
+    module, kept = Regression(), best(tmp_path)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    callback = CompressionCallback(channels(start=0, input_shape=[8]))
+    trainer = quiet(tmp_path, callback, kept, strategy="ddp_fork", devices=2)
+    trainer.fit(module, Sums())
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    compressed = torch.load(tmp_path / "compressed.ckpt", weights_only=True)["state_dict"]
+    assert compressed["model.0.weight"].shape[0] < before["model.0.weight"].shape[0]
+    assert kept.best_model_path == str(tmp_path / "compressed.ckpt")
+    tested = trainer.test(module, Sums(), ckpt_path="best", verbose=False)[0]["test/mse"]
+    x, y = (column[::2] for column in Sums().rows.tensors)  # the share of rank 0, which speaks for all
+    small = load(tmp_path / "compressed", Regression().model)
+    assert tested == pytest.approx(nn.functional.mse_loss(small(x), y).item(), rel=1e-5)

@@ -103,6 +103,12 @@ def warn_of_workers(trainer: Trainer, model: nn.Module, ties_before: int) -> Non
     """Name what the main process does not get back from spawned workers; ``ties_before`` is :func:`ties` before."""
     if not spawns_workers(trainer):
         return
+    if record_of(model):
+        rank_zero_warn(
+            "the main process keeps the model as it was before this fit: the tensors that were trained are smaller; "
+            "test with ckpt_path='best', or load(folder, model)"
+        )
+        return
     missing = beside_weights(model)
     if ties(model) < ties_before:
         missing.append("that weights were untied (both get the values of one)")

@@ -18,7 +18,7 @@ from lightning_compress.training.broadcast import spawns_workers
 from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.submodule import choose
 
-__all__ = ["carry_shapes", "check_launcher", "read_shapes", "same_shapes", "write_shapes"]
+__all__ = ["carry_shapes", "keep_main_process_dense", "read_shapes", "same_shapes", "write_shapes"]
 
 KEY = "lightning_compress_structure"
 
@@ -47,13 +47,16 @@ def same_shapes(weights: Mapping[str, Any], root: nn.Module) -> bool:
     return all(key in present and present[key].shape == value.shape for key, value in tensors.items())
 
 
-def check_launcher(trainer: Trainer) -> None:
-    """ValueError where workers would send weights back to a main process whose model is still dense."""
-    if spawns_workers(trainer):
-        raise ValueError(
-            "the recipe changes shapes, and the main process of a strategy that spawns or forks its workers gets "
-            "weights back for the dense model: use strategy='ddp'"
-        )
+def keep_main_process_dense(trainer: Trainer, root: LightningModule) -> None:
+    """Workers that are spawned or forked send no weights of another shape to the main process, where loading fails."""
+    if not spawns_workers(trainer):
+        return
+
+    def drop_all(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if trainer.state.finished and any(record_of(m) for m in module.modules()):
+            state.clear()
+
+    root.register_state_dict_post_hook(drop_all)
 
 
 def carry_shapes(root: LightningModule, name: str | None) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from lightning_compress.layers.forward import patched
 from lightning_compress.layers.split_experts import split_while
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.training.checks import check_averaging, check_whole, tensor_names
-from lightning_compress.training.pruned_checkpoints import check_launcher
+from lightning_compress.training.pruned_checkpoints import keep_main_process_dense
 from lightning_compress.training.results import processors
 from lightning_compress.training.submodule import USUAL, choose
 
@@ -70,7 +70,7 @@ def initialize(
     assert model is not None
     reshaping = any(m.needs.changes_shapes for m in lifecycle.modifiers)
     if reshaping:
-        check_launcher(trainer)
+        keep_main_process_dense(trainer, pl_module)
     before = tensor_names(pl_module)
     windowed = any(m.start is not None for m in lifecycle.modifiers)
     with nullcontext() if windowed else split_while(model):  # training needs experts in one tensor
