@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 READER = """
@@ -44,3 +46,41 @@ def read_by_transformers(root: Path, classes: Mapping[str, str]) -> dict[str, Te
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(root / "read")
+
+
+ONE_BY_ONE = """
+import json, sys, torch, transformers
+from safetensors.torch import load_file, save_file
+for line in sys.stdin:
+    folder, batch, answer = json.loads(line)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            save_file({"logits": model(**load_file(batch), use_cache=False).logits.contiguous()}, answer)
+        assert not [m for m in sys.modules if m.startswith("lightning")], "the reader must not know this package"
+        failed = ""
+    except Exception as error:
+        failed = f"{type(error).__name__}: {error}"
+    print(json.dumps(failed), flush=True)
+"""
+
+
+@contextmanager
+def plain_transformers(root: Path) -> Iterator[Any]:
+    """A function from an exported folder and a batch to logits, computed by one process; its files in ``root``."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", ONE_BY_ONE]
+    with subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+
+        def read(folder: Path, batch: Mapping[str, Tensor]) -> Tensor:
+            save_file(dict(batch), root / "batch")
+            print(json.dumps([str(folder), str(root / "batch"), str(root / "answer")]), file=reader.stdin, flush=True)
+            failed = json.loads(reader.stdout.readline())
+            assert not failed, failed
+            return load_file(root / "answer")["logits"]
+
+        yield read
+        reader.stdin.close()
