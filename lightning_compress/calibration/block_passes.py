@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration.activations import find_nonfinite, taken_off
 from lightning_compress.calibration.capture import run_to_stop, stop
 from lightning_compress.calibration.lockstep import run_in_lockstep
+from lightning_compress.calibration.memory import release
 from lightning_compress.calibration.probe import Probe, nonfinite_error
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.core.precision import model_precision
@@ -110,7 +111,9 @@ class BlockPasses:
             dense=dense,
             batches=0 if replay is None else len(self.masks),
         )
+        release()  # what the batches have freed, before a solver needs memory
         self.lifecycle.emit(state, replace(self.clock, type_=type_), only=only)
+        release()
 
     def begin(self, batch: int, text: str) -> None:
         """A batch begins to run."""

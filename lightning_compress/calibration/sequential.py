@@ -28,6 +28,7 @@ from torch import nn
 from lightning_compress.calibration.activations import BatchRunner, check_weights, device_of, token_mask, tree_move
 from lightning_compress.calibration.blocks import find_blocks, modules_of_block, modules_outside
 from lightning_compress.calibration.inputs import check_batch
+from lightning_compress.calibration.memory import small_heap
 from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.residence import Residence
@@ -97,7 +98,7 @@ def calibrate(
     # training continues on weights in one tensor: the modifier that comes next does not know the experts in it
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     try:
-        with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model):
+        with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model), small_heap():
             _emit_all(walker, blocks)
     except BaseException as error:
         lifecycle.set_token_mask(None)

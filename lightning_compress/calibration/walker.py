@@ -25,6 +25,7 @@ from lightning_compress.calibration.activations import (
 from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup, one_pass_obstacle
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
+from lightning_compress.calibration.memory import release
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
@@ -122,6 +123,7 @@ class Walker:
             for module in warn_of_targets(self.model, probe, targets):
                 del targets[module]  # no batch can reach them
             plan = make_plan(self.model, run, blocks, probe, targets) if blocks else plan_without_blocks(self.model)
+        probe.inputs, probe.last_output = {}, None  # activations that only the plan needed
         self.residence.check(plan, [name for module, name in targets.items() if module not in probe.counts])
         self.plan = plan
         explicit = self.walk == "one_pass"
@@ -275,6 +277,7 @@ class Walker:
     def finish_group(self) -> None:
         """A block, or the modules outside of blocks, are finished."""
         self.finished += 1
+        release()
         self.interrupt()
 
     def report(self, text: str) -> None:

@@ -1,0 +1,50 @@
+"""Memory that a walk has freed goes back to the system.
+
+glibc keeps what is freed: pieces of up to 32 MiB stay in heaps, of which every thread has one, up to 64 MiB each. After
+a walk in lockstep over 571 MiB of weights another 390 MiB were resident that nothing owned.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+__all__ = ["release", "small_heap"]
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+_LARGEST = 2**25  # bytes; at 1 MiB, which glibc would map and unmap each time, page faults take 10 % more CPU
+
+
+def release() -> None:
+    """Give the free pages of all heaps back to the system, where the C library is glibc; takes 0.1 ms."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+@contextmanager
+def small_heap() -> Iterator[None]:
+    """Inside, glibc does not raise the sizes from which it maps memory and from which it returns free memory.
+
+    Afterwards they are the ones that its own adjustment ends at. Limits in the environment are obeyed.
+    """
+    libc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+    libc.mallopt(_TRIM_THRESHOLD, 2**17)
+    try:
+        yield
+    finally:
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process; None where it is another one than glibc."""
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows has no such handle
+        return None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
