@@ -70,7 +70,10 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
     given = first = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        first, self.first = self.first, 0  # at the first batch, since Lightning makes iterators that it does not use
+        first, self.first = self.first, 0  # only the first iterator after load_state_dict goes on
+        return self._from(first)
+
+    def _from(self, first: int) -> Iterator[dict[str, Tensor]]:
         assert self.batch_sampler is not None
         for place, indices in enumerate(self.batch_sampler):
             if place >= first:

@@ -51,17 +51,11 @@ from lightning_compress.training.loss_scale import unscaled
 from lightning_compress.training.options import read_arguments
 from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.post_training import PostTraining
+from lightning_compress.training.preemption import name_ended_ranks
 from lightning_compress.training.pruned_checkpoints import carry_shapes
-from lightning_compress.training.resume import (
-    after_last_batch,
-    begin_epoch,
-    is_resumed,
-    load_earlier_end,
-    resume_loaders,
-)
+from lightning_compress.training.resume import go_on, is_resumed, load_earlier_end
 from lightning_compress.training.run import Run
 from lightning_compress.training.set_up import check_before_training, initialize, when_built
-from lightning_compress.training.signals import requeue_only, stopped_by_sigterm, supersede
 from lightning_compress.training.submodule import choose
 
 __all__ = ["CompressionCallback"]
@@ -158,6 +152,7 @@ class CompressionCallback(Callback):
         self._stage = stage
         self._take_off()
         self._cleanup.enter_context(carry_shapes(pl_module, self.options.module))
+        self._cleanup.enter_context(self.run.in_team(trainer))
         if stage != "fit":
             return
         check_fit(trainer, pl_module, self, self._root)
@@ -165,7 +160,6 @@ class CompressionCallback(Callback):
             return
         self._root, self._trained = pl_module, False
         self._cleanup.callback(self.run.saved_files.watch(trainer))
-        self._cleanup.enter_context(self.run.in_team())
         self._state = self._state.but(team=self.run.team)
         if not self.lifecycle.initialized:
             built = when_built(pl_module, self.options.module, lambda: self._initialize(trainer, pl_module))
@@ -205,10 +199,7 @@ class CompressionCallback(Callback):
         check_windows(trainer, self.lifecycle.modifiers, self.clock.event())
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
         if self._resumed:
-            self.run.add_repeated_batches(resume_loaders(trainer))
-            if after_last_batch(trainer):
-                self._random.restore()
-                begin_epoch(trainer)
+            self.run.add_repeated_batches(go_on(trainer, self._random))
         self._resumed = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -309,13 +300,13 @@ class CompressionCallback(Callback):
                 self.load_state_dict(earlier)
                 return
         post_training = self._post_training(trainer, pl_module, self.clock.event())
-        save_first = trained and not trainer.fast_dev_run
-        with requeue_only(trainer, save_first=save_first), stopped_by_sigterm(trainer):
-            post_training.compress()
-            self.done = True  # before compressed.ckpt is saved: a run that resumes from it has nothing left to do
-            post_training.write_results()
-            if outputs is not None:
-                supersede(trainer, outputs.checkpoint)
+        self.run.preemption.before_compression(trained=trained)
+        post_training.compress()
+        self.done = True  # before compressed.ckpt is saved: a run that resumes from it has nothing left to do
+        post_training.write_results()
+        if outputs is not None:
+            self.run.preemption.supersede(outputs.checkpoint)
+        self.run.preemption.check()
 
     def _post_training(
         self, trainer: Trainer, pl_module: LightningModule, event: Event, lifecycle: Lifecycle | None = None
@@ -323,11 +314,21 @@ class CompressionCallback(Callback):
         lifecycle = self.lifecycle if lifecycle is None else lifecycle
         return PostTraining(trainer, pl_module, lifecycle, self._state, self.run, event, self.clock.state_dict())
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.run.preemption.begin_evaluation()
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.run.preemption.after_evaluation_batch()
+
+    on_test_batch_end = on_validation_batch_end
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.run.preemption.begin_evaluation()
         if self._root is None and not self.done and not self._knows_checkpoint:
             warn_of_no_fit()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        name_ended_ranks(self.run.team, exception)
         self._forget_batch()
         self.lifecycle.abort()
         self._take_off()

@@ -73,13 +73,13 @@ class PostTraining:
         shown = self.trainer.is_global_zero and bar is not None
         with self._undisturbed(), ProgressReport(shown) as progress:
             self._load_best()
-            before = self.measure("metric before", progress)
+            before = self.measure("metric before", progress, may_end=True)
             with self.run.timed("calibration"):
                 act = partial(self._act, self.lifecycle.after_training, progress, training_end=True)
-                self.run.team.result(act, "calibration")
+                self.run.preemption.result(act, "calibration")
                 share(self.module, self.pl_module.device, self.run.team)
             self.lifecycle.finalize(self.state)
-            after = self.measure("metric after", progress)
+            after = self.measure("metric after", progress, may_end=True)
             self.run.facts |= compare(before, after, self._summing_device)
         guard_save_pretrained(self.module)
         self.run.facts["beside_weights"] = beside_weights(self.module)
@@ -138,13 +138,24 @@ class PostTraining:
                 send_weights(self.run.team, self.pl_module)
             self.lifecycle.weights_loaded(states)
 
-    def measure(self, phase: str, progress: Callable[[str, int, int], None]) -> Measurement:
-        """The metric on the validation set; every rank calls this and measures its share."""
+    def measure(self, phase: str, progress: Callable[[str, int, int], None], *, may_end: bool = False) -> Measurement:
+        """The metric on the validation set; every rank calls this and measures its share.
+
+        With ``may_end`` a signal ends the run between two batches.
+        """
         trainer, pl_module, options = self.trainer, self.pl_module, self.run.options
         if not options.evaluate:
             return Measurement()
         with self.run.timed(phase):
             loaders, limits = validation_loaders(trainer, pl_module, options.eval_batches)
+            if may_end:
+                self.run.preemption.begin_measurement(limits)
+
+            def advance(batches: int) -> None:
+                progress(phase, batches, sum(n or 0 for n in limits))
+                if may_end:
+                    self.run.preemption.after_evaluation_batch()
+
             return evaluate(
                 pl_module,
                 self.module,
@@ -153,7 +164,7 @@ class PostTraining:
                 context=trainer.precision_plugin.val_step_context,
                 monitor=monitored_metric(trainer),
                 device=self._summing_device,
-                progress=lambda batches: progress(phase, batches, sum(n or 0 for n in limits)),
+                progress=advance,
             )
 
     def _act(self, lifecycle: Lifecycle, progress: ProgressReport, *, training_end: bool = False) -> None:
@@ -171,6 +182,7 @@ class PostTraining:
                     clock=self.event,
                     forward=forward_of(self.pl_module, batches or []),
                     progress=lambda text, blocks, of: progress("calibration", blocks, of, text),
+                    interrupt=self.run.preemption.check if training_end else lambda: None,  # else it trains on
                 )
 
     def _batches(self, lifecycle: Lifecycle) -> Sequence[Any] | None:

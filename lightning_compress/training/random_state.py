@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_compress.team import Team
 
-__all__ = ["LoadedRandomState", "collect", "collect_all", "restore", "undisturbed"]
+__all__ = ["LoadedRandomState", "collect", "collect_all", "restore", "restore_own", "undisturbed"]
 
 
 def collect() -> dict[str, Any]:
@@ -44,9 +44,12 @@ def collect_all(state: dict[str, Any]) -> list[dict[str, Any]]:
 def restore(states: list[dict[str, Any]]) -> None:
     """Continue as after :func:`collect_all`; a rank that ``states`` has none for leaves its random state as it is."""
     rank = Team.present().rank
-    if rank >= len(states):
-        return
-    state = states[rank]
+    if rank < len(states):
+        restore_own(states[rank])
+
+
+def restore_own(state: dict[str, Any]) -> None:
+    """Continue as after :func:`collect`."""
     torch.set_rng_state(state["torch"].cpu())
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))

@@ -84,7 +84,7 @@ class Results:
             if outputs is None:
                 root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt")
-            self.run.team.result(lambda: self._write(outputs), "the export")
+            self.run.preemption.result(lambda: self._write(outputs), "the export", at_once=True)
         if failure is not None:
             raise failure
 

@@ -23,15 +23,33 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_compress.files.atomic_folder import origin_of
+from lightning_compress.training.random_state import LoadedRandomState
 from lightning_compress.training.run import Run
 
-__all__ = ["after_last_batch", "begin_epoch", "is_resumed", "load_earlier_end", "resume_loaders"]
+__all__ = ["go_on", "is_resumed", "load_earlier_end"]
 
 
-def resume_loaders(trainer: Trainer) -> int:
-    """Load the states of loaders that Lightning has left out; called in on_train_start.
+def go_on(trainer: Trainer, random: LoadedRandomState) -> int:
+    """Let the loaders and the random state go on where they stopped; called in on_train_start.
 
     Returns how many batches of the resumed epoch come again, since a loader has no state (a warning says so).
+    """
+    repeated = _resume_loaders(trainer)
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    if validation.restarted_mid_evaluation:
+        random.restore()
+        count = validation.batch_progress.total
+        count.ready = count.started = count.completed  # it begins with its first batch
+    elif _after_last_batch(trainer):
+        random.restore()
+        _begin_epoch(trainer)
+    return repeated
+
+
+def _resume_loaders(trainer: Trainer) -> int:
+    """Load the states of loaders that Lightning has left out.
+
+    Returns how many batches of the resumed epoch come again.
     """
     loop = trainer.fit_loop
     if loop._combined_loader is not None and loop._combined_loader_states_to_load:
@@ -40,7 +58,7 @@ def resume_loaders(trainer: Trainer) -> int:
         if loop._data_fetcher is not None:
             iter(loop._data_fetcher)  # the present iterator began without the state
     loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
-    if after_last_batch(trainer) or all(isinstance(loader, _Stateful) for loader in loaders):
+    if _after_last_batch(trainer) or all(isinstance(loader, _Stateful) for loader in loaders):
         return 0
     if repeated := int(loop.epoch_loop.batch_progress.current.ready):
         rank_zero_warn(
@@ -52,12 +70,12 @@ def resume_loaders(trainer: Trainer) -> int:
     return repeated
 
 
-def after_last_batch(trainer: Trainer) -> bool:
-    """Whether the checkpoint that is resumed was saved after the last batch of an epoch; called in on_train_start."""
+def _after_last_batch(trainer: Trainer) -> bool:
+    """Whether the checkpoint that is resumed was saved after the last batch of an epoch."""
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
-def begin_epoch(trainer: Trainer) -> None:
+def _begin_epoch(trainer: Trainer) -> None:
     """Let the next epoch, if there is one, begin as any other; its loader draws its order from now on."""
     loop = trainer.fit_loop
     if loop.done:

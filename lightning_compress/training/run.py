@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from lightning_compress.team import Team
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.outputs import Outputs
+from lightning_compress.training.preemption import Preemption
 from lightning_compress.training.samples import OwnBatches
 from lightning_compress.training.saved_files import SavedFiles
 
@@ -30,7 +33,8 @@ class Run:
         outputs: Paths that this fit writes; None in a fast_dev_run.
         saved_files: Checkpoint files that this process saved.
         own_batches: Batches of the user's ``calibration_dataloader``, of which the first is looked at early.
-        team: The processes of this fit.
+        team: The processes of this fit, validation or test.
+        preemption: What answers signals meanwhile.
         seconds: Seconds of each phase.
         facts: Facts for the report.
     """
@@ -42,18 +46,21 @@ class Run:
     saved_files: SavedFiles = field(default_factory=SavedFiles)
     own_batches: OwnBatches = field(default_factory=OwnBatches)
     team: Team = field(default_factory=Team)
+    preemption: Preemption = field(default_factory=Preemption)
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def in_team(self) -> Iterator[None]:
-        """Inside, :attr:`team` is that of all processes; every rank enters at the same time."""
+    def in_team(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, :attr:`team` is that of all processes, who answer signals together; all enter at the same time."""
         self.team = Team.of_processes()
+        self.preemption = Preemption(trainer, self.team)
         try:
-            yield
+            with self.preemption.watching():
+                yield
         finally:
             self.team.close()
-            self.team = Team()
+            self.team, self.preemption = Team(), Preemption()
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -1,16 +1,16 @@
-"""SIGTERM after training: the run ends at once with code 143, nothing half-written stays, and it can be resumed."""
+"""SIGTERM: the run ends with code 143, nothing half-written stays, and it can be resumed."""
 
 import os
 import signal
-import time
-from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress import CompressionCallback
-from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet
-from tests.support.two_ranks import run_two_ranks
+from lightning_compress.training import preemption
+from tests.support.preempted_runs import Signals
+from tests.support.training_runs import Regression, RoundingModifier, Sums, quiet, rounding
 
 
 def terminate():
@@ -45,7 +45,7 @@ def interrupted_in_export(monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 @pytest.mark.parametrize("where", ["calibration", "export"])
-def test_it_stops_there_and_then(tmp_path, monkeypatch, where):
+def test_it_stops_with_nothing_half_written(tmp_path, monkeypatch, where):
     former = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
         if where == "export":
@@ -73,23 +73,17 @@ def test_a_handler_of_the_users_own_stays(tmp_path):
     assert seen == ["theirs"]
 
 
-class InCalibrationOfAll(RoundingModifier):
-    folder: str
-
-    def on_calibration_end(self, state, event, **kwargs):
-        os.kill(int(Path(self.folder, "rank 1").read_text()), signal.SIGTERM)
-        time.sleep(0.5)
-        terminate()
-        raise AssertionError("it went on")
-
-
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
-def test_two_ranks_stop_with_that_code_and_without_a_hang(tmp_path):
-    def work(rank):
-        (tmp_path / f"rank {rank}").write_text(str(os.getpid()))
-        callback = CompressionCallback(InCalibrationOfAll(folder=str(tmp_path)))
-        quiet(tmp_path, callback, strategy="ddp", devices=2, max_epochs=1).fit(Regression(), Sums())
-
-    for end in run_two_ranks(work, tmp_path, 20):
-        assert end.splitlines()[-1].endswith("SIGTERMException: 143")
-    assert not (tmp_path / "compressed").exists()
+def test_in_training_a_checkpoint_is_saved_from_which_it_goes_on(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(preemption, "MOST_CALLS_BETWEEN_QUESTIONS", 1)
+    signals = Signals(signal.SIGTERM, {"on_train_batch_start": [3]})
+    with pytest.raises(SystemExit) as caught:
+        quiet(tmp_path, rounding(), signals, max_epochs=2).fit(Regression(), Sums(batches=8))
+    assert caught.value.code == 143
+    path = tmp_path / "hpc_ckpt_1.ckpt"
+    assert f"SIGTERM: this run ends here; {path} is saved, from which ckpt_path='hpc' goes on" in caplog.text
+    assert torch.load(path, weights_only=True)["global_step"] == 3
+    callback = rounding()
+    quiet(tmp_path, callback, max_epochs=2).fit(Regression(), Sums(batches=8), ckpt_path="hpc")
+    assert callback.clock.global_step == 16
+    assert callback.done
