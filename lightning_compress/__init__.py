@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_compress.core.events import EventType as EventType
     from lightning_compress.export.load import load as load
     from lightning_compress.export.save import save as save
+    from lightning_compress.folder import compress_folder as compress_folder
     from lightning_compress.modifiers import *  # noqa: F403
     from lightning_compress.oneshot import compress as compress
     from lightning_compress.quant.packed import dequantize as dequantize
@@ -26,6 +27,7 @@ _HOME = MappingProxyType(
         "CompressionCallback": "callback",
         "EventType": "core.events",
         "compress": "oneshot",
+        "compress_folder": "folder",
         "dequantize": "quant.packed",
         "load": "export.load",
         "save": "export.save",

@@ -1,8 +1,8 @@
 """``compress(model, modifiers, batches)``: the whole lifecycle on any ``nn.Module``, without a Trainer."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_compress.layers.matching import without_parallel
 from lightning_compress.layers.split_experts import split_while
 from lightning_compress.recipe import read_recipe
 
-__all__ = ["compress"]
+__all__ = ["all_events", "compress", "first_batches", "modifiers_of"]
 
 
 def compress(
@@ -77,29 +77,37 @@ def compress(
         raise ValueError(f"model is a {type(model).__name__}, expected an nn.Module")
     model = without_parallel(model)
     options = CalibrationOptions(blocks, walk, device, offload_device, seed, moe_calibrate_all_experts)
-    lifecycle = Lifecycle(_modifiers(modifiers))
-    batches = _first(batches, max_batches)
+    lifecycle = Lifecycle(modifiers_of(modifiers))
+    batches = first_batches(batches, max_batches)
     state = State(model=model, ledger=Ledger())
     check_uninterrupted(model)
     # a modifier with a window was made for training, which needs experts in one tensor
     windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)
     mixtures = nullcontext() if windowed else split_while(model)
-    with forked_random_state(), mixtures, marked_when_interrupted(model, lambda: len(state.ledger)):
-        torch.manual_seed(seed)
-        try:
-            lifecycle.initialize(state)
-            end_training(lifecycle, state)
-            if any(m.needs.calibration for m in lifecycle.modifiers):
-                calibrate(lifecycle, state, batches, options, forward=forward, progress=progress)
-            lifecycle.finalize(state)
-        except BaseException:
-            lifecycle.abort()
-            raise
+    with mixtures, marked_when_interrupted(model, lambda: len(state.ledger)), all_events(lifecycle, state, seed):
+        if any(m.needs.calibration for m in lifecycle.modifiers):
+            calibrate(lifecycle, state, batches, options, forward=forward, progress=progress)
     guard_save_pretrained(model)
     return state.ledger
 
 
-def _modifiers(modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | str) -> Sequence[Modifier]:
+@contextmanager
+def all_events(lifecycle: Lifecycle, state: State, seed: int) -> Iterator[None]:
+    """INITIALIZE and TRAINING_END, then the calibration inside, then FINALIZE; torch's random state is as before."""
+    with forked_random_state():
+        torch.manual_seed(seed)
+        try:
+            lifecycle.initialize(state)
+            end_training(lifecycle, state)
+            yield
+            lifecycle.finalize(state)
+        except BaseException:
+            lifecycle.abort()
+            raise
+
+
+def modifiers_of(modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | str) -> Sequence[Modifier]:
+    """The modifiers of a recipe, in order; ``modifiers`` as in :func:`compress`."""
     if not isinstance(modifiers, str):
         return modifiers_in_order(modifiers)
     recipe = read_recipe(modifiers)
@@ -111,7 +119,7 @@ def _modifiers(modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier]
     return recipe.modifiers
 
 
-def _first(batches: Iterable[Any] | None, max_batches: int | None) -> list[Any] | None:
+def first_batches(batches: Iterable[Any] | None, max_batches: int | None) -> list[Any] | None:
     """The first ``max_batches`` batches."""
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches}, expected at least 1, or None for all")

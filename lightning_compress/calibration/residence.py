@@ -7,7 +7,7 @@ and in :meth:`Residence.passing` the model runs through blocks that do not chang
     on disk     a block is on the meta device; its tensors are read for each visit, and released after it
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration.activations import device_of, tree_move
 from lightning_compress.calibration.capture import is_stubbed
 from lightning_compress.calibration.plan import CalibrationPlan
+from lightning_compress.layers.blank import blank_of
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.records import Record
 
@@ -142,7 +143,7 @@ class OnDisk:
             _release(block)
 
 
-def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
+def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor], leave_out: Container[nn.Module] = ()) -> None:
     """Read the tensors of a module that are on the meta device; each gets the dtype that it has there.
 
     Parameters that are shared inside of the module stay shared. Buffers that no file holds must not be on meta.
@@ -152,6 +153,8 @@ def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
     """
     filled: dict[int, Tensor] = {}
     for path, owner in module.named_modules():
+        if owner in leave_out:
+            continue
         places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         for tensors in places:
             for local, blank in tensors.items():
@@ -184,9 +187,7 @@ def _release(module: nn.Module) -> None:
                 if tensor is None or local in owner._non_persistent_buffers_set:
                     continue
                 if id(tensor) not in blanks:
-                    blank = torch.empty_like(tensor, device="meta")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    blanks[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
+                    blanks[id(tensor)] = blank_of(tensor)
                 tensors[local] = blanks[id(tensor)]
         for record in [value for value in vars(owner).values() if isinstance(value, Record)]:
             record.to(torch.device("meta")).attach(owner)

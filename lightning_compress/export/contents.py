@@ -16,7 +16,7 @@ from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
 from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.record import Quantized, saw_rows
 
-__all__ = ["Contents", "Records", "Stored", "check_weights", "contents_of", "warn_of_contents"]
+__all__ = ["Contents", "Records", "Stored", "block_contents", "check_weights", "contents_of", "warn_of_contents"]
 
 Records = Mapping[str, tuple[nn.Module, Quantized]]
 Stored = Mapping[str, Mapping[str, Tensor]]
@@ -58,6 +58,18 @@ def contents_of(model: nn.Module, stored: Stored) -> Contents:
         in_bytes = embeddings.keys() - dense.keys()
         records = {n: (module, unpacked(r) if n in in_bytes else r) for n, (module, r) in records.items()}
     return Contents(model, records, dense, caches, stored)
+
+
+def block_contents(model: nn.Module, modules: Mapping[str, nn.Module]) -> Contents:
+    """What is written of one block of a model of transformers; it holds no embeddings.
+
+    Args:
+        model: The model; tensors outside of the block may be on meta.
+        modules: The modules of the block, by clean name.
+    """
+    records = {name: (module, record) for name, module in modules.items() if (record := Quantized.of(module))}
+    caches = {name: cache for name, module in modules.items() if (cache := QuantizedCache.of(module))}
+    return Contents(model, records, _dense_on_disk(model, records), caches, {})
 
 
 def check_weights(model: nn.Module, stored: Stored) -> None:

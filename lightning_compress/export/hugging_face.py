@@ -6,7 +6,9 @@ transformers is imported inside functions only.
 import copy
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +17,16 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 
 from lightning_compress.export.experts import names_of_experts
+from lightning_compress.export.tensor_file import TensorFolder
 from lightning_compress.export.tensors import naming, read_json
+from lightning_compress.layers.blank import mark_blank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
     "add_names_on_disk", "build", "change_json", "dense_config", "example_of", "is_transformers", "names_on_disk",
-    "skeleton", "write", "write_configs",
+    "on_meta", "processors", "saved_names", "skeleton", "write", "write_configs",
 ]  # fmt: skip
 
 COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")  # keys of a config whose numbers become modules
@@ -45,12 +49,37 @@ def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_
 
 def write_configs(model: "PreTrainedModel", folder: str | Path) -> None:
     """``save_pretrained`` without weights and without its progress bar."""
+    with _no_progress_bar():
+        _save_pretrained(model, folder, state_dict={})
+
+
+def saved_names(model: "PreTrainedModel") -> dict[str, str]:
+    """The names that ``save_pretrained`` gives to the tensors of a model; tied ones that it leaves out are missing."""
+    marks: dict[int, Tensor] = {}  # a number in place of each tensor
+    names: list[str] = []
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in marks:
+            marks[id(tensor)] = torch.tensor([len(names)], dtype=torch.int64)
+            names.append(name)
+        state[name] = marks[id(tensor)]
+    with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
+        _save_pretrained(model, folder, state_dict=dict(state))
+        saved = TensorFolder(Path(folder))
+        places = {name: int(saved.read(name)) for name in saved.files}
+    return {
+        name if name in state and int(state[name]) == place else names[place]: name for name, place in places.items()
+    }
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        _save_pretrained(model, folder, state_dict={})
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -128,6 +157,44 @@ def skeleton(
     return model
 
 
+def on_meta(folder: Path, tensors: int, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model that ``from_pretrained`` would give, in evaluation mode; all tensors that files hold are blanks."""
+    layout = skeleton(folder, read_json(folder / "config.json"), tensors, dtype)
+    with torch.device("meta"):
+        model: PreTrainedModel = type(layout)._from_config(dense_config(layout.config))  # in its dtype
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for tensor in model.state_dict(keep_vars=True).values():
+        mark_blank(tensor)
+        tensor._is_hf_initialized = True  # transformers computes the other buffers alone
+    model.initialize_weights()
+    _add_generation_config(model, folder)
+    return model.eval()
+
+
+def processors(folder: Path) -> list[Any]:
+    """The processor or the tokenizer of a folder, in a list; empty where it has none."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    kinds = {AutoProcessor: ("processor_config.json", "preprocessor_config.json")}
+    kinds |= {AutoTokenizer: ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")}
+    for kind, files in kinds.items():
+        if any((folder / file).exists() for file in files):
+            with naming(folder / files[0]):
+                return [kind.from_pretrained(folder, trust_remote_code=False)]
+    return []
+
+
+def _add_generation_config(model: "PreTrainedModel", folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        with naming(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
 def _check_counts(path: Path, tree: Any, tensors: int) -> None:
     """ValueError names the key that states far more layers, experts or labels than the files have tensors."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -165,8 +232,6 @@ def build(
 
     ``extra`` are names that the class may lack, since they were added to the model that is filled.
     """
-    from transformers import GenerationConfig
-
     _check_sizes(folder / "config.json", layout, weights)
     with naming(folder / "config.json"):
         model, info = type(layout).from_pretrained(
@@ -178,9 +243,7 @@ def build(
             f"{folder} does not fit {type(layout).__name__}: {bad}; where modules were added to the model before "
             f"it was saved, add them to a dense one too and call load(folder, model)"
         )
-    if model.can_generate() and (folder / "generation_config.json").exists():
-        with naming(folder / "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+    _add_generation_config(model, folder)
     return model
 
 

@@ -53,7 +53,7 @@ from lightning_compress.quant.packed import as_linears
 from lightning_compress.quant.packing import check_fit, tensor_names
 from lightning_compress.structure.surgery import record_of
 
-__all__ = ["save"]
+__all__ = ["dump_yaml", "save", "write_description"]
 
 
 def save(
@@ -107,7 +107,7 @@ def save(
             )
         rehearse(model, processors)
         contents = contents_of(model, stored)
-        recipe_yaml = None if recipe is None else _yaml(recipe)
+        recipe_yaml = None if recipe is None else dump_yaml(recipe)
         try:
             with whole_folder(folder, overwrite=overwrite, origin=origin) as partial:
                 check_weights(model, stored)
@@ -130,13 +130,27 @@ def save(
 def _write(contents: Contents, folder: Path, max_shard_bytes: int) -> None:
     """Weights and configs, in a folder that exists."""
     on_disk = _write_weights(contents, folder, max_shard_bytes)
+    write_description(contents, folder, on_disk, {name: contents.records[name][1].to_json() for name in contents.dense})
+
+
+def write_description(contents: Contents, folder: Path, on_disk: Mapping[str, str], dense: Mapping[str, Any]) -> None:
+    """``quantization_config`` in the config.json of a folder, and lightning_compress.json where it is needed.
+
+    Weights may be on meta: only schemes are read.
+
+    Args:
+        contents: What the folder holds.
+        folder: Folder with the config.json of the model.
+        on_disk: Names of quantized modules on disk.
+        dense: Records of the modules whose weight is dense on disk, as JSON.
+    """
     dtype = _write_quantization(contents, folder) if contents.packed or contents.caches else None
     if contents.is_transformers:
         plain_transformers.warn_of_misfits(contents.model)
         plain_transformers.warn_of_dropped(contents.model)
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "dense": {name: contents.records[name][1].to_json() for name in contents.dense},
+        "dense": dict(dense),
         "names": {name: other for name, other in on_disk.items() if name != other},
     }
     if dtype is not None:
@@ -152,10 +166,7 @@ def _write(contents: Contents, folder: Path, max_shard_bytes: int) -> None:
 
 def _write_weights(contents: Contents, folder: Path, max_shard_bytes: int) -> dict[str, str]:
     """All tensors, and config.json without quantization; returns the names of quantized modules on disk."""
-    model, records = contents.model, contents.records
-    state = state_on_disk(model, contents.packed, contents.stored)
-    for name, cache in contents.caches.items():
-        state |= {f"{name}.{local}": getattr(cache, local).detach().cpu() for local in cache.tensor_names(cache.args)}
+    model, records, state = contents.model, contents.records, state_on_disk(contents)
     if contents.is_transformers:
         hugging_face.write(model, state, folder, max_shard_bytes)
         on_disk = hugging_face.names_on_disk(model, list(records))
@@ -187,7 +198,8 @@ def _write_quantization(contents: Contents, folder: Path) -> torch.dtype | None:
     return plain_transformers.mend_layout(model, config, packed, folder)
 
 
-def _yaml(recipe: Mapping[str, Any]) -> str:
+def dump_yaml(recipe: Mapping[str, Any]) -> str:
+    """The text of recipe.yaml; ValueError where the recipe is not plain data."""
     try:
         return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lightning_compress.export.contents import Records, Stored
+from lightning_compress.export.contents import Contents, Records
 from lightning_compress.export.experts import names_of_experts
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matching import clean_name
@@ -11,8 +11,12 @@ from lightning_compress.quant.packing import pack
 __all__ = ["state_on_disk"]
 
 
-def state_on_disk(model: nn.Module, packed: Records, stored: Stored) -> dict[str, Tensor]:
-    """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied."""
+def state_on_disk(contents: Contents) -> dict[str, Tensor]:
+    """The state dict, each packed weight replaced by its packed tensors, module by module; the rest is not copied.
+
+    Tensors of KV caches follow.
+    """
+    model, packed, stored = contents.model, contents.packed, contents.stored
     name_of = {id(module): name for name, (module, _) in packed.items()}
     packed_at = {
         f"{clean_name(path)}.weight": name_of[id(module)]
@@ -39,6 +43,8 @@ def state_on_disk(model: nn.Module, packed: Records, stored: Stored) -> dict[str
             in_memory = {local: tensor.cpu().contiguous() for local, tensor in stored.get(name, {}).items()}
             tensors_of[name] = in_memory or pack(name, *packed[name])
         state |= {key.removesuffix("weight") + local: tensor for local, tensor in tensors_of[name].items()}
+    for name, cache in contents.caches.items():
+        state |= {f"{name}.{local}": getattr(cache, local).detach().cpu() for local in cache.tensor_names(cache.args)}
     return state
 
 

@@ -1,6 +1,6 @@
-"""One safetensors file, read with plain reads instead of a memory map.
+"""safetensors files, read with plain reads instead of memory maps.
 
-A private map counts against RLIMIT_DATA as a whole, and keeps the file open. The file is not trusted: each length is
+A private map counts against RLIMIT_DATA as a whole, and keeps the file open. Files are not trusted: each length is
 compared with the file's size before memory is allocated.
 
     8 bytes, little endian: length of the header | header, JSON: {name: {"dtype", "shape", "data_offsets"}} | data
@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lightning_compress.export.tensors import naming
+from lightning_compress.export.tensors import INDEX, naming, weight_map
 
-__all__ = ["TensorFile"]
+__all__ = ["TensorFile", "TensorFolder"]
 
 HEADER_BYTES = 10**8  # as safetensors
 DTYPES = {
@@ -57,6 +57,10 @@ class TensorFile:
         """The shape of a tensor, without reading it."""
         return tuple(self._places[name][1])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor."""
+        return self._places[name][0]
+
     def nbytes(self, name: str) -> int:
         """The bytes of a tensor."""
         dtype, shape, _ = self._places[name]
@@ -74,6 +78,37 @@ class TensorFile:
                     raise ValueError(f"the file ends {len(view) - count} bytes early; copy it again")
                 count += step
         return data.view(dtype).reshape(shape)
+
+
+class TensorFolder:
+    """The tensors of a model's folder: of model.safetensors, or of the files that its index names.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ValueError: A file is missing or damaged, or a tensor is in two files.
+    """
+
+    def __init__(self, folder: Path):
+        index = folder / INDEX
+        names = sorted(set(weight_map(index).values())) if index.exists() else ["model.safetensors"]
+        self.files: dict[str, TensorFile] = {}  # by tensor
+        for name in names:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} has no {name}; expected the safetensors files of a model")
+            file = TensorFile(folder / name)
+            if twice := self.files.keys() & file.names:
+                raise ValueError(f"{min(twice)!r} is in {folder / name} and in {self.files[min(twice)].path.name}")
+            self.files |= dict.fromkeys(file.names, file)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        return self.files[name].read(name)
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of a tensor."""
+        return self.files[name].nbytes(name)
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:

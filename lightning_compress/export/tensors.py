@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["INDEX", "TensorFiles", "naming", "read_json", "write_file", "write_index", "write_tensors"]
+__all__ = ["INDEX", "TensorFiles", "naming", "read_json", "weight_map", "write_file", "write_index", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
 BESIDE = re.compile(r"[^/\\\0]{1,200}\.safetensors")
@@ -79,9 +79,9 @@ class TensorFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        weight_map = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
+        by_name = weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
         self.names: dict[str, str] = {}
-        for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
+        for file in sorted(set(by_name.values())) or ["model.safetensors"]:
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}; is it a folder that save wrote, and copied completely?")
             with naming(folder / file), safe_open(folder / file, framework="pt") as opened:
@@ -89,9 +89,9 @@ class TensorFiles:
             if twice := [name for name in names if name in self.names]:
                 raise ValueError(f"{twice[0]!r} is in {folder / file} and in {self.names[twice[0]]}; which one is it?")
             self.names |= dict.fromkeys(names, file)
-        if wrong := [name for name, file in weight_map.items() if self.names.get(name) != file]:
+        if wrong := [name for name, file in by_name.items() if self.names.get(name) != file]:
             raise ValueError(
-                f"{folder / INDEX}: weight_map says that {wrong[0]!r} is in {weight_map[wrong[0]]}, which does not "
+                f"{folder / INDEX}: weight_map says that {wrong[0]!r} is in {by_name[wrong[0]]}, which does not "
                 f"hold it; copy the folder again"
             )
 
@@ -154,15 +154,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def weight_map(path: Path) -> dict[str, str]:
     """File by tensor; ValueError where it names a file that does not lie beside the index."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: weight_map must be an object of file names by tensor, got {weight_map!r:.80}")
-    for name, file in weight_map.items():
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{path}: weight_map must be an object of file names by tensor, got {files!r:.80}")
+    for name, file in files.items():
         if not isinstance(file, str) or not BESIDE.fullmatch(file):
             raise ValueError(
                 f"{path}: weight_map gives {file!r:.200} for {name!r}, expected the name of a .safetensors file in the "
                 f"same folder"
             )
-    return weight_map
+    return files

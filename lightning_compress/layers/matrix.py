@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.layers.blank import is_blank
 from lightning_compress.layers.expert import ExpertLinear, tokens_of
 
 __all__ = ["CONVOLUTIONS", "as_matrix", "check_weights_work", "input_layout", "inputs_as_rows", "is_embedding",
@@ -52,7 +53,7 @@ def _weight_fault(module: nn.Module, in_place: bool) -> str | None:
     weight = parameters["weight"]
     if weight is None:
         return "its weight is None; give it one"
-    if weight.is_meta:
+    if weight.is_meta and not is_blank(weight):
         return "its weight is on the meta device, so it has no values; load the weights first"
     if not weight.numel():
         return f"its weight has shape {list(weight.shape)}, so there is nothing in it; leave the layer out"
