@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_compress.modifiers import *  # noqa: F403
     from lightning_compress.oneshot import compress as compress
     from lightning_compress.quant.packed import dequantize as dequantize
+    from lightning_compress.training.sharding import before_sharding as before_sharding
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = MappingProxyType(
     {
         "CompressionCallback": "callback",
         "EventType": "core.events",
+        "before_sharding": "training.sharding",
         "compress": "oneshot",
         "compress_folder": "folder",
         "dequantize": "quant.packed",

@@ -56,6 +56,7 @@ from lightning_compress.training.pruned_checkpoints import carry_shapes
 from lightning_compress.training.resume import go_on, is_resumed, load_earlier_end
 from lightning_compress.training.run import Run
 from lightning_compress.training.set_up import check_before_training, initialize, when_built
+from lightning_compress.training.sharding import reshard_between
 from lightning_compress.training.submodule import choose
 
 __all__ = ["CompressionCallback"]
@@ -65,8 +66,6 @@ E = EventType
 
 class CompressionCallback(Callback):
     r"""Compress the model that a Trainer trains.
-
-    The constructor takes every setting by name, since it is public; calibration gets them as one object.
 
     Args:
         modifiers: One modifier, several in order, or a dict of them (its order counts).
@@ -211,6 +210,7 @@ class CompressionCallback(Callback):
         self._in_batch = self._trained = True
         if self._windowed or self.lifecycle.acting:
             event = self.clock.event(E.BATCH_START)
+            reshard_between(trainer, pl_module)
             self._before_windows(trainer, pl_module, event)
             self._batch_state = self._state.but(batch_data=batch, optimizer=trainer.optimizers)
             self.lifecycle.emit(self._batch_state, event)

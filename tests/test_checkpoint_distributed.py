@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from pydantic import PrivateAttr
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -140,14 +139,6 @@ def test_two_ranks_resume_the_same_run(tmp_path):
         assert same(whole[rank]["modifiers"], resumed[rank]["modifiers"]) == []
 
 
-def test_fully_sharded_weights_are_refused_at_set_up(tmp_path):
-    """FSDP2: the masks, scales and statistics of a shard are not those of the weight."""
-    trainer = quiet(tmp_path, CompressionCallback(recipes("pruning")))
-    trainer.strategy.__class__ = type("Sharded", (ModelParallelStrategy,), {})
-    with pytest.raises(ValueError, match="Sharded shards the weights, and compression needs full ones: use strategy="):
-        trainer.callbacks[0].setup(trainer, Regression(), "fit")
-
-
 def test_weights_that_the_module_shards_by_itself_are_refused(tmp_path):
     """``fully_shard`` by hand, in configure_model of a module that an ordinary strategy trains."""
 
@@ -157,7 +148,7 @@ def test_weights_that_the_module_shards_by_itself_are_refused(tmp_path):
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match="is sharded \\(a DTensor\\), and compression needs full weights"):
+        with pytest.raises(ValueError, match="is sharded \\(a DTensor\\), and SingleDeviceStrategy does not save"):
             quiet(tmp_path, CompressionCallback(recipes("pruning"), module="model")).fit(Shards(), Sums())
     finally:
         dist.destroy_process_group()

@@ -47,6 +47,8 @@ class Needs:
         changes_shapes: Permission to change the shapes of parameters.
         fixed_shapes_from: When it begins to keep tensors shaped as the weights that it :meth:`Modifier.touches`.
         parametrizes: Weights that are computed from others from set-up on, so that the model is not a plain copy.
+        sharded: It works on parameters that FSDP2 or tensor parallelism shards (layers/sharded.py). False, or the
+            reason as a text: models with such parameters are refused at set-up.
         window: Whether ``start``, ``end`` and ``update`` have a meaning. None: they have if the class has a handler for
             them, or acts in training only.
     """
@@ -63,6 +65,7 @@ class Needs:
     changes_shapes: bool = False
     fixed_shapes_from: Literal["never", "start", "set-up"] = "never"
     parametrizes: bool = False
+    sharded: bool | str = False
     window: bool | None = None
 
     def __post_init__(self) -> None:

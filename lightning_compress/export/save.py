@@ -33,7 +33,7 @@ import torch
 import yaml
 from compressed_tensors.compressors import ModelCompressor
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.export import hugging_face, plain_transformers
@@ -66,6 +66,7 @@ def save(
     max_shard_bytes: int = 5 * 10**9,
     origin: Mapping[str, Any] | None = None,
     verify: bool = False,
+    stored: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write a compressed model; the model does not change, and the folder appears complete or not at all.
 
@@ -86,6 +87,7 @@ def save(
             from. An export that is replaced must be of the same run.
         verify: Let plain transformers, in another process, compute outputs for the ``dummy_inputs`` of the model from
             the folder (some 10 seconds); the folder stays when they differ from those of the model.
+        stored: Packed tensors, by local name, of modules by their names: their weights are on the meta device.
 
     Returns:
         The folder's absolute path.
@@ -99,7 +101,8 @@ def save(
     model = without_parallel(getattr(model, "_orig_mod", model))  # torch.compile's wrapper
     check_uninterrupted(model)
     processors = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
-    with as_linears(model) as stored:
+    with as_linears(model) as packed:
+        stored = {**packed, **(stored or {})}
         if getattr(model, "hf_quantizer", None) is not None:
             raise ValueError(
                 "transformers quantized this model when it loaded it; load its folder with lightning_compress.load "

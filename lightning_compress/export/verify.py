@@ -22,7 +22,7 @@ from lightning_compress.export.experts import installed
 from lightning_compress.export.online import online_entries
 from lightning_compress.layers.forward import eval_mode
 
-__all__ = ["answers", "is_wanted"]
+__all__ = ["answers", "is_wanted", "recorded_call"]
 
 TOLERANCE = 0.02  # of the logits' norm; bfloat16 on two devices differs by less, random experts by about 1
 SECONDS = 600
@@ -50,13 +50,16 @@ def is_wanted(model: nn.Module, folder: Path, wish: bool | str) -> bool:
     return bool(wish)
 
 
-def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None) -> tuple[float | None, str]:
+def answers(
+    model: nn.Module, folder: Path, run: Callable[[], Any] | None = None, call: Mapping[str, Any] | None = None
+) -> tuple[float | None, str]:
     """The distance of the outputs of the folder from those of the model, and the fault; empty where there is none.
 
     Args:
         model: The model that was saved.
         folder: The export.
         run: Calls the model once on a batch; None: with the dummy inputs of transformers.
+        call: What :func:`recorded_call` returned before, where the model cannot be called now.
     """
     if not hugging_face.is_transformers(model):
         return None, (
@@ -64,7 +67,7 @@ def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None
             f"can build it; compare lightning_compress.load(folder, a freshly built one) with it on a batch"
         )
     try:
-        call = _recorded_call(model, run or (lambda: model(**hugging_face.example_of(model))))
+        call = recorded_call(model, run) if call is None else call
         gap = _difference(model, folder, call)
     except Exception as error:
         reason = f"{error}; lightning_compress.load reads it even where other loaders cannot"
@@ -78,7 +81,7 @@ def answers(model: nn.Module, folder: Path, run: Callable[[], Any] | None = None
     )
 
 
-def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
+def recorded_call(model: nn.Module, run: Callable[[], Any] | None = None) -> dict[str, Any]:
     """The keyword arguments with which ``run`` calls the model, in evaluation mode, and its output as ``output``."""
     calls: list[dict[str, Any] | None] = []
 
@@ -91,7 +94,7 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     handle = model.register_forward_hook(record, with_kwargs=True)
     try:
         with torch.no_grad(), eval_mode(model):
-            run()
+            model(**hugging_face.example_of(model)) if run is None else run()
     finally:
         handle.remove()
     if not calls or calls[0] is None:

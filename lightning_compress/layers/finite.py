@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_compress.layers.matching import shortlist
 from lightning_compress.layers.matrix import weight_of
+from lightning_compress.layers.sharded import full
 
 __all__ = ["check_finite", "is_finite", "nonfinite"]
 
@@ -33,6 +34,7 @@ def check_finite(modules: Mapping[str, nn.Module]) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """True when no element is NaN or Inf. One reduction; elements are checked only when their sum is not finite."""
+    tensor = full(tensor)  # of shards every rank must find the same
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch reduces no float8

@@ -14,7 +14,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.layers.matching import Names, select_weights
-from lightning_compress.pruning.masked import MaskedWeights
+from lightning_compress.pruning.masked import MaskedWeights, OneByOne
 
 __all__ = ["ConstantPruningModifier"]
 
@@ -28,7 +28,7 @@ class ConstantPruningModifier(Modifier):
         start: When the mask is taken from the weights; the default is the first batch.
     """
 
-    needs: ClassVar[Needs] = Needs(fixed_shapes_from="start")
+    needs: ClassVar[Needs] = Needs(fixed_shapes_from="start", sharded=True)
 
     targets: Names = ["Linear"]
     ignore: Names = []
@@ -45,7 +45,8 @@ class ConstantPruningModifier(Modifier):
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
         if not self.resumed:
-            self._weights.set({name: W_RC != 0 for name, W_RC in self._weights.matrices().items()})
+            matrices = self._weights.matrices()
+            self._weights.set(OneByOne(matrices, lambda name: matrices[name] != 0))
 
     def on_update(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.OPTIM_PRE_STEP:
@@ -78,7 +79,7 @@ class ConstantPruningModifier(Modifier):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "masks": dict(self._weights.masks)}
+        return {**super().state_dict(), "masks": self._weights.whole_masks()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -5,13 +5,14 @@ decay do not move them, and their optimizer state does not change. ``requires_gr
 buckets and the graph stay the same. Learning rates are left to Lightning's schedulers.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PrivateAttr
 from torch import nn
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.layers.matching import Names, listed, select
 
@@ -27,11 +28,13 @@ class FreezeModifier(Modifier):
         start: When they freeze; the default is the first batch.
     """
 
+    needs: ClassVar[Needs] = Needs(sharded=True)
+
     targets: Names = []
     ignore: Names = []
     start: float | None = 0.0
 
-    _parameters: dict[str, nn.Parameter] = PrivateAttr(default_factory=dict)
+    _places: list[tuple[nn.Module, str]] = PrivateAttr(default_factory=list)  # of parameters, in their modules
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         if not self.targets:
@@ -39,18 +42,28 @@ class FreezeModifier(Modifier):
         modules = select(state.model, self.targets, self.ignore)
         ignored = select(state.model, self.ignore, field="ignore") if self.ignore else {}
         spared = {id(p) for module in ignored.values() for p in module.parameters()}
-        self._parameters = {
-            f"{name}.{inner}": parameter
-            for name, module in modules.items()
-            for inner, parameter in module.named_parameters()
+        self._places = [
+            (owner, local)
+            for module in modules.values()
+            for owner in module.modules()
+            for local, parameter in owner.named_parameters(recurse=False)
             if parameter.requires_grad and id(parameter) not in spared
-        }
-        if not self._parameters:
+        ]
+        if not self._places:
             targets = listed(self.targets)
             raise ValueError(f"FreezeModifier: targets={targets} hold no parameter that trains; check the names")
         return True
 
     def on_update(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.OPTIM_PRE_STEP:
-            for parameter in self._parameters.values():
-                parameter.grad = None
+            for owner, local in self._places:
+                if (parameter := _parameter(owner, local)) is not None:
+                    parameter.grad = None
+
+
+def _parameter(owner: nn.Module, local: str) -> nn.Parameter | None:
+    """The parameter as it is now: sharding replaces it, a parametrization holds it, folding of BatchNorm removes it."""
+    lists = getattr(owner, "parametrizations", None)
+    if isinstance(lists, nn.ModuleDict) and local in lists:
+        return lists.get_parameter(f"{local}.original")
+    return owner._parameters.get(local)

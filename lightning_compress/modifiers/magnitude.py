@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
+from lightning_compress.layers.sharded import full
+from lightning_compress.pruning.masked import OneByOne
 from lightning_compress.pruning.masks import n_of_m
 from lightning_compress.pruning.scheduled import ScheduledSparsity
 
@@ -33,13 +35,17 @@ class MagnitudePruningModifier(ScheduledSparsity):
             does not divide (the message names the modules), an ``update`` larger than the window.
     """
 
-    needs: ClassVar[Needs] = Needs(fixed_shapes_from="start")
     technique: ClassVar[str] = "magnitude"
 
     _curve: float | None = PrivateAttr(default=None)  # point of the schedule that the masks are for
     _reached: float | None = PrivateAttr(
         default=None
     )  # point that the run had reached before the best weights came back
+
+    @property
+    def needs(self) -> Needs:
+        ranked = "scope='global' ranks all targets at once, and a rank holds shards of them; use scope='layer'"
+        return Needs(fixed_shapes_from="start", sharded=self.scope == "layer" or ranked)
 
     # -- while training ------------------------------------------------------------------------------------------------
 
@@ -94,14 +100,15 @@ class MagnitudePruningModifier(ScheduledSparsity):
         """Choose masks for this point of the curve (0: initial, 1: final sparsity) and apply them."""
         if curve == self._curve:
             return  # the masks would be the same
-        scores = {name: self._score(name, W_RC) for name, W_RC in self._weights.matrices().items()}
+        matrices = self._weights.matrices()
+        scores = OneByOne(matrices, lambda name: self._score(name, matrices[name]))
         self._weights.set(self.masks_at(curve, scores))
         self._curve = curve
 
     def _score(self, name: str, W_RC: Tensor) -> Tensor:
         """|W|, and -1 where a weight is pruned already: masks only grow."""
         mask = self._weights.masks.get(name)
-        return W_RC.abs() if mask is None else W_RC.abs().masked_fill(~mask.to(W_RC.device), -1.0)
+        return W_RC.abs() if mask is None else W_RC.abs().masked_fill(~full(mask).to(W_RC.device), -1.0)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

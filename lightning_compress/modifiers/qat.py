@@ -25,6 +25,7 @@ from lightning_compress.core.state import State
 from lightning_compress.layers.dense_keys import original_weight
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import as_matrix, check_weights_work
+from lightning_compress.layers.sharded import gathered, is_sharded
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.batch_norm import fold_all
 from lightning_compress.quant.embeddings import Embeddings, check_trainable
@@ -75,7 +76,7 @@ class QATModifier(QuantizationArguments, Modifier):
             way. The message names the modules.
     """
 
-    needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True)
+    needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True, sharded=True)
     embeddings: ClassVar[Embeddings] = "alone"
 
     start: float | None = 0.0
@@ -168,11 +169,13 @@ class QATModifier(QuantizationArguments, Modifier):
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        for name in self._modules.keys() - self._awaited:
-            fake = _fake(self._modules[name])
+        for name, module in self._modules.items():
+            if name in self._awaited:
+                continue
             if not self.resumed:
-                fake.derive(original_weight(self._modules[name]))
-            fake.active = True
+                with gathered(module):
+                    _fake(module).derive(original_weight(module))
+            _fake(module).active = True
 
     def make_room(self) -> None:
         """Give the modules back, without parametrizations, to the quantizer that training continues from."""
@@ -200,7 +203,8 @@ class QATModifier(QuantizationArguments, Modifier):
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._observing = False
         for module in self._modules.values():
-            _fake(module).freeze(original_weight(module))
+            with gathered(module):
+                _fake(module).freeze(original_weight(module))
 
     def _take_batch(self) -> None:
         """Fold the extremes of this batch, over all ranks, into the averages of static activations."""
@@ -217,7 +221,8 @@ class QATModifier(QuantizationArguments, Modifier):
     def _stop_observing(self) -> None:
         self._observing = False
         for module in self._modules.values():
-            _fake(module).stop_observing(original_weight(module))
+            with gathered(module):
+                _fake(module).stop_observing(original_weight(module))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -225,32 +230,40 @@ class QATModifier(QuantizationArguments, Modifier):
         """Round the weights to their grids for good, equally on all ranks."""
         with torch.inference_mode(False), torch.no_grad():
             for name, module in self._modules.items():
-                fake = _fake(module)
-                if not fake.active:
-                    restore_dense(module)
-                    state.ledger.add(name, "qat", flag="never started; left as it was")
-                elif fake.input is not None and not fake.input.args.dynamic and not fake.input.batches:
-                    restore_dense(module)
-                    state.ledger.add(name, "qat", flag="never saw data; left as it was")
-                    warnings.warn(
-                        f"{self.name}: {name} never saw a training batch, so that its static activation scale is "
-                        f"unknown; left as it was (ignore it, or use dynamic activations)",
-                        stacklevel=2,
-                    )
-                else:
-                    dense = original_weight(module)
-                    W_RC = (dense.t() if fake.transposed else dense.flatten(1)).clone()
-                    quantized = finish(module)
-                    Q_RC = as_matrix(module)
-                    error = weight_error(W_RC, Q_RC)
-                    state.ledger.add(name, "qat", error=error, **weight_facts(W_RC, Q_RC, quantized, error))
+                stays = is_sharded(module)  # shards are held where training had them
+                with gathered(module):
+                    self._finish(name, module, state, stays)
         self._modules, self._norms, self._folded = {}, [], []
         return True
+
+    def _finish(self, name: str, module: nn.Module, state: State, stays: bool) -> None:
+        fake = _fake(module)
+        if not fake.active:
+            restore_dense(module, stays)
+            state.ledger.add(name, "qat", flag="never started; left as it was")
+        elif fake.input is not None and not fake.input.args.dynamic and not fake.input.batches:
+            restore_dense(module, stays)
+            state.ledger.add(name, "qat", flag="never saw data; left as it was")
+            warnings.warn(
+                f"{self.name}: {name} never saw a training batch, so that its static activation scale is "
+                f"unknown; left as it was (ignore it, or use dynamic activations)",
+                stacklevel=3,
+            )
+        else:
+            dense = original_weight(module)
+            W_RC = (dense.t() if fake.transposed else dense.flatten(1)).clone()
+            quantized = finish(module, stays)
+            Q_RC = as_matrix(module)
+            error = weight_error(W_RC, Q_RC)
+            state.ledger.add(name, "qat", error=error, **weight_facts(W_RC, Q_RC, quantized, error))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        scales = {name: _fake(module).state() for name, module in self._modules.items()}
+        scales = {}
+        for name, module in self._modules.items():
+            with gathered(module, write=False):
+                scales[name] = _fake(module).state()
         phase = {"observing": self._observing, "awaited": sorted(self._awaited), "finished": self.finalized}
         return {**super().state_dict(), **phase, "scales": scales}
 
@@ -271,13 +284,16 @@ class QATModifier(QuantizationArguments, Modifier):
             stacklevel=2,
         )
         for module in self._modules.values():
-            _fake(module).derive(original_weight(module))
+            with gathered(module):
+                _fake(module).derive(original_weight(module))
             _fake(module).active = True
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._observing, self._awaited = state["observing"], set(state["awaited"])
-        for name in self._modules.keys() & state["scales"].keys():
-            _fake(self._modules[name]).load_state(state["scales"][name])
+        for name, module in self._modules.items():
+            if name in state["scales"]:
+                with gathered(module):
+                    _fake(module).load_state(state["scales"][name])
         for module in self._modules.values() if state["finished"] else ():
             _fake(module).active = False  # the weights are final, on their grids
 

@@ -5,16 +5,24 @@ applied to gradients before a step (they do not enter momentum) and to weights a
 decay cannot revive them).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.layers.matrix import check_weights_work, is_transposed
+from lightning_compress.layers.sharded import full, sharded_like
 from lightning_compress.layers.tied_weights import check_unshared
 
-__all__ = ["MaskedWeights", "check_matrices", "check_own_weights", "check_parametrizations", "trained_weight"]
+__all__ = [
+    "MaskedWeights",
+    "OneByOne",
+    "check_matrices",
+    "check_own_weights",
+    "check_parametrizations",
+    "trained_weight",
+]
 
 
 def trained_weight(module: nn.Module) -> nn.Parameter:
@@ -64,8 +72,24 @@ def check_own_weights(model: nn.Module, modules: Mapping[str, nn.Module]) -> Non
     check_unshared(model, modules, weights)
 
 
+class OneByOne(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for: of sharded weights no rank holds more than one at a time."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self._names, self._make = list(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class MaskedWeights:
-    """Modules and the masks of their weights.
+    """Modules and the masks of their weights; the mask of a sharded weight is sharded as that is.
 
     Args:
         modules: Modules by dotted name.
@@ -80,17 +104,20 @@ class MaskedWeights:
         self.modules = dict(modules)
         self.masks: dict[str, Tensor] = {}
 
-    def matrices(self) -> dict[str, Tensor]:
-        """Every trained weight as W [R, C], detached."""
-        matrices = {name: _matrix(trained_weight(module), module) for name, module in self.modules.items()}
+    def matrices(self) -> Mapping[str, Tensor]:
+        """Every trained weight as W [R, C], detached; all ranks ask for those of a sharded model, in one order."""
         for name, mask in self.masks.items():
-            self._check_shape(name, mask, matrices[name])
-        return matrices
+            self._check_shape(name, mask, _matrix(trained_weight(self.modules[name]), self.modules[name]))
+        return OneByOne(self.modules, self._whole)
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Take new masks (bool [R, C], True survives) and apply them to the weights."""
-        self.masks = dict(masks)
+        self.masks = {name: self._placed(name, mask) for name, mask in masks.items()}
         self.apply_to_weights()
+
+    def whole_masks(self) -> dict[str, Tensor]:
+        """The masks as plain tensors, for checkpoints; every rank of a sharded model calls this."""
+        return {name: full(mask) for name, mask in self.masks.items()}
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
@@ -133,8 +160,17 @@ class MaskedWeights:
         """The mask in the shape and on the device of the weight; a model may have moved since it was chosen."""
         weight = trained_weight(self.modules[name])
         self._check_shape(name, self.masks[name], _matrix(weight, self.modules[name]))
-        self.masks[name] = self.masks[name].to(weight.device)
+        self.masks[name] = self._placed(name, self.masks[name])
         return _shaped(self.masks[name], self.modules[name], weight)
+
+    def _placed(self, name: str, mask: Tensor) -> Tensor:
+        """The mask where the weight is: on its device, and in shards like those of a sharded weight."""
+        module = self.modules[name]
+        return sharded_like(mask.to(trained_weight(module).device), _matrix(trained_weight(module), module))
+
+    def _whole(self, name: str) -> Tensor:
+        module = self.modules[name]
+        return _matrix(full(trained_weight(module)), module)
 
     @staticmethod
     def _check_shape(name: str, mask_RC: Tensor, W_RC: Tensor) -> None:

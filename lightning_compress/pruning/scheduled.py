@@ -11,7 +11,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.layers.matching import Names, match_rank, select_weights, warn_of_left_out
 from lightning_compress.layers.matrix import check_weights_work
-from lightning_compress.pruning.masked import MaskedWeights, check_matrices, check_own_weights
+from lightning_compress.pruning.masked import MaskedWeights, OneByOne, check_matrices, check_own_weights
 from lightning_compress.pruning.masks import check_structure, global_masks, keep_mask
 from lightning_compress.pruning.schedules import Schedule, progress, value_at
 
@@ -97,7 +97,7 @@ class ScheduledSparsity(Modifier):
         end = self.start if self.end is None else self.end
         return value_at(self.schedule, progress(index, self.start, end), 0.0, 1.0, self.power)
 
-    def masks_at(self, curve: float, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def masks_at(self, curve: float, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The masks at a point of the curve.
 
         Args:
@@ -109,10 +109,11 @@ class ScheduledSparsity(Modifier):
         """
         if self.scope == "global":
             return global_masks(scores, self._between(self.final_sparsity, curve))
-        return {
-            name: keep_mask(S_RC, self._between(self._final_of(name), curve), self.mask_structure)
-            for name, S_RC in scores.items()
-        }
+
+        def mask(name: str) -> Tensor:
+            return keep_mask(scores[name], self._between(self._final_of(name), curve), self.mask_structure)
+
+        return OneByOne(scores, mask)
 
     def warn_of_an_early_end(self) -> None:
         """Warn that the run is over before the schedule: it was stopped early, or the window outlasts it."""
@@ -128,7 +129,7 @@ class ScheduledSparsity(Modifier):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "masks": dict(self._weights.masks)}
+        return {**super().state_dict(), "masks": self._weights.whole_masks()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -26,6 +26,7 @@ from lightning_compress.layers.dense_keys import (
     unparametrize,
 )
 from lightning_compress.layers.matrix import as_matrix, is_transposed, write_matrix
+from lightning_compress.layers.sharded import gathered, is_dtensor
 from lightning_compress.ops.fake_quant import learned_step, relative_step, straight_through
 from lightning_compress.quant.fake_quant import latent_of
 from lightning_compress.quant.input_parametrization import FakeQuantizeInput
@@ -57,6 +58,7 @@ class FakeQuantize(nn.Module):
     """
 
     keeps_zeros = True  # see pruning/masked.py
+    passes_in_the_end = False  # see layers/matrix.py
 
     scale: Tensor
     zero_point: Tensor | None
@@ -90,6 +92,8 @@ class FakeQuantize(nn.Module):
             self.input.take_record(record)
 
     def forward(self, weight: Tensor) -> Tensor:
+        if is_dtensor(weight):  # between forward passes: torch's checkpoints get the attribute to learn its name
+            return weight
         if not self.active:
             # DDP waits for the gradient of every parameter, and gets zeros
             unused = self.change if torch.is_grad_enabled() else None
@@ -256,20 +260,36 @@ def fake_quantize_of(module: nn.Module) -> FakeQuantize | None:
 
 
 @torch.no_grad()
-def finish(module: nn.Module) -> Quantized:
-    """Take fake-quantization off: the weight stays on its grid, and gets the record of it."""
+def finish(module: nn.Module, stays: bool = False) -> Quantized:
+    """Take fake-quantization off: the weight stays on its grid, and gets the record of it.
+
+    ``stays``: it is kept, but lets the weight, now on its grid, and the input pass.
+    """
     fake = fake_quantize_of(module)
     assert fake is not None
     quantized = fake.record(fake.matrix(original_weight(module)))
-    _take_off(module, leave_parametrized=True)
+    if stays:
+        original_weight(module).copy_(fake(original_weight(module)))
+        _let_pass(fake)
+    else:
+        _take_off(module, leave_parametrized=True)
     quantized.attach(module)
     return quantized
 
 
 @torch.no_grad()
-def restore_dense(module: nn.Module) -> None:
-    """Take fake-quantization off and restore the dense weight."""
-    _take_off(module, leave_parametrized=False)
+def restore_dense(module: nn.Module, stays: bool = False) -> None:
+    """Take fake-quantization off and restore the dense weight; ``stays`` as in :func:`finish`."""
+    if stays:
+        fake = fake_quantize_of(module)
+        assert fake is not None
+        _let_pass(fake)
+    else:
+        _take_off(module, leave_parametrized=False)
+
+
+def _let_pass(fake: FakeQuantize) -> None:
+    fake.active, fake.passes_in_the_end = False, True
 
 
 def _take_off(module: nn.Module, leave_parametrized: bool) -> None:
@@ -286,7 +306,8 @@ def _derive_scales(module: nn.Module, incompatible_keys: Any) -> None:
     """Compute the scales of weights that were loaded; a modifier that kept scales restores them afterwards."""
     fake = fake_quantize_of(module)
     if fake is not None:
-        fake.derive(original_weight(module))
+        with gathered(module):
+            fake.derive(original_weight(module))
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

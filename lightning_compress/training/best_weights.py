@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.training.pruned_checkpoints import same_shapes
 from lightning_compress.training.saved_files import SavedFiles
+from lightning_compress.training.sharding import shards
 
 __all__ = ["check_best", "load_best", "monitored_metric"]
 
@@ -43,7 +44,7 @@ def check_best(trainer: Trainer, lifecycle: Lifecycle, saved_files: SavedFiles) 
 def load_best(
     trainer: Trainer, pl_module: LightningModule, lifecycle: Lifecycle, saved_files: SavedFiles, run: str
 ) -> tuple[str | None, dict[str, Any]]:
-    """Load the best weights; the path of their checkpoint, and the states of the modifiers in it.
+    """Load the best weights, but not shards; the path of their checkpoint, and the states of the modifiers in it.
 
     None and no states when no ModelCheckpoint follows a metric, or its best checkpoint does not fit this run (a warning
     says why). ``run`` is the name of this run.
@@ -61,13 +62,14 @@ def load_best(
             f"the last weights are compressed instead: give each run a folder of its own for its checkpoints"
         )
         return None, {}
-    if not same_shapes(checkpoint["state_dict"], pl_module):
+    if not shards(trainer) and not same_shapes(checkpoint["state_dict"], pl_module):
         rank_zero_warn(
             f"the best checkpoint by {best.monitor!r}, {best.best_model_path}, was saved before the model had shrunk "
             f"to its present shapes; the last weights are compressed instead: shrink earlier, or set load_best=False"
         )
         return None, {}
-    pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+    if not shards(trainer):
+        pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     score = "" if best.best_model_score is None else f", {float(best.best_model_score):.6g}"
     rank_zero_info(f"compressing the best weights by {best.monitor!r}{score}, from {best.best_model_path}")
     return best.best_model_path, states[0]["modifiers"] if states else {}

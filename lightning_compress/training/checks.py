@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.events import Event
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.training.sharding import shards
 from lightning_compress.training.submodule import choose
 
 __all__ = [
@@ -74,10 +75,11 @@ def check_lightning(trainer: Any, pl_module: Any) -> None:
 
 def check_fit(trainer: Trainer, pl_module: LightningModule, callback: Callback, root: LightningModule | None) -> None:
     """ValueError for sharded weights, averaging that comes later, and another LightningModule than ``root``."""
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} shards the weights, and compression needs full ones: use "
-            f"strategy='ddp' or one device, or compress the consolidated checkpoint afterwards, with compress()"
+            f"{type(trainer.strategy).__name__} shards the weights in flat pieces, and compression needs parameters: "
+            f"use ModelParallelStrategy() with fully_shard in configure_model, strategy='ddp' or one device, or "
+            f"compress the consolidated checkpoint afterwards, with compress()"
         )
     for other in trainer.callbacks[trainer.callbacks.index(callback) + 1 :]:
         if averages(other):
@@ -93,13 +95,13 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, callback: Callback, 
         )
 
 
-def check_whole(module: nn.Module) -> None:
-    """ValueError for DTensors: ``fully_shard`` in configure_model works under any strategy."""
+def check_whole(trainer: Trainer, module: nn.Module) -> None:
+    """ValueError for DTensors of another strategy than the one that knows them: any lets ``fully_shard`` pass."""
     sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "device_mesh")]
-    if sharded:
+    if sharded and not shards(trainer):
         raise ValueError(
-            f"{sharded[0]!r} is sharded (a DTensor), and compression needs full weights: train without fully_shard, "
-            f"or compress the consolidated checkpoint afterwards, with compress()"
+            f"{sharded[0]!r} is sharded (a DTensor), and {type(trainer.strategy).__name__} does not save shards: give "
+            f"the Trainer strategy=ModelParallelStrategy(), or train without fully_shard"
         )
 
 

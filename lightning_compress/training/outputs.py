@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_compress.files.atomic_folder import check_target
 from lightning_compress.files.leftovers import host_name, is_running
+from lightning_compress.training.saved_files import plain_file
+from lightning_compress.training.sharding import shards
 
 __all__ = ["FolderLock", "Outputs"]
 
@@ -31,13 +33,14 @@ class Outputs:
     export: Path
     report: Path
     checkpoint: Path
+    sharded: bool = False  # the checkpoint is a folder
 
     @classmethod
     def of(cls, trainer: Trainer, export_dir: str | None) -> "Outputs":
         """ValueError when ``default_root_dir`` or ``export_dir`` is on another machine."""
         root = _local(trainer.default_root_dir, "default_root_dir")
         export = root / "compressed" if export_dir is None else _local(export_dir, "export_dir")
-        return cls(export, root / "report", root / "compressed.ckpt")
+        return cls(export, root / "report", root / "compressed.ckpt", shards(trainer))
 
     def check(self, *, resumed: bool, run: str) -> None:
         """ValueError now, not after hours of training, when one of them could not be written.
@@ -46,7 +49,7 @@ class Outputs:
         """
         if self.report.exists() and not self.report.is_dir():
             raise ValueError(f"{self.report} is a file, and the report goes into a folder of that name; move the file")
-        if self.checkpoint.is_dir():
+        if self.checkpoint.is_dir() and not (self.sharded and plain_file(self.checkpoint).is_file()):
             raise ValueError(f"{self.checkpoint} is a folder, and a checkpoint of that name is written; move it")
         if self.export.is_dir() and any(self.export.iterdir()) and not resumed:
             raise ValueError(

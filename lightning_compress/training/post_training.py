@@ -38,6 +38,7 @@ from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
+from lightning_compress.training.sharding import reshard_between, shards
 
 __all__ = ["PostTraining"]
 
@@ -76,8 +77,11 @@ class PostTraining:
             before = self.measure("metric before", progress, may_end=True)
             with self.run.timed("calibration"):
                 act = partial(self._act, self.lifecycle.after_training, progress, training_end=True)
-                self.run.preemption.result(act, "calibration")
-                share(self.module, self.pl_module.device, self.run.team)
+                if shards(self.trainer):  # every rank does the same and keeps its shards
+                    act()
+                else:
+                    self.run.preemption.result(act, "calibration")
+                    share(self.module, self.pl_module.device, self.run.team)
             self.lifecycle.finalize(self.state)
             after = self.measure("metric after", progress, may_end=True)
             self.run.facts |= compare(before, after, self._summing_device)
@@ -134,7 +138,9 @@ class PostTraining:
         with self.run.timed("load best"):
             path, states = self.run.team.result(load, "loading the best checkpoint")
             self.run.facts["best_checkpoint"] = path
-            if path:
+            if path and shards(self.trainer):
+                self.run.saved_files.load_shards(path, self.trainer)
+            elif path:
                 send_weights(self.run.team, self.pl_module)
             self.lifecycle.weights_loaded(states)
 
@@ -156,7 +162,7 @@ class PostTraining:
                 if may_end:
                     self.run.preemption.after_evaluation_batch()
 
-            return evaluate(
+            measurement = evaluate(
                 pl_module,
                 self.module,
                 batches_of(loaders, limits, partial(to_device, trainer, pl_module)),
@@ -166,6 +172,8 @@ class PostTraining:
                 device=self._summing_device,
                 progress=advance,
             )
+        reshard_between(trainer, pl_module)
+        return measurement
 
     def _act(self, lifecycle: Lifecycle, progress: ProgressReport, *, training_end: bool = False) -> None:
         """Calibrate the modifiers of ``lifecycle``; at the end of training, emit TRAINING_END before."""

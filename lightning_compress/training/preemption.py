@@ -252,13 +252,18 @@ class Preemption:
         """The last ``hpc_ckpt_N.ckpt``, if any, becomes the same file as ``compressed``; every rank calls this."""
         folder = Path(self.trainer.default_root_dir)
         if self.trainer.is_global_zero and (number := _last(folder)):
-            link = folder / "superseding.ckpt"  # no N in this name
-            link.unlink(missing_ok=True)
-            try:
-                os.link(compressed, link)
-            except OSError:  # not on this file system
-                shutil.copyfile(compressed, link)
-            os.replace(link, folder / f"hpc_ckpt_{number}.ckpt")
+            link, last = folder / "superseding.ckpt", folder / f"hpc_ckpt_{number}.ckpt"  # no N in the first
+            if compressed.is_dir():  # of a sharded model
+                shutil.rmtree(link, ignore_errors=True)
+                shutil.copytree(compressed, link)
+                shutil.rmtree(last)
+            else:
+                link.unlink(missing_ok=True)
+                try:
+                    os.link(compressed, link)
+                except OSError:  # not on this file system
+                    shutil.copyfile(compressed, link)
+            os.replace(link, last)
         self.trainer.strategy.barrier("the compressed checkpoint")
 
     def _is_repeatable(self) -> bool:

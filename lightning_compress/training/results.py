@@ -3,9 +3,10 @@
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from lightning_compress.calibration.activations import BatchRunner
 from lightning_compress.core.events import Event
 from lightning_compress.core.state import State
 from lightning_compress.export import verify
+from lightning_compress.export.contents import Stored
+from lightning_compress.export.hugging_face import is_transformers
 from lightning_compress.export.save import save
+from lightning_compress.export.sharded import gathered_on
 from lightning_compress.quant.record import Quantized
 from lightning_compress.report import plots, summary, table
 from lightning_compress.training.checks import tensor_bytes
@@ -28,6 +32,7 @@ from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.resume import is_resumed
 from lightning_compress.training.run import Run
+from lightning_compress.training.sharding import reshard_between, shards
 
 __all__ = ["Results", "processors"]
 
@@ -84,7 +89,13 @@ class Results:
             if outputs is None:
                 root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt")
-            self.run.preemption.result(lambda: self._write(outputs), "the export", at_once=True)
+            if shards(self.trainer):
+                call = self._call() if self.run.options.verify else None
+                stored = stack.enter_context(gathered_on(self.module, self.trainer.is_global_zero))
+            else:
+                call, stored = None, {}
+            work = partial(self._write, outputs, stored, call)
+            self.run.preemption.result(work, "the export", at_once=True)
         if failure is not None:
             raise failure
 
@@ -101,13 +112,13 @@ class Results:
         self.trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(note)
 
-    def _write(self, outputs: Outputs) -> None:
+    def _write(self, outputs: Outputs, stored: Stored, call: Mapping[str, Any] | None) -> None:
         facts = self.run.facts
         try:
             with self.run.timed("export"):
-                self._export(outputs.export)
+                self._export(outputs.export, stored)
             if "export_dir" in facts:
-                self._verify(outputs.export)
+                self._verify(outputs.export, call)
         finally:
             facts |= self._summary()
             ledger, folder = self.state.ledger, outputs.report
@@ -119,12 +130,20 @@ class Results:
                 table.show(ledger, facts)
             self._log()
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, stored: Stored) -> None:
         origin = {"run": self.run.name, "clock": self.clock_state}
         resumed = is_resumed(self.trainer)
         tokenizers = processors(self.trainer, self.pl_module)
         try:
-            save(self.module, folder, tokenizer=tokenizers, recipe=self.run.recipe, overwrite=resumed, origin=origin)
+            save(
+                self.module,
+                folder,
+                tokenizer=tokenizers,
+                recipe=self.run.recipe,
+                overwrite=resumed,
+                origin=origin,
+                stored=stored,
+            )
             if self.run.outputs is not None:  # otherwise that folder is deleted
                 self.run.facts["export_dir"] = str(folder)
         except Exception as error:
@@ -133,16 +152,29 @@ class Results:
                 raise
             rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
 
-    def _verify(self, folder: Path) -> None:
+    def _call(self) -> dict[str, Any] | None:
+        """The call that verifies a sharded model, which all ranks make; None where it is not of transformers."""
+        if not is_transformers(self.module):
+            return None
+        with undisturbed(self.trainer, self.run.options.calibration.seed):
+            call = verify.recorded_call(self.module, self._answer())
+        reshard_between(self.trainer, self.module)
+        return call
+
+    def _answer(self) -> Callable[[], Any] | None:
+        """Runs the model on the sample; None where there is none."""
+        if self.sample is None:
+            return None
+        runner = BatchRunner(self.module, forward_of(self.pl_module, [self.sample]))
+        return lambda: runner(self.sample)
+
+    def _verify(self, folder: Path, call: Mapping[str, Any] | None) -> None:
         """Let plain transformers answer one batch from the folder; warn where its answers differ from the model's."""
         options = self.run.options
         if not verify.is_wanted(self.module, folder, options.verify):
             return
         with undisturbed(self.trainer, options.calibration.seed), self.run.timed("verify"):
-            forward = forward_of(self.pl_module, [] if self.sample is None else [self.sample])
-            runner = BatchRunner(self.module, forward)
-            answer = None if self.sample is None else (lambda: runner(self.sample))
-            gap, fault = verify.answers(self.module, folder, answer)
+            gap, fault = verify.answers(self.module, folder, self._answer(), call)
         self.run.facts["verify"] = {"difference": gap, "fault": fault}
         if fault:
             rank_zero_warn(fault)

@@ -25,6 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.training.random_state import LoadedRandomState
 from lightning_compress.training.run import Run
+from lightning_compress.training.saved_files import plain_file
+from lightning_compress.training.sharding import shards
 
 __all__ = ["go_on", "is_resumed", "load_earlier_end"]
 
@@ -108,7 +110,10 @@ def load_earlier_end(
         return None
     checkpoint = _read(path)
     pl_module.on_load_checkpoint(checkpoint)
-    pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+    if shards(trainer):
+        trainer.strategy.load_checkpoint(path, weights_only=True)
+    else:
+        pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
         trainer.checkpoint_callback.best_model_path = str(path)
     rank_zero_info(
@@ -129,7 +134,7 @@ def _made_from(checkpoint: Mapping[str, Any], folder: Path, key: str, state: Map
 def _read(path: Path) -> dict[str, Any]:
     """The content; empty when the file is missing, incomplete (killed while it was written), or holds objects."""
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(plain_file(path), map_location="cpu", weights_only=True)
     except Exception:
         return {}
     return checkpoint

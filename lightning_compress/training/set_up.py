@@ -22,6 +22,7 @@ from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.training.checks import check_averaging, check_whole, tensor_names
 from lightning_compress.training.pruned_checkpoints import keep_main_process_dense
 from lightning_compress.training.results import processors
+from lightning_compress.training.sharding import check_modifiers, check_unsharded, with_action
 from lightning_compress.training.submodule import USUAL, choose
 
 __all__ = ["check_before_training", "initialize", "when_built"]
@@ -30,7 +31,7 @@ __all__ = ["check_before_training", "initialize", "when_built"]
 def when_built(
     pl_module: LightningModule, name: str | None, action: Callable[[], None]
 ) -> AbstractContextManager[None]:
-    """Run ``action`` now if the model is built; else, inside of the context, after ``configure_model``.
+    """Run ``action`` now if the model is built; else, inside of the context, in ``configure_model`` or after it.
 
     Lightning calls that between all setup hooks and the making of optimizers.
 
@@ -40,13 +41,7 @@ def when_built(
     if _is_built(pl_module, name):
         action()
         return nullcontext()
-    original = pl_module.configure_model
-
-    def configure_model() -> None:
-        original()
-        action()
-
-    return patched(pl_module, configure_model=configure_model)
+    return patched(pl_module, configure_model=with_action(pl_module.configure_model, action))
 
 
 def _is_built(pl_module: LightningModule, name: str | None) -> bool:
@@ -68,6 +63,8 @@ def initialize(
     """Initialize the modifiers on the model of that name; ValueError where the Trainer cannot do what they need."""
     model = state.model
     assert model is not None
+    check_unsharded(model)
+    check_modifiers(trainer, lifecycle.modifiers)
     reshaping = any(m.needs.changes_shapes for m in lifecycle.modifiers)
     if reshaping:
         keep_main_process_dense(trainer, pl_module)
@@ -90,7 +87,7 @@ def check_before_training(
     """ValueError now for what would fail after training: ``blocks``, ``offload_device``, the export."""
     model = state.model
     check_uninterrupted(model)
-    check_whole(model)
+    check_whole(trainer, model)
     if options.blocks is not None:
         find_blocks(model, options.blocks)
     tokenizers = processors(trainer, pl_module)

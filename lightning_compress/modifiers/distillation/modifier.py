@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.modifiers.distillation.answer_cache import AnswerCache
 from lightning_compress.modifiers.distillation.cached_answers import Recall
@@ -143,6 +144,11 @@ class DistillationModifier(Modifier):
         if self._top_count and self.temperature < 1 / POWERS[-1]:
             raise ValueError(f"temperature={self.temperature} with top_k or cache_dir: at least {1 / POWERS[-1]}")
         return self
+
+    @property
+    def needs(self) -> Needs:
+        late = f"teacher='self' copies the model at start={self.start}, when a rank holds shards of it; use start=0"
+        return Needs(sharded=late if self._copied_late else True)
 
     @property
     def _top_count(self) -> int | None:

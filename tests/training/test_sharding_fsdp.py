@@ -1,0 +1,209 @@
+"""Models that FSDP2 shards over two ranks (gloo processes): training, checkpoints and exports are those of one rank.
+
+The two ranks run all cases once; the tests read what they wrote.
+"""
+
+import hashlib
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_compress import (
+    CompressionCallback,
+    DistillationModifier,
+    FreezeModifier,
+    GPTQModifier,
+    MagnitudePruningModifier,
+    QATModifier,
+    RotationModifier,
+    load,
+)
+from lightning_compress.layers.sharded import full
+from tests.support.sharded_runs import STEPS, Language, Losses, llama, trainer
+from tests.support.two_ranks import run_two_ranks
+
+HEAD = ["lm_head"]
+STATIC = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
+}
+EXACT = ["qat_w4", "pruned_2of4", "gradual", "distilled", "pruned_qat"]  # without roundings of activations
+
+
+def qat():
+    return QATModifier(scheme="W4A16", group_size=16, ignore=HEAD)
+
+
+def recipes():
+    """By case the modifiers; each call makes new ones."""
+    pruned = {"ignore": HEAD, "mask_structure": "2:4"}
+    return {
+        "qat_w4": [qat()],
+        "pruned_2of4": [MagnitudePruningModifier(start=2, **pruned)],
+        "gradual": [MagnitudePruningModifier(start=2, end=15, ignore=HEAD)],
+        "distilled": [
+            DistillationModifier(teacher="self", hidden={"model.layers.0": "model.layers.0"}),
+            FreezeModifier(targets=["re:.*embed_tokens"], end=10),
+            MagnitudePruningModifier(start=0, **pruned),
+        ],
+        "pruned_qat": [MagnitudePruningModifier(start=0, **pruned), qat()],
+        "static": [QATModifier(config_groups={"all": STATIC}, ignore=HEAD, observe_until=12, learn_activations=True)],
+    }
+
+
+class Cut(Callback):
+    """The power fails in the second epoch, between two steps."""
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == STEPS + 4:
+            raise KeyError("power cut")
+
+
+def weights(module):
+    return {name: full(value) for name, value in module.state_dict().items()}
+
+
+def run(folder: Path, name: str, ranks: int) -> None:
+    """A fit of one case; its losses and weights into a file."""
+    losses = Losses()
+    callback = CompressionCallback(recipes()[name], verify=False)
+    runner, module = trainer(folder / name, losses, callback, ranks=ranks, gradient_clip_val=1.0), Language()
+    runner.fit(module)
+    rows = [(row.module, row.technique, row.sparsity) for row in callback.ledger]
+    held = {"losses": losses.values, "weights": weights(module), "ledger": rows}
+    torch.save(held, folder / f"{name}-{runner.global_rank}.pt")
+
+
+def resume(folder: Path) -> None:
+    """A run that fails, one that goes on from its checkpoint, and one that is whole, of the best weights."""
+
+    def fit(case: str, *callbacks: Callback, **arguments):
+        saving = ModelCheckpoint(folder / case / "saved", filename="{step}", monitor="val/loss", save_last=True)
+        modifiers = [MagnitudePruningModifier(start=2, end=30), qat()]  # masks grow after validation, too
+        losses, compression = Losses(), CompressionCallback(modifiers, verify=False)
+        runner = trainer(folder / case, losses, compression, saving, *callbacks, ranks=2, max_epochs=2)
+        module = Language()
+        runner.fit(module, **arguments)
+        best = [checkpoint for checkpoint in [compression.run.facts.get("best_checkpoint")] if checkpoint]
+        held = {"losses": losses.values, "weights": weights(module), "best": [Path(path).name for path in best]}
+        torch.save(held, folder / f"{case}-{runner.global_rank}.pt")
+        return runner, module
+
+    runner, module = fit("whole")
+    before = weights(module)
+    found = runner.validate(module, ckpt_path="best", verbose=False)
+    fresh = Language()
+    again = trainer(folder / "fresh", ranks=2)
+    other = again.validate(fresh, ckpt_path=folder / "whole" / "compressed.ckpt", verbose=False)
+    same = all(torch.equal(before[name], value) for name, value in weights(module).items())
+    held = {"same": same, "found": found, "other": other, "fresh": weights(fresh)}
+    torch.save(held, folder / f"validated-{runner.global_rank}.pt")
+    with suppress(KeyError):
+        fit("cut", Cut())
+    fit("resumed", ckpt_path=folder / "cut" / "saved" / "last.ckpt")
+
+
+def refusals(folder: Path) -> None:
+    """The messages of set-up."""
+    messages = {}
+    cases = {
+        "unannounced": (Language(announces=False), [qat()], {}),
+        "rotation": (Language(), [RotationModifier()], {}),
+        "global": (Language(), [MagnitudePruningModifier(start=0, end=4, scope="global")], {}),
+        "late teacher": (Language(), [DistillationModifier(teacher="self", start=3)], {}),
+        "hand over": (Language(), [GPTQModifier(scheme="W4A16", start=3), QATModifier(scheme="W4A16", start=3)], {}),
+    }
+    for case, (module, modifiers, arguments) in cases.items():
+        runner = trainer(folder / "refused", CompressionCallback(modifiers), ranks=2, **arguments)
+        try:
+            runner.fit(module)
+        except ValueError as error:
+            messages[case] = str(error)
+    torch.save(messages, folder / f"refused-{runner.global_rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    import transformers.models.llama.modeling_llama  # noqa: F401  (once, not in each process)
+
+    def work(rank: int) -> None:
+        torch.set_num_threads(1)
+        for name in recipes():
+            run(folder, name, 2)
+        resume(folder)
+        refusals(folder)
+
+    ends = run_two_ranks(work, folder, 240)
+    assert ends == ["", ""], "\n".join(ends)
+    return folder
+
+
+def read(folder: Path, case: str, rank: int = 0):
+    return torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_twenty_steps_are_those_of_one_rank(folder, tmp_path, name):
+    run(tmp_path, name, 1)
+    one, two = read(tmp_path, name), read(folder, name)
+    assert len(one["losses"]) == STEPS
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-5
+    assert one["weights"].keys() == two["weights"].keys()
+    for key, value in one["weights"].items():
+        assert torch.allclose(value, two["weights"][key], atol=1e-5), key
+    assert one["ledger"] == two["ledger"]
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_the_export_is_that_of_the_trained_weights(folder, name):
+    """Both ranks hold shards of the weights that rank 0 wrote, packed where they are quantized."""
+    loaded = load(folder / name / "compressed", llama(), packed=False).state_dict()
+    for rank in (0, 1):
+        held = read(folder, name, rank)["weights"]
+        for key, value in loaded.items():
+            assert torch.equal(value, held[f"model.{key}"]), key
+
+
+def test_a_run_that_was_cut_ends_as_one_that_was_not(folder):
+    whole, resumed = read(folder, "whole"), read(folder, "resumed")
+    assert resumed["losses"] == whole["losses"][-len(resumed["losses"]) :]
+    assert len(resumed["losses"]) == STEPS
+    assert resumed["best"] == whole["best"] != []
+    for key, value in whole["weights"].items():
+        assert torch.equal(value, resumed["weights"][key]), key
+
+
+def test_the_best_weights_are_compressed_and_validated(folder):
+    held = read(folder, "validated")
+    assert held["same"]
+    assert held["found"] == held["other"]
+    for key, value in read(folder, "whole")["weights"].items():
+        assert torch.equal(value, held["fresh"][key]), key
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unannounced", r"is sharded \(a DTensor\) before the modifiers were initialized.*before_sharding\(self\)"),
+        (
+            "rotation",
+            "RotationModifier cannot work on a model that ModelParallelStrategy shards: it needs whole weights",
+        ),
+        ("global", "MagnitudePruningModifier cannot .* shards: scope='global' ranks all targets at once"),
+        ("late teacher", "DistillationModifier cannot .* shards: teacher='self' copies the model at start=3"),
+        ("hand over", "GPTQModifier cannot .* shards: with start=3.0 it calibrates during training"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_set_up(folder, case, message):
+    for rank in (0, 1):
+        assert re.search(message, read(folder, "refused", rank)[case], re.DOTALL)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
