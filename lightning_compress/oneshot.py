@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.layers.matching import without_parallel
 from lightning_compress.layers.split_experts import split_while
 from lightning_compress.recipe import read_recipe
+from lightning_compress.resume.folder_log import Resume, opened
 
 __all__ = ["all_events", "compress", "first_batches", "modifiers_of"]
 
@@ -37,6 +39,8 @@ def compress(
     progress: Callable[[str, int, int], None] | None = None,
     seed: int = 0,
     moe_calibrate_all_experts: bool = False,
+    log: str | Path | None = None,
+    resume: Resume = "auto",
 ) -> Ledger:
     """Compress a model in place.
 
@@ -65,13 +69,17 @@ def compress(
         progress: Called with a text, the number of finished blocks and the number of all blocks.
         seed: Seed of torch's random state during the run.
         moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens.
+        log: Folder of a log of finished blocks; the same call goes on from there after a kill, with the same result bit
+            for bit. It stays: remove it when the model is saved.
+        resume: ``auto``: go on where a log is there. ``must``: there must be one. ``never``: begin anew.
 
     Returns:
         The ledger: a row for each module and technique.
 
     Raises:
         ValueError: No batches although a modifier needs them, none in ``batches``, a model whose compression was
-            interrupted before, or an argument that a modifier or the walk refuses.
+            interrupted before, an argument that a modifier or the walk refuses, or a log of another recipe, model or
+            data, which the message names.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected an nn.Module")
@@ -84,9 +92,10 @@ def compress(
     # a modifier with a window was made for training, which needs experts in one tensor
     windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)
     mixtures = nullcontext() if windowed else split_while(model)
-    with mixtures, marked_when_interrupted(model, lambda: len(state.ledger)), all_events(lifecycle, state, seed):
+    marked = marked_when_interrupted(model, lambda: len(state.ledger))
+    with opened(log, resume) as group_log, mixtures, marked, all_events(lifecycle, state, seed):
         if any(m.needs.calibration for m in lifecycle.modifiers):
-            calibrate(lifecycle, state, batches, options, forward=forward, progress=progress)
+            calibrate(lifecycle, state, batches, options, forward=forward, progress=progress, log=group_log)
     guard_save_pretrained(model)
     return state.ledger
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.calibration.activations import find_nonfinite, taken_off
 from lightning_compress.calibration.capture import run_to_stop, stop
+from lightning_compress.calibration.group_log import GroupLog
 from lightning_compress.calibration.lockstep import run_in_lockstep
 from lightning_compress.calibration.memory import release
 from lightning_compress.calibration.probe import Probe, nonfinite_error
@@ -45,7 +46,7 @@ class BlockPasses:
         masks: Per batch the tokens that count, [B, T]; None: all.
         one_pass: The last stage runs in lockstep.
         report: Called with a text as work advances.
-        interrupt: Called after each MODULE_READY; it may raise, and the walk ends there.
+        log: Groups that it holds are not calibrated again.
     """
 
     lifecycle: Lifecycle
@@ -55,7 +56,7 @@ class BlockPasses:
     probe: Probe
     one_pass: bool
     report: Callable[[str], None]
-    interrupt: Callable[[], None]
+    log: GroupLog
     batch: int = field(default=0, init=False)
 
     def complete(
@@ -73,7 +74,7 @@ class BlockPasses:
             propagate: Runs a batch through them for the last time and stores the output; None: it is not needed.
             dense: Their output for a batch in the dense model; None: not known.
         """
-        stages = stages_of(self.lifecycle.modifiers)
+        stages = [] if self._restored(group) else stages_of(self.lifecycle.modifiers)
         for stage in stages:
             hooked = self._hooked(stage, group)
             replay: Callable[[int], object] | None = partial(self._replay, group, run)
@@ -87,11 +88,28 @@ class BlockPasses:
             for modifier in stage:
                 if modifier.needs.calibration:  # finished modules may run again on the way to later groups
                     modifier.remove_hooks(*group.modules.values())
+        if stages:
+            self.log.store(group.title, group.modules)
         if propagate is not None:
             with self.lifecycle.paused():
                 for i in range(len(self.masks)):
                     self.begin(i, f"{group.title}: outputs, batch {i + 1}/{len(self.masks)}")
                     propagate(i)
+
+    def end(self, group: ModuleGroup) -> None:
+        """BLOCK_END of a group that no batch runs through."""
+        if not self._restored(group):
+            self.emit(EventType.BLOCK_END, group)
+            self.log.store(group.title, group.modules)
+
+    def _restored(self, group: ModuleGroup) -> bool:
+        """Whether the log holds the group, which is finished then."""
+        if not self.log.restore(group.title, group.modules):
+            return False
+        for modifier in self.lifecycle.modifiers:
+            if modifier.needs.calibration:
+                modifier.remove_hooks(*group.modules.values())
+        return True
 
     def emit(
         self,
@@ -152,7 +170,7 @@ class BlockPasses:
             at[0] = hooked[module]
             self.report(f"{group.title}: {at[0]}")
             self.emit(EventType.MODULE_READY, group, stage, {hooked[module]: module})
-            self.interrupt()
+            self.log.interrupt()
 
         # a modifier of weights alone (rounding) waits for no data, and the batches must run through its result
         weighty = {n: m for n, m in group.modules.items() if any(True for _ in m.parameters(recurse=False))}

@@ -27,6 +27,7 @@ from torch import nn
 
 from lightning_compress.calibration.activations import BatchRunner, check_weights, device_of, token_mask, tree_move
 from lightning_compress.calibration.blocks import find_blocks, modules_of_block, modules_outside
+from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.memory import small_heap
 from lightning_compress.calibration.modes import calibration_mode
@@ -63,8 +64,8 @@ def calibrate(
     clock: Event = Event(),  # noqa: B008  (frozen)
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    interrupt: Callable[[], None] = lambda: None,
     residence: Residence | None = None,
+    log: GroupLog = NoLog(),  # noqa: B008  (without state)
 ) -> None:
     """Show calibration data to the modifiers and let them compress the model, block after block.
 
@@ -77,8 +78,8 @@ def calibrate(
         forward: ``forward(model, batch)`` runs the model on a batch; by default a mapping gives keyword arguments, of a
             tuple or list the first item is the input, and anything else is the input.
         progress: Called with a text, the number of finished blocks and the number of all blocks.
-        interrupt: Called after each MODULE_READY and each finished block; what it raises ends the calibration there.
         residence: Where the blocks live; None: in memory.
+        log: Log of finished groups, of which it may hold some already; it may also interrupt the calibration.
 
     Raises:
         ValueError: No batches although a modifier needs them, NaN or Inf in weights or activations, ``blocks`` that
@@ -92,13 +93,13 @@ def calibrate(
     batches = [] if batches is None else list(batches)
     if batches and forward is None and any(m.needs.data for m in lifecycle.modifiers):
         check_batch(model, batches[0])
-    walker = Walker(
-        lifecycle, state, clock, batches, BatchRunner(model, forward), options, progress, interrupt, residence
-    )
+    runner = BatchRunner(model, forward)
+    walker = Walker(lifecycle, state, clock, batches, runner, options, progress, log, residence)
     # training continues on weights in one tensor: the modifier that comes next does not know the experts in it
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     try:
         with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model), small_heap():
+            log.begin(lifecycle, state, batches, blocks, options)
             _emit_all(walker, blocks)
     except BaseException as error:
         lifecycle.set_token_mask(None)
@@ -132,11 +133,14 @@ def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
         for modifier in lifecycle.modifiers:
             if not modifier.needs.survey:
                 stack.enter_context(modifier.paused())
-        for i, batch in enumerate(walker.batches):
+        restored = walker.log.restore_survey()
+        for i, batch in enumerate(walker.batches if not restored else ()):
             walker.report(f"survey of the dense model, batch {i + 1}/{len(walker.batches)}")
             lifecycle.set_token_mask(tree_move(token_mask(batch), device or device_of(model)))
             walker.runner(batch)
     lifecycle.set_token_mask(None)
+    if not restored:
+        walker.log.store_survey()
     surveyed = replace(walker.clock, type_=EventType.BLOCK_SURVEYED)
     surveying = [m for m in lifecycle.modifiers if m.needs.survey]
     groups = [(name, block, modules_of_block(name, block)) for name, block in blocks.items()]

@@ -25,12 +25,13 @@ from lightning_compress.calibration.activations import (
 from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup, one_pass_obstacle
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
+from lightning_compress.calibration.group_log import GroupLog
 from lightning_compress.calibration.memory import release
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
 from lightning_compress.calibration.residence import InMemory, Residence, exact_device
-from lightning_compress.core import Event, EventType, Lifecycle, State
+from lightning_compress.core import Event, Lifecycle, State
 
 __all__ = ["Walker"]
 
@@ -49,27 +50,27 @@ class Walker:
         runner: BatchRunner,
         options: CalibrationOptions,
         progress: Callable[[str, int, int], None] | None,
-        interrupt: Callable[[], None],
+        log: GroupLog,
         residence: Residence | None = None,
     ):
         self.lifecycle, self.state, self.clock, self.batches, self.runner = lifecycle, state, clock, batches, runner
-        self.walk, self.progress, self.interrupt = options.walk, progress, interrupt
+        self.walk, self.progress, self.log = options.walk, progress, log
         self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
         self.residence: Residence = InMemory(self.device) if residence is None else residence
         self.model = runner.model
         self.plan = CalibrationPlan()
         self.finished, self.total = 0, 1
-        self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self.report, interrupt)
+        self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self.report, log)
 
     def walk_without_data(self, blocks: Mapping[str, nn.Module]) -> None:
         """BLOCK_END for every block and for the modules outside of blocks; no forward pass."""
         for name, block in blocks.items():
             self.report(name)
             with self.residence.visit(name, block):
-                self.passes.emit(EventType.BLOCK_END, block_group(name, block))
+                self.passes.end(block_group(name, block))
             self.finish_group()
         self.report("modules outside of blocks")
-        self.passes.emit(EventType.BLOCK_END, outside_group(modules_outside(self.model, blocks)))
+        self.passes.end(outside_group(modules_outside(self.model, blocks)))
         self.finish_group()
         self.report("done")
 
@@ -102,7 +103,7 @@ class Walker:
                 self._walk_segment(segment, inputs, keep_last=is_last and self._tail_needs_output())
                 index += 1
             for name, block in plan.uncalled.items():
-                self.passes.emit(EventType.BLOCK_END, block_group(name, block))
+                self.passes.end(block_group(name, block))
                 self.finish_group()
             if plan.segments and plan.stub_last:
                 stack.enter_context(stubbed(plan.segments[-1], plan.blocks, last=lambda: self._last_output(inputs)))
@@ -133,9 +134,7 @@ class Walker:
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
-        self.passes = BlockPasses(
-            self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report, self.interrupt
-        )
+        self.passes = BlockPasses(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report, self.log)
         self.total = len(self.plan.blocks) + 1
 
     def _masks(self, key: str) -> list[Tensor | None]:
@@ -278,7 +277,7 @@ class Walker:
         """A block, or the modules outside of blocks, are finished."""
         self.finished += 1
         release()
-        self.interrupt()
+        self.log.interrupt()
 
     def report(self, text: str) -> None:
         if self.progress is not None:

@@ -3,7 +3,7 @@
 A row belongs to one module and one technique; facts that arrive later for the same pair are merged into it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -68,6 +68,10 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def put(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows as :meth:`state_dict` gave them, in place of those of the same modules and techniques."""
+        self._rows |= {(row["module"], row["technique"]): Row(**row) for row in rows}
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Primitives only, so that it survives ``weights_only`` loading."""

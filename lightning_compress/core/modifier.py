@@ -7,11 +7,12 @@ run-time state is private: names that begin with an underscore.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
 from pydantic import PrivateAttr, model_validator
+from torch import Tensor, nn
 
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.hooks import Hooks
@@ -263,6 +264,27 @@ class Modifier(ModifierInterface, Hooks, Window):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Name the targets that never saw data; drop statistics."""
+
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """What it knows of a finished group, beside what the modules hold: a log keeps it. JSON types.
+
+        Such as names of finished modules, or sums for CALIBRATION_END. None, as here for a modifier that calibrates:
+        its calibration cannot go on after a kill, and a log is refused.
+        """
+        return None if self.needs.calibration else {}
+
+    def load_group_state(self, modules: Mapping[str, nn.Module], state: dict[str, Any]) -> None:
+        """A run goes on: these modules hold the results of an earlier one, where :meth:`group_state` gave ``state``.
+
+        Forget them, as after BLOCK_END.
+        """
+
+    def survey_state(self) -> dict[str, Tensor] | None:
+        """With ``needs.survey``: its statistics, before BLOCK_SURVEYED. None: a run that goes on surveys again."""
+        return None
+
+    def load_survey_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`survey_state` gave, in place of a survey."""
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
         """The weights of an earlier checkpoint (the best one) are back in the model.

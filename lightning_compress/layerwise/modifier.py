@@ -229,6 +229,14 @@ class LayerwiseModifier(Modifier):
         self._prepared.clear()
         self.remove_hooks()
 
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        return {"finished": [name for name in modules if name not in self._layers]}
+
+    def load_group_state(self, modules: Mapping[str, nn.Module], state: dict[str, Any]) -> None:
+        for name in state["finished"]:
+            if name in self._layers:
+                self.finish(name)
+
     # -- solving ------------------------------------------------------------------------------------------------------
 
     def seen(self, names: Iterable[str]) -> dict[str, SharedHessian]:

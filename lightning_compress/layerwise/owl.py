@@ -63,6 +63,20 @@ class OutlierSurvey:
         self._squares[name] = self._squares[name] + squares if name in self._squares else squares
         self._tokens[name] = self._tokens.get(name, 0) + X_PNC.shape[1]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Sums and tokens of every target, before any is closed."""
+        tokens = {f"tokens.{name}": torch.tensor(count, dtype=torch.int64) for name, count in self._tokens.items()}
+        return tokens | {f"squares.{name}": squares for name, squares in self._squares.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind == "tokens":
+                self._tokens[name] = int(value)
+            else:
+                self._squares[name] = value.to(as_matrix(self.modules[name]).device)
+
     def close(self, layer: str, names: Iterable[str]) -> None:
         """These targets are a layer, and have seen all their inputs; an empty name: each by itself."""
         seen = [name for name in names if self._tokens.get(name)]

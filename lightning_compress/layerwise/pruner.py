@@ -36,6 +36,13 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
     def set_up(self) -> None:
         self._survey = OutlierSurvey(self._layers, self.owl_m) if self.needs.survey else None
 
+    def survey_state(self) -> dict[str, Tensor] | None:
+        return None if self._survey is None else self._survey.state_dict()
+
+    def load_survey_state(self, state: dict[str, Tensor]) -> None:
+        assert self._survey is not None
+        self._survey.load_state_dict(state)
+
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
         assert self._survey is not None
         names = [name for name in state.modules if name in self._layers]

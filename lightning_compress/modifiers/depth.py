@@ -8,7 +8,7 @@ The result is a model with fewer layers, as config.json states. Of all structure
 most speed and cost the most accuracy.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -150,6 +150,9 @@ class DepthPruningModifier(Modifier):
         influence = self._sums / self._tokens
         inner = influence[self.protect : len(influence) - self.protect]
         return sorted(int(p) + self.protect for p in torch.argsort(inner, stable=True)[: self.count])
+
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {}  # it has acted before the first group
 
     # -- the cut ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ Shapes: B batch, H heads of keys and values, T tokens, D numbers per head, N tok
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -141,6 +141,14 @@ class KVCacheModifier(Modifier):
 
     def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._quantize(state, state.modules)
+
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {"finished": [name for name in modules if name not in self._modules]}
+
+    def load_group_state(self, modules: Mapping[str, nn.Module], state: dict[str, Any]) -> None:
+        for name in self._modules.keys() & set(state["finished"]):
+            module = self._modules.pop(name)
+            self.remove_hooks(module, *module.children())
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._quantize(state, list(self._modules))

@@ -179,6 +179,16 @@ class REAPModifier(Modifier):
         with torch.no_grad():
             self._saliencies[name].update(x_NH, index_NK, weight_NK, lambda e, x: _output(module, e, x))
 
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        statistics = {name: self._saliencies[name] for name in modules if name in self._saliencies}
+        return {name: {"sum": s.sum_E.tolist(), "tokens": s.tokens_E.tolist()} for name, s in statistics.items()}
+
+    def load_group_state(self, modules: Mapping[str, nn.Module], state: dict[str, Any]) -> None:
+        for name, sums in state.items():
+            statistic = self._saliencies[name]
+            statistic.sum_E.copy_(torch.tensor(sums["sum"], dtype=torch.float64))
+            statistic.tokens_E.copy_(torch.tensor(sums["tokens"], dtype=torch.float64))
+
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         layers = self._find(state.model)
         for name, layer in layers.items():

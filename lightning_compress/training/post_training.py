@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
+from lightning_compress.calibration.group_log import NoLog
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
 from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core.events import Event
@@ -190,7 +191,7 @@ class PostTraining:
                     clock=self.event,
                     forward=forward_of(self.pl_module, batches or []),
                     progress=lambda text, blocks, of: progress("calibration", blocks, of, text),
-                    interrupt=self.run.preemption.check if training_end else lambda: None,  # else it trains on
+                    log=NoLog(self.run.preemption.check) if training_end else NoLog(),  # else it trains on
                 )
 
     def _batches(self, lifecycle: Lifecycle) -> Sequence[Any] | None:

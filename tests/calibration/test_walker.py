@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration import calibrate
+from lightning_compress.calibration.group_log import NoLog
 from lightning_compress.calibration.options import CalibrationOptions
 from tests.support.calibration_models import (
     C,
@@ -86,7 +87,7 @@ def test_it_may_be_interrupted_after_each_module_and_each_block(walk, count):
                 *started(watcher, model=model),
                 make_batches(2, 2, 5, C),
                 options=CalibrationOptions(walk=walk),
-                interrupt=interrupt,
+                log=NoLog(interrupt),
             )
         assert len(calls) == min(stop, count)
         assert not any(module._forward_pre_hooks for module in model.modules())

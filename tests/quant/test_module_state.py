@@ -55,6 +55,8 @@ def assert_equal_bits(one, other):
                     its = getattr(theirs, field)
                     assert (its.dtype, its.shape, bits(its)) == (value.dtype, value.shape, bits(value)), (name, field)
                     assert not its.is_inference()
+                else:
+                    assert getattr(theirs, field) == value
         assert list(a._forward_pre_hooks.values()) == list(b._forward_pre_hooks.values())
 
 

@@ -16,7 +16,7 @@ H diag(1, +-1, ...) H^T / n instead of diag(+-1) H / sqrt(n), and no weight has 
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -145,6 +145,9 @@ class RotationModifier(Modifier):
                 if norm.module not in self._samples:
                     sample = self._samples[norm.module] = TokenSample(self.learn_tokens, generator)
                     self.hook(model.get_submodule(norm.module), lambda m, args, s=sample: self._observe(s, m, args[0]))
+
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {}  # it has acted before the first group
 
     def _observe(self, sample: TokenSample, module: nn.Module, x: Tensor) -> None:
         sample.update(inputs_as_rows(module, x, self.token_mask)[0])

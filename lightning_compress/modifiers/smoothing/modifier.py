@@ -132,6 +132,13 @@ class PairModifier(LayerwiseModifier, ABC):
     def write(self, layer: Layer, solved: Solved) -> dict[str, Any]:
         raise AssertionError("scales are folded pair by pair")
 
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {**(super().group_state(modules) or {}), "pairs": self._pair_count}
+
+    def load_group_state(self, modules: Mapping[str, nn.Module], state: dict[str, Any]) -> None:
+        super().load_group_state(modules, state)
+        self._pair_count = state["pairs"]
+
     def reset(self) -> None:
         super().reset()
         self._finder, self._statistics, self._pair_count = None, {}, 0

@@ -10,6 +10,7 @@ Parameters are replaced by smaller ones. The optimizer's groups get those, and i
 cuts are part of every checkpoint, and the new sizes of config.json where the model has one.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -249,6 +250,9 @@ class StructuredPruningModifier(StructuredArguments):
         if not state.block_name:  # the last one: modules outside of blocks
             self.remove_hooks()
             self._prune(state, self.ratio)
+
+    def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        return {}  # it has acted before the first group
 
     # -- the cut ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,86 @@
+"""What the walk tells a log of finished groups of modules, and asks it when a run continues.
+
+    begin                before CALIBRATION_START; it may raise: another recipe, model or data than the log's
+    restore, store       of each group, in the order of the walk; of the survey likewise
+    interrupt            after each MODULE_READY and each finished group; what it raises ends the calibration there
+
+At each of these points nothing is half done.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.core import Lifecycle, State
+
+__all__ = ["GroupLog", "NoLog"]
+
+
+class GroupLog(Protocol):
+    """A log of one calibration; every rank calls all of it, in the same order."""
+
+    @property
+    def interrupt(self) -> Callable[[], None]:
+        """Called where the calibration may end."""
+
+    def begin(
+        self,
+        lifecycle: Lifecycle,
+        state: State,
+        batches: Sequence[Any],
+        blocks: Mapping[str, nn.Module],
+        options: CalibrationOptions,
+    ) -> None:
+        """The modifiers are initialized, and the model is about to be calibrated."""
+
+    def restore(self, title: str, modules: Mapping[str, nn.Module]) -> bool:
+        """Finish a group as an earlier run did: modules, rows of the ledger, what modifiers know of it, random state.
+
+        Returns:
+            False where the log does not hold the group; nothing is changed then.
+        """
+
+    def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
+        """The group is finished; when this returns, it outlives a kill."""
+
+    def restore_survey(self) -> bool:
+        """Give modifiers what they have seen in the survey; False where it must be done."""
+
+    def store_survey(self) -> None:
+        """All batches have run through the dense model."""
+
+
+def _go_on() -> None:
+    """The calibration is not interrupted."""
+
+
+@dataclass(frozen=True)
+class NoLog:
+    """The log of a calibration that begins anew after a kill."""
+
+    interrupt: Callable[[], None] = _go_on
+
+    def begin(
+        self,
+        lifecycle: Lifecycle,
+        state: State,
+        batches: Sequence[Any],
+        blocks: Mapping[str, nn.Module],
+        options: CalibrationOptions,
+    ) -> None:
+        """Nothing is written."""
+
+    def restore(self, title: str, modules: Mapping[str, nn.Module]) -> bool:
+        return False
+
+    def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
+        """Nothing is written."""
+
+    def restore_survey(self) -> bool:
+        return False
+
+    def store_survey(self) -> None:
+        """Nothing is written."""

@@ -1,0 +1,1 @@
+"""A calibration that goes on after a kill: the log of finished groups, the plan of the log, the lock of its folder."""

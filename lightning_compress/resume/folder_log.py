@@ -1,0 +1,244 @@
+"""The log of a calibration in a folder: a shard for each finished group of modules, and the plan that they belong to.
+
+    <folder>/holder.json                        who writes (holder.py)
+    <folder>/.groups.partial/                   shards, numbered in the order of the walk (export/stream.py)
+    <folder>/.groups.partial/log/00002.json     of each: checksum, rows of the ledger, facts
+    <folder>/.groups.partial/log/plan.json      recipe, model, data (plan.py)
+
+    facts: {"title": name of the group, "state": facts of quant/module_state.py, "unchanged": [names of tensors that are
+            as in the plan, and not in the shard], "modifiers": [Modifier.group_state], "random": torch's random state}
+
+Rank 0 alone reads and writes; the other ranks get what it has read.
+"""
+
+import base64
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.calibration.group_log import GroupLog, NoLog
+from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.core import Lifecycle, Modifier, State
+from lightning_compress.core.ledger import Row
+from lightning_compress.export.stream import Shard, ShardWriter
+from lightning_compress.quant.module_state import from_tensors, to_tensors
+from lightning_compress.resume.holder import Holder
+from lightning_compress.resume.plan import batch_digest, difference, make_plan, read_plan, tensor_digest, write_plan
+
+__all__ = ["FolderLog", "Resume", "check_resume", "opened"]
+
+Resume = Literal["auto", "never", "must"]
+SURVEY = "the survey of the dense model"
+ANEW = "resume='never' begins anew"
+
+logger = logging.getLogger(__name__)
+
+
+def check_resume(resume: Any) -> None:
+    """ValueError for anything but ``auto``, ``never`` and ``must``."""
+    if resume not in get_args(Resume):
+        raise ValueError(f"resume={resume!r}: expected {', '.join(map(repr, get_args(Resume)))}")
+
+
+@contextmanager
+def opened(folder: str | Path | None, resume: Resume) -> Iterator[GroupLog]:
+    """A log in ``folder``, whose lock is dropped at the end; without a folder one that does nothing."""
+    check_resume(resume)
+    if folder is None:
+        if resume == "must":
+            raise ValueError("resume='must' needs the folder of the log that the run continues from: give log=...")
+        yield NoLog()
+        return
+    log = FolderLog(folder, resume)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+class FolderLog:
+    """A :class:`~lightning_compress.calibration.group_log.GroupLog` in a folder.
+
+    Args:
+        folder: Folder of the log.
+        resume: ``auto``: go on where the log ends. ``must``: the same, and there must be one. ``never``: begin anew.
+        replaces: With ``auto``, begin anew with a warning where recipe, model or data differ, in place of an error.
+        interrupt: As in the protocol.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        resume: Resume = "auto",
+        *,
+        replaces: bool = False,
+        interrupt: Callable[[], None] = NoLog.interrupt,
+    ):
+        self.folder, self.interrupt = Path(folder).expanduser().resolve(), interrupt
+        self.resume, self.replaces = resume, replaces
+        self._holder: Holder | None = None
+        self._shards: Sequence[Shard] = ()
+        self._digests: Mapping[str, str] = {}
+        self._number, self._rows = 0, list[Row]()
+
+    def begin(
+        self,
+        lifecycle: Lifecycle,
+        state: State,
+        batches: Sequence[Any],
+        blocks: Mapping[str, nn.Module],
+        options: CalibrationOptions,
+    ) -> None:
+        if unable := [modifier.name for modifier in lifecycle.modifiers if modifier.group_state({}) is None]:
+            raise ValueError(
+                f"{', '.join(unable)} cannot go on after a kill, as the class has no group_state: calibrate without a "
+                f"log, or add it (docs/writing.md)"
+            )
+        self._lifecycle, self._state, self._number = lifecycle, state, 0
+        digests = [batch_digest(batch) for batch in batches]
+
+        def open_log() -> None:
+            plan = make_plan(lifecycle.modifiers, state.model, digests, list(blocks), options)
+            self._open(plan, count=2 * len(blocks) + 3)  # blocks, the modules between them, the survey
+
+        state.team.result(open_log, "opening the log of the calibration")
+
+    def restore(self, title: str, modules: Mapping[str, nn.Module]) -> bool:
+        self._number += 1
+        entry = self._state.team.result(lambda: self._read(title), "reading the log")
+        if entry is None:
+            self._rows = self._state.ledger.rows
+            return False
+        tensors, facts, rows = entry
+        if facts["unchanged"]:
+            present = to_tensors(modules)[0]
+            tensors |= {name: present[name] for name in facts["unchanged"]}
+        from_tensors(modules, tensors, facts["state"])
+        for modifier, known in zip(self._lifecycle.modifiers, facts["modifiers"], strict=True):
+            modifier.load_group_state(modules, known)
+        self._state.ledger.put(rows)
+        _set_random_state(facts["random"])
+        return True
+
+    def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
+        tensors, facts = to_tensors(modules)
+        from_tensors(modules, tensors, facts)
+        earlier = set(map(id, self._rows))
+        rows = [asdict(row) for row in self._state.ledger.rows if id(row) not in earlier]
+        modifiers = [modifier.group_state(modules) for modifier in self._lifecycle.modifiers]
+
+        def write() -> None:
+            unchanged = [n for n, t in tensors.items() if n in self._digests and self._digests[n] == tensor_digest(t)]
+            changed = {name: tensor for name, tensor in tensors.items() if name not in set(unchanged)}
+            self._write(title, changed, rows, state=facts, unchanged=unchanged, modifiers=modifiers)
+
+        self._state.team.result(write, "writing the log")
+
+    def restore_survey(self) -> bool:
+        if not self._surveys:
+            return False
+        self._number += 1
+        entry = self._state.team.result(lambda: self._read(SURVEY), "reading the log")
+        if entry is None:
+            return False
+        for key, modifier in self._surveys.items():
+            prefix = f"survey.{key}."
+            modifier.load_survey_state({n.removeprefix(prefix): t for n, t in entry[0].items() if n.startswith(prefix)})
+        _set_random_state(entry[1]["random"])
+        return True
+
+    def store_survey(self) -> None:
+        if self._surveys:
+            states = {key: modifier.survey_state() or {} for key, modifier in self._surveys.items()}
+            tensors = {f"survey.{key}.{name}": t for key, state in states.items() for name, t in state.items()}
+            write = lambda: self._write(SURVEY, tensors, [], state={}, unchanged=[], modifiers=[])  # noqa: E731
+            self._state.team.result(write, "writing the log")
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._holder is not None:
+            self._holder.release()
+        self._holder = None
+
+    def remove(self) -> None:
+        """Remove the log: its results are elsewhere by now."""
+        self.close()
+        shutil.rmtree(self.folder / ".groups.partial", ignore_errors=True)
+        with suppress(OSError):
+            (self.folder / "holder.json").unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    @property
+    def _surveys(self) -> dict[str, Modifier]:
+        """The modifiers that need the survey; empty where one of them cannot give its statistics."""
+        pairs = zip(self._lifecycle.keys(), self._lifecycle.modifiers, strict=True)
+        surveying = {key: modifier for key, modifier in pairs if modifier.needs.survey}
+        able = all(type(m).survey_state is not Modifier.survey_state for m in surveying.values())
+        return surveying if able else {}
+
+    # -- on rank 0 ----------------------------------------------------------------------------------------------------
+
+    def _open(self, plan: dict[str, Any], count: int) -> None:
+        self._holder, self._digests, self._shards = Holder(self.folder), plan["model"], ()
+        self._writer = ShardWriter(self.folder / "groups", count)
+        path = self._writer.log / "plan.json"
+        if self.resume != "never" and path.exists():
+            try:
+                changes = difference(read_plan(path), plan)
+            except ValueError as error:
+                raise ValueError(f"the log in {self.folder} cannot be read: {error}; {ANEW}") from error
+            if not changes:
+                self._shards = self._writer.finished()
+                logger.info("going on in %s after %d finished groups", self.folder, len(self._shards))
+                return
+            if not (self.replaces and self.resume == "auto"):
+                raise ValueError(f"the log in {self.folder} belongs to another calibration: {changes}; {ANEW}")
+            warnings.warn(f"the log in {self.folder} is not used, as it differs in {changes}", stacklevel=2)
+        elif self.resume == "must":
+            raise ValueError(f"resume='must', and {self.folder} holds no log of a calibration; check the folder")
+        self._writer.discard()
+        write_plan(path, plan)
+
+    def _read(self, title: str) -> tuple[dict[str, Tensor], Mapping[str, Any], Sequence[Mapping[str, Any]]] | None:
+        if self._number > len(self._shards):
+            return None
+        shard = self._shards[self._number - 1]
+        kinds = {"title": str, "state": dict, "unchanged": list, "modifiers": list, "random": dict}
+        if {key: type(value) for key, value in shard.facts.items()} != kinds or shard.facts["title"] != title:
+            warnings.warn(
+                f"shard {shard.number} of {self.folder} is not that of {title}: it is done again", stacklevel=2
+            )
+            self._shards = self._shards[: self._number - 1]
+            return None
+        return self._writer.read(shard), shard.facts, shard.rows
+
+    def _write(
+        self, title: str, tensors: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]], **facts: Any
+    ) -> None:
+        self._writer.write(self._number, tensors, {"title": title, **facts, "random": _random_state()}, rows)
+
+
+def _random_state() -> dict[str, Any]:
+    states = {"cpu": [torch.get_rng_state()]}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return {kind: [base64.b64encode(s.numpy().tobytes()).decode() for s in each] for kind, each in states.items()}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    cpu, *_ = (_decoded(text) for text in state["cpu"])
+    torch.set_rng_state(cpu)
+    if "cuda" in state and torch.cuda.is_initialized() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_decoded(text) for text in state["cuda"]])
+
+
+def _decoded(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
