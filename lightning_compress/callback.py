@@ -49,7 +49,7 @@ from lightning_compress.training.clock import StepClock
 from lightning_compress.training.compiled import HookWatch
 from lightning_compress.training.loss_scale import unscaled
 from lightning_compress.training.options import read_arguments
-from lightning_compress.training.outputs import FolderLock, Outputs
+from lightning_compress.training.outputs import FolderLock
 from lightning_compress.training.post_training import PostTraining
 from lightning_compress.training.preemption import name_ended_ranks
 from lightning_compress.training.pruned_checkpoints import carry_shapes
@@ -179,9 +179,7 @@ class CompressionCallback(Callback):
         if self._state.model is not None:  # not in setup: configure_model comes after it
             check_before_training(trainer, pl_module, self._state, self.options.calibration)
         if not trainer.fast_dev_run:  # not in setup: only now it is known whether a run is resumed
-            outputs = self.run.outputs = Outputs.of(trainer, self.options.export_dir)
-            resumed, name = is_resumed(trainer), self.run.name
-            self.run.team.result(lambda: outputs.claim(self._lock, resumed=resumed, run=name), "checking export_dir")
+            self.run.claim_outputs(trainer, self._lock, resumed=is_resumed(trainer))
             if self.options.load_best:
                 check_best(trainer, self.lifecycle, self.run.saved_files)
 

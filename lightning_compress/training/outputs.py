@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_compress.files.atomic_folder import check_target
+from lightning_compress.files.atomic_folder import check_target, origin_of
 from lightning_compress.files.leftovers import host_name, is_running
 from lightning_compress.training.saved_files import plain_file
 from lightning_compress.training.sharding import shards
@@ -58,11 +58,19 @@ class Outputs:
             )
         check_target(self.export, overwrite=resumed, run=run)
 
-    def claim(self, lock: "FolderLock", *, resumed: bool, run: str) -> None:
-        """Exclude other runs from these paths, and :meth:`check` that they can be written."""
+    def claim(self, lock: "FolderLock", *, resumed: bool, run: str) -> str:
+        """Exclude other runs from these paths, and :meth:`check` that they can be written.
+
+        Returns the name of the run. A job that Slurm has started again without a checkpoint, as where a script answers
+        the signal, takes the name in the export of its earlier attempt, and replaces that.
+        """
         for path in self.locks:
             lock.acquire(path, run)
+        earlier = origin_of(self.export)
+        if not resumed and _was_restarted() and earlier.get("job") == os.environ["SLURM_JOB_ID"]:
+            run, resumed = earlier["run"], True
         self.check(resumed=resumed, run=run)
+        return run
 
     @property
     def locks(self) -> list[Path]:
@@ -115,6 +123,11 @@ class FolderLock:
                 with suppress(OSError):
                     path.unlink()
         self._locks = {}
+
+
+def _was_restarted() -> bool:
+    """Whether Slurm has started this job before."""
+    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:

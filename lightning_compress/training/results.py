@@ -1,6 +1,7 @@
 """What a run leaves behind: ``compressed.ckpt``, the exported folder, the report, and numbers for the loggers."""
 
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from lightning_compress.export.contents import Stored
 from lightning_compress.export.hugging_face import is_transformers
 from lightning_compress.export.save import save
 from lightning_compress.export.sharded import gathered_on
+from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.quant.record import Quantized
 from lightning_compress.report import plots, summary, table
 from lightning_compress.training.checks import tensor_bytes
@@ -132,7 +134,9 @@ class Results:
 
     def _export(self, folder: Path, stored: Stored) -> None:
         origin = {"run": self.run.name, "clock": self.clock_state}
-        resumed = is_resumed(self.trainer)
+        if "SLURM_JOB_ID" in os.environ:  # an attempt without a checkpoint knows its run by it
+            origin["job"] = os.environ["SLURM_JOB_ID"]
+        replaces = is_resumed(self.trainer) or origin_of(folder).get("run") == self.run.name
         tokenizers = processors(self.trainer, self.pl_module)
         try:
             save(
@@ -140,7 +144,7 @@ class Results:
                 folder,
                 tokenizer=tokenizers,
                 recipe=self.run.recipe,
-                overwrite=resumed,
+                overwrite=replaces,
                 origin=origin,
                 stored=stored,
             )

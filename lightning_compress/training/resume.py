@@ -127,7 +127,7 @@ def load_earlier_end(
 def _made_from(checkpoint: Mapping[str, Any], folder: Path, key: str, state: Mapping[str, Any]) -> bool:
     earlier = checkpoint.get("callbacks", {}).get(key, {})
     same = all(earlier.get(name) == state[name] for name in ("run", "clock", "recipe"))
-    exported = origin_of(folder) == {name: state[name] for name in ("run", "clock")}
+    exported = all(origin_of(folder).get(name) == state[name] for name in ("run", "clock"))
     return bool(earlier) and earlier["done"] and same and exported
 
 

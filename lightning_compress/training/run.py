@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from lightning_compress.team import Team
 from lightning_compress.training.options import CallbackOptions
-from lightning_compress.training.outputs import Outputs
+from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.preemption import Preemption
 from lightning_compress.training.samples import OwnBatches
 from lightning_compress.training.saved_files import SavedFiles
@@ -61,6 +62,12 @@ class Run:
         finally:
             self.team.close()
             self.team, self.preemption = Team(), Preemption()
+
+    def claim_outputs(self, trainer: Trainer, lock: FolderLock, *, resumed: bool) -> None:
+        """Check that this run can write its outputs, and keep others away; every rank gets the name of rank zero."""
+        outputs = self.outputs = Outputs.of(trainer, self.options.export_dir)
+        claim = partial(outputs.claim, lock, resumed=resumed, run=self.name)
+        self.name = self.team.result(claim, "checking export_dir")
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

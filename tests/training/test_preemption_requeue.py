@@ -1,5 +1,6 @@
 """A job that is requeued while its model is compressed, played in one process: variables, signal and scontrol."""
 
+import json
 import logging
 import os
 import signal
@@ -171,3 +172,58 @@ def test_outside_slurm_nothing_is_saved_for_a_requeue(tmp_path, slurm, monkeypat
         monkeypatch.delenv(name)
     quiet(tmp_path, CompressionCallback(RoundingModifier())).fit(Regression(), Sums())
     assert not list(tmp_path.glob("hpc_ckpt*"))
+
+
+def test_a_job_that_was_started_again_without_a_checkpoint_replaces_its_own_export(tmp_path, slurm, monkeypatch):
+    """Such as one whose script answers the signal itself; another job in that folder is refused as ever."""
+
+    def attempt(job, restarts):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        module, callback = Regression(), rounding()
+        quiet(tmp_path, callback).fit(module, Sums())
+        return callback.run.name
+
+    first = attempt("77", "0")
+    assert not list(tmp_path.glob("hpc_ckpt*"))
+    assert attempt("77", "1") == first
+    for job, restarts in (("77", "0"), ("78", "1")):
+        with pytest.raises(ValueError, match="exists and is not empty: give another export_dir"):
+            attempt(job, restarts)
+    assert json.loads((tmp_path / "compressed" / "export_manifest.json").read_text())["origin"]["job"] == "77"
+
+
+class Submitit:
+    """Stands for submitit's SignalHandler: rank zero requeues the job and ends its process, with a code of its own."""
+
+    __module__ = "submitit.core.job_environment"
+    refuses = False
+
+    def __init__(self):
+        self.calls = []
+
+    def checkpoint_and_try_requeue(self, number, frame=None):
+        self.calls.append((number, frame))
+        if self.refuses:
+            raise RuntimeError("Job not requeued because: timed-out too many times.")
+        raise SystemExit(-1)
+
+
+Submitit.checkpoint_and_try_requeue.__module__ = Submitit.__module__
+
+
+def test_submitit_requeues_after_all_is_saved(tmp_path, slurm):
+    handler = Submitit()
+    signal.signal(signal.SIGUSR2, handler.checkpoint_and_try_requeue)
+    signals = Signals(signal.SIGUSR2, {"on_train_batch_start": [1]})
+    with pytest.raises(SystemExit) as caught:
+        quiet(tmp_path, rounding(), signals).fit(Regression(), Sums())
+    assert caught.value.code == 143
+    assert handler.calls == [(signal.SIGUSR2, None)]
+    assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 1
+    assert signal.getsignal(signal.SIGUSR2) == handler.checkpoint_and_try_requeue
+    handler.refuses = True
+    with pytest.raises(RuntimeError, match="Job not requeued because"):
+        quiet(tmp_path, rounding(), Signals(signal.SIGUSR2, {"on_train_batch_start": [1]})).fit(Regression(), Sums())
+    assert slurm() == []

@@ -8,9 +8,8 @@ from lightning_compress.training.run import Run
 
 
 def test_seconds_of_a_phase_add_up(monkeypatch):
-    times = iter([10.0, 12.5, 20.0, 21.0])
+    run, times = Run(CallbackOptions(), {}), iter([10.0, 12.5, 20.0, 21.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
-    run = Run(CallbackOptions(), {})
     for _ in range(2):
         with run.timed("calibration"):
             pass
