@@ -26,4 +26,4 @@ install=("$venv/bin/python" -m pip install --disable-pip-version-check)
 "${install[@]}" --constraint "$free_triton" torch
 brings_triton='from importlib.metadata import requires; exit(not any(r.startswith("triton") for r in requires("torch")))'
 if "$venv/bin/python" -c "$brings_triton"; then pins=$free_triton; fi
-"${install[@]}" --constraint "$pins" --editable ".[dev,hf,plot,kernels]"
+"${install[@]}" --constraint "$pins" --editable ".[dev,hf,plot,kernels,slurm]"

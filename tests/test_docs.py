@@ -101,7 +101,7 @@ def test_commands_compose(page, tmp_path):
             (tmp_path / "compress").mkdir(exist_ok=True)
             (tmp_path / "compress" / "mine.yaml").write_text(text)
     for words in overrides(page):
-        words = [word for word in words if not word.startswith(("--", "hydra/launcher"))]
+        words = [word for word in words if not word.startswith(("--", "hydra/launcher", "hydra.launcher"))]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = compose("train", [*words, f"hydra.searchpath=[file://{tmp_path}]"], return_hydra_config=True)
         assert not any("compress=" in word for word in words) or instantiate(config.callbacks.compress), words

@@ -157,10 +157,15 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _end_of_log(folder: Path) -> str:
+    """The last line and the last error: submitit logs "successful completion" after an error that Hydra has caught."""
     logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n") if logs else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f"{logs[-1].name} ends: {last}" if last else "it has no log"
+    text = logs[-1].read_text(encoding="utf-8", errors="replace").strip() if logs else ""
+    if not text:
+        return "it has no log"
+    last = text.splitlines()[-1].strip()
+    errors = re.findall(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)*(\S.*)$", text, re.MULTILINE)
+    error = f" (its last error: {errors[-1]})" if errors and errors[-1] != last else ""
+    return f"{logs[-1].name} ends: {last}{error}"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

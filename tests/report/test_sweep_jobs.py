@@ -43,6 +43,18 @@ def test_jobs_that_failed_or_never_started_say_so(tmp_path):
     assert jobs[3].overrides == {"compress": "[smoothquant,gptq_w8a8]", "seed": "2", "trainer": "cpu"}
 
 
+def test_the_error_is_found_before_what_was_logged_after_it(tmp_path):
+    job = write_job(tmp_path / "0", [])
+    (job / "train.log").write_text(
+        "Traceback (most recent call last):\n  File\nKeyError: 1\n\nDuring handling ...\n\n"
+        "Traceback (most recent call last):\n  File x\n    raise\n    ^^^^^\nValueError: no such layer\nadvice\n"
+        "[12:00] done\n"
+    )
+    assert read_jobs(tmp_path)[0].fault.endswith(
+        "; train.log ends: [12:00] done (its last error: ValueError: no such layer)"
+    )
+
+
 @pytest.mark.parametrize(
     "task",
     [
