@@ -6,6 +6,7 @@ Compression is an ordinary callback: ``+compress=NAME`` adds it to ``callbacks``
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -85,6 +86,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         log.info("weights: %s", ckpt_path)
         model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
         ckpt_path = None
+    if ckpt_path is None and "SUBMITIT_EXECUTOR" in os.environ and list(Path(cfg.paths.output_dir).glob("hpc_ckpt_*")):
+        ckpt_path = "hpc"  # submitit has restarted this run; under Slurm, Lightning finds the checkpoint itself
     metrics: dict[str, Any] = {}
     if cfg.train or compresses:
         log.info("training%s", " and compression" if compresses else "") if cfg.train else log.info("compression")

@@ -219,22 +219,24 @@ class Preemption:
 
     def _leave(self, number: int, path: Path | None) -> NoReturn:
         name, trainer = signal.Signals(number).name, self.trainer
-        requeued = self.team.result(partial(self._requeue, number), "requeueing the job")
+        code = self.team.result(partial(self._requeue, number), "requeueing the job")
         if trainer.is_global_zero:
             saved = f"; {path} is saved, from which ckpt_path='hpc' goes on" if path else ""
-            log.warning("%s: this run ends here%s%s", name, saved, ", and its job is requeued" if requeued else "")
+            log.warning("%s: this run ends here%s%s", name, saved, ", and its job is requeued" if code else "")
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             trainer.strategy.launcher.procs.clear()  # it kills this process, with another code, when it sees one leave
         self._left = True
-        raise SIGTERMException(128 + (signal.SIGTERM if requeued else number))
+        raise SIGTERMException(code or 128 + number)
 
-    def _requeue(self, number: int) -> bool:
+    def _requeue(self, number: int) -> int | None:
+        """The exit code of a job that is requeued; None where it is not."""
+        code = 128 + signal.SIGTERM
         if number not in self._requeues:
-            return False
+            return None
         try:
-            return bool(self._requeues[number](number, None))
-        except SystemExit:  # submitit's, after it has requeued the job
-            return True
+            return code if self._requeues[number](number, None) else None
+        except SystemExit as left:  # submitit's, after it has requeued the job; or its local executor does at this code
+            return left.code if isinstance(left.code, int) and left.code > 0 else code
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

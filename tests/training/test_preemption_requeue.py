@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,12 @@ class Signalled(RoundingModifier):
     """Slurm signals in the middle of compression."""
 
     signalled: bool = True
+    number: int = signal.SIGUSR1
 
     def on_calibration_end(self, state, event, **kwargs):
         super().on_calibration_end(state, event, **kwargs)
         if self.signalled:
-            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(self.number)
 
 
 class Counts(Callback):
@@ -63,6 +65,24 @@ def test_the_next_attempt_goes_on_where_training_had_ended(tmp_path, slurm):
     assert counts.batches == 0
     assert callback.done
     assert module.is_rounded()
+
+
+@pytest.mark.parametrize(("left", "code"), [(-1, 143), (144, 144)], ids=["slurm", "local executor"])
+def test_submitit_requeues_and_the_code_by_which_it_knows_that_is_kept(tmp_path, slurm, left, code):
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        sys.exit(left)
+
+    handler.__module__ = "submitit.core.job_environment"
+    signal.signal(signal.SIGUSR2, handler)
+    with pytest.raises(SystemExit) as caught:
+        quiet(tmp_path, CompressionCallback(Signalled(number=signal.SIGUSR2))).fit(Regression(), Sums())
+    assert caught.value.code == code
+    assert received == [signal.SIGUSR2]
+    assert slurm() == []
+    assert not rounded(tmp_path / "hpc_ckpt_1.ckpt")
 
 
 def test_the_signal_is_answered_where_nothing_was_left_to_train(tmp_path, slurm):

@@ -7,6 +7,7 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,14 +33,17 @@ SLOW = '''
 
 import os
 import time
+from pathlib import Path
 
 from lightning import Callback
 
 
 class SlowStep(Callback):
     def on_train_batch_start(self, trainer, *args):
-        if trainer.global_step == 5 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-            print("a slow step", flush=True)
+        first = Path(trainer.default_root_dir) / "first_attempt"
+        if trainer.global_step == 5 and not first.exists():
+            first.touch()
+            print("a slow step in process", os.getpid(), flush=True)
             for _ in range(50):
                 time.sleep(0.1)
 '''
@@ -121,9 +125,32 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_submitits_local_executor_runs_a_sweep_without_a_cluster(folder: Path):
-    process = sweep(folder, "trainer=cpu", "hydra/launcher=submitit_local")
-    assert process.wait(280) == 0, (folder / "output.txt").read_text()[-4000:]
+    """The signal of its time limit comes to one of the jobs, which run side by side."""
+    process = sweep(folder, "trainer=cpu", "hydra/launcher=submitit_local", "+callbacks.slow._target_=slow.SlowStep")
+    try:
+        until(lambda: slow_steps(folder, "*"), "a step", folder)
+        log, number = slow_steps(folder, "*")[0]
+        os.kill(number, signal.SIGUSR2)
+        assert process.wait(200) == 0, (folder / "output.txt").read_text()[-4000:]
+    finally:
+        process.kill()
     assert_reported(folder)
+    assert_went_on(log)
+
+
+def slow_steps(folder: Path, job: str) -> list[tuple[Path, int]]:
+    """(log, process) of each task of submitit's job that is at its slow step or beyond."""
+    logs = {path: path.read_text() for path in (folder / "sweep" / ".submitit").glob(f"{job}/*.out")}
+    matches = {path: re.search(r"a slow step in process (\d+)", text) for path, text in logs.items()}
+    return [(path, int(match[1])) for path, match in matches.items() if match]
+
+
+def assert_went_on(log: Path) -> None:
+    """The second attempt resumed from what the first one saved, and exported once."""
+    _, second = log.read_text().split("SIGUSR2: this run ends here")
+    (checkpoint,) = re.findall(r"Restored all states from the checkpoint at (.*hpc_ckpt_1.ckpt)", second)
+    assert "a slow step" not in second
+    assert second.count(f"compressed model: {Path(checkpoint).with_name('compressed')}") == 1
 
 
 def until(met: Callable[[], object], what: str, folder: Path, seconds: float = 200) -> None:
@@ -147,7 +174,7 @@ def test_a_job_of_a_sweep_that_reaches_its_limit_is_requeued_and_goes_on(folder:
     process = sweep(folder, *slurm, "+callbacks.slow._target_=slow.SlowStep")
     jobs = folder / "sweep" / ".submitit"
     try:
-        until(lambda: any("a slow step" in path.read_text() for path in jobs.glob("*_0/*.out")), "a step", folder)
+        until(lambda: slow_steps(folder, "*_0"), "a step", folder)
         job = next(jobs.glob("*_0")).name
 
         def status() -> str:
@@ -163,7 +190,4 @@ def test_a_job_of_a_sweep_that_reaches_its_limit_is_requeued_and_goes_on(folder:
         process.kill()
         subprocess.run(["scancel", "--name=train"], check=False)
     assert_reported(folder)
-    log = next(jobs.glob("*_0/*_0_log.out")).read_text()
-    checkpoint = folder / "sweep" / "0" / "hpc_ckpt_1.ckpt"
-    assert f"Restored all states from the checkpoint at {checkpoint}" in log, "it went on, and did not begin again"
-    assert log.count(f"compressed model: {folder / 'sweep' / '0' / 'compressed'}") == 1
+    assert_went_on(next(jobs.glob("*_0/*_0_log.out")))
