@@ -21,6 +21,7 @@ from lightning_compress.layers.matching import without_parallel
 from lightning_compress.layers.split_experts import split_while
 from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, opened
+from lightning_compress.team import Team
 
 __all__ = ["all_events", "compress", "first_batches", "modifiers_of"]
 
@@ -41,6 +42,7 @@ def compress(
     moe_calibrate_all_experts: bool = False,
     log: str | Path | None = None,
     resume: Resume = "auto",
+    team: Team = Team(),  # noqa: B008  (frozen)
 ) -> Ledger:
     """Compress a model in place.
 
@@ -72,6 +74,9 @@ def compress(
         log: Folder of a log of finished blocks; the same call goes on from there after a kill, with the same result bit
             for bit. It stays: remove it when the model is saved.
         resume: ``auto``: go on where a log is there. ``must``: there must be one. ``never``: begin anew.
+        team: With ``Team.of_processes()`` (lightning_compress.team) the processes of the default group calibrate
+            together: each calls this with the same model and batches, runs its share of the batches, and ends with the
+            same result, bit for bit that of a single process.
 
     Returns:
         The ledger: a row for each module and technique.
@@ -87,7 +92,8 @@ def compress(
     options = CalibrationOptions(blocks, walk, device, offload_device, seed, moe_calibrate_all_experts)
     lifecycle = Lifecycle(modifiers_of(modifiers))
     batches = first_batches(batches, max_batches)
-    state = State(model=model, ledger=Ledger())
+    state = State(model=model, ledger=Ledger(), team=team)
+    _check_team(lifecycle, team)
     check_uninterrupted(model)
     # a modifier with a window was made for training, which needs experts in one tensor
     windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)
@@ -145,3 +151,12 @@ def first_batches(batches: Iterable[Any] | None, max_batches: int | None) -> lis
     if max_batches is not None and len(first) < max_batches:
         warnings.warn(f"max_batches={max_batches}, but there are only {len(first)}: all of them are used", stacklevel=3)
     return first
+
+
+def _check_team(lifecycle: Lifecycle, team: Team) -> None:
+    alone = [m.name for m in lifecycle.modifiers if m.needs.calibration and m.needs.team == "alone"]
+    if alone and not team.alone:
+        raise ValueError(
+            f"{', '.join(alone)} must see all batches, and cannot calibrate in a team of {team.size} ranks; leave "
+            f"team out (each rank then computes all), or train with a Trainer, where rank 0 calibrates for all"
+        )

@@ -125,10 +125,22 @@ class Team:
         result: T = self.gather(value, what)[owner]
         return result
 
+    def deal(self, work: Callable[[], Sequence[T]], what: str) -> T:
+        """Rank 0 makes one value for each rank; each gets its own (pickled), and only that."""
+        values: list[T] = []
+        self.result(lambda: values.extend(work()), what)
+        if self.rank:
+            value: T = self._received(0)
+            return value
+        for rank in range(1, self.size):
+            dist.send_object_list([values[rank]], dst=rank, group=self.control)
+        return values[0]
+
     def fail(self, error: BaseException) -> None:
-        """Let the others raise this rank's error at their next exchange; they have it already if it is a RankError."""
-        if self.size == 1 or isinstance(error, RankError):
+        """Let the others raise this rank's error at their next exchange, once; a RankError they know already."""
+        if self.size == 1 or isinstance(error, RankError) or getattr(error, "told_to_ranks", False):
             return
+        error.told_to_ranks = True  # type: ignore[attr-defined]
         try:
             self._exchange(_Report(fault=f"{type(error).__name__}: {error}"))
         except RuntimeError:  # they may have ended, as after a signal to all: this error counts

@@ -3,20 +3,13 @@
 import pickle
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from lightning_compress.team import RankError, Team
 from tests.support.processes import run_processes, vanish
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # forked processes and OpenMP threads do not mix
-    yield
-    torch.set_num_threads(threads)
 
 
 class Statistic:
@@ -145,10 +138,7 @@ def deserting(rank, which):
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_rank_that_has_ended_is_named(tmp_path, which):
-    def work(rank):
-        return deserting(rank, which)
-
-    messages = run_processes(work, tmp_path, size=3)
+    messages = run_processes(partial(deserting, which=which), tmp_path, size=3)
     assert messages.pop(which) is None
     for message in messages:
         assert f"rank {which}" in message

@@ -47,6 +47,7 @@ class BlockPasses:
         one_pass: The last stage runs in lockstep.
         report: Called with a text as work advances.
         log: Groups that it holds are not calibrated again.
+        numbers: The number of each batch among those of all ranks.
     """
 
     lifecycle: Lifecycle
@@ -57,6 +58,7 @@ class BlockPasses:
     one_pass: bool
     report: Callable[[str], None]
     log: GroupLog
+    numbers: Sequence[int] = ()
     batch: int = field(default=0, init=False)
 
     def complete(
@@ -136,7 +138,7 @@ class BlockPasses:
     def begin(self, batch: int, text: str) -> None:
         """A batch begins to run."""
         self.batch = batch
-        self.lifecycle.set_token_mask(self.masks[batch])
+        self.lifecycle.set_token_mask(self.masks[batch], self.numbers[batch])
         self.report(text)
 
     def _replay(self, group: ModuleGroup, run: Callable[[int], object], batch: int) -> object:
@@ -164,7 +166,7 @@ class BlockPasses:
         run: Callable[[int], object],
         to_end: bool,
     ) -> None:
-        at = ["start"]
+        at, team = ["start"], self.state.team
 
         def ready(module: nn.Module) -> None:
             at[0] = hooked[module]
@@ -184,6 +186,8 @@ class BlockPasses:
                 ready,
                 lambda i: self.begin(i, f"{group.title}: {at[0]}, batch {i + 1}/{len(self.masks)}"),
                 to_end,
+                None if team.alone else lambda number: _least(team.gather(number, group.title)),
+                self.numbers,
             )
 
     def _stopped_when_seen(self, group: ModuleGroup, hooked: Mapping[nn.Module, str]) -> AbstractContextManager[None]:
@@ -222,12 +226,16 @@ class BlockPasses:
 
         def check(name: str, args: tuple[object, ...]) -> None:
             if kind := find_nonfinite(args[:1], self.masks[self.batch]):
-                raise nonfinite_error(kind, f"the input of module {name!r}", self.batch, None)
+                raise nonfinite_error(kind, f"the input of module {name!r}", self.numbers[self.batch], None)
 
         return taken_off(
             module.register_forward_pre_hook(lambda _m, args, n=name: check(n, args), prepend=True)
             for module, name in hooked.items()
         )
+
+
+def _least(numbers: Sequence[int | None]) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
 
 
 def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:

@@ -29,6 +29,8 @@ def run_in_lockstep(
     ready: Callable[[nn.Module], None],
     turn: Callable[[int], None],
     to_end: bool = True,
+    agree: Callable[[int | None], int | None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Run ``works``, one per batch, finishing each module when all have arrived at it.
 
@@ -38,18 +40,21 @@ def run_in_lockstep(
         ready: Called once per module that a batch arrives at, on this thread, after the last of its batches.
         turn: Called with the number of a batch before it goes on.
         to_end: False: the rest of the forward passes is not run once all modules are finished.
+        agree: Where several processes run batches of one calibration: gives, from the number of the first module that
+            batches wait for here (None: none waits), the least one of all processes. All finish that module next.
+        numbers: The numbers of the batches in messages; None: 0, 1, ...
 
     Raises:
         ValueError: A batch arrives at a module that is finished already: the block calls its modules more than once, or
             in an order that depends on the data.
     """
-    lockstep = _Lockstep(modules, ready, to_end)
-    if len(works) == 1:  # nothing to wait for: no thread is needed
+    lockstep = _Lockstep(modules, ready, to_end, agree or (lambda number: number))
+    if len(works) == 1 and agree is None:  # nothing to wait for: no thread is needed
         turn(0)
         with _paused_before(modules, lockstep.arrive), suppress(_CancelledError):
             works[0]()
         return
-    batches = [_Batch(i, work) for i, work in enumerate(works)]
+    batches = [_Batch(i, i if numbers is None else numbers[i], work) for i, work in enumerate(works)]
     try:
         with _paused_before(modules, lockstep.arrive):
             lockstep.run(batches, turn)
@@ -61,8 +66,15 @@ def run_in_lockstep(
 class _Lockstep:
     """Which batch runs, and which modules are finished; the arguments are those of :func:`run_in_lockstep`."""
 
-    def __init__(self, modules: Mapping[nn.Module, str], ready: Callable[[nn.Module], None], to_end: bool):
-        self.modules, self.ready, self.to_end = modules, ready, to_end
+    def __init__(
+        self,
+        modules: Mapping[nn.Module, str],
+        ready: Callable[[nn.Module], None],
+        to_end: bool,
+        agree: Callable[[int | None], int | None],
+    ):
+        self.modules, self.ready, self.to_end, self.agree = modules, ready, to_end, agree
+        self.in_order = list(modules)
         self.order = {module: i for i, module in enumerate(modules)}
         self.running: _Batch | None = None
         self.finished: set[nn.Module] = set()
@@ -77,19 +89,26 @@ class _Lockstep:
 
         for batch in batches:
             resume(batch)
-        while waiting := [b for b in batches if b.waits_at is not None]:
-            module = min((b.waits_at for b in waiting if b.waits_at is not None), key=self.order.__getitem__)
+        while (number := self.agree(self._first(batches))) is not None:
+            module = self.in_order[number]
             if self.finish(module):
+                for batch in batches:  # one that passed modules by may come to them yet, and must not be ignored
+                    if batch.waits_at is not None and batch.arrivals < len(self.modules):
+                        resume(batch)
                 return
-            for batch in waiting:
+            for batch in batches:
                 if batch.waits_at is module:
                     resume(batch)
+
+    def _first(self, batches: Sequence["_Batch"]) -> int | None:
+        """The number of the first module that a batch waits for."""
+        return min((self.order[b.waits_at] for b in batches if b.waits_at is not None), default=None)
 
     def arrive(self, module: nn.Module) -> None:
         """A batch is about to run a module: on a thread of its own it waits, otherwise the module is finished now."""
         if module in self.finished:
             raise ValueError(
-                f"batch {self.running.index if self.running else 0} comes to {self.modules[module]!r} after it was "
+                f"batch {self.running.number if self.running else 0} comes to {self.modules[module]!r} after it was "
                 f"finished: the block calls it several times, or in an order that depends on the data; use "
                 f"walk='two_pass'"
             )
@@ -114,11 +133,13 @@ class _Batch:
 
     Attributes:
         waits_at: The module it waits at; None before it began and after it ended.
+        arrivals: At how many modules it has waited.
     """
 
-    def __init__(self, index: int, work: Callable[[], object]):
-        self.index, self.work = index, work
+    def __init__(self, index: int, number: int, work: Callable[[], object]):
+        self.index, self.number, self.work = index, number, work
         self.waits_at: nn.Module | None = None
+        self.arrivals = 0
         self._go, self._stopped = threading.Lock(), threading.Lock()  # both held: released once for each wait
         self._go.acquire()
         self._stopped.acquire()
@@ -132,18 +153,19 @@ class _Batch:
         self.waits_at = None
         if self._thread is None:
             run = partial(contextvars.copy_context().run, self._main)
-            self._thread = threading.Thread(target=run, name=f"batch {self.index}", daemon=True)
+            self._thread = threading.Thread(target=run, name=f"batch {self.number}", daemon=True)
             self._thread.start()
         else:
             self._go.release()
         self._stopped.acquire()
         if self._error is not None:
-            self._error.add_note(f"raised by calibration batch {self.index} (walk='one_pass')")
+            self._error.add_note(f"raised by calibration batch {self.number} (walk='one_pass')")
             raise self._error
 
     def pause(self, module: nn.Module) -> None:
         """Called on its own thread."""
         self.waits_at = module
+        self.arrivals += 1
         self._hand_back()
         self._go.acquire()
         if self._cancelled:

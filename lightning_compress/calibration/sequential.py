@@ -14,7 +14,8 @@
     CALIBRATION_END                        hooks come off
 
 Nothing is traced. The hidden states of one block are stored; other arguments are stored by reference until their block
-is finished. Every process walks alone: where there are several, rank zero calibrates.
+is finished. Where several processes walk (``state.team``), each runs batches of its own, whole ones, and all finish the
+same modules in the same order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,8 @@ def calibrate(
     Args:
         lifecycle: The initialized modifiers.
         state: State with the model, which is changed in place.
-        batches: Calibration batches, in order; None for recipes that need no data.
+        batches: Calibration batches, in order; None for recipes that need no data. With several processes each needs
+            the first one and its own (``state.team.mine(len(batches))``); in the place of others anything may be.
         options: How calibration goes through the model. The seed is not used here.
         clock: Clock of the events.
         forward: ``forward(model, batch)`` runs the model on a batch; by default a mapping gives keyword arguments, of a
@@ -90,7 +92,8 @@ def calibrate(
         raise ValueError("state.model is None; expected the model to compress, as State(model=model)")
     _check_batches(lifecycle.modifiers, batches)
     blocks = {} if options.walk == "whole" else find_blocks(model, options.blocks)
-    batches = [] if batches is None else list(batches)
+    if batches is not None:
+        batches = list(batches)
     if batches and forward is None and any(m.needs.data for m in lifecycle.modifiers):
         check_batch(model, batches[0])
     runner = BatchRunner(model, forward)
@@ -99,11 +102,13 @@ def calibrate(
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     try:
         with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model), small_heap():
-            log.begin(lifecycle, state, batches, blocks, options)
+            log.begin(lifecycle, state, batches or [], blocks, options)
             _emit_all(walker, blocks)
+        state.team.gather(None, "calibration")  # an error that came last reaches all
     except BaseException as error:
         lifecycle.set_token_mask(None)
         lifecycle.abort()
+        state.team.fail(error)
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note("while calibrating: try smaller batches, walk='two_pass', offload_device='cpu'")
         raise
@@ -111,13 +116,13 @@ def calibrate(
 
 def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     """From CALIBRATION_START to CALIBRATION_END."""
-    lifecycle, state, clock, batches = walker.lifecycle, walker.state, walker.clock, walker.batches
+    lifecycle, state, clock, has_data = walker.lifecycle, walker.state, walker.clock, walker.probe_batch is not None
     walker.total = len(blocks) + 1
     check_weights(walker.model)
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_START))
-    if batches and any(m.needs.survey for m in lifecycle.modifiers):
+    if has_data and any(m.needs.survey for m in lifecycle.modifiers):
         _survey(walker, blocks)
-    if batches and any(m.hooked for m in lifecycle.modifiers if m.needs.calibration):
+    if has_data and any(m.hooked for m in lifecycle.modifiers if m.needs.calibration):
         walker.walk_with_data(blocks)
     else:
         walker.walk_without_data(blocks)
@@ -136,7 +141,8 @@ def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
         restored = walker.log.restore_survey()
         for i, batch in enumerate(walker.batches if not restored else ()):
             walker.report(f"survey of the dense model, batch {i + 1}/{len(walker.batches)}")
-            lifecycle.set_token_mask(tree_move(token_mask(batch), device or device_of(model)))
+            mask = tree_move(token_mask(batch), device or device_of(model))
+            lifecycle.set_token_mask(mask, walker.numbers[i])
             walker.runner(batch)
     lifecycle.set_token_mask(None)
     if not restored:

@@ -46,14 +46,17 @@ class Walker:
         lifecycle: Lifecycle,
         state: State,
         clock: Event,
-        batches: Sequence[Any],
+        batches: Sequence[Any] | None,
         runner: BatchRunner,
         options: CalibrationOptions,
         progress: Callable[[str, int, int], None] | None,
         log: GroupLog,
         residence: Residence | None = None,
     ):
-        self.lifecycle, self.state, self.clock, self.batches, self.runner = lifecycle, state, clock, batches, runner
+        self.lifecycle, self.state, self.clock, self.runner = lifecycle, state, clock, runner
+        self.probe_batch = batches[0] if batches else None
+        self.numbers = state.team.mine(len(batches or ()))  # of the batches that are this rank's
+        self.batches = [batches[i] for i in self.numbers] if batches else []
         self.walk, self.progress, self.log = options.walk, progress, log
         self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
         self.residence: Residence = InMemory(self.device) if residence is None else residence
@@ -95,7 +98,7 @@ class Walker:
                     decoding = "decoder" in segment[0].name.split(".")
                     self.passes.masks = self._masks("decoder_attention_mask" if decoding else "attention_mask")
                 captured = self._capture(segment)
-                if captured is None:
+                if self.state.team.agree(captured is None, segment[0].name) or captured is None:
                     plan.split(index)
                     continue
                 inputs = captured
@@ -120,7 +123,7 @@ class Walker:
         self.report("probe: the first batch through the dense model")
         masks = self._masks("attention_mask")
         with self.lifecycle.paused(), self.residence.passing(blocks):
-            probe, run = self._probe(blocks, targets, masks[0])
+            probe, run = self._probe(blocks, targets)
             for module in warn_of_targets(self.model, probe, targets):
                 del targets[module]  # no batch can reach them
             plan = make_plan(self.model, run, blocks, probe, targets) if blocks else plan_without_blocks(self.model)
@@ -134,17 +137,23 @@ class Walker:
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
-        self.passes = BlockPasses(self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report, self.log)
+        self.passes = BlockPasses(
+            self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report, self.log, self.numbers
+        )
         self.total = len(self.plan.blocks) + 1
 
     def _masks(self, key: str) -> list[Tensor | None]:
-        return [tree_move(token_mask(batch, key), self.device or device_of(self.model)) for batch in self.batches]
+        return [self._mask(batch, key) for batch in self.batches]
+
+    def _mask(self, batch: Any, key: str = "attention_mask") -> Tensor | None:
+        mask: Tensor | None = tree_move(token_mask(batch, key), self.device or device_of(self.model))
+        return mask
 
     def _probe(
-        self, blocks: Mapping[str, nn.Module], targets: Mapping[nn.Module, str], mask: Tensor | None
+        self, blocks: Mapping[str, nn.Module], targets: Mapping[nn.Module, str]
     ) -> tuple[Probe, Callable[[], Any]]:
-        """Probe with a small sample if that reaches every target, otherwise with the first batch."""
-        batch, never = self.batches[0], unreachable(self.model)
+        """Probe with a small sample if that reaches every target, otherwise with the first batch, on every rank."""
+        batch, never = self.probe_batch, unreachable(self.model)
         if (sample := small_sample(batch)) is not None:
             run = partial(self.runner, sample)
             try:
@@ -154,7 +163,7 @@ class Walker:
             except Exception as error:  # the model may need full batches; a fault shows up again with them
                 logger.info("a small sample alone cannot be run: %s: %s", type(error).__name__, error)
         run = partial(self.runner, batch)
-        return run_probe(self.model, run, blocks, targets, mask), run
+        return run_probe(self.model, run, blocks, targets, self._mask(batch)), run
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -171,8 +180,8 @@ class Walker:
                 except Exception as error:
                     if len(segment) == 1 and isinstance(error, BrokenLinkError):
                         raise ValueError(
-                            f"calibration batch {i} does not run through the model as the first one did: {error}; "
-                            f"use walk='whole'"
+                            f"calibration batch {self.numbers[i]} does not run through the model as the first one did: "
+                            f"{error}; use walk='whole'"
                         ) from error
                     if len(segment) == 1:  # no stub can be the cause
                         raise
@@ -181,7 +190,9 @@ class Walker:
                     return None
                 if kind := find_nonfinite(hidden, self.passes.masks[i]):
                     where = f"the input of block {segment[0].name!r}"
-                    raise nonfinite_error(kind, where, i, first_bad_module(self.model, "", partial(self._run, i)))
+                    raise nonfinite_error(
+                        kind, where, self.numbers[i], first_bad_module(self.model, "", partial(self._run, i))
+                    )
                 inputs.add(hidden, calls)
         return inputs
 
@@ -202,7 +213,7 @@ class Walker:
                     with self.lifecycle.paused():
                         again = partial(self._call_block, block, module, inputs, error.batch)
                         source = first_bad_module(module, block.name, again)
-                    raise nonfinite_error(error.kind, error.where, error.batch, source) from None
+                    raise nonfinite_error(error.kind, error.where, self.numbers[error.batch], source) from None
             inputs.drop(block.name)
             self.finish_group()
 
@@ -214,7 +225,7 @@ class Walker:
         None where there are no hidden states, or where the block returns another tensor of floats before them: a
         replay would be compared with that one.
         """
-        if dense.hidden[0] is None:
+        if not dense.hidden or dense.hidden[0] is None:
             return None
         run, leads = partial(self._run_block, block, module, dense), True
         with self.lifecycle.paused():

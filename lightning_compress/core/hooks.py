@@ -19,6 +19,7 @@ class Hooks(BaseModel):
 
     _paused: int = PrivateAttr(default=0)
     _token_mask: Tensor | None = PrivateAttr(default=None)
+    _batch_number: int = PrivateAttr(default=0)
     _hooks: list[tuple[nn.Module, RemovableHandle]] = PrivateAttr(default_factory=list)
 
     def hook(
@@ -50,6 +51,11 @@ class Hooks(BaseModel):
     def token_mask(self) -> Tensor | None:
         """While a calibration batch runs: True for tokens that count (not padding), bool [batch, tokens], or None."""
         return self._token_mask
+
+    @property
+    def batch_number(self) -> int:
+        """The number of the calibration batch that runs, counted over all ranks."""
+        return self._batch_number
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -195,10 +195,10 @@ class Lifecycle:
                 stack.enter_context(modifier.paused())
             yield
 
-    def set_token_mask(self, mask: Tensor | None) -> None:
-        """Give the modifiers the mask of the tokens of the current batch that are not padding."""
+    def set_token_mask(self, mask: Tensor | None, number: int = 0) -> None:
+        """Give the modifiers the mask of the tokens of the current batch that are not padding, and its number."""
         for modifier in self.modifiers:
-            modifier._token_mask = mask
+            modifier._token_mask, modifier._batch_number = mask, number
 
     def keys(self) -> list[str]:
         """One name per modifier, stable across runs: ``GPTQModifier``, or ``GPTQModifier#2`` for a second one."""

@@ -49,6 +49,9 @@ class Needs:
         parametrizes: Weights that are computed from others from set-up on, so that the model is not a plain copy.
         sharded: It works on parameters that FSDP2 or tensor parallelism shards (layers/sharded.py). False, or the
             reason as a text: models with such parameters are refused at set-up.
+        team: How it works where several processes calibrate together, each with its own batches. ``sums``: it combines
+            its statistics over all ranks (``state.team``) before it uses them. ``weights``: it uses no data, and does
+            the same on every rank. ``alone``: it must see all batches, so that rank 0 calibrates for all.
         window: Whether ``start``, ``end`` and ``update`` have a meaning. None: they have if the class has a handler for
             them, or acts in training only.
     """
@@ -66,6 +69,7 @@ class Needs:
     fixed_shapes_from: Literal["never", "start", "set-up"] = "never"
     parametrizes: bool = False
     sharded: bool | str = False
+    team: Literal["sums", "weights", "alone"] = "alone"
     window: bool | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all ot
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_compress.ops.hessian import hessian_accumulate_, mirror_
+from lightning_compress.team import Team
 
 __all__ = ["HessianPool", "InputHessian", "NonFiniteHessianError", "PerHessian", "SharedHessian",
-           "groups_as_partitions"]  # fmt: skip
+           "groups_as_partitions", "parted"]  # fmt: skip
 
 
 ROWS = 1024  # of a float64 sum that are divided at once
@@ -98,10 +99,21 @@ class SharedHessian:
 
     def __init__(self) -> None:
         self.statistic: InputHessian | None = None  # created with the first rows, which define its size
-        self.held_out: InputHessian | None = None  # of every second input, if inputs are held out
+        self.held_out: InputHessian | None = None  # of every second batch, if inputs are held out
         self.inputs = 0  # number of updates of the statistic
         self.seen: dict[str, set[int]] = {}  # module -> which of these inputs it received
         self.closed = False  # the statistic was used; it cannot grow further
+        self.owner: int | None = None  # the rank that has the sum over ranks
+        self.shape = (0, 0)  # P, C
+
+    @classmethod
+    def of_zeros(cls, P: int, C: int, device: torch.device | str, hold_out: bool) -> "SharedHessian":
+        """A statistic without inputs."""
+        shared = cls()
+        shared.shape = (P, C)
+        shared.statistic = InputHessian(P, C, device)
+        shared.held_out = InputHessian(P, C, device) if hold_out else None
+        return shared
 
     @property
     def members(self) -> list[str]:
@@ -109,16 +121,23 @@ class SharedHessian:
 
     @property
     def tokens(self) -> int:
-        return 0 if self.statistic is None else self.statistic.tokens
+        return sum(one.tokens for one in (self.statistic, self.held_out) if one is not None)
 
     def is_level(self, name: str) -> bool:
         return len(self.seen[name]) == self.inputs
 
     @property
     def partitions(self) -> int:
-        """P; until :meth:`take`."""
-        assert self.statistic is not None
-        return len(self.statistic.sum_PCC)
+        """P."""
+        return self.shape[0]
+
+    def reduce_(self, team: Team, owner: int | None) -> None:
+        """Add up over ranks; where the owner is another rank only ``tokens`` can be used. None: all ranks get it."""
+        for one in (self.statistic, self.held_out):
+            if one is not None:
+                team.reduce_(one, owner)
+                if owner not in (None, team.rank):
+                    one.sum_PCC = one.sum_PCC.new_empty(0)
 
     def take(self) -> Iterator[tuple[Tensor, int, tuple[Tensor, Tensor] | None]]:
         """For each partition H of all inputs [C, C], the tokens, and the H of both halves where inputs were held out.
@@ -160,7 +179,7 @@ class HessianPool:
 
     Args:
         share: False gives every module a separate statistic.
-        hold_out: Every second input goes to ``SharedHessian.held_out``.
+        hold_out: Inputs of every second batch go to ``SharedHessian.held_out``.
     """
 
     def __init__(self, share: bool = True, hold_out: bool = False):
@@ -168,7 +187,7 @@ class HessianPool:
         self._of: dict[str, SharedHessian] = {}
         self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], int, SharedHessian, set[int]]] = {}
 
-    def update(self, name: str, x: Tensor, layout: Hashable, rows: Callable[[], Tensor]) -> None:
+    def update(self, name: str, x: Tensor, layout: Hashable, rows: Callable[[], Tensor], batch: int = 0) -> None:
         """Module ``name`` received ``x``.
 
         Args:
@@ -176,6 +195,7 @@ class HessianPool:
             x: The tensor object that the module received.
             layout: What its rows depend on besides x (the window of a convolution).
             rows: Computes X [P, N, C] of x; called only when the statistic needs it.
+            batch: The number of the calibration batch.
 
         Raises:
             NonFiniteHessianError: x holds NaN or Inf, or squares beyond float32; names the module and its input.
@@ -192,12 +212,13 @@ class HessianPool:
             seen.add(new[0])
             return
         if hessian.closed or not hessian.is_level(name):
-            raise ValueError(self._parted(name, hessian))
+            raise ValueError(_parted(name, hessian))
         X_PNC = rows()
         if hessian.statistic is None:
-            size = X_PNC.shape[0], X_PNC.shape[2], X_PNC.device
-            hessian.statistic, hessian.held_out = InputHessian(*size), InputHessian(*size) if self.hold_out else None
-        statistic = hessian.statistic if hessian.held_out is None or hessian.inputs % 2 == 0 else hessian.held_out
+            zeros = SharedHessian.of_zeros(X_PNC.shape[0], X_PNC.shape[2], X_PNC.device, self.hold_out)
+            hessian.statistic, hessian.held_out, hessian.shape = zeros.statistic, zeros.held_out, zeros.shape
+        statistic = hessian.statistic if hessian.held_out is None or batch % 2 == 0 else hessian.held_out
+        assert statistic is not None
         try:
             statistic.update(X_PNC)
         except NonFiniteHessianError as error:
@@ -215,10 +236,10 @@ class HessianPool:
             ValueError: The module missed some of the inputs that the modules it shares with received.
         """
         shared = self._of.get(name)
-        if shared is None or shared.statistic is None or not shared.statistic.tokens:
+        if shared is None or not shared.tokens:
             return None
         if not shared.is_level(name):
-            raise ValueError(self._parted(name, shared))
+            raise ValueError(_parted(name, shared))
         shared.closed = True
         return shared
 
@@ -229,10 +250,34 @@ class HessianPool:
         used = {id(s) for s in self._of.values()}
         self._inputs = {k: entry for k, entry in self._inputs.items() if id(entry[2]) in used}
 
-    def drop_stale(self) -> None:
-        """Forget closed statistics that no further module can join, since all their inputs are deleted."""
+    def alive(self) -> set[str]:
+        """Modules whose statistic further modules can join, since an input of it is not deleted."""
         alive = {id(entry[2]) for entry in self._inputs.values() if entry[0]() is not None}
-        self.drop(*[name for name, shared in self._of.items() if shared.closed and id(shared) not in alive])
+        return {name for name, shared in self._of.items() if id(shared) in alive}
+
+    def drop_stale(self, alive: set[str]) -> None:
+        """Forget closed statistics that no further module can join: those without a module in ``alive``."""
+        joined = {id(self._of[name]) for name in alive if name in self._of}
+        self.drop(*[name for name, shared in self._of.items() if shared.closed and id(shared) not in joined])
+
+    def join(self, name: str, first: str, shape: tuple[int, int], device: torch.device) -> SharedHessian:
+        """The statistic of a module, else that of ``first``, else one without inputs; closed.
+
+        Args:
+            name: The module.
+            first: A module that receives the same inputs.
+            shape: P and C.
+            device: Device of a new statistic.
+        """
+        if name not in self._of:
+            if first not in self._of:
+                self._of[first] = SharedHessian.of_zeros(*shape, device, self.hold_out)
+                self._of[first].seen[first] = set()
+            self._of[name] = self._of[first]
+            self._of[name].seen.setdefault(name, set(range(self._of[name].inputs)))
+        shared = self._of[name]
+        shared.closed = True
+        return shared
 
     def _find(self, key: tuple[int, Hashable], x: Tensor) -> tuple[SharedHessian | None, set[int]]:
         """The statistic that received this tensor before, unchanged, and as which of its inputs."""
@@ -248,13 +293,17 @@ class HessianPool:
             self._inputs[key] = (weakref.ref(x), _version(x), shared, indices)
         indices.add(index)
 
-    @staticmethod
-    def _parted(name: str, shared: SharedHessian) -> str:
-        others = [repr(m) for m in shared.members if m != name]
-        return (
-            f"{name!r} received the same input tensor as {', '.join(others) or 'itself'} in some calibration batches, "
-            f"but not in all: one statistic cannot serve both; set share_inputs=False"
-        )
+
+def _parted(name: str, shared: SharedHessian) -> str:
+    return parted(name, [other for other in shared.members if other != name])
+
+
+def parted(name: str, others: Sequence[str]) -> str:
+    """The message for modules that shared their inputs and no longer do."""
+    return (
+        f"{name!r} received the same input tensor as {', '.join(map(repr, others)) or 'itself'} in some calibration "
+        f"batches, but not in all: one statistic cannot serve both; set share_inputs=False"
+    )
 
 
 def _version(x: Tensor) -> int:

@@ -8,7 +8,9 @@
 
 A technique states its layers (``find_layers``) and implements ``solve``, tensors in and tensors out. Layers that
 receive the very same tensor share one Hessian, and what ``prepare`` makes of it. A grouped convolution is split here
-into as many independent problems as it has partitions, so that ``solve`` sees one weight matrix and one Hessian.
+into as many independent problems as it has partitions, so that ``solve`` sees one weight matrix and one Hessian. With
+several ranks, each with its own batches, a Hessian is added up on its owner, who solves its layers and sends them to
+all (owners.py).
 
 Shapes: R rows, C columns (inputs), P partitions of a grouped convolution (1 for all other layers).
 """
@@ -17,6 +19,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
 from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, SharedHessian
+from lightning_compress.layerwise.owners import Owners, gather_hessians, send_modules
 
 __all__ = ["Hessian", "Layer", "LayerwiseModifier", "Solved"]
 
@@ -125,6 +129,7 @@ class LayerwiseModifier(Modifier):
 
     _layers: dict[str, nn.Module] = PrivateAttr(default_factory=dict)  # those that are not solved yet
     _pool: HessianPool = PrivateAttr(default_factory=HessianPool)
+    _owners: Owners = PrivateAttr(default_factory=Owners)
     _prepared: PerHessian[list[Any]] = PrivateAttr(default_factory=PerHessian)  # by partition
 
     # -- what a technique implements ----------------------------------------------------------------------------------
@@ -194,7 +199,8 @@ class LayerwiseModifier(Modifier):
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Take one input of a layer into its statistic."""
-        self._pool.update(name, x, input_layout(module), lambda: inputs_as_rows(module, x, self.token_mask))
+        rows = partial(inputs_as_rows, module, x, self.token_mask)
+        self._pool.update(name, x, input_layout(module), rows, self.batch_number)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +231,7 @@ class LayerwiseModifier(Modifier):
 
     def reset(self) -> None:
         """Remove all statistics and hooks."""
-        self._layers, self._pool = {}, HessianPool()
+        self._layers, self._pool, self._owners = {}, HessianPool(), Owners()
         self._prepared.clear()
         self.remove_hooks()
 
@@ -239,45 +245,67 @@ class LayerwiseModifier(Modifier):
 
     # -- solving ------------------------------------------------------------------------------------------------------
 
-    def seen(self, names: Iterable[str]) -> dict[str, SharedHessian]:
-        """Statistics of the layers among ``names`` that remain and have seen data."""
-        self._pool.drop_stale()
-        statistics = {name: self._pool.get(name) for name in names if name in self._layers}
-        return {name: shared for name, shared in statistics.items() if shared is not None}
+    def seen(self, state: State, names: Iterable[str], everywhere: bool = False) -> dict[str, SharedHessian]:
+        """Statistics of the layers among ``names`` that remain and have seen data, on any rank.
+
+        Their sums over ranks are on their owners, with ``everywhere`` on all ranks.
+        """
+        layers = {name: self._layers[name] for name in names if name in self._layers}
+        if layers and not state.team.alone:
+            return gather_hessians(state.team, self._pool, layers, None if everywhere else self._owners)
+        self._pool.drop_stale(self._pool.alive())
+        return {name: shared for name in layers if (shared := self._pool.get(name)) is not None}
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
         """Solve the layers among ``names`` that remain and have seen data."""
         groups: dict[tuple[SharedHessian, Hashable], list[str]] = {}
-        for name, shared in self.seen(names).items():
+        for name, shared in self.seen(state, names).items():
             groups.setdefault((shared, self.group_of(name)), []).append(name)
         with torch.inference_mode(False), torch.no_grad():
             for (shared, _), members in groups.items():
                 self._solve_group(state, shared, members)
 
     def _solve_group(self, state: State, shared: SharedHessian, names: Sequence[str]) -> None:
+        """Solve layers on the rank that owns their Hessian; all ranks get them, and a row in their ledgers."""
+        rows = state.team.result(lambda: self._solve(shared, names), f"{self.name} of {names[0]}", shared.owner or 0)
+        if rows is None:
+            for name in names:
+                self.give_up(state, name, shared.tokens)
+            return
+        send_modules(state.team, {name: self._layers[name] for name in names}, shared.owner or 0)
+        for name, row in rows.items():
+            self.finish(name)
+            state.ledger.add(name, self.technique, **row)
+
+    def _solve(self, shared: SharedHessian, names: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+        """Solve layers and write their weights; their rows for the ledger, or None where they are given up."""
         start = time.perf_counter()
         layers = self.begin(names)
         prepared = self.prepared(shared, layers)
         if any(one is None for one in prepared):
-            for name in names:
-                self.give_up(state, name, shared.tokens)
-            return
+            return None
         P, rows = len(prepared), sum(len(layer.W_RC) for layer in layers)
         if P > 1:
             layers = [replace(layer, common=self.common(layer, prepared)) for layer in layers]
         parts = zip(*[layer.parts(P) for layer in layers], strict=True)
         by_partition = [self.solve_together(part, one) for part, one in zip(parts, prepared, strict=True)]
         seconds = (time.perf_counter() - start) / rows
-        for layer, each in zip(layers, zip(*by_partition, strict=True), strict=True):
-            self.conclude(state, layer, Solved.join(each), shared.tokens, seconds * len(layer.W_RC))
+        return {
+            layer.name: self._row(layer, Solved.join(each), shared.tokens, seconds * len(layer.W_RC))
+            for layer, each in zip(layers, zip(*by_partition, strict=True), strict=True)
+        }
+
+    def _row(self, layer: Layer, solved: Solved, tokens: int, seconds: float) -> dict[str, Any]:
+        """Write a solution into its layer; the row for the ledger."""
+        start = time.perf_counter()
+        facts = {"error": solved.relative_error, "tokens": tokens, **self.write(layer, solved)}
+        return {"flag": solved.flag, "seconds": seconds + time.perf_counter() - start, **facts}
 
     def conclude(self, state: State, layer: Layer, solved: Solved, tokens: int, seconds: float) -> None:
         """Write a solution into its layer, and its row into the ledger; the layer is finished."""
-        start = time.perf_counter()
-        facts = {"error": solved.relative_error, "tokens": tokens, **self.write(layer, solved)}
+        row = self._row(layer, solved, tokens, seconds)
         self.finish(layer.name)
-        seconds += time.perf_counter() - start
-        state.ledger.add(layer.name, self.technique, flag=solved.flag, seconds=seconds, **facts)
+        state.ledger.add(layer.name, self.technique, **row)
 
     def begin(self, names: Iterable[str]) -> list[Layer]:
         """These layers, without partitions; ValueError where one cannot be solved."""

@@ -10,12 +10,14 @@ D is weighed by the number of weights, so that the whole model has exactly the s
 Shapes: N tokens, R rows, C columns, P partitions of a grouped convolution.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.layers.matrix import as_matrix
+from lightning_compress.layers.matrix import as_matrix, partitions
+from lightning_compress.quant.observers import MeanSquare
+from lightning_compress.team import Team
 
 __all__ = ["OutlierSurvey", "allocate", "outlier_share"]
 
@@ -52,34 +54,33 @@ class OutlierSurvey:
 
     def __init__(self, modules: Mapping[str, nn.Module], m: float):
         self.modules, self.m = dict(modules), m
-        self._squares: dict[str, Tensor] = {}  # sum of x^2, [P, C]
-        self._tokens: dict[str, int] = {}
+        self._squares: dict[str, MeanSquare] = {}
         self._layer: dict[str, str] = {}  # target -> its layer
         self._shares: dict[str, float] = {}
 
     def observe(self, name: str, X_PNC: Tensor) -> None:
         """Add one input of a target, [P, N, C]."""
-        squares = X_PNC.float().square().sum(1)
-        self._squares[name] = self._squares[name] + squares if name in self._squares else squares
-        self._tokens[name] = self._tokens.get(name, 0) + X_PNC.shape[1]
+        self._square_of(name).update(X_PNC)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Sums and tokens of every target, before any is closed."""
-        tokens = {f"tokens.{name}": torch.tensor(count, dtype=torch.int64) for name, count in self._tokens.items()}
-        return tokens | {f"squares.{name}": squares for name, squares in self._squares.items()}
+        tokens = {f"tokens.{name}": torch.tensor(one.tokens, dtype=torch.int64) for name, one in self._squares.items()}
+        return tokens | {f"squares.{name}": one.sum_PC for name, one in self._squares.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned."""
         for key, value in state.items():
             kind, _, name = key.partition(".")
             if kind == "tokens":
-                self._tokens[name] = int(value)
+                self._square_of(name).tokens = int(value)
             else:
-                self._squares[name] = value.to(as_matrix(self.modules[name]).device)
+                self._square_of(name).sum_PC = value
 
-    def close(self, layer: str, names: Iterable[str]) -> None:
+    def close(self, layer: str, names: Sequence[str], team: Team = Team()) -> None:  # noqa: B008  (frozen)
         """These targets are a layer, and have seen all their inputs; an empty name: each by itself."""
-        seen = [name for name in names if self._tokens.get(name)]
+        for name in names:
+            team.reduce_(self._square_of(name))
+        seen = [name for name in names if self._squares[name].tokens]
         for group, members in {layer: seen}.items() if layer else {name: [name] for name in seen}.items():
             if members:
                 self._shares[group] = outlier_share([self._score(name) for name in members], self.m)
@@ -93,7 +94,11 @@ class OutlierSurvey:
         by_layer = allocate(self._shares, sizes, sparsity, lmbda) if sizes else {}
         return {name: by_layer[layer] for name, layer in self._layer.items()}
 
+    def _square_of(self, name: str) -> MeanSquare:
+        module = self.modules[name]
+        return self._squares.setdefault(name, MeanSquare(partitions(module), as_matrix(module).shape[1]))
+
     def _score(self, name: str) -> Tensor:
-        rms_PC = (self._squares.pop(name) / self._tokens[name]).sqrt()
+        rms_PC = self._squares.pop(name).value().sqrt()
         W_RC = as_matrix(self.modules[name]).float().abs()
         return torch.cat([W * rms for W, rms in zip(W_RC.chunk(len(rms_PC)), rms_PC, strict=True)])

@@ -28,7 +28,7 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=True, one_pass=True, own_pass=True, survey=self.sparsity_profile == "owl")
+        return Needs(data=True, one_pass=True, own_pass=True, survey=self.sparsity_profile == "owl", team="sums")
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return self.find(model)
@@ -46,7 +46,7 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
         assert self._survey is not None
         names = [name for name in state.modules if name in self._layers]
-        self._survey.close(state.block_name, names)
+        self._survey.close(state.block_name, names, state.team)
         self._sparsities = self._survey.sparsities(self.mean_sparsity, self.owl_lmbda)
         self._surveyed.update(names)
 

@@ -72,7 +72,7 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         """Take an input into the observer of a static activation, where the layer has one."""
         if name in self._observers:
             try:
-                self._observers[name].update(inputs_as_rows(module, x, self.token_mask))
+                self._observers[name].update(inputs_as_rows(module, x, self.token_mask), self.batch_number)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from error
 
@@ -88,7 +88,14 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
         names = list(names)
         self.round_tables(state, names)
+        self.reduce_ranges(state, names)
         super().solve_seen(state, names)
+
+    def reduce_ranges(self, state: State, names: Sequence[str]) -> None:
+        """Combine the observers of layers over ranks."""
+        for name in names:
+            if name in self._observers and name in self._layers:
+                state.team.reduce_(self._observers[name])
 
     def round_tables(self, state: State, names: Sequence[str]) -> None:
         """Round those of ``names`` that are embeddings, which no statistic is for."""

@@ -10,6 +10,7 @@ scales that minimize the error of the layer's output:
 
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
@@ -56,7 +57,7 @@ class QuantizationModifier(LayerwiseQuantizer):
     @property
     def needs(self) -> Needs:
         data = self.has_static_inputs or self.scale_search in ("imatrix", "hessian")
-        return Needs(calibration=True, data=data, one_pass=True)
+        return Needs(calibration=True, data=data, one_pass=True, team="sums")
 
     def set_up(self) -> None:
         super().set_up()
@@ -73,7 +74,8 @@ class QuantizationModifier(LayerwiseQuantizer):
         if self.scale_search == "hessian":  # only the blocks H_gg on the diagonal
             g = group_columns(self.weights_of(name), as_matrix(module).shape[1])
             layout = (input_layout(module), g)
-            self._pool.update(name, x, layout, lambda: groups_as_partitions(inputs_as_rows(module, x, mask), g))
+            rows = partial(inputs_as_rows, module, x, mask)
+            self._pool.update(name, x, layout, lambda: groups_as_partitions(rows(), g), self.batch_number)
         if name in self._squares:
             self._squares[name].update(inputs_as_rows(module, x, mask))
         self.observe_range(name, module, x)
@@ -82,7 +84,11 @@ class QuantizationModifier(LayerwiseQuantizer):
         """Round the layers among ``names`` that remain and have seen the data that they need, if any."""
         names = list(names)
         self.round_tables(state, names)
-        statistics = self.seen(names)
+        self.reduce_ranges(state, names)
+        for name in names:
+            if name in self._squares and name in self._layers:
+                state.team.reduce_(self._squares[name])
+        statistics = self.seen(state, names, everywhere=True) if self.scale_search == "hessian" else {}
         for name in [name for name in names if name in self._layers]:
             observer, square, shared = self._observers.get(name), self._squares.get(name), statistics.get(name)
             waits = (observer is not None and not observer.batches) or (square is not None and not square.tokens)

@@ -38,8 +38,12 @@ class Observer(ABC):
         self.low, self.high = math.inf, -math.inf
         self.batches = 0
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, batch: int = 0) -> None:
         """Add one activation, of any shape and any floating dtype.
+
+        Args:
+            x: The activation.
+            batch: The number of the calibration batch.
 
         Raises:
             ValueError: The activation holds NaN or Inf.
@@ -47,11 +51,11 @@ class Observer(ABC):
         low, high = (float(v) for v in x.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"its input {self.batches} (counted from 0) holds NaN or Inf")
-        self._add(x.detach(), low, high)
+        self._add(x.detach(), low, high, batch)
         self.batches += 1
 
     @abstractmethod
-    def _add(self, x: Tensor, low: float, high: float) -> None:
+    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
         """Add an activation with its extremes, which are finite."""
 
     @property
@@ -86,30 +90,36 @@ class MinMax(Observer):
 
     reduce = {"low": "min", "high": "max", "batches": "sum"}
 
-    def _add(self, x: Tensor, low: float, high: float) -> None:
+    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
 
 class MovingAverage(Observer):
-    """Exponential mean of each batch's extremes; the last batches count most. Ranks are averaged.
+    """Exponential mean of each batch's extremes, in the order of the batches; the last ones count most.
 
     c = ``averaging_constant`` is in (0, 1]; 1 keeps the last batch only.
     """
 
-    reduce = {"low": "sum", "high": "sum", "ranks": "sum", "batches": "sum"}
+    reduce = {"extremes": "union", "batches": "sum"}
 
     def __init__(self, args: QuantizationArgs, averaging_constant: float = 0.01):
         super().__init__(args)
-        self.constant, self.ranks = averaging_constant, 0  # ranks that saw data
-        self.low = self.high = 0.0
+        self.constant = averaging_constant
+        self.extremes: dict[tuple[int, int], tuple[float, float]] = {}  # by batch, and by call within one
 
-    def _add(self, x: Tensor, low: float, high: float) -> None:
-        c = self.constant if self.batches else 1.0
-        self.ranks = 1
-        self.low, self.high = self.low + c * (low - self.low), self.high + c * (high - self.high)
+    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
+        self.extremes[batch, len(self.extremes)] = low, high
 
     def bounds(self) -> tuple[float, float]:
-        return self.low / self.ranks, self.high / self.ranks
+        inputs = sorted(self.extremes)
+        mean_low, mean_high = self.extremes[inputs[0]]
+        for key in inputs[1:]:
+            low, high = self.extremes[key]
+            mean_low, mean_high = (
+                mean_low + self.constant * (low - mean_low),
+                mean_high + self.constant * (high - mean_high),
+            )
+        return mean_low, mean_high
 
 
 class HistogramObserver(Observer):
@@ -123,7 +133,7 @@ class HistogramObserver(Observer):
         super().__init__(args)
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
-    def _add(self, x: Tensor, low: float, high: float) -> None:
+    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.counts += bins_of(x)
 
@@ -197,7 +207,7 @@ class MeanSquare:
 
     def update(self, x_PNC: Tensor) -> None:
         """Add inputs [P, N, C]."""
-        self.sum_PC += x_PNC.float().square().sum(1).double().cpu()
+        self.sum_PC += x_PNC.float().square().sum(1).double().cpu()  # so that ranks change no bit
         self.tokens += x_PNC.shape[1]
 
     def value(self) -> Tensor:

@@ -7,11 +7,12 @@ waits for a tensor which no other rank has waits for ever. What spawned workers 
 
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.layers.records import Record
 from lightning_compress.layers.split_experts import is_split, join, split
@@ -21,7 +22,7 @@ from lightning_compress.quant.record import Quantized
 from lightning_compress.structure.surgery import record_of, reshape
 from lightning_compress.team import Team
 
-__all__ = ["beside_weights", "send_weights", "share", "spawns_workers", "ties", "warn_of_workers"]
+__all__ = ["beside_weights", "mend", "send_weights", "share", "spawns_workers", "ties", "warn_of_workers"]
 
 KINDS: tuple[type[Record], ...] = (Quantized, QuantizedCache, OnlineRotations)
 """The records that are sent after the weights; the cuts go before, since they make the shapes of the weights."""
@@ -76,6 +77,34 @@ def share(model: nn.Module, device: torch.device, team: Team) -> None:
 def send_weights(team: Team, module: nn.Module) -> None:
     """Every rank gets the parameters and buffers of rank 0."""
     team.broadcast_([t.data for t in (*module.parameters(), *module.buffers())])
+
+
+def mend(model: nn.Module, team: Team) -> None:
+    """Compare what all ranks made of the model together; where they differ, a warning, and all get that of rank 0."""
+    if team.alone:
+        return
+    sums = _checksums(model)
+    ranks = team.gather(sums, "calibration")
+    for rank, other in enumerate(ranks):
+        if differing := sorted(name for name in {*other, *ranks[0]} if other.get(name) != ranks[0].get(name)):
+            rank_zero_warn(
+                f"after calibration {len(differing)} tensors of rank {rank} differ from those of rank 0, such as "
+                f"{differing[0]}; all ranks get those of rank 0 (ranks compute equal bits on machines of one kind, "
+                f"with equal numbers of threads)"
+            )
+            share(model, next(model.parameters()).device, team)
+            return
+
+
+def _checksums(model: nn.Module) -> dict[str, int]:
+    """By name a checksum of each parameter, each buffer, and each tensor of a record."""
+    tensors: dict[str, Tensor] = dict((*model.named_parameters(), *model.named_buffers()))
+    for kind in KINDS:
+        for name, (_, record) in kind.find(model).items():
+            fields = {f"{name}.{field}": value for field, value in vars(record).items() if isinstance(value, Tensor)}
+            tensors |= fields
+    as_bytes = {name: t.detach().cpu().contiguous().view(-1).view(torch.uint8) for name, t in tensors.items()}
+    return {name: crc32(value.numpy().data) for name, value in as_bytes.items()}
 
 
 def ties(model: nn.Module) -> int:

@@ -1,12 +1,12 @@
 """The end of a run: best weights, metric, calibration, metric again; then the results are written (results.py).
 
-Every rank runs this. All ranks share both measurements; rank zero alone calibrates and writes, while the others wait
-for the weights.
+Every rank runs this. All ranks share both measurements, and the calibration where every modifier can combine its
+statistics (``Needs.team``); otherwise rank 0 calibrates alone, and the others wait for the weights. Rank 0 writes.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_compress.calibration.group_log import NoLog
@@ -24,8 +25,9 @@ from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.state import State
 from lightning_compress.export.guard import guard_save_pretrained
+from lightning_compress.team import Team
 from lightning_compress.training.best_weights import load_best, monitored_metric
-from lightning_compress.training.broadcast import beside_weights, send_weights, share, ties, warn_of_workers
+from lightning_compress.training.broadcast import beside_weights, mend, send_weights, share, ties, warn_of_workers
 from lightning_compress.training.compiled import reset_compiled
 from lightning_compress.training.evaluation import Measurement, batches_of, compare, evaluate
 from lightning_compress.training.loaders import (
@@ -77,12 +79,8 @@ class PostTraining:
             self._load_best()
             before = self.measure("metric before", progress, may_end=True)
             with self.run.timed("calibration"):
-                act = partial(self._act, self.lifecycle.after_training, progress, training_end=True)
-                if shards(self.trainer):  # every rank does the same and keeps its shards
-                    act()
-                else:
-                    self.run.preemption.result(act, "calibration")
-                    share(self.module, self.pl_module.device, self.run.team)
+                self._end_training()
+                self._calibrate(self.lifecycle.after_training, progress)
             self.lifecycle.finalize(self.state)
             after = self.measure("metric after", progress, may_end=True)
             self.run.facts |= compare(before, after, self._summing_device)
@@ -113,19 +111,11 @@ class PostTraining:
 
     def hand_over(self) -> None:
         """During training: calibrate modifiers whose result later modifiers train on; every rank calls this."""
-        with self._undisturbed():
-            with self.run.timed("calibration"):
-                state = self.run.team.result(self._calibrated_state, "calibration")
-                send_weights(self.run.team, self.module)
-            if not self.trainer.is_global_zero:
-                self.lifecycle.weights_loaded(state)
+        with self._undisturbed(), self.run.timed("calibration"):
+            self._calibrate(self.lifecycle, ProgressReport(shown=False), handing_over=True)
         for modifier in self.lifecycle.modifiers:
             modifier.note_handed_over()
         reset_compiled(self.pl_module)
-
-    def _calibrated_state(self) -> dict[str, Any]:
-        self._act(self.lifecycle, ProgressReport(shown=False))
-        return self.lifecycle.state_dict()
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         return undisturbed(self.trainer, self.run.options.calibration.seed)
@@ -176,23 +166,79 @@ class PostTraining:
         reshard_between(trainer, pl_module)
         return measurement
 
-    def _act(self, lifecycle: Lifecycle, progress: ProgressReport, *, training_end: bool = False) -> None:
-        """Calibrate the modifiers of ``lifecycle``; at the end of training, emit TRAINING_END before."""
-        batches = self._batches(lifecycle)
-        with self._precision(), marked_when_interrupted(self.module, lambda: len(self.state.ledger)):
-            if training_end:
+    def _end_training(self) -> None:
+        """Emit TRAINING_END, on rank 0, and give what it changed to all."""
+        team = self.run.team
+        handled = any(m.handles_training_end for m in self.lifecycle.modifiers)
+        with self._precision(), self._marked():
+            if not handled or shards(self.trainer):  # then every rank does the same to its shards
                 end_training(self.lifecycle, self.state, self.event)
-            if any(m.needs.calibration for m in lifecycle.modifiers):
-                calibrate(
-                    lifecycle,
-                    self.state,
-                    batches,
-                    self.run.options.calibration,
-                    clock=self.event,
-                    forward=forward_of(self.pl_module, batches or []),
-                    progress=lambda text, blocks, of: progress("calibration", blocks, of, text),
-                    log=NoLog(self.run.preemption.check) if training_end else NoLog(),  # else it trains on
-                )
+                return
+            team.result(lambda: end_training(self.lifecycle, self.state, self.event), "the end of training")
+        share(self.module, self.pl_module.device, team)
+
+    def _calibrate(self, lifecycle: Lifecycle, progress: ProgressReport, handing_over: bool = False) -> None:
+        """Calibrate the modifiers of ``lifecycle``: all ranks together, or rank 0 for all."""
+        calibrating = [m for m in lifecycle.modifiers if m.needs.calibration]
+        if not calibrating:
+            return
+        team, single = self.run.team, self._single()
+        if shards(self.trainer):  # every rank does the same and keeps its shards
+            single._act(lifecycle, progress, single._batches(lifecycle), handing_over)
+            return
+        alone = [m.name for m in calibrating if m.needs.team == "alone"]
+        if team.alone or not alone:
+            batches = team.deal(lambda: self._shares(lifecycle), "loading calibration batches")
+            self._act(lifecycle, progress, batches, handing_over)
+            mend(self.module, team)
+            return
+        rank_zero_info(f"rank 0 calibrates alone, as {', '.join(alone)} must see all batches; {team.size - 1} wait")
+
+        def act() -> dict[str, Any]:
+            single._act(lifecycle, progress, single._batches(lifecycle), handing_over)
+            self.sample = single.sample
+            return lifecycle.state_dict() if handing_over else {}
+
+        state = self.run.preemption.result(act, "calibration")
+        if handing_over:
+            send_weights(team, self.module)
+            if team.rank:
+                lifecycle.weights_loaded(state)
+        else:
+            share(self.module, self.pl_module.device, team)
+
+    def _single(self) -> "PostTraining":
+        """The same, for a rank that shares no work."""
+        return PostTraining(**{**vars(self), "state": self.state.but(team=Team())})
+
+    def _act(
+        self, lifecycle: Lifecycle, progress: ProgressReport, batches: Sequence[Any] | None, handing_over: bool
+    ) -> None:
+        with self._precision(), self._marked():
+            calibrate(
+                lifecycle,
+                self.state,
+                batches,
+                self.run.options.calibration,
+                clock=self.event,
+                forward=forward_of(self.pl_module, batches or []),
+                progress=lambda text, blocks, of: progress("calibration", blocks, of, text),
+                log=NoLog() if handing_over else NoLog(self.run.preemption.check),  # else it trains on
+            )
+
+    def _marked(self) -> AbstractContextManager[None]:
+        return marked_when_interrupted(self.module, lambda: len(self.state.ledger))
+
+    def _shares(self, lifecycle: Lifecycle) -> list[Sequence[Any] | None]:
+        """Calibration batches for each rank: the first one, for the probe, and its own."""
+        team, batches = self.run.team, self._batches(lifecycle)
+        if batches is None or team.alone:
+            return [batches] * team.size
+        count = range(len(batches))
+        return [
+            [batches[i] if i == 0 or i in replace(team, rank=r).mine(len(count)) else None for i in count]
+            for r in range(team.size)
+        ]
 
     def _batches(self, lifecycle: Lifecycle) -> Sequence[Any] | None:
         """Calibration batches; None where no modifier uses data."""

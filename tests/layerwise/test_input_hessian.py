@@ -193,7 +193,7 @@ def test_dropped_statistics_are_freed_and_stale_ones_go():
     pool.get("q"), pool.get("o")
     del x
     gc.collect()
-    pool.drop_stale()  # nobody can join q's any more; o's input is still alive
+    pool.drop_stale(pool.alive())  # nobody can join q's any more; o's input is still alive
     assert pool.get("q") is None
     assert pool.get("o") is not None
     pool.drop("o")

@@ -42,13 +42,12 @@ def test_moving_average_by_hand():
     assert observer.bounds() == pytest.approx((-0.5, (1.0 * 0.9 + 2.0 * 0.1) * 0.9 + 4.0 * 0.1))
 
 
-def test_ranks_of_a_moving_average_are_averaged():
-    one, two, idle = MovingAverage(INT8), MovingAverage(INT8), MovingAverage(INT8)
-    one.update(torch.tensor([-1.0, 2.0]))
-    two.update(torch.tensor([-3.0, 4.0]))
-    for name in MovingAverage.reduce:  # what all_reduce_ does
-        setattr(one, name, getattr(one, name) + getattr(two, name) + getattr(idle, name))
-    assert one.bounds() == (-2.0, 3.0)
+def test_a_moving_average_goes_through_the_batches_of_all_ranks_in_their_order():
+    whole, even, odd, idle = (MovingAverage(INT8, 0.3) for _ in range(4))
+    for batch, x in enumerate(data().split(12)):
+        whole.update(x, batch)
+        (odd if batch % 2 else even).update(x, batch)
+    assert merged(merged(idle, odd), even).bounds() == whole.bounds()
 
 
 def test_mse_clips_a_lonely_outlier_and_leaves_even_data_alone():
@@ -125,8 +124,8 @@ def made(name):
 
 
 def merged(one, two):
-    """What all_reduce_ leaves on every rank."""
-    operations = {"sum": lambda a, b: a + b, "min": min, "max": max}
+    """What ``Team.reduce_`` leaves on every rank."""
+    operations = {"sum": lambda a, b: a + b, "min": min, "max": max, "union": lambda a, b: a | b}
     for attribute, operation in one.reduce.items():
         setattr(one, attribute, operations[operation](getattr(one, attribute), getattr(two, attribute)))
     return one
@@ -149,10 +148,13 @@ def test_a_batch_that_is_split_is_the_whole(name):
 @pytest.mark.parametrize("name", STATISTICS)
 def test_two_ranks_merged_are_the_whole(name):
     x, whole, ranks, idle = data()[None], made(name), [made(name), made(name)], made(name)
-    halves = [x, x] if name == "moving_average" else x.split(30, 1)  # its ranks are averaged
-    for half, observer in zip(halves, ranks, strict=True):
-        observer.update(half)
-    whole.update(x)
+    for batch, (half, one) in enumerate(zip(x.split(30, 1), ranks, strict=True)):
+        number = (batch,) if name in OBSERVERS else ()
+        one.update(half, *number)
+        if name == "moving_average":  # it weighs batches
+            whole.update(half, batch)
+    if name != "moving_average":
+        whole.update(x)
     assert_close(values(merged(merged(idle, ranks[0]), ranks[1])), values(whole), rtol=1e-6, atol=0)
 
 

@@ -1,5 +1,11 @@
-"""Processes of one group (gloo, on this machine), forked from the test: what each returns, by rank."""
+"""Processes of one group (gloo, on this machine): what each returns, by rank.
 
+They are forked from a server that has only imported: a fork of the tests' own process may hang in torch, where a thread
+held a lock.
+"""
+
+import faulthandler
+import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,23 +16,31 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+LONGEST = 90.0
+PRELOADED = ["torch.distributed", "lightning_compress.oneshot", "lightning_compress.modifiers.gptq.modifier", "pytest"]
+
 
 def run_processes(work: Callable[[int], Any], folder: Path, size: int = 2, timeout: float = 60) -> list[Any]:
     """``work(rank)`` in ``size`` processes; what each returned, None for one that ended before.
 
     Args:
-        work: What a rank does.
-        folder: An empty folder for results.
+        work: What a rank does; a function of a module, or a partial of one.
+        folder: For results; made where it is missing.
         size: Number of processes.
         timeout: Seconds after which a collective of the default group fails.
     """
-    torch.multiprocessing.start_processes(_enter, args=(work, folder, size, timeout), nprocs=size, start_method="fork")
+    folder.mkdir(exist_ok=True)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(
+        _enter, args=(work, folder, size, timeout), nprocs=size, start_method="forkserver"
+    )
     files = [folder / f"{rank}.pt" for rank in range(size)]
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
 def _enter(rank: int, work: Callable[[int], Any], folder: Path, size: int, timeout: float) -> None:
-    torch.set_num_threads(1)  # forked processes and OpenMP threads do not mix
+    faulthandler.dump_traceback_later(LONGEST, exit=True)  # a process that hangs ends, and says where
+    torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     torch.save(work(rank), folder / f"{rank}.pt")

@@ -150,15 +150,16 @@ def test_what_no_rank_can_repeat_is_an_error_on_both(ends):
         )
 
 
-def test_every_rank_gets_the_parameters_and_buffers_of_rank_0(tmp_path):
-    def work(rank):
-        module = nn.BatchNorm1d(2)
-        module.running_mean += rank
-        module.weight.data += rank
-        module.num_batches_tracked += rank
-        send_weights(Team.present(), module)
-        return {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+def sending(rank):
+    module = nn.BatchNorm1d(2)
+    module.running_mean += rank
+    module.weight.data += rank
+    module.num_batches_tracked += rank
+    send_weights(Team.present(), module)
+    return {name: tensor.tolist() for name, tensor in module.state_dict().items()}
 
-    zero, one = run_processes(work, tmp_path)
+
+def test_every_rank_gets_the_parameters_and_buffers_of_rank_0(tmp_path):
+    zero, one = run_processes(sending, tmp_path)
     assert zero == one
     assert one["running_mean"] == [0, 0]

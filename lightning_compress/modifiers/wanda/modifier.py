@@ -91,7 +91,8 @@ class WandaPruningModifier(LayerwisePruner):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, replay=bool(self.regional_gradient or self.regional_rounds))
+        regional = bool(self.regional_gradient or self.regional_rounds)
+        return replace(super().needs, replay=regional, team="alone" if regional else "sums")
 
     def solve(self, layer: Layer, hessian: Hessian) -> Solved:
         return self._solved(layer, hessian, self._pruned(layer, layer.W_RC.float(), hessian))
@@ -126,7 +127,7 @@ class WandaPruningModifier(LayerwisePruner):
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
         if not self.needs.replay:
             super().solve_seen(state, names)
-        elif statistics := self.seen(names):
+        elif statistics := self.seen(state, names):
             with torch.inference_mode(False), torch.no_grad():
                 start = time.perf_counter()
                 layers = [replace(layer, W_RC=layer.W_RC.clone()) for layer in self.begin(statistics)]

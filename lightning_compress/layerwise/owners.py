@@ -1,0 +1,107 @@
+"""Layers of several ranks: the sum of a Hessian goes to its owner, who solves all its layers; results go to all.
+
+Ranks run different batches, so each has a part of every sum. An expert that got no token on a rank has no part there,
+and that rank does not know which layers receive one tensor: so the ranks compare first what each of them has.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_compress.layers.matrix import as_matrix
+from lightning_compress.layerwise.input_hessian import HessianPool, SharedHessian, parted
+from lightning_compress.quant.module_state import from_tensors, to_tensors
+from lightning_compress.team import Team
+
+__all__ = ["Owners", "Part", "gather_hessians", "send_modules"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank has of the Hessian of a layer.
+
+    Args:
+        first: The first layer that received these inputs.
+        tokens: Inputs on this rank; after the sum is made on all.
+        shape: Partitions and columns.
+        owner: The rank that has the sum; None: it is not made yet.
+    """
+
+    first: str
+    tokens: int
+    shape: tuple[int, int]
+    owner: int | None
+
+    @classmethod
+    def of(cls, shared: SharedHessian) -> "Part":
+        return cls(shared.members[0], shared.tokens, shared.shape, shared.owner)
+
+
+class Owners:
+    """Gives each Hessian to the rank that has had the least work; the same on every rank."""
+
+    def __init__(self) -> None:
+        self._work: list[float] = []
+
+    def next(self, team: Team, cost: float) -> int:
+        self._work += [0.0] * (team.size - len(self._work))
+        owner = min(range(team.size), key=self._work.__getitem__)
+        self._work[owner] += cost
+        return owner
+
+
+def gather_hessians(
+    team: Team, pool: HessianPool, layers: Mapping[str, nn.Module], owners: Owners | None
+) -> dict[str, SharedHessian]:
+    """The Hessians of those layers that have seen data on any rank; every rank calls it, with the same layers.
+
+    Args:
+        team: The ranks.
+        pool: Statistics of this rank.
+        layers: The layers, by name.
+        owners: Each sum goes to one rank; None: all ranks get all sums.
+
+    Raises:
+        ValueError: Layers received one tensor on one rank, and different tensors on another.
+    """
+    present = {name: shared for name in layers if (shared := pool.get(name)) is not None}
+    ranks = team.gather(({n: Part.of(s) for n, s in present.items()}, pool.alive()), "statistics of layers")
+    pool.drop_stale({*layers, *[name for _, alive in ranks for name in alive]})
+    hessians = {}
+    for name, module in layers.items():
+        parts = [parts[name] for parts, _ in ranks if name in parts]
+        if not parts:
+            continue
+        if others := sorted({part.first for part in parts} - {parts[0].first}):
+            raise ValueError(parted(name, [other for other in {parts[0].first, *others} if other != name]))
+        part = next((part for part in parts if part.owner is not None), parts[0])
+        W_RC = as_matrix(module)
+        shared = hessians[name] = pool.join(name, part.first, part.shape, W_RC.device)
+        if shared.owner is None and part.owner is None:
+            P, C = part.shape
+            shared.owner = 0 if owners is None else owners.next(team, P * C**3 / 3 + W_RC.numel() * C)
+            shared.reduce_(team, None if owners is None else shared.owner)
+        elif shared.owner is None:  # made before this rank had a part
+            assert shared.statistic is not None
+            shared.owner, shared.statistic.tokens = part.owner, part.tokens
+    return hessians
+
+
+def send_modules(team: Team, modules: Mapping[str, nn.Module], owner: int) -> None:
+    """Every rank gets what the owner has in these modules, packed where they are quantized."""
+    if team.alone:
+        return
+
+    def outline() -> tuple[dict[str, tuple[torch.Size, torch.dtype]], dict[str, object]]:
+        tensors, facts = to_tensors(modules)
+        sources.update(tensors)
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, facts
+
+    sources: dict[str, torch.Tensor] = {}
+    names: Sequence[str] = list(modules)
+    shapes, facts = team.result(outline, f"sending {', '.join(names)}", owner)
+    tensors = {name: sources.get(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
+    team.broadcast_(list(tensors.values()), owner)
+    from_tensors(modules, tensors, facts)
