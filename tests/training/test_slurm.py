@@ -330,9 +330,22 @@ def test_a_job_requeued_in_training_goes_on_in_its_folder_and_exports_once(clust
     job = cluster.submit(*DEMO, "+callbacks.slow._target_=slow.SlowStep")
     cluster.requeue(job, "a slow step")
     log, run = cluster.log(job), run_of(cluster, job)
-    assert "a slow step" in log.partition("restart 1")[2], "it went on at the step where it was signalled"
+    assert "a slow step" not in log.partition("restart 1")[2], "it went on after the step in which it was signalled"
+    assert "SIGUSR1: this run ends here; " in log
     assert f"Restored all states from the checkpoint at {run}/hpc_ckpt_1.ckpt" in log
     assert_exported_once(cluster, job)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_sigterm_saves_and_ends_the_job(cluster: Cluster):
+    job = cluster.submit(*DEMO, "+callbacks.slow._target_=slow.SlowStep")
+    cluster.until(lambda: "a slow step" in cluster.log(job), "the slow step", job)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    cluster.until(lambda: cluster.states(job) == {"FAILED"}, "the end", job, seconds=60)
+    assert "ExitCode=143:0" in cluster.scontrol("show", "job", job)
+    assert (run_of(cluster, job) / "hpc_ckpt_1.ckpt").exists()
+    assert not (run_of(cluster, job) / "compressed").exists()
 
 
 @pytest.mark.slurm
