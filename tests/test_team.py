@@ -47,6 +47,7 @@ def reducing(rank):
     assert all((tensor == 1).all() for tensor in tensors)
     assert team.agree(rank == 1)
     assert not team.agree(False)
+    assert team.largest(rank, 3.5 - rank) == [1, 3.5]
     return team.gather(rank * 10), Team.present().gather(rank)
 
 
@@ -65,6 +66,7 @@ def test_without_a_group_nothing_happens():
     assert vars(one).keys() == vars(two).keys()
     assert torch.equal(one.sum_C, two.sum_C)
     assert (team.gather(5), team.result(lambda: 6, "work"), team.agree(True)) == ([5], 6, True)
+    assert team.largest(1.5, 2) == [1.5, 2]
     team.fail(ValueError("nobody waits"))
 
 

@@ -52,6 +52,8 @@ T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
 
 SECONDS_BETWEEN_QUESTIONS = 0.05
+SHARE_OF_QUESTIONS = 0.02  # at most, where a question takes long
+REQUEUES = 1000  # added to the number of a signal that requeues: it counts more than SIGTERM, which Slurm sends as well
 SECONDS_TO_ANSWER = 10.0
 MOST_CALLS_BETWEEN_QUESTIONS = 20  # later steps may be much slower than those that were timed
 
@@ -200,9 +202,11 @@ class Preemption:
 
     def _ask(self, pace: "_Pace", *, save: bool, evaluating: bool = False) -> None:
         if pace.is_due():
-            answers = self.team.gather((self._received, pace.seconds), "asking for signals")
-            pace.adapt(max(seconds for _, seconds in answers))
-            self._answer([number for number, _ in answers], save=save, evaluating=evaluating)
+            began, mine = time.monotonic(), self._received or 0
+            mine += REQUEUES * (mine in self._requeues)
+            answer, seconds, cost = self.team.largest(mine, pace.seconds, -pace.cost)
+            pace.adapt(seconds, -cost, time.monotonic() - began)
+            self._answer([int(answer) % REQUEUES or None], save=save, evaluating=evaluating)
 
     # -- the answer ---------------------------------------------------------------------------------------------------
 
@@ -210,7 +214,7 @@ class Preemption:
         numbers = [number for number in received if number is not None]
         if not numbers:
             return
-        number = next((n for n in numbers if n in self._requeues), numbers[0])  # Slurm sends SIGTERM as well
+        number = next((number for number in numbers if number in self._requeues), numbers[0])
         self._received = number
         if save and evaluating:
             self._repeat_validation()
@@ -303,24 +307,30 @@ def name_ended_ranks(team: Team, error: BaseException) -> None:
 
 
 class _Pace:
-    """How often ranks ask each other: every so many calls, which is the same number on each of them."""
+    """How often ranks ask each other: every so many calls, which is the same number on each of them.
+
+    Attributes:
+        seconds: Time per call, measured between the last two questions.
+        cost: Time that the last question took on this rank; the shortest of all ranks waited for no other.
+    """
 
     def __init__(self) -> None:
         self._every, self._calls, self._since = 1, 0, time.monotonic()
-        self.seconds = 0.0
+        self.seconds = self.cost = 0.0
 
     def is_due(self) -> bool:
-        """Count a call; whether to ask now. Then ``seconds`` is the time per call since the last question."""
+        """Count a call; whether to ask now."""
         self._calls += 1
         if self._calls < self._every:
             return False
         self.seconds = (time.monotonic() - self._since) / self._calls
         return True
 
-    def adapt(self, seconds: float) -> None:
-        """Ask again after as many calls as fit between two questions, if each takes ``seconds``."""
-        self._every = max(1, min(MOST_CALLS_BETWEEN_QUESTIONS, int(SECONDS_BETWEEN_QUESTIONS / max(seconds, 1e-9))))
-        self._calls, self._since = 0, time.monotonic()
+    def adapt(self, seconds: float, cost: float, own_cost: float) -> None:
+        """Ask again after as many calls as fit between two questions, by figures that are equal on all ranks."""
+        pause = max(SECONDS_BETWEEN_QUESTIONS, cost / SHARE_OF_QUESTIONS)
+        self._every = max(1, min(MOST_CALLS_BETWEEN_QUESTIONS, int(pause / max(seconds, 1e-9))))
+        self._calls, self._since, self.cost = 0, time.monotonic(), own_cost
 
 
 def _requeues(trainer: Trainer) -> dict[int, Handler]:

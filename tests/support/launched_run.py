@@ -1,6 +1,6 @@
 """A run on two ranks that Lightning launches itself, slow enough to be signalled.
 
-    python -m tests.support.launched_run FOLDER training|calibration
+python -m tests.support.launched_run FOLDER training|calibration
 """
 
 import os

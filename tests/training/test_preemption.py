@@ -41,3 +41,15 @@ def test_the_run_that_goes_on_ends_with_the_same_bits(tmp_path, slurm, moment, m
     assert codes == [143] * len(codes) != []
     assert slurm() == ["requeue 77"] * len(codes)
     assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "cut")) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cost", "calls"),
+    [(0.01, 0.0, 5), (0.2, 0.0, 1), (1e-6, 0.0, 20), (0.02, 0.002, 5), (0.5, 0.01, 1), (0.1, 0.01, 5)],
+)
+def test_ranks_ask_every_50_ms_or_so_and_not_for_more_than_2_percent_of_the_time(seconds, cost, calls):
+    pace = preemption._Pace()
+    assert pace.is_due()
+    pace.adapt(seconds, cost, 1.0)
+    assert [pace.is_due() for _ in range(calls)] == [False] * (calls - 1) + [True]
+    assert pace.cost == 1.0
