@@ -8,11 +8,9 @@
     OPTIM_POST_STEP    torch's step-post-hook of each optimizer: only steps that were made
     BATCH_END          on_train_batch_end
     TRAINING_END       on_train_end; on_fit_end where training was skipped and on_train_end never came
-    CALIBRATION_...    the same, where a modifier calibrates
-    FINALIZE           the same, at last
+    ..., FINALIZE      the same; CALIBRATION_START to CALIBRATION_END before it, where a modifier calibrates
 
-The work behind a hook is in training/: set_up.py, post_training.py (best weights, metric, calibration, metric again),
-results.py (checkpoint, export, report), and what resumes a run.
+The work behind a hook is in training/: set_up.py, post_training.py, results.py, and what resumes a run.
 """
 
 from contextlib import ExitStack
@@ -88,6 +86,7 @@ class CompressionCallback(Callback):
         moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens.
         verify: Whether plain transformers, in a process of its own, answers a batch from the exported folder as the
             model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
+        resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
 
     Raises:
         ValueError: Neither or both of ``modifiers`` and ``recipe`` are given, or one of them is wrong.
@@ -117,6 +116,7 @@ class CompressionCallback(Callback):
         seed: int = 0,
         moe_calibrate_all_experts: bool = False,
         verify: bool | str = "auto",
+        resume: str = "auto",
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "modifiers", "recipe")}
         ordered, self.options = read_arguments(modifiers, recipe, arguments)

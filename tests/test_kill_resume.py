@@ -38,6 +38,12 @@ CHAINS = {
     "stack_gptq": [("batch", 2), ("batch", 6), ("writing", 9), ("calibration",), ("export",), ("promote",)],
 }
 
+# the groups of a walk: 1 before the blocks, 2 to 4 the blocks, 5 after them; pruning: 1 the survey, 2 to 6
+GROUPS = {
+    "blocks_gptq": [("solved", 1), ("stored", 2), ("solved", 3), ("stored", 4), ("calibration",), ("export",)],
+    "blocks_prune": [("stored", 2), ("solved", 4), ("solved", 4), ("stored", 6), ("export",), ("promote",)],
+}
+
 Attempt = Callable[..., bool]
 
 
@@ -79,6 +85,19 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, attempt: Attempt, 
         killed["callback"].pop("random")
     assert differences(whole, killed) == []
     assert whole["clock"] == {"steps": [9], "batches": 9}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_a_killed_calibration_goes_on_and_ends_with_the_same_bits(tmp_path: Path, attempt: Attempt, case: str) -> None:
+    assert not attempt(case, tmp_path / "whole")
+    for moment in GROUPS[case]:
+        assert attempt(case, tmp_path / "killed", moment), f"{moment} never came"
+    assert not attempt(case, tmp_path / "killed")
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
+    groups = (tmp_path / "killed" / "groups.txt").read_text().split()
+    lost = [str(number) for what, *number in GROUPS[case] for number in number if what == "solved"]
+    assert sorted(groups) == sorted((tmp_path / "whole" / "groups.txt").read_text().split() + lost)
+    assert not (tmp_path / "killed" / "calibration_log").exists()
 
 
 def outcome(folder: Path) -> dict[str, Any]:

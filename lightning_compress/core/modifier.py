@@ -280,7 +280,10 @@ class Modifier(ModifierInterface, Hooks, Window):
         """
 
     def survey_state(self) -> dict[str, Tensor] | None:
-        """With ``needs.survey``: its statistics, before BLOCK_SURVEYED. None: a run that goes on surveys again."""
+        """With ``needs.survey``: its statistics, before BLOCK_SURVEYED. None: a run that goes on surveys again.
+
+        Where several processes calibrate together, their tensors must add up.
+        """
         return None
 
     def load_survey_state(self, state: dict[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ from lightning_compress.quant.module_state import from_tensors, to_tensors
 from lightning_compress.resume.holder import Holder
 from lightning_compress.resume.plan import batch_digest, difference, make_plan, read_plan, tensor_digest, write_plan
 
-__all__ = ["FolderLog", "Resume", "check_resume", "opened"]
+__all__ = ["FolderLog", "Resume", "check_resume", "opened", "remove", "unable"]
 
 Resume = Literal["auto", "never", "must"]
 SURVEY = "the survey of the dense model"
@@ -48,20 +48,39 @@ def check_resume(resume: Any) -> None:
         raise ValueError(f"resume={resume!r}: expected {', '.join(map(repr, get_args(Resume)))}")
 
 
+def unable(modifiers: Sequence[Modifier]) -> list[str]:
+    """Names of modifiers whose calibration cannot go on after a kill."""
+    return [modifier.name for modifier in modifiers if modifier.group_state({}) is None]
+
+
 @contextmanager
-def opened(folder: str | Path | None, resume: Resume) -> Iterator[GroupLog]:
-    """A log in ``folder``, whose lock is dropped at the end; without a folder one that does nothing."""
+def opened(
+    folder: str | Path | None,
+    resume: Resume,
+    *,
+    replaces: bool = False,
+    interrupt: Callable[[], None] = NoLog.interrupt,
+) -> Iterator[GroupLog]:
+    """A :class:`FolderLog`, whose lock is dropped at the end; without a folder one that writes nothing."""
     check_resume(resume)
     if folder is None:
         if resume == "must":
-            raise ValueError("resume='must' needs the folder of the log that the run continues from: give log=...")
-        yield NoLog()
+            raise ValueError("resume='must' needs a log that the calibration goes on from, and there is none: log=...")
+        yield NoLog(interrupt)
         return
-    log = FolderLog(folder, resume)
+    log = FolderLog(folder, resume, replaces=replaces, interrupt=interrupt)
     try:
         yield log
     finally:
         log.close()
+
+
+def remove(folder: Path) -> None:
+    """Remove a log whose results are elsewhere by now."""
+    shutil.rmtree(folder / ".groups.partial", ignore_errors=True)
+    with suppress(OSError):
+        (folder / "holder.json").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 class FolderLog:
@@ -97,16 +116,18 @@ class FolderLog:
         blocks: Mapping[str, nn.Module],
         options: CalibrationOptions,
     ) -> None:
-        if unable := [modifier.name for modifier in lifecycle.modifiers if modifier.group_state({}) is None]:
+        if names := unable(lifecycle.modifiers):
             raise ValueError(
-                f"{', '.join(unable)} cannot go on after a kill, as the class has no group_state: calibrate without a "
+                f"{', '.join(names)} cannot go on after a kill, as the class has no group_state: calibrate without a "
                 f"log, or add it (docs/writing.md)"
             )
         self._lifecycle, self._state, self._number = lifecycle, state, 0
-        digests = [batch_digest(batch) for batch in batches]
+        digests = {number: batch_digest(batches[number]) for number in state.team.mine(len(batches))}
+        merged = {number: one for each in state.team.gather(digests) for number, one in each.items()}
 
         def open_log() -> None:
-            plan = make_plan(lifecycle.modifiers, state.model, digests, list(blocks), options)
+            data = [merged[number] for number in range(len(batches))]
+            plan = make_plan(lifecycle.modifiers, state.model, data, list(blocks), options)
             self._open(plan, count=2 * len(blocks) + 3)  # blocks, the modules between them, the survey
 
         state.team.result(open_log, "opening the log of the calibration")
@@ -150,16 +171,22 @@ class FolderLog:
         if entry is None:
             return False
         for key, modifier in self._surveys.items():
-            prefix = f"survey.{key}."
-            modifier.load_survey_state({n.removeprefix(prefix): t for n, t in entry[0].items() if n.startswith(prefix)})
+            prefix, tensors = f"survey.{key}.", entry[0] if self._state.team.rank == 0 else {}
+            modifier.load_survey_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         _set_random_state(entry[1]["random"])
         return True
 
     def store_survey(self) -> None:
         if self._surveys:
             states = {key: modifier.survey_state() or {} for key, modifier in self._surveys.items()}
-            tensors = {f"survey.{key}.{name}": t for key, state in states.items() for name, t in state.items()}
-            write = lambda: self._write(SURVEY, tensors, [], state={}, unchanged=[], modifiers=[])  # noqa: E731
+            tensors = {f"survey.{key}.{name}": t.cpu() for key, state in states.items() for name, t in state.items()}
+            sums: dict[str, Tensor] = {}
+            for each in self._state.team.gather(tensors):  # equal bits for any number of ranks: they are float64
+                sums |= {name: sums[name] + tensor if name in sums else tensor for name, tensor in each.items()}
+
+            def write() -> None:
+                self._write(SURVEY, sums, [], state={}, unchanged=[], modifiers=[])
+
             self._state.team.result(write, "writing the log")
 
     def close(self) -> None:
@@ -167,14 +194,6 @@ class FolderLog:
         if self._holder is not None:
             self._holder.release()
         self._holder = None
-
-    def remove(self) -> None:
-        """Remove the log: its results are elsewhere by now."""
-        self.close()
-        shutil.rmtree(self.folder / ".groups.partial", ignore_errors=True)
-        with suppress(OSError):
-            (self.folder / "holder.json").unlink(missing_ok=True)
-            self.folder.rmdir()
 
     @property
     def _surveys(self) -> dict[str, Modifier]:

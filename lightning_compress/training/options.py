@@ -9,6 +9,7 @@ from lightning_compress.calibration.options import CalibrationOptions, check_fla
 from lightning_compress.core.lifecycle import modifiers_in_order
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.recipe import read_recipe
+from lightning_compress.resume.folder_log import Resume, check_resume
 
 __all__ = ["CallbackOptions", "read_arguments"]
 
@@ -34,6 +35,7 @@ class CallbackOptions:
     eval_batches: int | None = None
     allow_recipe_change: bool = False
     verify: bool | Literal["auto"] = "auto"
+    resume: Resume = "auto"
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +51,7 @@ class CallbackOptions:
             raise ValueError(f"calibration_batches={self.calibration_batches}: expected at least 1")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ValueError(f"eval_batches={self.eval_batches}: expected at least 1; evaluate=False measures nothing")
+        check_resume(self.resume)
         if self.verify not in ("auto", True, False):
             raise ValueError(f"verify={self.verify!r}: expected 'auto', True or False")
 

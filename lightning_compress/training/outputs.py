@@ -73,6 +73,11 @@ class Outputs:
         return run
 
     @property
+    def log(self) -> Path:
+        """Folder of the log of the calibration, until the export is complete."""
+        return self.checkpoint.parent / "calibration_log"
+
+    @property
     def locks(self) -> list[Path]:
         """The lock files of the run's folder, and of the export where that lies elsewhere."""
         root = self.checkpoint.parent

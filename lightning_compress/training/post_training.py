@@ -4,6 +4,7 @@ Every rank runs this. All ranks share both measurements, and the calibration whe
 statistics (``Needs.team``); otherwise rank 0 calibrates alone, and the others wait for the weights. Rank 0 writes.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_compress.calibration.group_log import NoLog
+from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
 from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core.events import Event
@@ -25,6 +26,7 @@ from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.state import State
 from lightning_compress.export.guard import guard_save_pretrained
+from lightning_compress.resume.folder_log import opened, unable
 from lightning_compress.team import Team
 from lightning_compress.training.best_weights import load_best, monitored_metric
 from lightning_compress.training.broadcast import beside_weights, mend, send_weights, share, ties, warn_of_workers
@@ -44,6 +46,8 @@ from lightning_compress.training.run import Run
 from lightning_compress.training.sharding import reshard_between, shards
 
 __all__ = ["PostTraining"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -214,7 +218,8 @@ class PostTraining:
     def _act(
         self, lifecycle: Lifecycle, progress: ProgressReport, batches: Sequence[Any] | None, handing_over: bool
     ) -> None:
-        with self._precision(), self._marked():
+        log = nullcontext(NoLog()) if handing_over else self._opened_log(lifecycle)  # if it hands over, it trains on
+        with self._precision(), self._marked(), log as group_log:
             calibrate(
                 lifecycle,
                 self.state,
@@ -223,7 +228,7 @@ class PostTraining:
                 clock=self.event,
                 forward=forward_of(self.pl_module, batches or []),
                 progress=lambda text, blocks, of: progress("calibration", blocks, of, text),
-                log=NoLog() if handing_over else NoLog(self.run.preemption.check),  # else it trains on
+                log=group_log,
             )
 
     def _marked(self) -> AbstractContextManager[None]:
@@ -239,6 +244,14 @@ class PostTraining:
             [batches[i] if i == 0 or i in replace(team, rank=r).mine(len(count)) else None for i in count]
             for r in range(team.size)
         ]
+
+    def _opened_log(self, lifecycle: Lifecycle) -> AbstractContextManager[GroupLog]:
+        """The log in the run's folder; another model or data than its own, as after more training, replace it."""
+        outputs, names = self.run.outputs, unable(lifecycle.modifiers)
+        if names:
+            logger.info("after a kill the calibration begins anew: no group_state in %s", ", ".join(names))
+        folder = None if outputs is None or names or shards(self.trainer) else outputs.log
+        return opened(folder, self.run.options.resume, replaces=True, interrupt=self.run.preemption.check)
 
     def _batches(self, lifecycle: Lifecycle) -> Sequence[Any] | None:
         """Calibration batches; None where no modifier uses data."""

@@ -28,6 +28,7 @@ from lightning_compress.export.sharded import gathered_on
 from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.quant.record import Quantized
 from lightning_compress.report import plots, summary, table
+from lightning_compress.resume.folder_log import remove as remove_log
 from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.loaders import forward_of
 from lightning_compress.training.outputs import Outputs
@@ -119,6 +120,7 @@ class Results:
         try:
             with self.run.timed("export"):
                 self._export(outputs.export, stored)
+            remove_log(outputs.log)
             if "export_dir" in facts:
                 self._verify(outputs.export, call)
         finally:

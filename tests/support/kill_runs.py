@@ -12,6 +12,8 @@ SIGKILL. Every run begins with ``ckpt_path="last"``, and every one that resumes 
     writing N     half of the checkpoint of step N is in the file
     finish        training has ended, nothing is compressed
     calibration   in the middle of the walk
+    solved N      group N of the walk is finished, and not in the log
+    stored N      group N of the walk is in the log
     export        all exported files are written, under their provisional name
     promote       half of compressed.ckpt is in the file
 """
@@ -39,6 +41,7 @@ from lightning_compress.files import atomic_folder as atomic
 from lightning_compress.modifiers import magnitude, qat  # noqa: F401  (imported before forking)
 from lightning_compress.modifiers.distillation import modifier as _distillation  # noqa: F401
 from lightning_compress.modifiers.gptq import modifier as _gptq  # noqa: F401
+from lightning_compress.resume.folder_log import FolderLog
 from lightning_compress.training.post_training import PostTraining
 from tests.support.training_runs import Regression, Sums, quiet
 
@@ -54,12 +57,41 @@ def network(width: int = 16) -> nn.Sequential:
     )  # fmt: skip
 
 
+class Residual(nn.Module):
+    """A block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Stack(nn.Module):
+    """Blocks, and modules before and after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks, self.last = (
+            nn.Linear(8, 16),
+            nn.ModuleList(Residual() for _ in range(3)),
+            nn.Linear(16, 4),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
 class ByStep(Regression):
     """Its batches depend on the step alone: where a loader goes on is not this package's business."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__(torch.optim.AdamW)
-        self.model = network()
+        self.model = model
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x = torch.randn(6, 8, generator=torch.Generator().manual_seed(self.global_step))
@@ -133,6 +165,12 @@ def modifiers(case: str) -> list[Modifier]:
             lc.StructuredPruningModifier(dimension="channels", ratio=0.5, start=2, round_to=8),
             lc.GPTQModifier(**int4),
         ],
+        "blocks_gptq": lambda: [lc.GPTQModifier(**int4)],
+        "blocks_prune": lambda: [
+            lc.SparseGPTModifier(sparsity_profile="owl", sparsity=0.5),
+            lc.AWQModifier(**int4, n_grid=3, quantize=False),
+            lc.QuantizationModifier(**int4, scale_search="hessian"),
+        ],
         "freeze": lambda: [lc.FreezeModifier(targets=["0", "4"], start=2, end=5)],
         "stack_qat": lambda: [
             lc.DistillationModifier(weight=0.5),
@@ -156,9 +194,10 @@ def run(case: str, folder: Path, kill: list[Any] | None, halt: Callable[[], None
             halt()
 
     _interpose(reached)
+    _count_groups(folder, reached)
     last = folder / "kept" / "last.ckpt"
     torch.manual_seed(0)
-    module = ByStep()
+    module = ByStep(Stack() if case.startswith("blocks") else network())
     recipe = modifiers(case)
     seed = os.getpid() if last.exists() else 7
     torch.manual_seed(seed)
@@ -201,6 +240,20 @@ def _interpose(reached: Callable[..., None]) -> None:
         return middle + write(opener, data[middle:])
 
     LocalFileOpener.write = half
+
+
+def _count_groups(folder: Path, reached: Callable[..., None]) -> None:
+    """Tell when a group of modules is finished, and write its number into ``groups.txt``."""
+    store = FolderLog.store
+
+    def counted(log: Any, title: str, group: Any) -> None:
+        with (folder / "groups.txt").open("a") as file:
+            file.write(f"{log._number}\n")
+        reached("solved", log._number)
+        store(log, title, group)
+        reached("stored", log._number)
+
+    FolderLog.store = counted
 
 
 def _buffer(data: bytes) -> Any:
