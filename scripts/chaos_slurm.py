@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("logs/chaos_slurm"))
     parser.add_argument("--most", type=int, default=1000, help="preemptions of this run of the script")
+    parser.add_argument("--parallel", type=int, default=1, help="jobs at the same time, each on a node of its own")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     (folder / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
@@ -234,11 +236,13 @@ def main() -> int:
     draw = random.Random(arguments.seed)
     plan = [("training", draw.random()) for _ in range(arguments.training)]
     plan += [("calibration", draw.random()) for _ in range(arguments.calibration)]
-    for phase, share in plan[len(results) :][: arguments.most]:
-        results.append(preempted(folder, reference, phase, share))
-        print(json.dumps(results[-1]), flush=True)
-        with record.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        remaining = plan[len(results) :][: arguments.most]
+        for result in pool.map(lambda moment: preempted(folder, reference, *moment), remaining):
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            with record.open("a") as file:
+                file.write(json.dumps(result) + "\n")
     command = f"python -m scripts.chaos_slurm --training {arguments.training} --calibration {arguments.calibration}"
     print(report(reference, results, f"{command} --seed {arguments.seed}"))
     return 0 if all(result["end"] == "COMPLETED" and result["same"] for result in results) else 1

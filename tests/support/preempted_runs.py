@@ -113,15 +113,17 @@ class Signals(Callback):
             signal.raise_signal(self.number)
 
 
-def fit(folder: Path, *callbacks: Callback, modifier: Any = None, **options: Any) -> Recorded:
+def fit(
+    folder: Path, *callbacks: Callback, modifier: Any = None, module: Callable[[], Recorded] = Recorded, **options: Any
+) -> Recorded:
     """One attempt of a run; under Slurm it goes on from the last ``hpc_ckpt_N.ckpt``."""
     torch.manual_seed(0)
-    module = Recorded()
+    model = module()
     keeping = ModelCheckpoint(folder / "kept", monitor="val/mse", save_last=True, enable_version_counter=False)
     compression = CompressionCallback(modifier or RoundingModifier(), allow_recipe_change=True)
     trainer = quiet(folder, compression, keeping, *callbacks, **{"max_epochs": 3} | options)
-    trainer.fit(module, ResumableSums())
-    return module
+    trainer.fit(model, ResumableSums())
+    return model
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -4,12 +4,15 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
+from lightning_compress.core import Needs
 from lightning_compress.training import preemption
-from tests.support.preempted_runs import Signals, fit, outcome
+from tests.support.preempted_runs import Recorded, Signals, fit, outcome
 from tests.support.training_runs import RoundingModifier
 from tests.support.two_ranks import run_two_ranks
 from tests.test_kill_resume import differences
@@ -17,13 +20,13 @@ from tests.test_kill_resume import differences
 TWO = {"strategy": "ddp", "devices": 2}
 
 
-def both(folder: Path, *callbacks: Callback, modifier=None, **options) -> list[str]:
+def both(folder: Path, *callbacks: Callback, modifier=None, module=Recorded, **options) -> list[str]:
     """One attempt on two ranks; the last line of what each of them raised."""
 
     def work(rank):
         if "SLURM_NTASKS" in os.environ:
             os.environ.update(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-        fit(folder, *callbacks, modifier=modifier, **TWO, **options)
+        fit(folder, *callbacks, modifier=modifier, module=module, **TWO, **options)
 
     folder.mkdir(exist_ok=True)
     ends = run_two_ranks(work, folder, 40)
@@ -71,6 +74,42 @@ class InCalibration(RoundingModifier):
 def test_sigterm_to_either_rank_in_calibration(tmp_path, rank):
     modifier = InCalibration(folder=str(tmp_path), rank=rank)
     assert both(tmp_path, Process(), modifier=modifier) == ["SIGTERMException: 143"] * 2
+    assert not (tmp_path / "compressed").exists()
+
+
+class Layered(Recorded):
+    """Three blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)))
+
+    def error(self, batch):
+        return self(batch[0]).square().mean()
+
+    def on_train_batch_end(self, *args):
+        pass
+
+
+class AtFirstBlock(RoundingModifier):
+    """Signals one rank at the end of the first block; all ranks walk."""
+
+    needs: ClassVar[Needs] = Needs(calibration=True, team="weights")
+    folder: str
+    rank: int
+
+    def on_block_end(self, state, event, **kwargs):
+        with Path(self.folder, f"blocks {state.team.rank}").open("a") as file:
+            file.write(f"{state.block_name}\n")
+        if state.block_name == "0" and state.team.rank == self.rank:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_both_ranks_leave_after_the_block_in_which_one_was_signalled(tmp_path, rank):
+    modifier = AtFirstBlock(folder=str(tmp_path), rank=rank, data=False)
+    assert both(tmp_path, modifier=modifier, module=Layered) == ["SIGTERMException: 143"] * 2
+    assert [(tmp_path / f"blocks {number}").read_text() for number in (0, 1)] == ["0\n"] * 2
     assert not (tmp_path / "compressed").exists()
 
 
