@@ -16,10 +16,10 @@ from lightning_compress.calibration.activations import find_nonfinite, taken_off
 from lightning_compress.calibration.capture import run_to_stop, stop
 from lightning_compress.calibration.group_log import GroupLog
 from lightning_compress.calibration.lockstep import run_in_lockstep
-from lightning_compress.calibration.memory import release
 from lightning_compress.calibration.probe import Probe, nonfinite_error
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.core.precision import model_precision
+from lightning_compress.layers.memory import release
 
 __all__ = ["ModuleGroup", "BlockPasses", "one_pass_obstacle"]
 

@@ -30,12 +30,12 @@ from lightning_compress.calibration.activations import BatchRunner, check_weight
 from lightning_compress.calibration.blocks import find_blocks, modules_of_block, modules_outside
 from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import check_batch
-from lightning_compress.calibration.memory import small_heap
 from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.residence import Residence
 from lightning_compress.calibration.walker import Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
+from lightning_compress.layers.memory import small_heap
 from lightning_compress.layers.split_experts import split_while, watched
 
 __all__ = ["calibrate", "end_training"]

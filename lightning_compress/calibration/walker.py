@@ -26,12 +26,12 @@ from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
 from lightning_compress.calibration.group_log import GroupLog
-from lightning_compress.calibration.memory import release
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
 from lightning_compress.calibration.residence import InMemory, Residence, exact_device
 from lightning_compress.core import Event, Lifecycle, State
+from lightning_compress.layers.memory import release
 
 __all__ = ["Walker"]
 

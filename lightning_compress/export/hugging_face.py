@@ -5,10 +5,13 @@ transformers is imported inside functions only.
 
 import copy
 import json
+import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_compress.export.experts import names_of_experts
 from lightning_compress.export.tensor_file import TensorFolder
-from lightning_compress.export.tensors import naming, read_json
+from lightning_compress.export.tensors import DeferredTensor, naming, read_json
 from lightning_compress.layers.blank import mark_blank
 
 if TYPE_CHECKING:
@@ -210,7 +213,7 @@ def _check_counts(path: Path, tree: Any, tensors: int) -> None:
                     )
 
 
-def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor]) -> None:
+def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, DeferredTensor]) -> None:
     """ValueError before memory is allocated that the files do not fill.
 
     A tied weight may be counted twice; buffers such as masks and tables of positions are computed.
@@ -226,16 +229,19 @@ def _check_sizes(path: Path, layout: "PreTrainedModel", weights: Mapping[str, Te
 
 
 def build(
-    folder: Path, layout: "PreTrainedModel", weights: Mapping[str, Tensor], extra: Collection[str] = ()
+    folder: Path, layout: "PreTrainedModel", weights: Mapping[str, DeferredTensor], extra: Collection[str] = ()
 ) -> "PreTrainedModel":
     """Let transformers load dense ``weights``, under their names on disk, into a new model like ``layout``.
+
+    Each is made when its parameter is filled.
 
     ``extra`` are names that the class may lack, since they were added to the model that is filled.
     """
     _check_sizes(folder / "config.json", layout, weights)
-    with naming(folder / "config.json"):
+    slices = _Slices(weights)
+    with slices.raising(), naming(folder / "config.json"), _one_by_one():
         model, info = type(layout).from_pretrained(
-            None, config=dense_config(layout.config), state_dict=dict(weights), output_loading_info=True
+            None, config=dense_config(layout.config), state_dict=slices.by_name, output_loading_info=True
         )
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if name not in extra]
     if bad := {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}:
@@ -245,6 +251,47 @@ def build(
         )
     _add_generation_config(model, folder)
     return model
+
+
+class _Slices:
+    """Weights as transformers reads them; what goes wrong meanwhile, which it turns into an error of its own."""
+
+    def __init__(self, weights: Mapping[str, DeferredTensor]):
+        self._error: Exception | None = None
+        self.by_name = {name: replace(weight, make=partial(self._made, weight)) for name, weight in weights.items()}
+
+    def _made(self, weight: DeferredTensor) -> Tensor:
+        try:
+            return weight[...]
+        except Exception as error:
+            self._error = self._error or error
+            raise
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise the first error of a weight, in place of one that follows from it."""
+        try:
+            yield
+        except Exception:
+            if self._error is None:
+                raise
+        if self._error is not None:
+            raise self._error
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Inside, transformers reads weights as it needs them; by default threads read all of them ahead."""
+    key = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 def example_of(model: "PreTrainedModel") -> dict[str, Tensor]:

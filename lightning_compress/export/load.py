@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from torch import Tensor, nn
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from torch import nn
 
 from lightning_compress.export import hugging_face
 from lightning_compress.export.experts import names_of_experts
@@ -20,17 +20,17 @@ from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.export.online import read_online, unsealed
 from lightning_compress.export.own_file import OWN_FILE, read_own
 from lightning_compress.export.quantization_config import matched
-from lightning_compress.export.tensors import TensorFiles, naming, read_json
+from lightning_compress.export.quantized_modules import QuantizedModules
+from lightning_compress.export.tensors import DeferredTensor, TensorFiles, naming, read_json
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.matching import clean_name, shortlist
 from lightning_compress.layers.matrix import as_matrix, weight_of
 from lightning_compress.layers.records import Record
 from lightning_compress.layers.split_experts import fused_experts, join, split
-from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
-from lightning_compress.quant.packed import PackedLinear, Packing, fuse_siblings, pack_linears
-from lightning_compress.quant.packing import check_record, tensor_names, unpack
+from lightning_compress.quant.packed import PackedLinear, Packing, PackingChoice, fuse_siblings
+from lightning_compress.quant.packing import check_record
 from lightning_compress.quant.record import Quantized
 from lightning_compress.structure.surgery import record_of, reshape
 
@@ -81,19 +81,23 @@ def load(
     _check_arguments(source, model, dtype)
     files = TensorFiles(source.path)
     layout = _layout(source, model, len(files.names), dtype)
-    quantized = _read_quantized(source, layout, files, dtype, keep=packed is not False)
+    choice = PackingChoice(layout, served=packed is None) if packed is not False else None
+    is_new = model is None
+    model_dtype = layout.config.dtype if is_new else None
+    quantized = QuantizedModules(layout, dtype, choice, device, model_dtype)
+    _take_quantized(source, quantized, files)
     caches = _read_caches(source, layout, files)
     rotations = read_online(layout, source.own_content.get("online", {}), source.own_file)
-    is_new = model is None
     model = _filled(source, layout, model, quantized.weights | files.rest())
+    records = quantized.records | _records_of_dense(source, layout)
+    quantized.replace_packed(model)
     model = (model if device is None else model.to(device)).eval()
-    if any(isinstance(layout.get_submodule(name), ExpertLinear) for name in quantized.records):
+    if any(isinstance(layout.get_submodule(name), ExpertLinear) for name in records):
         split(model)
-    _attach(model, [*rotations.items(), *quantized.records.items(), *caches.items()])
+    _attach(model, [*rotations.items(), *records.items(), *caches.items()])
     join(model)  # experts without records
-    if packed is not False:
-        with naming(source.path):
-            packing = pack_linears(model, quantized.stored, served=packed is None)
+    if choice is not None:
+        packing = choice.result()
         _report(packing, advise=packed is None and is_new)
         if packed and not packing.names:
             raise ValueError(f"{source.path} holds no quantized Linear with a weight of its own; leave packed out")
@@ -122,15 +126,6 @@ class _Folder:
     @property
     def own_file(self) -> Path:
         return self.path / OWN_FILE
-
-
-@dataclass(frozen=True)
-class _Quantized:
-    """The quantized modules of a folder."""
-
-    weights: dict[str, Tensor]  # dense, by their name on disk
-    records: dict[str, Quantized]  # by name of the module
-    stored: dict[str, dict[str, Tensor]]  # as they are on disk, by name of the module
 
 
 def _open(path: Path) -> _Folder:
@@ -177,15 +172,9 @@ def _layout(source: _Folder, model: nn.Module | None, tensors: int, dtype: torch
 # -- quantized modules ------------------------------------------------------------------------------------------------
 
 
-def _read_quantized(
-    source: _Folder, layout: nn.Module, files: TensorFiles, dtype: torch.dtype | None, *, keep: bool
-) -> _Quantized:
-    """Unpack what ``quantization_config`` names, and read the grids of what lies dense on the disk.
-
-    Tensors of quantized modules are removed from ``files``; ``keep`` keeps packed ones too, for packed Linears.
-    ``dtype`` is that of scales; None: as they are.
-    """
-    quantized = _Quantized({}, {}, {})
+def _take_quantized(source: _Folder, quantized: QuantizedModules, files: TensorFiles) -> None:
+    """Take what ``quantization_config`` names from the files."""
+    layout = quantized.layout
     names = names_of_experts(layout) if hugging_face.is_transformers(layout) else {}
     names |= source.own_content["names"]
     schemes = {}
@@ -193,42 +182,17 @@ def _read_quantized(
         with naming(source.config_file, "quantization_config"):
             schemes = matched(layout, QuantizationConfig.model_validate(source.quantization))
     for name, scheme in schemes.items():
-        on_disk, module = names.get(name, name), layout.get_submodule(name)
-        if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
-            continue  # a target by class, but these experts stayed dense
-        with naming(files.path_of(f"{on_disk}.weight_scale"), repr(name)):
-            tensors = _scales_as(dtype, files.take(on_disk, tensor_names(type(module), scheme)), scheme)
-            quantized.weights[f"{on_disk}.weight"], quantized.records[name] = _unpacked(name, tensors, module, scheme)
-        if keep:
-            quantized.stored[name] = dict(tensors)
+        quantized.add(name, names.get(name, name), scheme, files)
+
+
+def _records_of_dense(source: _Folder, layout: nn.Module) -> dict[str, Quantized]:
+    """The records of modules whose weight is on its grid and lies dense on the disk."""
+    records = {}
     for name, data in source.own_content["dense"].items():
         with naming(source.own_file, f"dense.{name}"):
-            quantized.records[name] = Quantized.from_json(data)
-            check_record(name, as_matrix(layout.get_submodule(name)), quantized.records[name])
-    return quantized
-
-
-def _unpacked(
-    name: str, tensors: dict[str, Tensor], module: nn.Module, scheme: QuantizationScheme
-) -> tuple[Tensor, Quantized]:
-    """The dense weight of one module, of the dtype of the model, and its record."""
-    expected = weight_of(module)
-    shape = tensors["weight_shape"].tolist() if "weight_shape" in tensors else None
-    shape = list(tensors["weight"].shape) if "weight" in tensors else shape
-    if shape is not None and shape != list(expected.shape):  # before so much memory is asked for
-        raise ValueError(f"its weight is {shape!s:.80} in the file, and in the model {list(expected.shape)}")
-    weight, record = unpack(tensors, type(module), scheme)
-    if weight.shape != expected.shape:
-        raise ValueError(f"its weight unpacks to {list(weight.shape)}, and in the model it is {list(expected.shape)}")
-    check_record(name, weight, record)
-    return (weight.to(expected.dtype) if is_microscaled(scheme.weights) else weight), record
-
-
-def _scales_as(dtype: torch.dtype | None, tensors: dict[str, Tensor], scheme: QuantizationScheme) -> dict[str, Tensor]:
-    """Scales of the model's dtype in another one, as transformers reads them; those with a format of their own stay."""
-    if dtype is None or is_microscaled(scheme.weights):
-        return tensors
-    return tensors | {name: tensors[name].to(dtype) for name in ("weight_scale", "input_scale") if name in tensors}
+            records[name] = Quantized.from_json(data)
+            check_record(name, as_matrix(layout.get_submodule(name)), records[name])
+    return records
 
 
 def _read_caches(source: _Folder, layout: nn.Module, files: TensorFiles) -> dict[str, QuantizedCache]:
@@ -241,7 +205,8 @@ def _read_caches(source: _Folder, layout: nn.Module, files: TensorFiles) -> dict
         tensor_keys = QuantizedCache.tensor_names(args)
         modules = list(attention_modules(layout))
         on_disk = hugging_face.names_on_disk(layout, modules) if hugging_face.is_transformers(layout) else {}
-        caches = {name: QuantizedCache(args, **files.take(on_disk.get(name, name), tensor_keys)) for name in modules}
+        deferred = {name: files.take(on_disk.get(name, name), tensor_keys) for name in modules}
+        caches = {name: QuantizedCache(args, **{k: t[...] for k, t in deferred[name].items()}) for name in modules}
         for name, cache in caches.items():
             for local, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
                 if scale is not None and not (scale.isfinite() & (scale > 0)).all():
@@ -252,10 +217,11 @@ def _read_caches(source: _Folder, layout: nn.Module, files: TensorFiles) -> dict
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def _filled(source: _Folder, layout: nn.Module, model: nn.Module | None, weights: Mapping[str, Tensor]) -> nn.Module:
+def _filled(
+    source: _Folder, layout: nn.Module, model: nn.Module | None, weights: Mapping[str, DeferredTensor]
+) -> nn.Module:
     """``model``, or a new one where it is None, with these weights, by their names on disk."""
     if not hugging_face.is_transformers(layout):
-        _check_finite(source.path, nonfinite(layout, weights))
         return _fill(source.path, layout, weights)
     added_names = set() if model is None else {*model.state_dict()} & {*weights}
     built = hugging_face.build(source.path, layout, weights, added_names)
@@ -263,9 +229,8 @@ def _filled(source: _Folder, layout: nn.Module, model: nn.Module | None, weights
         _check_finite(source.path, nonfinite(built))
         return built
     state = built.state_dict()
-    state |= {
-        name: weights[name] for name in added_names - state.keys()
-    }  # a buffer or head that was added to the model
+    # a buffer or head that was added to the model
+    state |= {name: weights[name][...] for name in added_names - state.keys()}
     _check_finite(source.path, nonfinite(model, state))
     model.load_state_dict(state)
     return model
@@ -279,8 +244,13 @@ def _check_finite(folder: Path, broken: list[str]) -> None:
         )
 
 
-def _fill(folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Copy ``weights`` into the parameters and buffers of ``model``; ValueError when they do not fit."""
+def _fill(folder: Path, model: nn.Module, weights: Mapping[str, DeferredTensor]) -> nn.Module:
+    """Copy ``weights`` into the parameters and buffers of ``model``; ValueError when they do not fit.
+
+    Each is made twice: nothing is copied before all are known to be right.
+    """
+    checked = _OneAtATime(weights)
+    _check_finite(folder, nonfinite(model, checked))
     state = {clean_name(key): value for key, value in model.state_dict().items()}
     filled = {state[key].data_ptr() for key in weights if key in state}
     missing = [key for key, value in state.items() if key not in weights and value.data_ptr() not in filled]  # not tied
@@ -289,17 +259,34 @@ def _fill(folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.M
             f"{folder} does not fit this {type(model).__name__}: the model lacks {unknown[:5]}, "
             f"the folder lacks {missing[:5]}; build the model as it was when it was saved"
         )
-    for key, value in weights.items():
-        target = state[key]
-        if (target.shape, target.dtype) != (value.shape, value.dtype) or target.is_meta:
+    for key, target in state.items():
+        if key not in weights:
+            continue
+        shape, dtype = checked.kinds[key]
+        if (target.shape, target.dtype) != (shape, dtype) or target.is_meta:
             raise ValueError(
-                f"{key!r} is {value.dtype} {tuple(value.shape)} in {folder}, {target.dtype} {tuple(target.shape)} on "
+                f"{key!r} is {dtype} {tuple(shape)} in {folder}, {target.dtype} {tuple(target.shape)} on "
                 f"{target.device} in the model; build it with the same sizes and dtype (model.to(...)), not on meta"
             )
     with torch.no_grad():
-        for key, value in weights.items():
-            state[key].copy_(value)
+        for key, weight in weights.items():
+            state[key].copy_(weight[...])
     return model
+
+
+class _OneAtATime(dict[str, DeferredTensor]):
+    """Weights that are made one at a time, as they are asked for; notes shape and dtype of each."""
+
+    def __init__(self, weights: Mapping[str, DeferredTensor]):
+        super().__init__(weights)
+        self.kinds: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            return default
+        value = self[name][...]
+        self.kinds[name] = value.shape, value.dtype
+        return value
 
 
 def _attach(model: nn.Module, records: Iterable[tuple[str, Record]]) -> None:

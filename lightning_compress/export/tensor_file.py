@@ -15,18 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lightning_compress.export.tensors import INDEX, naming, weight_map
+from lightning_compress.export.tensors import DTYPES, INDEX, naming, weight_map
 
 __all__ = ["TensorFile", "TensorFolder"]
 
 HEADER_BYTES = 10**8  # as safetensors
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
 
 
 class TensorFile:

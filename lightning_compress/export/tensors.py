@@ -5,20 +5,35 @@ Files are not trusted: an index may name files beside it only, and any failure i
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["INDEX", "TensorFiles", "naming", "read_json", "weight_map", "write_file", "write_index", "write_tensors"]
+__all__ = [
+    "DTYPES", "INDEX", "DeferredTensor", "TensorFiles", "naming", "read_json", "weight_map", "write_file",
+    "write_index", "write_tensors",
+]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
 BESIDE = re.compile(r"[^/\\\0]{1,200}\.safetensors")
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+"""By their names in safetensors files."""
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
@@ -74,21 +89,45 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return distinct
 
 
+@dataclass(frozen=True)
+class DeferredTensor:
+    """A tensor that is made when it is needed, and then by ``deferred[...]``, as a slice of a safetensors file is."""
+
+    make: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        return self.make()
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def on_meta(self) -> Tensor:
+        """One of the same shape and dtype, without values."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
 class TensorFiles:
-    """The tensors of a folder; each is read when it is needed."""
+    """The tensors of a folder; each is read, into memory of its own, when it is needed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         by_name = weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
         self.names: dict[str, str] = {}
+        self._tensors: dict[str, DeferredTensor] = {}
         for file in sorted(set(by_name.values())) or ["model.safetensors"]:
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}; is it a folder that save wrote, and copied completely?")
-            with naming(folder / file), safe_open(folder / file, framework="pt") as opened:
-                names = list(opened.keys())
-            if twice := [name for name in names if name in self.names]:
+            with naming(folder / file):
+                tensors = _tensors_in(folder / file)
+            if twice := [name for name in tensors if name in self.names]:
                 raise ValueError(f"{twice[0]!r} is in {folder / file} and in {self.names[twice[0]]}; which one is it?")
-            self.names |= dict.fromkeys(names, file)
+            self.names |= dict.fromkeys(tensors, file)
+            self._tensors |= tensors
         if wrong := [name for name, file in by_name.items() if self.names.get(name) != file]:
             raise ValueError(
                 f"{folder / INDEX}: weight_map says that {wrong[0]!r} is in {by_name[wrong[0]]}, which does not "
@@ -108,20 +147,34 @@ class TensorFiles:
                 f"transformers merges this weight with others when it saves, add the module to ignore"
             )
 
-    def take(self, module: str, local_names: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors of one packed module, by local name; ValueError as :meth:`check`."""
+    def take(self, module: str, local_names: tuple[str, ...]) -> dict[str, DeferredTensor]:
+        """The tensors of one packed module, by local name, which are no longer in ``rest``; ValueError as `check`."""
         self.check(module, local_names)
-        return {n: self._read(f"{module}.{n}") for n in local_names if f"{module}.{n}" in self.names}
+        return {n: self._take(f"{module}.{n}") for n in local_names if f"{module}.{n}" in self.names}
 
-    def rest(self) -> dict[str, Tensor]:
-        """All tensors that were not read yet."""
-        return {name: self._read(name) for name in list(self.names)}
+    def rest(self) -> dict[str, DeferredTensor]:
+        """All tensors that were not taken yet."""
+        return {name: self._take(name) for name in list(self.names)}
 
-    def _read(self, name: str) -> Tensor:
-        path = self.folder / self.names.pop(name)
-        with naming(path, repr(name)), safe_open(path, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
+    def _take(self, name: str) -> DeferredTensor:
+        del self.names[name]
+        return self._tensors[name]
+
+
+def _tensors_in(path: Path) -> dict[str, DeferredTensor]:
+    with safe_open(path, framework="pt", backend="pread") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (it is not a dict)
+        return {
+            name: DeferredTensor(partial(_read, path, name), tuple(part.get_shape()), DTYPES[part.get_dtype()])
+            for name, part in slices.items()
+        }
+
+
+def _read(path: Path, name: str) -> Tensor:
+    # not through a memory map: that would keep the file open, and its pages resident beside what is made of them
+    with naming(path, repr(name)), safe_open(path, framework="pt", backend="pread") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from lightning_compress.quant.record import Quantized
 
 Stored = TypeVar("Stored")
 
-__all__ = ["ACTIVATION_NAMES", "check_fit", "check_record", "compress_words", "is_packable", "pack", "tensor_names",
-           "unpack"]  # fmt: skip
+__all__ = ["ACTIVATION_NAMES", "check_fit", "check_record", "check_stored_scales", "compress_words", "is_packable",
+           "pack", "tensor_names", "unpack"]  # fmt: skip
 
 ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
 """What a static activation scheme adds to the names of a module's tensors."""
@@ -156,8 +156,22 @@ def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
             )
     if not args.symmetric and record.zero_point is None:
         raise RuntimeError(f"{name!r}: its scheme is asymmetric, but its record has no zero point")
-    for what in ("scale", "global_scale", "input_scale", "input_global_scale"):
-        value = getattr(record, what)
+    names = ("scale", "global_scale", "input_scale", "input_global_scale")
+    _check_positive(name, {what: getattr(record, what) for what in names})
+
+
+def check_stored_scales(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """RuntimeError when scales among the tensors of one packed module are not finite and positive."""
+    scales: dict[str, Tensor | None] = {}
+    for local, value in tensors.items():
+        if local.endswith("_scale"):
+            value = value.view(torch.float8_e8m0fnu) if value.dtype == torch.uint8 else value
+            scales[local.removeprefix("weight_")] = value.float() if value.itemsize == 1 else value
+    _check_positive(name, scales)
+
+
+def _check_positive(name: str, scales: Mapping[str, Tensor | None]) -> None:
+    for what, value in scales.items():
         if value is not None and not ((values := wide(value)).isfinite() & (values > 0)).all():
             raise RuntimeError(f"{name!r}: its {what} is not finite and positive everywhere")
 

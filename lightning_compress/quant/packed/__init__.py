@@ -2,7 +2,10 @@
 
 from lightning_compress.quant.packed.dequantize import dequantize
 from lightning_compress.quant.packed.linear import PackedLinear
-from lightning_compress.quant.packed.replace import Packing, as_linears, is_packable, pack_linears
+from lightning_compress.quant.packed.replace import Packing, PackingChoice, as_linears, is_packable, pack_linears
 from lightning_compress.quant.packed.siblings import fuse_siblings
 
-__all__ = ["PackedLinear", "Packing", "as_linears", "dequantize", "fuse_siblings", "is_packable", "pack_linears"]
+__all__ = [
+    "PackedLinear", "Packing", "PackingChoice", "as_linears", "dequantize", "fuse_siblings", "is_packable",
+    "pack_linears",
+]  # fmt: skip

@@ -1,11 +1,13 @@
 """Replace Linears of a model by packed ones, and put Linears in their place while a checkpoint is written."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.quant.packed.backends import ProductCall
@@ -13,9 +15,7 @@ from lightning_compress.quant.packed.layout import fault_of
 from lightning_compress.quant.packed.linear import PackedLinear
 from lightning_compress.quant.record import Quantized
 
-__all__ = ["Packing", "as_linears", "is_packable", "pack_linears"]
-
-Tensors = Mapping[str, Tensor]
+__all__ = ["Packing", "PackingChoice", "as_linears", "is_packable", "pack_linears"]
 
 
 @dataclass(frozen=True)
@@ -33,51 +33,82 @@ class Packing:
         return f"packed {len(self.names)} of {len(self.names) + len(self.dense)} quantized modules{why and '; '}{why}"
 
 
-def pack_linears(model: nn.Module, stored: Mapping[str, Tensors] | None = None, *, served: bool = False) -> Packing:
+def pack_linears(model: nn.Module, *, served: bool = False) -> Packing:
     """Replace, in place, Linears that carry a record by their packed forms.
 
     Those that share their weight with another module stay dense.
 
     Args:
         model: Any module.
-        stored: Tensors of the checkpoint by name of the module; modules without any are packed from their weight.
         served: Leave those dense for which the device has no backend (backends.py), such as float32 tokens times
             4-bit weights on a CPU: they would compute with a dense copy beside the packed weight.
     """
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    names, dense, faster = [], {}, Counter[torch.dtype]()
-    for name, (module, _) in Quantized.find(model).items():
-        if not name or not is_packable(module):
-            dense[name] = "only Linears inside of a model are packed"
-        elif owners[id(module.get_parameter("weight"))] > 1:
-            dense[name] = "their weight is shared"
-        else:
-            packed, weight = _packed(name, module, stored or {}), module.get_parameter("weight")
-            call = ProductCall(weight.device.type, weight.dtype, 3, False)
-            if not served or packed.backend(call) is not None:
-                model.set_submodule(name, packed)
-                names.append(name)
-                continue
-            kind = str(weight.dtype).removeprefix("torch.")
-            dense[name] = f"this {weight.device.type} has no packed product in {kind}"
-            if packed.backend(call._replace(dtype=torch.bfloat16)) is not None:
-                faster[torch.bfloat16] += 1
-    return Packing(tuple(names), dense, faster)
+    choice = PackingChoice(model, served)
+    for name, (module, record) in Quantized.find(model).items():
+        weight = module.get_parameter("weight") if type(module) is nn.Linear else None
+        kind = ("", torch.float32) if weight is None else (weight.device.type, weight.dtype)
+        make = partial(PackedLinear.from_quantized, module, name)
+        if (packed := choice.packed(name, module, record.scheme, make, *kind)) is not None:
+            model.set_submodule(name, packed)
+    return choice.result()
+
+
+class PackingChoice:
+    """Chooses the quantized Linears of a model that are packed; the arguments are those of :func:`pack_linears`.
+
+    The model may be on the meta device.
+    """
+
+    def __init__(self, model: nn.Module, served: bool):
+        self.served = served
+        self._owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+        self._names: list[str] = []
+        self._dense: dict[str, str] = {}
+        self._faster = Counter[torch.dtype]()
+
+    def packed(
+        self,
+        name: str,
+        module: nn.Module,
+        scheme: QuantizationScheme,
+        make: Callable[[], PackedLinear],
+        device: str,
+        dtype: torch.dtype,
+    ) -> PackedLinear | None:
+        """What ``make`` gives for a quantized module, or None if it stays dense.
+
+        Args:
+            name: Its name.
+            module: The module.
+            scheme: Its scheme.
+            make: Makes its packed form, of which only shapes are looked at; not called if it stays dense anyway.
+            device: Type of the device on which it will compute.
+            dtype: That of its inputs.
+        """
+        if not name or type(module) is not nn.Linear or fault_of(scheme) is not None:
+            self._dense[name] = "only Linears inside of a model are packed"
+            return None
+        if self._owners[id(module.get_parameter("weight"))] > 1:
+            self._dense[name] = "their weight is shared"
+            return None
+        packed, call = make(), ProductCall(device, dtype, 3, False)
+        if not self.served or packed.backend(call) is not None:
+            self._names.append(name)
+            return packed
+        self._dense[name] = f"this {device} has no packed product in {str(dtype).removeprefix('torch.')}"
+        if packed.backend(call._replace(dtype=torch.bfloat16)) is not None:
+            self._faster[torch.bfloat16] += 1
+        return None
+
+    def result(self) -> Packing:
+        """What was chosen so far."""
+        return Packing(tuple(self._names), self._dense, self._faster)
 
 
 def is_packable(module: nn.Module) -> bool:
     """True for a quantized Linear whose scheme a PackedLinear holds, and whose rows and columns its format takes."""
     record = Quantized.of(module)
     return type(module) is nn.Linear and record is not None and fault_of(record.scheme) is None
-
-
-def _packed(name: str, module: nn.Module, stored: Mapping[str, Tensors]) -> PackedLinear:
-    record = Quantized.of(module)
-    if name not in stored or record is None:
-        return PackedLinear.from_quantized(module, name)
-    bias, weight = getattr(module, "bias", None), module.get_parameter("weight")
-    tensors = {key: value.to(weight.device) for key, value in stored[name].items()}
-    return PackedLinear(tensors, record.scheme, bias, weight.dtype).train(module.training)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.layers.memory import release
 from lightning_compress.quant.packed.linear import PackedLinear
 
 __all__ = ["Siblings", "fuse_siblings"]
@@ -142,11 +144,16 @@ def _inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             x = x.clone()  # changed in place: not the same x any more
         seen.setdefault(name, []).append(x)
 
+    def forget(layer: PackedLinear, _args: Any, _output: Any) -> None:
+        layer.forget()  # one dense weight at a time, where no backend takes the calls
+        release()
+
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    handles = [
+    handles: list[RemovableHandle] = [
         layer.register_forward_pre_hook(lambda _module, inputs, name=name: note(name, inputs))
         for name, layer in layers.items()
     ]
+    handles += [layer.register_forward_hook(forget) for layer in layers.values()]
     try:
         with torch.no_grad():
             model(*args, **kwargs)

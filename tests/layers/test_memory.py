@@ -1,0 +1,52 @@
+"""Freed memory goes back to the system, where the C library is glibc."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_compress.layers import memory
+
+
+class FakeLibrary:
+    """Notes its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def malloc_trim(self, padding):
+        self.calls.append("trim")
+
+    def mallopt(self, option, value):
+        self.calls.append((option, value))
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
+def test_pieces_between_others_go_back_to_the_system():
+    pieces = [torch.ones(2**16, dtype=torch.uint8) for _ in range(3200)]
+    kept = pieces[::100]  # so that the heap cannot shrink from its end
+    before = resident_bytes()
+    del pieces
+    memory.release()
+    assert before - resident_bytes() > 150 * 2**20
+    assert all(piece.all() for piece in kept)
+
+
+def test_limits_in_the_environment_are_obeyed(monkeypatch):
+    library = FakeLibrary()
+    monkeypatch.setattr(memory, "_glibc", lambda: library)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    with memory.small_heap():
+        pass
+    assert library.calls == []
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    memory.release()
+    with memory.small_heap():
+        pass
