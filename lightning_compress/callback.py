@@ -196,7 +196,7 @@ class CompressionCallback(Callback):
         check_windows(trainer, self.lifecycle.modifiers, self.clock.event())
         self.clock.attach(trainer.optimizers, self._before_count, self._after_count)
         if self._resumed:
-            self.run.add_repeated_batches(go_on(trainer, self._random))
+            self.run.add_repeated_batches(go_on(trainer, self._random, self.run.loader_states))
         self._resumed = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -384,8 +384,7 @@ class CompressionCallback(Callback):
         self.ledger.load_state_dict(state["ledger"])
         self.done = state["done"]
         self._random.states, self._resumed = state.get("random"), True
-        self.run.name = state.get("run", self.run.name)
-        self.run.facts |= state.get("facts", {})
+        self.run.resume(state)
         self._dense_is_known = any(modifier["started"] for modifier in modifiers.values())
         if self.done:
             self.lifecycle.abort()
@@ -395,4 +394,4 @@ class CompressionCallback(Callback):
         self._receiver = pl_module
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        complete(checkpoint, self.state_key, self._state.model, compressed=self.done)
+        complete(checkpoint, self.state_key, trainer, self._state.model, compressed=self.done)

@@ -4,27 +4,30 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.quant.record import Quantized
 from lightning_compress.recipe import recipe_difference
-from lightning_compress.training import random_state
+from lightning_compress.training import loader_states, random_state
 from lightning_compress.training.hyperparameters import write_plain_modules
 from lightning_compress.training.pruned_checkpoints import write_shapes
 
 __all__ = ["check_same_recipe", "complete", "readable", "warn_of_missing_parts"]
 
 
-def complete(checkpoint: dict[str, Any], key: str, model: nn.Module | None, *, compressed: bool) -> None:
-    """Add the random states of all ranks, and undo weight averaging where the model is compressed; in place.
+def complete(
+    checkpoint: dict[str, Any], key: str, trainer: Trainer, model: nn.Module | None, *, compressed: bool
+) -> None:
+    """Add the states of all ranks, and undo weight averaging where the model is compressed; in place.
 
     Averaging puts the average of dense weights into every checkpoint, compressed.ckpt too.
     """
     state = checkpoint["callbacks"][key]
     state["random"] = random_state.collect_all(state["random"][0])
+    state["loaders"] = [] if compressed else loader_states.collect_all(trainer)
     if model is not None:
         write_shapes(checkpoint, model)  # after teardown, the module's own hook is off
     write_plain_modules(checkpoint)

@@ -1,7 +1,7 @@
 """Runs that are resumed: within an epoch, after the last batch of one, and after their end.
 
-Lightning stores the states of loaders that have one, and does not load them where the loaders were made before the
-checkpoint was restored: any use of ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` does that.
+Lightning does not load the states of loaders that were made before the checkpoint was restored: any use of
+``trainer.estimated_stepping_batches`` in ``configure_optimizers`` does that. loader_states.py stores and loads them.
 
 A checkpoint that was saved at the end of an epoch's last batch (``every_n_train_steps``) resumes at the next epoch.
 Lightning does not count that one as begun: its ``on_train_epoch_start`` never comes, and a run that resumes once more,
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_compress.files.atomic_folder import origin_of
+from lightning_compress.training import loader_states
 from lightning_compress.training.random_state import LoadedRandomState
 from lightning_compress.training.run import Run
 from lightning_compress.training.saved_files import plain_file
@@ -31,38 +31,51 @@ from lightning_compress.training.sharding import shards
 __all__ = ["go_on", "is_resumed", "load_earlier_end"]
 
 
-def go_on(trainer: Trainer, random: LoadedRandomState) -> int:
+def go_on(trainer: Trainer, random: LoadedRandomState, states: list[dict[str, Any]]) -> int:
     """Let the loaders and the random state go on where they stopped; called in on_train_start.
 
-    Returns how many batches of the resumed epoch come again, since a loader has no state (a warning says so).
+    ``states`` are those of the loaders of each rank. Returns how many batches of the resumed epoch come again, since a
+    loader has no state (a warning says so).
     """
-    repeated = _resume_loaders(trainer)
+    over = _after_last_batch(trainer)
     validation = trainer.fit_loop.epoch_loop.val_loop
+    begins = over and not validation.restarted_mid_evaluation  # an epoch begins right now
+    if states:
+        loader_states.load(trainer, states, begun=not begins)
+    else:
+        _load_left_out(trainer)
+    trainer.fit_loop._combined_loader_states_to_load = []
     if validation.restarted_mid_evaluation:
         random.restore()
         count = validation.batch_progress.total
         count.ready = count.started = count.completed  # it begins with its first batch
-    elif _after_last_batch(trainer):
-        random.restore()
-        _begin_epoch(trainer)
-    return repeated
+    elif begins:
+        _begin_epoch(trainer, random, loaded=bool(states))
+    elif _all_have_states(trainer):
+        random.restore()  # before the next batch is read; other loaders draw the order of their new epoch first
+    return 0 if over or _all_have_states(trainer) else _repeated(trainer)
 
 
-def _resume_loaders(trainer: Trainer) -> int:
-    """Load the states of loaders that Lightning has left out.
-
-    Returns how many batches of the resumed epoch come again.
-    """
+def _load_left_out(trainer: Trainer) -> None:
+    """Load the states of a checkpoint without those of all ranks, where Lightning has left them out."""
     loop = trainer.fit_loop
     if loop._combined_loader is not None and loop._combined_loader_states_to_load:
         loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-        loop._combined_loader_states_to_load = []
         if loop._data_fetcher is not None:
             iter(loop._data_fetcher)  # the present iterator began without the state
-    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
-    if _after_last_batch(trainer) or all(isinstance(loader, _Stateful) for loader in loaders):
-        return 0
-    if repeated := int(loop.epoch_loop.batch_progress.current.ready):
+
+
+def _repeated(trainer: Trainer) -> int:
+    """How many batches come again, with a warning that says why."""
+    loop = trainer.fit_loop
+    repeated = int(loop.epoch_loop.batch_progress.current.ready)
+    if repeated and not all(loader_states.order_is_stored(loader) for loader in loop._combined_loader.flattened):
+        rank_zero_warn(
+            f"this run is resumed after batch {repeated} of an epoch, and its training loader shuffles by a random "
+            f"sampler that Lightning distributes, whose order is in no state: what is left of the epoch is drawn anew, "
+            f"and up to {repeated} batches come again; give the loader sampler=DistributedSampler(dataset)"
+        )
+    elif repeated:
         rank_zero_warn(
             f"this run is resumed after batch {repeated} of an epoch, and its training loader has no state: it "
             f"begins the epoch again, so that {repeated} batches come again and as many at the end are left "
@@ -72,20 +85,31 @@ def _resume_loaders(trainer: Trainer) -> int:
     return repeated
 
 
+def _all_have_states(trainer: Trainer) -> bool:
+    loaders = trainer.fit_loop._combined_loader
+    return loaders is None or all(loader_states.has_state(loader) for loader in loaders.flattened)
+
+
 def _after_last_batch(trainer: Trainer) -> bool:
     """Whether the checkpoint that is resumed was saved after the last batch of an epoch."""
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
-def _begin_epoch(trainer: Trainer) -> None:
+def _begin_epoch(trainer: Trainer, random: LoadedRandomState, loaded: bool) -> None:
     """Let the next epoch, if there is one, begin as any other; its loader draws its order from now on."""
-    loop = trainer.fit_loop
+    loop, fetcher, states = trainer.fit_loop, trainer.fit_loop._data_fetcher, random.states
+    random.restore()
     if loop.done:
         return
     if loop.restarted_mid_epoch:
         loop.reset_restart_stage()
-    if (fetcher := loop._data_fetcher) is not None:
-        iter(fetcher)  # Lightning has made an iterator before anything was restored
+    if fetcher is None:
+        return
+    iter(fetcher)  # Lightning has made an iterator before anything was restored
+    if loaded and (fetcher.length is not None or fetcher.done):  # that iterator is at the end of the epoch that is over
+        random.states = states
+        random.restore()
+        iter(fetcher)
 
 
 def is_resumed(trainer: Trainer) -> bool:

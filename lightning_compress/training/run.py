@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +38,7 @@ class Run:
         preemption: What answers signals meanwhile.
         seconds: Seconds of each phase.
         facts: Facts for the report.
+        loader_states: Where the training loaders of each rank stood in the checkpoint that was loaded.
     """
 
     options: CallbackOptions
@@ -50,6 +51,13 @@ class Run:
     preemption: Preemption = field(default_factory=Preemption)
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    loader_states: list[dict[str, Any]] = field(default_factory=list)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Become the run that a checkpoint is of; ``state`` is that of the callback in it."""
+        self.name = state.get("run", self.name)
+        self.facts |= state.get("facts", {})
+        self.loader_states = state.get("loaders", [])
 
     @contextmanager
     def in_team(self, trainer: Trainer) -> Iterator[None]:
