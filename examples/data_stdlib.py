@@ -26,6 +26,7 @@ class StdlibBytes(TokenBlocks):
         test_blocks: Number of test blocks.
         calibration_blocks: Number of calibration blocks.
         folder: Folder with ``*.py`` files; None: the library of this Python.
+        num_workers: Processes that read the training blocks; any need torchdata.
     """
 
     def __init__(
@@ -37,8 +38,11 @@ class StdlibBytes(TokenBlocks):
         test_blocks: int = 1024,
         calibration_blocks: int = 256,
         folder: str | None = None,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(block_length, batch_size, train_blocks, val_blocks, test_blocks, calibration_blocks)
+        super().__init__(
+            block_length, batch_size, train_blocks, val_blocks, test_blocks, calibration_blocks, num_workers
+        )
         self.folder = Path(folder or sysconfig.get_path("stdlib"))
 
     def streams(self) -> dict[Part, Tensor]:

@@ -31,6 +31,7 @@ class TextBlocks(TokenBlocks):
         val_blocks: Number of validation blocks.
         test_blocks: Number of test blocks.
         calibration_blocks: Number of calibration blocks.
+        num_workers: Processes that read the training blocks; any need torchdata.
     """
 
     def __init__(
@@ -46,8 +47,11 @@ class TextBlocks(TokenBlocks):
         val_blocks: int = 64,
         test_blocks: int = 64,
         calibration_blocks: int = 64,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(block_length, batch_size, train_blocks, val_blocks, test_blocks, calibration_blocks)
+        super().__init__(
+            block_length, batch_size, train_blocks, val_blocks, test_blocks, calibration_blocks, num_workers
+        )
         self.tokenizer = tokenizer
         self.path = path
         self.own: dict[Part, str | Sequence[str] | None] = {

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import count as count_from
-from typing import Literal
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -62,10 +62,7 @@ class Draws(Sampler[int]):
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A loader without workers that resumes within an epoch: Lightning saves ``state_dict`` of loaders that have one.
-
-    torchdata's StatefulDataLoader does the same with workers.
-    """
+    """A loader without workers that has a state, so that a run resumes within an epoch."""
 
     given = first = 0
 
@@ -84,7 +81,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.first = state["given"] % len(self)  # after the last batch the next epoch begins
+        self.given = self.first = state["given"] % len(self)  # after the last batch the next epoch begins
 
 
 class TokenBlocks(lightning.LightningDataModule):
@@ -99,6 +96,7 @@ class TokenBlocks(lightning.LightningDataModule):
         val_blocks: Number of validation blocks.
         test_blocks: Number of test blocks.
         calibration_blocks: Number of calibration blocks.
+        num_workers: Processes that read the training blocks; any need torchdata, whose loader resumes within an epoch.
     """
 
     def __init__(
@@ -109,8 +107,10 @@ class TokenBlocks(lightning.LightningDataModule):
         val_blocks: int,
         test_blocks: int,
         calibration_blocks: int,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
+        self.num_workers = num_workers
         self.block_length, self.batch_size = block_length, batch_size
         self.wanted = dict(zip(PARTS, (train_blocks, val_blocks, test_blocks, calibration_blocks), strict=True))
         self.parts: dict[Part, Blocks] = {}
@@ -141,7 +141,17 @@ class TokenBlocks(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         blocks = self.parts["train"]
         sampler = Draws(len(blocks), min(len(blocks), self.wanted["train"]), self._epoch)
-        return ResumableLoader(blocks, self.batch_size, sampler=sampler, drop_last=len(blocks) >= self.batch_size)
+        drop_last = len(blocks) >= self.batch_size
+        if not self.num_workers:
+            return ResumableLoader(blocks, self.batch_size, sampler=sampler, drop_last=drop_last)
+        loader = stateful_loader(self.num_workers)  # by keywords: else Lightning cannot replace the sampler
+        return loader(
+            dataset=blocks,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+        )
 
     def _epoch(self) -> int:
         return 0 if self.trainer is None else self.trainer.current_epoch
@@ -155,6 +165,18 @@ class TokenBlocks(lightning.LightningDataModule):
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Calibration data: text that is not used in training, validation or test."""
         return DataLoader(self.parts["calibration"], self.batch_size)
+
+
+def stateful_loader(num_workers: int) -> Any:
+    """The class of torchdata; ValueError where it is not installed."""
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+    except ImportError as error:
+        raise ValueError(
+            f"data.num_workers={num_workers} needs torchdata, whose loader resumes within an epoch: "
+            f"pip install 'lightning-compress[loaders]', or set data.num_workers=0"
+        ) from error
+    return StatefulDataLoader
 
 
 def spread(available: int, wanted: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The demo's data keep their parts apart, and its schedule rises and falls."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_the_split_stays_as_it_is() -> None:
         "test",
         "calibration",
     ]
+
+
+def test_workers_without_torchdata_are_refused(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torchdata.stateful_dataloader", None)
+    data = StdlibBytes(**SIZES, calibration_blocks=4, folder=str(library), num_workers=2)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"num_workers=2 needs torchdata.*lightning-compress\[loaders\]"):
+        data.train_dataloader()
 
 
 def test_only_training_shuffles_and_each_part_has_its_size(library: Path) -> None:

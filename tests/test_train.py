@@ -200,7 +200,11 @@ def test_a_run_that_a_signal_ends_does_not_look_done(app_config: Any, library: s
 
 STACK = ["+compress=[distill,magnitude_cubic,qat_w4]", "trainer.max_epochs=3", "test=false"]
 KILL = "+callbacks.kill._target_=tests.support.killing.KillBefore"
-KILLED = {"at an epoch's end": (5, []), "inside an epoch": (7, ["+trainer.val_check_interval=0.5"])}
+KILLED = {
+    "at an epoch's end": (5, []),
+    "inside an epoch": (7, ["+trainer.val_check_interval=0.5"]),
+    "with workers": (7, ["+trainer.val_check_interval=0.5", "data.num_workers=2"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +229,13 @@ def attempt() -> Iterator[Callable[..., int]]:
         runner.stdin.close()
 
 
-@pytest.mark.parametrize("moment", KILLED)
+@pytest.mark.parametrize("moment", [*list(KILLED)[:2], pytest.param("with workers", marks=pytest.mark.slow)])
 def test_a_killed_run_of_the_app_resumes_with_the_same_bits(
     library: str, tmp_path: Path, attempt: Callable[..., int], moment: str
 ) -> None:
     """Four steps an epoch; the last checkpoint is that of step 4, or with a validation in between of step 6."""
+    if moment == "with workers":
+        pytest.importorskip("torchdata")
     step, changes = KILLED[moment]
     overrides = [*TINY, *STACK, library, *changes]
     assert attempt(tmp_path / "whole", *overrides) == 0
