@@ -31,10 +31,11 @@ SECONDS_TO_LEAVE = 60  # later it counts as hung
 
 JOB = [
     "+compress=gptq_w4", "model.hidden_size=128", "model.intermediate_size=128", "model.num_heads=2",
-    "data.block_length=32", "data.batch_size=4", "data.train_blocks=320", "data.val_blocks=64", "data.test_blocks=16",
-    "data.calibration_blocks=16", "trainer.max_epochs=3", "+callbacks.compress.calibration_batches=4",
-    "callbacks.progress_bar.refresh_rate=1000", "+callbacks.compress.verify=false",
-    "+callbacks.marks._target_=chaos_marks.Marks", "+callbacks.compress.modifiers.slow._target_=chaos_marks.Slow",
+    "model.num_layers=4", "data.block_length=32", "data.batch_size=4", "data.train_blocks=320", "data.val_blocks=64",
+    "data.test_blocks=16", "data.calibration_blocks=16", "trainer.max_epochs=3",
+    "+callbacks.compress.calibration_batches=4", "callbacks.progress_bar.refresh_rate=1000",
+    "+callbacks.compress.verify=false", "+callbacks.marks._target_=chaos_marks.Marks",
+    "+callbacks.compress.modifiers.slow._target_=chaos_marks.Slow",
 ]  # fmt: skip
 
 MARKS = '''
@@ -64,7 +65,7 @@ class Marks(Callback):
 
 
 class Slow(Modifier):
-    needs = Needs(calibration=True, one_pass=True)
+    needs = Needs(calibration=True, one_pass=True, team="weights")
 
     def on_initialize(self, state, **kwargs):
         return True
@@ -73,7 +74,14 @@ class Slow(Modifier):
         mark("calibration at")
 
     def on_module_ready(self, state, event, **kwargs):
-        time.sleep(0.3)
+        time.sleep(0.2)
+
+    def on_block_end(self, state, event, **kwargs):
+        if state.team.rank == 0:
+            mark(f"block {state.block_name} at")
+
+    def group_state(self, modules):
+        return {}
 
     def on_calibration_end(self, state, event, **kwargs):
         mark("calibrated at")
@@ -163,11 +171,14 @@ def preempted(folder: Path, reference: dict[str, Any], phase: str, share: float)
         time.sleep(2)  # a credential issued in the second of the requeue is taken for a revoked one
         subprocess.run(["scontrol", "update", f"jobid={job.number}", "StartTime=now"], check=False)
     ended = until(job.is_over, 300)
-    again = job.log().partition("restart 1")[2]
+    first, _, again = job.log().partition("restart 1")
     resumed = re.findall(r"MARK training from step (\d+)", again)
+    blocks = [set(re.findall(r"MARK block (\S+) at", attempt)) for attempt in (first, again)]
     result |= {
         "end": next(iter(job.states())) if ended else "hung after the requeue",
         "resumed_at": int(resumed[0]) if resumed else None,
+        "blocks": [len(names) for names in blocks],
+        "blocks_twice": len(blocks[0] & blocks[1]),
         "same": job.export() == reference["export"],
     }
     if result["end"] != "COMPLETED" or not result["same"]:
@@ -188,6 +199,7 @@ def report(reference: dict[str, Any], results: list[dict[str, Any]], command: st
             sum("hung" in result["end"] for result in those),
             sum(result["end"] != "COMPLETED" for result in those),
             sum(result["end"] == "COMPLETED" and not result["same"] for result in those),
+            max((result.get("blocks_twice", 0) for result in those), default=0),
         ]
         rows.append([phase, *count, f"{sorted(leaving)[len(leaving) // 2]} / {max(leaving)}" if leaving else ""])
     head = [
@@ -196,6 +208,7 @@ def report(reference: dict[str, Any], results: list[dict[str, Any]], command: st
         "hung",
         "not completed",
         "another export",
+        "blocks done twice, at most",
         "seconds from signal to requeue, median / most",
     ]
     lines = [

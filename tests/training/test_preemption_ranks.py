@@ -92,25 +92,35 @@ class Layered(Recorded):
 
 
 class AtFirstBlock(RoundingModifier):
-    """Signals one rank at the end of the first block; all ranks walk."""
+    """Writes down its blocks, and signals one rank at the end of the first one; all ranks walk."""
 
     needs: ClassVar[Needs] = Needs(calibration=True, team="weights")
     folder: str
     rank: int
 
+    def group_state(self, modules):
+        return {}
+
     def on_block_end(self, state, event, **kwargs):
-        with Path(self.folder, f"blocks {state.team.rank}").open("a") as file:
-            file.write(f"{state.block_name}\n")
-        if state.block_name == "0" and state.team.rank == self.rank:
-            signal.raise_signal(signal.SIGTERM)
+        path = Path(self.folder, f"blocks {state.team.rank}")
+        signals = not path.exists() and state.team.rank == self.rank
+        with path.open("a") as file:
+            file.write(f"{state.block_name or 'the rest'}, ")
+        if signals:
+            signal.raise_signal(signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_both_ranks_leave_after_the_block_in_which_one_was_signalled(tmp_path, rank):
+def test_both_ranks_leave_after_the_block_in_which_one_was_signalled_and_go_on_with_the_next(tmp_path, two_tasks, rank):
     modifier = AtFirstBlock(folder=str(tmp_path), rank=rank, data=False)
     assert both(tmp_path, modifier=modifier, module=Layered) == ["SIGTERMException: 143"] * 2
-    assert [(tmp_path / f"blocks {number}").read_text() for number in (0, 1)] == ["0\n"] * 2
+    files = [tmp_path / f"blocks {number}" for number in (0, 1)]
+    assert [file.read_text() for file in files] == ["0, "] * 2
     assert not (tmp_path / "compressed").exists()
+    assert both(tmp_path, modifier=modifier, module=Layered) == ["", ""]
+    assert [file.read_text() for file in files] == ["0, 1, 2, the rest, "] * 2
+    assert two_tasks() == ["requeue 77"]
+    assert (tmp_path / "compressed").exists()
 
 
 class Process(Callback):
