@@ -1,5 +1,6 @@
 """The table and the figure of a sweep, printed and written into its folder; and a Hydra callback that does it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,9 @@ class SweepReport(Callback):
     """
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        """Report, if any job has compressed."""
+        """Report, if any job has compressed; only the first of several tasks of srun or torchrun does."""
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+            return
         folder = Path(config.hydra.sweep.dir)
         jobs = read_jobs(folder)
         if any(job.summary for job in jobs):

@@ -40,6 +40,17 @@ def test_hydras_callback_reports_a_sweep_that_compressed(folder, capsys):
     assert "no result: job 1 (seed=2)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_PROCID": "1"}, {"RANK": "1", "SLURM_PROCID": "0"}], ids=["srun", "torchrun"]
+)
+def test_one_task_of_several_reports(folder, capsys, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    SweepReport().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+    assert files_of(folder) == set()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_sweep_that_only_trains_gets_no_report(folder, capsys):
     (folder / "0" / "report" / "summary.json").unlink()
     SweepReport().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))

@@ -169,12 +169,12 @@ def launched(tmp_path: Path, script: str, *arguments: str, **variables: str) -> 
 
 
 def test_train_sbatch_hands_its_arguments_to_train_py(tmp_path: Path):
-    given = ["+compress=[gptq_w4,w8a8]", "task_name=a b"]
+    given = ["-m", "+compress=gptq_w4,[gptq_w4,w8a8]", "task_name=a b"]
     done = launched(tmp_path, "train.sbatch", *given, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="3")
     assert done.returncode == 0, done.stderr
     options = ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
-    program = ["python", "train.py", "trainer=slurm"]
-    assert done.stdout.splitlines()[1:] == [*options, *program, *given, "OMP_NUM_THREADS=3"]
+    program = ["python", "train.py", *given, "trainer=slurm"]  # the last: after it Hydra would not take -m
+    assert done.stdout.splitlines()[1:] == [*options, *program, "OMP_NUM_THREADS=3"]
 
 
 def test_train_sbatch_outside_a_job_says_how_to_submit(tmp_path: Path):
@@ -189,7 +189,7 @@ def test_array_sbatch_gives_each_task_its_argument(tmp_path: Path):
     for task in "01":
         done = launched(tmp_path, "array.sbatch", *arguments, SLURM_JOB_ID="7", SLURM_ARRAY_TASK_ID=task)
         assert done.returncode == 0, done.stderr
-        tail.append(done.stdout.splitlines()[6:-1])
+        tail.append(done.stdout.splitlines()[5:-2])
     assert tail == [["+compress=gptq_w4", "task_name=compare"], ["+compress=w8a8", "seed=1", "task_name=compare"]]
 
 
