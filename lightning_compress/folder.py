@@ -1,47 +1,41 @@
 """``compress_folder(source, target, modifiers, batches)``: a model of transformers that is larger than memory.
 
-The model is built on the meta device. Modules outside of blocks (embeddings, norms, the head) are in memory throughout;
-each block is read for the probe, which recipes without data do not need, and for its turn, then written and released:
+The model is built on the meta device. Each block is read for the probe, which recipes without data do not need, and for
+its turn, then written and released; modules outside of blocks (embeddings, norms, the head) stay in memory:
 
     source/*.safetensors  ->  block in memory, compressed as in memory  ->  .<target>.partial/model-00001-of-00025...
 
-The shards become the export when the last one is written (export/stream.py). Tensors and other
-files are those of ``save(model, target, tokenizer=..., recipe=...)`` after ``compress(model, ...)``.
+The shards become the export when the last one is written, and a killed run goes on with them (resume/export_log.py).
+Tensors and other files are those of ``save(model, target, tokenizer=..., recipe=...)`` after ``compress(model, ...)``.
 """
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_compress.calibration.blocks import find_blocks, modules_of_block
+from lightning_compress.calibration.blocks import find_blocks
 from lightning_compress.calibration.options import CalibrationOptions
-from lightning_compress.calibration.residence import OnDisk, exact_device, fill
+from lightning_compress.calibration.residence import OnDisk, exact_device
 from lightning_compress.calibration.sequential import calibrate
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.export import hugging_face
-from lightning_compress.export.contents import Contents, block_contents, contents_of, warn_of_contents
 from lightning_compress.export.rehearsal import rehearse
-from lightning_compress.export.save import dump_yaml, write_description
-from lightning_compress.export.state_on_disk import state_on_disk
-from lightning_compress.export.stream import ShardWriter
 from lightning_compress.export.tensor_file import TensorFolder
-from lightning_compress.export.tensors import INDEX, read_json
-from lightning_compress.layers.finite import nonfinite
-from lightning_compress.layers.matching import shortlist
+from lightning_compress.export.tensors import read_json
+from lightning_compress.files.atomic_folder import check_target
+from lightning_compress.layers.memory import small_heap
 from lightning_compress.layers.split_experts import fused_experts
 from lightning_compress.layers.tied_weights import owners_of
 from lightning_compress.oneshot import all_events, first_batches, modifiers_of
-from lightning_compress.quant.packing import check_fit
-from lightning_compress.recipe import dump_recipe
+from lightning_compress.resume.export_log import ExportLog
+from lightning_compress.resume.folder_log import Resume, check_resume
 
 __all__ = ["compress_folder"]
 
+MAPPED = 2**22  # bytes; pieces of memory above it go back to the system when they are freed
 IN_MEMORY = "compress the model in memory, with lightning_compress.compress, then save it"
 
 
@@ -54,6 +48,7 @@ def compress_folder(
     options: CalibrationOptions = CalibrationOptions(),  # noqa: B008  (frozen)
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    resume: Resume = "auto",
 ) -> Ledger:
     """Compress a model of transformers from folder to folder, with one block in memory at a time.
 
@@ -65,18 +60,20 @@ def compress_folder(
         options: How calibration goes through the model.
         dtype: That of the model; by default the one of its config.
         overwrite: Replace an earlier export of that name.
+        resume: ``auto``: after a kill the same call goes on after the last block that it wrote, with the same result.
+            ``must``: there must be such blocks. ``never``: begin anew.
 
     Returns:
         The ledger: a row for each module and technique.
 
     Raises:
-        ValueError: The folder is not such a model, its blocks are not one chain, a modifier needs the whole model, or
-            what ``compress`` and ``save`` refuse.
+        ValueError: The folder is not such a model, its blocks are not one chain, a modifier needs the whole model, a
+            killed run had another recipe, model or data, or what ``compress`` and ``save`` refuse.
     """
+    check_resume(resume)
     source = Path(source).expanduser().resolve()
     lifecycle = Lifecycle(modifiers_of(modifiers))
     _check_modifiers(lifecycle.modifiers)
-    recipe = dump_yaml(dump_recipe(lifecycle.modifiers))
     batches = first_batches(batches, None)
     files = TensorFolder(source)
     model = hugging_face.on_meta(source, len(files.files), _dtype(source, files, dtype))
@@ -84,65 +81,17 @@ def compress_folder(
     rehearse(model, processors)
     blocks = find_blocks(model, options.blocks)
     names = _check_model(source, model, files, blocks)
-    writer = ShardWriter(target, len(blocks) + 1, overwrite=overwrite)
-    writer.discard()
-    export = _Export(model, blocks, names, writer)
+    target = check_target(target, overwrite=overwrite)
     state = State(model=model, ledger=Ledger())
-    fill(model, "", files.read, {module for block in blocks.values() for module in block.modules()})
-    residence = OnDisk(files.read, export.store_block, exact_device(options.device))
-    with all_events(lifecycle, state, options.seed):
-        calibrate(lifecycle, state, batches, options, residence=residence)
-    export.finish(processors, recipe)
+    log = ExportLog(model, blocks, files, names, target, overwrite, resume)
+    try:
+        with small_heap(MAPPED), all_events(lifecycle, state, options.seed):
+            residence = OnDisk(files.read, exact_device(options.device))
+            calibrate(lifecycle, state, batches, options, residence=residence, log=log)
+        log.finish(processors)
+    finally:
+        log.close()
     return state.ledger
-
-
-class _Export:
-    """Writes what ``save`` would write, block after block."""
-
-    def __init__(self, model: Any, blocks: Mapping[str, nn.Module], names: Iterable[str], writer: ShardWriter):
-        self.model, self.blocks, self.writer = model, blocks, writer
-        self.left_out = model.state_dict().keys() - names  # tied weights, and what the class does not save
-        self.dense: dict[str, Any] = {}  # records of modules whose weight stays dense on disk
-
-    def store_block(self, name: str, block: nn.Module) -> None:
-        """Write a block that is compressed."""
-        contents = block_contents(self.model, modules_of_block(name, block))
-        self._write(1 + list(self.blocks).index(name), block, contents, lambda key: key.startswith(f"{name}."))
-
-    def finish(self, processors: Sequence[Any], recipe: str) -> None:
-        """Write the modules outside of blocks and all other files; the folder gets its name."""
-        contents = contents_of(self.model, {})
-        inside = tuple(f"{name}." for name in self.blocks)
-        outside = {name: pair for name, pair in contents.records.items() if not name.startswith(inside)}
-        rest = replace(contents, records=outside, caches={})
-        self._write(self.writer.count, self.model, rest, lambda key: not key.startswith(inside))
-        warn_of_contents(contents)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            hugging_face.write_configs(self.model, folder)
-            write_description(contents, folder, {name: name for name in contents.records}, self.dense)
-            for processor in processors:
-                processor.save_pretrained(folder)
-            (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-            for path in sorted(folder.iterdir()):
-                if path.suffix != ".safetensors" and path.name != INDEX:
-                    shutil.move(path, self.writer.folder / path.name)
-        self.writer.finish()
-
-    def _write(self, number: int, module: nn.Module, contents: Contents, belongs: Callable[[str], bool]) -> None:
-        if broken := nonfinite(module):
-            raise ValueError(
-                f"NaN or Inf in {len(broken)} parameters or buffers, such as {shortlist(broken)}; such a model is not "
-                f"exported"
-            )
-        dense = {name: contents.records[name] for name in contents.dense if name in contents.records}
-        for name, pair in dense.items():
-            check_fit(name, *pair)
-        state = state_on_disk(contents)
-        tensors = {key: value for key, value in state.items() if belongs(key) and key not in self.left_out}
-        records = {name: record.to_json() for name, (_, record) in dense.items()}
-        self.writer.write(number, tensors, {"dense": records})
-        self.dense |= records
 
 
 # -- checks before the work -------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """From folder to folder, one block in memory at a time: the tensors and files of a run in memory."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from lightning_compress import GPTQModifier, QuantizationModifier, compress, compress_folder, load, save
+from lightning_compress.export.stream import ShardWriter
 from lightning_compress.export.tensor_file import TensorFolder
 from lightning_compress.files.atomic_folder import MANIFEST
 from lightning_compress.oneshot import modifiers_of
@@ -74,6 +77,10 @@ def in_memory(source, target, recipe, batches, **options):
     return ledger
 
 
+def rows_of(ledger):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in ledger.state_dict()]
+
+
 NVFP4 = [QuantizationModifier, {"scheme": "NVFP4A16", "ignore": ["lm_head"]}]
 EMBEDDINGS = [QuantizationModifier, {"scheme": "W8A16", "targets": ["Linear", "Embedding"]}]
 HEAD = [GPTQModifier, {"scheme": "W4A16"}]
@@ -99,11 +106,7 @@ def test_tensors_and_files_are_those_of_a_run_in_memory(tmp_path, source, recipe
     ledger = compress_folder(source, tmp_path / "out", build(), batches)
     expected = in_memory(source, tmp_path / "memory", build(), batches)
     check_equal(tmp_path / "out", tmp_path / "memory")
-
-    def rows(ledger):
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in ledger.state_dict()]
-
-    assert rows(ledger) == rows(expected)
+    assert rows_of(ledger) == rows_of(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -158,6 +161,7 @@ def refused(source, tmp_path, message, recipe="rtn_w4", batches=None, **options)
     with pytest.raises(ValueError, match=message):
         compress_folder(source, tmp_path / "refused", recipe, batches, **options)
     assert not (tmp_path / "refused").exists()
+    return list(tmp_path.glob(".refused*"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,9 @@ def refused(source, tmp_path, message, recipe="rtn_w4", batches=None, **options)
     ],
 )
 def test_modifiers_of_the_whole_model_are_refused(tmp_path, source, recipe, reason):
-    refused(source, tmp_path, f"{reason}, so that it cannot work on one block after another; leave it out", recipe)
+    assert not refused(
+        source, tmp_path, f"{reason}, so that it cannot work on one block after another; leave it out", recipe
+    )
 
 
 def test_a_recipe_that_needs_data_says_so(tmp_path, source):
@@ -208,7 +214,7 @@ def test_blocks_that_are_not_a_chain_are_refused(tmp_path):
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
     batches = [batch | {"decoder_input_ids": batch["input_ids"][:, :4]} for batch in BATCHES]
     recipe = GPTQModifier(scheme="W8A16", group_size=32, ignore=["lm_head"])
-    refused(tmp_path / "dense", tmp_path, "not one chain of 4 blocks", recipe, batches)
+    assert not refused(tmp_path / "dense", tmp_path, "not one chain of 4 blocks", recipe, batches)
 
 
 def test_a_missing_tensor_is_named(tmp_path, source):
@@ -224,3 +230,78 @@ def test_a_block_of_nan_is_named(tmp_path, source):
     nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, torch.nan)
     model.save_pretrained(tmp_path / "dense")
     refused(tmp_path / "dense", tmp_path, r"NaN or Inf in the weights \['model.layers.1.mlp.up_proj.weight'\]")
+
+
+# -- after a kill -----------------------------------------------------------------------------------------------------
+
+
+def killed_at(number, monkeypatch, *args, **options):
+    """Run until a shard is to be written, and stop there; nothing is cleaned up that a kill would leave."""
+
+    def write(self, n, *args, **kwargs):
+        if n == number:
+            raise KeyboardInterrupt
+        return real(self, n, *args, **kwargs)
+
+    real = ShardWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            compress_folder(*args, **options)
+
+
+@pytest.mark.parametrize("number", [2, LAYERS + 1])
+@pytest.mark.parametrize(("recipe", "times"), [("rtn_w4", 1), ("gptq_w4", 2)])
+def test_a_killed_run_goes_on_with_the_same_result(tmp_path, source, monkeypatch, recipe, times, number):
+    batches = BATCHES if times == 2 else None
+    killed_at(number, monkeypatch, source, tmp_path / "out", recipe, batches)
+    assert not (tmp_path / "out").exists()
+    written = Counter()
+    real = ShardWriter.write
+
+    def count(self, n, *args, **kwargs):
+        written[n] += 1
+        return real(self, n, *args, **kwargs)
+
+    monkeypatch.setattr(ShardWriter, "write", count)
+    ledger = compress_folder(source, tmp_path / "out", recipe, batches, resume="must")
+    assert written == dict.fromkeys(range(number, LAYERS + 2), 1)
+    assert rows_of(ledger) == rows_of(in_memory(source, tmp_path / "memory", recipe, batches))
+    check_equal(tmp_path / "out", tmp_path / "memory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "out"]
+
+
+def test_another_recipe_model_or_data_is_refused_with_the_difference(tmp_path, source, monkeypatch):
+    killed_at(2, monkeypatch, source, tmp_path / "out", "gptq_w4", BATCHES)
+
+    def told(source=source, recipe="gptq_w4", batches=BATCHES):
+        with pytest.raises(ValueError, match="belong to another run: .*; resume='never' begins anew") as error:
+            compress_folder(source, tmp_path / "out", recipe, batches)
+        return str(error.value)
+
+    assert "the recipe: " in told(recipe="rtn_w4", batches=None)
+    assert "the data: 3 calibration batches, now 2" in told(batches=BATCHES[:2])
+    assert "the model: " in told(source=write_llama(tmp_path / "other"))
+    compress_folder(source, tmp_path / "out", "rtn_w4", resume="never")
+    in_memory(source, tmp_path / "memory", "rtn_w4", None)
+    check_equal(tmp_path / "out", tmp_path / "memory")
+
+
+def test_there_must_be_something_to_go_on_with(tmp_path, source):
+    with pytest.raises(ValueError, match="resume='must', and .*holds no run to go on with"):
+        compress_folder(source, tmp_path / "out", "rtn_w4", resume="must")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_is_told_who_writes(tmp_path, source):
+    code = (
+        "import sys; from pathlib import Path; from lightning_compress.resume.holder import Holder; "
+        "h = Holder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / ".out.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"is in use by process {other.pid} on "):
+            compress_folder(source, tmp_path / "out", "rtn_w4")
+        other.communicate("")
+    compress_folder(source, tmp_path / "out", "rtn_w4")

@@ -36,6 +36,10 @@ class Residence(Protocol):
         """Inside, the model runs through these blocks, one call at a time."""
         ...
 
+    def outside(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+        """From now on the modules outside of blocks are in memory."""
+        ...
+
     def check(self, plan: CalibrationPlan, unseen: Sequence[str]) -> None:
         """ValueError where blocks cannot come as the plan needs them; ``unseen`` targets get no data in their turn."""
         ...
@@ -53,24 +57,25 @@ class InMemory:
     def passing(self, blocks: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         return streamed(blocks, self.device)
 
+    def outside(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+        """They are."""
+
     def check(self, plan: CalibrationPlan, unseen: Sequence[str]) -> None:
         """Blocks in memory come whenever they are needed."""
 
 
 @dataclass(frozen=True)
 class OnDisk:
-    """Blocks are on the meta device but for their turns; modules outside of blocks are in memory.
+    """Blocks are on the meta device but for their turns; other modules are read when they are first needed, and stay.
 
     Each block is read once for the probe and once for its turn.
 
     Args:
         read: Reads a tensor by its name in the model.
-        store: Called with the name and the block at the end of its turn, before its tensors are released.
         device: Device for the turn of a block.
     """
 
     read: Callable[[str], Tensor]
-    store: Callable[[str, nn.Module], None]
     device: torch.device | None = None
 
     @contextmanager
@@ -81,13 +86,8 @@ class OnDisk:
                 "compress it in memory"
             )
         with self._filled(name, block):
-            if broken := nonfinite(block):
-                raise ValueError(
-                    f"NaN or Inf in the weights {[f'{name}.{local}' for local in broken[:5]]}, expected finite "
-                    f"numbers: the checkpoint is damaged; copy it again"
-                )
+            _check_finite([f"{name}.{local}" for local in nonfinite(block)])
             yield
-            self.store(name, block)
 
     @contextmanager
     def passing(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -118,6 +118,10 @@ class OnDisk:
             finally:
                 for stack in visits.values():  # a run that was stopped inside a block
                     stack.close()
+
+    def outside(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+        fill(model, "", self.read, {module for block in blocks.values() for module in block.modules()})
+        _check_finite(nonfinite(model))
 
     def check(self, plan: CalibrationPlan, unseen: Sequence[str]) -> None:
         advice = "compress this model in memory, with lightning_compress.compress"
@@ -164,6 +168,14 @@ def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor], leave_ou
                     name = f"{prefix}{path}.{local}" if path else f"{prefix}{local}"
                     filled[id(blank)] = _read(name, blank, read)
                 tensors[local] = filled[id(blank)]
+
+
+def _check_finite(broken: Sequence[str]) -> None:
+    if broken:
+        raise ValueError(
+            f"NaN or Inf in the weights {list(broken[:5])}, expected finite numbers: the checkpoint is damaged; copy "
+            f"it again"
+        )
 
 
 def _read(name: str, blank: Tensor, read: Callable[[str], Tensor]) -> Tensor:

@@ -100,8 +100,9 @@ def calibrate(
     walker = Walker(lifecycle, state, clock, batches, runner, options, progress, log, residence)
     # training continues on weights in one tensor: the modifier that comes next does not know the experts in it
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
+    heap = small_heap() if residence is None else nullcontext()  # the caller's
     try:
-        with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model), small_heap():
+        with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model), heap:
             log.begin(lifecycle, state, batches or [], blocks, options)
             _emit_all(walker, blocks)
         state.team.gather(None, "calibration")  # an error that came last reaches all

@@ -72,6 +72,7 @@ class Walker:
             with self.residence.visit(name, block):
                 self.passes.end(block_group(name, block))
             self.finish_group()
+        self.residence.outside(self.model, blocks)
         self.report("modules outside of blocks")
         self.passes.end(outside_group(modules_outside(self.model, blocks)))
         self.finish_group()
@@ -88,6 +89,7 @@ class Walker:
         with ExitStack() as stack:
             if not blocks:
                 stack.enter_context(self.residence.visit("", self.model))
+            self.residence.outside(self.model, blocks)
             self._prepare(blocks)
             plan, index, inputs = self.plan, 0, SegmentInputs(self.offload_device)
             while index < len(plan.segments):

@@ -168,6 +168,11 @@ class ShardWriter:
         shutil.rmtree(self._log_aside)
         return self.target
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no shard has been written."""
+        return not any(self._entry(number).exists() for number in range(1, self.count + 1))
+
     def discard(self) -> None:
         """Remove all shards and the log, to begin anew."""
         shutil.rmtree(self.folder)

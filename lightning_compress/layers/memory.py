@@ -23,20 +23,22 @@ def release() -> None:
 
 
 @contextmanager
-def small_heap() -> Iterator[None]:
+def small_heap(largest: int = _LARGEST) -> Iterator[None]:
     """Inside, glibc does not raise the sizes from which it maps memory and from which it returns free memory.
 
-    Afterwards they are the ones that its own adjustment ends at. Limits in the environment are obeyed.
+    Pieces of more than ``largest`` bytes are mapped, and returned when they are freed. Afterwards the sizes are those
+    that glibc's own adjustment ends at. Limits in the environment are obeyed.
     """
     libc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
     if libc is None:
         yield
         return
-    libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+    libc.mallopt(_MMAP_THRESHOLD, largest)
     libc.mallopt(_TRIM_THRESHOLD, 2**17)
     try:
         yield
     finally:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
 
 

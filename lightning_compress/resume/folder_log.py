@@ -33,7 +33,17 @@ from lightning_compress.quant.module_state import from_tensors, to_tensors
 from lightning_compress.resume.holder import Holder
 from lightning_compress.resume.plan import batch_digest, difference, make_plan, read_plan, tensor_digest, write_plan
 
-__all__ = ["FolderLog", "Resume", "check_resume", "opened", "remove", "unable"]
+__all__ = [
+    "ANEW",
+    "FolderLog",
+    "Resume",
+    "check_resume",
+    "opened",
+    "random_state",
+    "remove",
+    "set_random_state",
+    "unable",
+]
 
 Resume = Literal["auto", "never", "must"]
 SURVEY = "the survey of the dense model"
@@ -146,7 +156,7 @@ class FolderLog:
         for modifier, known in zip(self._lifecycle.modifiers, facts["modifiers"], strict=True):
             modifier.load_group_state(modules, known)
         self._state.ledger.put(rows)
-        _set_random_state(facts["random"])
+        set_random_state(facts["random"])
         return True
 
     def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
@@ -173,7 +183,7 @@ class FolderLog:
         for key, modifier in self._surveys.items():
             prefix, tensors = f"survey.{key}.", entry[0] if self._state.team.rank == 0 else {}
             modifier.load_survey_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        _set_random_state(entry[1]["random"])
+        set_random_state(entry[1]["random"])
         return True
 
     def store_survey(self) -> None:
@@ -242,17 +252,19 @@ class FolderLog:
     def _write(
         self, title: str, tensors: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]], **facts: Any
     ) -> None:
-        self._writer.write(self._number, tensors, {"title": title, **facts, "random": _random_state()}, rows)
+        self._writer.write(self._number, tensors, {"title": title, **facts, "random": random_state()}, rows)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Torch's random state in JSON types."""
     states = {"cpu": [torch.get_rng_state()]}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return {kind: [base64.b64encode(s.numpy().tobytes()).decode() for s in each] for kind, each in states.items()}
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """The reverse of :func:`random_state`."""
     cpu, *_ = (_decoded(text) for text in state["cpu"])
     torch.set_rng_state(cpu)
     if "cuda" in state and torch.cuda.is_initialized() and len(state["cuda"]) == torch.cuda.device_count():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration import calibrate
+from lightning_compress.calibration.group_log import NoLog
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.residence import OnDisk, fill
 from tests.support.calibration_models import (
@@ -120,12 +121,19 @@ class Folder:
         self.most = max(self.most, len(in_memory | {name.split(".")[1]}))
         return self.tensors[name].clone()
 
-    def store(self, name, block):
-        self.stored[name] = {local: tensor.clone() for local, tensor in block.state_dict().items()}
+    def store(self, name, modules):
+        if name.startswith("layers"):
+            self.stored[name] = {n: t.clone() for n, t in modules[name].state_dict().items()}
 
     @property
     def residence(self):
-        return OnDisk(self.read, self.store)
+        return OnDisk(self.read)
+
+    @property
+    def log(self):
+        log = NoLog()
+        vars(log)["store"] = self.store
+        return log
 
 
 @pytest.mark.parametrize(
@@ -136,7 +144,9 @@ def test_blocks_on_disk_end_as_in_memory_and_are_read_twice(recipe):
     calibrate(*started(*[kind() for kind in recipe], model=model), batches)
     expected = model.state_dict()
     folder = Folder(seeded(Layered))
-    calibrate(*started(*[kind() for kind in recipe], model=folder.model), batches, residence=folder.residence)
+    calibrate(
+        *started(*[kind() for kind in recipe], model=folder.model), batches, residence=folder.residence, log=folder.log
+    )
     results = folder.model.state_dict() | {
         f"{name}.{local}": tensor for name, tensors in folder.stored.items() for local, tensor in tensors.items()
     }
@@ -160,7 +170,7 @@ class Rounder(Watcher):
 def test_without_data_each_block_is_read_once():
     model, folder = seeded(Layered), Folder(seeded(Layered))
     calibrate(*started(Rounder(), model=model), None)
-    calibrate(*started(Rounder(), model=folder.model), None, residence=folder.residence)
+    calibrate(*started(Rounder(), model=folder.model), None, residence=folder.residence, log=folder.log)
     assert set(folder.reads.values()) == {1}
     for name, tensors in folder.stored.items():
         assert all(torch.equal(tensors[n], t) for n, t in model.get_submodule(name).state_dict().items())
@@ -170,7 +180,12 @@ def test_an_error_leaves_no_block_in_memory_and_stores_nothing():
     folder = Folder(seeded(Layered))
     folder.model.layers[1].v.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        calibrate(*started(Watcher(), model=folder.model), make_batches(2, 2, 5, C), residence=folder.residence)
+        calibrate(
+            *started(Watcher(), model=folder.model),
+            make_batches(2, 2, 5, C),
+            residence=folder.residence,
+            log=folder.log,
+        )
     assert all(p.is_meta for p in folder.model.layers.parameters())
     assert folder.stored == {}
 
@@ -179,7 +194,7 @@ def test_nan_on_the_disk_is_named():
     folder = Folder(seeded(Layered))
     folder.tensors["layers.1.k.weight"][0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or Inf in the weights \['layers.1.k.weight'\]"):
-        calibrate(*started(Rounder(), model=folder.model), None, residence=folder.residence)
+        calibrate(*started(Rounder(), model=folder.model), None, residence=folder.residence, log=folder.log)
 
 
 class Unchained(nn.Module):
@@ -201,7 +216,9 @@ def test_blocks_that_are_needed_after_their_turn_are_refused(model_class):
         model.layers = model.blocks
     folder = Folder(model)
     with pytest.raises(ValueError, match="needed again after its turn; compress this model in memory"):
-        calibrate(*started(Watcher(), model=model), make_batches(2, 2, 5, C), residence=folder.residence)
+        calibrate(
+            *started(Watcher(), model=model), make_batches(2, 2, 5, C), residence=folder.residence, log=folder.log
+        )
     assert folder.stored == {}
 
 
@@ -213,7 +230,9 @@ def test_targets_that_the_first_batch_does_not_reach_are_refused():
         pytest.warns(UserWarning, match="does not reach"),
         pytest.raises(ValueError, match=r"does not reach layers\.1\.spare"),
     ):
-        calibrate(*started(Watcher(), model=model), make_batches(2, 2, 5, C), residence=folder.residence)
+        calibrate(
+            *started(Watcher(), model=model), make_batches(2, 2, 5, C), residence=folder.residence, log=folder.log
+        )
 
 
 def test_a_model_without_blocks_is_refused():
@@ -224,6 +243,7 @@ def test_a_model_without_blocks_is_refused():
             make_batches(2, 2, 5, C),
             CalibrationOptions(walk="whole"),
             residence=folder.residence,
+            log=folder.log,
         )
 
 

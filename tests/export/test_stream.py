@@ -152,7 +152,9 @@ def test_foreign_files_in_the_partial_folder_do_not_enter_the_export(tmp_path):
 
 def test_discard_begins_anew(tmp_path):
     writer = written(tmp_path / "out")
+    assert not ShardWriter(tmp_path / "out", 3).is_empty
     writer.discard()
+    assert writer.is_empty
     assert writer.finished() == []
     check_export(finish(tmp_path / "out"))
 
