@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[1]
 # Page of the API -> its title, and the public names on it. Every other public name is a modifier.
 PAGES = {
     "callback": ("The callback", ["CompressionCallback", "before_sharding"]),
-    "functions": ("compress, save, load, dequantize", ["compress", "save", "load", "dequantize"]),
+    "functions": (
+        "compress, compress_folder, save, load, dequantize",
+        ["compress", "compress_folder", "save", "load", "dequantize"],
+    ),
     "modifiers": ("Modifiers", []),
     "lifecycle": ("Modifier and events", ["Modifier", "ModifierInterface", "ModifierFactory", "EventType"]),
     "recipes": ("Recipes", ["recipe"]),

@@ -5,6 +5,7 @@ and in :meth:`Residence.passing` the model runs through blocks that do not chang
 
     in memory   blocks are moved to the accelerator, where one is given, and back
     on disk     a block is on the meta device; its tensors are read for each visit, and released after it
+    sharded     ranks hold shards of a block; all gather it for each visit, and keep their shards of the result
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -21,8 +22,9 @@ from lightning_compress.calibration.plan import CalibrationPlan
 from lightning_compress.layers.blank import blank_of
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.records import Record
+from lightning_compress.layers.sharded import gathered
 
-__all__ = ["InMemory", "OnDisk", "Residence", "exact_device", "fill"]
+__all__ = ["InMemory", "OnDisk", "Residence", "Sharded", "exact_device", "fill"]
 
 
 class Residence(Protocol):
@@ -89,35 +91,8 @@ class OnDisk:
             _check_finite([f"{name}.{local}" for local in nonfinite(block)])
             yield
 
-    @contextmanager
-    def passing(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-        visits: dict[nn.Module, ExitStack] = {}
-
-        def come(name: str, block: nn.Module, args: Any, kwargs: Any) -> Any:
-            if is_stubbed(block):
-                return None
-            visits[block] = stack = ExitStack()
-            stack.enter_context(self._filled(name, block))
-            return tree_move((args, kwargs), self.device)
-
-        def leave(block: nn.Module, _args: Any, output: Any) -> Any:
-            if block not in visits:
-                return None
-            visits.pop(block).close()
-            return tree_move(output, None if self.device is None else torch.device("cpu"))
-
-        with ExitStack() as hooks:
-            try:
-                for name, block in blocks.items():
-                    handle = block.register_forward_pre_hook(
-                        lambda module, args, kwargs, n=name: come(n, module, args, kwargs), with_kwargs=True
-                    )
-                    hooks.callback(handle.remove)
-                    hooks.callback(block.register_forward_hook(leave).remove)
-                yield
-            finally:
-                for stack in visits.values():  # a run that was stopped inside a block
-                    stack.close()
+    def passing(self, blocks: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        return _present_while_called(blocks, self._filled, self.device)
 
     def outside(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
         fill(model, "", self.read, {module for block in blocks.values() for module in block.modules()})
@@ -145,6 +120,59 @@ class OnDisk:
                 yield
         finally:
             _release(block)
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Each rank holds shards of the blocks (DTensors); modules outside of blocks are whole.
+
+    Each visit gathers a block on all ranks, so all ranks walk together, with the same batches.
+    """
+
+    def visit(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
+        return gathered(block)
+
+    def passing(self, blocks: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        return _present_while_called(blocks, lambda _name, block: gathered(block, write=False), None)
+
+    def check(self, plan: CalibrationPlan, unseen: Sequence[str]) -> None:
+        """Blocks are gathered whenever they are needed."""
+
+
+@contextmanager
+def _present_while_called(
+    blocks: Mapping[str, nn.Module],
+    present: Callable[[str, nn.Module], AbstractContextManager[None]],
+    device: torch.device | None,
+) -> Iterator[None]:
+    """Inside, every call of a block, but of one that is stubbed, runs inside of ``present(name, block)``."""
+    visits: dict[nn.Module, ExitStack] = {}
+
+    def come(name: str, block: nn.Module, args: Any, kwargs: Any) -> Any:
+        if is_stubbed(block):
+            return None
+        visits[block] = stack = ExitStack()
+        stack.enter_context(present(name, block))
+        return tree_move((args, kwargs), device)
+
+    def leave(block: nn.Module, _args: Any, output: Any) -> Any:
+        if block not in visits:
+            return None
+        visits.pop(block).close()
+        return tree_move(output, None if device is None else torch.device("cpu"))
+
+    with ExitStack() as hooks:
+        try:
+            for name, block in blocks.items():
+                handle = block.register_forward_pre_hook(
+                    lambda module, args, kwargs, n=name: come(n, module, args, kwargs), with_kwargs=True
+                )
+                hooks.callback(handle.remove)
+                hooks.callback(block.register_forward_hook(leave).remove)
+            yield
+        finally:
+            for stack in visits.values():  # a run that was stopped inside a block
+                stack.close()
 
 
 def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor], leave_out: Container[nn.Module] = ()) -> None:

@@ -43,7 +43,8 @@ def check_uninterrupted(model: nn.Module) -> None:
 
 
 def _samples(model: nn.Module) -> dict[str, Tensor]:
-    flat = ((name, p.detach().reshape(-1)) for name, p in model.named_parameters() if not p.is_meta)
+    local = ((name, getattr(p, "to_local", lambda p=p: p)()) for name, p in model.named_parameters() if not p.is_meta)
+    flat = ((name, p.detach().reshape(-1)) for name, p in local)
     return {name: values[:: max(1, len(values) // SAMPLES)].cpu().clone() for name, values in flat}
 
 

@@ -7,7 +7,7 @@ Hooks of ``fully_shard`` and ``parallelize_module`` gather weights and distribut
 blocks calls modules on plain weights, so :func:`plain_modules` takes these hooks off for a while.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,22 +52,23 @@ def sharded_like(values: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(*modules: nn.Module, write: bool = True) -> Iterator[None]:
-    """Inside, parameters of these modules, and of modules inside them, are plain and hold all values on every rank.
+def gathered(module: nn.Module, *, without: Iterable[nn.Module] = (), write: bool = True) -> Iterator[None]:
+    """Inside, parameters of a module, and of modules inside it, are plain and hold all values on every rank.
 
     Args:
-        *modules: Modules; those without DTensors stay as they are.
+        module: A module; parameters that are not DTensors stay as they are.
+        without: Modules inside it whose parameters stay shards.
         write: Write values back into the shards at the end; False: nothing was changed.
 
     Raises:
         ValueError: A parameter has another shape at the end, or is gone: shards cannot follow.
     """
+    outside = {inner for other in without for inner in other.modules()}
     places = [
         (owner, name, parameter)
-        for module in modules
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
-        if parameter is not None and is_dtensor(parameter)
+        if owner not in outside and parameter is not None and is_dtensor(parameter)
     ]
     plain: dict[int, nn.Parameter] = {}
     try:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_compress.layers.matching import shortlist
+from lightning_compress.layers.sharded import is_dtensor
 
 __all__ = ["check_unshared", "owners_of", "shared_message", "shared_parameters"]
 
@@ -62,7 +63,7 @@ def shared_message(name: str, others: Sequence[str], targets: Sequence[str] = ()
 
 
 def _storage(parameter: Tensor) -> object:
-    if parameter.is_meta or not parameter.numel():
+    if parameter.is_meta or not parameter.numel() or is_dtensor(parameter):
         return id(parameter)
     return parameter.device, parameter.untyped_storage().data_ptr()
 

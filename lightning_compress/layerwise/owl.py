@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import as_matrix, partitions
+from lightning_compress.layers.sharded import full
 from lightning_compress.quant.observers import MeanSquare
 from lightning_compress.team import Team
 
@@ -100,5 +101,5 @@ class OutlierSurvey:
 
     def _score(self, name: str) -> Tensor:
         rms_PC = self._squares.pop(name).value().sqrt()
-        W_RC = as_matrix(self.modules[name]).float().abs()
+        W_RC = full(as_matrix(self.modules[name])).float().abs()
         return torch.cat([W * rms for W, rms in zip(W_RC.chunk(len(rms_PC)), rms_PC, strict=True)])

@@ -28,7 +28,8 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=True, one_pass=True, own_pass=True, survey=self.sparsity_profile == "owl", team="sums")
+        survey = self.sparsity_profile == "owl"
+        return Needs(data=True, one_pass=True, own_pass=True, survey=survey, team="sums", sharded=True)
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return self.find(model)

@@ -157,7 +157,7 @@ class MovementPruningModifier(ScheduledSparsity):
     def _choose(self, curve: float) -> None:
         dense = self._dense()
         if self.mode == "hard":
-            masks = self.masks_at(curve, self._ranking(dense))
+            masks = dict(self.masks_at(curve, self._ranking(dense)))
         else:
             tau = self.threshold * curve
             masks = {name: S_RC.sigmoid() > tau for name, S_RC in self._scores.items()}

@@ -57,7 +57,7 @@ class QuantizationModifier(LayerwiseQuantizer):
     @property
     def needs(self) -> Needs:
         data = self.has_static_inputs or self.scale_search in ("imatrix", "hessian")
-        return Needs(calibration=True, data=data, one_pass=True, team="sums")
+        return Needs(calibration=True, data=data, one_pass=True, team="sums", sharded=True)
 
     def set_up(self) -> None:
         super().set_up()

@@ -16,7 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
@@ -43,7 +44,7 @@ from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
-from lightning_compress.training.sharding import reshard_between, shards
+from lightning_compress.training.sharding import block_by_block, reshard_between, shards
 
 __all__ = ["PostTraining"]
 
@@ -189,6 +190,7 @@ class PostTraining:
         team, single = self.run.team, self._single()
         if shards(self.trainer):  # every rank does the same and keeps its shards
             single._act(lifecycle, progress, single._batches(lifecycle), handing_over)
+            self.sample = single.sample
             return
         alone = [m.name for m in calibrating if m.needs.team == "alone"]
         if team.alone or not alone:
@@ -218,17 +220,24 @@ class PostTraining:
     def _act(
         self, lifecycle: Lifecycle, progress: ProgressReport, batches: Sequence[Any] | None, handing_over: bool
     ) -> None:
+        options = self.run.options.calibration
         log = nullcontext(NoLog()) if handing_over else self._opened_log(lifecycle)  # if it hands over, it trains on
-        with self._precision(), self._marked(), log as group_log:
+        with (
+            self._precision(),
+            self._marked(),
+            log as group_log,
+            block_by_block(self.trainer, self.pl_module, self.module, options) as residence,
+        ):
             calibrate(
                 lifecycle,
                 self.state,
                 batches,
-                self.run.options.calibration,
+                options,
                 clock=self.event,
                 forward=forward_of(self.pl_module, batches or []),
                 progress=lambda text, blocks, of: progress("calibration", blocks, of, text),
                 log=group_log,
+                residence=residence,
             )
 
     def _marked(self) -> AbstractContextManager[None]:
@@ -257,7 +266,13 @@ class PostTraining:
         """Calibration batches; None where no modifier uses data."""
         if not any(m.needs.data for m in lifecycle.modifiers):
             return None
-        batches, samples = calibration_batches(self.trainer, self.pl_module, self.run.options, self.run.own_batches)
+        choose = partial(calibration_batches, self.trainer, self.pl_module, self.run.options, self.run.own_batches)
+        if shards(self.trainer):  # every rank calls this, and all get the batches of one
+            batches, samples = self.run.team.result(choose, "choosing calibration batches")
+            device = self.pl_module.device
+            batches = tree_map_only(Tensor, lambda t: t if t.device.type == "cpu" else t.to(device), batches)
+        else:
+            batches, samples = choose()
         self.run.facts |= {"calibration_batches": len(batches), "calibration_samples": samples}
         if not hasattr(self.pl_module, "calibration_step"):
             check_batch(self.module, batches[0], IN_TRAINER)  # again: perhaps nothing was trained

@@ -4,16 +4,21 @@ Modifiers are initialized on whole parameters: masks, parametrizations and scale
 shards the model. Then each rank holds shards (layers/sharded.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from lightning_compress.calibration.blocks import find_blocks
+from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.calibration.residence import Residence, Sharded
 from lightning_compress.core.modifier import Modifier
-from lightning_compress.layers.sharded import is_sharded, reshard
+from lightning_compress.layers.sharded import gathered, is_sharded, plain_modules, reshard
 
-__all__ = ["before_sharding", "check_modifiers", "check_unsharded", "reshard_between", "shards", "with_action"]
+__all__ = ["before_sharding", "block_by_block", "check_modifiers", "check_unsharded", "reshard_between", "shards",
+           "with_action"]  # fmt: skip
 
 _ACT = "lightning_compress_before_sharding"
 
@@ -108,6 +113,20 @@ def check_unsharded(model: nn.Module) -> None:
             f"there: call lightning_compress.before_sharding(self) in configure_model, after the model is built and "
             f"before fully_shard or parallelize_module"
         )
+
+
+@contextmanager
+def block_by_block(
+    trainer: Trainer, pl_module: LightningModule, model: nn.Module, options: CalibrationOptions
+) -> Iterator[Residence | None]:
+    """Inside, ``calibrate`` can walk a sharded model with the residence that this yields; None for any other model."""
+    if not shards(trainer):
+        yield None
+        return
+    with plain_modules(pl_module):
+        blocks = {} if options.walk == "whole" else find_blocks(model, options.blocks)
+        with gathered(pl_module, without=blocks.values()):
+            yield Sharded()
 
 
 def reshard_between(trainer: Trainer, model: nn.Module | None) -> None:

@@ -10,10 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress import before_sharding
 
+COLUMNS = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+ROWS_OF = ["self_attn.o_proj", "mlp.down_proj"]
 STEPS, ROWS, TOKENS, VOCABULARY = 20, 4, 16, 64
 
 
@@ -77,7 +80,10 @@ class Language(LightningModule):
         if self.announces:
             before_sharding(self)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            mesh = self.device_mesh["data_parallel"]
+            mesh, columns = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+            for block in self.model.model.layers if columns.size() > 1 else ():
+                split = dict.fromkeys(COLUMNS, ColwiseParallel()) | dict.fromkeys(ROWS_OF, RowwiseParallel())
+                parallelize_module(block, columns, split)
             for block in self.model.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
@@ -93,7 +99,10 @@ class Language(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     def _loader(self, batches: int) -> DataLoader[dict[str, torch.Tensor]]:
-        return DataLoader(Tokens(self.trainer.global_rank, self.trainer.world_size, batches), batch_size=None)
+        share = {"num_replicas": 1, "rank": 0}  # ranks that share a row of the mesh see the same rows
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            share = self.trainer.strategy.distributed_sampler_kwargs
+        return DataLoader(Tokens(share["rank"], share["num_replicas"], batches), batch_size=None)
 
     def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
         return self._loader(STEPS)
@@ -116,10 +125,13 @@ class Losses(Callback):
         self.values.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
 
 
-def trainer(folder, *callbacks: Callback, ranks: int = 1, **arguments) -> Trainer:
-    """A quiet Trainer on the CPU."""
+def trainer(folder, *callbacks: Callback, ranks: int = 1, columns: int = 1, **arguments) -> Trainer:
+    """A quiet Trainer on the CPU; ``columns`` ranks share each layer (tensor parallelism)."""
     defaults = {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    parallel = {"strategy": ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1), "devices": ranks}
+    parallel = {
+        "strategy": ModelParallelStrategy(data_parallel_size=ranks // columns, tensor_parallel_size=columns),
+        "devices": ranks,
+    }
     return Trainer(
         default_root_dir=folder,
         accelerator="cpu",

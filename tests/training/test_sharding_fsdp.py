@@ -3,26 +3,34 @@
 The two ranks run all cases once; the tests read what they wrote.
 """
 
-import hashlib
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from pydantic import PrivateAttr
 
 from lightning_compress import (
+    AutoRoundModifier,
+    AWQModifier,
     CompressionCallback,
     DistillationModifier,
     FreezeModifier,
     GPTQModifier,
     MagnitudePruningModifier,
     QATModifier,
+    QuantizationModifier,
     RotationModifier,
+    SmoothQuantModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
     load,
 )
-from lightning_compress.layers.sharded import full
+from lightning_compress.core import Modifier, Needs
+from lightning_compress.layers.sharded import full, is_dtensor
 from tests.support.sharded_runs import STEPS, Language, Losses, llama, trainer
 from tests.support.two_ranks import run_two_ranks
 
@@ -32,6 +40,8 @@ STATIC = {
     "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
     "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
+IN_COLUMNS = ["distilled", "gptq_w4"]
+SLOW = ["smoothquant_gptq_w8a8", "awq_w4", "autoround_w4", "sparsegpt_owl", "wanda_2of4", "pruned_at_the_end"]
 EXACT = ["qat_w4", "pruned_2of4", "gradual", "distilled", "pruned_qat"]  # without roundings of activations
 
 
@@ -56,6 +66,43 @@ def recipes():
     }
 
 
+def calibrations():
+    """By case the modifiers that act after training."""
+    w4 = {"scheme": "W4A16", "group_size": 16}
+    return {
+        "gptq_w4": [GPTQModifier(**w4)],
+        "smoothquant_gptq_w8a8": [SmoothQuantModifier(), GPTQModifier(scheme="W8A8", ignore=HEAD)],
+        "awq_w4": [AWQModifier(scheme="W4A16_ASYM", group_size=16, ignore=HEAD)],
+        "autoround_w4": [AutoRoundModifier(**w4, ignore=HEAD, iters=3)],
+        "sparsegpt_owl": [SparseGPTModifier(sparsity=0.5, sparsity_profile="owl", ignore=HEAD)],
+        "wanda_2of4": [WandaPruningModifier(sparsity=0.5, mask_structure="2:4", ignore=HEAD)],
+        "rounded": [QuantizationModifier(targets=["Linear", "Embedding"], scheme="W8A16", group_size="auto")],
+        "pruned_at_the_end": [MagnitudePruningModifier(ignore=HEAD)],
+    }
+
+
+class OneWhole(Modifier):
+    """Notes which blocks are whole whenever a layer is called, and when a block is finished."""
+
+    needs: ClassVar[Needs] = Needs(data=True, sharded=True)
+    _most: list[int] = PrivateAttr(default_factory=list)
+    _finished: list[bool] = PrivateAttr(default_factory=list)
+
+    def on_initialize(self, state, **kwargs):
+        return True
+
+    def on_calibration_start(self, state, event, **kwargs):
+        for module in state.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                self.hook(module, lambda *args: self._most.append(len(self._whole(state))))
+
+    def on_block_end(self, state, event, **kwargs):
+        self._finished.append(self._whole(state) == ([] if state.block is None else [state.block]))
+
+    def _whole(self, state):
+        return [block for block in state.model.model.layers if not all(map(is_dtensor, block.parameters()))]
+
+
 class Cut(Callback):
     """The power fails in the second epoch, between two steps."""
 
@@ -68,11 +115,14 @@ def weights(module):
     return {name: full(value) for name, value in module.state_dict().items()}
 
 
-def run(folder: Path, name: str, ranks: int) -> None:
+def run(folder: Path, name: str, ranks: int, columns: int = 1, *, clipped: bool = True) -> None:
     """A fit of one case; its losses and weights into a file."""
-    losses = Losses()
-    callback = CompressionCallback(recipes()[name], verify=False)
-    runner, module = trainer(folder / name, losses, callback, ranks=ranks, gradient_clip_val=1.0), Language()
+    losses, training = Losses(), recipes()
+    callback = CompressionCallback(training.get(name) or calibrations()[name], verify=False)
+    arguments = {"columns": columns, "max_epochs": int(name in training)}
+    if clipped:  # torch cannot clip parameters of two meshes
+        arguments["gradient_clip_val"] = 1.0
+    runner, module = trainer(folder / name, losses, callback, ranks=ranks, **arguments), Language()
     runner.fit(module)
     rows = [(row.module, row.technique, row.sparsity) for row in callback.ledger]
     held = {"losses": losses.values, "weights": weights(module), "ledger": rows}
@@ -108,6 +158,14 @@ def resume(folder: Path) -> None:
     fit("resumed", ckpt_path=folder / "cut" / "saved" / "last.ckpt")
 
 
+def one_block(folder: Path) -> None:
+    modifier = OneWhole()
+    runner, module = trainer(folder, CompressionCallback(modifier, evaluate=False), ranks=2, max_epochs=0), Language()
+    runner.fit(module)
+    most, finished = max(modifier._most), modifier._finished
+    torch.save({"most": most, "finished": finished}, folder / f"one_block-{runner.global_rank}.pt")
+
+
 def refusals(folder: Path) -> None:
     """The messages of set-up."""
     messages = {}
@@ -117,6 +175,7 @@ def refusals(folder: Path) -> None:
         "global": (Language(), [MagnitudePruningModifier(start=0, end=4, scope="global")], {}),
         "late teacher": (Language(), [DistillationModifier(teacher="self", start=3)], {}),
         "hand over": (Language(), [GPTQModifier(scheme="W4A16", start=3), QATModifier(scheme="W4A16", start=3)], {}),
+        "columns": (Language(), [qat()], {"columns": 2}),
     }
     for case, (module, modifiers, arguments) in cases.items():
         runner = trainer(folder / "refused", CompressionCallback(modifiers), ranks=2, **arguments)
@@ -134,12 +193,17 @@ def folder(tmp_path_factory):
 
     def work(rank: int) -> None:
         torch.set_num_threads(1)
-        for name in recipes():
+        for name in (*recipes(), *calibrations()):
             run(folder, name, 2)
+        for name in IN_COLUMNS:
+            run(folder / "columns", name, 2, columns=2, clipped=False)
+        (folder / "one_block").mkdir(exist_ok=True)
+        one_block(folder / "one_block")
         resume(folder)
         refusals(folder)
 
-    ends = run_two_ranks(work, folder, 240)
+    (folder / "columns").mkdir()
+    ends = run_two_ranks(work, folder, 300)
     assert ends == ["", ""], "\n".join(ends)
     return folder
 
@@ -158,6 +222,32 @@ def test_twenty_steps_are_those_of_one_rank(folder, tmp_path, name):
     for key, value in one["weights"].items():
         assert torch.allclose(value, two["weights"][key], atol=1e-5), key
     assert one["ledger"] == two["ledger"]
+
+
+@pytest.mark.parametrize(
+    "name", ["gptq_w4", "rounded", *(pytest.param(n, marks=pytest.mark.slow) for n in calibrations() if n in SLOW)]
+)
+def test_the_calibrated_export_is_that_of_one_rank_file_by_file(folder, tmp_path, name):
+    run(tmp_path, name, 1)
+    assert files(folder / name) == files(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", IN_COLUMNS)
+def test_layers_that_ranks_share_are_those_of_one_rank(folder, tmp_path, name):
+    """Tensor parallelism."""
+    run(tmp_path, name, 1, clipped=False)
+    one, two = read(tmp_path, name), read(folder / "columns", name)
+    assert len(one["losses"]) == len(two["losses"]) == (STEPS if name in recipes() else 0)
+    assert all(abs(a - b) < 1e-5 for a, b in zip(one["losses"], two["losses"], strict=True))
+    if name in calibrations():
+        assert files(folder / "columns" / name) == files(tmp_path / name)
+
+
+def test_one_block_is_whole_at_a_time(folder):
+    for rank in (0, 1):
+        held = read(folder / "one_block", "one_block", rank)
+        assert held["most"] == 1
+        assert held["finished"] == [True] * 4  # two blocks, and the modules before and after them
 
 
 @pytest.mark.parametrize("name", list(recipes()))
@@ -198,6 +288,7 @@ def test_the_best_weights_are_compressed_and_validated(folder):
         ("global", "MagnitudePruningModifier cannot .* shards: scope='global' ranks all targets at once"),
         ("late teacher", "DistillationModifier cannot .* shards: teacher='self' copies the model at start=3"),
         ("hand over", "GPTQModifier cannot .* shards: with start=3.0 it calibrates during training"),
+        ("columns", r"QATModifier cannot .* it parametrizes weights.*\(tensor_parallel_size=2\); use"),
     ],
 )
 def test_what_cannot_work_is_refused_at_set_up(folder, case, message):
@@ -205,5 +296,9 @@ def test_what_cannot_work_is_refused_at_set_up(folder, case, message):
         assert re.search(message, read(folder, "refused", rank)[case], re.DOTALL)
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def files(run: Path):
+    """The content of an export; its manifest names the run, so only that it exists."""
+    return {
+        path.name: b"" if path.name == "export_manifest.json" else path.read_bytes()
+        for path in (run / "compressed").iterdir()
+    }

@@ -96,7 +96,7 @@ class AutoRoundModifier(LayerwiseQuantizer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=True, own_pass=True, dense_outputs=self.target == "dense")
+        return Needs(data=True, own_pass=True, dense_outputs=self.target == "dense", sharded=True)
 
     @property
     def _initial(self) -> Start:

@@ -111,7 +111,7 @@ class GPTQModifier(LayerwiseQuantizer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=True, one_pass=True, hand_over=self.start is not None, team="sums")
+        return Needs(data=True, one_pass=True, hand_over=self.start is not None, team="sums", sharded=True)
 
     @property
     def keeps_latents(self) -> bool:

@@ -73,7 +73,7 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
     """
 
     technique: ClassVar[str] = "awq"
-    needs: ClassVar[Needs] = Needs(data=True, own_pass=True)
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, sharded=True)
     statistic: ClassVar[type[ChannelStatistic]] = ChannelMean
 
     quantize: bool = True

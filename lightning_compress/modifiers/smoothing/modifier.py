@@ -152,7 +152,7 @@ class SmoothingModifier(PairModifier, ABC):
         ignore: Class names, dotted names or ``re:`` patterns of layers that are left out.
     """
 
-    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, window=False)
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, window=False, sharded=True)
     statistic: ClassVar[type[ChannelStatistic]] = ChannelMax
 
     targets: Names = ["Linear"]
