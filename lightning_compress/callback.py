@@ -151,7 +151,8 @@ class CompressionCallback(Callback):
         self._stage = stage
         self._take_off()
         self._cleanup.enter_context(carry_shapes(pl_module, self.options.module))
-        self._cleanup.enter_context(self.run.in_team(trainer))
+        if stage != "predict":
+            self._cleanup.enter_context(self.run.in_team(trainer))
         if stage != "fit":
             return
         check_fit(trainer, pl_module, self, self._root)

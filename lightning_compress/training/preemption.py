@@ -77,9 +77,10 @@ class Preemption:
         self._received: int | None = None
         self._left = self._alone = self._at_once = False
         self._training, self._evaluating = _Pace(), _Pace()
-        self._evaluation_batches = 0  # that come on every rank
+        self._evaluation_batches = 0.0  # that come on every rank
         self._validated = self._had_point = self._repeatable = False
         self._random: dict[str, Any] | None = None  # before validation began
+        self._callbacks: list[Any] = []
 
     @property
     def trainer(self) -> Trainer:
@@ -89,7 +90,7 @@ class Preemption:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside, signals are answered; a user's handler for the requeue signal stays, one for SIGTERM runs as well."""
-        trainer, formers = self.trainer, dict[int, Any]()
+        trainer, formers, self._callbacks = self.trainer, dict[int, Any](), self.trainer.callbacks
         if threading.current_thread() is threading.main_thread():
             self._requeues = _requeues(trainer)
             numbers = (*self._requeues, signal.SIGTERM)
@@ -125,6 +126,9 @@ class Preemption:
     def _after_batch(self, advance_end: Callable[[Any], None], fetcher: Any) -> None:
         """Patched in for the end of a training batch: validation, where it is due, is a part of it."""
         loop = self.trainer.fit_loop.epoch_loop
+        if self._is_tuning():
+            advance_end(fetcher)
+            return
         self._random = random_state.collect() if loop._should_check_val_fx(fetcher) else None
         self._validated = False
         advance_end(fetcher)
@@ -134,9 +138,15 @@ class Preemption:
 
     def _after_epoch(self, advance_end: Callable[[], None]) -> None:
         advance_end()
+        if self._is_tuning():
+            return
         if not (self._had_point or self._stops()):  # a single batch, or validation after each
             self._ask(self._training, save=True)
         self._had_point = False
+
+    def _is_tuning(self) -> bool:
+        """Lightning's search for a learning rate or a batch size, which no run goes on with, has its own callbacks."""
+        return self.trainer.callbacks is not self._callbacks
 
     def _stops(self) -> bool:
         """Training ends early, which no checkpoint says."""
@@ -154,7 +164,8 @@ class Preemption:
         self._repeatable, self._evaluating = False, _Pace()
         counts = self.team.gather(None if None in batches else sum(batches), "the start of an evaluation")
         known = [count for count in counts if count is not None and count != float("inf")]
-        self._evaluation_batches = int(min(known)) if len(known) == len(counts) else 0
+        unknown = float("inf") if self.team.alone else 0.0  # a rank may end before the others, and not answer
+        self._evaluation_batches = min(known) if len(known) == len(counts) else unknown
 
     def after_evaluation_batch(self) -> None:
         """Ranks ask as long as all of them have batches; after the last one they wait for each other's metrics."""

@@ -3,9 +3,11 @@
 import signal
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 
 from lightning_compress.training import preemption
-from tests.support.preempted_runs import Signals, attempts, fit, outcome
+from tests.support.preempted_runs import Recorded, Signals, attempts, fit, outcome
 from tests.test_kill_resume import differences
 
 MOMENTS = {
@@ -53,3 +55,21 @@ def test_ranks_ask_every_50_ms_or_so_and_not_for_more_than_2_percent_of_the_time
     pace.adapt(seconds, cost, 1.0)
     assert [pace.is_due() for _ in range(calls)] == [False] * (calls - 1) + [True]
     assert pace.cost == 1.0
+
+
+def test_a_signal_in_the_search_for_a_learning_rate_waits_for_the_training(tmp_path, slurm, monkeypatch):
+    monkeypatch.setattr(preemption, "MOST_CALLS_BETWEEN_QUESTIONS", 1)
+
+    class Tuned(Recorded):
+        lr = 0.01
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 1 and not list(tmp_path.glob("hpc_ckpt*")):
+                signal.raise_signal(signal.SIGUSR1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, LearningRateFinder(num_training_steps=4), module=Tuned, num_sanity_val_steps=0)
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] == 1
+    assert slurm() == ["requeue 77"]

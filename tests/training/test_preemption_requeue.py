@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress import CompressionCallback
 from tests.support.preempted_runs import Signals
@@ -148,13 +149,19 @@ def test_handlers_are_afterwards_what_they_were(tmp_path, slurm):
     assert [signal.getsignal(number) for number in numbers] == formers
 
 
-def test_in_the_test_the_job_is_requeued_and_nothing_is_saved(tmp_path, slurm):
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(Sums().rows)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known length", "unknown length"])
+def test_in_the_test_the_job_is_requeued_and_nothing_is_saved(tmp_path, slurm, known):
     signals = Signals(signal.SIGUSR1, {"on_test_batch_start": [1]})
     trainer = quiet(tmp_path, CompressionCallback(RoundingModifier()), signals)
     trainer.fit(module := Regression(), Sums())
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(SystemExit) as caught:
-        trainer.test(module, Sums(), verbose=False)
+        trainer.test(module, Sums() if known else DataLoader(Stream(), 4), verbose=False)
     assert caught.value.code == 143
     assert slurm() == ["requeue 77"]
     assert sorted(path.name for path in tmp_path.iterdir()) == before
