@@ -135,6 +135,9 @@ class Sharded:
     def passing(self, blocks: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         return _present_while_called(blocks, lambda _name, block: gathered(block, write=False), None)
 
+    def outside(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+        """They are: the caller has gathered them, and writes them back."""
+
     def check(self, plan: CalibrationPlan, unseen: Sequence[str]) -> None:
         """Blocks are gathered whenever they are needed."""
 
