@@ -24,7 +24,7 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-newest fuzz test-kernels test-slow test-real test-slurm lint same-bytes house format clean
+.PHONY: help demo test test-newest chaos fuzz test-kernels test-slow test-real test-slurm lint same-bytes house format clean
 .PHONY: coverage docs dist test-lowest
 
 help:  ## this list
@@ -95,6 +95,9 @@ test-lowest: $(LOWEST_READY)  ## the tests with the lowest versions that pyproje
 
 coverage: $(READY)  ## the tests, and the lines and branches of the package that they miss
 	$(TEST) $(PARALLEL) $(HERE) --cov --cov-report=term --cov-report=xml $(ARGS)
+
+chaos: $(READY)  ## kill calibrations and exports 50 times, on one and two processes, and compare (ARGS="--kills 10 --seed 1")
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.chaos $(ARGS)
 
 fuzz: $(READY)  ## damaged files for every reader of the package, 30 seconds (ARGS="--seconds 600")
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.driver $(ARGS)

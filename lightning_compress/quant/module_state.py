@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import parameter_of, weight_of
 from lightning_compress.layers.records import Record
+from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.packing import is_packable, pack, tensor_names, unpack
 from lightning_compress.quant.record import Quantized
 
-__all__ = ["from_tensors", "to_tensors"]
+__all__ = ["dense_tensors", "from_tensors", "settle", "to_tensors"]
 
 Tensors = dict[str, Tensor]
 Slots = dict[str, tuple[nn.Module, str]]
@@ -48,7 +49,7 @@ def to_tensors(modules: Mapping[str, nn.Module]) -> tuple[Tensors, dict[str, Any
         for record in _records(module):
             in_codes, of_record = {}, _tensors_of(record)
             if name in packed and isinstance(record, Quantized):
-                in_codes = _tensors_of(unpack(packed[name], type(module), record.scheme)[1])
+                in_codes = _in_codes(module, record, packed[name])
             extra = {field: t for field, t in of_record.items() if not _same_bits(t, in_codes.get(field))}
             tensors |= {f"{name}.{record.attribute}.{field}": value for field, value in extra.items()}
             records.setdefault(name, {})[record.attribute] = {
@@ -92,6 +93,29 @@ def from_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
             old = new.of(module)
             if old is None or not _equal(old, new):  # hooks keep their order where nothing has changed
                 new.to(_device_of(module)).attach(module)
+
+
+def settle(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Give modules the bits that :func:`from_tensors` gives others, after their own :func:`to_tensors`.
+
+    Only the sign of zeros can differ, of weights on integer grids; other grids have codes for both.
+    """
+    others: list[str] = []
+    for name in facts["packed"]:
+        record = Quantized.of(modules[name])
+        assert record is not None
+        if record.scheme.weights.type == "int":
+            with torch.inference_mode(False), torch.no_grad():
+                weight_of(modules[name]).add_(0.0)  # -0.0 + 0.0 is 0.0, and no other number changes
+        else:
+            others.append(name)
+    if others:
+        from_tensors(modules, tensors, facts)
+
+
+def dense_tensors(modules: Mapping[str, nn.Module]) -> Tensors:
+    """Parameters and buffers of modules by name, experts as slices; they share memory with the modules."""
+    return {key: _tensor_at(*slot) for key, slot in _slots(modules).items()}
 
 
 # -- parameters and buffers -------------------------------------------------------------------------------------------
@@ -187,6 +211,17 @@ def _pack(name: str, module: nn.Module) -> Tensors | None:
         return pack(name, module, record)
     except (RuntimeError, ValueError):  # changed after rounding, or a strategy that no reader knows
         return None
+
+
+def _in_codes(module: nn.Module, record: Quantized, codes: Tensors) -> Tensors:
+    """The tensors of a record that :func:`unpack` gives back."""
+    if is_microscaled(record.scheme.weights):
+        return _tensors_of(unpack(codes, type(module), record.scheme)[1])
+    names = {"scale": "weight_scale", "input_scale": "input_scale", "input_zero_point": "input_zero_point"}
+    tensors = {field: codes[local] for field, local in names.items() if local in codes}
+    if record.zero_point is not None and "weight_zero_point" in codes:  # packed in words, exactly
+        tensors["zero_point"] = record.zero_point
+    return tensors
 
 
 def _unpack(name: str, module: nn.Module, fields_: Mapping[str, Any], left: Tensors) -> Quantized:

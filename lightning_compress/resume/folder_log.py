@@ -6,7 +6,8 @@
     <folder>/.groups.partial/log/plan.json      recipe, model, data (plan.py)
 
     facts: {"title": name of the group, "state": facts of quant/module_state.py, "unchanged": [names of tensors that are
-            as in the plan, and not in the shard], "modifiers": [Modifier.group_state], "random": torch's random state}
+            as in the plan, and not in the shard], "modifiers": [Modifier.group_state], "random": torch's random state,
+            "checksum": sha256 of all these and of the rows}
 
 Rank 0 alone reads and writes; the other ranks get what it has read.
 """
@@ -29,9 +30,17 @@ from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Lifecycle, Modifier, State
 from lightning_compress.core.ledger import Row
 from lightning_compress.export.stream import Shard, ShardWriter
-from lightning_compress.quant.module_state import from_tensors, to_tensors
+from lightning_compress.quant.module_state import dense_tensors, from_tensors, settle, to_tensors
 from lightning_compress.resume.holder import Holder
-from lightning_compress.resume.plan import batch_digest, difference, make_plan, read_plan, tensor_digest, write_plan
+from lightning_compress.resume.plan import (
+    batch_digest,
+    difference,
+    json_digest,
+    make_plan,
+    read_plan,
+    tensor_digest,
+    write_plan,
+)
 
 __all__ = [
     "ANEW",
@@ -150,18 +159,23 @@ class FolderLog:
             return False
         tensors, facts, rows = entry
         if facts["unchanged"]:
-            present = to_tensors(modules)[0]
+            present = dense_tensors(modules)
             tensors |= {name: present[name] for name in facts["unchanged"]}
-        from_tensors(modules, tensors, facts["state"])
-        for modifier, known in zip(self._lifecycle.modifiers, facts["modifiers"], strict=True):
-            modifier.load_group_state(modules, known)
-        self._state.ledger.put(rows)
-        set_random_state(facts["random"])
+        try:
+            from_tensors(modules, tensors, facts["state"])
+            for modifier, known in zip(self._lifecycle.modifiers, facts["modifiers"], strict=True):
+                modifier.load_group_state(modules, known)
+            self._state.ledger.put(rows)
+            set_random_state(facts["random"])
+        except Exception as error:  # the modules are changed in part by now
+            raise ValueError(
+                f"shard {self._number} of the log in {self.folder} does not fit: {error}; {ANEW}"
+            ) from error
         return True
 
     def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
         tensors, facts = to_tensors(modules)
-        from_tensors(modules, tensors, facts)
+        settle(modules, tensors, facts)
         earlier = set(map(id, self._rows))
         rows = [asdict(row) for row in self._state.ledger.rows if id(row) not in earlier]
         modifiers = [modifier.group_state(modules) for modifier in self._lifecycle.modifiers]
@@ -169,7 +183,7 @@ class FolderLog:
         def write() -> None:
             unchanged = [n for n, t in tensors.items() if n in self._digests and self._digests[n] == tensor_digest(t)]
             changed = {name: tensor for name, tensor in tensors.items() if name not in set(unchanged)}
-            self._write(title, changed, rows, state=facts, unchanged=unchanged, modifiers=modifiers)
+            self._write(changed, rows, title=title, state=facts, unchanged=unchanged, modifiers=modifiers)
 
         self._state.team.result(write, "writing the log")
 
@@ -195,7 +209,7 @@ class FolderLog:
                 sums |= {name: sums[name] + tensor if name in sums else tensor for name, tensor in each.items()}
 
             def write() -> None:
-                self._write(SURVEY, sums, [], state={}, unchanged=[], modifiers=[])
+                self._write(sums, [], title=SURVEY, state={}, unchanged=[], modifiers=[])
 
             self._state.team.result(write, "writing the log")
 
@@ -240,19 +254,20 @@ class FolderLog:
         if self._number > len(self._shards):
             return None
         shard = self._shards[self._number - 1]
-        kinds = {"title": str, "state": dict, "unchanged": list, "modifiers": list, "random": dict}
-        if {key: type(value) for key, value in shard.facts.items()} != kinds or shard.facts["title"] != title:
+        facts = dict(shard.facts)
+        if facts.pop("checksum", None) != json_digest([facts, shard.rows]) or facts.get("title") != title:
             warnings.warn(
-                f"shard {shard.number} of {self.folder} is not that of {title}: it is done again", stacklevel=2
+                f"shard {shard.number} of {self.folder} is damaged, or not that of {title}: it and those after it are "
+                f"done again",
+                stacklevel=2,
             )
             self._shards = self._shards[: self._number - 1]
             return None
-        return self._writer.read(shard), shard.facts, shard.rows
+        return self._writer.read(shard), facts, shard.rows
 
-    def _write(
-        self, title: str, tensors: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]], **facts: Any
-    ) -> None:
-        self._writer.write(self._number, tensors, {"title": title, **facts, "random": random_state()}, rows)
+    def _write(self, tensors: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+        facts["random"] = random_state()
+        self._writer.write(self._number, tensors, facts | {"checksum": json_digest([facts, rows])}, rows)
 
 
 def random_state() -> dict[str, Any]:

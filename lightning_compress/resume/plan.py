@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Modifier
 from lightning_compress.files.atomic_file import whole_file
-from lightning_compress.quant.module_state import to_tensors
+from lightning_compress.quant.module_state import dense_tensors
 from lightning_compress.recipe import dump_recipe, recipe_difference
 
-__all__ = ["FORMAT_VERSION", "batch_digest", "difference", "make_plan", "read_plan", "tensor_digest", "write_plan"]
+__all__ = ["FORMAT_VERSION", "batch_digest", "difference", "json_digest", "make_plan", "read_plan", "tensor_digest",
+           "write_plan"]  # fmt: skip
 
 FORMAT_VERSION = 1
 PLAN_BYTES = 2**27
-KINDS = {"format_version": int, "recipe": dict, "model": dict, "batches": list, "walk": dict, "versions": dict,
-         "machine": dict}  # fmt: skip
 LIBRARIES = ("torch", "compressed_tensors", "transformers", "numpy", "triton")
 
 Plan = dict[str, Any]
@@ -48,7 +47,8 @@ def make_plan(
         blocks: Names of the model's blocks.
         options: How calibration goes through the model.
     """
-    tensors = {key: value for name, module in model.named_modules() for key, value in _tensors(name, module).items()}
+    by_module = (dense_tensors({name: module}) for name, module in model.named_modules())
+    tensors = {key: tensor_digest(value) for each in by_module for key, value in each.items()}
     devices = sorted({str(p.device.type) for p in model.parameters()} | {torch.device(options.device or "cpu").type})
     return {
         "format_version": FORMAT_VERSION,
@@ -94,9 +94,9 @@ def difference(before: Plan, now: Plan) -> str:
 
 
 def write_plan(path: Path, plan: Plan) -> None:
-    """Write a plan, whole or not at all."""
+    """Write a plan with its checksum, whole or not at all."""
     with whole_file(path) as partial:
-        partial.write_text(f"{json.dumps(plan)}\n", encoding="utf-8")
+        partial.write_text(f"{json.dumps(plan | {'checksum': json_digest(plan)})}\n", encoding="utf-8")
 
 
 def read_plan(path: Path) -> Plan:
@@ -107,12 +107,18 @@ def read_plan(path: Path) -> Plan:
         plan = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
-    kinds = {key: type(value) for key, value in plan.items()} if isinstance(plan, dict) else {}
-    if kinds != KINDS or plan["format_version"] != FORMAT_VERSION:
+    checksum = plan.pop("checksum", None) if isinstance(plan, dict) else None
+    if checksum is None or plan.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} is not a plan of format_version {FORMAT_VERSION}")
-    if not all(isinstance(plan["recipe"].get(key), dict) for key in ("modifiers",)):
-        raise ValueError(f"{path}: the recipe has no modifiers")
+    if checksum != json_digest(plan):
+        raise ValueError(f"{path} was changed after it was written: its checksum is another one")
+    assert isinstance(plan, dict)
     return plan
+
+
+def json_digest(value: Any) -> str:
+    """sha256 of a value in JSON types, which does not change when it is written and read."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -128,11 +134,6 @@ def batch_digest(batch: Any) -> str:
     for text in _leaves(batch):
         checksum.update(f"{text}\n".encode())
     return checksum.hexdigest()
-
-
-def _tensors(name: str, module: nn.Module) -> dict[str, str]:
-    """Digests of a module's own tensors and records, by their names in the log."""
-    return {key: tensor_digest(value) for key, value in to_tensors({name: module})[0].items()}
 
 
 def _leaves(value: Any) -> list[str]:

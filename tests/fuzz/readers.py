@@ -148,9 +148,37 @@ def read_cache(folder: Path) -> None:
             raise AssertionError(f"the answer to sample {number} is not the one that was put in: {found}")
 
 
+# -- the log of a calibration -----------------------------------------------------------------------------------------
+
+
+def small_stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)), nn.Linear(8, 2)).eval()
+
+
+def logged(folder: Path) -> list[torch.Tensor]:
+    model, inputs = small_stack(), [torch.ones(2, 8), torch.eye(8)]
+    compress(model, [QuantizationModifier(scheme="W8A8", group_size=-1, scale_search="hessian")], inputs, log=folder)
+    return list(model.state_dict().values())
+
+
+def read_log(folder: Path) -> None:
+    """A calibration goes on from what is whole, and ends with the same weights."""
+    if not all(torch.equal(one, other) for one, other in zip(logged(folder), LOGGED, strict=True)):
+        raise AssertionError("the weights are not those of an unbroken calibration")
+
+
+LOGGED: list[torch.Tensor] = []
+
+
+def make_log(folder: Path) -> None:
+    LOGGED[:] = logged(folder)
+
+
 READERS = (
     Reader("load", make_llama, damage, lambda folder: load(folder) and None),
     Reader("load_into", make_own, damage, lambda folder: load(folder, conv_net()) and None),
     Reader("recipe", make_recipes, damage_recipe, read_one_recipe),
     Reader("cache", make_cache, damage, read_cache),
+    Reader("log", make_log, damage, read_log),
 )

@@ -15,7 +15,7 @@ from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.kv_cache import QuantizedCache
-from lightning_compress.quant.module_state import from_tensors, to_tensors
+from lightning_compress.quant.module_state import from_tensors, settle, to_tensors
 from lightning_compress.quant.packing import pack
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import presets
@@ -90,10 +90,12 @@ def assert_both_sides_are_equal(dense, model):
     before = codes(model)
     tensors, facts = through_files(named(model))
     assert set(facts["packed"]) == set(before)
-    reader = copy.deepcopy(dense)
+    reader, settled = copy.deepcopy(dense), copy.deepcopy(model)
     from_tensors(named(reader), tensors, facts)
+    settle(named(settled), tensors, facts)
     from_tensors(named(model), tensors, facts)
     assert_equal_bits(model, reader)
+    assert_equal_bits(settled, reader)
     assert codes(model) == before
     return tensors, facts
 
