@@ -15,7 +15,8 @@ __all__ = ["main"]
 
 SWEEP = """Compare the jobs of a sweep by the size, the metric, its standard error and the seconds in their
 report/summary.json. Prints a table and writes sweep.csv, sweep.md and sweep.png into FOLDER. A job that failed, has not
-ended or did not start is named with the reason.
+ended or did not start is named with the reason. The standard error is that of the change from the model before
+compression; seconds are those of calibration, export and measurements, without training.
 
 FOLDER is the folder of a sweep of `python train.py -m ...` (hydra.sweep.dir), of a Slurm array, or any folder that
 holds runs at any depth. Exit code: 0; 1 if a job has no result; 2 for wrong arguments."""

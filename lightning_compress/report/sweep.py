@@ -1,7 +1,8 @@
 """Jobs of a sweep side by side: size, metric, its standard error, seconds, and the Pareto front of size and metric.
 
 A job is on the front if no other has both a size and a metric that are at least as good, and one of them better. The
-standard error is that of the change from the model before compression, paired over the same tokens.
+standard error is that of the change from the model before compression, paired over the same tokens; it does not
+decide who is on the front. Seconds are those of all phases in the summary, of which training is not one.
 """
 
 import math

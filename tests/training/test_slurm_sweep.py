@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,12 @@ class SlowStep(Callback):
 '''
 
 
-@pytest.fixture(autouse=True)
-def _submitit():
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
-
-
 # -- the config --------------------------------------------------------------------------------------------------
+
+
+needs_submitit = pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_submitit_launcher") is None, reason="needs the extra slurm"
+)
 
 
 def composed(monkeypatch: pytest.MonkeyPatch, *overrides: str, **variables: str) -> DictConfig:
@@ -67,6 +68,7 @@ def composed(monkeypatch: pytest.MonkeyPatch, *overrides: str, **variables: str)
         return compose("train", overrides=[*overrides, "task_name=train"], return_hydra_config=True)
 
 
+@needs_submitit
 def test_the_launcher_requeues_at_the_time_limit_and_gives_back_a_failed_jobs_nodes(monkeypatch):
     launcher = composed(monkeypatch, "hydra/launcher=slurm", "hydra.launcher.partition=gpu").hydra.launcher
     assert launcher._target_.endswith(".SlurmLauncher")
@@ -79,6 +81,7 @@ def test_the_launcher_requeues_at_the_time_limit_and_gives_back_a_failed_jobs_no
 JOB = {"SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "80", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}
 
 
+@needs_submitit
 @pytest.mark.parametrize("launcher", ["slurm", "submitit_slurm"])
 def test_no_job_id_names_the_folder_of_a_sweep_that_is_submitted_from_outside(monkeypatch, launcher):
     """Each job composes the config again: its own id would give it a folder of its own."""
@@ -93,12 +96,12 @@ def test_a_sweep_inside_one_job_is_named_by_it(monkeypatch):
 # -- jobs --------------------------------------------------------------------------------------------------------
 
 
-def sweep(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
+def sweep(folder: Path, *overrides: str, **variables: str) -> "subprocess.Popen[str]":
     """``train.py -m`` over two recipes, from a folder with a space in its name; ends when its jobs have."""
     (folder / "slow.py").write_text(SLOW)
     command = [sys.executable, str(ROOT / "train.py"), "-m", *DEMO, f"+compress={','.join(RECIPES)}", *overrides]
-    environ = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    output = (folder / "output.txt").open("w")
+    environ = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1", **variables}
+    output = (folder / "output.txt").open("a")
     return subprocess.Popen(
         [*command, "hydra.sweep.dir=sweep"], cwd=folder, env=environ, text=True, stdout=output, stderr=output
     )
@@ -123,6 +126,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+@needs_submitit
 @pytest.mark.slow
 def test_submitits_local_executor_runs_a_sweep_without_a_cluster(folder: Path):
     """The signal of its time limit comes to one of the jobs, which run side by side."""
@@ -136,6 +140,31 @@ def test_submitits_local_executor_runs_a_sweep_without_a_cluster(folder: Path):
         process.kill()
     assert_reported(folder)
     assert_went_on(log)
+
+
+TASK = {
+    "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "compress", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_NNODES": "1",
+    "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_inside_one_job_that_is_requeued_goes_on_with_the_run_that_was_signalled(folder: Path):
+    """A Slurm job played in one process: its variables, and a scontrol that does nothing."""
+    (folder / "scontrol").symlink_to("/bin/true")
+    settings = ["trainer=slurm", "trainer.accelerator=cpu", "+callbacks.slow._target_=slow.SlowStep"]
+    variables = {**TASK, "PATH": f"{folder}:{os.environ['PATH']}"}
+    output = folder / "output.txt"
+    process = sweep(folder, *settings, **variables)
+    until(lambda: output.read_text().count("a slow step") == 2, "the step of the second run", folder)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(100) == 143, output.read_text()[-4000:]
+    assert sweep(folder, *settings, **variables, SLURM_RESTART_COUNT="1").wait(200) == 0, output.read_text()[-4000:]
+    assert_reported(folder)
+    _, second = output.read_text().split("SIGUSR1: this run ends here")
+    for job in "01":
+        assert f"Restored all states from the checkpoint at {folder}/sweep/{job}/hpc_ckpt_1.ckpt" in second
+    assert re.findall(r"compressed model: (.*)", second) == [f"{folder}/sweep/1/compressed"]
 
 
 def slow_steps(folder: Path, job: str) -> list[tuple[Path, int]]:
@@ -163,6 +192,7 @@ def until(met: Callable[[], object], what: str, folder: Path, seconds: float = 2
     raise AssertionError(f"waited up to {seconds} s for {what}:\n{(folder / 'output.txt').read_text()[-3000:]}\n{logs}")
 
 
+@needs_submitit
 @pytest.mark.slurm
 @pytest.mark.timeout(600)
 def test_a_job_of_a_sweep_that_reaches_its_limit_is_requeued_and_goes_on(folder: Path):
