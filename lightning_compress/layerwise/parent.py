@@ -1,10 +1,11 @@
 """The module around layers that one source feeds (an attention, an MLP): its recorded calls, and its output's error.
 
 Recorded are the inputs and dense outputs of the parent for all batches of one block, on the device they were made on.
+Each of several ranks records its own batches; errors are those of all ranks, piece by piece.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_compress.core.precision import model_precision
+from lightning_compress.team import Team
 
 __all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "record_calls"]
 
@@ -39,51 +41,73 @@ def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str
     return None
 
 
+Place = tuple[int, int]
+"""Of a call among those of all ranks: the number of its batch, and its own number on the rank that has the batch."""
+
+
 @dataclass
 class ParentCalls:
-    """Calls of one parent: arguments, dense output, and which tokens count, batch by batch."""
+    """Calls of one parent: arguments, dense output, which tokens count, and the number of the batch."""
 
     module: nn.Module
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
 
-    def squared_error(self, batches: Sequence[int]) -> float:
-        """||output now - dense output||^2 over some batches, of the tokens that count."""
-        total = 0.0
-        for i in batches:
-            args, kwargs = self.arguments[i]
-            outputs = self._run(args, kwargs), self.outputs[i]
-            output, dense = (counted(tensor, self.masks[i]).float() for tensor in outputs)
-            total += float((output - dense).square().sum().double())
-        return total
+    def places(self) -> list[Place]:
+        return [(batch, i) for i, batch in enumerate(self.batches)]
 
-    def split(self, tokens: int) -> "ParentCalls":
+    def squared_errors(self, places: Collection[Place]) -> dict[Place, float]:
+        """||output now - dense output||^2 of those calls that this rank has, over the tokens that count."""
+        errors = {}
+        for place, (args, kwargs), recorded, mask in zip(
+            self.places(), self.arguments, self.outputs, self.masks, strict=True
+        ):
+            if place in places:
+                outputs = self._run(args, kwargs), recorded
+                output, dense = (counted(tensor, mask).float() for tensor in outputs)
+                errors[place] = float((output - dense).square().sum().double())
+        return errors
+
+    def split(self, tokens: int, team: Team = Team()) -> "ParentCalls":  # noqa: B008  (frozen)
         """The same calls in pieces of at least so many tokens, each of some samples.
 
-        Every tensor whose leading size is that of the output is split. A piece of the first call is tried with the
-        weights as they are now; where the parent fails, or returns something else, nothing is split.
+        Every tensor whose leading size is that of the output is split. A piece of the first call of all ranks is tried
+        with the weights as they are now; where the parent fails, or returns something else, no rank splits anything.
         """
+        pieces = self._pieces(tokens)
+        ranks = team.gather((self.batches[:1], len(pieces.outputs) > len(self.outputs)), "pieces of calls")
+        if not any(more for _, more in ranks):
+            return self
+        owner = min((rank for rank in range(len(ranks)) if ranks[rank][0]), key=lambda rank: ranks[rank][0])
+        return pieces if team.result(pieces.reproduce, "trying a piece of a call", owner) else self
+
+    def _pieces(self, tokens: int) -> "ParentCalls":
         pieces = ParentCalls(self.module)
-        for (args, kwargs), output, mask in zip(self.arguments, self.outputs, self.masks, strict=True):
+        calls = zip(self.arguments, self.outputs, self.masks, self.batches, strict=True)
+        for (args, kwargs), output, mask, batch in calls:
             samples = len(output) if output.ndim > 2 else 1
             step = max(1, math.ceil(tokens * samples * output.shape[-1] / output.numel())) if output.numel() else 1
             if samples == 1:
-                pieces.add(args, kwargs, output, mask)
+                pieces.add(args, kwargs, output, mask, batch)
                 continue
             for i in range(0, samples, step):
 
                 def piece(tensor: Tensor, rows: slice = slice(i, i + step), samples: int = samples) -> Tensor:
                     return tensor[rows] if tensor.ndim and len(tensor) == samples else tensor
 
-                pieces.add(*tree_map_only(Tensor, piece, (args, kwargs, output, mask)))
-        return pieces if len(pieces.outputs) > len(self.outputs) and pieces.reproduce() else self
+                pieces.add(*tree_map_only(Tensor, piece, (args, kwargs, output, mask)), batch)
+        return pieces
 
-    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, mask: Tensor | None) -> None:
-        """One more call."""
+    def add(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, mask: Tensor | None, batch: int = 0
+    ) -> None:
+        """One more call, of a batch with this number."""
         self.arguments.append((args, kwargs))
         self.outputs.append(output)
         self.masks.append(mask)
+        self.batches.append(batch)
 
     def reproduce(self) -> bool:
         """Whether the parent returns the recorded output of the first call, up to rounding."""
@@ -106,7 +130,10 @@ class ParentCalls:
 
 
 def record_calls(
-    parents: Mapping[str, nn.Module], run: Callable[[], Any], mask: Callable[[], Tensor | None]
+    parents: Mapping[str, nn.Module],
+    run: Callable[[], Any],
+    mask: Callable[[], Tensor | None],
+    batch: Callable[[], int] = lambda: 0,
 ) -> dict[str, ParentCalls]:
     """Run all batches once and record the calls of some parents.
 
@@ -114,9 +141,10 @@ def record_calls(
         parents: Modules by dotted name.
         run: Puts all batches through the block.
         mask: Returns the tokens that count of the current batch.
+        batch: Returns the number of the current batch.
 
     Returns:
-        Calls by the name of the parent; a parent that is never called is left out.
+        Calls by the name of the parent.
     """
     calls = {name: ParentCalls(module) for name, module in parents.items()}
     copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -135,6 +163,7 @@ def record_calls(
 
         calls[name].arguments.append(tree_map_only(Tensor, copy, (args, kwargs)))
         calls[name].masks.append(mask())
+        calls[name].batches.append(batch())
 
     def after(name: str, output: Any) -> None:
         calls[name].outputs.append(first_tensor(output).clone())
@@ -148,7 +177,7 @@ def record_calls(
             for handle in handles:
                 stack.callback(handle.remove)
         run()
-    return {name: recorded for name, recorded in calls.items() if recorded.outputs}
+    return calls
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -10,7 +10,7 @@ most speed and cost the most accuracy.
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -53,6 +53,8 @@ class DepthPruningModifier(Modifier):
     protect: int = Field(default=0, ge=0)
 
     _path: str = PrivateAttr(default="")
+    reduce: ClassVar[dict[str, str]] = {"_sums": "sum", "_tokens": "sum"}
+
     _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.float64))  # of 1 - cos, [L] blocks
     _tokens: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # seen by each, [L]
     _in_batch: bool = PrivateAttr(default=False)
@@ -76,7 +78,7 @@ class DepthPruningModifier(Modifier):
     @property
     def needs(self) -> Needs:
         measured = self.start is None and self.count is not None
-        return Needs(data=measured, survey=measured, changes_shapes=True)
+        return Needs(data=measured, survey=measured, changes_shapes=True, team="sums" if measured else "weights")
 
     def conflict(self, other: Modifier, state: State, earlier: bool) -> str | None:
         """Later blocks get new names, so that all modules of ``other`` count."""
@@ -173,6 +175,7 @@ class DepthPruningModifier(Modifier):
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
         if not state.block_name:  # the last one: modules outside of blocks
+            state.team.reduce_(self)
             self._prune(state)
 
     def _prune(self, state: State) -> None:

@@ -75,7 +75,8 @@ class KVCacheModifier(Modifier):
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration=True, data=self.strategy != "token")
+        data = self.strategy != "token"
+        return Needs(calibration=True, data=data, team="sums" if data else "weights")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         self._find(state.model)
@@ -134,10 +135,25 @@ class KVCacheModifier(Modifier):
         x, mask = x_BHTD.transpose(1, 2), self.token_mask
         x_NHD = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:2] else x.flatten(0, 1)
         heads = x_NHD.unbind(1) if self.strategy == "head" else [x_NHD]
-        if not observers:
-            observers += [make_observer(self.observer, self._args, self.averaging_constant) for _ in heads]
+        self._fill(observers, len(heads))
         for observer, head in zip(observers, heads, strict=True):
-            observer.update(head)
+            observer.update(head, self.batch_number)
+
+    def _fill(self, observers: list[Observer], heads: int) -> None:
+        if not observers:
+            observers += [make_observer(self.observer, self._args, self.averaging_constant) for _ in range(heads)]
+
+    def _reduce(self, state: State, names: Iterable[str]) -> None:
+        """Combine the observers of all ranks; on some of them a module may have seen no data."""
+        heads = {name: len(self._observers[name]["k"]) for name in names if name in self._observers}
+        if not heads:
+            return
+        ranks = state.team.gather(heads, "observers of keys and values")
+        for name in heads:
+            for observers in self._observers[name].values():
+                self._fill(observers, max(each[name] for each in ranks))
+                for observer in observers:
+                    state.team.reduce_(observer)
 
     def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._quantize(state, state.modules)
@@ -164,7 +180,9 @@ class KVCacheModifier(Modifier):
         self.remove_hooks()
 
     def _quantize(self, state: State, names: Iterable[str]) -> None:
-        for name in [name for name in names if name in self._modules]:
+        names = [name for name in names if name in self._modules]
+        self._reduce(state, names)
+        for name in names:
             observers = self._observers.get(name)
             if observers is None:
                 record = QuantizedCache(self._args)

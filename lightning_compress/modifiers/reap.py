@@ -57,7 +57,7 @@ class ExpertSaliency:
             tokens, column = torch.where(index_NK == e)
             if len(tokens):
                 norms = expert(e, x_NH[tokens]).double().norm(dim=1)
-                self.sum_E[e] += (gate_NK[tokens, column] * norms).sum().cpu()
+                self.sum_E[e] += (gate_NK[tokens, column] * norms).sum().float().cpu()  # so that ranks change no bit
                 self.tokens_E[e] += len(tokens)
 
     def value(self) -> Tensor:
@@ -117,7 +117,7 @@ class REAPModifier(Modifier):
         ValueError: A share outside of [0, 1), a model without fused experts, fewer experts left than a token needs.
     """
 
-    needs: ClassVar[Needs] = Needs(data=True, changes_shapes=True)
+    needs: ClassVar[Needs] = Needs(data=True, changes_shapes=True, team="sums")
 
     sparsity: float = Field(default=0.25, ge=0, lt=1)
     ignore: Names = []
@@ -192,6 +192,7 @@ class REAPModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         layers = self._find(state.model)
         for name, layer in layers.items():
+            state.team.reduce_(self._saliencies[name])
             self._prune(state, name, layer, _fields(state.model, layers))
         self._saliencies = {}
         self.remove_hooks()

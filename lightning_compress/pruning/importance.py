@@ -56,7 +56,7 @@ def block_influence(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[f
     change = 1 - torch.cosine_similarity(x.detach().float(), y.detach().float(), dim=-1)
     if mask is not None and mask.shape == change.shape:
         change = change[mask]
-    return float(change.double().sum()), change.numel()
+    return float(change.double().sum().float()), change.numel()  # float32: added up in float64, in any order
 
 
 def strongest(score_U: Tensor, count: int) -> Tensor:

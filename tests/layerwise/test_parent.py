@@ -37,7 +37,8 @@ def test_pieces_have_the_error_of_all_calls():
     assert sum(pieces.tokens()) == sum(calls.tokens()) == sum(int(mask.sum()) for mask in calls.masks)
     module.linear.weight.data += 0.1 * torch.randn(6, 6)
     with torch.no_grad():
-        total, by_pieces = calls.squared_error([0, 1]), pieces.squared_error(range(6))
+        total, by_pieces = (sum(each.squared_errors(each.places()).values()) for each in (calls, pieces))
+        assert pieces.squared_errors([(0, 4), (1, 0)]) == {(0, 4): pieces.squared_errors(pieces.places())[0, 4]}
         direct = sum(
             float((module(*a, **k)[0] - y)[m].square().sum())
             for (a, k), y, m in zip(calls.arguments, calls.outputs, calls.masks, strict=True)
@@ -77,13 +78,13 @@ def test_recorded_calls_are_copies_and_tensors_that_calls_share_are_copied_once(
         shift.fill_(7)
 
     with torch.no_grad():
-        calls = record_calls({"a": module, "never": nn.Linear(2, 2)}, run, lambda: mask)
-        assert list(calls) == ["a"]
+        calls = record_calls({"a": module, "never": nn.Linear(2, 2)}, run, lambda: mask, lambda: 3)
+        assert not calls["never"].outputs
         (first, _), (second, _) = calls["a"].arguments
         assert first[1] is second[1]
         assert first[0].std() > 0
         assert not first[1].any()
-        assert calls["a"].squared_error([0, 1]) == 0
+        assert calls["a"].squared_errors([(3, 0), (3, 1)]) == {(3, 0): 0.0, (3, 1): 0.0}
     assert calls["a"].tokens() == [20, 20]
     assert not module._forward_hooks
     assert not module._forward_pre_hooks

@@ -111,7 +111,7 @@ class RotationModifier(Modifier):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=self.learn, survey=self.learn, one_pass=True)
+        return Needs(data=self.learn, survey=self.learn, one_pass=True, team="alone" if self.learn else "weights")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         self._prepare(state)  # refuses a model that cannot be rotated

@@ -16,6 +16,7 @@ Shapes: R rows, C input channels, J channels of the source, K points of the grid
 import math
 import time
 import warnings
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Needs, State
 from lightning_compress.core.precision import plain_precision
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, only_input, write_matrix
+from lightning_compress.layerwise.input_hessian import InputHessian
 from lightning_compress.layerwise.modifier import LayerwiseModifier
-from lightning_compress.layerwise.parent import ParentCalls, common_parent, record_calls
+from lightning_compress.layerwise.parent import ParentCalls, Place, common_parent, record_calls
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.modifiers.smoothing.awq_scales import (
     awq_scale,
@@ -43,6 +45,7 @@ from lightning_compress.modifiers.smoothing.pair import Pair
 from lightning_compress.modifiers.smoothing.statistics import ChannelMean, ChannelStatistic, to_source
 from lightning_compress.modifiers.smoothing.successive_halving import FIRST_TOKENS, race, rungs, winner
 from lightning_compress.quant.rounding import round_module
+from lightning_compress.team import Team
 
 __all__ = ["AWQModifier"]
 
@@ -73,7 +76,7 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
     """
 
     technique: ClassVar[str] = "awq"
-    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, sharded=True)
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, sharded=True, team="sums")
     statistic: ClassVar[type[ChannelStatistic]] = ChannelMean
 
     quantize: bool = True
@@ -122,15 +125,19 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
     def scale_pairs(self, state: State, pairs: Sequence[Pair], names: Sequence[str], start: float) -> None:
         parents = {pair.source: self._parent(state, pair) for pair in pairs}
         alone = {name for pair in pairs if parents[pair.source] is None for name in self.fed_layers(pair)}
-        calls = self._replay(state, parents, set(names) if self.clip else alone)
-        searched = [(pair, self._search(pair, calls.get(parents[pair.source] or ""))) for pair in pairs]
+        measured = sorted(names if self.clip else alone)
+        calls = self._replay(state, parents, measured)
+        hessians = self._hessians(state, measured)
+        searched = [
+            (pair, self._search(state, pair, calls.get(parents[pair.source] or ""), hessians)) for pair in pairs
+        ]
         scales: dict[str, Tensor] = {}  # s [C] of each layer
         for pair, s_J in searched:  # all searches look at the dense block
             scales |= {name: spread(pair.consumers[name].index_C, s_J) for name in self.fed_layers(pair)}
             self.fold(state, pair, s_J)
         seconds = (time.perf_counter() - start) / len(names)
         for name in names:
-            self._complete(state, name, scales.get(name), seconds)
+            self._complete(state, name, scales.get(name), hessians.get(name), seconds)
 
     def _parent(self, state: State, pair: Pair) -> str | None:
         """The name of the parent; None where the layers themselves are measured.
@@ -149,8 +156,10 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
             )
         return parent
 
-    def _replay(self, state: State, parents: Mapping[str, str | None], measured: set[str]) -> dict[str, ParentCalls]:
-        """Run all batches again: the calls of parents, and H of the layers in ``measured`` into the pool."""
+    def _replay(
+        self, state: State, parents: Mapping[str, str | None], measured: Sequence[str]
+    ) -> dict[str, ParentCalls]:
+        """Run all batches again: calls of those parents that any rank calls, H of ``measured`` layers into the pool."""
         modules, replay = {name: state.modules[name] for name in parents.values() if name is not None}, state.replay
         if not modules and not measured:
             return {}
@@ -162,17 +171,34 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
 
         handles = [
             self._layers[name].register_forward_pre_hook(lambda m, inputs, n=name: observe(n, m, inputs))
-            for name in sorted(measured)
+            for name in measured
         ]
         try:
-            return record_calls(modules, lambda: [replay(i) for i in range(state.batches)], lambda: self.token_mask)
+            calls = record_calls(
+                modules,
+                lambda: [replay(i) for i in range(state.batches)],
+                lambda: self.token_mask,
+                lambda: self.batch_number,
+            )
         finally:
             for handle in handles:
                 handle.remove()
+        ranks = state.team.gather([name for name in calls if calls[name].outputs], f"{self.name}: calls of parents")
+        return {name: each for name, each in calls.items() if any(name in called for called in ranks)}
+
+    def _hessians(self, state: State, names: Sequence[str]) -> dict[str, InputHessian]:
+        """H of the inputs of these layers, on every rank that of all."""
+        hessians = {}
+        for name, shared in self.seen(state, names, everywhere=True).items():
+            assert shared.statistic is not None
+            hessians[name] = shared.statistic
+        return hessians
 
     # -- the search ---------------------------------------------------------------------------------------------------
 
-    def _search(self, pair: Pair, calls: ParentCalls | None) -> Tensor:
+    def _search(
+        self, state: State, pair: Pair, calls: ParentCalls | None, hessians: Mapping[str, InputHessian]
+    ) -> Tensor:
         """The best s of a pair, [J]."""
         J, fed = len(pair.channels_J), self.fed_layers(pair)
         index = {name: pair.consumers[name].index_C for name in fed}
@@ -181,7 +207,10 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
         w_J = to_source(sizes, J, "mean")
         scales = [awq_scale(x_J, w_J, point) for point in grid(self.n_grid, self.duo_scaling)]
         s_KC = {name: torch.stack([spread(index[name], s_J) for s_J in scales]) for name in fed}
-        errors = self._layer_errors(s_KC) if calls is None else self._parent_errors(s_KC, calls)
+        if calls is None:
+            errors = self._layer_errors(s_KC, hessians)
+        else:
+            errors = self._parent_errors(s_KC, calls, state.team)
         if not math.isfinite(errors[0]):
             raise ValueError(
                 f"NaN or Inf in what {', '.join(map(repr, fed))} lead to once they are rounded; look at their weights, "
@@ -189,24 +218,36 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
             )
         return scales[winner(errors)]
 
-    def _parent_errors(self, s_KC: Mapping[str, Tensor], calls: ParentCalls) -> list[float]:
-        """The squared error of the parent's output with each s; inf where the race left it."""
-        dense = {name: as_matrix(self._layers[name]).clone() for name in s_KC}
-        calls = calls.split(FIRST_TOKENS)
-        batches = rungs(calls.tokens())
+    def _parent_errors(self, s_KC: Mapping[str, Tensor], calls: ParentCalls, team: Team) -> list[float]:
+        """The squared error of the parent's output with each s; inf where the race left it.
 
-        def error(k: int, rung: int) -> float:
+        A rung is some of the pieces of all ranks. Each rank measures its own of them, one by one, and the errors of all
+        are added exactly.
+        """
+        dense = {name: as_matrix(self._layers[name]).clone() for name in s_KC}
+        calls = calls.split(FIRST_TOKENS, team)
+        tokens = ChainMap(*team.gather(dict(zip(calls.places(), calls.tokens(), strict=True)), "tokens of calls"))
+        places = sorted(tokens)
+        batches = [{places[i] for i in rung} for rung in rungs([tokens[place] for place in places])]
+
+        def measure(k: int, rung: set[Place]) -> dict[Place, float]:
+            if rung.isdisjoint(calls.places()):
+                return {}
             for name, W_RC in dense.items():
                 write_matrix(self._layers[name], rounded_with(W_RC, s_KC[name][k], self.weights_of(name)))
-            return calls.squared_error(batches[rung])
+            return calls.squared_errors(rung)
+
+        def errors(points: Sequence[int], rung: int) -> list[float]:
+            ranks = team.gather([measure(k, batches[rung]) for k in points], f"{self.name}: {', '.join(s_KC)}")
+            return [math.fsum(error for part in parts for error in part.values()) for parts in zip(*ranks, strict=True)]
 
         try:
-            return race(self.n_grid, lambda points, rung: [error(k, rung) for k in points], len(batches))
+            return race(self.n_grid, errors, len(batches))
         finally:
             for name, W_RC in dense.items():
                 write_matrix(self._layers[name], W_RC)
 
-    def _layer_errors(self, s_KC: Mapping[str, Tensor]) -> list[float]:
+    def _layer_errors(self, s_KC: Mapping[str, Tensor], statistics: Mapping[str, InputHessian]) -> list[float]:
         """The squared error of the layers' own outputs with each s, from second moments; inf where the race left it.
 
         A rung is a quarter of the rows, every fourth one, where rows have scales of their own and are many.
@@ -215,12 +256,7 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
         by_rows = all(self.weights_of(name).strategy not in ("tensor", "block") for name in s_KC)
         by_rows &= all(len(W_RC) >= MANY_ROWS for W_RC in matrices.values())
         rows = [slice(i, None, 4) for i in range(4)] if by_rows else [slice(None)]
-        hessians: dict[str, Tensor] = {}
-        for name in s_KC:
-            shared = self._pool.get(name)
-            assert shared is not None
-            assert shared.statistic is not None
-            hessians[name] = shared.statistic.value()[0] * shared.statistic.tokens
+        hessians = {name: statistics[name].value()[0] * statistics[name].tokens for name in s_KC}
 
         def errors(points: Sequence[int], rung: int) -> list[float]:
             each = [
@@ -232,14 +268,15 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
 
         return race(self.n_grid, errors, len(rows))
 
-    def _complete(self, state: State, name: str, s_C: Tensor | None, seconds: float) -> None:
+    def _complete(
+        self, state: State, name: str, s_C: Tensor | None, hessian: InputHessian | None, seconds: float
+    ) -> None:
         """Clip and round one layer whose scale is folded."""
         tokens, args, scheme = self._statistics[name].tokens, self.weights_of(name), self._schemes[name]
-        module, shared = self.finish(name), self._pool.get(name) if self.clip else None
+        module = self.finish(name)
         flag = None if s_C is not None else "no smoothing pair" + ("; rounded to nearest" if self.quantize else "")
-        if shared is not None and args.strategy != "tensor":
-            assert shared.statistic is not None
-            H_CC = shared.statistic.value()[0]
+        if self.clip and hessian is not None and args.strategy != "tensor":
+            H_CC = hessian.value()[0]
             if s_C is not None:
                 H_CC = H_CC / s_C / s_C[:, None]  # of the inputs as they are now
             write_matrix(module, clipped(as_matrix(module), args, H_CC))

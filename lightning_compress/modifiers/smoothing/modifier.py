@@ -4,7 +4,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -99,15 +99,33 @@ class PairModifier(LayerwiseModifier, ABC):
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
         """Scale the pairs of a block."""
-        names = [name for name in names if name in self._statistics]
-        if names and state.replay is not None:
-            assert self._finder is not None
+        names = list(names)
+        if state.replay is not None and (seen := self._reduced(state, names)):
             start = time.perf_counter()
             with torch.inference_mode(False), torch.no_grad():
-                pairs = self._finder.pairs(state.block_name, state.modules, state.replay)
-                self.scale_pairs(state, [pair for pair in pairs if self.fed_layers(pair)], names, start)
+                pairs = state.team.result(partial(self._pairs, state), f"{self.name}: pairs of {state.block_name!r}")
+                self.scale_pairs(state, [pair for pair in pairs if self.fed_layers(pair)], seen, start)
         for name in names:
-            del self._statistics[name]
+            self._statistics.pop(name, None)
+
+    def _reduced(self, state: State, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` that have seen data on any rank; their statistics become those of all ranks."""
+        columns = {name: self._statistics[name].columns for name in names if name in self._statistics}
+        for each in state.team.gather(columns, "statistics of channels"):
+            columns |= each
+        seen = [name for name in names if name in columns]
+        for name in seen:
+            if name not in self._statistics:
+                device = as_matrix(state.modules[name]).device
+                self._statistics[name] = self.statistic(columns[name], device)
+            state.team.reduce_(self._statistics[name])
+        return seen
+
+    def _pairs(self, state: State) -> list[Pair]:
+        """The pairs of a block, by running the first batch, which rank 0 has."""
+        assert self._finder is not None
+        assert state.replay is not None
+        return [pair.cpu() for pair in self._finder.pairs(state.block_name, state.modules, state.replay)]
 
     def fed_layers(self, pair: Pair) -> list[str]:
         """The layers of a pair that have seen tokens."""
@@ -152,7 +170,7 @@ class SmoothingModifier(PairModifier, ABC):
         ignore: Class names, dotted names or ``re:`` patterns of layers that are left out.
     """
 
-    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, window=False, sharded=True)
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, window=False, sharded=True, team="sums")
     statistic: ClassVar[type[ChannelStatistic]] = ChannelMax
 
     targets: Names = ["Linear"]

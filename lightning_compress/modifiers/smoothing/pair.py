@@ -43,6 +43,11 @@ class Pair:
     channels_J: Tensor
     consumers: Mapping[str, Consumer] = field(default_factory=dict)
 
+    def cpu(self) -> "Pair":
+        """The same pair with its indices on the CPU, where every rank can read them."""
+        consumers = {name: replace(one, index_C=one.index_C.cpu()) for name, one in self.consumers.items()}
+        return replace(self, channels_J=self.channels_J.cpu(), consumers=consumers)
+
     def renamed(self, change: Callable[[str], str]) -> "Pair":
         """The same pair with other names."""
         consumers = {change(name): consumer for name, consumer in self.consumers.items()}

@@ -24,7 +24,7 @@ class ChannelStatistic(ABC):
     reduce: dict[str, str] = {}
 
     def __init__(self, columns: int, device: torch.device | None = None):
-        self.value_C = torch.zeros(columns, device=device, dtype=torch.float32)
+        self.columns, self.device = columns, device
         self.tokens = 0
 
     def update(self, x_NC: Tensor) -> None:
@@ -37,30 +37,41 @@ class ChannelStatistic(ABC):
     def _add(self, x_NC: Tensor) -> None:
         """Add at least one token."""
 
+    @abstractmethod
     def value(self) -> Tensor:
         """[C], float32."""
-        return self.value_C
 
 
 class ChannelMax(ChannelStatistic):
     """max |x_c| over tokens; the order and size of batches change nothing."""
 
-    reduce = {"value_C": "max", "tokens": "sum"}
+    reduce = {"max_C": "max", "tokens": "sum"}
+
+    def __init__(self, columns: int, device: torch.device | None = None):
+        super().__init__(columns, device)
+        self.max_C = torch.zeros(columns, device=device, dtype=torch.float32)
 
     def _add(self, x_NC: Tensor) -> None:
-        torch.maximum(self.value_C, x_NC.abs().amax(0).float(), out=self.value_C)
+        torch.maximum(self.max_C, x_NC.abs().amax(0).float(), out=self.max_C)
+
+    def value(self) -> Tensor:
+        return self.max_C
 
 
 class ChannelMean(ChannelStatistic):
-    """mean |x_c| over tokens, added up in float32."""
+    """mean |x_c| over tokens; the float32 sums of inputs are added in float64, so that ranks change no bit."""
 
-    reduce = {"value_C": "sum", "tokens": "sum"}
+    reduce = {"sum_C": "sum", "tokens": "sum"}
+
+    def __init__(self, columns: int, device: torch.device | None = None):
+        super().__init__(columns, device)
+        self.sum_C = torch.zeros(columns, dtype=torch.float64)
 
     def _add(self, x_NC: Tensor) -> None:
-        self.value_C += x_NC.abs().sum(0, dtype=torch.float32)
+        self.sum_C += x_NC.abs().sum(0, dtype=torch.float32).cpu()
 
     def value(self) -> Tensor:
-        return self.value_C / max(1, self.tokens)
+        return (self.sum_C / max(1, self.tokens)).float().to(self.device)
 
 
 def to_source(consumers: Iterable[tuple[Tensor, Tensor]], J: int, how: Literal["amax", "mean"]) -> Tensor:

@@ -12,7 +12,7 @@ cuts are part of every checkpoint, and the new sizes of config.json where the mo
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import PrivateAttr
@@ -85,7 +85,10 @@ class StructuredPruningModifier(StructuredArguments):
     def needs(self) -> Needs:
         followed = self._kind not in ("auto", "channels") or self.input_shape is not None
         measured = self.start is None and (self.importance == "activation" or not followed)
-        return Needs(data=measured, survey=measured, changes_shapes=True)
+        team: Literal["sums", "weights", "alone"] = "weights"
+        if measured:
+            team = "sums" if followed else "alone"  # a rank without batches cannot follow channels
+        return Needs(data=measured, survey=measured, changes_shapes=True, team=team)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -249,6 +252,8 @@ class StructuredPruningModifier(StructuredArguments):
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
         if not state.block_name:  # the last one: modules outside of blocks
             self.remove_hooks()
+            if self.importance == "activation":
+                self._statistics.reduce_(state.team, self._groups)
             self._prune(state, self.ratio)
 
     def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Statistics of the units of each group before a cut: sums of energies or gradients, and scores."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,21 @@ from torch import Tensor, nn
 from lightning_compress.pruning.importance import unit_gate_gradient, unit_square_sum
 from lightning_compress.structure.groups import Group, moved
 from lightning_compress.structure.surgery import tensors_of
+from lightning_compress.team import Team
 
 __all__ = ["Importance", "UnitStatistics"]
 
 Importance = Literal["magnitude", "taylor", "activation"]
+
+
+@dataclass
+class _UnitSum:
+    """Sum of squares for each unit of one group, [U], and the number of tokens or steps."""
+
+    reduce: ClassVar[dict[str, str]] = {"sum_U": "sum", "count": "sum"}
+
+    sum_U: Tensor
+    count: int
 
 
 class UnitStatistics:
@@ -36,6 +48,15 @@ class UnitStatistics:
             gates = [unit_gate_gradient(W, W.grad, p.dim, p.index).square() for p, W in pieces if W.grad is not None]
             if gates:
                 self.add(name, torch.stack(gates).sum(0), 1)
+
+    def reduce_(self, team: Team, groups: Mapping[str, Group]) -> None:
+        """Add up over ranks, on some of which a group may have seen no batch."""
+        for name, group in groups.items():
+            total = _UnitSum(
+                self._sums.get(name, torch.zeros(group.units, dtype=torch.float64)), self._counts.get(name, 0)
+            )
+            team.reduce_(total)
+            self._sums[name], self._counts[name] = total.sum_U, total.count
 
     def scores(self, model: nn.Module, group: Group, importance: Importance) -> Tensor:
         """Importance of each unit, float [U], on the CPU.

@@ -1,0 +1,138 @@
+"""Modifiers that calibrate on several ranks: the weights, the records and the ledger are those of one process."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import (
+    AWQModifier,
+    DepthPruningModifier,
+    GPTQModifier,
+    KVCacheModifier,
+    LogarithmicEqualizationModifier,
+    QuantizationModifier,
+    REAPModifier,
+    RotationModifier,
+    SmoothQuantModifier,
+    StructuredPruningModifier,
+    compress,
+)
+from lightning_compress.core import Modifier
+from lightning_compress.quant.kv_cache import QuantizedCache
+from lightning_compress.quant.record import Quantized
+from lightning_compress.team import Team
+from tests.support.architecture_models import ARCHITECTURES
+from tests.support.processes import run_processes
+from tests.support.smoothing_models import build
+
+FORMS: dict[str, dict[str, Any]] = {
+    "W4": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}},
+    "W8A8": {
+        "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
+        "input_activations": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False},
+    },
+}
+
+
+def on_linears(form: str) -> dict[str, Any]:
+    return {"config_groups": {"all": {"targets": ["Linear"], **FORMS[form]}}, "ignore": ["lm_head"]}
+
+
+Recipe = Callable[[], Sequence[Modifier]]
+RECIPES: dict[str, tuple[str, Recipe]] = {
+    "smoothquant, then gptq": ("llama", lambda: [SmoothQuantModifier(), GPTQModifier(**on_linears("W8A8"))]),
+    "smoothquant of experts": ("mixture", lambda: [SmoothQuantModifier()]),
+    "logarithmic equalization": (
+        "llama",
+        lambda: [LogarithmicEqualizationModifier(), QuantizationModifier(**on_linears("W8A8"), observer="percentile")],
+    ),
+    "awq": ("llama", lambda: [AWQModifier(**on_linears("W4"), n_grid=8)]),
+    "awq, layer by layer, clipped": (
+        "llama",
+        lambda: [AWQModifier(**on_linears("W4"), n_grid=8, loss="layer", clip=True)],
+    ),
+    "awq, then gptq": (
+        "gpt2",
+        lambda: [
+            AWQModifier(targets=["Conv1D"], scheme="W4A16", group_size=8, ignore=["lm_head"], n_grid=6, quantize=False),
+            GPTQModifier(targets=["Conv1D"], scheme="W4A16", group_size=8, ignore=["lm_head"]),
+        ],
+    ),
+    "awq of experts": ("mixture", lambda: [AWQModifier(**on_linears("W4"), n_grid=6)]),
+    "kv cache": ("llama", lambda: [KVCacheModifier(format="int8", strategy="head", symmetric=False)]),
+    "kv cache by moving averages": ("llama", lambda: [KVCacheModifier(observer="moving_average")]),
+    "kv cache by token": ("llama", lambda: [KVCacheModifier(strategy="token"), GPTQModifier(**on_linears("W4"))]),
+    "rotation": ("llama", lambda: [RotationModifier(), QuantizationModifier(**on_linears("W4"))]),
+    "reap": ("mixtral", lambda: [REAPModifier(sparsity=0.25)]),
+    "depth": ("llama", lambda: [DepthPruningModifier(count=1)]),
+    "width": ("llama", lambda: [StructuredPruningModifier(ratio=0.5, importance="activation", dimension="mlp")]),
+}
+
+
+BATCHES = {2: 5, 3: 5, 4: 2}  # by the number of ranks: two of four have none
+Outcome = tuple[dict[str, str], list[dict[str, Any]]]
+
+
+def data(model: nn.Module, count: int) -> list[Any]:
+    """Batches of several rungs of AWQ; half of each but the first is padding, or all of it goes to one expert."""
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(model, nn.Sequential):
+        W_EC = model[0].mixture.router.weight.detach()
+        noise = [0.2 * torch.randn(4, 200 + i, 32, generator=generator) for i in range(count)]
+        return [x + 20 * W_EC[i % 3] / W_EC[i % 3].norm() for i, x in enumerate(noise)]  # none for expert 3
+    batches = []
+    for i in range(count):
+        ids = torch.randint(3, 48, (24, 26 + i), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[12:, : (13 if i else 0)] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and records; zeros without signs, which packed codes do not hold."""
+    tensors = dict(model.state_dict())
+    for kind in (Quantized, QuantizedCache):
+        for name, (_, record) in kind.find(model).items():
+            tensors |= {f"{name}.{key}": v for key, v in vars(record).items() if isinstance(v, Tensor)}
+    return {name: (tensor + 0).contiguous() for name, tensor in tensors.items()}
+
+
+def outcome(recipe: str, count: int) -> Outcome:
+    """A hash of each tensor, and the ledger without seconds."""
+    architecture, modifiers = RECIPES[recipe]
+    model = ARCHITECTURES["mixtral"].build() if recipe == "reap" else build(architecture)
+    ledger = compress(model, modifiers(), data(model, count), team=Team.of_processes())
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in ledger.state_dict()]
+    hashes = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors_of(model).items()}
+    return hashes, rows
+
+
+def outcomes(rank: int, count: int) -> dict[str, Outcome]:
+    warnings.simplefilter("ignore")
+    return {recipe: outcome(recipe, count) for recipe in RECIPES}
+
+
+Runs = Callable[[int, int], list[dict[str, Outcome]]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Outcomes of all recipes, for each rank, by the numbers of ranks and of batches."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return cache(lambda n, count: run_processes(partial(outcomes, count=count), folder / f"{n}-{count}", n))
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_number_of_ranks_gives_the_bits_of_one(recipe: str, ranks: int, runs: Runs) -> None:
+    count = BATCHES[ranks]
+    [alone] = runs(1, count)
+    assert alone[recipe][1]
+    assert [end[recipe] for end in runs(ranks, count)] == [alone[recipe]] * ranks
