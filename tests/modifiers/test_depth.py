@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from lightning_compress import compress
 from lightning_compress.core import Lifecycle, State
 from lightning_compress.modifiers.depth import DepthPruningModifier
+from lightning_compress.team import Team
 from tests.support.structure_runs import Tower, llama, residuals, tokens
 from tests.support.training_loop import train
 
@@ -122,7 +123,7 @@ class Wrapped(nn.Module):
 
 
 def test_several_processes_prune_at_set_up_only(monkeypatch):
-    monkeypatch.setattr("lightning_compress.modifiers.depth.world_size", lambda: 2)
+    monkeypatch.setattr("lightning_compress.modifiers.depth.Team.present", lambda: Team(0, 2))
     with pytest.raises(ValueError, match="cannot change once DDP has wrapped it: name the layers, with start=0"):
         initialized(Tower(), DepthPruningModifier(count=1, start=3))
     initialized(Tower(), DepthPruningModifier(layers=[1], start=0))

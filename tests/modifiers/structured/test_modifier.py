@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from lightning_compress.modifiers.structured.modifier import StructuredPruningModifier
+from lightning_compress.team import Team
 from tests.support.structure_runs import initialized, llama, perceptron
 from tests.support.training_loop import train
 
@@ -62,7 +63,7 @@ def test_models_that_do_not_fit_are_refused_at_set_up(build, arguments, message)
 
 
 def test_several_processes_prune_at_set_up_only(monkeypatch):
-    monkeypatch.setattr("lightning_compress.modifiers.structured.modifier.world_size", lambda: 2)
+    monkeypatch.setattr("lightning_compress.modifiers.structured.modifier.Team.present", lambda: Team(0, 2))
     with pytest.raises(ValueError, match="cannot change once DDP has wrapped it: prune at set-up with start=0"):
         initialized(llama(), StructuredPruningModifier(start=10))
     initialized(llama(), StructuredPruningModifier(start=0))
