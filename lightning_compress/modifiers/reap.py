@@ -179,6 +179,10 @@ class REAPModifier(Modifier):
         with torch.no_grad():
             self._saliencies[name].update(x_NH, index_NK, weight_NK, lambda e, x: _output(module, e, x))
 
+    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        for name in [name for name in self._saliencies if name in state.modules]:
+            state.team.reduce_(self._saliencies[name])
+
     def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         statistics = {name: self._saliencies[name] for name in modules if name in self._saliencies}
         return {name: {"sum": s.sum_E.tolist(), "tokens": s.tokens_E.tolist()} for name, s in statistics.items()}
@@ -192,7 +196,6 @@ class REAPModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         layers = self._find(state.model)
         for name, layer in layers.items():
-            state.team.reduce_(self._saliencies[name])
             self._prune(state, name, layer, _fields(state.model, layers))
         self._saliencies = {}
         self.remove_hooks()

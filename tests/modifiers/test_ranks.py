@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,10 +24,10 @@ from lightning_compress import (
     StructuredPruningModifier,
     compress,
 )
-from lightning_compress.core import Modifier
+from lightning_compress.core import Ledger, Modifier
 from lightning_compress.quant.kv_cache import QuantizedCache
 from lightning_compress.quant.record import Quantized
-from lightning_compress.team import Team
+from lightning_compress.team import RankError, Team
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.processes import run_processes
 from tests.support.smoothing_models import build
@@ -105,10 +106,14 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def outcome(recipe: str, count: int) -> Outcome:
-    """A hash of each tensor, and the ledger without seconds."""
     architecture, modifiers = RECIPES[recipe]
     model = ARCHITECTURES["mixtral"].build() if recipe == "reap" else build(architecture)
     ledger = compress(model, modifiers(), data(model, count), team=Team.of_processes())
+    return facts(model, ledger)
+
+
+def facts(model: nn.Module, ledger: Ledger) -> Outcome:
+    """A hash of each tensor, and the ledger without seconds."""
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in ledger.state_dict()]
     hashes = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors_of(model).items()}
     return hashes, rows
@@ -136,3 +141,25 @@ def test_any_number_of_ranks_gives_the_bits_of_one(recipe: str, ranks: int, runs
     [alone] = runs(1, count)
     assert alone[recipe][1]
     assert [end[recipe] for end in runs(ranks, count)] == [alone[recipe]] * ranks
+
+
+def broken_off(rank: int, folder: Path) -> tuple[Outcome, Outcome]:
+    """REAP in one go, and broken off after the first block and continued."""
+    warnings.simplefilter("ignore")
+
+    def stop(text: str, blocks: int, of: int) -> None:
+        if blocks == 1:
+            raise KeyboardInterrupt
+
+    def prune(**arguments: Any) -> Outcome:
+        model = ARCHITECTURES["mixtral"].build()
+        return facts(model, compress(model, REAPModifier(), data(model, 5), team=Team.of_processes(), **arguments))
+
+    with pytest.raises((KeyboardInterrupt, RankError)):
+        prune(log=folder, progress=stop)
+    return prune(), prune(log=folder, resume="must")
+
+
+def test_saliencies_of_a_log_are_those_of_all_ranks(tmp_path: Path) -> None:
+    for whole, continued in run_processes(partial(broken_off, folder=tmp_path / "log"), tmp_path / "2"):
+        assert whole == continued
