@@ -1,6 +1,7 @@
 """What spawned workers cannot send back to the main process is named."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 
 from lightning_compress import QuantizationModifier, compress
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
+from lightning_compress.team import Team
 from lightning_compress.training.broadcast import beside_weights, spawns_workers, ties, warn_of_workers
-from lightning_compress.training.post_training import summing_device
+from lightning_compress.training.post_training import PostTraining
 from tests.support.training_runs import Regression, quiet
 
 
@@ -47,5 +49,8 @@ def test_rotations_and_untied_weights_are_named(tmp_path):
         warn_of_workers(spawning(tmp_path), model, before)
 
 
-def test_a_single_process_adds_up_on_the_cpu(tmp_path):
-    assert summing_device(quiet(tmp_path)) == torch.device("cpu")
+def test_a_single_process_adds_up_on_the_cpu():
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")))
+    for team, device in ((Team(), "cpu"), (Team(1, 2), "mps")):
+        end = SimpleNamespace(trainer=trainer, run=SimpleNamespace(team=team))
+        assert PostTraining._summing_device.fget(end) == torch.device(device)
