@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import (
+    AutoRoundModifier,
     AWQModifier,
     DepthPruningModifier,
     GPTQModifier,
@@ -21,7 +22,9 @@ from lightning_compress import (
     REAPModifier,
     RotationModifier,
     SmoothQuantModifier,
+    SparseGPTModifier,
     StructuredPruningModifier,
+    WandaPruningModifier,
     compress,
 )
 from lightning_compress.core import Ledger, Modifier
@@ -163,3 +166,34 @@ def broken_off(rank: int, folder: Path) -> tuple[Outcome, Outcome]:
 def test_saliencies_of_a_log_are_those_of_all_ranks(tmp_path: Path) -> None:
     for whole, continued in run_processes(partial(broken_off, folder=tmp_path / "log"), tmp_path / "2"):
         assert whole == continued
+
+
+W4: dict[str, Any] = {"scheme": "W4A16"}
+TEAMS: list[tuple[Modifier, str]] = [
+    (QuantizationModifier(**W4), "sums"),
+    (GPTQModifier(**W4), "sums"),
+    (AWQModifier(**W4), "sums"),
+    (AutoRoundModifier(**W4), "alone"),
+    (SmoothQuantModifier(), "sums"),
+    (LogarithmicEqualizationModifier(), "sums"),
+    (SparseGPTModifier(sparsity_profile="owl"), "sums"),
+    (WandaPruningModifier(), "sums"),
+    (WandaPruningModifier(regional_gradient=100.0), "alone"),
+    (WandaPruningModifier(regional_rounds=5), "alone"),
+    (KVCacheModifier(), "sums"),
+    (KVCacheModifier(strategy="token"), "weights"),
+    (REAPModifier(), "sums"),
+    (RotationModifier(), "weights"),
+    (RotationModifier(learn=True), "alone"),
+    (DepthPruningModifier(count=1), "sums"),
+    (DepthPruningModifier(layers=[1]), "weights"),
+    (StructuredPruningModifier(importance="activation", dimension="heads"), "sums"),
+    (StructuredPruningModifier(importance="activation", dimension="channels", input_shape=[4]), "sums"),
+    (StructuredPruningModifier(dimension="channels"), "alone"),
+    (StructuredPruningModifier(dimension="mlp"), "weights"),
+]
+
+
+@pytest.mark.parametrize(("modifier", "team"), TEAMS, ids=str)
+def test_how_each_modifier_works_in_a_team(modifier: Modifier, team: str) -> None:
+    assert modifier.needs.team == team
