@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
 .PHONY: bench bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-scale-search bench-callback bench-qat-step \
-	bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels tune-gpu
+	bench-memory bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -51,6 +51,9 @@ bench-callback: $(READY)  ## What the lifecycle adds to a training step
 
 bench-calibration: $(READY) bench-peer-env bench-data  ## CPU seconds, memory and quality beside llm-compressor
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_calibration.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)
+
+bench-memory: $(READY)  ## Resident memory of GPTQ and of loading at their peaks, on a synthetic Llama (5 minutes)
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_memory.py --material $(BENCH_DIR) $(BENCH_ARGS)
 
 bench-accuracy: $(READY) bench-peer-env bench-data  ## KL to the dense model and perplexity beside llm-compressor
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_accuracy.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)

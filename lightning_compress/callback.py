@@ -84,6 +84,7 @@ class CompressionCallback(Callback):
         allow_recipe_change: Resume from a checkpoint that was written with another recipe.
         seed: Seed of the choice of calibration samples, and of the random state while calibrating.
         moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens.
+        memory_limit: Bytes, or such as ``16GB``, that ``walk="auto"`` may use beside the model.
         verify: Whether plain transformers, in a process of its own, answers a batch from the exported folder as the
             model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
         resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
@@ -115,6 +116,7 @@ class CompressionCallback(Callback):
         allow_recipe_change: bool = False,
         seed: int = 0,
         moe_calibrate_all_experts: bool = False,
+        memory_limit: int | str | None = None,
         verify: bool | str = "auto",
         resume: str = "auto",
     ):

@@ -32,6 +32,7 @@ __all__ = [
     "find_nonfinite",
     "small_sample",
     "first_bad_module",
+    "numbers_in",
     "put",
     "take",
     "taken_off",
@@ -168,6 +169,12 @@ def small_sample(batch: Any) -> Any:
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors of a structure."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def numbers_in(batch: Any) -> int:
+    """How large a batch is: the numbers in its first tensor, such as tokens; 1 where it has none."""
+    tensors = tensors_of(dict(batch) if isinstance(batch, Mapping) else batch)
+    return tensors[0].numel() if tensors else 1
 
 
 def tree_move(tree: Any, device: torch.device | None) -> Any:

@@ -1,15 +1,18 @@
 """How a model is calibrated: the options that ``CompressionCallback`` and ``compress`` hand down to the walk."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["WALKS", "CalibrationOptions", "Walk", "check_device", "check_flag", "check_whole_number"]
+__all__ = ["WALKS", "CalibrationOptions", "Walk", "bytes_of", "check_device", "check_flag", "check_whole_number"]
 
 Walk = Literal["auto", "one_pass", "two_pass", "whole"]
 WALKS = get_args(Walk)
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+         "TIB": 2**40}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class CalibrationOptions:
             for.
         walk: ``two_pass``: every block runs twice per batch. ``one_pass``: in lockstep, once (for modifiers that can
             finish single modules). ``whole``: the model as one block, statistics of all targets at once. ``auto``: one
-            pass where every modifier and the model allow it, else two.
+            pass where every modifier, the model and ``memory_limit`` allow it, else two.
         device: Device that each block is moved to for its turn; None: the model stays where it is.
         offload_device: Device on which the inputs of blocks are stored; None: the one on which they are computed.
         seed: Seed of torch's random state while calibrating, and of the choice of calibration samples.
         moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens, not only those that the
             router sends to them; the outputs of the model stay the same.
+        memory_limit: Bytes that ``walk="auto"`` may use on the device beside the model, as a number or such as
+            ``"300MB"``; None: 0.6 of the memory that the model leaves.
 
     Raises:
         ValueError: A value has the wrong type, or is not one of the values above.
@@ -38,6 +43,7 @@ class CalibrationOptions:
     offload_device: str | torch.device | None = "cpu"
     seed: int = 0
     moe_calibrate_all_experts: bool = False
+    memory_limit: int | str | None = None
 
     def __post_init__(self) -> None:
         """Check types, too: Hydra and YAML pass on whatever the user wrote."""
@@ -45,6 +51,8 @@ class CalibrationOptions:
         check_flag("moe_calibrate_all_experts", self.moe_calibrate_all_experts)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: expected at least 0, and less than 2**63")
+        if self.memory_limit is not None:
+            bytes_of(self.memory_limit)
         if self.walk not in WALKS:
             raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
         if self.walk == "whole" and self.blocks is not None:
@@ -66,6 +74,15 @@ def check_flag(name: str, value: Any) -> None:
     """ValueError for anything but True and False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected True or False")
+
+
+def bytes_of(limit: int | str) -> int:
+    """The bytes that ``300MB``, ``1.5 GiB`` or a number stands for; ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(limit))
+    factor = UNITS.get(match[2].upper() or "B") if match else None
+    if match is None or factor is None:
+        raise ValueError(f"memory_limit={limit!r}: expected bytes, as a number or such as '300MB' or '2GiB'")
+    return int(float(match[1]) * factor)
 
 
 def check_device(options: CalibrationOptions) -> None:

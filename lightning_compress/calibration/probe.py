@@ -67,6 +67,9 @@ class Probe:
         gap: Per module outside of all blocks the number of block calls made before its last call.
         inputs: Inputs of the targets outside of all blocks, from their last call.
         last_output: Output of the last block.
+        memory: Per block the bytes of the inputs of its targets and of its hidden state, and those of a statistic and
+            a solution for the largest targets (walk_memory.py).
+        numbers: How large the batch was, as ``numbers_in`` counts.
     """
 
     blocks: list[ProbedBlock] = field(default_factory=list)
@@ -75,6 +78,8 @@ class Probe:
     gap: dict[nn.Module, int] = field(default_factory=dict)
     inputs: dict[nn.Module, Any] = field(default_factory=dict)
     last_output: Any = None
+    memory: dict[str, tuple[int, int]] = field(default_factory=dict)
+    numbers: int = 1
 
 
 def run_probe(
@@ -133,6 +138,7 @@ class _ProbeHooks:
         self._input_kind: tuple[Any, ...] = ()  # shape and dtype of its hidden input
         self._output: Any = None  # of the block before
         self._output_versions: dict[int, int] = {}
+        self._inputs: dict[int, tuple[Tensor, int, int]] = {}  # of the running block: the tensor, rows, columns
 
     def on(self) -> Iterator[RemovableHandle]:
         """Put the hooks on."""
@@ -163,6 +169,11 @@ class _ProbeHooks:
             raise NonFiniteError(kind, f"the input of module {name!r}", 0)
         if module in self.outside:
             probe.inputs[module] = (args, kwargs)
+        elif args and isinstance(args[0], Tensor):
+            weight = getattr(module, "weight", None)
+            R, C = (len(weight), weight[0].numel()) if isinstance(weight, Tensor) and weight.ndim > 1 else (0, 0)
+            _, rows, columns = self._inputs.get(id(args[0]), (None, 0, 0))
+            self._inputs[id(args[0])] = args[0], rows + R, max(columns, C)
 
     def _before_block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_at, out_at = self._link(args, kwargs)
@@ -175,7 +186,9 @@ class _ProbeHooks:
         self.probe.blocks.append(
             ProbedBlock(name, BlockCall.without_hidden(args, kwargs, hidden_at), hidden_at, linked)
         )
-        self._input_kind = _kind(argument(args, kwargs, hidden_at))
+        hidden = argument(args, kwargs, hidden_at)
+        self._input_kind = _kind(hidden)
+        self._inputs = {} if hidden is None else {id(hidden): (hidden, 0, 0)}
         self._versions = [_version(t) for t in tensors_of((args, kwargs))]
 
     def _after_block(self, name: str, _block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -183,6 +196,9 @@ class _ProbeHooks:
             raise NonFiniteError(kind, f"the output of block {name!r}", 0)
         versions = [_version(t) for t in tensors_of((args, kwargs))]
         self.probe.blocks[-1].writes = versions != self._versions
+        inputs, self._inputs = self._inputs.values(), {}
+        work = max((12 * C * C + 20 * R * C for _, R, C in inputs), default=0)
+        self.probe.memory[name] = sum(tensor.nbytes for tensor, _, _ in inputs), work
         self._output = output
         self._output_versions = {id(t): _version(t) for _, t in _items(output)}
 

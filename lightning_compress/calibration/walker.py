@@ -15,6 +15,7 @@ from lightning_compress.calibration.activations import (
     device_of,
     find_nonfinite,
     first_bad_module,
+    numbers_in,
     put,
     small_sample,
     take,
@@ -30,6 +31,7 @@ from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
 from lightning_compress.calibration.residence import InMemory, Residence, exact_device
+from lightning_compress.calibration.walk_memory import lockstep_bytes, megabytes, memory_limit
 from lightning_compress.core import Event, Lifecycle, State
 from lightning_compress.layers.memory import release
 
@@ -57,7 +59,8 @@ class Walker:
         self.probe_batch = batches[0] if batches else None
         self.numbers = state.team.mine(len(batches or ()))  # of the batches that are this rank's
         self.batches = [batches[i] for i in self.numbers] if batches else []
-        self.walk, self.progress, self.log = options.walk, progress, log
+        self.size = sum(map(numbers_in, batches or ()))  # of the batches of all ranks
+        self.options, self.walk, self.progress, self.log = options, options.walk, progress, log
         self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
         self.residence: Residence = InMemory(self.device) if residence is None else residence
         self.model = runner.model
@@ -136,9 +139,15 @@ class Walker:
         obstacle = one_pass_obstacle(self.lifecycle.modifiers, probe.counts, targets, uncalled=explicit)
         if explicit and obstacle is not None:
             raise ValueError(f"walk='one_pass' is not possible: {obstacle}; use walk='two_pass' or walk='auto'")
+        reason = obstacle
+        if obstacle is None and self.walk == "auto" and self.plan.blocks:
+            size = lockstep_bytes(probe, self.size)
+            limit = memory_limit(self.options.memory_limit, self.model, self.device)
+            reason = f"one pass takes about {megabytes(size)}, and memory_limit allows {megabytes(limit)}"
+            obstacle = reason if self.state.team.agree(size > limit, "the memory of one pass") else None
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
-        logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {obstacle}" if obstacle else "")
+        logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {reason}" if reason else "")
         self.passes = BlockPasses(
             self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report, self.log, self.numbers
         )
@@ -160,12 +169,15 @@ class Walker:
             run = partial(self.runner, sample)
             try:
                 probe = run_probe(self.model, run, blocks, targets, token_mask(sample))
+                probe.numbers = numbers_in(sample)
                 if all(module in probe.counts or module in never for module in targets):
                     return probe, run
             except Exception as error:  # the model may need full batches; a fault shows up again with them
                 logger.info("a small sample alone cannot be run: %s: %s", type(error).__name__, error)
         run = partial(self.runner, batch)
-        return run_probe(self.model, run, blocks, targets, self._mask(batch)), run
+        probe = run_probe(self.model, run, blocks, targets, self._mask(batch))
+        probe.numbers = numbers_in(batch)
+        return probe, run
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def make_plan(
         "batches": list(batches),
         "walk": {
             "walk": options.walk, "blocks": list(blocks), "seed": options.seed, "devices": devices,
-            "moe_calibrate_all_experts": options.moe_calibrate_all_experts,
+            "moe_calibrate_all_experts": options.moe_calibrate_all_experts, "memory_limit": options.memory_limit,
         },
         "versions": {
             "python": platform.python_version(), "lightning_compress": version("lightning_compress"),
