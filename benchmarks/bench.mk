@@ -10,7 +10,7 @@ BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM
 BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
-.PHONY: bench bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-scale-search bench-callback bench-qat-step \
+.PHONY: bench bench-ranks bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-scale-search bench-callback bench-qat-step \
 	bench-memory bench-calibration bench-accuracy bench-demo bench-training bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
@@ -45,6 +45,9 @@ $(BENCH_DIR)/models/minilm/.ready:
 
 bench-qat-step: $(READY)  ## What QAT on all Linears adds to a training step
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_qat_step.py $(BENCH_ARGS)
+
+bench-ranks: $(READY)  ## Calibration on 1 to 4 ranks: codes that differ, CPU seconds of each rank
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_ranks.py $(BENCH_ARGS)
 
 bench-callback: $(READY)  ## What the lifecycle adds to a training step
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_callback.py $(BENCH_ARGS)

@@ -242,8 +242,11 @@ def test_what_is_imported_is_declared():
                 assert any(n in declared for n in names), f"{module}:{line} imports {top}, which pyproject.toml lacks"
 
 
-def test_objects_are_unpickled_only_from_files_that_this_process_saved():
-    """``torch.load`` says ``weights_only=True`` everywhere but in the one module that knows who wrote the file."""
+def test_objects_are_unpickled_only_from_ranks_and_from_files_that_this_process_saved():
+    """``torch.load`` says ``weights_only=True`` everywhere but in the one module that knows who wrote the file.
+
+    Messages between ranks are pickled, as those of torch.distributed are.
+    """
     apps = [path for path in (ROOT / "train.py", *sorted((ROOT / "examples").rglob("*.py"))) if path.exists()]
     loads, unpickling = 0, []
     for path in (*FILES, *apps):
@@ -254,12 +257,14 @@ def test_objects_are_unpickled_only_from_files_that_this_process_saved():
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             called = ast.unparse(node.func)
-            assert called not in {"pickle.load", "pickle.loads", "pickle.Unpickler"}, f"{path}:{node.lineno}"
+            if called in {"pickle.load", "pickle.loads", "pickle.Unpickler"}:
+                unpickling.append(f"{path.relative_to(ROOT)}: {called}")
             if called == "torch.load" or node.func.attr in {"load_checkpoint", "load_from_checkpoint"}:
                 said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("weights_only")
                 if said != "True":
                     unpickling.append(f"{path.relative_to(ROOT)}: {called}")
                 loads += 1
     here = "lightning_compress/training/saved_files.py"
-    assert unpickling == [f"{here}: torch.load", f"{here}: trainer.strategy.load_checkpoint"]
+    ranks = "lightning_compress/team.py: pickle.loads"
+    assert unpickling == [ranks, f"{here}: torch.load", f"{here}: trainer.strategy.load_checkpoint"]
     assert loads >= 4

@@ -13,6 +13,7 @@ Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all ot
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -120,8 +121,14 @@ class SharedHessian:
         return list(self.seen)
 
     @property
+    def tokens_apart(self) -> tuple[int, int]:
+        """Those of the statistic, and those that are held out."""
+        counts = [0 if one is None else one.tokens for one in (self.statistic, self.held_out)]
+        return counts[0], counts[1]
+
+    @property
     def tokens(self) -> int:
-        return sum(one.tokens for one in (self.statistic, self.held_out) if one is not None)
+        return sum(self.tokens_apart)
 
     def is_level(self, name: str) -> bool:
         return len(self.seen[name]) == self.inputs
@@ -131,11 +138,18 @@ class SharedHessian:
         """P."""
         return self.shape[0]
 
-    def reduce_(self, team: Team, owner: int | None) -> None:
-        """Add up over ranks; where the owner is another rank only ``tokens`` can be used. None: all ranks get it."""
-        for one in (self.statistic, self.held_out):
+    def reduce_(self, team: Team, owner: int | None, tokens: tuple[int, int]) -> None:
+        """Add up over ranks; where the owner is another rank only ``tokens`` can be used. None: all ranks get it.
+
+        Args:
+            team: The ranks.
+            owner: The rank that gets the sums.
+            tokens: Those of all ranks in the statistic, and in what is held out.
+        """
+        for one, count in zip((self.statistic, self.held_out), tokens, strict=True):
             if one is not None:
-                team.reduce_(one, owner)
+                team.reduce_(SimpleNamespace(sum_PCC=one.sum_PCC, reduce={"sum_PCC": "sum"}), owner)
+                one.tokens = count
                 if owner not in (None, team.rank):
                     one.sum_PCC = one.sum_PCC.new_empty(0)
 
