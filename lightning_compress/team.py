@@ -219,11 +219,11 @@ class Team:
                     value.copy_(sent)
 
     def broadcast_(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
-        """Send tensors of one rank to all others, in place."""
+        """Send tensors of one rank to all others, in place; as bytes, since gloo knows no float8."""
         if self.size > 1:
             for tensor in tensors:
                 sent = _on_the_wire(tensor)
-                dist.broadcast(sent, src=owner)
+                dist.broadcast(sent.detach().flatten().view(torch.uint8), src=owner)
                 if sent is not tensor:
                     tensor.copy_(sent)
 

@@ -45,6 +45,12 @@ def reducing(rank):
     tensors = [torch.full((2,), float(rank)), torch.full((3, 2), rank, dtype=torch.int8).T]
     team.broadcast_(tensors, owner=1)
     assert all((tensor == 1).all() for tensor in tensors)
+    kinds = [torch.tensor(rank, dtype=torch.int16), torch.zeros(2, 3).bool() if rank else torch.ones(2, 3).bool()]
+    kinds += [torch.full((3,), 1.5 - rank).to(dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    team.broadcast_(kinds)
+    assert (kinds[0].item(), kinds[1].all().item(), *[kind.float().tolist() for kind in kinds[2:]]) == (
+        0, True, [1.5] * 3, [1.5] * 3
+    )  # fmt: skip
     assert team.agree(rank == 1)
     assert not team.agree(False)
     assert team.largest(rank, 3.5 - rank) == [1, 3.5]
