@@ -111,7 +111,8 @@ class Walker:
                 self._walk_segment(segment, inputs, keep_last=is_last and self._tail_needs_output())
                 index += 1
             for name, block in plan.uncalled.items():
-                self.passes.end(block_group(name, block))
+                with self.residence.visit(name, block):
+                    self.passes.end(block_group(name, block))
                 self.finish_group()
             if plan.segments and plan.stub_last:
                 stack.enter_context(stubbed(plan.segments[-1], plan.blocks, last=lambda: self._last_output(inputs)))

@@ -42,8 +42,11 @@ def gathered_on(model: nn.Module, is_owner: bool) -> Iterator[dict[str, dict[str
                 if parameter is None or not is_dtensor(parameter):
                     continue
                 if id(parameter) not in parameters:
-                    values = full(parameter) if id(parameter) not in weights else _on_meta(parameter)
-                    parameters[id(parameter)] = nn.Parameter(values if is_owner else _on_meta(parameter), False)
+                    values = None if id(parameter) in weights else full(parameter)  # by all ranks
+                    held = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                    if is_owner and values is not None:
+                        held = values.cpu()
+                    parameters[id(parameter)] = nn.Parameter(held, False)
                 if is_owner:
                     stack.callback(owner._parameters.__setitem__, local, parameter)
                     owner._parameters[local] = parameters[id(parameter)]
@@ -66,7 +69,3 @@ def _packable(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
 def _weight(module: nn.Module) -> Tensor | None:
     """The parameter with the weight of a Linear."""
     return module._parameters["weight"] if "weight" in module._parameters else module.get_parameter(ORIGINAL)
-
-
-def _on_meta(parameter: Tensor) -> Tensor:
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")

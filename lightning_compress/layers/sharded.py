@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["full", "gathered", "is_dtensor", "is_sharded", "local", "plain_modules", "reshard", "sharded_like"]
+__all__ = [
+    "full",
+    "gathered",
+    "is_dtensor",
+    "is_sharded",
+    "local",
+    "plain_modules",
+    "reshard",
+    "shard_alike",
+    "sharded_like",
+]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -114,6 +124,23 @@ def plain_modules(model: nn.Module) -> Iterator[None]:
             hooks.update(earlier | later)
         for module, kind in classes.items():
             module.__class__ = kind
+
+
+def shard_alike(module: nn.Module, like: nn.Module) -> None:
+    """Shard a module as ``fully_shard`` has sharded another one of the same structure; else it stays as it is."""
+    modules = dict(module.named_modules())
+    others = {name: other for name, other in like.named_modules() if hasattr(other, "set_reshard_after_forward")}
+    if not others or not all(
+        name in modules and isinstance(other, type(modules[name])) for name, other in others.items()
+    ):
+        return
+    meshes = {name: next(filter(is_dtensor, other.parameters())).device_mesh for name, other in others.items()}  # type: ignore[attr-defined]
+    if any(mesh.ndim > 1 for mesh in meshes.values()):
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    for name, mesh in reversed(meshes.items()):  # inner modules first
+        fully_shard(modules[name], mesh=mesh, reshard_after_forward=True)
 
 
 @torch.no_grad()

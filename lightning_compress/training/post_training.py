@@ -16,8 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
@@ -187,16 +186,15 @@ class PostTraining:
         calibrating = [m for m in lifecycle.modifiers if m.needs.calibration]
         if not calibrating:
             return
-        team, single = self.run.team, self._single()
-        if shards(self.trainer):  # every rank does the same and keeps its shards
-            single._act(lifecycle, progress, single._batches(lifecycle), handing_over)
-            self.sample = single.sample
-            return
+        team, single, sharded = self.run.team, self._single(), shards(self.trainer)
         alone = [m.name for m in calibrating if m.needs.team == "alone"]
-        if team.alone or not alone:
-            batches = team.deal(lambda: self._shares(lifecycle), "loading calibration batches")
-            self._act(lifecycle, progress, batches, handing_over)
-            mend(self.module, team)
+        if team.alone or not alone or sharded:
+            batches = team.deal(lambda: self._shares(lifecycle, sharded, bool(alone)), "loading calibration batches")
+            self.sample = batches[0] if batches else None
+            each_has_all = sharded and (bool(alone) or len(batches or ()) % team.size > 0)
+            (single if each_has_all else self)._act(lifecycle, progress, batches, handing_over)
+            if not sharded:
+                mend(self.module, team)
             return
         rank_zero_info(f"rank 0 calibrates alone, as {', '.join(alone)} must see all batches; {team.size - 1} wait")
 
@@ -243,10 +241,13 @@ class PostTraining:
     def _marked(self) -> AbstractContextManager[None]:
         return marked_when_interrupted(self.module, lambda: len(self.state.ledger))
 
-    def _shares(self, lifecycle: Lifecycle) -> list[Sequence[Any] | None]:
-        """Calibration batches for each rank: the first one, for the probe, and its own."""
+    def _shares(self, lifecycle: Lifecycle, sharded: bool, alone: bool) -> list[Sequence[Any] | None]:
+        """Calibration batches for each rank: the first one, for the probe, and its own.
+
+        Each call of a sharded block takes all ranks: where they cannot have equal numbers of batches, each gets all.
+        """
         team, batches = self.run.team, self._batches(lifecycle)
-        if batches is None or team.alone:
+        if batches is None or team.alone or (sharded and (alone or len(batches) % team.size)):
             return [batches] * team.size
         count = range(len(batches))
         return [
@@ -266,13 +267,7 @@ class PostTraining:
         """Calibration batches; None where no modifier uses data."""
         if not any(m.needs.data for m in lifecycle.modifiers):
             return None
-        choose = partial(calibration_batches, self.trainer, self.pl_module, self.run.options, self.run.own_batches)
-        if shards(self.trainer):  # every rank calls this, and all get the batches of one
-            batches, samples = self.run.team.result(choose, "choosing calibration batches")
-            device = self.pl_module.device
-            batches = tree_map_only(Tensor, lambda t: t if t.device.type == "cpu" else t.to(device), batches)
-        else:
-            batches, samples = choose()
+        batches, samples = calibration_batches(self.trainer, self.pl_module, self.run.options, self.run.own_batches)
         self.run.facts |= {"calibration_batches": len(batches), "calibration_samples": samples}
         if not hasattr(self.pl_module, "calibration_step"):
             check_batch(self.module, batches[0], IN_TRAINER)  # again: perhaps nothing was trained

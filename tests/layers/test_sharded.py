@@ -1,5 +1,6 @@
 """DTensors of a group of one process: values, hooks, classes. Two ranks are in tests/training/test_sharding_fsdp.py."""
 
+import copy
 from contextlib import suppress
 
 import pytest
@@ -10,7 +11,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_compress.layers.sharded import full, gathered, is_sharded, local, plain_modules, reshard, sharded_like
+from lightning_compress.layers.sharded import (
+    full,
+    gathered,
+    is_dtensor,
+    is_sharded,
+    local,
+    plain_modules,
+    reshard,
+    shard_alike,
+    sharded_like,
+)
 from tests.support.sharded_runs import group_of_one
 
 
@@ -70,6 +81,26 @@ def test_full_values_take_the_placement_of_a_weight(model):
     plain = torch.ones(2)
     assert sharded_like(plain, plain) is plain
     assert torch.equal(full(plain), local(plain))
+
+
+def test_a_copy_is_sharded_alike():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 4)), torch.randn(3, 4)
+    copies, expected = [copy.deepcopy(model) for _ in range(2)], model(x)
+    with group_of_one():
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        other = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+        for module in (copies[0], other):
+            shard_alike(module, model)
+        shard_alike(copies[1], copy.deepcopy(copies[1]))  # which is not sharded
+        assert all(map(is_dtensor, copies[0].parameters()))
+        with torch.no_grad():
+            assert torch.equal(copies[0](x), expected)
+        assert all(map(is_dtensor, copies[0].parameters()))  # the outermost is not kept whole
+        assert not is_sharded(other)
+        assert not is_sharded(copies[1])
 
 
 def test_modules_are_plain_inside_and_parallel_afterwards(model):

@@ -40,9 +40,14 @@ STATIC = {
     "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
     "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
-IN_COLUMNS = ["distilled", "gptq_w4"]
-SLOW = ["smoothquant_gptq_w8a8", "awq_w4", "autoround_w4", "sparsegpt_owl", "wanda_2of4", "pruned_at_the_end"]
-EXACT = ["qat_w4", "pruned_2of4", "gradual", "distilled", "pruned_qat"]  # without roundings of activations
+TRAINED = ["qat_w4", "pruned_2of4", "distilled"]
+TRAINED_SLOWLY = ["gradual", "pruned_qat"]
+CALIBRATED = ["gptq_w4", "rounded"]
+CALIBRATED_SLOWLY = [
+    "gptq_three_batches", "smoothquant_gptq_w8a8", "awq_w4", "autoround_w4", "sparsegpt_owl", "wanda_2of4",
+    "pruned_at_the_end",
+]  # fmt: skip
+STATIC_INPUTS = "static"  # rounds activations, so that bits of a sum decide
 
 
 def qat():
@@ -71,6 +76,7 @@ def calibrations():
     w4 = {"scheme": "W4A16", "group_size": 16}
     return {
         "gptq_w4": [GPTQModifier(**w4)],
+        "gptq_three_batches": [GPTQModifier(**w4)],  # two ranks cannot share them
         "smoothquant_gptq_w8a8": [SmoothQuantModifier(), GPTQModifier(scheme="W8A8", ignore=HEAD)],
         "awq_w4": [AWQModifier(scheme="W4A16_ASYM", group_size=16, ignore=HEAD)],
         "autoround_w4": [AutoRoundModifier(**w4, ignore=HEAD, iters=3)],
@@ -118,7 +124,9 @@ def weights(module):
 def run(folder: Path, name: str, ranks: int, columns: int = 1, *, clipped: bool = True) -> None:
     """A fit of one case; its losses and weights into a file."""
     losses, training = Losses(), recipes()
-    callback = CompressionCallback(training.get(name) or calibrations()[name], verify=False)
+    batches = 3 if name == "gptq_three_batches" else 4
+    modifiers = training.get(name) or calibrations()[name]
+    callback = CompressionCallback(modifiers, verify=False, calibration_batches=batches)
     arguments = {"columns": columns, "max_epochs": int(name in training)}
     if clipped:  # torch cannot clip parameters of two meshes
         arguments["gradient_clip_val"] = 1.0
@@ -186,36 +194,66 @@ def refusals(folder: Path) -> None:
     torch.save(messages, folder / f"refused-{runner.global_rank}.pt")
 
 
+def two_ranks(folder: Path, work):
+    import transformers.models.llama.modeling_llama  # noqa: F401  (once, not in each process)
+
+    def single_threaded(rank: int) -> None:
+        torch.set_num_threads(1)
+        work()
+
+    for name in ("columns", "one_block"):
+        (folder / name).mkdir()
+    ends = run_two_ranks(single_threaded, folder, 300)
+    assert ends == ["", ""], "\n".join(ends)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    import transformers.models.llama.modeling_llama  # noqa: F401  (once, not in each process)
 
-    def work(rank: int) -> None:
-        torch.set_num_threads(1)
-        for name in (*recipes(), *calibrations()):
+    def work() -> None:
+        for name in (*TRAINED, STATIC_INPUTS, *CALIBRATED):
             run(folder, name, 2)
-        for name in IN_COLUMNS:
-            run(folder / "columns", name, 2, columns=2, clipped=False)
-        (folder / "one_block").mkdir(exist_ok=True)
+        run(folder / "columns", "gptq_w4", 2, columns=2, clipped=False)
         one_block(folder / "one_block")
         resume(folder)
         refusals(folder)
 
-    (folder / "columns").mkdir()
-    ends = run_two_ranks(work, folder, 300)
-    assert ends == ["", ""], "\n".join(ends)
-    return folder
+    return two_ranks(folder, work)
+
+
+@pytest.fixture(scope="module")
+def slow_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slow_ranks")
+
+    def work() -> None:
+        for name in (*TRAINED_SLOWLY, *CALIBRATED_SLOWLY):
+            run(folder, name, 2)
+        run(folder / "columns", "distilled", 2, columns=2, clipped=False)
+
+    return two_ranks(folder, work)
+
+
+@pytest.fixture
+def of_two(name, request):
+    """The folder with the case of this name."""
+    slow = name in (*TRAINED_SLOWLY, *CALIBRATED_SLOWLY)
+    return request.getfixturevalue("slow_folder" if slow else "folder")
+
+
+def cases(names, slow_names):
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow_names)]
 
 
 def read(folder: Path, case: str, rank: int = 0):
     return torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_twenty_steps_are_those_of_one_rank(folder, tmp_path, name):
+@pytest.mark.parametrize("name", cases(TRAINED, TRAINED_SLOWLY))
+def test_twenty_steps_are_those_of_one_rank(of_two, tmp_path, name):
     run(tmp_path, name, 1)
-    one, two = read(tmp_path, name), read(folder, name)
+    one, two = read(tmp_path, name), read(of_two, name)
     assert len(one["losses"]) == STEPS
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-5
     assert one["weights"].keys() == two["weights"].keys()
@@ -224,23 +262,24 @@ def test_twenty_steps_are_those_of_one_rank(folder, tmp_path, name):
     assert one["ledger"] == two["ledger"]
 
 
-@pytest.mark.parametrize(
-    "name", ["gptq_w4", "rounded", *(pytest.param(n, marks=pytest.mark.slow) for n in calibrations() if n in SLOW)]
-)
-def test_the_calibrated_export_is_that_of_one_rank_file_by_file(folder, tmp_path, name):
+@pytest.mark.parametrize("name", cases(CALIBRATED, CALIBRATED_SLOWLY))
+def test_the_calibrated_export_is_that_of_one_rank_file_by_file(of_two, tmp_path, name):
     run(tmp_path, name, 1)
-    assert files(folder / name) == files(tmp_path / name)
+    assert files(of_two / name) == files(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", IN_COLUMNS)
-def test_layers_that_ranks_share_are_those_of_one_rank(folder, tmp_path, name):
+def test_layers_that_ranks_share_are_calibrated_as_by_one_rank(folder, tmp_path):
     """Tensor parallelism."""
-    run(tmp_path, name, 1, clipped=False)
-    one, two = read(tmp_path, name), read(folder / "columns", name)
-    assert len(one["losses"]) == len(two["losses"]) == (STEPS if name in recipes() else 0)
+    run(tmp_path, "gptq_w4", 1)
+    assert files(folder / "columns" / "gptq_w4") == files(tmp_path / "gptq_w4")
+
+
+@pytest.mark.slow
+def test_layers_that_ranks_share_train_as_on_one_rank(slow_folder, tmp_path):
+    run(tmp_path, "distilled", 1, clipped=False)
+    one, two = read(tmp_path, "distilled"), read(slow_folder / "columns", "distilled")
+    assert len(one["losses"]) == STEPS
     assert all(abs(a - b) < 1e-5 for a, b in zip(one["losses"], two["losses"], strict=True))
-    if name in calibrations():
-        assert files(folder / "columns" / name) == files(tmp_path / name)
 
 
 def test_one_block_is_whole_at_a_time(folder):
@@ -250,12 +289,12 @@ def test_one_block_is_whole_at_a_time(folder):
         assert held["finished"] == [True] * 4  # two blocks, and the modules before and after them
 
 
-@pytest.mark.parametrize("name", list(recipes()))
-def test_the_export_is_that_of_the_trained_weights(folder, name):
+@pytest.mark.parametrize("name", cases([*TRAINED, STATIC_INPUTS], TRAINED_SLOWLY))
+def test_the_export_is_that_of_the_trained_weights(of_two, name):
     """Both ranks hold shards of the weights that rank 0 wrote, packed where they are quantized."""
-    loaded = load(folder / name / "compressed", llama(), packed=False).state_dict()
+    loaded = load(of_two / name / "compressed", llama(), packed=False).state_dict()
     for rank in (0, 1):
-        held = read(folder, name, rank)["weights"]
+        held = read(of_two, name, rank)["weights"]
         for key, value in loaded.items():
             assert torch.equal(value, held[f"model.{key}"]), key
 

@@ -21,6 +21,7 @@ from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
+from lightning_compress.layers.sharded import shard_alike
 from lightning_compress.modifiers.distillation.answer_cache import AnswerCache
 from lightning_compress.modifiers.distillation.cached_answers import Recall
 from lightning_compress.modifiers.distillation.divergence import (
@@ -125,6 +126,7 @@ class DistillationModifier(Modifier):
     _recall: Recall | None = PrivateAttr(default=None)
     _epochs: list[list[int]] | None = PrivateAttr(default=None)  # of the run that this one continues
     _epoch: int | None = PrivateAttr(default=None)
+    _placed: bool = PrivateAttr(default=False)  # the teacher is sharded as the model is, if that is
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "DistillationModifier":
@@ -223,8 +225,12 @@ class DistillationModifier(Modifier):
         self._hidden.watch(state.model, self._teacher.module, self.hook)
 
     def on_update(self, state: State, event: Event, **kwargs: Any) -> None:
-        if event.type_ == EventType.BATCH_START and self._recall is not None:
-            self._count_epoch(event)
+        if event.type_ == EventType.BATCH_START:
+            if self._recall is not None:
+                self._count_epoch(event)
+            if not self._placed and self._teacher is not None and self._teacher.module is not None:
+                shard_alike(self._teacher.module, state.model)
+            self._placed = True
         elif event.type_ == EventType.LOSS_CALCULATED:
             self._add_to_loss(state, event)
         elif event.type_ == EventType.OPTIM_PRE_STEP:
