@@ -18,8 +18,9 @@ is finished. Where several processes walk (``state.team``), each runs batches of
 same modules in the same order.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from lightning_compress.calibration.walker import Walker
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.layers.memory import small_heap
 from lightning_compress.layers.split_experts import split_while, watched
+from lightning_compress.team import Team
 
 __all__ = ["calibrate", "end_training"]
 
@@ -102,7 +104,13 @@ def calibrate(
     mixtures = nullcontext() if any(m.needs.hand_over for m in lifecycle.modifiers) else split_while(model)
     heap = small_heap() if residence is None else nullcontext()  # the caller's
     try:
-        with mixtures, watched(model, options.moe_calibrate_all_experts), calibration_mode(model), heap:
+        with (
+            _warnings_once(state.team),
+            mixtures,
+            watched(model, options.moe_calibrate_all_experts),
+            calibration_mode(model),
+            heap,
+        ):
             log.begin(lifecycle, state, batches or [], blocks, options)
             _emit_all(walker, blocks)
         state.team.gather(None, "calibration")  # an error that came last reaches all
@@ -113,6 +121,15 @@ def calibrate(
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note("while calibrating: try smaller batches, walk='two_pass', offload_device='cpu'")
         raise
+
+
+@contextmanager
+def _warnings_once(team: Team) -> Iterator[None]:
+    """Inside, rank 0 alone warns: all ranks come to the same warnings."""
+    with warnings.catch_warnings() if team.rank else nullcontext():
+        if team.rank:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:

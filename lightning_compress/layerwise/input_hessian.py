@@ -27,7 +27,7 @@ __all__ = ["HessianPool", "InputHessian", "NonFiniteHessianError", "PerHessian",
            "groups_as_partitions", "parted"]  # fmt: skip
 
 
-ROWS = 1024  # of a float64 sum that are divided at once
+ROWS = 1024  # of a float64 sum that are divided, or sent, at once
 
 
 class NonFiniteHessianError(ValueError):
@@ -148,7 +148,10 @@ class SharedHessian:
         """
         for one, count in zip((self.statistic, self.held_out), tokens, strict=True):
             if one is not None:
-                team.reduce_(SimpleNamespace(sum_PCC=one.sum_PCC, reduce={"sum_PCC": "sum"}), owner)
+                for sum_CC in one.sum_PCC:
+                    for low in range(0, len(sum_CC), ROWS):  # above the diagonal nothing is defined
+                        rows = sum_CC[low : low + ROWS, : low + ROWS]
+                        team.reduce_(SimpleNamespace(rows=rows, reduce={"rows": "sum"}), owner)
                 one.tokens = count
                 if owner not in (None, team.rank):
                     one.sum_PCC = one.sum_PCC.new_empty(0)
