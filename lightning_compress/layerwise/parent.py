@@ -97,7 +97,7 @@ class ParentCalls:
                 def piece(tensor: Tensor, rows: slice = slice(i, i + step), samples: int = samples) -> Tensor:
                     return tensor[rows] if tensor.ndim and len(tensor) == samples else tensor
 
-                pieces.add(*tree_map_only(Tensor, piece, (args, kwargs, output, mask)), batch)
+                pieces.add(*tree_map_only(Tensor, piece, (args, kwargs, output, mask, batch)))
         return pieces
 
     def add(

@@ -43,6 +43,12 @@ FORMS: dict[str, dict[str, Any]] = {
     },
 }
 
+FP8 = {
+    "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    "input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+}
+TABLE = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+
 
 def on_linears(form: str) -> dict[str, Any]:
     return {"config_groups": {"all": {"targets": ["Linear"], **FORMS[form]}}, "ignore": ["lm_head"]}
@@ -55,6 +61,17 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "logarithmic equalization": (
         "llama",
         lambda: [LogarithmicEqualizationModifier(), QuantizationModifier(**on_linears("W8A8"), observer="percentile")],
+    ),
+    "nvfp4": ("llama", lambda: [GPTQModifier(scheme="NVFP4", ignore=["lm_head"])]),
+    "fp8, with embeddings": (
+        "llama",
+        lambda: [
+            SmoothQuantModifier(),
+            QuantizationModifier(
+                config_groups={"fp8": {"targets": ["Linear"], **FP8}, "table": {"targets": ["Embedding"], **TABLE}},
+                ignore=["lm_head"],
+            ),
+        ],
     ),
     "awq": ("llama", lambda: [AWQModifier(**on_linears("W4"), n_grid=8)]),
     "awq, layer by layer, clipped": (
@@ -105,7 +122,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     for kind in (Quantized, QuantizedCache):
         for name, (_, record) in kind.find(model).items():
             tensors |= {f"{name}.{key}": v for key, v in vars(record).items() if isinstance(v, Tensor)}
-    return {name: (tensor + 0).contiguous() for name, tensor in tensors.items()}
+    return {name: (tensor.double() + 0).contiguous() for name, tensor in tensors.items()}
 
 
 def outcome(recipe: str, count: int) -> Outcome:
