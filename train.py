@@ -6,6 +6,7 @@ Compression is an ordinary callback: ``+compress=NAME`` adds it to ``callbacks``
 import logging
 import os
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning 2.6 under torch 2.13
     if cfg.seed is not None:
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    if OmegaConf.select(cfg, "callbacks.compress.stream"):
+        return stream(cfg)
 
     callbacks = instantiate_each(cfg.get("callbacks"), Callback)  # first: errors in a recipe show before data is read
     compresses = any(isinstance(callback, CompressionCallback) for callback in callbacks)
@@ -100,6 +103,45 @@ def train(cfg: DictConfig) -> dict[str, float]:
         metrics |= trainer.callback_metrics
     log.info("this run's folder: %s", cfg.paths.output_dir)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def stream(cfg: DictConfig) -> dict[str, float]:
+    """Compress a model that is larger than memory, from folder to folder: ``callbacks.compress.stream=true``.
+
+    Nothing is trained, measured or tested. The run's folder gets ``compressed`` and ``report``; a run that was killed
+    goes on in the same folder.
+
+    Raises:
+        ValueError: The config trains, or its model is not a folder.
+    """
+    import torch
+
+    from lightning_compress import compress_folder
+    from lightning_compress.report import summary, table
+
+    if cfg.train or not os.path.isdir(str(cfg.model.get("path"))):
+        raise ValueError(
+            f"callbacks.compress.stream=true compresses the model of a folder without training: expected "
+            f"model=hf model.path=FOLDER train=false, got model.path={cfg.model.get('path')} train={cfg.train}"
+        )
+    recipe = {key: value for key, value in cfg.callbacks.compress.items() if key != "stream"}
+    callback = hydra.utils.instantiate(recipe)
+    modifiers, options = callback.lifecycle.modifiers, callback.options
+    batches = None
+    if any(modifier.needs.data for modifier in modifiers):
+        data = hydra.utils.instantiate(cfg.data)
+        data.prepare_data()
+        data.setup("fit")
+        batches = islice(data.calibration_dataloader(), options.calibration_batches)
+    folder = options.export_dir or os.path.join(cfg.paths.output_dir, "compressed")
+    ledger = compress_folder(
+        cfg.model.path, folder, modifiers, batches, options=options.calibration, resume=options.resume,
+        dtype=None if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype),
+    )  # fmt: skip
+    facts = {"recipe": options.recipe_name, "export_dir": str(folder), "seed": options.calibration.seed}
+    summary.write(os.path.join(cfg.paths.output_dir, "report"), ledger, facts)
+    table.show(ledger, facts)
+    return {}
 
 
 def check_compress(cfg: DictConfig) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import train as app
 from examples.model_llama import LlamaDemo
+from lightning_compress import load
 from lightning_compress.report.sweep_jobs import read_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +135,30 @@ def test_a_pretrained_model_any_text_and_its_tokenizer(app_config: Any, tmp_path
     ids = again("the quick brown", return_tensors="pt").input_ids
     assert again.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
     assert values_per_row(dense.model.layers[0].mlp.up_proj.weight) > 16
+
+
+def test_a_model_larger_than_memory_goes_from_folder_to_folder(app_config: Any, tmp_path: Path) -> None:
+    words = ["[UNK]", "the", "quick", "brown", "fox"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "pretrained"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("the quick brown fox . " * 400)
+    options = [o for o in TINY if not o.startswith("model.")]
+    options += ["model=hf", "data=text", f"model.path={folder}", f"data.path={tmp_path / 'text.txt'}"]
+    options += ["+compress=gptq_w4", "callbacks.compress.stream=true"]
+
+    with pytest.raises(ValueError, match="without training: expected model=hf model.path=FOLDER train=false, got"):
+        app.train(app_config(*options))
+    cfg = app_config(*options, "train=false")
+    assert app.train(cfg) == {}
+    exported = Path(cfg.paths.output_dir) / "compressed"
+    assert values_per_row(load(exported, packed=False).model.layers[1].mlp.up_proj.weight) <= 16
+    rows = list(csv.DictReader((Path(cfg.paths.output_dir) / "report" / "modules.csv").open()))
+    assert len(rows) == 14
+    assert all(float(row["error"]) > 0 for row in rows)
 
 
 def test_a_sweep_runs_each_recipe_and_ends_in_one_table_and_one_figure(tmp_path: Path, library: str) -> None:
