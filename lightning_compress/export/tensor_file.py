@@ -8,6 +8,7 @@ compared with the file's size before memory is allocated.
 
 import json
 import math
+import mmap
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from lightning_compress.export.tensors import DTYPES, INDEX, naming, weight_map
 __all__ = ["TensorFile", "TensorFolder"]
 
 HEADER_BYTES = 10**8  # as safetensors
+PAGES = 2**20  # bytes
 
 
 class TensorFile:
@@ -62,7 +64,7 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         dtype, shape, position = self._places[name]
-        data = torch.empty(self.nbytes(name), dtype=torch.uint8)
+        data = _pages(self.nbytes(name))
         with naming(self.path, repr(name)), self.path.open("rb", buffering=0) as file:
             file.seek(position)
             view, count = memoryview(data.numpy()), 0  # type: ignore[arg-type]
@@ -102,6 +104,18 @@ class TensorFolder:
     def nbytes(self, name: str) -> int:
         """The bytes of a tensor."""
         return self.files[name].nbytes(name)
+
+
+def _pages(size: int) -> Tensor:
+    """Bytes in pages of their own, which the system gets back with the tensor; small ones come from the heap.
+
+    Weights from the heap would lie between the temporaries of a block, and keep their memory after they are freed: at
+    49 MiB a block the peak was 40 MB higher.
+    """
+    if size < PAGES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:

@@ -36,7 +36,8 @@ from lightning_compress.export.tensor_file import TensorFolder
 from lightning_compress.export.tensors import INDEX
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.matching import shortlist
-from lightning_compress.quant.module_state import from_tensors, to_tensors
+from lightning_compress.layers.memory import release
+from lightning_compress.quant.module_state import from_tensors, settle, to_tensors
 from lightning_compress.quant.packing import check_fit
 from lightning_compress.recipe import dump_recipe
 from lightning_compress.resume.folder_log import ANEW, Resume, random_state, set_random_state
@@ -88,7 +89,7 @@ class ExportLog:
         blocks: Mapping[str, nn.Module],
         options: CalibrationOptions,
     ) -> None:
-        self._lifecycle, self._state = lifecycle, state
+        self._lifecycle, self._state, self._has_data = lifecycle, state, bool(batches)
         self._can_restore = all(modifier.group_state({}) is not None for modifier in lifecycle.modifiers)
         plan = make_plan(lifecycle.modifiers, nn.Module(), [batch_digest(b) for b in batches], list(blocks), options)
         plan["model"] = {"class": type(self.model).__name__, "dtype": str(self.model.dtype), **_digests(self.source)}
@@ -124,12 +125,15 @@ class ExportLog:
 
     def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
         if number := self._number(title):
+            release()  # what rounding has freed, before packing needs memory
             contents = block_contents(self.model, modules)
             tensors, facts = self._restorable(contents, modules)
             earlier = set(map(id, self._rows))
             rows = [asdict(row) for row in self._state.ledger.rows if id(row) not in earlier]
             known = [modifier.group_state(modules) for modifier in self._lifecycle.modifiers]
             self._write(number, self.blocks[title], contents, tensors, rows, state=facts, modifiers=known)
+            if facts is not None and self._has_data:
+                settle(modules, tensors, facts)
 
     def restore_survey(self) -> bool:
         return False
