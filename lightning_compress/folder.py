@@ -10,6 +10,7 @@ Tensors and other files are those of ``save(model, target, tokenizer=..., recipe
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration.blocks import find_blocks
-from lightning_compress.calibration.options import CalibrationOptions
+from lightning_compress.calibration.options import CalibrationOptions, bytes_of
 from lightning_compress.calibration.residence import OnDisk, exact_device
 from lightning_compress.calibration.sequential import calibrate
+from lightning_compress.calibration.walk_memory import megabytes
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.export import hugging_face
 from lightning_compress.export.rehearsal import rehearse
@@ -47,6 +49,7 @@ def compress_folder(
     *,
     options: CalibrationOptions = CalibrationOptions(),  # noqa: B008  (frozen)
     dtype: torch.dtype | None = None,
+    memory: int | str | None = None,
     overwrite: bool = False,
     resume: Resume = "auto",
 ) -> Ledger:
@@ -59,6 +62,8 @@ def compress_folder(
         batches: Calibration batches; None for recipes that need no data.
         options: How calibration goes through the model.
         dtype: That of the model; by default the one of its config.
+        memory: Bytes for weights and activations, or such as ``"300MB"``: what a block leaves of it is the
+            ``memory_limit`` of the options, and a model whose largest block does not fit is refused.
         overwrite: Replace an earlier export of that name.
         resume: ``auto``: after a kill the same call goes on after the last block that it wrote, with the same result.
             ``must``: there must be such blocks. ``never``: begin anew.
@@ -81,6 +86,8 @@ def compress_folder(
     rehearse(model, processors)
     blocks = find_blocks(model, options.blocks)
     names = _check_model(source, model, files, blocks)
+    if memory is not None:
+        options = replace(options, memory_limit=bytes_of(memory) - _block_bytes(model, blocks, bytes_of(memory)))
     target = check_target(target, overwrite=overwrite)
     state = State(model=model, ledger=Ledger())
     log = ExportLog(model, blocks, files, names, target, overwrite, resume)
@@ -147,6 +154,24 @@ def _check_model(source: Path, model: Any, files: TensorFolder, blocks: Mapping[
                 f"{source}: {name!r} and {other!r} are one weight in {kind}, and two in its files; {IN_MEMORY}"
             )
     return names
+
+
+def _block_bytes(model: nn.Module, blocks: Mapping[str, nn.Module], memory: int) -> int:
+    """Bytes while the largest block is compressed, without activations and statistics; ValueError where it exceeds.
+
+    That is the block, all modules outside of blocks, and four copies of the largest weight in float32.
+    """
+    sizes = [sum(p.numel() * p.itemsize for p in block.parameters()) for block in blocks.values()]
+    outside = sum(p.numel() * p.itemsize for p in model.parameters()) - sum(sizes)
+    largest = max(p.numel() for block in blocks.values() for p in block.parameters())
+    needed = max(sizes) + outside + 16 * largest
+    if needed > memory:
+        raise ValueError(
+            f"memory={megabytes(memory)}, and a block takes about {megabytes(needed)}: {megabytes(max(sizes))} for its "
+            f"weights, {megabytes(outside)} for the modules outside of blocks, and four float32 copies of its largest "
+            f"weight; give more"
+        )
+    return needed
 
 
 def _dtype(source: Path, files: TensorFolder, dtype: torch.dtype | None) -> torch.dtype:

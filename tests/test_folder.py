@@ -217,6 +217,20 @@ def test_blocks_that_are_not_a_chain_are_refused(tmp_path):
     assert not refused(tmp_path / "dense", tmp_path, "not one chain of 4 blocks", recipe, batches)
 
 
+def test_a_block_that_does_not_fit_is_refused_with_what_it_takes(tmp_path, source):
+    message = "memory=0 MB, and a block takes about 1 MB: 1 MB for its weights, 0 MB for the modules outside"
+    refused(source, tmp_path, message, memory="300kB")
+
+
+def test_what_a_block_leaves_of_the_memory_chooses_the_walk(tmp_path, source, caplog):
+    with caplog.at_level("INFO", logger="lightning_compress"):
+        compress_folder(source, tmp_path / "little", "gptq_w4", BATCHES, memory=1_400_000)
+        assert "two passes over 3 blocks: one pass takes about" in caplog.text
+        caplog.clear()
+        compress_folder(source, tmp_path / "much", "gptq_w4", BATCHES, memory="1GB")
+        assert "one pass over 3 blocks" in caplog.text
+
+
 def test_a_missing_tensor_is_named(tmp_path, source):
     model = AutoModelForCausalLM.from_pretrained(source)
     state = model.state_dict()
