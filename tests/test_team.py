@@ -73,6 +73,7 @@ def test_without_a_group_nothing_happens():
     assert torch.equal(one.sum_C, two.sum_C)
     assert (team.gather(5), team.result(lambda: 6, "work"), team.agree(True)) == ([5], 6, True)
     assert team.largest(1.5, 2) == [1.5, 2]
+    assert team.deal(lambda: ["mine"], "dealing") == "mine"
     team.fail(ValueError("nobody waits"))
 
 
