@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_compress.files.atomic_folder import origin_of
+from lightning_compress.resume.folder_log import remove as remove_log
 from lightning_compress.training import loader_states
 from lightning_compress.training.random_state import LoadedRandomState
 from lightning_compress.training.run import Run
@@ -132,6 +133,7 @@ def load_earlier_end(
     path = outputs.checkpoint
     if not run.team.result(lambda: _made_from(_read(path), outputs.export, key, state), "reading compressed.ckpt"):
         return None
+    remove_log(outputs.log)  # killed when the export was complete
     checkpoint = _read(path)
     pl_module.on_load_checkpoint(checkpoint)
     if shards(trainer):
