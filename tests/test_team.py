@@ -57,6 +57,10 @@ def reducing(rank):
     return team.gather(rank * 10), Team.present().gather(rank)
 
 
+def test_one_process_deals_to_itself():
+    assert Team().deal(lambda: [[0, 1, 2]], "dealing") == [0, 1, 2]
+
+
 def test_two_ranks_agree_with_one(tmp_path):
     assert run_processes(reducing, tmp_path) == [([0, 10], [0, 1])] * 2
 
