@@ -134,7 +134,7 @@ def shard_alike(module: nn.Module, like: nn.Module) -> None:
         name in modules and isinstance(other, type(modules[name])) for name, other in others.items()
     ):
         return
-    meshes = {name: next(filter(is_dtensor, other.parameters())).device_mesh for name, other in others.items()}  # type: ignore[attr-defined]
+    meshes = {name: next(filter(is_dtensor, other.parameters())).device_mesh for name, other in others.items()}
     if any(mesh.ndim > 1 for mesh in meshes.values()):
         return
     from torch.distributed.fsdp import fully_shard
