@@ -61,7 +61,9 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
     flipped_CC.diagonal().copy_(damped_C[backwards])
     # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards: one, and no inverse
     root_CC, failed = torch.linalg.cholesky_ex(flipped_CC, upper=True)
+    del flipped_CC  # of four matrices three are in memory at once
     RT_CC = root_CC.flip(0, 1)
+    del root_CC
     pivot_C = RT_CC.diagonal().clone()
     # Rounding leaves a pivot of about eps * H_jj where the true one is zero. Undamped, C such errors may add up.
     eps = torch.finfo(H_CC.dtype).eps * (len(H_CC) if dampening == 0 else 1)

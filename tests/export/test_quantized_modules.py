@@ -1,31 +1,14 @@
 """How much memory ``load`` takes: parameters are made one by one, and packed modules are never dense."""
 
-import gc
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_compress import load, save
+from tests.support.allocations import allocated
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 128}
 LARGEST = 256 * 512 * 4  # bytes of the largest weight
-
-
-def allocated(call: Callable[[], Any]) -> tuple[int, int, Any]:
-    """Bytes that torch allocated on the CPU, at the peak and by the largest allocation, and the result."""
-    gc.collect()  # what earlier tests left would count as freed
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = call()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, max(event.nbytes() for event in events), result
 
 
 @pytest.fixture(scope="module")
