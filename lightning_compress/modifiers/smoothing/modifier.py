@@ -4,7 +4,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, EventType, Needs, State
 from lightning_compress.layers.matching import Names, select
 from lightning_compress.layers.matrix import CONVOLUTIONS, as_matrix, check_weights_work, inputs_as_rows, is_supported
+from lightning_compress.layers.sharded import is_sharded
 from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
 from lightning_compress.modifiers.smoothing.fold import fold
 from lightning_compress.modifiers.smoothing.pair import Mapped, Pair, parse, unmatched
@@ -103,8 +104,8 @@ class PairModifier(LayerwiseModifier, ABC):
         if state.replay is not None and (seen := self._reduced(state, names)):
             start = time.perf_counter()
             with torch.inference_mode(False), torch.no_grad():
-                pairs = state.team.result(partial(self._pairs, state), f"{self.name}: pairs of {state.block_name!r}")
-                self.scale_pairs(state, [pair for pair in pairs if self.fed_layers(pair)], seen, start)
+                pairs = [pair for pair in self._pairs(state) if self.fed_layers(pair)]
+                self.scale_pairs(state, pairs, seen, start)
         for name in names:
             self._statistics.pop(name, None)
 
@@ -122,10 +123,24 @@ class PairModifier(LayerwiseModifier, ABC):
         return seen
 
     def _pairs(self, state: State) -> list[Pair]:
-        """The pairs of a block, by running the first batch, which rank 0 has."""
+        """The pairs of a block, which rank 0 finds by running the first batch."""
         assert self._finder is not None
-        assert state.replay is not None
-        return [pair.cpu() for pair in self._finder.pairs(state.block_name, state.modules, state.replay)]
+        team, replay, what = state.team, state.replay, f"{self.name}: pairs of {state.block_name!r}"
+        assert replay is not None
+        if team.rank:
+            pairs: list[Pair] | None
+            while (pairs := team.gather(None, what)[0]) is None:
+                replay(0)
+            return pairs
+        together = is_sharded(state.model)
+
+        def run(batch: int) -> Any:
+            if together:  # a call of a sharded block takes all ranks
+                team.gather(None, what)
+            return replay(batch)
+
+        pairs = [pair.cpu() for pair in self._finder.pairs(state.block_name, state.modules, run)]
+        return pairs if team.alone else team.gather(pairs, what)[0]
 
     def fed_layers(self, pair: Pair) -> list[str]:
         """The layers of a pair that have seen tokens."""
