@@ -43,8 +43,8 @@ def main() -> None:
         for blocks in arguments.blocks:
             write_llama(work / f"dense-{blocks}", blocks, arguments.hidden)
         limit = weights_of(work / f"dense-{max(arguments.blocks)}") // 4
-        for title in RECIPES:
-            for blocks in arguments.blocks:
+        for blocks in arguments.blocks:
+            for title in RECIPES:
                 rows.append(compare(title, blocks, work, limit, beside=blocks == min(arguments.blocks)))
                 report(rows, arguments.hidden)
 

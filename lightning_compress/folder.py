@@ -37,7 +37,7 @@ from lightning_compress.resume.folder_log import Resume, check_resume
 
 __all__ = ["compress_folder"]
 
-MAPPED = 2**22  # bytes; pieces of memory above it go back to the system when they are freed
+MAPPED = 2**23  # bytes; pieces of memory above it go back to the system when they are freed
 IN_MEMORY = "compress the model in memory, with lightning_compress.compress, then save it"
 
 
