@@ -27,6 +27,7 @@ from lightning_compress import (
     WandaPruningModifier,
     compress,
 )
+from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup
 from lightning_compress.core import Ledger, Modifier
 from lightning_compress.quant.kv_cache import QuantizedCache
 from lightning_compress.quant.record import Quantized
@@ -183,6 +184,27 @@ def broken_off(rank: int, folder: Path) -> tuple[Outcome, Outcome]:
 def test_saliencies_of_a_log_are_those_of_all_ranks(tmp_path: Path) -> None:
     for whole, continued in run_processes(partial(broken_off, folder=tmp_path / "log"), tmp_path / "2"):
         assert whole == continued
+
+
+def following(rank: int) -> tuple[Outcome, int]:
+    """SmoothQuant as where blocks are sharded, and how often this rank ran a block again."""
+    runs: list[int] = []
+    replay = BlockPasses._replay
+
+    def counted(self: BlockPasses, group: ModuleGroup, run: Callable[[int], object], batch: int) -> object:
+        runs.append(batch)
+        return replay(self, group, run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_compress.modifiers.smoothing.modifier.is_sharded", lambda model: True)
+        patch.setattr(BlockPasses, "_replay", counted)
+        return outcome("smoothquant, then gptq", 4), len(runs)
+
+
+def test_where_blocks_are_sharded_all_ranks_run_them_again_together(tmp_path: Path) -> None:
+    [alone] = run_processes(following, tmp_path / "1", 1)
+    assert alone[1] > 10
+    assert run_processes(following, tmp_path / "2") == [alone] * 2
 
 
 W4: dict[str, Any] = {"scheme": "W4A16"}
