@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.export import hugging_face
 from lightning_compress.export.experts import names_of_experts
@@ -83,7 +83,7 @@ def load(
     layout = _layout(source, model, len(files.names), dtype)
     choice = PackingChoice(layout, served=packed is None) if packed is not False else None
     is_new = model is None
-    model_dtype = layout.config.dtype if is_new else None
+    model_dtype: torch.dtype | None = cast(Any, layout).config.dtype if is_new else None
     quantized = QuantizedModules(layout, dtype, choice, device, model_dtype)
     _take_quantized(source, quantized, files)
     caches = _read_caches(source, layout, files)
@@ -250,7 +250,7 @@ def _fill(folder: Path, model: nn.Module, weights: Mapping[str, DeferredTensor])
     Each is made twice: nothing is copied before all are known to be right.
     """
     checked = _OneAtATime(weights)
-    _check_finite(folder, nonfinite(model, checked))
+    _check_finite(folder, nonfinite(model, cast(Mapping[str, Tensor], checked)))
     state = {clean_name(key): value for key, value in model.state_dict().items()}
     filled = {state[key].data_ptr() for key in weights if key in state}
     missing = [key for key, value in state.items() if key not in weights and value.data_ptr() not in filled]  # not tied
