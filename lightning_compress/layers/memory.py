@@ -26,8 +26,8 @@ def release() -> None:
 def small_heap(largest: int = _LARGEST) -> Iterator[None]:
     """Inside, glibc does not raise the sizes from which it maps memory and from which it returns free memory.
 
-    Pieces of more than ``largest`` bytes are mapped, and returned when they are freed. Afterwards the sizes are those
-    that glibc's own adjustment ends at. Limits in the environment are obeyed.
+    Pieces of more than ``largest`` bytes are mapped, and returned when they are freed; at the end what is free goes
+    back. Afterwards the sizes are those that glibc's own adjustment ends at. Limits in the environment are obeyed.
     """
     libc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
     if libc is None:
@@ -38,6 +38,7 @@ def small_heap(largest: int = _LARGEST) -> Iterator[None]:
     try:
         yield
     finally:
+        libc.malloc_trim(0)
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
 
