@@ -96,7 +96,7 @@ def test_two_passes_stay_where_a_modifier_acts_at_the_end_of_training(caplog):
 def test_a_modifier_that_acts_only_then_has_no_window():
     with pytest.raises(ValueError, match="Ending: start=1 would do nothing"):
         Ending(start=1)
-    assert RotationModifier().needs == Needs(one_pass=True)
+    assert RotationModifier().needs == Needs(one_pass=True, team="weights")
     assert RotationModifier(learn=True).needs.data
 
 

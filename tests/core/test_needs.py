@@ -18,8 +18,9 @@ class Plain(Modifier):
 
 def test_without_a_declaration_nothing_is_needed():
     assert Plain().needs == Needs()
-    assert not any(getattr(Needs(), field.name) for field in fields(Needs) if field.name != "fixed_shapes_from")
-    assert Needs().fixed_shapes_from == "never"
+    named = {"fixed_shapes_from": "never", "team": "alone"}
+    assert not any(getattr(Needs(), field.name) for field in fields(Needs) if field.name not in named)
+    assert {name: getattr(Needs(), name) for name in named} == named
 
 
 @pytest.mark.parametrize("name", ["data", "survey", "replay", "dense_outputs", "hand_over"])

@@ -70,7 +70,7 @@ def calibrate(
     lifecycle.emit(state, Event(EventType.CALIBRATION_START))
     with torch.no_grad():
         for i, batch in enumerate(data):
-            lifecycle.set_token_mask(masks[i] if masks else None)
+            lifecycle.set_token_mask(masks[i] if masks else None, i)
             model(batch)
     lifecycle.set_token_mask(None)
     modules = {name: module for name, module in model.named_modules() if name}
