@@ -3,7 +3,7 @@
     bytes = 1.25 * (tokens * sum of the inputs of a block's targets and its hidden state + 12 C^2 + 20 R C)
 
 The largest block counts; C^2 and R C are the statistic and the solution of GPTQ for the targets that share one input.
-A Llama block of H hidden and I inner columns takes I + 4 H numbers per token. The 1.25 is fitted to one synthetic model:
+A Llama block of H hidden and I inner columns takes I + 4 H numbers per token. The 1.25 is fitted to a synthetic model,
 333 MB where 287 to 335 MB were measured.
 
 Shapes: R rows of the targets of one input, C columns.
