@@ -175,6 +175,7 @@ class StructuredPruningModifier(StructuredArguments):
         if not self._groups:
             with self.paused():
                 self._follow_channels(state, args, kwargs)
+        if set(self.hooked) == {module}:  # a run that is resumed has groups already
             self._watch(module)
 
     def _watch(self, model: nn.Module) -> None:
