@@ -39,6 +39,7 @@ from lightning_compress.export.tensor_file import TensorFile
 from lightning_compress.export.tensors import write_file, write_index
 from lightning_compress.files.atomic_file import whole_file
 from lightning_compress.files.atomic_folder import check_target, swap_in
+from lightning_compress.files.bounded_json import read_bounded_json
 from lightning_compress.files.leftovers import fsync
 
 __all__ = ["Shard", "ShardWriter"]
@@ -212,12 +213,7 @@ class ShardWriter:
 
 def _read_entry(path: Path) -> dict[str, Any]:
     """One JSON of the log; ValueError where this class did not write it."""
-    if (size := path.stat().st_size) > ENTRY_BYTES:
-        raise ValueError(f"{path} has {size} bytes, expected at most {ENTRY_BYTES}")
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
+    entry = read_bounded_json(path, ENTRY_BYTES)
     kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
     if kinds != KINDS or entry["format_version"] != FORMAT_VERSION:
         raise ValueError(f"{path} is not an entry of format_version {FORMAT_VERSION}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Modifier
 from lightning_compress.files.atomic_file import whole_file
+from lightning_compress.files.bounded_json import read_bounded_json
 from lightning_compress.quant.module_state import dense_tensors
 from lightning_compress.recipe import dump_recipe, recipe_difference
 
@@ -101,12 +102,7 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file; OSError or ValueError where it is missing, or is not one of this format."""
-    if (size := path.stat().st_size) > PLAN_BYTES:
-        raise ValueError(f"{path} has {size} bytes, expected at most {PLAN_BYTES}")
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
+    plan = read_bounded_json(path, PLAN_BYTES)
     checksum = plan.pop("checksum", None) if isinstance(plan, dict) else None
     if checksum is None or plan.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} is not a plan of format_version {FORMAT_VERSION}")
