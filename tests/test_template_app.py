@@ -10,29 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import lightning_compress as lc
 from lightning_compress import CompressionCallback
+from tests.support.strategy_runs import TEMPLATE as RECIPES
 from tests.support.template_app import DenseNet, DigitsData, DigitsModule
 from tests.support.template_reader import fixed_batch
 from tests.support.training_runs import quiet
 
-INT4 = {"scheme": "W4A16", "group_size": 16}
-RECIPES = {
-    "round": lambda: [lc.QuantizationModifier(**INT4)],
-    "w8a8": lambda: [lc.QuantizationModifier(scheme="W8A8")],
-    "gptq": lambda: [lc.GPTQModifier(**INT4)],
-    "wanda": lambda: [lc.WandaPruningModifier(sparsity=0.5)],
-    "magnitude": lambda: [lc.MagnitudePruningModifier(start=0, end=4, update=1)],
-    "movement": lambda: [lc.MovementPruningModifier(start=0, end=4, final_sparsity=0.5)],
-    "learned_mask": lambda: [lc.LearnedMaskModifier(start=0, end=6, ignore=["re:.*6"])],
-    "qat": lambda: [lc.QATModifier(**INT4, start=1)],
-    "qat_w8a8": lambda: [lc.QATModifier(scheme="W8A8", start=1)],
-    "distill": lambda: [lc.DistillationModifier(hidden={"model.2": "model.2"}), lc.QATModifier(**INT4)],
-    "structured": lambda: [
-        lc.StructuredPruningModifier(dimension="channels", ratio=0.5, start=0, input_shape=[1, 8, 8], round_to=16),
-        lc.GPTQModifier(**INT4),
-    ],
-}  # fmt: skip
 ACTIVATIONS = ("w8a8", "qat_w8a8")  # quantized inputs are not part of a checkpoint, as docs/export.md says
 
 

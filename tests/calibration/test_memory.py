@@ -14,19 +14,7 @@ from lightning_compress.calibration.activations import tensors_of
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.layers import memory
 from tests.support.calibration_models import C, Layered, LockstepWatcher, make_batches, seeded, started
-
-
-class FakeLibrary:
-    """Notes its calls."""
-
-    def __init__(self):
-        self.calls = []
-
-    def malloc_trim(self, padding):
-        self.calls.append("trim")
-
-    def mallopt(self, option, value):
-        self.calls.append((option, value))
+from tests.support.fake_libc import FakeLibrary
 
 
 @pytest.mark.parametrize("walk", ["one_pass", "two_pass"])

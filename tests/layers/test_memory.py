@@ -6,19 +6,7 @@ import pytest
 import torch
 
 from lightning_compress.layers import memory
-
-
-class FakeLibrary:
-    """Notes its calls."""
-
-    def __init__(self):
-        self.calls = []
-
-    def malloc_trim(self, padding):
-        self.calls.append("trim")
-
-    def mallopt(self, option, value):
-        self.calls.append((option, value))
+from tests.support.fake_libc import FakeLibrary
 
 
 def resident_bytes():
