@@ -5,7 +5,7 @@ the order of the work changes. When no batch can go on, the module that the bloc
 seen all its inputs: it is finished (``ready``, on the caller's thread), and the batches go on through what it became.
 Each module runs once per batch, and every module sees inputs made by all the finished ones before it.
 
-A batch that passes a module by (an expert that got no token) is no obstacle as long as all batches keep one order.
+A batch may pass a module by (an expert that got no token), as long as all batches keep one order.
 """
 
 import contextvars

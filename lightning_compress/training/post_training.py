@@ -189,9 +189,9 @@ class PostTraining:
         team, single, sharded = self.run.team, self._single(), shards(self.trainer)
         alone = [m.name for m in calibrating if m.needs.team == "alone"]
         if team.alone or not alone or sharded:
-            batches = team.deal(lambda: self._shares(lifecycle, sharded, bool(alone)), "loading calibration batches")
+            shares = partial(self._shares, lifecycle, sharded, bool(alone))
+            batches, each_has_all = team.deal(shares, "loading calibration batches")
             self.sample = batches[0] if batches else None
-            each_has_all = sharded and (bool(alone) or len(batches or ()) % team.size > 0)
             (single if each_has_all else self)._act(lifecycle, progress, batches, handing_over)
             if not sharded:
                 mend(self.module, team)
@@ -241,19 +241,17 @@ class PostTraining:
     def _marked(self) -> AbstractContextManager[None]:
         return marked_when_interrupted(self.module, lambda: len(self.state.ledger))
 
-    def _shares(self, lifecycle: Lifecycle, sharded: bool, alone: bool) -> list[Sequence[Any] | None]:
-        """Calibration batches for each rank: the first one, for the probe, and its own.
+    def _shares(self, lifecycle: Lifecycle, sharded: bool, alone: bool) -> list[tuple[Sequence[Any] | None, bool]]:
+        """Calibration batches for each rank: the first one, for the probe, and its own; and whether each gets all.
 
         Each call of a sharded block takes all ranks: where they cannot have equal numbers of batches, each gets all.
         """
         team, batches = self.run.team, self._batches(lifecycle)
-        if batches is None or team.alone or (sharded and (alone or len(batches) % team.size)):
-            return [batches] * team.size
-        count = range(len(batches))
-        return [
-            [batches[i] if i == 0 or i in replace(team, rank=r).mine(len(count)) else None for i in count]
-            for r in range(team.size)
-        ]
+        each_has_all = sharded and (alone or len(batches or ()) % team.size > 0)
+        if batches is None or team.alone or each_has_all:
+            return [(batches, each_has_all)] * team.size
+        numbers = [{0, *replace(team, rank=rank).mine(len(batches))} for rank in range(team.size)]
+        return [([batch if i in wanted else None for i, batch in enumerate(batches)], False) for wanted in numbers]
 
     def _opened_log(self, lifecycle: Lifecycle) -> AbstractContextManager[GroupLog]:
         """The log in the run's folder; another model or data than its own, as after more training, replace it."""
