@@ -163,7 +163,8 @@ def test_goals_are_empty_without_measurements():
 
 def test_goals_are_made_of_measurements():
     outcomes = [
-        w4(1, 10.0, 40.0, 12.0), w4(16, 10.0, 10.0, 5.0), w4(256, 10.0, 9.5),
+        w4(1, 10.0, 40.0, 12.0), w4(16, 10.0, 10.0, 5.0), w4(256, 10.0, 6.0), w4(2047, 10.0, 5.0),
+        w4(2048, 10.0, 9.5),
         Outcome("w8a8_gemm", "", {"M": 16, "quantized": 1}, 2, times={"ours": 1.0, goals.FP8: 1.5}),
         Outcome("w8a8_gemm", "", {"M": 1024, "quantized": 1}, 2, times={"ours": 1.0, goals.FP8: 0.5}),
         Outcome("w8a8_gemm", "", {"M": 1024, "quantized": 0}, 2, times={"ours": 1.0, goals.FP8: 1.1}),
@@ -179,7 +180,8 @@ def test_goals_are_made_of_measurements():
         "| w4a16 over the best other W4 kernel, M <= 16, geometric mean | >= 1x | 0.77x (2 shapes) | no |",
         "| w4a16 at 8192 x 8192, M <= 16, smallest share of the roofline | >= 60 % | 50.00 % (2 shapes) | no |",
         "| w4a16 at 28672 x 8192, M <= 16, smallest share of the roofline | >= 75 % |  |  |",
-        "| w4a16 over cuBLAS bf16, M >= 256, smallest | >= 0.9x | 0.95x (1 shapes) | yes |",
+        "| w4a16 over cuBLAS bf16, M = 256 to 2047, smallest | >= 0.55x | 0.50x (2 shapes) | no |",
+        "| w4a16 over cuBLAS bf16, M >= 2048, smallest | >= 0.9x | 0.95x (1 shapes) | yes |",
         "| w8a8 over _scaled_mm, smallest | >= 1x | 1.10x (1 shapes) | yes |",
         "| w8a8 with quantization over _scaled_mm, M <= 64, geometric mean | >= 1.3x | 1.50x (1 shapes) | yes |",
         "| Hessian over mm with float32 result, geometric mean | >= 1.5x | 1.60x (1 shapes) | yes |",
