@@ -98,11 +98,13 @@ bench-packed: $(READY)  ## Packed weights on this CPU beside dense ones, layers 
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(READY))  ## The kernels on the CUDA GPU of this machine: checked, then timed; under 8 minutes
 	OMP_NUM_THREADS=8 PYTHONPATH=. BENCH_WHEELS=$(BENCH_WHEELS) $(BENCH_PYTHON) benchmarks/bench_ops.py $(BENCH_ARGS)
 
-# What the whole GPTQ needs beside torch, and contestants; for a GPU machine without network, so for its Python.
+# What the whole GPTQ needs beside torch and transformers, and contestants; for a GPU machine without network, so for its
+# Python. Where transformers is missing too: GPU_MORE="$(GPU_TRANSFORMERS)".
 GPU_PYTHON ?= 3.12
-GPU_WHEELS := compressed-tensors transformers pydantic pydantic-core annotated-types typing-inspection loguru psutil \
-	huggingface-hub tokenizers safetensors regex pyyaml tqdm packaging numpy httpx2 httpcore2 h11 anyio idna truststore \
-	click shellingham
+GPU_WHEELS := compressed-tensors pydantic pydantic-core annotated-types typing-inspection loguru
+GPU_TRANSFORMERS := transformers psutil huggingface-hub tokenizers safetensors regex pyyaml tqdm packaging numpy httpx2 \
+	httpcore2 h11 anyio idna truststore click shellingham
+GPU_MORE ?=
 GPU_CONTESTANTS := humming-kernels==0.1.19 tabulate llmcompressor==0.14.0.1
 PIP_GPU = download --quiet --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
 	--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest $(GPU_DIR)
@@ -110,7 +112,7 @@ GPU_DIR ?= $(BENCH_DIR)/gpu-wheels
 
 bench-wheels: $(READY)  ## Wheels for bench-gpu on a machine without network: BENCH_WHEELS=benchmarks/work/gpu-wheels
 	mkdir -p $(GPU_DIR)
-	$(BIN)/python -m pip $(PIP_GPU) -c constraints.txt $(GPU_WHEELS)
+	$(BIN)/python -m pip $(PIP_GPU) -c constraints.txt $(GPU_WHEELS) $(GPU_MORE)
 	$(BIN)/python -m pip $(PIP_GPU) $(GPU_CONTESTANTS)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(GPU_DIR) gemlite==0.6.0.post2
 

@@ -9,29 +9,31 @@ a figure is the median over rounds. Cases that fail their check are not timed. T
 
 Every section has its share of the time; unused time passes to the next. The report names cases that did not fit into
 the time or the memory; their cells stay empty. Results are written after every section, so that a crash loses only
-later sections. `--check` only checks tiny shapes, on any machine. torch and Triton are required; wheels in the folder
-BENCH_WHEELS are used, too, and missing packages are named.
+later sections; after an error that ends the CUDA context nothing more is tried. gpu_run.sh gives each section a process
+of its own, and `--merge FOLDER` makes one report of what they wrote. `--check` only checks tiny shapes, on any machine.
+torch and Triton are required; wheels in the folder BENCH_WHEELS are used, too, and missing packages are named.
 """
 
 import argparse
 import gc
+import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
 
-from benchmarks import decode, machine, wheels, whole_gptq
+from benchmarks import decode, wheels, whole_gptq
 from benchmarks.checking import Outcome, checked, first_line
-from benchmarks.goals import goals, goals_table
+from benchmarks.goals import goals_table
 from benchmarks.op_case import Case
 from benchmarks.op_cases import cases
-from benchmarks.op_report import op_tables
+from benchmarks.op_results import Results, merged, rates_line, write
 from benchmarks.replay import rates, rounds_of
 
 SECONDS = 440.0  # of all sections
@@ -43,21 +45,10 @@ OTHER = 4  # of an op that is not listed
 WHOLE = ("whole_gptq", "decode")
 
 
-@dataclass
-class Results:
-    """All results so far."""
-
-    copied: float
-    multiplied: float
-    outcomes: list[Outcome] = field(default_factory=list)
-    gptq: whole_gptq.Found | None = None
-    decoded: decode.Found | None = None
-    cut: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
+    if arguments.merge:
+        return merge(arguments.merge)
     unpacked = wheels.unpacked()
     if unpacked:
         print(f"bench_ops: {len(unpacked)} wheels of {wheels.folder()} are used where no installed package is")
@@ -92,6 +83,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50, help="replays of each graph, at most")
     parser.add_argument("--dry", action="store_true", help="print, write no files")
     parser.add_argument("--list", action="store_true", help="list the cases and end")
+    parser.add_argument("--merge", type=Path, help="one report of the results in the folders of this one, and end")
     parser.add_argument("--check", action="store_true", help="check tiny shapes against float64 and end; any machine")
     return parser.parse_args(words)
 
@@ -121,7 +113,8 @@ def bench(chosen: Sequence[Case], whole: Sequence[str], arguments: argparse.Name
     torch._dynamo.config.recompile_limit = 64  # else a function is eager after 8 shapes
     before = clocks()
     results = Results(*rates(device, arguments.rounds))
-    print(f"{torch.cuda.get_device_name(device)}: {rates_line(results)}", flush=True)
+    name = torch.cuda.get_device_name(device)
+    print(f"{name}: {rates_line(results)}", flush=True)
     spent: dict[str, float] = {}  # by contestant, in first calls
     ends = deadlines([*dict.fromkeys(case.op for case in chosen), *whole], begun, arguments.seconds)
     for section, end in ends.items():
@@ -138,11 +131,48 @@ def bench(chosen: Sequence[Case], whole: Sequence[str], arguments: argparse.Name
             if left:
                 results.cut.append(f"{section}: {left} of {len(of_section)} shapes")
         results.seconds[section] = time.monotonic() - start
-        torch.cuda.empty_cache()
+        fault = context_fault(device)
+        if fault:
+            results.cut.append(f"everything after {section}: the CUDA context has ended, {fault}")
         if not arguments.dry:
-            print("written:", write(results, before, device), flush=True)
-    print("\n".join(goals_table(goals_of(results))))
+            print("written:", write(results, about(name, before)), flush=True)
+        if fault:
+            print(f"bench_ops: {results.cut[-1]}", file=sys.stderr)
+            return 3
+        torch.cuda.empty_cache()
+    print("\n".join(goals_table(results.goals)))
     return int(any(outcome.note.startswith("wrong") for outcome in results.outcomes))
+
+
+def about(name: str, before: Mapping[str, str]) -> dict[str, Any]:
+    """What the results were measured with."""
+    return {
+        "gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "packages": wheels.versions(),
+        "clocks": {"before": before, "now": clocks()},
+    }  # fmt: skip
+
+
+def context_fault(device: torch.device) -> str:
+    """The error that every CUDA call of this process raises from now on (an illegal access, say); empty: none."""
+    if device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return first_line(error)
+    return ""
+
+
+def merge(folder: Path) -> int:
+    """One report of the results of several processes; 2 where there are none."""
+    files = sorted(folder.glob("*/ops_*.json"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        print(f"bench_ops: no results in {folder}: expected */ops_*.json", file=sys.stderr)
+        return 2
+    results, facts = merged([json.loads(path.read_text(encoding="utf8")) for path in files])
+    print("written:", write(results, facts))
+    print("\n".join(goals_table(results.goals)))
+    return 0
 
 
 def deadlines(sections: Sequence[str], begun: float, seconds: float) -> dict[str, float]:
@@ -158,68 +188,26 @@ def measure(
 ) -> int:
     """Check and time the cases; returns the number of cases for which there was no time."""
     left = 0
-    for case in chosen:
+    for number, case in enumerate(chosen):
         fits = time.monotonic() < end
         outcome = checked(case, device, spent) if fits else Outcome.of(case, note="not run: no time was left")
+        results.add(outcome)
         left += not fits
-        floors = {"memory": case.moved / results.copied * 1e6, "compute": case.flop / results.multiplied * 1e6}
-        outcome.bound = max(floors, key=floors.__getitem__)
-        outcome.floor = floors[outcome.bound]
-        if not outcome.note:
+        if fits and not outcome.note:
             names = [name for name in outcome.errors if name not in outcome.left_out]
             try:
                 outcome.raw = rounds_of(case, device, names, rounds, outcome.left_out)
                 outcome.times = {name: statistics.median(values) for name, values in outcome.raw.items()}
             except Exception as error:  # of any contestant; the other cases continue
                 outcome.note = f"not timed: {first_line(error)}"
-            torch.cuda.empty_cache()
         if fits:
             shown = {name: f"{value:.1f} us" for name, value in outcome.times.items()}
             print(outcome.op, outcome.shape, shown, outcome.left_out or "", outcome.note, flush=True)
-        results.outcomes.append(outcome)
+        if context_fault(device):
+            return len(chosen) - number - 1
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return left
-
-
-def write(results: Results, before: Mapping[str, str], device: torch.device) -> Any:
-    name = torch.cuda.get_device_name(device)
-    facts = {
-        "gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "packages": wheels.versions(),
-        "clocks": {"before": before, "now": clocks()},
-        "copied_bytes_per_s": results.copied, "bf16_flop_per_s": results.multiplied,
-        "goals": [asdict(goal) | {"met": goal.met} for goal in goals_of(results)],
-        "whole_gptq": None if results.gptq is None else asdict(results.gptq),
-        "decode": None if results.decoded is None else asdict(results.decoded),
-        "cut": results.cut, "seconds": results.seconds, "cases": [asdict(outcome) for outcome in results.outcomes],
-    }  # fmt: skip
-    return machine.write("ops", f"Kernels on one {name}", report(results), facts, gpu_slug(name))
-
-
-def report(results: Results) -> list[str]:
-    """Markdown; cells without a measurement are empty."""
-    packages = ", ".join(f"{package} {version}" for package, version in wheels.versions().items())
-    lines = [
-        f"This GPU {rates_line(results)}; both measured here, and the roofline is made of them. torch "
-        f"{torch.__version__}, {packages}. Microseconds of a call, medians of graph replays over rotated buffers; "
-        "ratio: theirs / ours, above 1 ours is faster. Empty: not measured.",
-        "",
-        "## Goals", "", *goals_table(goals_of(results)), "",
-    ]  # fmt: skip
-    if results.cut:
-        lines += ["Cut, for time:", "", *(f"- {what}" for what in results.cut), ""]
-    if results.gptq is not None:
-        lines += ["## GPTQ of a whole model", "", *whole_gptq.table(results.gptq), ""]
-    if results.decoded is not None:
-        lines += ["## Decoding", "", *decode.table(results.decoded), ""]
-    return [*lines, "## Ops", "", *op_tables(results.outcomes)]
-
-
-def goals_of(results: Results) -> Any:
-    seconds = None if results.gptq is None else results.gptq.whole
-    return goals(results.outcomes, seconds, None if results.decoded is None else results.decoded.ratio)
-
-
-def rates_line(results: Results) -> str:
-    return f"copies at {results.copied / 1e12:.2f} TB/s, multiplies bf16 at {results.multiplied / 1e12:.0f} TFLOP/s"
 
 
 def clocks() -> dict[str, str]:
@@ -231,11 +219,6 @@ def clocks() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(asked.split(","), answer.splitlines()[0].split(", "), strict=False))
-
-
-def gpu_slug(name: str) -> str:
-    """``nvidia-h200`` of ``NVIDIA H200``."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 if __name__ == "__main__":

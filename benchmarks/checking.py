@@ -34,6 +34,7 @@ class Outcome:
         bound: ``memory`` or ``compute``: which of the two.
         left_out: Why a contestant was not timed.
         note: Why ours was not.
+        moved: As in the case.
     """
 
     op: str
@@ -47,10 +48,11 @@ class Outcome:
     bound: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    moved: int = 0
 
     @classmethod
     def of(cls, case: Case, note: str = "") -> "Outcome":
-        return cls(case.op, case.shape, dict(case.sizes), case.flop, note=note)
+        return cls(case.op, case.shape, dict(case.sizes), case.flop, note=note, moved=case.moved)
 
 
 def checked(case: Case, device: torch.device, spent: MutableMapping[str, float] | None = None) -> Outcome:

@@ -1,4 +1,7 @@
-"""What a result was measured on, and where it is written: benchmarks/results/<what>_<machine>_<yyyymm>.{md,json}."""
+"""What a result was measured on, and where it is written: benchmarks/results/<what>_<machine>_<yyyymm>.{md,json}.
+
+BENCH_RESULTS names another folder.
+"""
 
 import datetime
 import json
@@ -10,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or HERE / "results")
 
 
 def describe() -> dict[str, Any]:
@@ -38,7 +42,7 @@ def commit() -> str:
 
     def git(*words: str) -> str:
         try:
-            answer = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+            answer = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False)
         except OSError:  # a machine without git
             return ""
         return answer.stdout.strip()
@@ -60,14 +64,14 @@ def write(what: str, title: str, lines: Sequence[str], facts: dict[str, Any], ma
         what: The bench, as in the file name.
         title: Heading of the report.
         lines: Markdown under the heading.
-        facts: What the JSON file holds, beside the machine.
+        facts: What the JSON file holds, beside the machine; ``machine`` in it if another one measured.
         machine: Name of the machine in the file name; empty: from the processor.
 
     Returns:
         The Markdown file.
     """
-    about = describe()
-    RESULTS.mkdir(exist_ok=True)
+    about = facts.get("machine") or describe()
+    RESULTS.mkdir(parents=True, exist_ok=True)
     stem = RESULTS / f"{what}_{machine or slug()}_{datetime.date.today():%Y%m}"
     head = [
         f"# {title}",

@@ -30,7 +30,7 @@ OF_MODIFIER = {  # by the method of GPTQModifier that a stage is
 }
 OF_SOLVER = {"_proposals": "scales"}  # inside of the column loop's method
 STAGES = (FORWARD, "Hessians", "factorization", "scales", "column loop", "writing back")
-NEEDED = ("pydantic", "compressed_tensors", "transformers")  # compressed_tensors imports transformers
+NEEDED = ("pydantic", "loguru", "compressed_tensors", "transformers")  # compressed_tensors imports the others
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class Found:
 
     Args:
         whole: Seconds of ``compress``, by the wall clock; None: it did not come to its end.
+        blocks: Finished blocks, and all.
+        extrapolated: Seconds that all blocks would have taken at the pace of the finished ones; None: it came to its
+            end, or not one block did.
         stages: Seconds, on the GPU's time line.
         forward_alone: Seconds of one forward pass over all tokens, nothing else.
         modules: That were quantized.
@@ -73,6 +76,8 @@ class Found:
     """
 
     whole: float | None = None
+    blocks: tuple[int, int] = (0, 0)
+    extrapolated: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
     forward_alone: float | None = None
     modules: int = 0
@@ -180,19 +185,27 @@ def measure(
     from lightning_compress import compress
 
     def progress(text: str, done: int, total: int) -> None:
+        if done > found.blocks[0]:  # a log that ends here says how far it came
+            print(f"whole_gptq: {done} of {total} blocks, {time.perf_counter() - begun:.1f} s", flush=True)
+        found.blocks = done, total
         if end is not None and time.monotonic() > end:
             raise OutOfTimeError(f"no time was left after {done} of {total} blocks ({text})")
 
-    begun = time.perf_counter()
+    begun, finished = time.perf_counter(), False
     clock = StageClock(device, FORWARD)
     try:
         with ExitStack() as stack:
             modifier = timed_modifier(clock, job.group, stack)
             ledger = compress(model, modifier, batches, blocks="Block", offload_device=None, progress=progress)
         found.modules = len(ledger.rows)
+        finished = True
     finally:
         found.stages = clock.seconds()
-    found.whole = time.perf_counter() - begun
+        seconds, (done, total) = time.perf_counter() - begun, found.blocks
+        if finished:
+            found.whole = seconds
+        elif done:
+            found.extrapolated = seconds * total / done
 
 
 def timed_modifier(clock: StageClock, group: int, stack: ExitStack) -> Any:
@@ -227,7 +240,11 @@ def table(found: Found) -> list[str]:
         "",
     ]
     rows = [[name, shown(found.stages.get(name))] for name in STAGES]
-    rows += [["whole", shown(found.whole)], ["one forward pass alone", shown(found.forward_alone)]]
+    rows += [["whole", shown(found.whole)]]
+    if found.extrapolated is not None:
+        done, total = found.blocks
+        rows += [[f"all {total} blocks at the pace of the first {done}", shown(found.extrapolated)]]
+    rows += [["one forward pass alone", shown(found.forward_alone)]]
     lines += machine.table(["stage", "seconds"], rows)
     said = [f"{found.modules} modules quantized"] if found.modules else []
     said += [] if found.peak_gib is None else [f"peak memory {found.peak_gib:.1f} GiB"]

@@ -1,6 +1,8 @@
 """The parts of the bench that need no GPU: what it is asked, the check of correctness, the tables and files."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_ops, decode, machine, replay, whole_gptq
+from benchmarks import bench_ops, decode, machine, op_results, replay, whole_gptq
 from benchmarks.bench_ops import deadlines, main
 from benchmarks.checking import PATIENCE, Outcome, checked
 from benchmarks.op_case import Case, Trial
@@ -57,8 +59,8 @@ from importlib.machinery import PathFinder
 class Finder(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        gone = {"compressed_tensors", "hydra", "lightning", "omegaconf", "pydantic", "safetensors", "torchmetrics",
-                "transformers", "yaml", "rich", "numpy"}
+        gone = {"compressed_tensors", "hydra", "lightning", "omegaconf", "loguru", "pydantic", "safetensors",
+                "torchmetrics", "transformers", "yaml", "rich", "numpy"}
         return None if name.partition(".")[0] in gone else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
@@ -73,7 +75,10 @@ def test_it_runs_with_torch_alone():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "w4a16_gemm 65 x 192, M = 3" in done.stdout
-    assert "whole_gptq {} not run: pydantic, compressed_tensors, transformers missing; put the wheels" in done.stdout
+    assert (
+        "whole_gptq {} not run: pydantic, loguru, compressed_tensors, transformers missing; put the wheels"
+        in done.stdout
+    )
     assert "decode {'W4'" in done.stdout
 
 
@@ -235,7 +240,7 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     assert all(goal["met"] is None for goal in facts["goals"])
     capsys.readouterr()
     assert bench_ops.bench(chosen[:1], [], bench_ops.parse(["--seconds", "0", "--dry"]), CPU) == 0
-    results = bench_ops.Results(1.0, 1.0)
+    results = op_results.Results(1.0, 1.0)
     assert bench_ops.measure(chosen, results, 1, CPU, 0.0, {}) == 2
     assert {outcome.note for outcome in results.outcomes} == {"not run: no time was left"}
 
@@ -255,8 +260,68 @@ def test_whole_runs_are_written(monkeypatch, tmp_path):
     assert reached["reached"] == facts["whole_gptq"]["whole"] > 0
 
 
-def test_the_report_says_what_was_cut(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    lines = bench_ops.report(bench_ops.Results(4.3e12, 790e12, cut=["hadamard: 2 of 4 shapes"]))
+def test_the_report_says_what_was_cut():
+    results = op_results.Results(4.3e12, 790e12, cut=["hadamard: 2 of 4 shapes"])
+    lines = op_results.report(results, bench_ops.about("NVIDIA H200", {}))
     assert lines[0].startswith("This GPU copies at 4.30 TB/s, multiplies bf16 at 790 TFLOP/s; both measured here")
     assert "- hadamard: 2 of 4 shapes" in lines
+
+
+def test_after_an_error_that_ends_the_context_nothing_more_is_tried(monkeypatch, tmp_path, capsys):
+    """A context that has ended raises in every call, so what came next would fail for no fault of its own."""
+    tried = []
+
+    def illegal():
+        tried.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(bench_ops, "rates", lambda device, rounds: (4e12, 8e14))
+    monkeypatch.setattr(bench_ops, "context_fault", lambda device: "an illegal memory access" if tried else "")
+    monkeypatch.setattr(bench_ops, "rounds_of", lambda case, device, names, *rest: {n: [1.0] for n in names})
+    chosen = [made(lambda: torch.ones(3)), made(illegal), made(illegal)]
+    assert bench_ops.bench(chosen, ["decode"], bench_ops.parse([]), CPU) == 3
+    assert len(tried) == 1
+    facts = json.loads(next(tmp_path.glob("ops_nvidia-h200_*.json")).read_text())
+    assert facts["cut"] == [
+        "op: 1 of 3 shapes",
+        "everything after op: the CUDA context has ended, an illegal memory access",
+    ]
+    assert [case["times"] for case in facts["cases"]] == [{"ours": 1.0, "torch": 1.0}, {}]
+    assert facts["decode"] is None
+    assert "the CUDA context has ended" in capsys.readouterr().err
+
+
+def test_results_of_several_processes_become_one_report(monkeypatch, tmp_path, capsys):
+    """Each step writes its own; a step that ran twice counts once; the roofline is that of the fastest rates."""
+    about = bench_ops.about("NVIDIA H200", {})
+
+    def step(name, copied, *outcomes, **whole):
+        results = op_results.Results(copied, 8e14, seconds={name: 1.0}, **whole)
+        for outcome in outcomes:
+            results.add(outcome)
+        monkeypatch.setattr(machine, "RESULTS", tmp_path / name)
+        op_results.write(results, about)
+
+    def row(op, microseconds):
+        times = {"ours": microseconds, "matmul of dense weights": 20.0}
+        return Outcome(op, "1 x 8192 x 8192", {"M": 1, "N": 8192, "K": 8192}, 1, {"ours": 1e-3}, times, moved=4_000_000)
+
+    step("w4a16_gemm", 4e12, row("w4a16_gemm", 10.0))
+    step("whole_gptq", 3e12, gptq=whole_gptq.Found(blocks=(3, 32), extrapolated=80.0, note="given up"))
+    step("decode", 2e12, decoded=decode.Found({"bf16, as it is": 100.0, "W4, as it is": 150.0}))
+    first, again = tmp_path / "w4a16_gemm", tmp_path / "again"
+    shutil.copytree(first, again)
+    (found,) = again.glob("*.json")
+    facts = json.loads(found.read_text())
+    facts["cases"][0]["times"]["ours"] = 5.0
+    found.write_text(json.dumps(facts))
+    os.utime(found, (2e9, 2e9))  # it ran later
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "report")
+    assert main(["--merge", str(tmp_path)]) == 0
+    written = next((tmp_path / "report").glob("ops_nvidia-h200_*.md")).read_text()
+    assert "| 1 x 8192 x 8192 | 1.0e-03 | 5.0 | 20% memory | 20.0 | 4.00 |  |" in written  # 1 us at 4 TB/s
+    assert "| all 32 blocks at the pace of the first 3 | 80.00 |" in written
+    assert "| decode of that model, batch 1, over bf16 | >= 2x | 1.50x | no |" in written
+    assert main(["--merge", str(tmp_path / "report")]) == 2
+    assert "no results in" in capsys.readouterr().err

@@ -115,6 +115,22 @@ def test_a_deadline_leaves_the_whole_empty():
     assert "| whole |  |" in whole_gptq.table(found)
 
 
+def test_what_is_cut_says_how_far_it_came_and_what_all_would_take(monkeypatch):
+    """The deadline comes after the first of three: two blocks and what follows them."""
+    now, clock = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    found, job = whole_gptq.Found(), whole_gptq.TINY
+    ids = torch.randint(TINY.vocabulary, (job.rows, job.length), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(whole_gptq, "print", lambda *words, flush: now.__setitem__(0, 2.0), raising=False)
+    begun = clock()
+    with pytest.raises(whole_gptq.OutOfTimeError, match="after 1 of 3 blocks"):
+        whole_gptq.measure(random_llama(Body, TINY, CPU, torch.float32), job, ids.split(job.batch), CPU, 1.0, found)
+    assert (found.whole, found.blocks) == (None, (1, 3))
+    assert 0 < found.extrapolated <= 3 * (clock() - begun)
+    assert sum(found.stages.values()) == pytest.approx(found.extrapolated / 3, rel=0.05, abs=0.01)
+    assert "all 3 blocks at the pace of the first 1" in "\n".join(whole_gptq.table(found))
+
+
 def test_without_the_packages_it_says_which(monkeypatch):
     monkeypatch.setattr(whole_gptq, "missing", lambda *names: ["pydantic"])
     found = whole_gptq.run(whole_gptq.TINY, CPU)
