@@ -208,6 +208,22 @@ def test_each_new_tensor_says_its_dtype(module):
         assert silent, f"{module} may leave the list"
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(f"{PACKAGE}.ops.")])
+def test_each_launch_of_a_kernel_enters_the_device_of_its_arguments(module):
+    """Triton takes the current device and its stream, whatever the device of the tensors is."""
+    guarded = {
+        id(inner)
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.With) and any("launching(" in ast.unparse(item.context_expr) for item in node.items)
+        for inner in ast.walk(node)
+    }
+    calls = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+    launches = [c for c in calls if re.match(r"\w*_kernel(\[|\.run\b)", ast.unparse(c.func))]
+    bare = [f"line {c.lineno}: {ast.unparse(c.func)}" for c in launches if id(c) not in guarded]
+    assert not bare, f"{module}: write 'with launching(x):' around " + "; ".join(bare)
+    assert launches or not module.endswith(".kernel") or "jit" not in MODULES[module].read_text()
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_alone(module):
     """Names in ``__all__`` exist, and each public module says which are public."""

@@ -1,4 +1,7 @@
-"""Measured launch configurations: a table for each op, a JSON file beside its kernel. Other shapes use the op's rule.
+"""Launches of kernels: the device they run on, and measured configurations, a JSON file for each op.
+
+Triton launches on the current device, whatever the device of its arguments: every launch is made inside
+:func:`launching`. A shape without a measured configuration uses the op's rule.
 
     {GPU: [{"at": {shape}, "launch": {fields of the op's launch}, "us": .., "rule_us": .., "triton": ".."}]}
 
@@ -15,11 +18,46 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-__all__ = ["LaunchTable"]
+import torch
+from torch import Tensor
+
+__all__ = ["LaunchTable", "launching"]
 
 L = TypeVar("L")
 Shape = Mapping[str, Any]
 MEASUREMENTS = ("us", "rule_us", "triton")  # keys of an entry beside its shape and its launch
+
+
+class launching:
+    """Inside, the device of ``x`` is the current one; on other devices than CUDA nothing changes.
+
+    Args:
+        x: An argument of the kernel.
+
+    Raises:
+        RuntimeError: The launch failed while a CUDA graph is captured, as the first launch of a kernel does.
+    """
+
+    __slots__ = ("guard", "x")
+
+    def __init__(self, x: Tensor):
+        self.x, self.guard = x, None
+
+    def __enter__(self) -> None:
+        device = self.x.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            self.guard = torch.cuda.device(device)
+            self.guard.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        captured = isinstance(error, Exception) and self.x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.guard is not None:
+            self.guard.__exit__(kind, error, trace)
+        if captured:
+            raise RuntimeError(
+                f"a kernel cannot be launched while a CUDA graph is captured ({error}); a kernel is compiled and "
+                f"loaded by its first launch: run the model once on inputs of the same shapes before the capture"
+            ) from error
 
 
 class LaunchTable(Generic[L]):

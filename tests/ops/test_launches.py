@@ -1,4 +1,4 @@
-"""Tables of launches: look-up, validation, writing; and the tables of the package are valid."""
+"""The device of a launch; tables of launches: look-up, validation, writing; the tables of the package are valid."""
 
 import json
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lightning_compress.ops.hessian import launch as hessian
-from lightning_compress.ops.launches import LaunchTable
+from lightning_compress.ops.launches import LaunchTable, launching
 from lightning_compress.ops.w4a16_gemm import launch as w4a16
+from tests.support.fake_cuda import fake_cuda
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,49 @@ def test_candidates_of_the_hessian_split_only_what_is_added_by_pointers(descript
     assert len(set(launches)) == len(launches) > 20
     assert not any(launch.descriptors and (launch.split > 1 or not descriptors) for launch in launches)
     assert any(launch.split > 1 for launch in launches)
+
+
+class Kernel:
+    """Notes the current device of its launches in place of a compiled kernel."""
+
+    def __init__(self, fault=None):
+        self.devices, self.fault = [], fault
+
+    def __getitem__(self, grid):
+        def launch(*_, **__):
+            self.devices.append(torch.cuda.current_device())
+            if self.fault is not None:
+                raise self.fault
+
+        return launch
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_arguments(monkeypatch):
+    kernel = pytest.importorskip("lightning_compress.ops.mask_2of4.kernel", reason="Triton: make test-kernels")
+    monkeypatch.setattr(kernel, "mask_kernel", recorder := Kernel())
+    with fake_cuda():
+        for device in ("cuda:1", "cuda:0"):
+            kernel.mask_2of4(torch.ones(2, 4, dtype=torch.float32, device=device))
+            assert torch.cuda.current_device() == 0
+    assert recorder.devices == [1, 0]
+
+
+def test_a_failed_launch_leaves_the_current_device_as_it_was():
+    with fake_cuda() as gpu:
+        x = torch.ones(4, dtype=torch.float32, device="cuda:1")
+        devices = []
+        with pytest.raises(IndexError), launching(x):
+            devices.append(gpu.current) or devices[1]
+        assert (devices, gpu.current) == ([1], 0)
+
+
+def test_a_kernel_that_is_first_launched_inside_a_graph_says_what_to_do(monkeypatch):
+    with fake_cuda():
+        x = torch.ones(4, dtype=torch.float32, device="cuda:0")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        message = r"is captured \(no module\).*run the model once"
+        with pytest.raises(RuntimeError, match=message) as caught, launching(x):
+            raise OSError("no module")
+        assert isinstance(caught.value.__cause__, OSError)
+        with pytest.raises(KeyboardInterrupt), launching(x):
+            raise KeyboardInterrupt

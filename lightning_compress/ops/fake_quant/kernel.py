@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.launches import launching
+
 __all__ = ["blocks", "clamp", "gradient_kernel", "gradients", "round_code", "value", "value_kernel"]
 
 WARPS = 4
@@ -28,11 +30,12 @@ def value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: fl
     out = torch.empty_like(W_RC)
     L, g = _lines(W_RC, scale)
     block_l, block_c = blocks(g)
-    value_kernel[(triton.cdiv(L, block_l),)](
-        W_RC, scale.contiguous(), None if zero is None else zero.contiguous(), out, W_RC.numel(), L, g,
-        float(low), float(high), TENSOR=scale.ndim == 1, HAS_ZERO=zero is not None, FLOAT8=float8,
-        BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
-    )  # fmt: skip
+    with launching(W_RC):
+        value_kernel[(triton.cdiv(L, block_l),)](
+            W_RC, scale.contiguous(), None if zero is None else zero.contiguous(), out, W_RC.numel(), L, g,
+            float(low), float(high), TENSOR=scale.ndim == 1, HAS_ZERO=zero is not None, FLOAT8=float8,
+            BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -57,12 +60,13 @@ def gradients(
     L, g = _lines(W_RC, scale)
     of_lines = torch.empty(L, dtype=torch.float32, device=W_RC.device) if needed[1] else None
     block_l, block_c = blocks(g)
-    gradient_kernel[(triton.cdiv(L, block_l),)](
-        W_RC, scale.contiguous(), None if zero is None else zero.contiguous(), gradient_RC, of_W, of_lines,
-        W_RC.numel(), L, g, float(low), float(high), float(beyond or 0), TENSOR=scale.ndim == 1,
-        HAS_ZERO=zero is not None, FLOAT8=float8, INCLUSIVE=beyond is not None, OF_W=needed[0], OF_SCALE=needed[1],
-        BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
-    )  # fmt: skip
+    with launching(W_RC):
+        gradient_kernel[(triton.cdiv(L, block_l),)](
+            W_RC, scale.contiguous(), None if zero is None else zero.contiguous(), gradient_RC, of_W, of_lines,
+            W_RC.numel(), L, g, float(low), float(high), float(beyond or 0), TENSOR=scale.ndim == 1,
+            HAS_ZERO=zero is not None, FLOAT8=float8, INCLUSIVE=beyond is not None, OF_W=needed[0], OF_SCALE=needed[1],
+            BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
+        )  # fmt: skip
     if of_lines is None:
         return of_W, None
     return of_W, of_lines.sum().view(1) if scale.ndim == 1 else of_lines.view(scale.shape)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.fp4_gemm.layout import Layout
+from lightning_compress.ops.launches import launching
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
 __all__ = ["constants", "fp4_kernel", "gemm"]
@@ -38,10 +39,11 @@ def gemm(x_MK: Tensor, layout: Layout, launch: W4Launch | None = None) -> Tensor
     blocks = triton.cdiv(K, 128)
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
     interpreted = not isinstance(fp4_kernel, triton.JITFunction)
-    fp4_kernel[grid](
-        x_MK, layout.planes, layout.scale, layout.divisor, out, M, N, K, x_MK.stride(0), triton.cdiv(blocks, split),
-        **constants(launch, G, K, x_MK.dtype, interpreted), num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    with launching(x_MK):
+        fp4_kernel[grid](
+            x_MK, layout.planes, layout.scale, layout.divisor, out, M, N, K, x_MK.stride(0), triton.cdiv(blocks, split),
+            **constants(launch, G, K, x_MK.dtype, interpreted), num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
     return out[0] if split == 1 else out.sum(0).to(x_MK.dtype)
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from lightning_compress.ops.gptq_block.grid import EXPONENT, MANTISSA, Grid
 from lightning_compress.ops.gptq_block.operands import Block, Rounding
+from lightning_compress.ops.launches import launching
 
 __all__ = ["BLOCK_R", "constants", "gptq_block_", "gptq_kernel"]
 
@@ -25,10 +26,11 @@ def gptq_block_(block: Block, rounding: Rounding | None) -> None:
     b, R = A_bR.shape
     low, high = (0.0, 0.0) if grid is None else (grid.low, grid.high)
     keep = None if keep_bR is None else keep_bR.view(torch.uint8)
-    gptq_kernel[(triton.cdiv(R, BLOCK_R),)](
-        A_bR, Q_bR, D_bR, W_bR, U_bb, scale_GR, zero_GR, group_b, keep, R, b, U_bb.stride(0), U_bb.stride(1), low, high,
-        **constants(b, grid, zero_GR is not None, keep_bR is not None), num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with launching(A_bR):
+        gptq_kernel[(triton.cdiv(R, BLOCK_R),)](
+            A_bR, Q_bR, D_bR, W_bR, U_bb, scale_GR, zero_GR, group_b, keep, R, b, U_bb.stride(0), U_bb.stride(1), low,
+            high, **constants(b, grid, zero_GR is not None, keep_bR is not None), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def constants(b: int, grid: Grid | None, zero: bool, keep: bool) -> dict[str, int]:

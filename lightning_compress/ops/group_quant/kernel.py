@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_compress.ops.fake_quant.kernel import clamp, round_code
 from lightning_compress.ops.group_quant.reference import limits
+from lightning_compress.ops.launches import launching
 from lightning_compress.ops.pack.kernel import pack_quads
 
 __all__ = ["WARPS", "constants", "group_quant", "group_quant_kernel"]
@@ -37,10 +38,11 @@ def group_quant(
     zero_NG = None if symmetric else torch.empty((N, G), dtype=torch.int8, device=device)
     interpreted = not isinstance(group_quant_kernel, triton.JITFunction)
     fixed = constants(group, bits, symmetric, float8, packed, interpreted)
-    group_quant_kernel[(triton.cdiv(N * G, fixed["BLOCK_L"]),)](
-        W_NK, out, scale_NG, zero_NG, N * G, group, P, *limits(bits, float8), torch.finfo(W_NK.dtype).eps, **fixed,
-        num_warps=WARPS,
-    )  # fmt: skip
+    with launching(W_NK):
+        group_quant_kernel[(triton.cdiv(N * G, fixed["BLOCK_L"]),)](
+            W_NK, out, scale_NG, zero_NG, N * G, group, P, *limits(bits, float8), torch.finfo(W_NK.dtype).eps, **fixed,
+            num_warps=WARPS,
+        )  # fmt: skip
     return out, scale_NG, zero_NG
 
 

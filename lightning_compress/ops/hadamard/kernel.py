@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.hadamard.reference import sylvester
+from lightning_compress.ops.launches import launching
 
 __all__ = ["constants", "hadamard_kernel", "transform", "warps"]
 
@@ -55,10 +56,11 @@ def _tiles(x_Rn: Tensor, base_mm: Tensor | None, m: int, P: int, scale: float) -
     interpreted = not isinstance(hadamard_kernel, triton.JITFunction)
     fixed = constants(m, P, x_Rn.dtype, interpreted)
     rows = 1 if m > 1 else fixed["A"]
-    hadamard_kernel[(triton.cdiv(len(x_Rn), rows),)](
-        x_Rn, None if base_mm is None else base_mm.to(x_Rn.dtype).contiguous(), out, len(x_Rn), float(scale), **fixed,
-        num_warps=warps(m, P),
-    )  # fmt: skip
+    with launching(x_Rn):
+        hadamard_kernel[(triton.cdiv(len(x_Rn), rows),)](
+            x_Rn, None if base_mm is None else base_mm.to(x_Rn.dtype).contiguous(), out, len(x_Rn), float(scale),
+            **fixed, num_warps=warps(m, P),
+        )  # fmt: skip
     return out
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightning_compress.ops.hessian.launch import HessianLaunch, choose, tiles
+from lightning_compress.ops.launches import launching
 
 __all__ = ["accumulate_", "constants", "hessian_kernel"]
 
@@ -56,10 +57,11 @@ def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch) -> None:
     else:
         x_i = x_j = x
     per_split = triton.cdiv(triton.cdiv(N, launch.block_n), split) * launch.block_n
-    hessian_kernel[(tiles(C, launch.block_i, launch.block_j), split)](
-        x_i, x_j, h, N, C, X_NC.stride(0), X_NC.stride(1), per_split, **constants(launch, interpreted),
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    with launching(H_CC):
+        hessian_kernel[(tiles(C, launch.block_i, launch.block_j), split)](
+            x_i, x_j, h, N, C, X_NC.stride(0), X_NC.stride(1), per_split, **constants(launch, interpreted),
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
     if split > 1:
         H_CC += out.sum(0)
 

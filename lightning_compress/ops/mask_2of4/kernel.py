@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.launches import launching
+
 __all__ = ["mask_2of4", "mask_kernel"]
 
 FOURS = 512  # groups of four scores in a program: 4 groups for each thread
@@ -18,7 +20,8 @@ def mask_2of4(score_RC: Tensor) -> Tensor:
     score_RC = score_RC.contiguous()
     out = torch.empty_like(score_RC, dtype=torch.bool)
     total = score_RC.numel()
-    mask_kernel[(triton.cdiv(total, 4 * FOURS),)](score_RC, out.view(torch.uint8), total, BLOCK=FOURS, num_warps=4)
+    with launching(score_RC):
+        mask_kernel[(triton.cdiv(total, 4 * FOURS),)](score_RC, out.view(torch.uint8), total, BLOCK=FOURS, num_warps=4)
     return out
 
 

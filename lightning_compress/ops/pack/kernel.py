@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.launches import launching
+
 __all__ = ["GROUPS", "WARPS", "launch", "pack", "pack_kernel", "pack_quads", "unpack", "unpack_kernel"]
 
 GROUPS = 128  # groups in a program: one or two 16-byte loads of codes to a thread
@@ -25,7 +27,8 @@ def pack(codes_RC: Tensor, bits: int) -> Tensor:
     P = triton.cdiv(C * bits, 32)
     words_RP = torch.empty((R, P), dtype=torch.int32, device=codes_RC.device)
     grid, fixed, sizes = launch(R, C, P, bits)
-    pack_kernel[grid](codes_RC, words_RP, *sizes, **fixed, num_warps=WARPS)
+    with launching(codes_RC):
+        pack_kernel[grid](codes_RC, words_RP, *sizes, **fixed, num_warps=WARPS)
     return words_RP
 
 
@@ -35,7 +38,8 @@ def unpack(words_RP: Tensor, bits: int, C: int) -> Tensor:
     R, P = words_RP.shape
     codes_RC = torch.empty((R, C), dtype=torch.int8, device=words_RP.device)
     grid, fixed, sizes = launch(R, C, P, bits)
-    unpack_kernel[grid](words_RP, codes_RC, *sizes, **fixed, num_warps=WARPS)
+    with launching(words_RP):
+        unpack_kernel[grid](words_RP, codes_RC, *sizes, **fixed, num_warps=WARPS)
     return codes_RC
 
 

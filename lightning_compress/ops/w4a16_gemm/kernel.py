@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.launches import launching
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
 __all__ = ["constants", "gemm", "w4a16_kernel"]
@@ -38,11 +39,12 @@ def gemm(
     blocks = triton.cdiv(K, 128)
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
     interpreted = not isinstance(w4a16_kernel, triton.JITFunction)
-    w4a16_kernel[grid](
-        x_MK, planes_NP, scale_GN, zero_GN, out, M, N, K, x_MK.stride(0), triton.cdiv(blocks, split),
-        **constants(launch, G, K, x_MK.dtype, zero_GN is not None, interpreted),
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    with launching(x_MK):
+        w4a16_kernel[grid](
+            x_MK, planes_NP, scale_GN, zero_GN, out, M, N, K, x_MK.stride(0), triton.cdiv(blocks, split),
+            **constants(launch, G, K, x_MK.dtype, zero_GN is not None, interpreted),
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
     return out[0] if split == 1 else out.sum(0).to(x_MK.dtype)
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.launches import launching
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, plane_of
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
 from lightning_compress.ops.w8a8_gemm.kernel import e4m3_half, e4m3_mode
@@ -39,11 +40,12 @@ def gemm(
     blocks = triton.cdiv(K, PLANES * plane_of(K, G))
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
     native, interpreted = e4m3_mode(codes_MK.device)
-    w4a8_kernel[grid](
-        codes_MK.view(torch.int8), scale_M, planes_NP, scale_GN, out, M, N, K, triton.cdiv(blocks, split),
-        **constants(launch, G, K, codes_MK.dtype, native, interpreted), num_warps=launch.warps,
-        num_stages=launch.stages,
-    )  # fmt: skip
+    with launching(codes_MK):
+        w4a8_kernel[grid](
+            codes_MK.view(torch.int8), scale_M, planes_NP, scale_GN, out, M, N, K, triton.cdiv(blocks, split),
+            **constants(launch, G, K, codes_MK.dtype, native, interpreted), num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
     return out[0] if split == 1 else out.sum(0).to(dtype)
 
 

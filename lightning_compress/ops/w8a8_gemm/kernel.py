@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.launches import launching
 from lightning_compress.ops.w8a8_gemm.reference import HALF_RANGE
 
 __all__ = [
@@ -79,12 +80,14 @@ def _launch(
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
     per_split = triton.cdiv(triton.cdiv(K, launch.block_k), launch.split) * launch.block_k
     native, interpreted = e4m3_mode(x_MK.device)
-    gemm_kernel[grid](
-        x_MK if fused else x_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, M, N, K, per_split,
-        int(len(scale_M) > 1), int(len(scale_N) > 1), HALF_RANGE[kind], torch.finfo(dtype).eps, FUSED=fused,
-        DYNAMIC=dynamic, INTEGER=integer, NATIVE=native, INTERPRETED=interpreted, WHOLE=single, BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    with launching(x_MK):
+        gemm_kernel[grid](
+            x_MK if fused else x_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, M, N, K,
+            per_split, int(len(scale_M) > 1), int(len(scale_N) > 1), HALF_RANGE[kind], torch.finfo(dtype).eps,
+            FUSED=fused, DYNAMIC=dynamic, INTEGER=integer, NATIVE=native, INTERPRETED=interpreted, WHOLE=single,
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
     if single:
         return out[0]
     return (out.sum(0, dtype=partial) * scale_N * scale_M[:, None]).to(dtype)
@@ -102,10 +105,11 @@ def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     M, K = x_MK.shape
     codes = torch.empty((M, K), dtype=torch.int8, device=x_MK.device)
     scale_M = torch.empty((M,), dtype=torch.float32, device=x_MK.device)
-    quantize_kernel[(M,)](
-        x_MK, codes, scale_M, K, HALF_RANGE[kind], torch.finfo(x_MK.dtype).eps, INTEGER=kind == torch.int8,
-        BLOCK=min(triton.next_power_of_2(K), 4096), num_warps=8,
-    )  # fmt: skip
+    with launching(x_MK):
+        quantize_kernel[(M,)](
+            x_MK, codes, scale_M, K, HALF_RANGE[kind], torch.finfo(x_MK.dtype).eps, INTEGER=kind == torch.int8,
+            BLOCK=min(triton.next_power_of_2(K), 4096), num_warps=8,
+        )  # fmt: skip
     return codes.view(kind), scale_M
 
 
