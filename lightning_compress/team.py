@@ -21,6 +21,7 @@ __all__ = ["RankError", "Team"]
 
 T = TypeVar("T")
 NO_TIMEOUT = timedelta(days=365)
+SMALL = 2**18  # bytes; tensors on the CPU up to here are sent together
 _OPERATIONS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
 
 
@@ -221,13 +222,23 @@ class Team:
                     value.copy_(sent)
 
     def broadcast_(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
-        """Send tensors of one rank to all others, in place; as bytes, since gloo knows no float8."""
-        if self.size > 1:
-            for tensor in tensors:
-                sent = _on_the_wire(tensor)
-                dist.broadcast(sent.detach().flatten().view(torch.uint8), src=owner)
-                if sent is not tensor:
-                    tensor.copy_(sent)
+        """Send tensors of one rank to all others, in place; as bytes, since gloo knows no float8.
+
+        Small ones travel together.
+        """
+        if self.size == 1:
+            return
+        small = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.nbytes <= SMALL]
+        large = [tensor for tensor in tensors if tensor.device.type != "cpu" or tensor.nbytes > SMALL]
+        joined = [torch.cat([_bytes(tensor) for tensor in small])] if small else []
+        for tensor in (*joined, *large):
+            sent = _on_the_wire(tensor)
+            dist.broadcast(_bytes(sent), src=owner)
+            if sent is not tensor:
+                tensor.copy_(sent)
+        pieces = joined[0].split([tensor.nbytes for tensor in small]) if small and self.rank != owner else ()
+        for tensor, piece in zip(small, pieces, strict=False):
+            tensor.copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
 
 
 class _Star:
@@ -277,6 +288,11 @@ def _combined(operation: str, values: Sequence[Any]) -> Any:
 def _on_the_wire(tensor: Tensor) -> Tensor:
     """Contiguous, and on the accelerator where the backend (NCCL) knows no other place."""
     return (tensor.cuda() if dist.get_backend() == "nccl" else tensor).contiguous()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, that of a copy of any other."""
+    return tensor.detach().flatten().view(torch.uint8)
 
 
 def _ended(error: RuntimeError) -> str:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
 from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, SharedHessian
-from lightning_compress.layerwise.owners import Owners, gather_hessians, send_modules
+from lightning_compress.layerwise.owners import Owners, from_owner, gather_hessians
 
 __all__ = ["Hessian", "Layer", "LayerwiseModifier", "Solved"]
 
@@ -267,12 +267,12 @@ class LayerwiseModifier(Modifier):
 
     def _solve_group(self, state: State, shared: SharedHessian, names: Sequence[str]) -> None:
         """Solve layers on the rank that owns their Hessian; all ranks get them, and a row in their ledgers."""
-        rows = state.team.result(lambda: self._solve(shared, names), f"{self.name} of {names[0]}", shared.owner or 0)
+        modules, what = {name: self._layers[name] for name in names}, f"{self.name} of {names[0]}"
+        rows = from_owner(state.team, modules, shared.owner or 0, lambda: self._solve(shared, names), what)
         if rows is None:
             for name in names:
                 self.give_up(state, name, shared.tokens)
             return
-        send_modules(state.team, {name: self._layers[name] for name in names}, shared.owner or 0)
         for name, row in rows.items():
             self.finish(name)
             state.ledger.add(name, self.technique, **row)

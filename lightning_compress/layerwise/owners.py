@@ -4,19 +4,21 @@ Ranks run different batches, so each has a part of every sum. An expert that got
 and that rank does not know which layers receive one tensor: so the ranks compare first what each of them has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.layerwise.input_hessian import HessianPool, SharedHessian, parted
-from lightning_compress.quant.module_state import from_tensors, to_tensors
+from lightning_compress.quant.module_state import from_tensors, settle, to_tensors
 from lightning_compress.team import Team
 
-__all__ = ["Owners", "Part", "gather_hessians", "send_modules"]
+__all__ = ["Owners", "Part", "from_owner", "gather_hessians"]
 
+T = TypeVar("T")
 COLUMN = 1e6  # multiplications in the time that one column takes beside them (AMD EPYC, one thread: 25 us)
 
 
@@ -97,19 +99,36 @@ def gather_hessians(
     return hessians
 
 
-def send_modules(team: Team, modules: Mapping[str, nn.Module], owner: int) -> None:
-    """Every rank gets what the owner has in these modules, packed where they are quantized."""
-    if team.alone:
-        return
+def from_owner(
+    team: Team, modules: Mapping[str, nn.Module], owner: int, work: Callable[[], T | None], what: str
+) -> T | None:
+    """Result of ``work`` of one rank, on all of them, and these modules as it left them, packed where quantized.
 
-    def outline() -> tuple[dict[str, tuple[torch.Size, torch.dtype]], dict[str, object]]:
+    Args:
+        team: The ranks.
+        modules: The modules that ``work`` changes.
+        owner: The rank that does the work.
+        work: Its result is pickled; None: the modules are as they were.
+        what: Name of the work, for the message of the other ranks when it fails.
+    """
+    if team.alone:
+        return work()
+    sources: dict[str, Tensor] = {}
+
+    def outcome() -> tuple[T | None, dict[str, tuple[torch.Size, torch.dtype]], dict[str, Any]]:
+        if (value := work()) is None:
+            return None, {}, {}
         tensors, facts = to_tensors(modules)
         sources.update(tensors)
-        return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, facts
+        return value, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, facts
 
-    sources: dict[str, torch.Tensor] = {}
-    names: Sequence[str] = list(modules)
-    shapes, facts = team.result(outline, f"sending {', '.join(names)}", owner)
+    value, shapes, facts = team.result(outcome, what, owner)
+    if value is None:
+        return None
     tensors = {name: sources.get(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
     team.broadcast_(list(tensors.values()), owner)
-    from_tensors(modules, tensors, facts)
+    if team.rank == owner:
+        settle(modules, tensors, facts)
+    else:
+        from_tensors(modules, tensors, facts)
+    return value
