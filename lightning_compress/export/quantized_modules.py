@@ -67,8 +67,9 @@ class QuantizedModules:
         self.weights[f"{on_disk}.weight"] = DeferredTensor(make, tuple(weight.shape), self.model_dtype or weight.dtype)
 
     def replace_packed(self, model: nn.Module) -> None:
-        """Put the packed Linears into the model."""
-        for name, (tensors, scheme) in self.packed.items():
+        """Put the packed Linears into the model, which gets their tensors."""
+        while self.packed:
+            name, (tensors, scheme) = self.packed.popitem()
             linear = model.get_submodule(name)
             weight = linear.get_parameter("weight")
             tensors = {local: tensor.to(weight.device) for local, tensor in tensors.items()}

@@ -121,7 +121,7 @@ def test_siblings_make_one_product(folders, monkeypatch):
     assert layer.self_attn.o_proj.siblings is None
     made = []
     product = PackedLinear.product
-    monkeypatch.setattr(PackedLinear, "product", lambda self, x: made.append(self) or product(self, x))
+    monkeypatch.setattr(PackedLinear, "product", lambda self, x, bias=None: made.append(self) or product(self, x, bias))
     found = logits(fused)
     assert len(made) == 2 * (2 + 2)  # q/k/v, o, gate/up, down
     expected = logits(apart)

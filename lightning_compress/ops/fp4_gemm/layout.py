@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_compress.ops.fp4_gemm.reference import VALUES, scales, unpack
+from lightning_compress.ops.fp4_gemm.reference import VALUES, pack, scales, unpack
 from lightning_compress.ops.w4a16_gemm.layout import BLOCK, PLANE, PLANES
 
-__all__ = ["Layout", "dense", "to_layout"]
+__all__ = ["Layout", "dense", "from_layout", "to_layout"]
 
 TOP = 31  # exponent of the largest scale; E4M3's largest exponent is 8
 E4M3_TOP = 8
@@ -68,18 +68,38 @@ def to_layout(weight_packed: Tensor, scale_NG: Tensor, global_scale: Tensor | No
     return Layout(_planes(codes_NK), scale_GN, divisor_N)
 
 
+def from_layout(layout: Layout, K: int, exponents: bool) -> tuple[Tensor, Tensor]:
+    """``weight_packed`` and ``weight_scale`` of :func:`to_layout`, but for codes in groups whose scale has no byte.
+
+    ``exponents``: scales are uint8 (MXFP4), not float8_e4m3fn (NVFP4).
+    """
+    bits_NK = _bits(layout.planes).flatten(1)[:, :K]
+    packed = pack((bits_NK >> 6 & 7 | bits_NK >> 12 & 8).to(torch.uint8))
+    byte_NG = layout.scale.t().int()
+    if exponents:
+        largest_N = 129 - torch.frexp(layout.divisor).exponent
+        return packed, ((byte_NG >> 3) - TOP + largest_N[:, None]).to(torch.uint8).contiguous()
+    s_NG = torch.ldexp(1 + (byte_NG & 7).float() / 8, (byte_NG >> 3) - TOP + E4M3_TOP)
+    return packed, s_NG.masked_fill_(byte_NG == 8, 0).to(torch.float8_e4m3fn).contiguous()
+
+
 def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:
     """W [N, K]: (code * scale) in float32, rounded to ``dtype``, equal to the reference on the checkpoint."""
     G, N = layout.scale.shape
-    w_NB1c = layout.planes.view(N, -1, 1, PLANE).int()
-    first, second, third = (w_NB1c << shift for shift in (0, 3, 6))
-    last = (w_NB1c >> 4 & 0xC0) | (w_NB1c >> 5 & 0x100) | (w_NB1c << 1 & 0x8000)
-    bits_NBjc = torch.cat([first, second, third, last], 2)
+    bits_NBjc = _bits(layout.planes)
     values = torch.tensor(VALUES, device=layout.planes.device, dtype=torch.float32)
     code_NK = (values[bits_NBjc >> 6 & 7] * (1 - (bits_NBjc >> 14 & 2))).flatten(1)[:, :K]
     byte_NG = layout.scale.t().int()
     s_NG = torch.ldexp(1 + (byte_NG & 7).float() / 8, (byte_NG >> 3) - TOP + 1) / layout.divisor[:, None]
     return (code_NK.reshape(N, G, -1) * s_NG.unsqueeze(-1)).view(N, K).to(dtype)
+
+
+def _bits(planes_NP: Tensor) -> Tensor:
+    """int32 [N, K / 128, 4, 32] with the code of each column at the positions of element 0."""
+    w_NB1c = planes_NP.view(len(planes_NP), -1, 1, PLANE).int()
+    first, second, third = (w_NB1c << shift for shift in (0, 3, 6))
+    last = (w_NB1c >> 4 & 0xC0) | (w_NB1c >> 5 & 0x100) | (w_NB1c << 1 & 0x8000)
+    return torch.cat([first, second, third, last], 2)
 
 
 def _planes(codes_NK: Tensor) -> Tensor:

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.registration import check_matrices, check_tokens, product_op, skips_dispatcher
-from lightning_compress.ops.w4a16_gemm.layout import PLANE, check_words, from_planes, grid_rows, to_planes
+from lightning_compress.ops.w4a16_gemm.layout import (
+    PLANE,
+    check_words,
+    from_grid_rows,
+    from_planes,
+    grid_rows,
+    to_planes,
+)
 from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequantize, unpack
 
-__all__ = ["dequantize", "from_planes", "grid_rows", "to_planes", "w4a16_gemm"]
+__all__ = ["dequantize", "from_grid_rows", "from_planes", "grid_rows", "to_planes", "w4a16_gemm"]
 
 DENSE_ABOVE = 1024  # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
 

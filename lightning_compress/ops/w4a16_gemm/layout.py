@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_compress.ops.w4a16_gemm.reference import CODES_PER_WORD, pack, unpack, unpack_zero
 
-__all__ = ["BLOCK", "PLANE", "check_words", "from_planes", "grid_rows", "to_planes"]
+__all__ = ["BLOCK", "PLANE", "check_words", "from_grid_rows", "from_planes", "grid_rows", "to_planes"]
 
 BLOCK = 128
 PLANE = 32
@@ -39,6 +39,11 @@ def grid_rows(scale_NG: Tensor, zero_packed: Tensor | None) -> tuple[Tensor, Ten
     """Scales [G, N] and zero points int8 [G, N] (or None): neighbouring rows of a tile are neighbours in memory."""
     zero_GN = None if zero_packed is None else unpack_zero(zero_packed, len(scale_NG)).t().contiguous()
     return scale_NG.t().contiguous(), zero_GN
+
+
+def from_grid_rows(scale_GN: Tensor, zero_GN: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The reverse of :func:`grid_rows`, bit for bit."""
+    return scale_GN.t().contiguous(), None if zero_GN is None else pack(zero_GN).t().contiguous()
 
 
 def check_words(K: int, planes_NP: Tensor) -> None:

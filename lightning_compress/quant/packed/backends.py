@@ -7,7 +7,8 @@ Shapes: M tokens, N output features, K input features, G groups of K / G columns
 """
 
 import importlib.util
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -15,17 +16,20 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from lightning_compress.ops.fp4_gemm import fp4_gemm
-from lightning_compress.ops.fp4_gemm import to_layout as fp4_layout
+from lightning_compress.ops.fp4_gemm.layout import Layout, from_layout, to_layout
 from lightning_compress.ops.w4a8_gemm import to_planes as w4a8_planes
 from lightning_compress.ops.w4a8_gemm import w4a8_gemm
-from lightning_compress.ops.w4a16_gemm import grid_rows, to_planes, w4a16_gemm
+from lightning_compress.ops.w4a8_gemm.layout import codes as w4a8_codes
+from lightning_compress.ops.w4a16_gemm import from_planes, grid_rows, to_planes, w4a16_gemm
 from lightning_compress.ops.w4a16_gemm.cpu import gemm_bf16, prepare_bf16, takes_bf16
+from lightning_compress.ops.w4a16_gemm.layout import from_grid_rows
 from lightning_compress.ops.w8a8_gemm import cpu as int8_cpu
 from lightning_compress.ops.w8a8_gemm import w8a8_linear
 from lightning_compress.quant.packed.inputs import input_codes
 
-__all__ = ["BACKENDS", "Backend", "ProductCall", "Weights", "backends_of"]
+__all__ = ["BACKENDS", "Backend", "HeldBackend", "ProductCall", "Weights", "backends_of"]
 
+CHUNK = 2**22  # weights of which operands are made at a time: steps in between take some ten bytes for each
 FEW = 16  # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
 
 
@@ -64,6 +68,14 @@ class Backend(Protocol):
         """y [..., N], in the dtype of x."""
 
 
+@runtime_checkable
+class HeldBackend(Backend, Protocol):
+    """A backend whose operands may replace tensors of the checkpoint."""
+
+    def restore(self, layer: Weights, operands: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Tensors of the checkpoint, made from the operands; used in place of those that are equal."""
+
+
 class Int4OnCuda:
     """The fused kernel; passes the gradient to x."""
 
@@ -73,7 +85,15 @@ class Int4OnCuda:
         return _on_cuda(call)
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
-        return to_planes(layer.stored("weight_packed")), *grid_rows(*_grid(layer))
+        return _by_rows(layer, to_planes, layer.stored("weight_packed")), *grid_rows(*_grid(layer))
+
+    def restore(self, layer: Weights, operands: tuple[Any, ...]) -> dict[str, Tensor]:
+        planes_NP, scale_GN, zero_GN = operands
+        scale, zero_packed = from_grid_rows(scale_GN, zero_GN)
+        scale = scale[0] if layer.scheme.weights.strategy == "tensor" else scale
+        packed = _by_rows(layer, lambda rows: from_planes(rows, layer.in_features), planes_NP)
+        tensors = {"weight_packed": packed, "weight_scale": scale}
+        return tensors if zero_packed is None else tensors | {"weight_zero_point": zero_packed}
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         return w4a16_gemm(x, *operands)
@@ -156,6 +176,9 @@ class EightBitsOnCuda:
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
         return layer.stored("weight").contiguous(), _scale_rows(layer).float().contiguous()
 
+    def restore(self, layer: Weights, operands: tuple[Any, ...]) -> dict[str, Tensor]:
+        return {}  # the weight is the tensor of the checkpoint
+
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         return w8a8_linear(x, operands[0], operands[1], layer.optional("input_scale"))
 
@@ -173,7 +196,15 @@ class Int4InputsOnCuda:
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
         scale_NG = layer.stored("weight_scale")
-        return w4a8_planes(layer.stored("weight"), layer.in_features, scale_NG.shape[1]), scale_NG.t().contiguous()
+        K, G = layer.in_features, scale_NG.shape[1]
+        planes_NP = _by_rows(layer, lambda rows: w4a8_planes(rows, K, G), layer.stored("weight"))
+        return planes_NP, scale_NG.t().contiguous()
+
+    def restore(self, layer: Weights, operands: tuple[Any, ...]) -> dict[str, Tensor]:
+        planes_NP, scale_GN = operands
+        K, G = layer.in_features, len(scale_GN)
+        codes_NK = _by_rows(layer, lambda rows: w4a8_codes(rows, K, G), planes_NP)
+        return {"weight": codes_NK, "weight_scale": scale_GN.t().contiguous()}
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         kind = torch.int8 if _kind(_inputs(layer)) == "int8" else torch.float8_e4m3fn
@@ -190,7 +221,18 @@ class Fp4OnCuda:
 
     def prepare(self, layer: Weights) -> tuple[Any, ...]:
         shared = layer.optional("weight_global_scale")
-        return tuple(fp4_layout(layer.stored("weight_packed"), layer.stored("weight_scale"), shared))
+        packed, scale_NG = layer.stored("weight_packed"), layer.stored("weight_scale")
+        rows = _chunks(layer)
+        parts = [to_layout(*t, shared) for t in zip(packed.split(rows), scale_NG.split(rows), strict=True)]
+        planes, scales, divisors = zip(*parts, strict=True)
+        return torch.cat(planes), torch.cat(scales, 1), torch.cat(divisors)
+
+    def restore(self, layer: Weights, operands: tuple[Any, ...]) -> dict[str, Tensor]:
+        rows, exponents = _chunks(layer), layer.optional("weight_global_scale") is None
+        parts = [t.split(rows, dim) for t, dim in zip(operands, (0, 1, 0), strict=True)]
+        tensors = [from_layout(Layout(*t), layer.in_features, exponents) for t in zip(*parts, strict=True)]
+        packed, scales = zip(*tensors, strict=True)
+        return {"weight_packed": torch.cat(packed), "weight_scale": torch.cat(scales)}
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         return fp4_gemm(x, *operands)
@@ -211,6 +253,21 @@ BACKENDS: dict[tuple[str, str], tuple[Backend, ...]] = {
 def backends_of(scheme: QuantizationScheme) -> tuple[Backend, ...]:
     """The backends for a scheme, best first; none for schemes that are computed dense."""
     return BACKENDS.get((_kind(scheme.weights), _kind(scheme.input_activations)), ())
+
+
+def _by_rows(layer: Weights, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``function`` of a tensor, some rows at a time, since it needs several times the memory of its result."""
+    parts = rows.split(_chunks(layer))
+    first = function(parts[0])
+    result = first.new_empty(len(rows), *first.shape[1:])
+    for part, place in zip(parts, result.split(_chunks(layer)), strict=True):
+        place.copy_(function(part))
+    return result
+
+
+def _chunks(layer: Weights) -> int:
+    """Number of rows of a chunk."""
+    return max(1, CHUNK // layer.in_features)
 
 
 def _kind(args: QuantizationArgs | None) -> str:

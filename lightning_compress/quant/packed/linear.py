@@ -1,14 +1,17 @@
 """PackedLinear: a Linear that computes on compressed weights, and keeps them as compressed-tensors stores them.
 
 Its state dict has the names, dtypes and shapes of the checkpoint. What a backend of the device computes with
-(backends.py) is made from that at the first call and not saved. Where no backend takes a call, a dense weight is made
-once: float32 on the CPU, the dtype of x elsewhere.
+(backends.py) is made from that and not saved: on CUDA at once, and it replaces the tensors of the checkpoint that it
+gives back bit for bit, so that the weight is in memory once; elsewhere at the first call. Where no backend takes a
+call, a dense weight is made once: float32 on the CPU, the dtype of x elsewhere.
+
+The tensors are not buffers: DistributedDataParallel would broadcast them at every forward.
 
 Shapes: N output features, K input features, G groups of K / G columns.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +19,25 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.quant.fake_quant import fake_quantize_input
-from lightning_compress.quant.packed.backends import Backend, ProductCall, backends_of
+from lightning_compress.quant.packed.backends import Backend, HeldBackend, ProductCall, backends_of
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.weight import PackedWeight
 from lightning_compress.quant.packing import pack, unpack
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 
-__all__ = ["PackedLinear", "JointProduct"]
+__all__ = ["HOLDING", "Held", "JointProduct", "PackedLinear"]
+
+HOLDING = "cuda"
+"""Type of the devices on which operands replace the tensors that they are made of."""
+
+
+class Held(NamedTuple):
+    """The operands of a backend, in place of tensors of the checkpoint."""
+
+    backend: HeldBackend
+    operands: tuple[Any, ...]
+    kinds: Mapping[str, Tensor]  # the tensors that they replace, on the meta device
 
 
 class JointProduct(Protocol):
@@ -61,8 +75,8 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = check_tensors(tensors, scheme)
         self.scheme = scheme
-        for name, value in tensors.items():
-            self._buffers[name] = value  # register_buffer refuses "weight", which is a property here
+        self._tensors = dict(tensors)
+        self.device = tensors["weight_scale"].device
         parameter = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self.register_parameter("bias", parameter)
         scale = tensors["weight_scale"].dtype
@@ -72,6 +86,8 @@ class PackedLinear(nn.Linear):
         self.siblings: JointProduct | None = None
         self._prepared: dict[str, tuple[Any, ...]] = {}
         self._chosen: dict[ProductCall, Backend | None] = {}
+        self.held: Held | None = None
+        self._hold()
 
     @classmethod
     def from_quantized(cls, module: nn.Module, name: str = "the module") -> Self:
@@ -90,23 +106,34 @@ class PackedLinear(nn.Linear):
         return cls(tensors, record.scheme, module.bias, module.weight.dtype).train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., N] in the dtype of x; the gradient goes to x (past the rounding of inputs) and to the bias."""
+        """[..., N] in the dtype of x, under autocast in that of F.linear.
+
+        The gradient goes to x (past the rounding of inputs) and to the bias.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected x [..., {self.in_features}], got {tuple(x.shape)}")
-        y = self.product(x) if self.siblings is None else self.siblings.product(self, x)
+        if self.siblings is None:
+            return self.product(x, self.bias)
+        y = self.siblings.product(self, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def product(self, x: Tensor) -> Tensor:
-        """The result without bias."""
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias."""
+        dtype, args = _result_dtype(x), self.scheme.input_activations
+        if args is None:
+            x = x.to(dtype)  # quantized inputs get the codes that a dense Linear's hook gives them, before its cast
         backend = self.backend(ProductCall(x.device.type, x.dtype, x.ndim, x.requires_grad and torch.is_grad_enabled()))
         if backend is not None and x.numel():
-            return backend.product(self, x, self._operands(backend))
-        args = self.scheme.input_activations
+            y = backend.product(self, x, self._operands(backend)).to(dtype)
+            return y if bias is None else y + bias.to(dtype)
         if args is not None:
             calibrated = (self.optional(f"input_{name}") for name in ("scale", "zero_point", "global_scale"))
             x = fake_quantize_input(self, x, args, *calibrated)
+        if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self._dense_once(dtype), bias)
         wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-        return F.linear(x.to(wide), self._dense_once(wide)).to(x.dtype)  # bf16 products are slow on old CPUs
+        y = F.linear(x.to(wide), self._dense_once(wide), None if bias is None else bias.to(wide))
+        return y.to(dtype)  # bf16 products are slow on old CPUs
 
     def backend(self, call: ProductCall) -> Backend | None:
         """The backend of such a call; None: it is computed with a dense weight."""
@@ -119,8 +146,8 @@ class PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight [N, K], to be read; its numbers are made when they are needed."""
-        device = self.stored("weight_scale").device
-        return PackedWeight((self.out_features, self.in_features), self.dtype, device, lambda: self.dense(self.dtype))
+        shape = self.out_features, self.in_features
+        return PackedWeight(shape, self.dtype, self.device, lambda: self.dense(self.dtype))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K], dequantized anew, by default in the dtype that compressed-tensors gives it."""
@@ -131,21 +158,50 @@ class PackedLinear(nn.Linear):
         return weight if dtype is None else weight.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the checkpoint for this weight and its inputs, by local name."""
-        return {name: value for name, value in self._buffers.items() if value is not None}
+        """The tensors of the checkpoint for this weight and its inputs, by local name; of held ones new copies."""
+        if self.held is None:
+            return dict(self._tensors)
+        with torch.no_grad(), torch.inference_mode(False):
+            again = self.held.backend.restore(self, self.held.operands)
+        return {name: again[name] if value.is_meta else value for name, value in self.kinds().items()}
+
+    def kinds(self) -> dict[str, Tensor]:
+        """As :meth:`tensors`; those that operands replace are on the meta device."""
+        return self._tensors if self.held is None else {**self._tensors, **self.held.kinds}
 
     def stored(self, name: str) -> Tensor:
         """One of :meth:`tensors`."""
-        value = self._buffers[name]
-        assert value is not None
-        return value
+        return self._tensors[name] if name in self._tensors else self.tensors()[name]
 
     def optional(self, name: str) -> Tensor | None:
         """One of :meth:`tensors`, or None where there is none of that name."""
-        return self._buffers.get(name)
+        return self.stored(name) if name in self.kinds() else None
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace some of the tensors of the checkpoint, or, with none, prepare again."""
+        self._tensors, self.held = self.tensors() | dict(tensors), None
+        self.device = self._tensors["weight_scale"].device
+        self.forget()
+        self._hold()
+
+    def be_rows_of(self, stacked: "PackedLinear", start: int, rows: Mapping[str, int]) -> None:
+        """Use the memory of another one, whose rows from ``start`` on are equal to those of this one.
+
+        Args:
+            stacked: The other one.
+            start: The first row.
+            rows: Number of rows of those tensors of the checkpoint that have rows.
+        """
+        for name in rows.keys() & self._tensors.keys() & stacked._tensors.keys():
+            first = start * rows[name] // self.out_features  # zero points are packed along rows
+            self._tensors[name] = stacked._tensors[name][first : first + rows[name]]
+        if self.held is not None and stacked.held is not None:
+            codes = stacked.held.operands[0][start : start + self.out_features]
+            self.held = self.held._replace(operands=(codes, *self.held.operands[1:]))
+        self.forget()
 
     def forget(self) -> None:
-        """Drop operands that were prepared from the tensors, which have changed or moved."""
+        """Drop operands that were prepared from the tensors, and that can be prepared again."""
         self._prepared, self._chosen = {}, {}
 
     def extra_repr(self) -> str:
@@ -155,11 +211,28 @@ class PackedLinear(nn.Linear):
             f"{describe(self.scheme)}"
         )
 
+    def _hold(self) -> None:
+        """Prepare operands, and let go of the tensors that they give back bit for bit."""
+        if self.device.type != HOLDING:
+            return
+        backend = self.backend(ProductCall(HOLDING, torch.bfloat16, 2, False))
+        if not isinstance(backend, HeldBackend):
+            return
+        with torch.no_grad(), torch.inference_mode(False):
+            operands = backend.prepare(self)
+            again = backend.restore(self, operands)
+        names = [name for name, value in again.items() if _are_equal(value, self._tensors[name])]
+        kinds = {name: self._tensors.pop(name).to("meta") for name in names}
+        self.held = Held(backend, operands, kinds)
+
     def _operands(self, backend: Backend) -> tuple[Any, ...]:
+        if self.held is not None and backend is self.held.backend:
+            return self.held.operands
         form = f"{backend.name}{' compiled' if torch.compiler.is_compiling() else ''}"
         if form not in self._prepared:
             with torch.no_grad(), torch.inference_mode(False):
-                self._prepared = {form: backend.prepare(self)}  # only the form that was used last is kept
+                same = {key: value for key, value in self._prepared.items() if key.startswith(backend.name)}
+                self._prepared = same | {form: backend.prepare(self)}  # only the backend that was used last is kept
         return self._prepared[form]
 
     def _dense_once(self, dtype: torch.dtype) -> Tensor:
@@ -171,24 +244,46 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Tensors of the checkpoint move, and keep their dtypes: ``model.to(torch.bfloat16)`` is for the others."""
-        tensors = self.tensors()
-        for name in tensors:
-            self._buffers[name] = None
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        for name, value in tensors.items():
-            moved = fn(value)
-            self._buffers[name] = moved if moved.dtype == value.dtype else value.to(moved.device)
-        self.forget()
+        moved = {name: (value, fn(value)) for name, value in self.tensors().items()}
+        self.take({name: new if new.dtype == old.dtype else old.to(new.device) for name, (old, new) in moved.items()})
         if self.siblings is not None:
             self.siblings.forget()
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{name}": value for name, value in self.tensors().items()})
+
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.forget()
+        self._buffers.update(self.tensors())  # torch copies values into buffers
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            tensors = {name: value for name, value in self._buffers.items() if value is not None}
+            self._buffers.clear()
+        self.take(tensors)
         if self.siblings is not None:
             self.siblings.forget()
-        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": {}, "_chosen": {}}
+        return self.__dict__ | {"_tensors": self.tensors(), "held": None, "_prepared": {}, "_chosen": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.take({})  # the device may be another one
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of F.linear(x, W), where W has that of x."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Bit for bit; torch compares no float8 on CUDA."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(*(t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (first, second)))

@@ -113,12 +113,14 @@ def is_packable(module: nn.Module) -> bool:
 
 @contextmanager
 def as_linears(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Inside, each PackedLinear is a Linear on the meta device that carries a record; yields their tensors by name."""
+    """Inside, each PackedLinear is a Linear on meta with a record; yields their tensors, on the CPU, by name."""
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     try:
         for name, module in packed.items():
             model.set_submodule(name, _stand_in(module))
-        yield {name: module.tensors() for name, module in packed.items()}
+        yield {
+            name: {local: tensor.cpu() for local, tensor in module.tensors().items()} for name, module in packed.items()
+        }
     finally:
         for name, module in packed.items():
             model.set_submodule(name, module)

@@ -7,6 +7,7 @@ gets another tensor, the group is dissolved. Calls that need a gradient, and cal
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def fuse_siblings(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str
     for names in fused:
         layers = [model.get_submodule(name) for name in names]
         siblings = Siblings([layer for layer in layers if isinstance(layer, PackedLinear)])
+        siblings.stacked()  # not at the first call, which may be inside of the capture of a CUDA graph
         for layer in siblings.layers:
             layer.siblings = siblings
     return fused
@@ -82,16 +84,19 @@ class Siblings:
     def stacked(self) -> PackedLinear:
         """All members as one Linear; their tensors become views of its tensors, so that there is one copy."""
         if self._stacked is None:
+            members = [layer.tensors() for layer in self.layers]
             tensors = {}
-            for name, value in self.layers[0].tensors().items():
+            for name, value in members[0].items():
                 if name == "weight_shape":
                     tensors[name] = torch.tensor([sum(self.sizes), self.layers[0].in_features], dtype=torch.int64)
                 elif _is_shared(name):
                     tensors[name] = value
                 else:
-                    tensors[name] = torch.cat([layer.stored(name) for layer in self.layers])
-                    self._point_at(name, tensors[name])
+                    tensors[name] = torch.cat([member[name] for member in members])
             self._stacked = PackedLinear(tensors, self.layers[0].scheme)
+            for layer, member, start in zip(self.layers, members, accumulate(self.sizes, initial=0), strict=False):
+                rows = {name: len(value) for name, value in member.items() if not _is_shared(name)}
+                layer.be_rows_of(self._stacked, start, rows)
         return self._stacked
 
     def forget(self) -> None:
@@ -104,33 +109,28 @@ class Siblings:
         for layer in self.layers:
             layer.siblings = None
 
-    def _point_at(self, name: str, stacked: Tensor) -> None:
-        views = stacked.split([len(layer.stored(name)) for layer in self.layers])
-        for layer, view in zip(self.layers, views, strict=True):
-            layer._buffers[name] = view
-            layer.forget()
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_stacked": None, "_x": None, "_waiting": {}}
 
 
 def _is_shared(name: str) -> bool:
     """Whether the group has one such tensor, not one for each member."""
-    return name.startswith("input_") or name == "weight_global_scale"
+    return name.startswith("input_") or name in ("weight_global_scale", "weight_shape")
 
 
 def _stacks(layer: PackedLinear) -> bool:
     """Whether the rows of its tensors can be followed by those of another."""
     weights = layer.scheme.weights
-    whole_words = layer.optional("weight_zero_point") is None or layer.out_features * weights.num_bits % 32 == 0
+    whole_words = "weight_zero_point" not in layer.kinds() or layer.out_features * weights.num_bits % 32 == 0
     return weights.strategy in ("channel", "group", "tensor_group") and whole_words
 
 
 def _agreement(layer: PackedLinear) -> tuple[Any, ...]:
     """A key that is equal for layers that may be stacked."""
-    kinds = tuple((name, t.dtype, t.device, t.shape[1:]) for name, t in layer.tensors().items())
-    shared = tuple(tuple(t.flatten().tolist()) for name, t in layer.tensors().items() if _is_shared(name))
-    return layer.scheme.model_dump_json(exclude={"targets"}), layer.in_features, kinds, shared
+    kinds = {name: t for name, t in layer.kinds().items() if name != "weight_shape"}
+    rows = tuple((name, t.dtype, t.shape[1:]) for name, t in kinds.items())
+    shared = tuple(tuple(t.flatten().tolist()) for name, t in kinds.items() if _is_shared(name))
+    return layer.scheme.model_dump_json(exclude={"targets"}), layer.in_features, layer.device, rows, shared
 
 
 def _inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
