@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration.activations import find_nonfinite, taken_off
 from lightning_compress.calibration.capture import run_to_stop, stop
 from lightning_compress.calibration.group_log import GroupLog
-from lightning_compress.calibration.lockstep import run_in_lockstep
+from lightning_compress.calibration.lockstep import LockstepThreads, run_in_lockstep
 from lightning_compress.calibration.probe import Probe, nonfinite_error
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.core.precision import model_precision
@@ -48,6 +48,9 @@ class BlockPasses:
         report: Called with a text as work advances.
         log: Groups that it holds are not calibrated again.
         numbers: The number of each batch among those of all ranks.
+
+    Attributes:
+        threads: Threads of the batches in lockstep; the walk ends them.
     """
 
     lifecycle: Lifecycle
@@ -60,6 +63,7 @@ class BlockPasses:
     log: GroupLog
     numbers: Sequence[int] = ()
     batch: int = field(default=0, init=False)
+    threads: LockstepThreads = field(default_factory=LockstepThreads, init=False)
 
     def complete(
         self,
@@ -188,6 +192,7 @@ class BlockPasses:
                 to_end,
                 None if team.alone else lambda number: _least(team.gather(number, group.title)),
                 self.numbers,
+                self.threads,
             )
 
     def _stopped_when_seen(self, group: ModuleGroup, hooked: Mapping[nn.Module, str]) -> AbstractContextManager[None]:

@@ -6,6 +6,9 @@ seen all its inputs: it is finished (``ready``, on the caller's thread), and the
 Each module runs once per batch, and every module sees inputs made by all the finished ones before it.
 
 A batch may pass a module by (an expert that got no token), as long as all batches keep one order.
+
+Every waiting batch has a thread, so there are as many as batches; :class:`LockstepThreads` keeps them from block to
+block, since cuBLAS has a handle and a workspace for each thread that calls it (walk_memory.py counts them).
 """
 
 import contextvars
@@ -17,10 +20,36 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_compress.calibration.activations import taken_off
 
-__all__ = ["run_in_lockstep"]
+__all__ = ["LockstepThreads", "run_in_lockstep"]
+
+
+class LockstepThreads:
+    """Threads that run one piece of work after the other; a context that ends them."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+
+    def __enter__(self) -> "LockstepThreads":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._idle:
+            self._idle.pop().end()
+
+    def start(self, name: str, work: Callable[[], object], after: Callable[[], object]) -> None:
+        """Run ``work``, which must not raise, on a thread, and then ``after``, when that thread is idle again."""
+        worker = self._idle.pop() if self._idle else _Worker()
+
+        def leave() -> None:
+            self._idle.append(worker)
+            after()
+
+        worker.start(name, work, leave)
 
 
 def run_in_lockstep(
@@ -31,6 +60,7 @@ def run_in_lockstep(
     to_end: bool = True,
     agree: Callable[[int | None], int | None] | None = None,
     numbers: Sequence[int] | None = None,
+    threads: LockstepThreads | None = None,
 ) -> None:
     """Run ``works``, one per batch, finishing each module when all have arrived at it.
 
@@ -43,6 +73,7 @@ def run_in_lockstep(
         agree: Where several processes run batches of one calibration: gives, from the number of the first module that
             batches wait for here (None: none waits), the least one of all processes. All finish that module next.
         numbers: The numbers of the batches in messages; None: 0, 1, ...
+        threads: Threads that the batches run on; None: they end when this function returns.
 
     Raises:
         ValueError: A batch arrives at a module that is finished already: the block calls its modules more than once, or
@@ -54,13 +85,13 @@ def run_in_lockstep(
         with _paused_before(modules, lockstep.arrive), suppress(_CancelledError):
             works[0]()
         return
-    batches = [_Batch(i, i if numbers is None else numbers[i], work) for i, work in enumerate(works)]
-    try:
+    with ExitStack() as stack:
+        pool = stack.enter_context(LockstepThreads()) if threads is None else threads
+        batches = [_Batch(i, i if numbers is None else numbers[i], work, pool) for i, work in enumerate(works)]
+        for batch in batches:
+            stack.callback(batch.cancel)
         with _paused_before(modules, lockstep.arrive):
             lockstep.run(batches, turn)
-    finally:
-        for batch in batches:
-            batch.cancel()
 
 
 class _Lockstep:
@@ -136,8 +167,8 @@ class _Batch:
         arrivals: At how many modules it has waited.
     """
 
-    def __init__(self, index: int, number: int, work: Callable[[], object]):
-        self.index, self.number, self.work = index, number, work
+    def __init__(self, index: int, number: int, work: Callable[[], object], threads: LockstepThreads):
+        self.index, self.number, self.work, self.threads = index, number, work, threads
         self.waits_at: nn.Module | None = None
         self.arrivals = 0
         self._go, self._stopped = threading.Lock(), threading.Lock()  # both held: released once for each wait
@@ -146,15 +177,15 @@ class _Batch:
         self._error: BaseException | None = None
         self._cancelled = False
         self._context = _thread_state()
-        self._thread: threading.Thread | None = None
+        self._began, self._ended = False, threading.Event()
 
     def resume(self) -> None:
         """Let it run; returns when it pauses or ends. Raises what it raised, with its traceback."""
         self.waits_at = None
-        if self._thread is None:
+        if not self._began:
+            self._began = True
             run = partial(contextvars.copy_context().run, self._main)
-            self._thread = threading.Thread(target=run, name=f"batch {self.number}", daemon=True)
-            self._thread.start()
+            self.threads.start(f"batch {self.number}", run, self._end)
         else:
             self._go.release()
         self._stopped.acquire()
@@ -172,12 +203,12 @@ class _Batch:
             raise _CancelledError
 
     def cancel(self) -> None:
-        """End the thread where it pauses next, if it still runs."""
+        """End the work where it pauses next, if it still runs."""
         self._cancelled = True
-        if self._thread is not None:
+        if self._began:
             if self._go.locked():
                 self._go.release()
-            self._thread.join()
+            self._ended.wait()
         self.waits_at = None
         self._error = None  # its traceback holds the batch's tensors
 
@@ -192,11 +223,46 @@ class _Batch:
         finally:
             self.waits_at = None
             del self.work  # and with it the inputs it holds
-            self._hand_back()
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._hand_back()
 
     def _hand_back(self) -> None:
         if self._stopped.locked():  # not when the caller was interrupted and no longer waits
             self._stopped.release()
+
+
+class _Worker:
+    """A thread that waits for work."""
+
+    def __init__(self) -> None:
+        self._wake = threading.Semaphore(0)
+        self._task: tuple[str, Callable[[], object], Callable[[], object]] | None = None
+        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._thread.start()
+
+    def start(self, name: str, work: Callable[[], object], after: Callable[[], object]) -> None:
+        self._task = name, work, after
+        self._wake.release()
+
+    def end(self) -> None:
+        self._wake.release()
+        self._thread.join()
+
+    def _main(self) -> None:
+        while True:
+            self._wake.acquire()
+            if (task := self._task) is None:
+                return
+            self._task = None
+            self._thread.name, work, after = task
+            del task
+            work()
+            del work
+            self._thread.name = "batches"
+            after()
+            del after
 
 
 def _paused_before(
@@ -223,16 +289,12 @@ def _paused_before(
     return taken_off(module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules)
 
 
-@contextmanager
-def _entered(contexts: Sequence[Callable[[], Any]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context())
-        yield
+def _thread_state() -> AbstractContextManager[None]:
+    """A context that gives another thread what torch keeps for each thread, as it is when this function is called.
 
-
-def _thread_state() -> Any:
-    """A context that gives another thread what torch keeps per thread: grad mode, autocast, CUDA device and stream."""
+    Grad mode, autocast, modes of functions and dispatch (``torch.set_default_device`` is one), and CUDA's device and
+    stream.
+    """
     grad = torch.is_grad_enabled()
     contexts: list[Callable[[], Any]] = [lambda: torch.inference_mode(False), lambda: torch.set_grad_enabled(grad)]
     for kind in ("cpu", *(["cuda"] if torch.cuda.is_initialized() else [])):
@@ -241,4 +303,20 @@ def _thread_state() -> Any:
     if torch.cuda.is_initialized():
         device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
         contexts += [lambda: torch.cuda.device(device), lambda: torch.cuda.stream(stream)]
-    return _entered(contexts)
+    functions, dispatches = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            # entering a mode a second time would change what it restores when the caller leaves it
+            for mode in functions:
+                torch._C._push_on_torch_function_stack(mode)
+                stack.callback(torch._C._pop_torch_function_stack)
+            for mode in dispatches:
+                torch._C._push_on_torch_dispatch_stack(mode)
+                stack.callback(torch._C._pop_torch_dispatch_stack, getattr(mode, "_mode_key", None))
+            yield
+
+    return entered()

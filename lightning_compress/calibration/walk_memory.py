@@ -4,7 +4,7 @@
 
 The largest block counts; C^2 and R C are the statistic and the solution of GPTQ for the targets that share one input.
 A Llama block of H hidden and I inner columns takes I + 4 H numbers per token. The 1.25 is fitted to a synthetic model,
-333 MB where 287 to 335 MB were measured.
+333 MB where 287 to 335 MB were measured. On CUDA each waiting batch has a thread, and so a workspace of cuBLAS.
 
 Shapes: R rows of the targets of one input, C columns.
 """
@@ -19,16 +19,24 @@ from lightning_compress.calibration.activations import device_of
 from lightning_compress.calibration.options import bytes_of
 from lightning_compress.calibration.probe import Probe
 
-__all__ = ["lockstep_bytes", "megabytes", "memory_limit"]
+__all__ = ["lockstep_bytes", "megabytes", "memory_limit", "workspace_bytes"]
 
 SHARE = 0.6  # of the device, without the model
 HEAPS = 1.25  # of what is alive: allocators keep some of what is freed
+WORKSPACE = (8 << 20, 32 << 20)  # torch's default for cuBLAS before compute capability 9.0, and from it on
 
 
 def lockstep_bytes(probe: Probe, numbers: int) -> int:
     """Memory of one pass over batches with so many numbers: those of all ranks, whose count must not change results."""
     times = numbers / max(1, probe.numbers)
     return int(HEAPS * max((size * times + work for size, work in probe.memory.values()), default=0.0))
+
+
+def workspace_bytes(device: torch.device | None, batches: int) -> int:
+    """Memory of cuBLAS for the threads of so many batches."""
+    if device is None or device.type != "cuda":
+        return 0
+    return batches * WORKSPACE[torch.cuda.get_device_capability(device) >= (9, 0)]
 
 
 def memory_limit(limit: int | str | None, model: nn.Module, device: torch.device | None) -> int:

@@ -31,7 +31,7 @@ from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
 from lightning_compress.calibration.residence import InMemory, Residence, exact_device
-from lightning_compress.calibration.walk_memory import lockstep_bytes, megabytes, memory_limit
+from lightning_compress.calibration.walk_memory import lockstep_bytes, megabytes, memory_limit, workspace_bytes
 from lightning_compress.core import Event, Lifecycle, State
 from lightning_compress.layers.memory import release
 
@@ -59,7 +59,7 @@ class Walker:
         self.probe_batch = batches[0] if batches else None
         self.numbers = state.team.mine(len(batches or ()))  # of the batches that are this rank's
         self.batches = [batches[i] for i in self.numbers] if batches else []
-        self.size = sum(map(numbers_in, batches or ()))  # of the batches of all ranks
+        self.count, self.size = len(batches or ()), sum(map(numbers_in, batches or ()))  # of the batches of all ranks
         self.options, self.walk, self.progress, self.log = options, options.walk, progress, log
         self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
         self.residence: Residence = InMemory(self.device) if residence is None else residence
@@ -94,6 +94,7 @@ class Walker:
                 stack.enter_context(self.residence.visit("", self.model))
             self.residence.outside(self.model, blocks)
             self._prepare(blocks)
+            stack.enter_context(self.passes.threads)
             plan, index, inputs = self.plan, 0, SegmentInputs(self.offload_device)
             while index < len(plan.segments):
                 segment = plan.segments[index]
@@ -142,7 +143,8 @@ class Walker:
             raise ValueError(f"walk='one_pass' is not possible: {obstacle}; use walk='two_pass' or walk='auto'")
         reason = obstacle
         if obstacle is None and self.walk == "auto" and self.plan.blocks:
-            size = lockstep_bytes(probe, self.size)
+            device = self.device or device_of(self.model)
+            size = lockstep_bytes(probe, self.size) + workspace_bytes(device, self.count)
             limit = memory_limit(self.options.memory_limit, self.model, self.device)
             reason = f"one pass takes about {megabytes(size)}, and memory_limit allows {megabytes(limit)}"
             obstacle = reason if self.state.team.agree(size > limit, "the memory of one pass") else None

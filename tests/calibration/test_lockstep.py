@@ -6,8 +6,10 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_compress.calibration.lockstep import run_in_lockstep
+from lightning_compress.calibration.lockstep import LockstepThreads, run_in_lockstep
 
 
 class Routed(nn.Module):
@@ -119,6 +121,69 @@ def test_threads_have_the_modes_of_the_caller():
         with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             run_in_lockstep([look, look], {}, lambda m: None, lambda i: None)
         assert seen == [(grad, False, torch.get_num_threads(), dtype)] * 2
+
+
+class Noted(TorchDispatchMode):
+    def __init__(self, threads):
+        super().__init__()
+        self.threads = threads
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.threads.add(threading.current_thread().name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_threads_have_the_default_device_and_the_modes_of_the_caller():
+    class Sum(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return "summed" if func is torch.sum else func(*args, **(kwargs or {}))
+
+    threads, seen = set(), []
+
+    def look():
+        seen.append((torch.empty(2).device.type, torch.sum(torch.ones(2))))
+
+    default = torch.get_default_device()
+    with torch.device("meta"), Sum(), Noted(threads), LockstepThreads() as pool:
+        run_in_lockstep([look, look], {}, lambda m: None, lambda i: None, threads=pool)
+        assert seen == [("meta", "summed")] * 2
+        assert threads == {"batch 0", "batch 1"}
+    seen.clear()
+    run_in_lockstep([look, look], {}, lambda m: None, lambda i: None)
+    assert seen == [("cpu", torch.tensor(2.0))] * 2
+    assert torch.get_default_device() == default
+
+
+def test_threads_are_used_again_for_the_next_block():
+    idents, before = [], threading.active_count()
+
+    def look():
+        idents.append(threading.get_ident())
+
+    with LockstepThreads() as pool:
+        for batches in (3, 2, 4):
+            run_in_lockstep([look] * batches, {}, lambda m: None, lambda i: None, threads=pool)
+        assert len(idents) == 9
+        assert len({*idents}) == threading.active_count() - before == 1  # no batch waits for another one
+    assert threading.active_count() == before
+
+
+def test_threads_are_idle_again_after_an_error():
+    def ready(module):
+        raise RuntimeError("not this one")
+
+    model = Routed()
+    names = {m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    idents, before = set(), threading.active_count()
+    model.register_forward_pre_hook(lambda _m, _a: idents.add(threading.get_ident()))
+    works = [lambda: model(torch.ones(1, 2), [0, 1]) for _ in range(3)]
+    with LockstepThreads() as pool:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="not this one"):
+                run_in_lockstep(works, names, ready, lambda i: None, threads=pool)
+        assert len(idents) == 3
+        assert not [t for t in threading.enumerate() if t.name.startswith("batch ")]
+    assert threading.active_count() == before
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from torch import nn
 from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.options import CalibrationOptions, bytes_of
 from lightning_compress.calibration.probe import Probe
-from lightning_compress.calibration.walk_memory import lockstep_bytes, memory_limit
+from lightning_compress.calibration.walk_memory import lockstep_bytes, memory_limit, workspace_bytes
 from tests.support.calibration_models import C, Layered, LockstepWatcher, make_batches, seeded, started
+from tests.support.fake_cuda import fake_cuda
 
 TOKENS = 4 * 2 * 5  # of four batches
 # a Mixer: its hidden state, which is the input of q, k and v, and the input of out; R is 3 C for the former
@@ -36,6 +37,12 @@ def test_the_largest_block_counts():
     assert lockstep_bytes(probe, 10) == 1.25 * (10 * 10 / 5 + 50_000)
     assert lockstep_bytes(probe, 1000) == 1.25 * 1000 * 1000 / 5
     assert lockstep_bytes(Probe(), 10) == 0
+
+
+def test_each_waiting_batch_has_a_workspace_on_a_gpu():
+    with fake_cuda():
+        assert workspace_bytes(torch.device("cuda:0"), 128) == 128 * 2**25
+    assert workspace_bytes(torch.device("cpu"), 128) == workspace_bytes(None, 128) == 0
 
 
 @pytest.mark.parametrize(("limit", "passes"), [(ESTIMATE, "one pass"), (ESTIMATE - 1, "two passes")])
