@@ -114,6 +114,9 @@ class FakeCudaTensor(Tensor):
         Tensor.data.__set__(self, new)
         self.value = new.value
 
+    def new_tensor(self, data: Any, dtype: torch.dtype | None = None, device: Any = None, **options: Any) -> Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device, **options)
+
     def tolist(self) -> Any:
         self.gpu.syncs[_line()] += 1
         return self.value.tolist()

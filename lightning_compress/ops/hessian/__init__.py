@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.availability import kernel_runs
+from lightning_compress.ops.availability import calls_kernel, kernel_runs
 from lightning_compress.ops.registration import register_op
 
 __all__ = ["hessian_accumulate_", "mirror_"]
@@ -38,7 +38,8 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
         raise ValueError("H must be contiguous: it is written in place; make it with torch.zeros(C, C)")
     if H_CC.device != X_NC.device:
         raise ValueError(f"H is on {H_CC.device} and X on {X_NC.device}; put them on one device")
-    (_accumulate_op if torch.compiler.is_compiling() else _accumulate_)(H_CC, X_NC)
+    traced = torch.compiler.is_compiling() or (H_CC.is_cuda and not calls_kernel(H_CC))
+    (_accumulate_op if traced else _accumulate_)(H_CC, X_NC)
     return H_CC
 
 
