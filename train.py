@@ -17,6 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
+# here, and not in train(): processes of ddp_spawn read this file anew
+warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens are in memory: workers would be slower
+warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning 2.6 under torch 2.13
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
@@ -52,14 +56,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
     import torch
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.utilities import rank_zero_only
 
     from lightning_compress import CompressionCallback
     from lightning_compress.training.slurm import check_tasks
 
     check_compress(cfg)
     logging.getLogger("lightning").handlers.clear()  # Hydra's logging shows its messages: else each appears twice
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens are in memory: workers would be slower
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning 2.6 under torch 2.13
+    if rank_zero_only.rank:
+        log.setLevel(logging.WARNING)  # other ranks would say each line again, through the progress bar of rank zero
     if cfg.seed is not None:
         lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     if OmegaConf.select(cfg, "callbacks.compress.stream"):

@@ -101,7 +101,7 @@ def compress(
     windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)
     mixtures = nullcontext() if windowed else split_while(model)
     marked = marked_when_interrupted(model, lambda: len(state.ledger))
-    with opened(log, resume) as group_log, mixtures, marked, all_events(lifecycle, state, seed):
+    with team.one_voice(), opened(log, resume) as group_log, mixtures, marked, all_events(lifecycle, state, seed):
         if any(m.needs.calibration for m in lifecycle.modifiers):
             calibrate(lifecycle, state, batches, options, forward=forward, progress=progress, log=group_log)
     guard_save_pretrained(model)

@@ -7,8 +7,12 @@ at the next exchange of each. A group of tensors is sent only after such an exch
 come.
 """
 
+import logging
+import os
 import pickle
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar
@@ -23,6 +27,7 @@ T = TypeVar("T")
 NO_TIMEOUT = timedelta(days=365)
 SMALL = 2**18  # bytes; tensors on the CPU up to here are sent together
 _OPERATIONS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
+_PACKAGE, _FOLDER = __name__.partition(".")[0], os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class RankError(RuntimeError):
@@ -77,6 +82,32 @@ class Team:
     def alone(self) -> bool:
         """True for a single process."""
         return self.size == 1
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Inside, only rank 0 shows warnings that come from this package, and its infos: other ranks come to the same.
+
+        A line that another process writes would also go through a progress bar of rank 0.
+        """
+        if self.rank == 0:
+            yield
+            return
+        logger, show = logging.getLogger(_PACKAGE), warnings.showwarning
+        level = logger.level
+
+        def show_others(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
+            if not filename.startswith(_FOLDER):
+                show(message, category, filename, *where)
+
+        # not catch_warnings, which would make every warning of the user new again
+        logger.setLevel(max(level, logging.WARNING))
+        warnings.showwarning = show_others  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if warnings.showwarning is show_others:
+                warnings.showwarning = show
 
     def mine(self, count: int) -> range:
         """Those of ``count`` units of work that are this rank's; a unit is never split."""

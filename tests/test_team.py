@@ -1,13 +1,16 @@
 """Processes that work together (gloo, on this machine): sums, results, errors and ends that reach every rank."""
 
+import logging
 import pickle
 import threading
 import time
+import warnings
 from functools import partial
 
 import pytest
 import torch
 
+from lightning_compress import team
 from lightning_compress.team import RankError, Team
 from tests.support.processes import run_processes, vanish
 
@@ -79,6 +82,23 @@ def test_without_a_group_nothing_happens():
     assert team.largest(1.5, 2) == [1.5, 2]
     assert team.deal(lambda: ["mine"], "dealing") == "mine"
     team.fail(ValueError("nobody waits"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_all_ranks_come_to_is_shown_by_one(rank, caplog, recwarn):
+    """Warnings of this package and its infos; errors, and the warnings of others, are shown by each."""
+    logger = logging.getLogger("lightning_compress.calibration.walker")
+    caplog.set_level(logging.INFO, logger="lightning_compress")
+    with Team(rank, 2).one_voice():
+        logger.info("one pass")
+        logger.error("a fault")
+        warnings.warn_explicit("no target", UserWarning, team.__file__, 1)
+        warnings.warn("of a user", stacklevel=1)
+    logger.info("afterwards")
+    warnings.warn_explicit("later", UserWarning, team.__file__, 2)
+    silent = {"one pass", "no target"} if rank else set()
+    texts = {record.getMessage() for record in caplog.records} | {str(warning.message) for warning in recwarn}
+    assert texts == {"one pass", "a fault", "no target", "of a user", "afterwards", "later"} - silent
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -59,7 +59,7 @@ class Walker:
         self.probe_batch = batches[0] if batches else None
         self.numbers = state.team.mine(len(batches or ()))  # of the batches that are this rank's
         self.batches = [batches[i] for i in self.numbers] if batches else []
-        self.count, self.size = len(batches or ()), sum(map(numbers_in, batches or ()))  # of the batches of all ranks
+        self.count = len(batches or ())  # of the batches of all ranks
         self.options, self.walk, self.progress, self.log = options, options.walk, progress, log
         self.device, self.offload_device = exact_device(options.device), exact_device(options.offload_device)
         self.residence: Residence = InMemory(self.device) if residence is None else residence
@@ -144,10 +144,11 @@ class Walker:
         reason = obstacle
         if obstacle is None and self.walk == "auto" and self.plan.blocks:
             device = self.device or device_of(self.model)
-            size = lockstep_bytes(probe, self.size) + workspace_bytes(device, self.count)
+            sizes = self.state.team.gather(sum(map(numbers_in, self.batches)), "the memory of one pass")
+            size = lockstep_bytes(probe, sum(sizes)) + workspace_bytes(device, self.count)
             limit = memory_limit(self.options.memory_limit, self.model, self.device)
             reason = f"one pass takes about {megabytes(size)}, and memory_limit allows {megabytes(limit)}"
-            obstacle = reason if self.state.team.agree(size > limit, "the memory of one pass") else None
+            obstacle = reason if self.state.team.agree(size > limit) else None
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {reason}" if reason else "")

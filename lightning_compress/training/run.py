@@ -65,7 +65,7 @@ class Run:
         self.team = Team.of_processes()
         self.preemption = Preemption(trainer, self.team)
         try:
-            with self.preemption.watching():
+            with self.team.one_voice(), self.preemption.watching():
                 yield
         finally:
             self.team.close()

@@ -1,6 +1,7 @@
 """Whether one pass fits: the estimate by hand, the limit, and what the walk makes of them."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from lightning_compress.calibration import calibrate
 from lightning_compress.calibration.options import CalibrationOptions, bytes_of
 from lightning_compress.calibration.probe import Probe
 from lightning_compress.calibration.walk_memory import lockstep_bytes, memory_limit, workspace_bytes
+from lightning_compress.team import Team
 from tests.support.calibration_models import C, Layered, LockstepWatcher, make_batches, seeded, started
 from tests.support.fake_cuda import fake_cuda
+from tests.support.processes import run_processes
 
 TOKENS = 4 * 2 * 5  # of four batches
 # a Mixer: its hidden state, which is the input of q, k and v, and the input of out; R is 3 C for the former
@@ -54,6 +57,21 @@ def test_the_limit_decides_between_one_pass_and_two(limit, passes, caplog):
         )
     assert f"{passes} over 3 blocks: one pass takes about 0 MB, and memory_limit allows 0 MB" in caplog.text
     assert bool([event for event, _ in watcher.events if event == "MODULE_READY"]) == (passes == "one pass")
+
+
+def passes_of_a_rank(rank, limit):
+    """Whether a rank that holds two batches of four walks in one pass."""
+    team, watcher = Team.of_processes(), LockstepWatcher()
+    lifecycle, state = started(watcher, model=seeded(Layered))
+    held = {0, *team.mine(4)}  # as a Trainer deals them
+    batches = [batch if i in held else None for i, batch in enumerate(make_batches(4, 2, 5, C))]
+    calibrate(lifecycle, state.but(team=team), batches, CalibrationOptions(memory_limit=limit))
+    return any(event == "MODULE_READY" for event, _ in watcher.events)
+
+
+@pytest.mark.parametrize(("limit", "one_pass"), [(ESTIMATE, True), (ESTIMATE - 1, False)])
+def test_the_limit_decides_alike_for_any_number_of_ranks(limit, one_pass, tmp_path):
+    assert run_processes(partial(passes_of_a_rank, limit=limit), tmp_path) == [one_pass] * 2
 
 
 @pytest.mark.parametrize("walk", ["one_pass", "two_pass"])

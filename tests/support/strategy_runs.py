@@ -129,11 +129,11 @@ def options(strategy: str) -> dict[str, Any]:
     return {"strategy": kind, "devices": 2, "use_distributed_sampler": strategy == "shares"}
 
 
-def run(app: str, kind: str, strategy: str, folder: Path, library: Path) -> None:
+def run(app: str, kind: str, strategy: str, folder: Path, library: Path, precision: str = "32-true") -> None:
     """One run, in ``folder``; RuntimeError with the traceback where it fails."""
     folder.mkdir()
     start = partial(run_train_py, library) if app == "train.py" else run_template
-    work = partial(_quietly, start, kind, strategy, folder)
+    work = partial(_quietly, start, kind, options(strategy) | {"precision": precision}, folder)
     if strategy in ("ddp", "shares"):
         failed = [text for text in run_two_ranks(lambda rank: work(), folder, seconds=120) if text]
         if failed:
@@ -149,8 +149,8 @@ def _quietly(start: Callable[..., None], *arguments: Any) -> None:
         start(*arguments)
 
 
-def run_train_py(library: Path, kind: str, strategy: str, folder: Path) -> None:
-    trainer = [f"++trainer.{name}={value}" for name, value in options(strategy).items()]
+def run_train_py(library: Path, kind: str, arguments: dict[str, Any], folder: Path) -> None:
+    trainer = [f"++trainer.{name}={value}" for name, value in arguments.items()]
     overrides = [*SMALL, *TRAIN_PY[kind], *trainer, f"+data.folder={library}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
@@ -160,12 +160,12 @@ def run_train_py(library: Path, kind: str, strategy: str, folder: Path) -> None:
     train.train(cfg)
 
 
-def run_template(kind: str, strategy: str, folder: Path) -> None:
+def run_template(kind: str, arguments: dict[str, Any], folder: Path) -> None:
     lightning.seed_everything(0, verbose=False)
     module, data = DigitsModule(DenseNet()), InOrder()
     kept = ModelCheckpoint(folder, filename="best", monitor="val/acc", mode="max", save_last=True)
     callback = CompressionCallback(TEMPLATE[kind](), calibration_batches=2)
-    trainer = quiet(folder, callback, kept, Witness(), max_epochs=2, **options(strategy))
+    trainer = quiet(folder, callback, kept, Witness(), max_epochs=2, **arguments)
     trainer.fit(module, data)
     trainer.test(module, data, ckpt_path="best", weights_only=False, verbose=False)
 
