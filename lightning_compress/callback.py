@@ -306,7 +306,7 @@ class CompressionCallback(Callback):
         self.done = True  # before compressed.ckpt is saved: a run that resumes from it has nothing left to do
         post_training.write_results()
         if outputs is not None:
-            self.run.preemption.supersede(outputs.checkpoint)
+            self.run.preemption.checkpoints.supersede(outputs.checkpoint)
         self.run.preemption.check()
 
     def _post_training(

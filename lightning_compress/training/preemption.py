@@ -13,17 +13,14 @@ Then all ranks save ``hpc_ckpt_N.ckpt`` (in training), rank zero requeues the jo
 after SIGTERM and where the job was requeued, else 128 + the signal, for which the batch script requeues. The export,
 work of rank zero alone, has no such points: a signal stops it at once.
 
-A checkpoint is saved where a resumed run goes on exactly: after all hooks of a batch, unless validation or the end of
-an epoch comes next; during validation it says that this validation is still to be run. At the end of training, when the
-model is about to be compressed, a job that is requeued saves one as well. The last two are kept. Once the model is
-compressed, its checkpoint takes the place of the last one: under Slurm, Lightning loads that one wherever no
-``ckpt_path`` is given, in ``trainer.test`` too, and a job that is requeued during the test finds its work done.
+A checkpoint is saved (hpc_checkpoints.py) where a resumed run goes on exactly: after all hooks of a batch, unless
+validation or the end of an epoch comes next; during validation it says that this validation is still to be run. At the
+end of training, when the model is about to be compressed, a job that is requeued saves one as well.
 """
 
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +41,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_compress.layers.forward import patched
 from lightning_compress.team import RankError, Team
 from lightning_compress.training import random_state
+from lightning_compress.training.hpc_checkpoints import HpcCheckpoints
 
 __all__ = ["Preemption", "name_ended_ranks"]
 
@@ -86,6 +84,11 @@ class Preemption:
     def trainer(self) -> Trainer:
         assert self._trainer is not None
         return self._trainer
+
+    @property
+    def checkpoints(self) -> HpcCheckpoints:
+        """What the next attempt goes on from."""
+        return HpcCheckpoints(self.trainer, self.team)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -157,7 +160,7 @@ class Preemption:
         loop = self.trainer._evaluation_loop
         self._validated = True
         self.begin_measurement(loop.max_batches if loop._is_sequential else [min(loop.max_batches)])
-        self._repeatable = self._is_repeatable()
+        self._repeatable = not self._stops() and self.checkpoints.can_repeat_validation()
 
     def begin_measurement(self, batches: Sequence[int | float | None]) -> None:
         """A pass over loaders of so many batches begins; None: an unknown number."""
@@ -176,7 +179,7 @@ class Preemption:
     def before_compression(self, *, trained: bool) -> None:
         """Save what training has made: from now on the model changes. For a job that is requeued."""
         if trained and self._requeues and not self.trainer.fast_dev_run:
-            self._save()
+            self.checkpoints.save()
         self.check()
 
     def check(self) -> None:
@@ -228,8 +231,8 @@ class Preemption:
         number = next((number for number in numbers if number in self._requeues), numbers[0])
         self._received = number
         if save and evaluating:
-            self._repeat_validation()
-        path = self._save() if save and not self.trainer.fast_dev_run else None
+            self.checkpoints.repeat_validation(self._random)
+        path = self.checkpoints.save() if save and not self.trainer.fast_dev_run else None
         self._leave(number, path)
 
     def _leave(self, number: int, path: Path | None) -> NoReturn:
@@ -252,52 +255,6 @@ class Preemption:
             return code if self._requeues[number](number, None) else None
         except SystemExit as left:  # submitit's, after it has requeued the job; or its local executor does at this code
             return left.code if isinstance(left.code, int) and left.code > 0 else code
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def _save(self) -> Path:
-        folder = Path(self.trainer.default_root_dir)
-        last = self.team.result(lambda: _last(folder), "looking for checkpoints")
-        path = folder / f"hpc_ckpt_{last + 1}.ckpt"
-        self.trainer.save_checkpoint(path, weights_only=False)
-        for old in folder.glob("hpc_ckpt_*.ckpt") if self.trainer.is_global_zero else ():
-            if (number := _number(old)) and number < last:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        return path
-
-    def supersede(self, compressed: Path) -> None:
-        """The last ``hpc_ckpt_N.ckpt``, if any, becomes the same file as ``compressed``; every rank calls this."""
-        folder = Path(self.trainer.default_root_dir)
-        if self.trainer.is_global_zero and (number := _last(folder)):
-            link, last = folder / "superseding.ckpt", folder / f"hpc_ckpt_{number}.ckpt"  # no N in the first
-            if compressed.is_dir():  # of a sharded model
-                shutil.rmtree(link, ignore_errors=True)
-                shutil.copytree(compressed, link)
-                shutil.rmtree(last)
-            else:
-                link.unlink(missing_ok=True)
-                try:
-                    os.link(compressed, link)
-                except OSError:  # not on this file system
-                    shutil.copyfile(compressed, link)
-            os.replace(link, last)
-        self.trainer.strategy.barrier("the compressed checkpoint")
-
-    def _is_repeatable(self) -> bool:
-        """Whether a resumed run can begin this validation again: not where it would have no training left to do."""
-        trainer = self.trainer
-        training = trainer.state.fn == "fit" and trainer.validating and not self._stops()
-        return training and (trainer.max_steps == -1 or trainer.global_step < trainer.max_steps)
-
-    def _repeat_validation(self) -> None:
-        """Write down that the validation that runs now is at its first batch, with the random state before it."""
-        progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
-        before = progress.total.completed - progress.current.completed
-        for counts, number in ((progress.total, before), (progress.current, 0)):
-            counts.ready = counts.started = number + 1
-            counts.processed = counts.completed = number
-        if self._random is not None:
-            random_state.restore_own(self._random)
 
 
 def name_ended_ranks(team: Team, error: BaseException) -> None:
@@ -364,16 +321,6 @@ def _requeues(trainer: Trainer) -> dict[int, Handler]:
 
 def _module(handler: Any) -> str:
     return getattr(handler, "__module__", None) or ""
-
-
-def _last(folder: Path) -> int:
-    """The highest N of ``hpc_ckpt_N.ckpt``; 0 when there is none."""
-    return max(map(_number, folder.glob("hpc_ckpt_*.ckpt")), default=0)
-
-
-def _number(path: Path) -> int:
-    match = re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name)
-    return int(match[1]) if match else 0
 
 
 def _scontrol_requeue(number: int, frame: FrameType | None) -> bool:

@@ -1,7 +1,6 @@
 """A signal in training, validation or test: what is saved where, and that the run which goes on is the same run."""
 
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,14 +73,3 @@ def test_a_signal_in_the_search_for_a_learning_rate_waits_for_the_training(tmp_p
     saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
     assert saved["global_step"] == 1
     assert slurm() == ["requeue 77"]
-
-
-def test_a_folder_of_shards_takes_the_place_of_the_last_checkpoint(tmp_path):
-    for name, content in (("hpc_ckpt_2.ckpt", "trained"), ("compressed.ckpt", "compressed")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "meta.pt").write_text(content)
-    barrier = SimpleNamespace(barrier=lambda name: None)
-    trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, strategy=barrier)
-    preemption.Preemption(trainer).supersede(tmp_path / "compressed.ckpt")
-    contents = {path.name: (path / "meta.pt").read_text() for path in tmp_path.iterdir()}
-    assert contents == {"hpc_ckpt_2.ckpt": "compressed", "compressed.ckpt": "compressed"}

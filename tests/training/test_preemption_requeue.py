@@ -175,17 +175,6 @@ def test_a_signal_that_no_question_follows_is_for_those_who_come_now(tmp_path, s
     assert received == [signal.SIGTERM] * 2  # as it came, and afterwards
 
 
-def test_the_last_two_checkpoints_are_kept(tmp_path, slurm):
-    for attempt in range(4):
-        signals = Signals(signal.SIGUSR1, {"on_train_batch_start": [1]})
-        with pytest.raises(SystemExit):
-            quiet(tmp_path, rounding(), signals, max_epochs=9).fit(Regression(), Sums())
-        if attempt == 1:
-            (tmp_path / "hpc_ckpt_1.ckpt").unlink()
-            (tmp_path / "hpc_ckpt_1.ckpt").mkdir()  # as sharded checkpoints are
-    assert sorted(path.name for path in tmp_path.glob("hpc*")) == ["hpc_ckpt_3.ckpt", "hpc_ckpt_4.ckpt"]
-
-
 def test_a_handler_of_the_users_own_stays(tmp_path, slurm):
     received = []
     signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
