@@ -12,8 +12,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_compress.calibration.activations import find_nonfinite, taken_off
+from lightning_compress.calibration.activations import taken_off
 from lightning_compress.calibration.capture import run_to_stop, stop
+from lightning_compress.calibration.finite_checks import FiniteChecks
 from lightning_compress.calibration.group_log import GroupLog
 from lightning_compress.calibration.lockstep import LockstepThreads, run_in_lockstep
 from lightning_compress.calibration.probe import Probe, nonfinite_error
@@ -51,6 +52,7 @@ class BlockPasses:
 
     Attributes:
         threads: Threads of the batches in lockstep; the walk ends them.
+        checks: Checks of activations, read before an event and after the last batch of a group.
     """
 
     lifecycle: Lifecycle
@@ -64,6 +66,7 @@ class BlockPasses:
     numbers: Sequence[int] = ()
     batch: int = field(default=0, init=False)
     threads: LockstepThreads = field(default_factory=LockstepThreads, init=False)
+    checks: FiniteChecks = field(default_factory=FiniteChecks, init=False)
 
     def complete(
         self,
@@ -101,6 +104,7 @@ class BlockPasses:
                 for i in range(len(self.masks)):
                     self.begin(i, f"{group.title}: outputs, batch {i + 1}/{len(self.masks)}")
                     propagate(i)
+        self.checks.read()
 
     def end(self, group: ModuleGroup) -> None:
         """BLOCK_END of a group that no batch runs through."""
@@ -127,6 +131,7 @@ class BlockPasses:
         dense: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Emit an event about a group, or about some of its modules."""
+        self.checks.read()
         state = self.state.but(
             block=group.block,
             block_name=group.name,
@@ -230,8 +235,8 @@ class BlockPasses:
         """ValueError with the module and the batch before NaN or Inf reaches a statistic."""
 
         def check(name: str, args: tuple[object, ...]) -> None:
-            if kind := find_nonfinite(args[:1], self.masks[self.batch]):
-                raise nonfinite_error(kind, f"the input of module {name!r}", self.numbers[self.batch], None)
+            where, number = f"the input of module {name!r}", self.numbers[self.batch]
+            self.checks.add(args[:1], self.masks[self.batch], lambda kind: nonfinite_error(kind, where, number, None))
 
         return taken_off(
             module.register_forward_pre_hook(lambda _m, args, n=name: check(n, args), prepend=True)

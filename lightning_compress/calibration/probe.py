@@ -20,13 +20,13 @@ from lightning_compress.calibration.activations import (
     HIDDEN,
     BlockCall,
     argument,
-    find_nonfinite,
     first_bad_module,
     take,
     taken_off,
     tensors_of,
 )
 from lightning_compress.calibration.blocks import modules_outside
+from lightning_compress.calibration.finite_checks import FiniteChecks
 
 __all__ = ["NonFiniteError", "Probe", "ProbedBlock", "nonfinite_error", "run_probe"]
 
@@ -99,6 +99,7 @@ def run_probe(
     try:
         with taken_off(hooks.on()):
             run()
+        hooks.checks.read()
     except NonFiniteError as error:
         raise nonfinite_error(error.kind, error.where, 0, first_bad_module(model, "", run)) from None
     hooks.finish()
@@ -133,7 +134,7 @@ class _ProbeHooks:
         mask: Tensor | None,
     ):
         self.blocks, self.targets, self.outside, self.mask = blocks, targets, outside, mask
-        self.probe = Probe()
+        self.probe, self.checks = Probe(), FiniteChecks()
         self._versions: list[int] = []  # of the arguments of the running block
         self._input_kind: tuple[Any, ...] = ()  # shape and dtype of its hidden input
         self._output: Any = None  # of the block before
@@ -165,8 +166,7 @@ class _ProbeHooks:
         probe = self.probe
         probe.order.setdefault(module, len(probe.order))
         probe.counts[module] += 1
-        if kind := find_nonfinite(args[:1], self.mask):
-            raise NonFiniteError(kind, f"the input of module {name!r}", 0)
+        self.checks.add(args[:1], self.mask, lambda kind: NonFiniteError(kind, f"the input of module {name!r}", 0))
         if module in self.outside:
             probe.inputs[module] = (args, kwargs)
         elif args and isinstance(args[0], Tensor):
@@ -192,8 +192,8 @@ class _ProbeHooks:
         self._versions = [_version(t) for t in tensors_of((args, kwargs))]
 
     def _after_block(self, name: str, _block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if kind := find_nonfinite(_hidden_part(output), self.mask):
-            raise NonFiniteError(kind, f"the output of block {name!r}", 0)
+        hidden = _hidden_part(output)
+        self.checks.add(hidden, self.mask, lambda kind: NonFiniteError(kind, f"the output of block {name!r}", 0))
         versions = [_version(t) for t in tensors_of((args, kwargs))]
         self.probe.blocks[-1].writes = versions != self._versions
         inputs, self._inputs = self._inputs.values(), {}

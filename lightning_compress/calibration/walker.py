@@ -13,7 +13,6 @@ from lightning_compress.calibration.activations import (
     BatchRunner,
     SegmentInputs,
     device_of,
-    find_nonfinite,
     first_bad_module,
     numbers_in,
     put,
@@ -206,13 +205,14 @@ class Walker:
                     ends = segment[0].name, segment[-1].name
                     logger.info("blocks %s to %s are run one by one: batch %d: %s", *ends, i, error)
                     return None
-                if kind := find_nonfinite(hidden, self.passes.masks[i]):
-                    where = f"the input of block {segment[0].name!r}"
-                    raise nonfinite_error(
-                        kind, where, self.numbers[i], first_bad_module(self.model, "", partial(self._run, i))
-                    )
+                self.passes.checks.add(hidden, self.passes.masks[i], partial(self._input_error, segment[0].name, i))
                 inputs.add(hidden, calls)
+            self.passes.checks.read()
         return inputs
+
+    def _input_error(self, block: str, i: int, kind: str) -> ValueError:
+        source = first_bad_module(self.model, "", partial(self._run, i))
+        return nonfinite_error(kind, f"the input of block {block!r}", self.numbers[i], source)
 
     def _walk_segment(self, segment: Sequence[ProbedBlock], inputs: SegmentInputs, keep_last: bool) -> None:
         """Block after block. The hidden states in ``inputs`` advance with them, and so do those of the dense model."""
@@ -269,8 +269,9 @@ class Walker:
 
     def _run_block(self, block: ProbedBlock, module: nn.Module, inputs: SegmentInputs, i: int) -> Any:
         output = self._call_block(block, module, inputs, i)
-        if kind := find_nonfinite(take(output, block.out_at), self.passes.masks[i]):
-            raise NonFiniteError(kind, f"the output of block {block.name!r}", i)
+        where = f"the output of block {block.name!r}"
+        hidden, mask = take(output, block.out_at), self.passes.masks[i]
+        self.passes.checks.add(hidden, mask, lambda kind: NonFiniteError(kind, where, i))
         return output
 
     def _propagate(self, block: ProbedBlock, run: Callable[[int], Any], inputs: SegmentInputs, i: int) -> None:

@@ -6,6 +6,7 @@ Such a model is neither compressed again nor saved; only a new one is.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["check_uninterrupted", "marked_when_interrupted"]
@@ -45,10 +46,10 @@ def check_uninterrupted(model: nn.Module) -> None:
 def _samples(model: nn.Module) -> dict[str, Tensor]:
     local = ((name, getattr(p, "to_local", lambda p=p: p)()) for name, p in model.named_parameters() if not p.is_meta)
     flat = ((name, p.detach().reshape(-1)) for name, p in local)
-    return {name: values[:: max(1, len(values) // SAMPLES)].cpu().clone() for name, values in flat}
+    return {name: values[:: max(1, len(values) // SAMPLES)].clone() for name, values in flat}
 
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(
-        first[name].shape == second[name].shape and bool((first[name] == second[name]).all()) for name in first
+        first[name].shape == second[name].shape and torch.equal(first[name].cpu(), second[name].cpu()) for name in first
     )

@@ -4,7 +4,8 @@ The tensors are those of a state dict: parameters and persistent buffers. In a b
 masks hold it, unless a normalization layer keeps its running statistics there.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +23,42 @@ def nonfinite(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> l
 
     ``values``, by name, are checked in place of those of the model.
     """
-    return [name for name, tensor, masks in _stored(model, values or {}) if not _is_sound(tensor, masks)]
+    stored = [(name, tensor, masks) for name, tensor, masks in _stored(model, values or {}) if not tensor.is_meta]
+    finite = _are_finite([tensor for _, tensor, _ in stored])
+    return [n for (n, t, masks), sound in zip(stored, finite, strict=True) if not (sound or (masks and _is_mask(t)))]
 
 
 def check_finite(modules: Mapping[str, nn.Module]) -> None:
     """ValueError names the modules whose weight holds NaN or Inf."""
-    weights = {name: weight_of(module) for name, module in modules.items()}
-    if broken := [repr(name) for name, weight in weights.items() if not (weight.is_meta or is_finite(weight))]:
+    weights = {name: weight for name, module in modules.items() if not (weight := weight_of(module)).is_meta}
+    finite = _are_finite(list(weights.values()))
+    if broken := [repr(name) for name, sound in zip(weights, finite, strict=True) if not sound]:
         raise ValueError(f"the weight of {shortlist(broken)} holds NaN or Inf; did training diverge?")
 
 
 def is_finite(tensor: Tensor) -> bool:
     """True when no element is NaN or Inf. One reduction; elements are checked only when their sum is not finite."""
-    tensor = full(tensor)  # of shards every rank must find the same
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch reduces no float8
-    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    return _are_finite([tensor])[0]
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """:func:`is_finite` of each; a GPU computes the sums of all before the host waits for them."""
+    sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for i, tensor in enumerate(tensors):
+        tensor = full(tensor)  # of shards every rank must find the same
+        if tensor.is_floating_point() and tensor.numel():
+            tensor = _wide(tensor.detach())
+            total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+            sums.setdefault(total.device, []).append((i, total))
+    finite = [True] * len(tensors)
+    for totals in sums.values():
+        for (i, _), total in zip(totals, torch.stack([total for _, total in totals]).tolist(), strict=True):
+            finite[i] = math.isfinite(total) or bool(torch.isfinite(_wide(full(tensors[i]))).all())
+    return finite
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.itemsize == 1 else tensor  # torch reduces no float8
 
 
 def _stored(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, bool]]:
@@ -54,7 +73,5 @@ def _stored(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tuple[st
                 yield f"{prefix}{local}", values.get(f"{prefix}{local}", buffer), not isinstance(module, _NormBase)
 
 
-def _is_sound(tensor: Tensor, may_be_a_mask: bool) -> bool:
-    if tensor.is_meta or is_finite(tensor):
-        return True
-    return may_be_a_mask and bool((tensor.float() < torch.inf).all())
+def _is_mask(tensor: Tensor) -> bool:
+    return bool((tensor.float() < torch.inf).all())

@@ -67,7 +67,7 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
     pivot_C = RT_CC.diagonal().clone()
     # Rounding leaves a pivot of about eps * H_jj where the true one is zero. Undamped, C such errors may add up.
     eps = torch.finfo(H_CC.dtype).eps * (len(H_CC) if dampening == 0 else 1)
-    if failed or not bool((pivot_C.square() > eps * damped_C[order_C]).all()):
+    if (failed != 0) | ~(pivot_C.square() > eps * damped_C[order_C]).all():  # one wait for a GPU, not two
         return None
     return Factor(order_C, RT_CC.div_(pivot_C[:, None]).tril_(), pivot_C, damped_C, added_C, dampening)
 
@@ -75,9 +75,8 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
 def added_diagonal(H_CC: Tensor, dampening: float) -> Tensor:
     """The damping on the diagonal of H, [C]: ``dampening * mean(diag H)``."""
     diagonal_C = H_CC.diagonal()
-    added_C = torch.full_like(diagonal_C, float(dampening * diagonal_C.mean()))
-    added_C[(diagonal_C == 0) & (added_C == 0)] = 1.0  # no input and no damping: any positive number works
-    return added_C
+    added_C = (dampening * diagonal_C.mean()).expand_as(diagonal_C)
+    return torch.where((diagonal_C == 0) & (added_C == 0), 1.0, added_C)  # no input, no damping: any positive number
 
 
 def factorize_retrying(H_CC: Tensor, dampening: float, by_size: bool, retry: bool) -> tuple[Factor | None, float]:

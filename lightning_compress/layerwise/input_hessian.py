@@ -60,7 +60,8 @@ class InputHessian:
         """Add N tokens of any floating dtype; their sum is float32.
 
         Raises:
-            NonFiniteHessianError: The tokens hold NaN or Inf, or their squares lie beyond float32.
+            NonFiniteHessianError: The tokens hold NaN or Inf, or their squares lie beyond float32; on a GPU only
+                :meth:`is_finite` tells.
             ValueError: The tokens have another number of columns.
         """
         P, N, C = X_PNC.shape
@@ -71,13 +72,17 @@ class InputHessian:
         else:
             self.sum_PCC += X_PNC.mT.float() @ X_PNC.float()
         self.tokens += N
-        if not torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()):  # any NaN or Inf reaches the diagonal
+        if not (X_PNC.is_cuda or self.is_finite()):  # a GPU is not waited for in each batch
             if not torch.isfinite(X_PNC).all():
                 raise NonFiniteHessianError("holds NaN or Inf")
             raise NonFiniteHessianError(
                 f"holds numbers up to {X_PNC.abs().max().item():.3g}, whose squares add up beyond float32; scale its "
                 f"inputs down, or add it to ignore"
             )
+
+    def is_finite(self) -> bool:
+        """Whether all sums are finite: any NaN or Inf reaches the diagonal."""
+        return bool(torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()))
 
     def take(self) -> Tensor:
         """:meth:`value`; afterwards only ``tokens`` of the statistic can be used."""
@@ -250,6 +255,7 @@ class HessianPool:
         """The statistic of a module, to be used now (it is closed); None when the module never saw a token.
 
         Raises:
+            NonFiniteHessianError: On a GPU: inputs hold NaN or Inf, or squares beyond float32.
             ValueError: The module missed some of the inputs that the modules it shares with received.
         """
         shared = self._of.get(name)
@@ -257,6 +263,12 @@ class HessianPool:
             return None
         if not shared.is_level(name):
             raise ValueError(_parted(name, shared))
+        sums = [] if shared.closed else [s for s in (shared.statistic, shared.held_out) if s and s.sum_PCC.is_cuda]
+        if not all(statistic.is_finite() for statistic in sums):
+            raise NonFiniteHessianError(
+                f"the inputs of {name!r} hold NaN or Inf, or numbers whose squares add up beyond float32; look at the "
+                f"calibration batches, scale the inputs down, or add {name!r} to ignore"
+            )
         shared.closed = True
         return shared
 

@@ -95,6 +95,7 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         """Combine the observers of layers over ranks."""
         for name in names:
             if name in self._observers and name in self._layers:
+                self._observers[name].read()
                 state.team.reduce_(self._observers[name])
 
     def round_tables(self, state: State, names: Sequence[str]) -> None:
@@ -132,7 +133,7 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         assert scale is not None
         Q_RC, A_RC = on_stored_grid(solved.W_RC, scale, zero_point, args, W_RC.dtype), solved.parts.get("latent")
         latent_RC = None if A_RC is None else latent_of(A_RC, Q_RC, scale, zero_point, args)
-        inputs = input_scales(self._observers.get(layer.name), W_RC.dtype)
+        inputs = input_scales(self._observers.get(layer.name), W_RC)
         extras = {"latent": latent_RC, "global_scale": self._globals.of(layer.name), **inputs}
         quantized = Quantized(self._schemes[layer.name], scale, zero_point, **extras)
         facts = weight_facts(W_RC, Q_RC, quantized)

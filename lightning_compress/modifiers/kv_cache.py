@@ -153,6 +153,7 @@ class KVCacheModifier(Modifier):
             for observers in self._observers[name].values():
                 self._fill(observers, max(each[name] for each in ranks))
                 for observer in observers:
+                    observer.read()
                     state.team.reduce_(observer)
 
     def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -187,9 +188,9 @@ class KVCacheModifier(Modifier):
             if observers is None:
                 record = QuantizedCache(self._args)
             elif observers["k"]:
-                dtype = next(self._modules[name].parameters()).dtype
-                (k, k_zero), (v, v_zero) = (self._scale(observers[kind], dtype) for kind in "kv")
-                record = QuantizedCache(self._args, k, v, k_zero, v_zero)
+                weight = next(self._modules[name].parameters())
+                (k, k_zero), (v, v_zero) = (self._scale(observers[kind], weight.dtype) for kind in "kv")
+                record = QuantizedCache(self._args, k, v, k_zero, v_zero).to(weight.device)
             else:
                 continue
             module = self._modules.pop(name)

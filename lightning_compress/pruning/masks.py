@@ -129,9 +129,10 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     flat = scores.flatten()
     limit = flat.kthvalue(removed).values  # a third of the time of sorting them all
-    keep, tied = flat > limit, (flat == limit).nonzero()[:, 0]
-    keep[tied[removed - int((flat < limit).sum()) :]] = True
-    return keep.reshape(scores.shape)
+    tied = flat == limit
+    place = tied.cumsum(0, dtype=torch.int32 if len(flat) < 2**31 else torch.int64)  # of a tied one, counted from 1
+    dropped = tied & (place <= removed - (flat < limit).sum())
+    return ((flat >= limit) & ~dropped).reshape(scores.shape)
 
 
 def _keep_n_of_m(score_RC: Tensor, n: int, m: int) -> Tensor:

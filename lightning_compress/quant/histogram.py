@@ -15,13 +15,16 @@ SPREAD = 4  # points that stand for a bin
 
 
 def bins_of(x: Tensor) -> Tensor:
-    """Count of each bin, float64 [BINS], on the CPU."""
+    """Count of each bin, float64 [BINS], on the device of x."""
     magnitude, exponent = torch.frexp(x.float().flatten().abs())  # magnitude in [.5, 1), or 0
     step = ((magnitude * 2 - 1) * MANTISSA).floor().clamp_(0, MANTISSA - 1).long()
     place = ((exponent.long() - 1 - LOWEST) * MANTISSA + step).clamp_(0, BINS // 2 - 1)
     place = torch.where(magnitude == 0, 0, place)
     signed = torch.where(x.flatten() < 0, BINS // 2 - 1 - place, BINS // 2 + place)
-    return torch.bincount(signed, minlength=BINS).double().cpu()
+    if x.is_cuda:  # bincount would make the host wait, for the largest bin
+        counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+        return counts.scatter_add_(0, signed, torch.ones_like(signed)).double()
+    return torch.bincount(signed, minlength=BINS).double()
 
 
 def edges() -> tuple[Tensor, Tensor]:

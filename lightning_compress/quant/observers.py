@@ -6,7 +6,8 @@
     percentile       all but the outermost 0.01 % at either end, by the same histogram
     histogram        the shrunken extremes with the least KL divergence (entropy calibration), by the same histogram
 
-Each has ``update``, ``reduce`` (how ranks combine) and ``value``: the scale [1] and the zero point [1] or None.
+Each has ``update``, ``reduce`` (how ranks combine) and ``value``: the scale [1] and the zero point [1] or None. What a
+GPU has computed of a batch stays there until :meth:`Observer.read`, so that no batch makes the host wait.
 """
 
 import math
@@ -37,6 +38,7 @@ class Observer(ABC):
         self.args = args
         self.low, self.high = math.inf, -math.inf
         self.batches = 0
+        self._unread: list[tuple[int, Tensor, Tensor | None, int]] = []  # index, extremes, histogram, batch
 
     def update(self, x: Tensor, batch: int = 0) -> None:
         """Add one activation, of any shape and any floating dtype.
@@ -46,17 +48,34 @@ class Observer(ABC):
             batch: The number of the calibration batch.
 
         Raises:
-            ValueError: The activation holds NaN or Inf.
+            ValueError: The activation holds NaN or Inf; of one on a GPU :meth:`read` says so.
         """
-        low, high = (float(v) for v in x.detach().aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"its input {self.batches} (counted from 0) holds NaN or Inf")
-        self._add(x.detach(), low, high, batch)
+        x = x.detach()
+        self._unread.append((self.batches, torch.stack(x.aminmax()), self._histogram(x), batch))
         self.batches += 1
+        if not x.is_cuda:
+            self.read()
+
+    def read(self) -> None:
+        """Add what waits on a GPU; called before ranks are combined, and by all that need a result.
+
+        Raises:
+            ValueError: An activation holds NaN or Inf.
+        """
+        unread, self._unread = self._unread, []
+        ends = torch.stack([ends for _, ends, _, _ in unread]).tolist() if unread else []
+        for (index, _, counts, batch), (low, high) in zip(unread, ends, strict=True):
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"its input {index} (counted from 0) holds NaN or Inf")
+            self._add(counts, low, high, batch)
+
+    def _histogram(self, x: Tensor) -> Tensor | None:
+        """The histogram of an activation, on its device; None where it is not used."""
+        return None
 
     @abstractmethod
-    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
-        """Add an activation with its extremes, which are finite."""
+    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
+        """Add the histogram and the extremes of an activation, which are finite."""
 
     @property
     def is_dead(self) -> bool:
@@ -65,6 +84,10 @@ class Observer(ABC):
 
     def bounds(self) -> tuple[float, float]:
         """The lowest and the highest value that the grid covers."""
+        self.read()
+        return self._bounds()
+
+    def _bounds(self) -> tuple[float, float]:
         return self.low, self.high
 
     def value(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +113,7 @@ class MinMax(Observer):
 
     reduce = {"low": "min", "high": "max", "batches": "sum"}
 
-    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
+    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
 
@@ -107,10 +130,10 @@ class MovingAverage(Observer):
         self.constant = averaging_constant
         self.extremes: dict[tuple[int, int], tuple[float, float]] = {}  # by batch, and by call within one
 
-    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
+    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
         self.extremes[batch, len(self.extremes)] = low, high
 
-    def bounds(self) -> tuple[float, float]:
+    def _bounds(self) -> tuple[float, float]:
         inputs = sorted(self.extremes)
         mean_low, mean_high = self.extremes[inputs[0]]
         for key in inputs[1:]:
@@ -133,9 +156,13 @@ class HistogramObserver(Observer):
         super().__init__(args)
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
-    def _add(self, x: Tensor, low: float, high: float, batch: int) -> None:
+    def _histogram(self, x: Tensor) -> Tensor | None:
+        return bins_of(x)
+
+    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
+        assert counts is not None
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.counts += bins_of(x)
+        self.counts += counts.cpu()
 
     def _quantized(self, x: Tensor, factor: float) -> Tensor:
         """On the grid that covers the shrunken extremes; float32."""
@@ -149,7 +176,7 @@ class MSE(HistogramObserver):
 
     POWER = 2.4
 
-    def bounds(self) -> tuple[float, float]:
+    def _bounds(self) -> tuple[float, float]:
         x, counts, _ = points(self.counts, self.low, self.high)
         best = min(self.FACTORS, key=lambda f: float(((self._quantized(x, f) - x).abs() ** self.POWER) @ counts))
         return best * self.low, best * self.high
@@ -160,7 +187,7 @@ class Percentile(HistogramObserver):
 
     SHARE = 1e-4
 
-    def bounds(self) -> tuple[float, float]:
+    def _bounds(self) -> tuple[float, float]:
         below, above = self.counts.cumsum(0), self.counts.flip(0).cumsum(0).flip(0)
         lower, upper = edges()
         inside = (below > self.SHARE * self.counts.sum()) & (above > self.SHARE * self.counts.sum())
@@ -173,7 +200,7 @@ class Entropy(HistogramObserver):
     Migacz, 2017, 8-bit inference with TensorRT: the mass outside of the range is added to P at its ends, not to Q.
     """
 
-    def bounds(self) -> tuple[float, float]:
+    def _bounds(self) -> tuple[float, float]:
         x, counts, widths = points(self.counts, self.low, self.high)
         best = min(self.FACTORS, key=lambda f: self._divergence(x, counts, widths, f))
         return best * self.low, best * self.high
@@ -207,7 +234,8 @@ class MeanSquare:
 
     def update(self, x_PNC: Tensor) -> None:
         """Add inputs [P, N, C]."""
-        self.sum_PC += x_PNC.float().square().sum(1).double().cpu()  # so that ranks change no bit
+        sum_PC = x_PNC.float().square().sum(1).double()  # so that ranks change no bit
+        self.sum_PC = sum_PC + self.sum_PC if self.tokens else sum_PC
         self.tokens += x_PNC.shape[1]
 
     def value(self) -> Tensor:

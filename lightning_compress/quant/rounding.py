@@ -71,7 +71,7 @@ def round_module(
             scale, zero_point = find_scales(W_RC, scheme.weights, "minmax", global_scale=global_scale)
         if Q_RC is None:
             Q_RC = round_weight(W_RC, scale, zero_point, scheme.weights)
-        input_grid = input_scales(observer, W_RC.dtype)
+        input_grid = input_scales(observer, W_RC)
         latent = W_RC.clone() if keep_latent else None
         quantized = Quantized(scheme, scale, zero_point, latent=latent, global_scale=global_scale, **input_grid)
         error = weight_error(W_RC, Q_RC)
@@ -151,14 +151,18 @@ def _weighted_scales(
     return torch.cat([scale for scale, _ in grids]), torch.cat(zeros) if zeros else None
 
 
-def input_scales(observer: Observer | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What static activations add to a record, by the names of its fields; nothing without an observer."""
+def input_scales(observer: Observer | None, W_RC: Tensor) -> dict[str, Any]:
+    """What static activations add to a record, by the names of its fields; nothing without an observer.
+
+    On the device of the weight, so that no forward pass copies it there.
+    """
     if observer is None:
         return {}
     if observer.args.dynamic:  # "local": of NVFP4 the global scale alone is static
-        return {"input_global_scale": observer.global_scale()}
-    scale, zero_point = observer.value(dtype)
-    return {"input_scale": scale, "input_zero_point": zero_point}
+        return {"input_global_scale": observer.global_scale().to(W_RC.device)}
+    scale, zero_point = observer.value(W_RC.dtype)
+    zero_point = None if zero_point is None else zero_point.to(W_RC.device)
+    return {"input_scale": scale.to(W_RC.device), "input_zero_point": zero_point}
 
 
 def check_dense(name: str, module: nn.Module) -> None:

@@ -31,8 +31,9 @@ def weight_facts(W_RC: Tensor, Q_RC: Tensor, quantized: Quantized, error: float 
 
 def weight_error(W_RC: Tensor, Q_RC: Tensor) -> float:
     """||W - Q||^2 / ||W||^2; 0 for a weight of zeros."""
-    norm = float(torch.linalg.vector_norm(W_RC.float()))
-    return (float(torch.linalg.vector_norm(W_RC.float() - Q_RC.float())) / norm) ** 2 if norm else 0.0
+    norms = [torch.linalg.vector_norm(t) for t in (W_RC.float(), W_RC.float() - Q_RC.float())]
+    norm, difference = torch.stack(norms).tolist()
+    return (difference / norm) ** 2 if norm else 0.0
 
 
 def sqnr_db(error: float) -> float | None:

@@ -217,7 +217,9 @@ def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", gpu.current)
     _count(gpu, op, name, args, kwargs, device)
-    options = {k: v for k, v in kwargs.items() if k != "pin_memory"} | ({"device": "cpu"} if named is not None else {})
+    options = {k: v for k, v in kwargs.items() if k != "pin_memory"}
+    if device.type == "cuda" and named is not None:
+        options["device"] = "cpu"
     values = tree_map_only(FakeCudaTensor, lambda t: t.value, (args, options))
     result = op(*values[0], **values[1])
     if name in ("_to_copy", "_pin_memory") and isinstance(result, Tensor) and result is values[0][0]:
@@ -249,14 +251,17 @@ def _count(
 ) -> None:
     source = args[1] if name == "copy_" else args[0] if args else None
     moved = name in ("_to_copy", "copy_") and source.device.type != device.type
+    fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"  # torch calls masked_fill
     indices = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)] if name in INDEXING else []
+    if moved and device.type == "meta":
+        return
     if moved and device.type == "cpu":
         if not kwargs.get("non_blocking") and not (name == "copy_" and len(args) > 2 and args[2]):
             gpu.syncs[_line()] += 1
     elif moved:
         if source.data_ptr() not in gpu.pinned:
             gpu.pageable[_line()] += 1
-    elif name in WAITS or any(t.dtype == torch.bool for t in indices):
+    elif name in WAITS or (any(t.dtype == torch.bool for t in indices) and not fills):
         gpu.syncs[_line()] += 1
     elif device.type == "cuda" and not op.is_view and name not in NO_LAUNCH and not name.startswith("prim::"):
         gpu.launches[_line()] += 1

@@ -56,6 +56,7 @@ COSTS = {  # launches, syncs, pageable copies
     "a condition": (lambda x: bool((x > 0).all()), (2, 1, 0)),
     "tolist": (lambda x: x.tolist(), (0, 1, 0)),
     "a boolean index": (lambda x: x[x > 0], (1, 1, 0)),
+    "a boolean index for a number": (lambda x: x.__setitem__(x > 0, 1.0), (2, 0, 0)),
     "nonzero": (lambda x: x.nonzero(), (0, 1, 0)),
     "to the host": (lambda x: x.cpu(), (0, 1, 0)),
     "to the host, not waiting": (lambda x: x.to("cpu", non_blocking=True), (0, 0, 0)),
@@ -64,6 +65,7 @@ COSTS = {  # launches, syncs, pageable copies
     "an index on the host": (lambda x: x[torch.tensor([0, 2])], (1, 0, 1)),
     "an index on the device": (lambda x: x[torch.arange(2, device=x.device)], (2, 0, 0)),
     "numbers": (lambda x: torch.tensor([1, 2], device=x.device), (0, 0, 1)),
+    "without data": (lambda x: x.to("meta"), (0, 0, 0)),
     "synchronize": (lambda x: torch.cuda.synchronize(), (0, 1, 0)),
 }
 
