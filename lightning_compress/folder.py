@@ -112,7 +112,7 @@ def _check_modifiers(modifiers: Sequence[Modifier]) -> None:
             reason = "acts during training"
         elif needs.survey:
             reason = "looks at the whole dense model before the first block"
-        elif modifier.handles_training_end or needs.changes_shapes:
+        elif modifier.handles_training_end or needs.changes_shapes or needs.after_walk:
             reason = "acts on the whole model at once"
         if reason is not None:
             raise ValueError(

@@ -169,6 +169,7 @@ def refused(source, tmp_path, message, recipe="rtn_w4", batches=None, **options)
     [
         ("rotate", "RotationModifier acts on the whole model at once"),
         ("prune_2of4", "MagnitudePruningModifier acts during training"),
+        ("tune", "TuneModifier looks at the whole dense model before the first block"),
         ("reap_25", "REAPModifier acts on the whole model at once"),
     ],
 )

@@ -249,10 +249,11 @@ def _least(numbers: Sequence[int | None]) -> int | None:
 
 
 def stages_of(modifiers: Sequence[Modifier]) -> list[list[Modifier]]:
-    """Modifiers in recipe order; each one with ``needs.own_pass`` is a stage of its own."""
+    """Modifiers in recipe order; one with ``needs.own_pass`` is a stage of its own, those after the walk join one."""
     stages: list[list[Modifier]] = []
     for modifier in modifiers:
-        if modifier.needs.own_pass or not stages or stages[-1][-1].needs.own_pass:
+        apart = bool(stages) and stages[-1][0].needs.own_pass and not modifier.needs.after_walk
+        if modifier.needs.own_pass or not stages or apart:
             stages.append([modifier])
         else:
             stages[-1].append(modifier)
@@ -267,7 +268,7 @@ def one_pass_obstacle(
     The hooks of the modifiers are on, ``counts`` are calls in one forward pass, and ``uncalled`` allows targets that
     the first batch does not reach (an expert without tokens?).
     """
-    last = [m for m in stages_of(modifiers)[-1] if m.needs.calibration]
+    last = [m for m in stages_of(modifiers)[-1] if m.needs.calibration and not m.needs.after_walk]
     for modifier in last:
         single = modifier.needs.one_pass and not modifier.needs.replay
         if not single or type(modifier).on_module_ready is Modifier.on_module_ready:

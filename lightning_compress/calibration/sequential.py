@@ -11,7 +11,7 @@
             BLOCK_END                      modifiers compress it                              | MODULE_READY per module,
             outputs                        all batches through the compressed block, paused   | then BLOCK_END
     modules after the blocks               BLOCK_END, with no block
-    CALIBRATION_END                        hooks come off
+    CALIBRATION_END                        hooks come off; modifiers that need gradients train
 
 Nothing is traced. The hidden states of one block are stored; other arguments are stored by reference until their block
 is finished. Where several processes walk (``state.team``), each runs batches of its own, whole ones, and all finish the
@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.residence import Residence
 from lightning_compress.calibration.walker import Walker
+from lightning_compress.calibration.whole_model import run_whole
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.layers.memory import small_heap
 from lightning_compress.layers.split_experts import split_while, watched
@@ -145,6 +147,8 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     else:
         walker.walk_without_data(blocks)
     lifecycle.set_token_mask(None)
+    if has_data and any(m.needs.after_walk for m in lifecycle.modifiers):
+        state = state.but(replay=partial(run_whole, walker, blocks.values()), batches=len(walker.batches))
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
 
 

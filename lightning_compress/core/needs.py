@@ -33,12 +33,14 @@ class Needs:
 
     Args:
         calibration: Calibration events (CALIBRATION_START, BLOCK_END, ...). Implied by ``data``, ``survey``,
-            ``replay``, ``dense_outputs`` and ``hand_over``.
+            ``replay``, ``after_walk``, ``dense_outputs`` and ``hand_over``.
         data: Calibration batches; without any it cannot work.
         one_pass: It can finish each hooked module alone, at MODULE_READY, so that the walk may take one pass.
         own_pass: A pass over the inputs of each block for itself: later modifiers must see the block as it leaves it.
         survey: All calibration batches through the dense model before the walk (BLOCK_SURVEYED; one more forward pass).
         replay: Whole blocks run again at BLOCK_END (``State.replay``), so that the walk must take two passes.
+        after_walk: It acts at CALIBRATION_END, when all blocks are compressed: ``State.replay`` then runs the whole
+            model on a batch, with gradients where they are enabled. The model must be in memory.
         dense_outputs: The output of each block in the dense model (``State.dense``; one more forward pass).
         hand_over: Calibration at ``start``, before the batch; a later modifier then trains on from the result. All that
             it claims must be claimed again by a modifier after it that :meth:`Modifier.takes_over`.
@@ -62,6 +64,7 @@ class Needs:
     own_pass: bool = False
     survey: bool = False
     replay: bool = False
+    after_walk: bool = False
     dense_outputs: bool = False
     hand_over: bool = False
     checkpoint_state: bool = False
@@ -73,7 +76,7 @@ class Needs:
     window: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.data or self.survey or self.replay or self.dense_outputs or self.hand_over:
+        if self.data or self.survey or self.replay or self.after_walk or self.dense_outputs or self.hand_over:
             object.__setattr__(self, "calibration", True)
 
 

@@ -30,7 +30,8 @@ class State:
             inputs, by their dotted name inside ``model``.
         replay: At BLOCK_END, for a modifier that must see the block at work again: ``replay(i)`` runs the block
             on calibration batch ``i`` and returns its output (None where the run ends before that), with hooks paused
-            and that batch's ``token_mask``. None: no data, or the inputs are no longer stored.
+            and that batch's ``token_mask``. None: no data, or the inputs are no longer stored. At CALIBRATION_END,
+            for a modifier with ``needs.after_walk``: the same of the whole model.
         dense: At BLOCK_END, for a modifier that asks for it (``needs.dense_outputs``): ``dense(i)`` is the hidden
             state that the block gave for batch ``i`` before anything was done to it, its input coming from dense blocks
             too, on the device where inputs are kept. None: no modifier asks, these modules are not a block, or the

@@ -22,6 +22,7 @@ from lightning_compress.modifiers.smoothing.logarithmic_equalization import Loga
 from lightning_compress.modifiers.smoothing.smoothquant import SmoothQuantModifier
 from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
 from lightning_compress.modifiers.structured.modifier import StructuredPruningModifier
+from lightning_compress.modifiers.tune.modifier import TuneModifier
 from lightning_compress.modifiers.wanda.modifier import WandaPruningModifier
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "SparseGPTModifier",
     "SpinQuantModifier",
     "StructuredPruningModifier",
+    "TuneModifier",
     "WandaPruningModifier",
 ]

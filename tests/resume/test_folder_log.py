@@ -20,6 +20,7 @@ from lightning_compress.modifiers.rotation.modifier import RotationModifier
 from lightning_compress.modifiers.smoothing.awq import AWQModifier
 from lightning_compress.modifiers.smoothing.smoothquant import SmoothQuantModifier
 from lightning_compress.modifiers.sparsegpt import SparseGPTModifier
+from lightning_compress.modifiers.tune.modifier import TuneModifier
 from lightning_compress.modifiers.wanda.modifier import WandaPruningModifier
 from lightning_compress.resume.folder_log import FolderLog, remove
 
@@ -35,6 +36,7 @@ RECIPES = {
     "owl": lambda: [SparseGPTModifier(sparsity_profile="owl", ignore=["lm_head"], sparsity=0.5)],
     "wanda, cache": lambda: [WandaPruningModifier(sparsity=0.5, ignore=["lm_head"]), KVCacheModifier(strategy="head")],
     "rotation, autoround": lambda: [RotationModifier(rotations=["R1"]), AutoRoundModifier(**W4, iters=3)],
+    "gptq, tune": lambda: [GPTQModifier(**W4), TuneModifier(epochs=1)],
     "reap": lambda: [REAPModifier(sparsity=0.5)],
 }
 

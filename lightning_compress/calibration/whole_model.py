@@ -1,0 +1,44 @@
+"""The whole model on a calibration batch, after the walk, for modifiers that train (``Needs.after_walk``).
+
+With gradients only the input of each block is stored; the rest is computed again in the backward pass (Chen et al.
+2016, arXiv:1604.06174), so that memory holds the activations of one block.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_compress.calibration.activations import device_of, token_mask, tree_move
+from lightning_compress.calibration.walker import Walker
+from lightning_compress.core.precision import model_precision
+from lightning_compress.layers.forward import patched
+
+__all__ = ["checkpointed", "run_whole"]
+
+
+def run_whole(walker: Walker, blocks: Iterable[nn.Module], i: int) -> Any:
+    """The output for batch ``i`` of this rank, hooks paused, and the modifiers given its mask and number.
+
+    The backward pass must run inside ``model_precision``, too, as blocks are computed again there.
+    """
+    walker.log.interrupt()
+    number = walker.numbers[i]
+    walker.report(f"the whole model, batch {number + 1}")
+    mask = tree_move(token_mask(walker.batches[i]), walker.device or device_of(walker.model))
+    walker.lifecycle.set_token_mask(mask, number)
+    with walker.lifecycle.paused(), model_precision(), checkpointed(blocks if torch.is_grad_enabled() else ()):
+        return walker.runner(walker.batches[i])
+
+
+@contextmanager
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Forward passes inside store only the inputs of these blocks for the backward pass."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(patched(block, forward=partial(checkpoint, block.forward, use_reentrant=False)))
+        yield

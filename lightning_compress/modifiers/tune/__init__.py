@@ -1,0 +1,1 @@
+"""What is continuous in a compressed model, trained end to end."""
