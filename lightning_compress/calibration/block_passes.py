@@ -140,9 +140,11 @@ class BlockPasses:
             dense=dense,
             batches=0 if replay is None else len(self.masks),
         )
-        release()  # what the batches have freed, before a solver needs memory
+        if self.masks:
+            release()  # what the batches have freed, before a solver needs memory
         self.lifecycle.emit(state, replace(self.clock, type_=type_), only=only)
-        release()
+        if self.masks:
+            release()
 
     def begin(self, batch: int, text: str) -> None:
         """A batch begins to run."""

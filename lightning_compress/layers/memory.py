@@ -23,18 +23,19 @@ def release() -> None:
 
 
 @contextmanager
-def small_heap(largest: int = _LARGEST) -> Iterator[None]:
+def small_heap(largest: int = _LARGEST, keep: int = 2**17) -> Iterator[None]:
     """Inside, glibc does not raise the sizes from which it maps memory and from which it returns free memory.
 
-    Pieces of more than ``largest`` bytes are mapped, and returned when they are freed; at the end what is free goes
-    back. Afterwards the sizes are those that glibc's own adjustment ends at. Limits in the environment are obeyed.
+    Pieces of more than ``largest`` bytes are mapped, and returned when they are freed; so is the end of the heap where
+    more than ``keep`` bytes of it are free, and at the end all that is free. Afterwards the sizes are those that the
+    adjustment of glibc ends at. Limits in the environment are obeyed.
     """
     libc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
     if libc is None:
         yield
         return
     libc.mallopt(_MMAP_THRESHOLD, largest)
-    libc.mallopt(_TRIM_THRESHOLD, 2**17)
+    libc.mallopt(_TRIM_THRESHOLD, keep)
     try:
         yield
     finally:

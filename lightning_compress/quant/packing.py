@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import as_matrix, weight_of
 from lightning_compress.ops.pack import pack as pack_words
-from lightning_compress.quant.fake_quant import round_weight, wide
+from lightning_compress.quant.fake_quant import CACHED, round_weight, wide
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.record import Quantized
 
@@ -103,11 +103,15 @@ def _codes(wide_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: Quan
     """What compressed-tensors' ``quantize`` gives, for groups and channels on the CPU in a quarter of its time."""
     if args.strategy not in ROWS or wide_RC.is_cuda:  # on a GPU it is one kernel
         return quantize(wide_RC, scale, zero_point, args, dtype=torch.int8)
-    codes_RGg = wide_RC.unflatten(1, (scale.shape[1], -1)) / scale[:, :, None]
-    if zero_point is not None:
-        codes_RGg += zero_point[:, :, None]
-    largest = 2 ** (args.num_bits - 1) - 1
-    return codes_RGg.round_().clamp_(-largest - 1, largest).flatten(1).to(torch.int8)
+    largest, rows = 2 ** (args.num_bits - 1) - 1, max(1, CACHED // wide_RC.shape[1])
+    codes_RC = torch.empty(wide_RC.shape, dtype=torch.int8)
+    for start in range(0, len(wide_RC), rows):
+        piece = slice(start, start + rows)
+        codes_RGg = wide_RC[piece].unflatten(1, (scale.shape[1], -1)) / scale[piece, :, None]
+        if zero_point is not None:
+            codes_RGg += zero_point[piece, :, None]
+        codes_RC[piece] = codes_RGg.round_().clamp_(-largest - 1, largest).flatten(1)
+    return codes_RC
 
 
 def _values(codes_RC: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from lightning_compress.export.tensor_file import DTYPES, TensorFile
+from lightning_compress.export import tensor_file
+from lightning_compress.export.tensor_file import DTYPES, Pages, TensorFile
 
 
 def write_raw(path, header, data=b"", length=None):
@@ -74,3 +75,20 @@ def test_a_file_that_shrank_since_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="the file ends 5 bytes early"):
         file.read("a")
+
+
+def test_the_memory_of_a_tensor_is_given_on_when_the_tensor_is_gone(monkeypatch):
+    monkeypatch.setattr(tensor_file, "PAGES", 4096)
+    pages = Pages()
+    first, second = pages.take(8192), pages.take(8192)
+    place, view = first.data_ptr(), first[10:20].view(torch.uint8)
+    assert second.data_ptr() != place
+    del first
+    third = pages.take(8192).fill_(3)  # the view still needs the memory of the first
+    assert third.data_ptr() != place
+    del view
+    fourth = pages.take(8192)
+    assert fourth.data_ptr() == place
+    del third
+    pages.take(4096)
+    assert list(pages._free) == [4096]  # another size: what is free is not kept for long

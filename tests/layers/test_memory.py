@@ -1,5 +1,6 @@
 """Freed memory goes back to the system, where the C library is glibc."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_limits_in_the_environment_are_obeyed(monkeypatch):
     with memory.small_heap():
         pass
     assert library.calls == []
+
+
+def test_sizes_hold_inside_and_free_memory_goes_back_at_the_end(monkeypatch):
+    library = FakeLibrary()
+    monkeypatch.setattr(memory, "_glibc", lambda: library)
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    with memory.small_heap(largest=2**23, keep=2**26):
+        assert library.calls == [(-3, 2**23), (-1, 2**26)]
+    assert library.calls[2:] == ["trim", (-3, 2**25), (-1, 2**26)]
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):

@@ -8,6 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
 from torch.testing import assert_close
 
+from lightning_compress.quant import packing
 from lightning_compress.quant.packing import check_fit, compress_words, pack, tensor_names, unpack
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
@@ -159,7 +160,8 @@ STRATEGIES = [{"strategy": "group", "group_size": 8}, {"strategy": "channel"}, {
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy["strategy"])
-def test_packed_words_are_those_of_compressed_tensors(strategy, bits, symmetric):
+def test_packed_words_are_those_of_compressed_tensors(strategy, bits, symmetric, monkeypatch):
+    monkeypatch.setattr(packing, "CACHED", 48)  # two rows at once
     args = QuantizationArgs(num_bits=bits, symmetric=symmetric, **strategy)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     W = torch.randn(5, 24, generator=torch.Generator().manual_seed(bits))

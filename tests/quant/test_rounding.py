@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 
 from lightning_compress.ops import group_quant
-from lightning_compress.quant import rounding
+from lightning_compress.quant import fake_quant, rounding
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
@@ -70,3 +70,16 @@ def test_a_module_on_a_gpu_is_rounded_in_one_pass(monkeypatch):
         assert torch.equal(played.weight, plain.weight)
         assert torch.equal(Quantized.of(played).scale.as_subclass(torch.Tensor), Quantized.of(plain).scale)
         assert len(calls) == count
+
+
+@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM", "W8A16", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_in_pieces_of_rows_is_rounding_at_once(preset, dtype, monkeypatch):
+    args = preset_name_to_scheme(preset, ["Linear"]).weights
+    W_RC = torch.randn(9, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scale, zero_point = minmax(W_RC, args, torch.tensor([7.0]) if preset == "NVFP4A16" else None)
+    at_once = round_weight(W_RC, scale, zero_point, args)
+    monkeypatch.setattr(fake_quant, "CACHED", 4 * 256)
+    assert torch.equal(round_weight(W_RC, scale, zero_point, args), at_once)
+    transposed = round_weight(W_RC.t().contiguous().t(), scale, zero_point, args)
+    assert torch.equal(transposed, at_once)
