@@ -100,7 +100,7 @@ def hessian_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:
         from lightning_compress.ops.hessian.kernel import accumulate_
 
         X = torch.randn(N, C, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
-        H = torch.zeros(C, C, device=device)
+        H = torch.zeros(C, C, device=device, dtype=torch.float64)  # as calibration adds
 
         def call(launch: Any) -> Callable[[], Tensor]:
             return lambda: accumulate_(H.zero_(), X, launch)  # all launches pay for the zeros, and sums stay small
@@ -108,22 +108,25 @@ def hessian_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:
         exact = lambda: X.double().t() @ X.double()  # noqa: E731
         return Trial(call(ours), {name: call(launch) for name, launch in others.items()}, exact, torch.tril)
 
-    return Case("hessian", f"N = {N}, C = {C}", 2 * N * C + 8 * C * C // 2, N * C * (C + 128), 1e-4, make)
+    return Case("hessian", f"N = {N}, C = {C}", 2 * N * C + 16 * C * C // 2, N * C * (C + 128), 1e-4, make)
 
 
-def build_hessian(shape: Shape, launch: Any, capability: int) -> Any:
+def build_hessian(
+    launch: Any, capability: int, dtype: torch.dtype = torch.bfloat16, sums: torch.dtype = torch.float64
+) -> Any:
     from lightning_compress.ops.hessian.kernel import constants, hessian_kernel
-    from tests.support.triton_compilation import compiled
+    from tests.support.triton_compilation import POINTER, compiled
 
     i, j, n = launch.block_i, launch.block_j, launch.block_n
-    types = {"x_i": "*bf16", "x_j": "*bf16", "h": "*fp32"}
+    x, h = POINTER[dtype], POINTER[sums]
+    types = {"x_i": x, "x_j": x, "h": h, "pieces_ptr": "*fp32"}
     if launch.descriptors:
-        types = {
-            "x_i": f"tensordesc<bf16[{n}, {i}]>", "x_j": f"tensordesc<bf16[{n}, {j}]>",
-            "h": f"tensordesc<fp32[{i}, {j // 4}]>",
-        }  # fmt: skip
-    fixed = constants(launch) | {"stride_c": 1}
-    return compiled(hessian_kernel, capability, types, fixed, launch.warps, launch.stages, odd=("N",))
+        types |= {"x_i": f"tensordesc<{x[1:]}[{n}, {i}]>", "x_j": f"tensordesc<{x[1:]}[{n}, {j}]>"}
+    if reduces := launch.descriptors and sums == torch.float32:
+        types["h"] = f"tensordesc<{h[1:]}[{i}, {j // 4}]>"
+    fixed = constants(launch, reduces) | {"stride_c": 1}
+    odd = ("N", "uncut", "pieces")
+    return compiled(hessian_kernel, capability, types, fixed, launch.warps, launch.stages, odd=odd)
 
 
 SUBJECTS = {
@@ -135,7 +138,8 @@ SUBJECTS = {
     "hessian": Subject(
         hessian.TABLE, ("N", "C"), [(16384, C) for C in (4096, 8192, 14336)],
         lambda s, processors: hessian.candidates(*s, processors, descriptors()),
-        lambda s: hessian.shape(*s, torch.bfloat16, descriptors()), hessian_case, build_hessian,
+        lambda s: hessian.shape(*s, torch.bfloat16, descriptors()), hessian_case,
+        lambda _, launch, capability: build_hessian(launch, capability),
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""H += X^T X, at the widths of Llama-8B and -70B."""
+"""H += X^T X, at the widths of Llama-8B and -70B; H is float64, as calibration adds."""
 
 import torch
 
@@ -15,8 +15,8 @@ def cases(tiny: bool) -> list[Case]:
     def case(N: int, C: int) -> Case:
         def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
             X = torch.randn(N, C, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
-            sums = [torch.zeros(C, C, device=device) for _ in range(3)]
-            contestants = {"float32": lambda: sums[1].addmm_(X.float().t(), X.float())}
+            sums = [torch.zeros(C, C, device=device, dtype=torch.float64) for _ in range(3)]
+            contestants = {"float32": lambda: sums[1].add_(X.float().t() @ X.float())}
             if device.type == "cuda":
                 contestants = {
                     "mm with float32 result": lambda: sums[2].add_(torch.mm(X.t(), X, out_dtype=torch.float32))
@@ -24,7 +24,7 @@ def cases(tiny: bool) -> list[Case]:
             exact = lambda: X.double().t() @ X.double()  # noqa: E731
             return Trial(lambda: hessian_accumulate_(sums[0], X), contestants, exact, torch.tril)
 
-        moved, flop, sizes = 2 * N * C + 8 * C * C // 2, N * C * (C + 128), {"N": N, "C": C}
+        moved, flop, sizes = 2 * N * C + 16 * C * C // 2, N * C * (C + 128), {"N": N, "C": C}
         return Case("hessian", f"N = {N}, C = {C}", moved, flop, 1e-4, make, sizes=sizes)
 
     return [case(N, C) for N, C in shapes]

@@ -103,7 +103,7 @@ def test_the_table_goes_before_the_rule(monkeypatch, tmp_path, h200):
     path.write_text("{}")
     for op, at, launch in (
         (w4a16, w4a16.shape(32, 4096, 4096, bf16, 128), w4a16.W4Launch(32, 128, 2, 8, 5, True)),
-        (hessian, hessian.shape(16384, 4096, bf16, True), hessian.HessianLaunch(128, 128, 32, 1, 4, 2, False)),
+        (hessian, hessian.shape(16384, 4096, bf16, True), hessian.HessianLaunch(128, 128, 32, 1, 1, 4, 2, False)),
     ):
         path.write_text("{}")
         table = LaunchTable(path, op.TABLE.launch, op.TABLE.exact, op.TABLE.at_most)
@@ -127,12 +127,12 @@ def test_candidates_begin_with_the_rule_and_none_comes_twice(M, N, K):
 
 
 @pytest.mark.parametrize("descriptors", [True, False])
-def test_candidates_of_the_hessian_split_only_what_is_added_by_pointers(descriptors):
+def test_candidates_of_the_hessian_fill_the_last_wave_in_pieces(descriptors):
     launches = list(hessian.candidates(2048, 1024, 132, descriptors))
     assert launches[0] == hessian.rule(2048, 1024, 132, descriptors)
     assert len(set(launches)) == len(launches) > 20
-    assert not any(launch.descriptors and (launch.split > 1 or not descriptors) for launch in launches)
-    assert any(launch.split > 1 for launch in launches)
+    assert descriptors or not any(launch.descriptors for launch in launches)
+    assert {launch.pieces for launch in launches} > {1}
 
 
 class Kernel:

@@ -47,8 +47,8 @@ def ruled():
                 seen.add(key)
                 yield "w4a16_gemm", (M, N, K), launch, capability
         for N, C in product((999, 16384), (1024, 4096, 14336)):
-            launch = hessian.rule(N, C, processors, capability >= 90)
-            key = (launch.block_j, launch.descriptors, launch.split == 1)
+            launch = hessian.rule(N, C, processors, capability >= 90, wide=capability == 90)
+            key = (launch.block_j, launch.descriptors, launch.pieces == 1)
             if key not in seen:
                 seen.add(key)
                 yield "hessian", (N, C), launch, capability

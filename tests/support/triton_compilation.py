@@ -18,7 +18,7 @@ INSTRUCTIONS = (*TENSOR_CORES, "UTMALDG", "UTMAREDG")
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes that one block may have
 POINTER = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int16: "*i16",
-    torch.int32: "*i32", torch.bool: "*i1",
+    torch.int32: "*i32", torch.bool: "*i1", torch.float64: "*fp64",
 }  # fmt: skip
 
 

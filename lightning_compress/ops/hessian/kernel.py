@@ -1,14 +1,17 @@
-"""The Triton kernel: tiles of the lower triangle of X^T X from 16-bit X, added up in float32 registers.
+"""The Triton kernels: tiles of the lower triangle of X^T X from 16-bit X, added up in float32 registers.
 
-One program computes one tile of H from all tokens of its share. There are two ways to access memory:
+One program computes one tile of H. There are two ways to access memory:
 
-    descriptors    sm_90 and later, X aligned: the tensor memory accelerator loads tiles of X and adds the sums to H, a
-                   quarter of the columns at a time (all at once would need more shared memory than the GPU has; load,
-                   add and store of 128 x 256 sums spill registers)
+    descriptors    sm_90 and later, X aligned: the tensor memory accelerator loads tiles of X, and adds the sums to a
+                   float32 H; to a float64 H, load, add and store
     pointers       all other cases, any stride: tiles of 128 x 128, load, add and store
 
-With fewer tiles than processors the tokens are split, and the sums of the splits are added in a fixed order: results
-are reproducible. A launch has at most 16384 tokens, since tensor cores truncate their float32 sums.
+Sums are added a quarter of the columns at a time: all at once would need more registers, and with the accelerator more
+shared memory, than the GPU has.
+
+Tiles that do not fill the processors once more (launch.py) are computed in pieces of the tokens, which a second kernel
+adds to H in their order: results are reproducible. A launch has at most 16384 tokens, since tensor cores truncate their
+float32 sums.
 
 Shapes: N tokens, C columns; tiles of BLOCK_I rows and BLOCK_J columns of H; runs under Triton 3.6 to 3.9.
 """
@@ -22,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lightning_compress.ops.hessian.launch import HessianLaunch, choose, tiles
 from lightning_compress.ops.launches import launching
 
-__all__ = ["accumulate_", "constants", "hessian_kernel"]
+__all__ = ["accumulate_", "add_pieces_kernel", "constants", "hessian_kernel"]
 
 TOKENS = 16384  # tokens of a launch: at C = 14336, 0.8 GB of H are read and written in a twentieth of its time
 
@@ -31,46 +34,45 @@ def accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch | None = None)
     """Add X^T X to the lower triangle of H, float32 or float64, in place; X bf16 or fp16 of any stride."""
     for X in X_NC.split(TOKENS):
         if len(X):
-            _accumulate_(H_CC, X, launch or choose(len(X), len(H_CC), X.dtype, X.device, _aligned(H_CC, X)))
+            _accumulate_(H_CC, X, launch or choose(len(X), len(H_CC), X.dtype, X.device, _aligned(X)))
     return H_CC
 
 
-def _aligned(H_CC: Tensor, X_NC: Tensor) -> bool:
-    """Whether tensor descriptors of both tensors are possible; they add float32 only."""
-    return (
-        X_NC.stride(1) == 1 and X_NC.stride(0) % 8 == 0 and X_NC.data_ptr() % 16 == 0
-        and H_CC.dtype == torch.float32 and H_CC.stride(0) % 4 == 0 and H_CC.data_ptr() % 16 == 0
-    )  # fmt: skip
+def _aligned(X_NC: Tensor) -> bool:
+    """Whether a tensor descriptor of X is possible."""
+    return X_NC.stride(1) == 1 and X_NC.stride(0) % 8 == 0 and X_NC.data_ptr() % 16 == 0
 
 
 def _accumulate_(H_CC: Tensor, X_NC: Tensor, launch: HessianLaunch) -> None:
-    N, C = X_NC.shape
-    split = launch.split
-    out = H_CC if split == 1 else torch.zeros(split, C, C, device=H_CC.device, dtype=torch.float32)
-    interpreted = not isinstance(hessian_kernel, triton.JITFunction)
-    x, h = X_NC, out
+    (N, C), (i, j, n) = X_NC.shape, (launch.block_i, launch.block_j, launch.block_n)
+    count = tiles(C, i, j)
+    split_tiles = min(launch.tail, count) if launch.pieces > 1 else 0
+    pieces = torch.empty(split_tiles * launch.pieces, i, j, device=H_CC.device, dtype=torch.float32)
+    x_i, x_j, h = X_NC, X_NC, H_CC
     if launch.descriptors:
-        assert split == 1, "sums of splits are added by pointers"
-        x_i = TensorDescriptor.from_tensor(X_NC, [launch.block_n, launch.block_i])
-        x_j = TensorDescriptor.from_tensor(X_NC, [launch.block_n, launch.block_j])
-        h = TensorDescriptor.from_tensor(out, [launch.block_i, launch.block_j // 4])
-    else:
-        x_i = x_j = x
-    per_split = triton.cdiv(triton.cdiv(N, launch.block_n), split) * launch.block_n
+        x_i, x_j = (TensorDescriptor.from_tensor(X_NC, [n, width]) for width in (i, j))
+    if reduces := launch.descriptors and H_CC.dtype == torch.float32 and C % 4 == 0 and H_CC.data_ptr() % 16 == 0:
+        h = TensorDescriptor.from_tensor(H_CC, [i, j // 4])
+    interpreted = not isinstance(hessian_kernel, triton.JITFunction)
+    per_piece = triton.cdiv(triton.cdiv(N, n), launch.pieces) * n
+    uncut = count - split_tiles
     with launching(H_CC):
-        hessian_kernel[(tiles(C, launch.block_i, launch.block_j), split)](
-            x_i, x_j, h, N, C, X_NC.stride(0), X_NC.stride(1), per_split, **constants(launch, interpreted),
-            num_warps=launch.warps, num_stages=launch.stages,
+        hessian_kernel[(uncut + len(pieces),)](
+            x_i, x_j, h, pieces, N, C, X_NC.stride(0), X_NC.stride(1), uncut, launch.pieces, per_piece,
+            **constants(launch, reduces, interpreted), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    if split > 1:
-        H_CC += out.sum(0)
+        if split_tiles:
+            add_pieces_kernel[(split_tiles, i // 16)](
+                H_CC, pieces, C, uncut, launch.pieces, BLOCK_I=i, BLOCK_J=j, ROWS=16, num_warps=4
+            )
 
 
-def constants(launch: HessianLaunch, interpreted: bool = False) -> dict[str, int | bool]:
-    """The compile-time arguments of the kernel."""
+def constants(launch: HessianLaunch, reduces: bool, interpreted: bool = False) -> dict[str, int | bool]:
+    """The compile-time arguments of the kernel; ``reduces``: h is a descriptor, too."""
     return {
-        "ADD": launch.split == 1,
         "DESCRIPTORS": launch.descriptors,
+        "REDUCES": reduces,
+        "PIECES": launch.pieces > 1,
         "INTERPRETED": interpreted,
         "BLOCK_I": launch.block_i,
         "BLOCK_J": launch.block_j,
@@ -80,18 +82,24 @@ def constants(launch: HessianLaunch, interpreted: bool = False) -> dict[str, int
 
 @triton.jit
 def hessian_kernel(
-    x_i, x_j, h, N, C, stride_n, stride_c, per_split,
-    ADD: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
+    x_i, x_j, h, pieces_ptr, N, C, stride_n, stride_c, uncut, pieces, per_piece,
+    DESCRIPTORS: tl.constexpr, REDUCES: tl.constexpr, PIECES: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x_i and x_j are descriptors of the same X, or its pointer; ADD: add to h, not into the sums of a split."""
-    i, j = _tile(tl.program_id(0), BLOCK_J // BLOCK_I)
+    """x_i and x_j are descriptors of the same X, or its pointer; tiles from ``uncut`` on are computed in pieces."""
+    number = tl.program_id(0)
+    start, stop = 0, N
+    piece = number - uncut
+    if PIECES:
+        if piece >= 0:
+            number = uncut + piece // pieces
+            start = piece % pieces * per_piece
+            stop = tl.minimum(start + per_piece, N)
+    i, j = _tile(number, BLOCK_J // BLOCK_I)
+    row_I = (i * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)  # stride_c is N, and N C beyond 2^31, for X transposed
+    column_J = (j * BLOCK_J + tl.arange(0, BLOCK_J)).to(tl.int64)
+    sums_IJ = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     if i * BLOCK_I < C:
-        start = tl.program_id(1) * per_split
-        stop = tl.minimum(start + per_split, N)
-        row_I = i * BLOCK_I + tl.arange(0, BLOCK_I)
-        column_J = j * BLOCK_J + tl.arange(0, BLOCK_J)
-        sums_IJ = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         for n in range(start, stop, BLOCK_N):
             if DESCRIPTORS:
                 a_NI = x_i.load([n, i * BLOCK_I])
@@ -105,22 +113,69 @@ def hessian_kernel(
             if INTERPRETED:  # NumPy has no bf16
                 a_NI, b_NJ = a_NI.to(tl.float32), b_NJ.to(tl.float32)
             sums_IJ = tl.dot(tl.trans(a_NI), b_NJ, sums_IJ)
-        if DESCRIPTORS:
-            QUARTER: tl.constexpr = BLOCK_J // 4
-            left, right = _halves(sums_IJ)
-            first, second = _halves(left)
-            third, fourth = _halves(right)
-            _reduce(h, i * BLOCK_I, j * BLOCK_J, first, INTERPRETED)
-            _reduce(h, i * BLOCK_I, j * BLOCK_J + QUARTER, second, INTERPRETED)
-            _reduce(h, i * BLOCK_I, j * BLOCK_J + 2 * QUARTER, third, INTERPRETED)
-            _reduce(h, i * BLOCK_I, j * BLOCK_J + 3 * QUARTER, fourth, INTERPRETED)
+    if PIECES:
+        if piece >= 0:
+            at_IJ = tl.arange(0, BLOCK_I)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
+            tl.store(pieces_ptr + piece.to(tl.int64) * BLOCK_I * BLOCK_J + at_IJ, sums_IJ)
         else:
-            inside = (row_I < C)[:, None] & (column_J < C)[None, :]
-            at_IJ = h + (tl.program_id(1).to(tl.int64) * C + row_I[:, None]) * C + column_J[None, :]
-            if ADD:  # in the dtype of h
-                tl.store(at_IJ, tl.load(at_IJ, mask=inside, other=0.0) + sums_IJ, mask=inside)
-            else:
-                tl.store(at_IJ, sums_IJ, mask=inside)
+            _add(h, C, i, j, sums_IJ, REDUCES, INTERPRETED)
+    else:
+        _add(h, C, i, j, sums_IJ, REDUCES, INTERPRETED)
+
+
+@triton.jit
+def add_pieces_kernel(
+    h, pieces_ptr, C, uncut, pieces, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, ROWS: tl.constexpr
+):
+    """Add the pieces of a tile to H, in their order."""
+    i, j = _tile(uncut + tl.program_id(0), BLOCK_J // BLOCK_I)
+    row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at_RJ = row_R[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
+    pieces_ptr += tl.program_id(0).to(tl.int64) * pieces * BLOCK_I * BLOCK_J
+    sums_RJ = tl.zeros((ROWS, BLOCK_J), tl.float32)
+    for _ in range(pieces):
+        sums_RJ += tl.load(pieces_ptr + at_RJ)
+        pieces_ptr += BLOCK_I * BLOCK_J
+    _add_by_pointers(h, C, i * BLOCK_I + row_R, j * BLOCK_J + tl.arange(0, BLOCK_J), sums_RJ)
+
+
+@triton.jit
+def _add(h, C, i, j, sums_IJ, REDUCES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Add a tile to H, a quarter of the columns at a time."""
+    ROWS: tl.constexpr = sums_IJ.shape[0]
+    QUARTER: tl.constexpr = sums_IJ.shape[1] // 4
+    left, right = _halves(sums_IJ)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    row, column = i * ROWS, j * 4 * QUARTER
+    if REDUCES:
+        _reduce(h, row, column, first, INTERPRETED)
+        _reduce(h, row, column + QUARTER, second, INTERPRETED)
+        _reduce(h, row, column + 2 * QUARTER, third, INTERPRETED)
+        _reduce(h, row, column + 3 * QUARTER, fourth, INTERPRETED)
+    else:
+        _add_halves(h, C, row, column, first)
+        _add_halves(h, C, row, column + QUARTER, second)
+        _add_halves(h, C, row, column + 2 * QUARTER, third)
+        _add_halves(h, C, row, column + 3 * QUARTER, fourth)
+
+
+@triton.jit
+def _add_halves(h, C, row, column, sums_IJ):
+    """Two additions: a float64 quarter of 64 columns at once spills registers."""
+    HALF: tl.constexpr = sums_IJ.shape[1] // 2
+    row_I, column_J = row + tl.arange(0, sums_IJ.shape[0]), column + tl.arange(0, HALF)
+    left, right = _halves(sums_IJ)
+    _add_by_pointers(h, C, row_I, column_J, left)
+    _add_by_pointers(h, C, row_I, column_J + HALF, right)
+
+
+@triton.jit
+def _add_by_pointers(h, C, row_I, column_J, sums_IJ):
+    """Add sums to H in its dtype."""
+    inside = (row_I < C)[:, None] & (column_J < C)[None, :]
+    at_IJ = h + row_I.to(tl.int64)[:, None] * C + column_J[None, :]
+    tl.store(at_IJ, tl.load(at_IJ, mask=inside, other=0.0) + sums_IJ, mask=inside)
 
 
 @triton.jit
