@@ -1,6 +1,7 @@
 """The op on a CPU against float64, its messages, and the choice of the kernel on CUDA."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.testing import assert_close
 
 from lightning_compress.ops import gptq_block as module
 from lightning_compress.ops.gptq_block import Block, Grid, Rounding, cpu, cuda, gptq_block_, reference
-from lightning_compress.ops.gptq_block.grid import round_float_
+from lightning_compress.ops.gptq_block.grid import EXPONENT, LARGEST, MANTISSA, round_float_
 from tests.support.gptq_block_cases import GRIDS, block
 
 
@@ -54,6 +55,20 @@ def test_numbers_of_a_format_are_the_nearest(bits):
     one, zero = torch.ones_like(v), torch.zeros_like(v)
     exact = reference.nearest(v.double(), one.double(), zero.double(), Grid(-largest, largest, bits))
     assert torch.equal(round_float_(v.clone(), bits).double(), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_the_exponent_of_a_float_is_that_of_frexp(bits, dtype):
+    """To the bit, with the sign of zero: over all sizes, at the limits, and past them."""
+    v = torch.randn(7, 20_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    v *= torch.logspace(-12, 6, 7, dtype=dtype)[:, None]
+    v[0, :6] = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e-42, 448.0], dtype=dtype)
+    v.clamp_(-LARGEST[bits], LARGEST[bits])
+    exponent = torch.frexp(v).exponent.sub(1).clamp(min=EXPONENT[bits])
+    step = torch.ldexp(torch.ones_like(v), exponent - MANTISSA[bits])
+    expected, integers = (v / step).round() * step, torch.int32 if dtype == torch.float32 else torch.int64
+    assert torch.equal(round_float_(v.clone(), bits).view(integers), expected.view(integers))
 
 
 @pytest.mark.parametrize("name", ["int4", "none"])
