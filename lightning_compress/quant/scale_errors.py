@@ -36,40 +36,108 @@ class GridErrors:
         h: [groups, g].
         power: p.
         args: The grid.
+        scratch: Memory that is overwritten, float32 [2, size of t or more]; pieces that are used one after the other
+            may share it.
     """
 
     above, finer = 1.0, 1  # the first factor, relative to the usual one; steps for each usual step
 
-    def __init__(self, t: Tensor, z: Tensor | None, h: Tensor, power: float, args: QuantizationArgs):
-        self.t, self.h, self.power, self.args = t.flatten(0, 1), h, power, args
+    def __init__(
+        self,
+        t: Tensor,
+        z: Tensor | None,
+        h: Tensor,
+        power: float,
+        args: QuantizationArgs,
+        scratch: Tensor | None = None,
+    ):
+        self.shape, self.t, self.h, self.power, self.args = t.shape, t.flatten(0, 1), h, power, args
         self.z = None if z is None else z.reshape(-1, 1)
         self.rows, self.device = len(self.t), t.device
+        self.narrows = not t.is_cuda  # rows can be left out; on CUDA the host would wait for their number
         self.low, self.high = integer_range(args)
-        self.buffer = torch.empty_like(self.t)
+        self.scratch = t.new_empty(2, t.numel()) if scratch is None else scratch
+        self.buffer, self.sums = self.scratch[0, : t.numel()].view_as(self.t), t.new_empty(self.rows)
+        self.products = list(zip(self.buffer.chunk(len(h)), h.unbind(), self.sums.chunk(len(h)), strict=True))
 
     def __call__(self, f_r: float | Tensor, shift: float | Tensor) -> Tensor:
-        """[r] for one factor for all rows, or one for each, [r]; inf where the shifted zero point leaves the range."""
+        """[r] for one factor for all rows, or one for each, [r]; inf where the shifted zero point leaves the range.
+
+        The next call overwrites the result.
+        """
         f = _column(f_r)
         q = self._codes(f, shift)
-        e = q.mul_(f).sub_(self.t) if isinstance(f, Tensor) else torch.sub(self.t, q, alpha=f, out=q)
-        sums = self._sums(e)
-        if self.z is not None:
+        if isinstance(f, Tensor):
+            q.mul_(f).sub_(self.t)
+        else:
+            torch.sub(self.t, q, alpha=f, out=q)
+        sums = self._loss()
+        if self.z is not None and (isinstance(shift, Tensor) or shift):
             z = (self.z + _column(shift))[:, 0]
             sums.masked_fill_((z < self.low) | (z > self.high), math.inf)
         return sums
 
+    def clipped(self, f: float) -> Tensor:
+        """A bound below the errors for f and all lower factors, [r]: what weights outside of the grid lose.
+
+        NaN where none is outside, if p is not 2.
+        """
+        low, high = self.low * f, self.high * f
+        if self.z is None:
+            e = torch.clamp(self.t, low, high, out=self.buffer).sub_(self.t)
+        else:
+            e = torch.clamp(self.t, low - f * self.z, high - f * self.z, out=self.buffer).sub_(self.t)
+        e.mul_(e)
+        if self.power == 2:
+            return self._weighted()
+        # E[x^p] >= E[x^2]^(p/2) over the weights outside; pow for all takes as long as ten multiplications
+        squares = self._weighted().clone()
+        e.ne_(0)
+        return squares.div_(self._weighted()).pow_(self.power / 2).mul_(self.sums)
+
+    def narrowed(self, keep: Tensor) -> "tuple[Tensor, GridErrors] | None":
+        """Index of the rows that stay, [n], and their errors; None where fewer rows would not save much.
+
+        Equally many rows of each group stay, a multiple of 8: then the order of their sums does not change.
+        """
+        groups, rows, g = self.shape
+        keep = keep.view(groups, rows)
+        count = min(-(-max(1, int(keep.sum(1).max())) // 8) * 8, rows)
+        if count > 0.7 * rows:
+            return None
+        index = keep.float().topk(count, sorted=False).indices
+        index = (index + torch.arange(0, self.rows, rows, device=self.device)[:, None]).flatten()
+        n = len(index)
+        torch.index_select(self.t, 0, index, out=self.buffer[:n])  # t itself may be in scratch[1]
+        t = self.scratch[1, : n * g].copy_(self.scratch[0, : n * g]).view(groups, count, g)
+        z = None if self.z is None else self.z[index].view(groups, count)
+        return index, GridErrors(t, z, self.h, self.power, self.args, self.scratch)
+
     def fit(self, f_r: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """sum_j h_j t_j c_j and sum_j h_j c_j^2 of each row, [r], with the codes c of these factors."""
         q = self._codes(_column(f_r), shift)
-        return self._weighted(self.t * q), self._weighted(q.square_())
+        squares = torch.mul(q, q, out=self.scratch[1, : q.numel()].view_as(q))
+        q.mul_(self.t)
+        above = self._weighted().clone()
+        q.copy_(squares)
+        return above, self._weighted()
 
-    def _sums(self, e: Tensor) -> Tensor:
-        """The loss of each row, [r], from its errors, which may be overwritten."""
-        return self._weighted(e.mul_(e) if self.power == 2 else e.abs_().pow_(self.power))
+    def _loss(self) -> Tensor:
+        """The loss of each row, [r], from its errors, which are in the buffer and are overwritten."""
+        if self.power == 2:
+            self.buffer.mul_(self.buffer)
+        else:
+            self.buffer.abs_().pow_(self.power)
+        return self._weighted()
 
-    def _weighted(self, e: Tensor) -> Tensor:
-        """sum_j h_j e_j of each row; a product per group, since one batched product takes five times as long."""
-        return torch.cat([e_r @ h for e_r, h in zip(e.chunk(len(self.h)), self.h, strict=True)])
+    def _weighted(self) -> Tensor:
+        """sum_j h_j b_j of each row of the buffer, [r]; the next call overwrites it."""
+        if self.buffer.is_cuda:
+            torch.bmm(self.buffer.view(self.shape), self.h[:, :, None], out=self.sums.view(len(self.h), -1, 1))
+            return self.sums
+        for b_r, h, out in self.products:  # one batched product takes five times as long
+            torch.mv(b_r, h, out=out)
+        return self.sums
 
     def _codes(self, f: float | Tensor, shift: float | Tensor) -> Tensor:
         q = torch.mul(self.t, 1 / f, out=self.buffer)
@@ -83,6 +151,8 @@ class GridErrors:
 
 class Summed:
     """Several pieces as if they were one row: one scale per tensor."""
+
+    narrows = False
 
     def __init__(self, pieces: Sequence[GridErrors]):
         self.pieces, self.power, self.args, self.z = pieces, pieces[0].power, pieces[0].args, pieces[0].z
@@ -109,9 +179,12 @@ class FormErrors(GridErrors):
     # 400 factors: 1.017, 1.031, 1.07 at 2, 3, 4 bits by the usual walk, 1.006, 1.011, 1.022 or less by this one.
     above, finer = 1.25, 3
 
-    def __init__(self, t: Tensor, z: Tensor | None, H_Ggg: Tensor, args: QuantizationArgs):
-        super().__init__(t, z, H_Ggg.diagonal(dim1=1, dim2=2), 2.0, args)
+    def __init__(
+        self, t: Tensor, z: Tensor | None, H_Ggg: Tensor, args: QuantizationArgs, scratch: Tensor | None = None
+    ):
+        super().__init__(t, z, H_Ggg.diagonal(dim1=1, dim2=2), 2.0, args, scratch)
         self.H_Ggg = H_Ggg
+        self.narrows = False  # errors of different columns may cancel, so what is clipped is not a bound
 
     def fit(self, f_r: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """t H c^T and c H c^T of each row, [r], with the codes c of these factors."""
@@ -119,7 +192,8 @@ class FormErrors(GridErrors):
         turned = self._turned(q)
         return torch.linalg.vecdot(self.t, turned), torch.linalg.vecdot(q, turned)
 
-    def _sums(self, e: Tensor) -> Tensor:
+    def _loss(self) -> Tensor:
+        e = self.buffer
         return torch.linalg.vecdot(e, self._turned(e)).clamp_(min=0)  # rounding can make it negative
 
     def _turned(self, e: Tensor) -> Tensor:
@@ -129,6 +203,8 @@ class FormErrors(GridErrors):
 
 class Tall:
     """Blocks of b rows of ``piece``, which follow one another, as if each were one row: one scale per block."""
+
+    narrows = False
 
     def __init__(self, piece: GridErrors, b: int):
         self.piece, self.b, self.power, self.args, self.z = piece, b, piece.power, piece.args, piece.z

@@ -31,16 +31,13 @@ from lightning_compress.quant.formats import (
     nearby_scales,
     round_float_,
 )
-from lightning_compress.quant.scale_errors import Errors, FormErrors, GridErrors, Summed, Tall, integer_range
+from lightning_compress.quant.scale_descent import descend
+from lightning_compress.quant.scale_errors import FormErrors, GridErrors, Summed, Tall, integer_range
 
 __all__ = ["expand", "group_columns", "integer_range", "minmax", "search"]
 
 CHUNK = 1 << 17  # weights at a time: 0.5 MB stays in L2; 2^17 and 2^18 ran equally, 2^15 a quarter slower
-# Factors that are tried, by bits: from the highest down to the lowest, each so many times the one before. Measured on
-# SmolLM2's weights (groups of 64) with their H: with the steps after it 27, 18 and 15 evaluations at 2, 3 and 4 bits,
-# whose error is 1.001, 1.004 and 1.010 of that of 300 factors.
-RATIO = {bits: 1 - 0.12 * 0.7 ** max(0, bits - 4) for bits in range(2, 9)}
-LOWEST = {bits: 0.3 / 1.5 ** (4 - bits) if bits < 4 else 0.3 ** (0.5 ** (bits - 4)) for bits in range(2, 9)}
+CUDA_CHUNK = 1 << 26  # there each piece costs hundreds of launches
 
 
 def group_columns(args: QuantizationArgs, columns: int) -> int:
@@ -128,25 +125,29 @@ def search(
     g = group_columns(args, C)
     G = C // g
     scale, zero = minmax(W_RC, args)
-    # [G, R, g]: one importance for all rows of a slice, so that a weighted sum is one matrix-vector product
-    t_GRg = (W_RC.view(R, G, g) / expand(scale, R, args)[:, :, None]).float().transpose(0, 1).contiguous()
+    scale_RG = expand(scale, R, args)
     z_GR = None if zero is None else expand(zero, R, args).t().float().contiguous()
     factor_GR = torch.ones(G, R, device=W_RC.device, dtype=torch.float32)
     shift_GR = torch.zeros_like(factor_GR)
-    groups, rows = max(1, CHUNK // (R * g)), max(1, CHUNK // g)
+    chunk = CUDA_CHUNK if W_RC.is_cuda else CHUNK
+    rows = min(R, max(1, chunk // g))
+    groups = min(G, max(1, chunk // (rows * g)))
     pieces = [(slice(i, i + groups), slice(r, r + rows)) for i in range(0, G, groups) for r in range(0, R, rows)]
+    scratch = W_RC.new_empty((2, groups * rows * g), dtype=torch.float32)
 
     def grid_errors(piece: tuple[slice, slice]) -> GridErrors:
-        t, z = t_GRg[piece], None if z_GR is None else z_GR[piece]
+        # [groups, rows, g]: one importance for all rows of a slice, so that a weighted sum is one matrix-vector product
+        W_GRg, scale_GR1 = W_RC.view(R, G, g).transpose(0, 1)[piece], scale_RG.t()[piece][:, :, None]
+        t, z = (W_GRg / scale_GR1).float().contiguous(), None if z_GR is None else z_GR[piece]
         if H_Ggg is not None:
-            return FormErrors(t, z, H_Ggg[piece[0]], args)
-        return GridErrors(t, z, importance_C.view(G, g)[piece[0]], power, args)
+            return FormErrors(t, z, H_Ggg[piece[0]], args, scratch)
+        return GridErrors(t, z, importance_C.view(G, g)[piece[0]], power, args, scratch)
 
     if args.strategy == QuantizationStrategy.TENSOR:  # one factor for all rows
-        factor, shift = _descend(Summed([grid_errors(piece) for piece in pieces]))
+        factor, shift = descend(Summed([grid_errors(piece) for piece in pieces]))
     else:
         for piece in pieces:
-            best_f, best_shift = _descend(grid_errors(piece))
+            best_f, best_shift = descend(grid_errors(piece))
             factor_GR[piece], shift_GR[piece] = best_f.view_as(factor_GR[piece]), best_shift.view_as(factor_GR[piece])
         factor, shift = factor_GR.t(), shift_GR.t()
     best = (scale.float() * factor).to(scale.dtype).contiguous()
@@ -169,20 +170,21 @@ def _sweep(
         global_scale = global_scale_of(*W_RC.aminmax())
     scale_RG, _ = minmax(W_RC, args, global_scale)
     h_Gg = importance_C.view(C // g, g).float()
-    for rows in torch.arange(R).split(max(1, CHUNK // C)):
-        t_RGg = W_RC[rows].float().unflatten(1, (-1, g))
-        start_RG = scale_RG[rows]
-        best_RG = torch.full_like(start_RG, math.inf)
+    step = max(1, (CUDA_CHUNK if W_RC.is_cuda else CHUNK) // C)
+    for start in range(0, R, step):
+        rows = slice(start, start + step)
+        t_RGg, start_RG = W_RC[rows].float().unflatten(1, (-1, g)), scale_RG[rows]
+        e, best_RG, least_RG = torch.empty_like(t_RGg), start_RG, torch.full_like(start_RG, math.inf)
         for candidate_RG in (start_RG, *nearby_scales(start_RG, args, global_scale)):
             s = candidate_RG[..., None]
-            e = round_float_(t_RGg / s, args.num_bits).mul_(s).sub_(t_RGg)
-            if H_Ggg is None:
-                error_RG = torch.einsum("rgk,gk->rg", e.abs_().pow_(power), h_Gg)
-            else:
+            round_float_(torch.div(t_RGg, s, out=e), args.num_bits).mul_(s).sub_(t_RGg)
+            if H_Ggg is not None:
                 error_RG = torch.linalg.vecdot((e.transpose(0, 1) @ H_Ggg).transpose(0, 1), e)
-            better = error_RG < best_RG
-            scale_RG[rows] = torch.where(better, candidate_RG, scale_RG[rows])
-            best_RG = torch.where(better, error_RG, best_RG)
+            else:
+                error_RG = torch.einsum("rgk,gk->rg", e.mul_(e) if power == 2 else e.abs_().pow_(power), h_Gg)
+            better = error_RG < least_RG
+            best_RG, least_RG = torch.where(better, candidate_RG, best_RG), torch.where(better, error_RG, least_RG)
+        scale_RG[rows] = best_RG
     return scale_RG
 
 
@@ -208,49 +210,7 @@ def _search_blocks_by_form(W_RC: Tensor, args: QuantizationArgs, H_Ggg: Tensor) 
     for piece, H_gg in zip(_blocked(W_RC, args).unbind(2), H_Ggg, strict=True):
         scale, _ = minmax(piece.flatten(1), within)
         t_Rg = (piece / scale[:, :, None]).float().flatten(0, 1)
-        factor, _ = _descend(Tall(FormErrors(t_Rg[None], None, H_gg[None], within), b))
+        factor, _ = descend(Tall(FormErrors(t_Rg[None], None, H_gg[None], within), b))
         better = (scale.float() * factor[:, None]).to(scale.dtype)
         scales.append(better.where((better > 0) & better.isfinite(), scale))
     return torch.cat(scales, 1)
-
-
-def _descend(errors: Errors) -> tuple[Tensor, Tensor]:
-    """The best factor and zero-point shift of each row, [r]: walk f down, refine, try z - 1 and z + 1, fit.
-
-    Rows are independent of one another.
-    """
-    best_f = torch.ones(errors.rows, device=errors.device, dtype=torch.float32)
-    best_shift = torch.zeros_like(best_f)
-    best = errors(1.0, 0.0)  # the min-max scale: a candidate must be better
-
-    def improve(f: float | Tensor, shift: float | Tensor, of: Tensor | None = None) -> Tensor:
-        """Replace factor and shift where the error falls (among rows ``of``); True there."""
-        error = errors(f, shift)
-        better = error < best if of is None else (error < best) & of
-        torch.where(better, error, best, out=best)
-        best_f.copy_(torch.where(better, f, best_f))
-        if errors.z is not None:
-            best_shift.copy_(torch.where(better, shift, best_shift))
-        return better
-
-    bits, (low, high) = errors.args.num_bits, integer_range(errors.args)
-    f, ratio = (high - low) / 2 / high, RATIO[bits]  # above 1: the largest weight may be positive
-    f, ratio = f * errors.above, ratio ** (1 / errors.finer)
-    while f > LOWEST[bits]:
-        at_end = improve(f, 0.0)
-        f *= ratio
-    patience = 3 * at_end  # heavy tails: go on where errors still fall
-    while (patience > 0).any() and f > torch.finfo(torch.float32).eps:
-        patience = (patience - 1).masked_fill_(improve(f, 0.0, patience > 0), 3)
-        f *= ratio
-    for root in (2,) if errors.power == 2 else (2, 4):
-        middle = best_f.clone()
-        improve(middle * ratio ** (1 / root), 0.0)
-        improve(middle / ratio ** (1 / root), 0.0)
-    if errors.z is not None:
-        improve(best_f.clone(), -1.0)
-        improve(best_f.clone(), 1.0)
-    if errors.power == 2:
-        above, below = errors.fit(best_f, best_shift)
-        improve((above / below).where((above > 0) & (below > 0), best_f), best_shift.clone())
-    return best_f, best_shift

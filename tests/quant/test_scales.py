@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from lightning_compress.quant import scales
 from lightning_compress.quant.fake_quant import round_weight
+from lightning_compress.quant.scale_descent import LOWEST
 from lightning_compress.quant.scales import expand, integer_range, minmax, search
 
 
@@ -134,7 +135,7 @@ def test_heavy_tails_are_followed_below_the_usual_factors():
     """One weight is sixty times the others, and its input next to nothing: the grid shrinks further than usual."""
     W_RC, h = weight(1, 16), torch.ones(16)
     W_RC[0, 0], h[0] = 60.0, 1e-9
-    assert search(W_RC, grid(), h)[0] < 0.8 * scales.LOWEST[4] * minmax(W_RC, grid())[0]
+    assert search(W_RC, grid(), h)[0] < 0.8 * LOWEST[4] * minmax(W_RC, grid())[0]
 
 
 def test_importance_decides_what_is_clipped():
