@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -161,15 +161,21 @@ class Team:
         """
         if self.size == 1:
             return work()
-        value = None
-        if self.rank == owner:
-            try:
-                value = work()
-            except BaseException as error:
-                self.fail(error)
-                raise
-        result: T = self.gather(value, what)[owner]
-        return result
+        result = self.results(lambda: work() if self.rank == owner else None, what)[owner]
+        return cast(T, result)
+
+    def results(self, work: Callable[[], T], what: str) -> list[T]:
+        """Run ``work`` on each rank and give the results (pickled), in the order of the ranks, to every rank.
+
+        Raises:
+            RankError: On the other ranks, when one failed; that one raises its own error.
+        """
+        try:
+            value = work()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        return self.gather(value, what)
 
     def deal(self, work: Callable[[], Sequence[T]], what: str) -> T:
         """Rank 0 makes one value for each rank; each gets its own (pickled), and only that."""
@@ -270,6 +276,17 @@ class Team:
         pieces = joined[0].split([tensor.nbytes for tensor in small]) if small and self.rank != owner else ()
         for tensor, piece in zip(small, pieces, strict=False):
             tensor.copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
+
+    def carry_(self, tensors: Sequence[Tensor], source: int, target: int) -> None:
+        """Send tensors of one rank to another one, in place; both call it, other ranks need not."""
+        for tensor in tensors:
+            sent = _on_the_wire(tensor.detach() if dist.get_backend() == "nccl" else tensor.detach().cpu())
+            if self.rank == source:
+                dist.send(_bytes(sent), target)
+            else:
+                dist.recv(_bytes(sent), source)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
 
 class _Star:

@@ -30,6 +30,8 @@ from lightning_compress.core import Event, Modifier, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
 from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, SharedHessian
 from lightning_compress.layerwise.owners import Owners, from_owner, gather_hessians
+from lightning_compress.layerwise.pieces import collect, cut, share
+from lightning_compress.team import Team
 
 __all__ = ["Hessian", "Layer", "LayerwiseModifier", "Solved"]
 
@@ -53,7 +55,7 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Layer:
-    """The weight matrix of a module, or of one partition of a grouped convolution.
+    """The weight matrix of a module, one partition of a grouped convolution, or a piece of rows.
 
     Args:
         name: Dotted name of the module.
@@ -74,8 +76,11 @@ class Layer:
         if P == 1:
             return [self]
         R = len(self.W_RC) // P
-        ranges = [slice(p * R, (p + 1) * R) for p in range(P)]
-        return [replace(self, W_RC=self.W_RC[rows], rows=rows) for rows in ranges]
+        return [self.of(slice(p * R, (p + 1) * R)) for p in range(P)]
+
+    def of(self, rows: slice) -> "Layer":
+        """Some rows of a module's layer."""
+        return replace(self, W_RC=self.W_RC[rows], rows=rows)
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Solved:
 
     @classmethod
     def join(cls, each: Sequence["Solved"]) -> "Solved":
-        """The solutions of all partitions as one."""
+        """The solutions of all partitions, or of all pieces of rows, as one."""
         if len(each) == 1:
             return each[0]
         parts: dict[str, Tensor | None] = {}
@@ -163,6 +168,10 @@ class LayerwiseModifier(Modifier):
     def group_of(self, name: str) -> Hashable:
         """Layers of one Hessian and one group are solved together."""
         return name
+
+    def rows_apart(self, name: str) -> bool:
+        """True where the rows of a layer are solved independently of one another: large ones then are in pieces."""
+        return False
 
     def common(self, layer: Layer, prepared: Sequence[Any]) -> Any:
         """What the partitions of a grouped convolution share, such as a scale of the whole tensor."""
@@ -266,9 +275,20 @@ class LayerwiseModifier(Modifier):
                 self._solve_group(state, shared, members)
 
     def _solve_group(self, state: State, shared: SharedHessian, names: Sequence[str]) -> None:
-        """Solve layers on the rank that owns their Hessian; all ranks get them, and a row in their ledgers."""
-        modules, what = {name: self._layers[name] for name in names}, f"{self.name} of {names[0]}"
-        rows = from_owner(state.team, modules, shared.owner or 0, lambda: self._solve(shared, names), what)
+        """Solve layers on the rank that owns their Hessian; all ranks get them, and a row in their ledgers.
+
+        Ranks share the work on large layers, in pieces of rows.
+        """
+        team, owner, what = state.team, shared.owner or 0, f"{self.name} of {names[0]}"
+        modules = {name: self._layers[name] for name in names}
+        weights = [as_matrix(module) for module in modules.values()]
+        pieces, device = self._pieces(names, shared.partitions), weights[0].device
+        sizes = [sum(rows.stop - rows.start for _, rows in piece) for piece in pieces]
+        ranks = self._owners.deal(team, owner, sizes, shared.shape[1], device.type) if len(pieces) > 1 else [owner]
+        if set(ranks) == {owner}:
+            rows = from_owner(team, modules, owner, lambda: self._solve(shared, names), what)
+        else:
+            rows = self._solve_in_team(team, shared, names, ranks, what)
         if rows is None:
             for name in names:
                 self.give_up(state, name, shared.tokens)
@@ -284,15 +304,62 @@ class LayerwiseModifier(Modifier):
         prepared = self.prepared(shared, layers)
         if any(one is None for one in prepared):
             return None
-        P, rows = len(prepared), sum(len(layer.W_RC) for layer in layers)
-        if P > 1:
+        if len(prepared) > 1:
             layers = [replace(layer, common=self.common(layer, prepared)) for layer in layers]
-        parts = zip(*[layer.parts(P) for layer in layers], strict=True)
-        by_partition = [self.solve_together(part, one) for part, one in zip(parts, prepared, strict=True)]
-        seconds = (time.perf_counter() - start) / rows
+        problems = self._split(layers, prepared)
+        return self._written(layers, problems, [self.solve_together(*one) for one in problems], shared.tokens, start)
+
+    def _solve_in_team(
+        self, team: Team, shared: SharedHessian, names: Sequence[str], ranks: Sequence[int], what: str
+    ) -> dict[str, dict[str, Any]] | None:
+        """The same in pieces, each by one of ``ranks``; called by all."""
+        start, owner, layers = time.perf_counter(), shared.owner or 0, self.begin(names)
+        device = layers[0].W_RC.device
+        if team.agree(team.rank != owner and shared not in self._prepared, what):
+            prepared = share(team, owner, lambda: self.prepared(shared, layers), device, what)
+            self._prepared[shared] = prepared
+        if any(one is None for one in self._prepared[shared]):
+            return None
+        problems = self._split(layers, self._prepared[shared])
+        solved = collect(team, owner, ranks, lambda i: self.solve_together(*problems[i]), device, what)
+        modules = {name: self._layers[name] for name in names}
+        work = partial(self._written, layers, problems, solved, shared.tokens, start)
+        return from_owner(team, modules, owner, work, what)
+
+    def _pieces(self, names: Sequence[str], P: int) -> list[list[tuple[int, slice]]]:
+        """Pieces of layers as :func:`cut` gives them; one where rows are not independent of one another."""
+        weights = [as_matrix(self._layers[name]) for name in names]
+        if P == 1 and all(self.rows_apart(name) for name in names):
+            return cut([len(W_RC) for W_RC in weights], weights[0].device.type)
+        return [[(i, slice(0, len(W_RC))) for i, W_RC in enumerate(weights)]]
+
+    def _split(self, layers: Sequence[Layer], prepared: Sequence[Any]) -> list[tuple[list[Layer], Any]]:
+        """What is solved together, and what :meth:`prepare` made for it: partitions, or pieces of rows."""
+        if (P := len(prepared)) > 1:
+            parts = zip(*[layer.parts(P) for layer in layers], strict=True)
+            return [(list(part), one) for part, one in zip(parts, prepared, strict=True)]
+        pieces = self._pieces([layer.name for layer in layers], P)
+        if len(pieces) == 1:
+            return [(list(layers), prepared[0])]
+        return [([layers[i].of(rows) for i, rows in piece], prepared[0]) for piece in pieces]
+
+    def _written(
+        self,
+        layers: Sequence[Layer],
+        problems: Sequence[tuple[list[Layer], Any]],
+        solutions: Sequence[Sequence[Solved]],
+        tokens: int,
+        start: float,
+    ) -> dict[str, dict[str, Any]]:
+        """Write the solutions of layers; their rows for the ledger."""
+        seconds = (time.perf_counter() - start) / sum(len(layer.W_RC) for layer in layers)
+        parts: dict[str, list[Solved]] = {layer.name: [] for layer in layers}
+        for (part, _), each in zip(problems, solutions, strict=True):
+            for layer, solved in zip(part, each, strict=True):
+                parts[layer.name].append(solved)
         return {
-            layer.name: self._row(layer, Solved.join(each), shared.tokens, seconds * len(layer.W_RC))
-            for layer, each in zip(layers, zip(*by_partition, strict=True), strict=True)
+            layer.name: self._row(layer, Solved.join(parts[layer.name]), tokens, seconds * len(layer.W_RC))
+            for layer in layers
         }
 
     def _row(self, layer: Layer, solved: Solved, tokens: int, seconds: float) -> dict[str, Any]:

@@ -136,6 +136,9 @@ class SparseGPTModifier(LayerwisePruner):
             )
         return self
 
+    def rows_apart(self, name: str) -> bool:
+        return self.pattern is not None or self.scope == "row"
+
     def prepare(self, hessian: Hessian, layers: Sequence[Layer]) -> tuple[Tensor, Factor]:
         """The damped H, and its factor."""
         H_CC, retry = hessian.H_CC, self.on_failure == "retry"

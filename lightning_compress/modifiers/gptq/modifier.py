@@ -138,6 +138,9 @@ class GPTQModifier(LayerwiseQuantizer):
         """One column loop for the layers of one H and scheme, but for partitions of convolutions."""
         return id(self._schemes[name].weights) if partitions(self._layers[name]) == 1 else name
 
+    def rows_apart(self, name: str) -> bool:
+        return self.weights_of(name).strategy not in ("tensor", "block")
+
     def _solver(self, name: str) -> Solver:
         return Solver(self.weights_of(name), self.scale_search, self.block_size)
 
@@ -199,7 +202,8 @@ class GPTQModifier(LayerwiseQuantizer):
         W_RC, scales = layer.W_RC, None
         if layer.common is not None:
             scales = rows_of(layer.common, layer.rows, len(as_matrix(layer.module)), self.weights_of(layer.name))
-        keep_RC = W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else torch.ones_like(W_RC, dtype=torch.bool)
+        stays = zeros_stay(as_matrix(layer.module), self.preserve_zeros)  # for all of its partitions or pieces
+        keep_RC = W_RC != 0 if stays else torch.ones_like(W_RC, dtype=torch.bool)
         return Matrix(W_RC, keep_RC, self._globals.of(layer.name), scales)
 
     def give_up(self, state: State, name: str, tokens: int) -> None:

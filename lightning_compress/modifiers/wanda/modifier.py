@@ -94,6 +94,9 @@ class WandaPruningModifier(LayerwisePruner):
         regional = bool(self.regional_gradient or self.regional_rounds)
         return replace(super().needs, replay=regional, team="alone" if regional else "sums")
 
+    def rows_apart(self, name: str) -> bool:
+        return True
+
     def solve(self, layer: Layer, hessian: Hessian) -> Solved:
         return self._solved(layer, hessian, self._pruned(layer, layer.W_RC.float(), hessian))
 
