@@ -64,18 +64,24 @@ class Observer(ABC):
         """
         unread, self._unread = self._unread, []
         ends = torch.stack([ends for _, ends, _, _ in unread]).tolist() if unread else []
-        for (index, _, counts, batch), (low, high) in zip(unread, ends, strict=True):
+        for (index, _, _, batch), (low, high) in zip(unread, ends, strict=True):
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError(f"its input {index} (counted from 0) holds NaN or Inf")
-            self._add(counts, low, high, batch)
+            self._add(low, high, batch)
+        if histograms := [counts for _, _, counts, _ in unread if counts is not None]:
+            self._add_histogram(torch.stack(histograms).sum(0).cpu())  # whole numbers: any order gives the same sum
 
     def _histogram(self, x: Tensor) -> Tensor | None:
         """The histogram of an activation, on its device; None where it is not used."""
         return None
 
     @abstractmethod
-    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
-        """Add the histogram and the extremes of an activation, which are finite."""
+    def _add(self, low: float, high: float, batch: int) -> None:
+        """Add the extremes of an activation, which are finite."""
+
+    def _add_histogram(self, counts: Tensor) -> None:
+        """Add the histogram of some activations, of an observer that makes one."""
+        raise NotImplementedError
 
     @property
     def is_dead(self) -> bool:
@@ -113,7 +119,7 @@ class MinMax(Observer):
 
     reduce = {"low": "min", "high": "max", "batches": "sum"}
 
-    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
+    def _add(self, low: float, high: float, batch: int) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
 
@@ -130,7 +136,7 @@ class MovingAverage(Observer):
         self.constant = averaging_constant
         self.extremes: dict[tuple[int, int], tuple[float, float]] = {}  # by batch, and by call within one
 
-    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
+    def _add(self, low: float, high: float, batch: int) -> None:
         self.extremes[batch, len(self.extremes)] = low, high
 
     def _bounds(self) -> tuple[float, float]:
@@ -159,10 +165,11 @@ class HistogramObserver(Observer):
     def _histogram(self, x: Tensor) -> Tensor | None:
         return bins_of(x)
 
-    def _add(self, counts: Tensor | None, low: float, high: float, batch: int) -> None:
-        assert counts is not None
+    def _add(self, low: float, high: float, batch: int) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.counts += counts.cpu()
+
+    def _add_histogram(self, counts: Tensor) -> None:
+        self.counts += counts
 
     def _quantized(self, x: Tensor, factor: float) -> Tensor:
         """On the grid that covers the shrunken extremes; float32."""

@@ -41,7 +41,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["FakeCudaTensor", "FakeGpu", "fake_cuda", "install_guard"]
 
@@ -94,8 +93,8 @@ class FakeCudaTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeCudaTensor))
-        return _run(next(tensors).gpu, op, args, kwargs or {})
+        gpu = next(t.gpu for t in _tensors((args, kwargs)) if isinstance(t, FakeCudaTensor))
+        return _run(gpu, op, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:
         return f"FakeCudaTensor({self.value!r}, device={str(self.device)!r})"
@@ -206,8 +205,7 @@ class _Mode(TorchDispatchMode):
 
 def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Compute an op on the values of its tensors, and count what it costs."""
-    name = op._schema.name.removeprefix("aten::")
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    name, tensors = _name(op), list(_tensors((args, kwargs)))
     fakes = [t for t in tensors if isinstance(t, FakeCudaTensor)]
     if not fakes and kwargs.get("device") is None:
         return op(*args, **kwargs)
@@ -220,7 +218,7 @@ def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     options = {k: v for k, v in kwargs.items() if k != "pin_memory"}
     if device.type == "cuda" and named is not None:
         options["device"] = "cpu"
-    values = tree_map_only(FakeCudaTensor, lambda t: t.value, (args, options))
+    values = _mapped((args, options), lambda t: t.value if isinstance(t, FakeCudaTensor) else t)
     result = op(*values[0], **values[1])
     if name in ("_to_copy", "_pin_memory") and isinstance(result, Tensor) and result is values[0][0]:
         result = result.clone()
@@ -231,7 +229,33 @@ def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
             return same
         return FakeCudaTensor(value, device, gpu) if device.type == "cuda" else value
 
-    return tree_map_only(Tensor, wrapped, result)
+    return _mapped(result, wrapped)
+
+
+@cache
+def _name(op: Any) -> str:
+    return op._schema.name.removeprefix("aten::")
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors among arguments; torch's pytree takes three times as long."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+
+
+def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with a function of each tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, list | tuple):
+        items = [_mapped(item, function) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return {k: _mapped(v, function) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _check_devices(name: str, tensors: Sequence[Tensor]) -> None:
@@ -251,8 +275,9 @@ def _count(
 ) -> None:
     source = args[1] if name == "copy_" else args[0] if args else None
     moved = name in ("_to_copy", "copy_") and source.device.type != device.type
-    fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"  # torch calls masked_fill
-    indices = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)] if name in INDEXING else []
+    values = args[2] if name in INDEXING and len(args) > 2 else None
+    fills = values is not None and values.numel() == 1 and values.device.type == "cpu"  # torch calls masked_fill
+    indices = list(_tensors(args[1])) if name in INDEXING else []
     if moved and device.type == "meta":
         return
     if moved and device.type == "cpu":
@@ -273,10 +298,16 @@ def _line() -> str:
     """The innermost file and line of the package on the stack."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(PACKAGE):
-            return f"{frame.f_code.co_filename.removeprefix(PACKAGE).lstrip('/')}:{frame.f_lineno}"
+        if (file := _file(frame.f_code.co_filename)) is not None:
+            return f"{file}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "outside the package"
+
+
+@cache
+def _file(path: str) -> str | None:
+    """The path below the package; None outside."""
+    return path.removeprefix(f"{PACKAGE}/") if path.startswith(PACKAGE) else None
 
 
 def _from_numbers(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -293,9 +324,12 @@ def _from_numbers(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def _eager_compressed_tensors() -> Iterator[None]:
-    """compressed-tensors starts Triton kernels of its own on CUDA, which cannot run here."""
-    backend = sys.modules.get("compressed_tensors.utils.impl_backend")
-    if backend is None:
-        import compressed_tensors.utils.impl_backend as backend
+    """compressed-tensors starts Triton kernels of its own on CUDA, which cannot run here, and keeps tensors."""
+    import compressed_tensors.utils.impl_backend as backend
+    from compressed_tensors.quantization.utils import helpers
+
+    forget = helpers._calculate_range.cache_clear
     with mock.patch.object(backend, "ENFORCE_EAGER", True):
+        forget()
         yield
+        forget()

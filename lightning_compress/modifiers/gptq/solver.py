@@ -14,7 +14,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lightning_compress.layerwise.factor import Factor, undamped_energy
+from lightning_compress.layerwise.factor import Factor, energy
 from lightning_compress.ops.gptq_block import Block, Grid, Rounding, gptq_block_
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.rounding import find_scales
@@ -212,7 +212,9 @@ def output_error(solved: OnGrid, factor: Factor) -> tuple[float, float]:
     128 of 576 rows of SmolLM2's projections were off by up to a factor of four.
     """
     error_R = solved.loss_R - (solved.W_RC - solved.Q_RC).square_() @ factor.added_C
-    return max(0.0, float(error_R.sum())), undamped_energy(solved.W_RC, factor)
+    energy_R = energy(solved.W_RC, factor) - solved.W_RC.square() @ factor.added_C
+    error, total = torch.stack([error_R.sum(), energy_R.sum()]).tolist()  # a GPU is waited for once
+    return max(0.0, error), total
 
 
 def adjusted(W_RC: Tensor, Q_RC: Tensor, factor: Factor) -> Tensor:

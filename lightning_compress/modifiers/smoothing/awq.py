@@ -259,8 +259,9 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
         hessians = {name: statistics[name].value()[0] * statistics[name].tokens for name in s_KC}
 
         def errors(points: Sequence[int], rung: int) -> list[float]:
+            some = {name: torch.stack([s_KC[name][k] for k in points]) for name in matrices}
             each = [
-                layer_errors(W_RC[rows[rung]], s_KC[name][list(points)], self.weights_of(name), hessians[name])
+                layer_errors(W_RC[rows[rung]], some[name], self.weights_of(name), hessians[name])
                 for name, W_RC in matrices.items()
             ]
             totals: list[float] = torch.stack(each).sum(0).tolist()

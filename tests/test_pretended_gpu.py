@@ -1,0 +1,118 @@
+"""Every technique on a pretended GPU: no two devices meet, from calibration to the loaded model, at a stated cost.
+
+Costs are those of ``compress`` for a Llama of two blocks and two batches, divided by its 14 Linears. A bound is the
+measured number and a tenth more: lower it when a change makes it too high, and say why when it must become higher. AWQ
+and SmoothQuant have a bound of their own for synchronizations: they find their pairs by running the first block of each
+kind again and again, and compare the results. Of the copies, one per Linear is compressed-tensors' own (a scale of 0 is
+replaced by a tensor made from a number).
+"""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lightning_compress as lc
+from lightning_compress import (
+    AWQModifier,
+    GPTQModifier,
+    KVCacheModifier,
+    MagnitudePruningModifier,
+    QuantizationModifier,
+    RotationModifier,
+    SmoothQuantModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
+from tests.support.fake_cuda import FakeCudaTensor, fake_cuda
+
+LINEARS = 14
+SYNCS = 12  # per Linear
+PROBED = {"AWQ": 57, "SmoothQuant": 45}
+
+HEAD = {"ignore": ["lm_head"]}
+W4 = {"scheme": "W4A16", "group_size": 32, **HEAD}
+STATIC = {
+    "config_groups": {
+        "all": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "strategy": "tensor", "dynamic": False},
+        }
+    },
+    **HEAD,
+}
+
+# name -> modifiers, launches per Linear, copies from pageable memory per Linear
+CASES = {
+    "GPTQ W4": (lambda: GPTQModifier(**W4), 405, 1.3),
+    "GPTQ W4, static order": (lambda: GPTQModifier(actorder="static", **W4), 405, 1.2),
+    "GPTQ W8A8": (lambda: GPTQModifier(scheme="W8A8", **HEAD), 343, 3.4),
+    "GPTQ NVFP4": (lambda: GPTQModifier(scheme="NVFP4A16", **HEAD), 541, 32.7),
+    "GPTQ MXFP4": (lambda: GPTQModifier(scheme="MXFP4A16", **HEAD), 241, 10.0),
+    "minmax W4": (lambda: QuantizationModifier(**W4), 18, 0),
+    "mse W4": (lambda: QuantizationModifier(scale_search="mse", **W4), 323, 1.2),
+    "imatrix W4": (lambda: QuantizationModifier(scale_search="imatrix", **W4), 359, 1.2),
+    "hessian W4": (lambda: QuantizationModifier(scale_search="hessian", **W4), 731, 1.2),
+    "W8A8": (lambda: QuantizationModifier(scheme="W8A8", **HEAD), 18, 0),
+    "static W8A8, histogram": (lambda: QuantizationModifier(observer="histogram", **STATIC), 128, 1.2),
+    "static W8A8, average": (lambda: QuantizationModifier(observer="moving_average", **STATIC), 71, 1.2),
+    "FP8": (lambda: QuantizationModifier(scheme="FP8", **HEAD), 106, 2.4),
+    "NVFP4": (lambda: QuantizationModifier(scheme="NVFP4", **HEAD), 278, 4.9),
+    "MXFP4": (lambda: QuantizationModifier(scheme="MXFP4", **HEAD), 100, 1.2),
+    "SparseGPT 2:4": (lambda: SparseGPTModifier(mask_structure="2:4", **HEAD), 492, 0),
+    "SparseGPT": (lambda: SparseGPTModifier(sparsity=0.5, **HEAD), 311, 0),
+    "Wanda": (lambda: WandaPruningModifier(sparsity=0.5, **HEAD), 90, 0),
+    "magnitude": (lambda: MagnitudePruningModifier(final_sparsity=0.5, **HEAD), 43, 0),
+    "AWQ": (lambda: AWQModifier(n_grid=6, **W4), 830, 22.5),
+    "SmoothQuant": (lambda: [SmoothQuantModifier(), QuantizationModifier(scheme="W8A8", **HEAD)], 540, 12.4),
+    "rotation": (lambda: [RotationModifier(rotations=["R1"]), QuantizationModifier(**W4)], 98, 3.1),
+    "KV cache": (lambda: KVCacheModifier(), 48, 0.5),
+}
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().to(torch.bfloat16)
+
+
+def tokens(batches: int) -> list[torch.Tensor]:
+    return [torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(batches)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_technique_stays_on_the_gpu_from_calibration_to_the_loaded_model(name, tmp_path):
+    modifiers, launches, copies = CASES[name]
+    with fake_cuda() as gpu, torch.no_grad():
+        model, batches = llama().to("cuda:0"), [batch.to("cuda:0") for batch in tokens(2)]
+        gpu.reset()
+        lc.compress(model, modifiers(), batches, offload_device=None)
+        costs = {"launches": launches, "syncs": PROBED.get(name, SYNCS), "pageable": copies}
+        for kind, bound in costs.items():
+            counter = getattr(gpu, kind)
+            assert counter.total() <= bound * LINEARS, (kind, counter.total() / LINEARS, counter.most_common(8))
+        lc.save(model, tmp_path / "model")
+        loaded = lc.load(tmp_path / "model", device="cuda:0")
+        logits, expected = (m(batches[0]).logits for m in (loaded, model))
+        assert isinstance(logits, FakeCudaTensor)
+        assert float((logits - expected).float().norm() / expected.float().norm()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["GPTQ W4", "static W8A8, histogram", "Wanda"])
+def test_a_batch_more_makes_the_host_wait_for_no_statistic(name):
+    modifiers, _, _ = CASES[name]
+    costs = []
+    for count in (2, 5):
+        with fake_cuda() as gpu, torch.no_grad():
+            model, batches = llama().to("cuda:0"), [batch.to("cuda:0") for batch in tokens(count)]
+            gpu.reset()
+            lc.compress(model, modifiers(), batches, offload_device=None)
+            costs.append((gpu.syncs.copy(), gpu.pageable.copy()))
+    (syncs, copies), (more_syncs, more_copies) = costs
+    more = more_syncs - syncs
+    assert {line.partition(":")[0] for line in more} <= {"calibration/inputs.py", "calibration/activations.py"}, more
+    assert more.total() <= 6 * 3  # of a batch: what its calls share with those of the batch before; the model's own
+    assert not more_copies - copies
