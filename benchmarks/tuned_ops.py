@@ -59,6 +59,8 @@ class Subject:
             return f"spills: {code['spills']} times, stack {code['stack']} bytes"
         if code["shared"] > SHARED[capability]:
             return f"shared memory: {code['shared']} bytes of {SHARED[capability]}"
+        if code["hazards"]:
+            return f"hazards: {code['hazards']} writes to registers that a product still reads; use another Triton"
         return None
 
 
@@ -86,11 +88,13 @@ def build_w4a16(shape: Shape, launch: Any, capability: int) -> Any:
     from tests.support.triton_compilation import compiled
 
     _, _, K = shape
-    fixed = constants(launch, K // GROUP, K, torch.bfloat16, False) | {"zero_ptr": None}
-    types = {"x_ptr": "*bf16", "planes_ptr": "*i16", "scale_ptr": "*bf16"}
-    types["out_ptr"] = "*bf16" if launch.split == 1 else "*fp32"
-    odd = ("M", "blocks_per_split")
-    return compiled(w4a16_kernel, capability, types, fixed, launch.warps, launch.stages, odd)
+    missing = ["zero_ptr"] + (["parts_ptr", "counter_ptr"] if launch.split == 1 else [])
+    fixed = constants(launch, K // GROUP, K, torch.bfloat16, False) | dict.fromkeys(missing)
+    types = {
+        "x_ptr": "*bf16", "planes_ptr": "*i16", "scale_ptr": "*bf16", "out_ptr": "*bf16", "parts_ptr": "*fp32",
+        "counter_ptr": "*i32",
+    }  # fmt: skip
+    return compiled(w4a16_kernel, capability, types, fixed, launch.warps, launch.stages, odd=("M",))
 
 
 def hessian_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:

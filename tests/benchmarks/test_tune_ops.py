@@ -110,10 +110,11 @@ def test_a_launch_beyond_the_limits_is_refused(monkeypatch, tmp_path):
     from tests.support import triton_compilation as compilation
 
     one = subject(tmp_path / "t.json")
-    fine = {"spills": 0, "stack": 0, "shared": 1000}
+    fine = {"spills": 0, "stack": 0, "shared": 1000, "hazards": 0}
     for found, message in (
         (fine, None), (fine | {"spills": 4}, "spills: 4 times"), (fine | {"stack": 16}, "spills: 0 times, stack 16"),
         (fine | {"shared": 250_000}, "shared memory: 250000 bytes of 232448"),
+        (fine | {"hazards": 2}, "hazards: 2 writes to registers that a product still reads"),
     ):  # fmt: skip
         monkeypatch.setattr(compilation, "inspect_code", lambda kernel, folder, found=found: found)
         reason = one.fault((1, 64), Launch(1, True), 90, tmp_path)

@@ -2,6 +2,7 @@
 (make test-kernels)."""
 
 import os
+import re
 from itertools import product
 
 import pytest
@@ -15,6 +16,8 @@ from benchmarks.op_cases import LLAMA
 from benchmarks.tuned_ops import SUBJECTS
 from lightning_compress.ops.hessian import launch as hessian
 from lightning_compress.ops.w4a16_gemm import launch as w4a16
+from tests.support.triton_compilation import machine_code
+from tests.support.wgmma_hazards import hazards
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
@@ -37,12 +40,12 @@ def shipped():
 
 
 def ruled():
-    """One shape for each kernel that the rules give for a grid of shapes; a split matters only where it is 1."""
+    """One shape for each kernel that the rules give for a grid of shapes; the split is a constant of w4a16_gemm."""
     for capability, processors in PROCESSORS.items():
         seen = set()
         for M, (N, K) in product((1, 16, 17, 64, 65, 4096), LLAMA):
             launch = w4a16.rule(M, N, K, torch.bfloat16, processors)
-            key = (launch.block_m, launch.block_n, launch.warps, launch.stages, launch.scale_sums, launch.split == 1)
+            key = (launch.block_m, launch.block_n, launch.warps, launch.stages, launch.scale_sums, launch.split)
             if key not in seen:
                 seen.add(key)
                 yield "w4a16_gemm", (M, N, K), launch, capability
@@ -57,6 +60,15 @@ def ruled():
 @pytest.mark.parametrize(("op", "shape", "launch", "capability"), [*shipped(), *ruled()], ids=str)
 def test_compiles_within_the_limits(op, shape, launch, capability, tmp_path):
     assert SUBJECTS[op].fault(shape, launch, capability, tmp_path) is None
+
+
+def test_a_product_without_its_wait_is_a_hazard(tmp_path):
+    """The check finds something: the same machine code, but for its waits."""
+    launch = w4a16.rule(16, 4096, 4096, torch.bfloat16, 132)
+    code = machine_code(SUBJECTS["w4a16_gemm"].build((16, 4096, 4096), launch, 90), tmp_path)
+    assert hazards(code).products == 8
+    assert hazards(code).writes == []
+    assert len(hazards(re.sub(r"WARPGROUP\.DEPBAR", "NOP", code)).writes) >= 8
 
 
 def test_names_of_gpus_are_known():

@@ -41,9 +41,25 @@ def test_equals_float64(M, N, K, G, dtype, symmetric):
         check(x, N, G, symmetric, W4Launch(16, 64, 1, 4, 3, scale_sums))
 
 
-@pytest.mark.parametrize("split", [2, 3])
+@pytest.mark.parametrize("split", [2, 4])
 def test_parts_of_k_add_up(split):
-    check(torch.randn(5, 256), 17, 8, False, W4Launch(16, 64, split, 4, 3, True))  # 3 parts of 2 blocks: one is empty
+    check(torch.randn(5, 256), 17, 8, False, W4Launch(16, 64, split, 4, 3, True))  # 4 parts of 2 blocks: two are empty
+
+
+def test_parts_are_added_in_order_and_counters_end_at_zero(monkeypatch):
+    M, N, K, splits = 17, 65, 512, 4
+    packed, scale, _, _ = weight(N, K, 4, True)
+    weights, counters = (to_planes(packed), *grid_rows(scale, None)), torch.zeros(4, dtype=torch.int32)
+    launch, x = W4Launch(16, 64, splits, 4, 3, True), torch.randn(M, K)
+    written = torch.empty(splits, M, N, dtype=torch.float32)
+    monkeypatch.setattr(kernel, "workspace", lambda *_: (written, counters))
+    y = kernel.gemm(x, *weights, launch)
+    assert torch.equal(y, ((written[0] + written[1]) + written[2]) + written[3])
+    for part, columns in zip(written, torch.arange(K).split(128), strict=True):
+        one = torch.zeros_like(x).index_copy_(1, columns, x[:, columns])
+        monkeypatch.setattr(kernel, "workspace", lambda *_: (None, None))
+        torch.testing.assert_close(part, kernel.gemm(one, *weights, W4Launch(16, 64, 1, 4, 3, True)))
+    assert counters.tolist() == [0] * 4  # 2 x 2 tiles: the next launch begins as this one did
 
 
 def test_rows_of_x_may_lie_apart():
@@ -59,5 +75,5 @@ def test_no_tokens():
 def test_the_rule_gives_every_processor_a_tile():
     for M in (1, 16, 33, 64, 65, 1000):
         launch = rule(M, 4096, 4096, torch.bfloat16, processors=132)
-        assert launch.split * -(-4096 // launch.block_n) * -(-M // launch.block_m) >= 128
+        assert launch.split * -(-4096 // launch.block_n) * -(-M // launch.block_m) >= (500 if M <= 16 else 128)
         assert launch.block_m >= min(M, 128)

@@ -11,6 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.support.wgmma_hazards import hazards
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # of floats, integers, FP8; G: of a warp group; UTC: of sm_100
 TENSOR_CORES = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA")
@@ -62,9 +64,8 @@ def compiled(
 
 def inspect_code(kernel: Any, folder: Path) -> dict[str, int]:
     """Registers, stack, spills, shared memory, and the number of instructions of some kinds in the machine code."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    resources, code = tool("cuobjdump", "-res-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
+    code = machine_code(kernel, folder)
+    resources = tool("cuobjdump", "-res-usage", str(folder / "kernel.cubin"))
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
@@ -82,25 +83,45 @@ def inspect_code(kernel: Any, folder: Path) -> dict[str, int]:
         "conversions": count(r"\bI2F"),
         "wide": count(r"\b(?:LDG|STG|LDGSTS)\.\S*128"),
         "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/"),
+        "hazards": len(hazards(code).writes),
         **{name: count(rf"\b{name}\b") for name in INSTRUCTIONS},
     }
 
 
-def loop_instructions(kernel: Any, folder: Path) -> list[int]:
-    """Instructions of each loop in the machine code, from the target of a backward branch to that branch."""
+def loops(kernel: Any, folder: Path) -> list[list[str]]:
+    """The instructions of each loop in the machine code, from the target of a backward branch to that branch."""
+    labels: dict[str, int] = {}
+    bodies, lines = [], []
+    for line in machine_code(kernel, folder).splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            lines.append(line.strip())
+            back = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+            if back and labels.get(back[1], len(lines)) < len(lines) - 1:  # a branch to itself ends a kernel
+                bodies.append(lines[labels[back[1]] :])
+    return bodies
+
+
+def products_before_use(loop: list[str]) -> int | None:
+    """Of the loads from memory to registers in a loop the smallest number of products that stand before the first use.
+
+    None if the loop has no such loads. The loop may come to its beginning again before the use.
+    """
+    counts = []
+    for n, line in enumerate(loop):
+        if load := re.search(r"\bLDG\b.*? (R\d+),", line):
+            after = loop[n + 1 :] + loop[:n]
+            use = next((i for i, other in enumerate(after) if re.search(rf"\b{load[1]}\b", other)), len(after))
+            counts.append(sum(bool(re.search(r"\b[HIQ]G?MMA\b", other)) for other in after[:use]))
+    return min(counts, default=None)
+
+
+def machine_code(kernel: Any, folder: Path) -> str:
+    """What nvdisasm prints; the file ``kernel.cubin`` stays in the folder."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    labels: dict[str, int] = {}
-    loops, count = [], 0
-    for line in tool("nvdisasm", "-c", str(cubin)).splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = count
-        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
-            count += 1
-            back = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-            if back and labels.get(back[1], count) < count - 1:  # a branch to itself ends a kernel
-                loops.append(count - labels[back[1]])
-    return loops
+    return tool("nvdisasm", "-c", str(cubin))
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -9,8 +9,6 @@ of a row lose bits), and the scales can be applied before the sums. The divisor 
 
 float32 tokens are split into two TF32 numbers, in which the weights are exact.
 
-Programs that split the columns write float32 sums, which are added in a fixed order: results are reproducible.
-
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from lightning_compress.ops.fp4_gemm.layout import Layout
 from lightning_compress.ops.launches import launching
+from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
 __all__ = ["constants", "fp4_kernel", "gemm"]
@@ -34,17 +33,16 @@ def gemm(x_MK: Tensor, layout: Layout, launch: W4Launch | None = None) -> Tensor
         return x_MK.new_empty(0, N)
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     launch = launch or choose(M, N, K, x_MK.dtype, x_MK.device)
-    split = launch.split
-    out = torch.empty((split, M, N), dtype=x_MK.dtype if split == 1 else torch.float32, device=x_MK.device)
-    blocks = triton.cdiv(K, 128)
-    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
+    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
+    out = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
     interpreted = not isinstance(fp4_kernel, triton.JITFunction)
     with launching(x_MK):
+        parts, counters = workspace(x_MK, N, launch.split, grid[0] * grid[1])
         fp4_kernel[grid](
-            x_MK, layout.planes, layout.scale, layout.divisor, out, M, N, K, x_MK.stride(0), triton.cdiv(blocks, split),
+            x_MK, layout.planes, layout.scale, layout.divisor, out, parts, counters, M, N, K, x_MK.stride(0),
             **constants(launch, G, K, x_MK.dtype, interpreted), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    return out[0] if split == 1 else out.sum(0).to(x_MK.dtype)
+    return out
 
 
 def constants(
@@ -54,6 +52,7 @@ def constants(
     return {
         "GROUP": K // groups,
         "WHOLE": K % 128 == 0,
+        "SPLIT": launch.split,
         "BITS": dtype == torch.float16 or (dtype == torch.bfloat16 and not interpreted),
         "ASM": not interpreted,
         "INTERPRETED": interpreted,
@@ -64,22 +63,22 @@ def constants(
 
 @triton.jit
 def fp4_kernel(
-    x_ptr, planes_ptr, scale_ptr, divisor_ptr, out_ptr, M, N, K, stride_x, blocks_per_split,
-    GROUP: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, planes_ptr, scale_ptr, divisor_ptr, out_ptr, parts_ptr, counter_ptr, M, N, K, stride_x,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """GROUP columns, a multiple of 16, have one scale; BITS and ASM select how codes become floats."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    split = tl.program_id(2)
     column_c = tl.arange(0, 32)
     rows, tokens = row_N < N, token_M < M
     blocks = tl.cdiv(K, 128)
+    first = tl.program_id(2) * tl.cdiv(blocks, SPLIT)
 
     words_ptr = planes_ptr + row_N[:, None] * (blocks * 32) + column_c[None, :]
     tokens_ptr = x_ptr + token_M[None, :] * stride_x + column_c[:, None]
     sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for b in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
+    for b in range(first, tl.minimum(first + tl.cdiv(blocks, SPLIT), blocks)):
         words_Nc = tl.load(words_ptr + b * 32, mask=rows[:, None], other=0)
         for j in tl.static_range(4):
             k = b * 128 + j * 32
@@ -105,8 +104,7 @@ def fp4_kernel(
             sums_NM = tl.dot(w_Nc, x_cM, sums_NM, input_precision="tf32")
     divisor_N = tl.load(divisor_ptr + row_N, mask=rows, other=1.0)
     sums_NM *= (1.0 / divisor_N)[:, None]
-    out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
-    tl.store(out_NM, sums_NM.to(out_ptr.dtype.element_ty), mask=rows[:, None] & tokens[None, :])
+    store_sums(sums_NM, out_ptr, parts_ptr, counter_ptr, M, N, row_N, token_M, SPLIT)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ point is exact. On CUDA one lop3 does it for two codes.
 For few tokens scales multiply the float32 sums of a group (exact codes enter the product), for many tokens the weights
 (fewer registers; rounded like the dense bf16 weight).
 
-Programs that split the columns write float32 sums, which are added in a fixed order: results are reproducible.
+The scales and zero points of a block are loaded one block ahead, since the first product of a block needs them; words
+and tokens are copied to shared memory several blocks ahead (stages of launch.py).
 
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.launches import launching
+from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
 __all__ = ["constants", "gemm", "w4a16_kernel"]
@@ -34,18 +36,17 @@ def gemm(
         return x_MK.new_empty(0, N)
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     launch = launch or choose(M, N, K, x_MK.dtype, x_MK.device, K // G)
-    split = launch.split
-    out = torch.empty((split, M, N), dtype=x_MK.dtype if split == 1 else torch.float32, device=x_MK.device)
-    blocks = triton.cdiv(K, 128)
-    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
+    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
+    out = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
     interpreted = not isinstance(w4a16_kernel, triton.JITFunction)
     with launching(x_MK):
+        parts, counters = workspace(x_MK, N, launch.split, grid[0] * grid[1])
         w4a16_kernel[grid](
-            x_MK, planes_NP, scale_GN, zero_GN, out, M, N, K, x_MK.stride(0), triton.cdiv(blocks, split),
+            x_MK, planes_NP, scale_GN, zero_GN, out, parts, counters, M, N, K, x_MK.stride(0),
             **constants(launch, G, K, x_MK.dtype, zero_GN is not None, interpreted),
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    return out[0] if split == 1 else out.sum(0).to(x_MK.dtype)
+    return out
 
 
 def constants(
@@ -57,6 +58,7 @@ def constants(
         "HAS_ZERO": asymmetric,
         "SCALE_SUMS": launch.scale_sums,
         "WHOLE": K % 128 == 0,
+        "SPLIT": launch.split,
         "BITS": dtype == torch.float16 or (dtype == torch.bfloat16 and not interpreted),
         "ASM": not interpreted,
         "INTERPRETED": interpreted,
@@ -67,31 +69,33 @@ def constants(
 
 @triton.jit
 def w4a16_kernel(
-    x_ptr, planes_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K, stride_x, blocks_per_split,
-    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, SCALE_SUMS: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr,
-    ASM: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, planes_ptr, scale_ptr, zero_ptr, out_ptr, parts_ptr, counter_ptr, M, N, K, stride_x,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, SCALE_SUMS: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
+    BITS: tl.constexpr, ASM: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """GROUP columns have one scale (0: all columns of a row); BITS and ASM select how codes become floats."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    grid_N = tl.minimum(row_N, N - 1)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    split = tl.program_id(2)
     column_c = tl.arange(0, 32)
     rows, tokens = row_N < N, token_M < M
     blocks = tl.cdiv(K, 128)
-    PER_BLOCK: tl.constexpr = GROUP > 0 and GROUP % 128 == 0  # one group in a block of 128 columns
+    first = tl.program_id(2) * tl.cdiv(blocks, SPLIT)
+    end = tl.minimum(first + tl.cdiv(blocks, SPLIT), blocks)
     PER_PLANE: tl.constexpr = GROUP > 0 and GROUP % 128 != 0
+    PER_BLOCK: tl.constexpr = GROUP > 0 and not PER_PLANE  # one group in a block of 128 columns
 
     words_ptr = planes_ptr + row_N[:, None] * (blocks * 32) + column_c[None, :]
     tokens_ptr = x_ptr + token_M[None, :] * stride_x + column_c[:, None]
     sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if GROUP == 0:
-        scale_N, zero_N = _grid(scale_ptr, zero_ptr, row_N, rows, HAS_ZERO)
-    for b in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
+    ahead = _grids(scale_ptr, zero_ptr, first, blocks, K, N, grid_N, rows, GROUP, HAS_ZERO, ASM)
+    for b in range(first, end):
+        grids = ahead
+        if GROUP != 0:  # in front of the barrier of the words, below which ptxas would move it
+            ahead = _grids(scale_ptr, zero_ptr, b + 1, blocks, K, N, grid_N, rows, GROUP, HAS_ZERO, ASM)
         words_Nc = tl.load(words_ptr + b * 32, mask=rows[:, None], other=0)
-        if PER_BLOCK:
-            scale_N, zero_N = _grid(scale_ptr, zero_ptr, b * 128 // GROUP * N + row_N, rows, HAS_ZERO)
-            if SCALE_SUMS:
-                group_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if SCALE_SUMS and PER_BLOCK:
+            group_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for j in tl.static_range(4):
             k = b * 128 + j * 32
             if WHOLE:
@@ -99,9 +103,8 @@ def w4a16_kernel(
             else:
                 inside = tokens[None, :] & (k + column_c < K)[:, None]
             x_cM = tl.load(tokens_ptr + k, mask=inside, other=0.0)
-            if PER_PLANE:
-                group = tl.minimum(k, K - 1) // GROUP  # planes past K have no group; their x is 0
-                scale_N, zero_N = _grid(scale_ptr, zero_ptr, group * N + row_N, rows, HAS_ZERO)
+            scale_N = as_floats(grids[2 * j if PER_PLANE else 0], scale_ptr.dtype.element_ty)
+            zero_N = grids[2 * j + 1 if PER_PLANE else 1]
             w_Nc = _codes(words_Nc, 4 * j, zero_N, x_ptr.dtype.element_ty, BITS, ASM)
             if not SCALE_SUMS and GROUP != 0:
                 w_Nc = (w_Nc * scale_N[:, None].to(w_Nc.dtype)).to(w_Nc.dtype)
@@ -114,22 +117,65 @@ def w4a16_kernel(
             else:
                 sums_NM = tl.dot(w_Nc, x_cM, sums_NM, input_precision="tf32x3")
         if SCALE_SUMS and PER_BLOCK:
-            sums_NM += group_NM * scale_N[:, None].to(tl.float32)
+            sums_NM += group_NM * as_floats(grids[0], scale_ptr.dtype.element_ty)[:, None].to(tl.float32)
     if GROUP == 0:
-        sums_NM *= scale_N[:, None].to(tl.float32)
-    out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
-    tl.store(out_NM, sums_NM.to(out_ptr.dtype.element_ty), mask=rows[:, None] & tokens[None, :])
+        sums_NM *= as_floats(ahead[0], scale_ptr.dtype.element_ty)[:, None].to(tl.float32)
+    store_sums(sums_NM, out_ptr, parts_ptr, counter_ptr, M, N, row_N, token_M, SPLIT)
 
 
 @triton.jit
-def _grid(scale_ptr, zero_ptr, at_N, rows, HAS_ZERO: tl.constexpr):
-    """Scale of the rows of a tile, and their zero point in float32."""
-    scale_N = tl.load(scale_ptr + at_N, mask=rows, other=0.0)
+def _grids(
+    scale_ptr, zero_ptr, b, blocks, K, N, grid_N, rows, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """Scale and zero point of the rows of a tile in block b, or in each of its four planes."""
+    b = tl.minimum(b, blocks - 1)  # the loop looks one block too far
+    if GROUP == 0:
+        grids = _grid(scale_ptr, zero_ptr, grid_N, rows, HAS_ZERO, ASM)
+    elif GROUP % 128 == 0:
+        grids = _grid(scale_ptr, zero_ptr, b // (GROUP // 128) * N + grid_N, rows, HAS_ZERO, ASM)
+    else:  # planes past K have no group; their x is 0
+        grids = ()
+        for j in tl.static_range(4):
+            group = tl.minimum(b * 128 + 32 * j, K - 1) // GROUP
+            grids += _grid(scale_ptr, zero_ptr, group * N + grid_N, rows, HAS_ZERO, ASM)
+    return grids
+
+
+@triton.jit
+def _grid(scale_ptr, zero_ptr, at_N, rows, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
+    """Scale of the rows of a tile, and their zero point."""
+    scale_N = load_words(scale_ptr + at_N, rows, ASM)
     if HAS_ZERO:
-        zero_N = tl.load(zero_ptr + at_N, mask=rows, other=8).to(tl.float32)
+        zero_N = load_words(zero_ptr + at_N, rows, ASM)
     else:
         zero_N = tl.full(at_N.shape, 8, tl.float32)
     return scale_N, zero_N
+
+
+@triton.jit
+def load_words(ptr_N, rows, ASM: tl.constexpr):
+    """Numbers of 8 or 16 bits in a register each, as they come from memory; all rows must be readable with ASM.
+
+    Else the compiler packs two of them into a register right after the load, and waits for memory there.
+    """
+    if ASM and ptr_N.dtype.element_ty.primitive_bitwidth <= 16:
+        CODE: tl.constexpr = _load_word(ptr_N.dtype.element_ty.primitive_bitwidth)
+        words_N = tl.inline_asm_elementwise(CODE, "=r,l", [ptr_N.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        words_N = tl.load(ptr_N, mask=rows, other=0)
+    return words_N
+
+
+@triton.jit
+def as_floats(words_N, dtype: tl.constexpr):
+    """The numbers of ``dtype`` in what :func:`load_words` gives."""
+    return words_N.to(tl.int16).to(dtype, bitcast=True) if words_N.dtype == tl.int32 else words_N
+
+
+@triton.constexpr_function
+def _load_word(bits: int) -> str:
+    """PTX: the register of a load may be wider than the number."""
+    return f"ld.global.u{bits} $0, [$1];"
 
 
 @triton.jit
@@ -144,9 +190,13 @@ def _codes(words_Nc, SHIFT: tl.constexpr, zero_N, dtype: tl.constexpr, BITS: tl.
             )
         else:
             bits_Nc = (((words_Nc >> SHIFT) & 15) | EXPONENT).to(tl.int16)
-        codes_Nc = bits_Nc.to(dtype, bitcast=True) - (zero_N + BASE).to(dtype)[:, None]
+        if zero_N.dtype == tl.float32:
+            base_N = (zero_N + BASE).to(dtype)
+        else:
+            base_N = (zero_N.to(tl.int32) | EXPONENT).to(tl.int16).to(dtype, bitcast=True)
+        codes_Nc = bits_Nc.to(dtype, bitcast=True) - base_N[:, None]
     else:
-        codes_Nc = ((words_Nc.to(tl.int32) >> SHIFT) & 15).to(tl.float32) - zero_N[:, None]
+        codes_Nc = ((words_Nc.to(tl.int32) >> SHIFT) & 15).to(tl.float32) - zero_N.to(tl.float32)[:, None]
     return codes_Nc
 
 

@@ -6,7 +6,7 @@ int8 tokens. Group scales multiply the sums of a group, which leave the tensor c
 adds e4m3 products with fewer bits than float32 has. GPUs below compute capability 8.9 have no e4m3: its bits are placed
 in fp16.
 
-Programs that split the columns write float32 sums, which are added in a fixed order: results are reproducible.
+The scales of a block are loaded one block ahead.
 
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.launches import launching
+from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, plane_of
+from lightning_compress.ops.w4a16_gemm.kernel import as_floats, load_words
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
 from lightning_compress.ops.w8a8_gemm.kernel import e4m3_half, e4m3_mode
 
@@ -35,18 +37,17 @@ def gemm(
     if launch is None:
         processors = torch.cuda.get_device_properties(codes_MK.device).multi_processor_count
         launch = rule(M, N, K, torch.bfloat16, processors)
-    split = launch.split
-    out = torch.empty((split, M, N), dtype=dtype if split == 1 else torch.float32, device=codes_MK.device)
-    blocks = triton.cdiv(K, PLANES * plane_of(K, G))
-    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
+    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
+    out = torch.empty((M, N), dtype=dtype, device=codes_MK.device)
     native, interpreted = e4m3_mode(codes_MK.device)
     with launching(codes_MK):
+        parts, counters = workspace(codes_MK, N, launch.split, grid[0] * grid[1])
         w4a8_kernel[grid](
-            codes_MK.view(torch.int8), scale_M, planes_NP, scale_GN, out, M, N, K, triton.cdiv(blocks, split),
+            codes_MK.view(torch.int8), scale_M, planes_NP, scale_GN, out, parts, counters, M, N, K,
             **constants(launch, G, K, codes_MK.dtype, native, interpreted), num_warps=launch.warps,
             num_stages=launch.stages,
         )  # fmt: skip
-    return out[0] if split == 1 else out.sum(0).to(dtype)
+    return out
 
 
 def constants(
@@ -58,6 +59,7 @@ def constants(
         "GROUP": 0 if groups == 1 else K // groups,
         "PLANE": plane,
         "WHOLE": K % (PLANES * plane) == 0,
+        "SPLIT": launch.split,
         "INTEGER": kind == torch.int8,
         "NATIVE": native,
         "INTERPRETED": interpreted,
@@ -68,24 +70,30 @@ def constants(
 
 @triton.jit
 def w4a8_kernel(
-    codes_ptr, scale_m_ptr, planes_ptr, scale_ptr, out_ptr, M, N, K, blocks_per_split,
-    GROUP: tl.constexpr, PLANE: tl.constexpr, WHOLE: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr,
-    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    codes_ptr, scale_m_ptr, planes_ptr, scale_ptr, out_ptr, parts_ptr, counter_ptr, M, N, K,
+    GROUP: tl.constexpr, PLANE: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, INTEGER: tl.constexpr,
+    NATIVE: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """GROUP columns, a multiple of PLANE, have one scale (0: all columns of a row)."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    grid_N = tl.minimum(row_N, N - 1)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    split = tl.program_id(2)
     column_c = tl.arange(0, PLANE)
     rows, tokens = row_N < N, token_M < M
     blocks = tl.cdiv(K, 2 * PLANE)
-    PER_PLANE: tl.constexpr = GROUP > 0 and GROUP % (2 * PLANE) != 0
+    first = tl.program_id(2) * tl.cdiv(blocks, SPLIT)
+    end = tl.minimum(first + tl.cdiv(blocks, SPLIT), blocks)
+    SCALES: tl.constexpr = 0 if GROUP == 0 else 1 if GROUP % (2 * PLANE) == 0 else 2  # of a block
     SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
 
     bytes_ptr = planes_ptr + row_N[:, None] * (blocks * PLANE) + column_c[None, :]
     tokens_ptr = codes_ptr + token_M[None, :] * K + column_c[:, None]
     sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for b in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
+    ahead = _scales(scale_ptr, first, blocks, K, N, grid_N, rows, GROUP, PLANE, SCALES, not INTERPRETED)
+    for b in range(first, end):
+        scales = ahead  # in front of the barrier of the words, below which ptxas would move the loads
+        ahead = _scales(scale_ptr, b + 1, blocks, K, N, grid_N, rows, GROUP, PLANE, SCALES, not INTERPRETED)
         bytes_Nc = tl.load(bytes_ptr + b * PLANE, mask=rows[:, None], other=0)
         group_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
         for j in tl.static_range(2):
@@ -96,7 +104,7 @@ def w4a8_kernel(
                 inside = tokens[None, :] & (k + column_c < K)[:, None]
             x_cM = tl.load(tokens_ptr + k, mask=inside, other=0)
             w_Nc = _operand(bytes_Nc, j, INTEGER, INTERPRETED)
-            if PER_PLANE:
+            if SCALES == 2:
                 group_NM = tl.zeros((BLOCK_N, BLOCK_M), SUM)
             if INTEGER:
                 group_NM = tl.dot(w_Nc, x_cM, group_NM, out_dtype=tl.int32)
@@ -107,24 +115,32 @@ def w4a8_kernel(
                 if INTERPRETED:  # NumPy is slow in fp16
                     w_Nc, x_cM = w_Nc.to(tl.float32), x_cM.to(tl.float32)
                 group_NM = tl.dot(w_Nc, x_cM, group_NM)
-            if PER_PLANE:
-                group = tl.minimum(k, K - 1) // GROUP  # planes past K have no group; their x is 0
-                scale_N = tl.load(scale_ptr + group * N + row_N, mask=rows, other=0.0).to(tl.float32)
-                sums_NM += group_NM.to(tl.float32) * scale_N[:, None]
-        if not PER_PLANE:
-            if GROUP > 0:
-                scale_N = tl.load(scale_ptr + b * 2 * PLANE // GROUP * N + row_N, mask=rows, other=0.0).to(tl.float32)
-                sums_NM += group_NM.to(tl.float32) * scale_N[:, None]
-            else:
-                sums_NM += group_NM.to(tl.float32)
-    if GROUP == 0:
+            if SCALES == 2:
+                sums_NM += group_NM.to(tl.float32) * as_floats(scales[j], dtype).to(tl.float32)[:, None]
+        if SCALES == 1:
+            sums_NM += group_NM.to(tl.float32) * as_floats(scales[0], dtype).to(tl.float32)[:, None]
+        elif SCALES == 0:
+            sums_NM += group_NM.to(tl.float32)
+    if SCALES == 0:
         scale_N = tl.load(scale_ptr + row_N, mask=rows, other=0.0).to(tl.float32)
         sums_NM *= scale_N[:, None]
     FACTOR: tl.constexpr = 1.0 if INTEGER else 512.0 if NATIVE else 33554432.0  # 2^9; and 2^8 for each side in fp16
     scale_M = tl.load(scale_m_ptr + token_M, mask=tokens, other=0.0) * FACTOR
-    out_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
-    out = (sums_NM * scale_M[None, :]).to(out_ptr.dtype.element_ty)
-    tl.store(out_NM, out, mask=rows[:, None] & tokens[None, :])
+    store_sums(sums_NM * scale_M[None, :], out_ptr, parts_ptr, counter_ptr, M, N, row_N, token_M, SPLIT)
+
+
+@triton.jit
+def _scales(
+    scale_ptr, b, blocks, K, N, grid_N, rows, GROUP: tl.constexpr, PLANE: tl.constexpr, SCALES: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """The scales of block b of the rows of a tile."""
+    b = tl.minimum(b, blocks - 1)  # the loop looks one block too far
+    scales = ()
+    for i in tl.static_range(SCALES):  # planes past K have no group; their x is 0
+        group = tl.minimum((b * 2 + i) * PLANE, K - 1) // GROUP
+        scales += (load_words(scale_ptr + group * N + grid_N, rows, ASM),)
+    return scales
 
 
 @triton.jit
