@@ -1,9 +1,9 @@
-"""Torch's default dtype and autocast: the user's while the user's model runs, float32 and none for what we work out.
+"""Default dtype, autocast, TF32: the user's while the user's model runs, float32 and none for what we work out.
 
 ``Trainer(precision="bf16-true")`` makes bfloat16 the default dtype of all that it encloses, and mixed precision turns
-on autocast, in which a product of float32 matrices comes out in bfloat16. Statistics, scales and errors must not
-depend on either: handlers and hooks of modifiers run inside :func:`plain_precision`, and what runs the model from
-there enters :func:`model_precision`.
+on autocast, in which a product of float32 matrices comes out in bfloat16; ``set_float32_matmul_precision`` rounds the
+factors of such a product. Statistics, scales and errors must not depend on these: handlers and hooks of modifiers run
+inside :func:`plain_precision`, and what runs the model from there enters :func:`model_precision`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["model_precision", "plain_precision"]
+from lightning_compress.ops.float32_products import full_float32, matmul_precision, users_float32
+
+__all__ = ["matmul_precision", "model_precision", "plain_precision"]
 
 KINDS = ("cpu", "cuda")  # devices with an autocast of their own
 
@@ -37,12 +39,13 @@ _OUTSIDE: ContextVar[_Precision | None] = ContextVar("precision outside of plain
 
 @contextmanager
 def plain_precision() -> Iterator[None]:
-    """float32 is the default dtype inside, and nothing is cast automatically; nests."""
+    """float32 is the default dtype inside, nothing is cast automatically, and no product rounds its factors; nests."""
     before = _Precision.now()
     with ExitStack() as stack:
         if _OUTSIDE.get() is None:
             stack.callback(_OUTSIDE.reset, _OUTSIDE.set(before))
         stack.enter_context(_changed(before, PLAIN))
+        stack.enter_context(full_float32())
         yield
 
 
@@ -50,7 +53,7 @@ def plain_precision() -> Iterator[None]:
 def model_precision() -> Iterator[None]:
     """Inside, the precision is what it was outside of :func:`plain_precision`; without one nothing changes."""
     before = _Precision.now()
-    with _changed(before, _OUTSIDE.get() or before):
+    with _changed(before, _OUTSIDE.get() or before), users_float32():
         yield
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Modifier
+from lightning_compress.core.precision import matmul_precision
 from lightning_compress.files.atomic_file import whole_file
 from lightning_compress.files.bounded_json import read_bounded_json
 from lightning_compress.quant.module_state import dense_tensors
@@ -66,7 +67,7 @@ def make_plan(
         },
         "machine": {
             "type": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),
+            "threads": torch.get_num_threads(), "matmul_precision": matmul_precision(),
             "autocast": [torch.is_autocast_enabled(device) for device in devices],
             "gpu": torch.cuda.get_device_name() if "cuda" in devices else None,
         },

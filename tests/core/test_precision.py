@@ -83,3 +83,26 @@ def test_handlers_and_hooks_are_plain_and_the_model_is_not(default):
         ("initialize", PLAIN), ("hook", PLAIN), ("model", outside), ("event", PLAIN), ("hook", PLAIN),
         ("model", outside), ("finalize", PLAIN),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_handlers_multiply_in_float32_and_the_model_as_the_user_has_set_it(precision):
+    seen: list = []
+
+    class Noting(Looking):
+        def on_event(self, state: State, event: Event, **kwargs: object) -> None:
+            seen.append(torch.get_float32_matmul_precision())
+            with model_precision():
+                seen.append(torch.get_float32_matmul_precision())
+            raise KeyError
+
+    state, lifecycle = State(model=nn.Linear(1, 1), ledger=[]), Lifecycle([Noting()])
+    torch.set_float32_matmul_precision(precision)
+    try:
+        lifecycle.initialize(state)
+        with pytest.raises(KeyError):
+            lifecycle.emit(state, Event(EventType.BATCH_START))
+        assert seen == ["highest", precision]
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -5,10 +5,13 @@ On CUDA a Triton kernel reads x and writes y once; elsewhere torch computes butt
 Shapes: x [..., n], n = m P, base B [m, m] of +-1, P a power of two.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
+from lightning_compress.ops.float32_products import full_float32
 from lightning_compress.ops.registration import register_gradient, register_op
 
 __all__ = ["hadamard_transform"]
@@ -51,7 +54,8 @@ def _transform(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
     if x.is_cuda and x.dtype in KERNEL_DTYPES and x.numel() and _kernel_runs(x, base_mm):
         from lightning_compress.ops.hadamard.kernel import transform
 
-        return transform(x, base_mm, scale)
+        with full_float32():  # large bases and rows end in a product
+            return transform(x, base_mm, scale)
     return _butterflies(x, base_mm, scale)
 
 
@@ -70,7 +74,8 @@ def _butterflies(x: Tensor, base_mm: Tensor | None, scale: float) -> Tensor:
         y = torch.stack([first + second, first - second], 3).reshape(-1, m, power)
         half *= 2
     if base_mm is not None:
-        y = torch.einsum("nap,ab->nbp", y, base_mm.to(x))
+        with nullcontext() if torch.compiler.is_compiling() else full_float32():
+            y = torch.einsum("nap,ab->nbp", y, base_mm.to(x))
     return (y if scale == 1 else y * scale).reshape(x.shape)
 
 
