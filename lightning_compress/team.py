@@ -143,7 +143,7 @@ class Team:
         """
         if self.size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=None if self.star is None else self.star.group)
         numbers: list[float] = tensor.tolist()
         return numbers
@@ -314,14 +314,14 @@ class _Star:
         message = head.numpy().tobytes()
         size, body = int.from_bytes(message[:8], "little"), message[8:]
         if size > self.ROOM:
-            rest = torch.empty(size, dtype=torch.uint8)
+            rest = torch.empty(size, dtype=torch.uint8, device="cpu")
             dist.recv(rest, peer, group=self.group)
             body = rest.numpy().tobytes()
         self._ahead[peer] = self._receive_ahead(peer)
         return pickle.loads(body[:size])
 
     def _receive_ahead(self, peer: int) -> tuple[Any, Tensor]:
-        head = torch.empty(8 + self.ROOM, dtype=torch.uint8)
+        head = torch.empty(8 + self.ROOM, dtype=torch.uint8, device="cpu")
         return dist.irecv(head, peer, group=self.group), head
 
 

@@ -208,6 +208,19 @@ def test_each_new_tensor_says_its_dtype(module):
         assert silent, f"{module} may leave the list"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_each_new_tensor_says_its_device(module):
+    """Torch's default device belongs to the user, too, and a tensor on the CPU must be meant to be there."""
+    calls = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+    factories = {
+        f"torch.{name}" for name in (FLOATS | NUMBERS) - {"FloatTensor", "Tensor", "finfo", "get_default_dtype"}
+    }
+    new = [call for call in calls if ast.unparse(call.func) in factories]
+    silent = [c for c in new if not {"device", None} & {k.arg for k in c.keywords}]
+    lines = [f"line {c.lineno}: {ast.unparse(c)}" for c in silent]
+    assert not lines, f"{module}: name the device, such as device=x.device or 'cpu': " + "; ".join(lines)
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(f"{PACKAGE}.ops.")])
 def test_each_launch_of_a_kernel_enters_the_device_of_its_arguments(module):
     """Triton takes the current device and its stream, whatever the device of the tensors is."""

@@ -60,7 +60,7 @@ def names_of_experts(model: "PreTrainedModel") -> dict[str, str]:
         for fused, projections in {"gate_up_proj": PROJECTIONS[:2], "down_proj": PROJECTIONS[2:]}.items():
             first = len(owners)
             owners += [f"{name}.{expert}.{projection}" for expert in range(experts) for projection in projections]
-            marks = torch.arange(first, len(owners), dtype=torch.float64)
+            marks = torch.arange(first, len(owners), dtype=torch.float64, device="cpu")
             marked[f"{name}.{fused}"] = marks.reshape(experts, len(projections), 1)
     if not marked:
         return {}

@@ -63,7 +63,7 @@ def saved_names(model: "PreTrainedModel") -> dict[str, str]:
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in marks:
-            marks[id(tensor)] = torch.tensor([len(names)], dtype=torch.int64)
+            marks[id(tensor)] = torch.tensor([len(names)], dtype=torch.int64, device="cpu")
             names.append(name)
         state[name] = marks[id(tensor)]
     with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
@@ -115,7 +115,9 @@ def names_on_disk(model: "PreTrainedModel", names: Sequence[str]) -> dict[str, s
         return {name: name for name in names}
     fused = names_of_experts(model)
     names = [name for name in names if name not in fused]
-    marked = {f"{name}.weight": torch.tensor(place, dtype=torch.int64) for place, name in enumerate(names)}
+    marked = {
+        f"{name}.weight": torch.tensor(place, dtype=torch.int64, device="cpu") for place, name in enumerate(names)
+    }
     renamed = revert_weight_conversion(model, marked)
     return {names[int(mark)]: key.removesuffix(".weight") for key, mark in renamed.items()} | fused
 

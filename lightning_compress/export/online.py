@@ -57,5 +57,5 @@ def read_online(layout: nn.Module, entries: Mapping[str, Any], path: Path) -> di
             R, C = as_matrix(layout.get_submodule(name)).shape
             records[name] = OnlineRotations.from_json(data)
             for rotation in records[name].rotations:
-                rotation.apply(torch.zeros(1, C if rotation.side == "input" else R, dtype=torch.float32))
+                rotation.apply(torch.zeros(1, C if rotation.side == "input" else R, dtype=torch.float32, device="cpu"))
     return records

@@ -154,4 +154,4 @@ def _scales_as(dtype: torch.dtype | None, tensors: dict[str, Tensor], scheme: Qu
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(1, dtype=dtype).expand(shape)
+    return torch.zeros(1, dtype=dtype, device="cpu").expand(shape)

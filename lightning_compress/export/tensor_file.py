@@ -123,7 +123,7 @@ class Pages:
     def take(self, size: int) -> Tensor:
         """Bytes, with any values."""
         if size < PAGES or not hasattr(mmap, "MAP_PRIVATE"):
-            return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, device="cpu")
         if free := self._free.get(size):
             pages = free.pop()
         else:

@@ -95,5 +95,5 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"dtype", "shape", "values"}:
-        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"])).reshape(value["shape"])
+        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]), device="cpu").reshape(value["shape"])
     return value

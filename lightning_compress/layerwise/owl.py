@@ -65,7 +65,10 @@ class OutlierSurvey:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Sums and tokens of every target, before any is closed."""
-        tokens = {f"tokens.{name}": torch.tensor(one.tokens, dtype=torch.int64) for name, one in self._squares.items()}
+        tokens = {
+            f"tokens.{name}": torch.tensor(one.tokens, dtype=torch.int64, device="cpu")
+            for name, one in self._squares.items()
+        }
         return tokens | {f"squares.{name}": one.sum_PC for name, one in self._squares.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -154,7 +154,10 @@ def from_owner(
     value, shapes, facts = team.result(outcome, what, owner)
     if value is None:
         return None
-    tensors = {name: sources.get(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
+    tensors = {
+        name: sources.get(name, torch.empty(shape, dtype=dtype, device="cpu"))
+        for name, (shape, dtype) in shapes.items()
+    }
     team.broadcast_(list(tensors.values()), owner)
     if team.rank == owner:
         settle(modules, tensors, facts)

@@ -183,7 +183,7 @@ def record_calls(
 def first_tensor(output: Any) -> Tensor:
     """The first floating tensor of an output."""
     tensors = (t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
-    return next(tensors, torch.zeros(0, dtype=torch.float32))
+    return next(tensors, torch.zeros(0, dtype=torch.float32, device="cpu"))
 
 
 def counted(output: Tensor, mask: Tensor | None) -> Tensor:

@@ -55,8 +55,12 @@ class DepthPruningModifier(Modifier):
     _path: str = PrivateAttr(default="")
     reduce: ClassVar[dict[str, str]] = {"_sums": "sum", "_tokens": "sum"}
 
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.float64))  # of 1 - cos, [L] blocks
-    _tokens: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # seen by each, [L]
+    _sums: Tensor = PrivateAttr(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu")
+    )  # of 1 - cos, [L] blocks
+    _tokens: Tensor = PrivateAttr(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu")
+    )  # seen by each, [L]
     _in_batch: bool = PrivateAttr(default=False)
     _cut: bool = PrivateAttr(default=False)
     _dense_size: int = PrivateAttr(default=0)  # parameters before the cut
@@ -101,7 +105,10 @@ class DepthPruningModifier(Modifier):
                 f"fewer"
             )
         self._dense_size = sum(p.numel() for p in model.parameters())
-        self._sums, self._tokens = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.int64)
+        self._sums, self._tokens = (
+            torch.zeros(total, dtype=torch.float64, device="cpu"),
+            torch.zeros(total, dtype=torch.int64, device="cpu"),
+        )
         if is_transformers(model):  # any choice of blocks leaves the same shapes
             self._check_config(model, total, self._named(total) or range(self.protect, self.protect + count))
         if self.count is not None and self.start is not None:

@@ -119,7 +119,7 @@ class MovementPruningModifier(ScheduledSparsity):
         if self.mode == "hard":
             self._scores[name] = S_RC - moved_RC
             return
-        squares = self._squares.get(name, torch.zeros(2, dtype=torch.float64)).to(moved_RC.device)
+        squares = self._squares.get(name, torch.zeros(2, dtype=torch.float64, device="cpu")).to(moved_RC.device)
         self._squares[name] = squares = squares + torch.stack([moved_RC.square().mean().double(), squares.new_ones(())])
         u_RC = moved_RC / (squares[0] / squares[1]).sqrt().clamp_min(1e-30).float()
         self._scores[name] = soft_step(S_RC, u_RC, self.score_lr, self.regularization * curve)

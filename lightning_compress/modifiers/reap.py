@@ -37,8 +37,8 @@ class ExpertSaliency:
     reduce = {"sum_E": "sum", "tokens_E": "sum"}
 
     def __init__(self, experts: int):
-        self.sum_E = torch.zeros(experts, dtype=torch.float64)
-        self.tokens_E = torch.zeros(experts, dtype=torch.float64)
+        self.sum_E = torch.zeros(experts, dtype=torch.float64, device="cpu")
+        self.tokens_E = torch.zeros(experts, dtype=torch.float64, device="cpu")
 
     def update(
         self, x_NH: Tensor, index_NK: Tensor, weight_NK: Tensor, expert: Callable[[int, Tensor], Tensor]
@@ -69,7 +69,7 @@ def experts_to_keep(saliency_E: Tensor, count: int, groups: int = 1) -> Tensor:
     """Indices of the ``count`` most salient experts, ascending; equally many of each of ``groups`` consecutive runs."""
     size = len(saliency_E) // groups
     best = saliency_E.reshape(groups, size).topk(count // groups, dim=1).indices
-    return (best + size * torch.arange(groups)[:, None]).flatten().sort().values
+    return (best + size * torch.arange(groups, device="cpu")[:, None]).flatten().sort().values
 
 
 def router_of(model: nn.Module, experts: str) -> tuple[str, nn.Module]:
@@ -190,8 +190,8 @@ class REAPModifier(Modifier):
     def load_group_state(self, modules: Mapping[str, nn.Module], state: dict[str, Any]) -> None:
         for name, sums in state.items():
             statistic = self._saliencies[name]
-            statistic.sum_E.copy_(torch.tensor(sums["sum"], dtype=torch.float64))
-            statistic.tokens_E.copy_(torch.tensor(sums["tokens"], dtype=torch.float64))
+            statistic.sum_E.copy_(torch.tensor(sums["sum"], dtype=torch.float64, device="cpu"))
+            statistic.tokens_E.copy_(torch.tensor(sums["tokens"], dtype=torch.float64, device="cpu"))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         layers = self._find(state.model)

@@ -29,8 +29,8 @@ def bins_of(x: Tensor) -> Tensor:
 
 def edges() -> tuple[Tensor, Tensor]:
     """Lower and upper end of each bin, float64 [BINS]."""
-    octave = 2.0 ** torch.arange(LOWEST, LOWEST + EXPONENTS, dtype=torch.float64)
-    inner = (octave[:, None] * (1 + torch.arange(MANTISSA, dtype=torch.float64) / MANTISSA)).flatten()
+    octave = 2.0 ** torch.arange(LOWEST, LOWEST + EXPONENTS, dtype=torch.float64, device="cpu")
+    inner = (octave[:, None] * (1 + torch.arange(MANTISSA, dtype=torch.float64, device="cpu") / MANTISSA)).flatten()
     outer = torch.cat([inner[1:], inner.new_tensor([2.0 ** (LOWEST + EXPONENTS)])])
     inner = torch.cat([inner.new_zeros(1), inner[1:]])  # the first bin reaches down to zero
     return torch.cat([-outer.flip(0), inner]), torch.cat([-inner.flip(0), outer])
@@ -43,7 +43,7 @@ def points(counts: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Ten
     """
     seen = counts > 0
     lower, upper = (end[seen, None].clamp(low, high) for end in edges())
-    at = (torch.arange(SPREAD, dtype=torch.float64) + 0.5) / SPREAD
+    at = (torch.arange(SPREAD, dtype=torch.float64, device="cpu") + 0.5) / SPREAD
     width = (upper - lower).expand(-1, SPREAD) / SPREAD
     return (
         (lower + (upper - lower) * at).flatten(),

@@ -104,13 +104,13 @@ class Observer(ABC):
         """
         if not self.batches:
             raise ValueError("an observer that never saw data has no scale; calibrate first")
-        low, high = (torch.tensor([v], dtype=dtype) for v in self.bounds())
+        low, high = (torch.tensor([v], dtype=dtype, device="cpu") for v in self.bounds())
         scale, zero = calculate_qparams(low, high, self.args)
         return scale, None if self.args.symmetric else zero
 
     def global_scale(self) -> Tensor:
         """g of NVFP4, float32 [1]."""
-        low, high = (torch.tensor(v, dtype=torch.float32) for v in self.bounds())
+        low, high = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in self.bounds())
         return global_scale_of(low, high)
 
 
@@ -160,7 +160,7 @@ class HistogramObserver(Observer):
 
     def __init__(self, args: QuantizationArgs):
         super().__init__(args)
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.counts = torch.zeros(BINS, dtype=torch.float64, device="cpu")
 
     def _histogram(self, x: Tensor) -> Tensor | None:
         return bins_of(x)
@@ -173,7 +173,7 @@ class HistogramObserver(Observer):
 
     def _quantized(self, x: Tensor, factor: float) -> Tensor:
         """On the grid that covers the shrunken extremes; float32."""
-        ends = (torch.tensor([factor * v], dtype=torch.float32) for v in (self.low, self.high))
+        ends = (torch.tensor([factor * v], dtype=torch.float32, device="cpu") for v in (self.low, self.high))
         scale, zero = calculate_qparams(*ends, self.args)
         return fake_quantize(x.float(), scale, zero, self.args)
 
@@ -220,7 +220,7 @@ class Entropy(HistogramObserver):
             return math.inf
         clipped = counts[inside].clone()
         _, code = self._quantized(x[inside], factor).unique(return_inverse=True)
-        mass, width = (torch.zeros(int(code.max()) + 1, dtype=torch.float64) for _ in range(2))
+        mass, width = (torch.zeros(int(code.max()) + 1, dtype=torch.float64, device="cpu") for _ in range(2))
         mass.index_add_(0, code, clipped)
         width.index_add_(0, code, widths[inside])
         Q = (mass / width)[code] * widths[inside]
@@ -236,7 +236,7 @@ class MeanSquare:
     reduce = {"sum_PC": "sum", "tokens": "sum"}
 
     def __init__(self, partitions: int, columns: int):
-        self.sum_PC = torch.zeros(partitions, columns, dtype=torch.float64)
+        self.sum_PC = torch.zeros(partitions, columns, dtype=torch.float64, device="cpu")
         self.tokens = 0
 
     def update(self, x_PNC: Tensor) -> None:

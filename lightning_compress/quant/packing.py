@@ -92,7 +92,7 @@ def compress_words(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> d
     tensors = {name: value for name, value in state.items() if name not in ("weight", "weight_zero_point")}
     zero = state.get("weight_zero_point")
     codes = _codes(state["weight"], state["weight_scale"], zero, args)
-    shape = torch.tensor(codes.shape, dtype=torch.int64)
+    shape = torch.tensor(codes.shape, dtype=torch.int64, device="cpu")
     tensors |= {"weight_packed": pack_words(codes, args.num_bits), "weight_shape": shape}
     if not args.symmetric and zero is not None:
         tensors["weight_zero_point"] = pack_words(zero, args.num_bits, 0) if args.strategy in ROWS else zero
@@ -104,7 +104,7 @@ def _codes(wide_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: Quan
     if args.strategy not in ROWS or wide_RC.is_cuda:  # on a GPU it is one kernel
         return quantize(wide_RC, scale, zero_point, args, dtype=torch.int8)
     largest, rows = 2 ** (args.num_bits - 1) - 1, max(1, CACHED // wide_RC.shape[1])
-    codes_RC = torch.empty(wide_RC.shape, dtype=torch.int8)
+    codes_RC = torch.empty(wide_RC.shape, dtype=torch.int8, device="cpu")
     for start in range(0, len(wide_RC), rows):
         piece = slice(start, start + rows)
         codes_RGg = wide_RC[piece].unflatten(1, (scale.shape[1], -1)) / scale[piece, :, None]

@@ -43,7 +43,7 @@ def find_mlps(model: nn.Module) -> list[Group]:
             columns = _sides(_child(module, reader))[1]
             if len({*rows, columns}) > 1:
                 continue
-            index = torch.arange(columns)[:, None]
+            index = torch.arange(columns, device="cpu")[:, None]
             slices = [s for maker in makers for s in _rows(model, f"{prefix}{maker}", index)]
             groups.append(Group(name or makers[0], columns, (*slices, _columns(model, f"{prefix}{reader}", index))))
             break
@@ -62,8 +62,8 @@ def find_heads(model: nn.Module) -> list[Group]:
         wide, narrow = _sides(q)[0], _sides(k)[0]
         if narrow % dim or wide % narrow or _sides(v)[0] != narrow or _sides(_child(module, output))[1] != wide:
             continue
-        keys = torch.arange(narrow).view(narrow // dim, -1)
-        queries = torch.arange(wide).view(narrow // dim, -1)
+        keys = torch.arange(narrow, device="cpu").view(narrow // dim, -1)
+        queries = torch.arange(wide, device="cpu").view(narrow // dim, -1)
         slices = [
             *_rows(model, f"{name}.q_proj", queries),
             *_rows(model, f"{name}.k_proj", keys),

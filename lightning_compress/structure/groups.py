@@ -53,11 +53,13 @@ def cut_of(remaining: Sequence[tuple[Group, Tensor]], sizes: Mapping[str, Sequen
     """The indices of every tensor that stay when units (int64, ascending) of each group stay; ``sizes``: shapes."""
     masks: dict[str, dict[int, Tensor]] = {}
     for group, units in remaining:
-        removed = torch.ones(group.units, dtype=torch.bool)
+        removed = torch.ones(group.units, dtype=torch.bool, device="cpu")
         removed[units] = False
         for piece in group.slices:
             along = masks.setdefault(piece.tensor, {})
-            mask = along.setdefault(piece.dim, torch.ones(sizes[piece.tensor][piece.dim], dtype=torch.bool))
+            mask = along.setdefault(
+                piece.dim, torch.ones(sizes[piece.tensor][piece.dim], dtype=torch.bool, device="cpu")
+            )
             mask[piece.index[removed].flatten()] = False
     return {
         name: {dim: mask.nonzero().flatten() for dim, mask in along.items() if not mask.all()}

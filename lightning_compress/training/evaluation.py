@@ -164,7 +164,7 @@ class TokenMeanMetric(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums_K", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums_K", torch.zeros(6, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, d_N: Tensor, lengths_S: Tensor) -> None:
         """Add sequences of those lengths, whose tokens have the values d."""
@@ -223,9 +223,11 @@ def _perplexity(
             logits_TV, target_T = logits_TV[:-1].float(), target_T[1:]
             nll_T = nn.functional.cross_entropy(logits_TV, target_T, ignore_index=-100, reduction="none")
             nlls.append(nll_T[target_T != -100].cpu())
-    nll_N, lengths_S = torch.cat(nlls), torch.tensor([len(n) for n in nlls], dtype=torch.int64)
+    nll_N, lengths_S = torch.cat(nlls), torch.tensor([len(n) for n in nlls], dtype=torch.int64, device="cpu")
     nll = mean_over_tokens(nll_N, lengths_S, device).value
-    perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()  # inf above 709, where math.exp raises
+    perplexity = (
+        torch.tensor(nll, dtype=torch.float64, device="cpu").exp().item()
+    )  # inf above 709, where math.exp raises
     return Measurement({"perplexity": perplexity, "nll": nll}, nll_N, lengths_S, count)
 
 

@@ -25,13 +25,13 @@ def collect() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64, device="cpu"), "gauss": gauss},
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if (numpy := sys.modules.get("numpy")) is not None:
         kind, keys, position, has_gauss, cached = numpy.random.get_state()
-        words = torch.tensor([int(key) for key in keys], dtype=torch.int64)
+        words = torch.tensor([int(key) for key in keys], dtype=torch.int64, device="cpu")
         state["numpy"] = {"kind": str(kind), "keys": words, "rest": [int(position), int(has_gauss), float(cached)]}
     return state
 

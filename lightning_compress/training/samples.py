@@ -42,7 +42,7 @@ def seeded_view(loader: Any, batches: int, seed: int) -> tuple[Iterable[Any], st
     size = len(population)
     samples = min(batches * loader.batch_size, size)
     generator = torch.Generator().manual_seed(seed)
-    indices = sorted(population[i] for i in torch.randperm(size, generator=generator)[:samples].tolist())
+    indices = sorted(population[i] for i in torch.randperm(size, generator=generator, device="cpu")[:samples].tolist())
     view = DataLoader(
         Subset(loader.dataset, indices),
         batch_size=loader.batch_size,

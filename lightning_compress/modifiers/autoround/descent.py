@@ -93,7 +93,7 @@ def drawn(count: int, seed: int) -> Iterator[int]:
     """Endless random numbers below ``count``: one permutation after another."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+        yield from torch.randperm(count, generator=generator, device="cpu").tolist()
 
 
 def _some(order: Iterator[int], block: LearnedBlock, samples: int) -> list[int]:

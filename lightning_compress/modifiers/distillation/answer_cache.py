@@ -120,9 +120,9 @@ class AnswerCache:
         rows = [next(iter(answer.values())).shape[0] for answer in answers]
         tensors = {part: torch.cat([answer[part] for answer in answers]) for part in answers[0]}
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(self._pending)), dtype=torch.uint8).view(len(answers), -1)
-        tensors["ends"] = torch.tensor(rows, dtype=torch.int64).cumsum(0)
+        tensors["ends"] = torch.tensor(rows, dtype=torch.int64, device="cpu").cumsum(0)
         checks = [_check(key, answer) for key, answer in self._pending.items()]
-        tensors["checks"] = torch.tensor(checks, dtype=torch.int64)
+        tensors["checks"] = torch.tensor(checks, dtype=torch.int64, device="cpu")
         name = f"{host_name()}-{os.getpid()}-{secrets.token_hex(8)}.safetensors"
         try:
             with whole_file(self.folder / name) as partial:
@@ -206,6 +206,6 @@ def _fault(keys: Tensor, ends: Tensor, checks: Tensor) -> str | None:
     for table, values in (("ends", ends), ("checks", checks)):
         if values.dtype != torch.int64 or values.shape != keys.shape[:1]:
             return f"its {table} are {values.dtype} {list(values.shape)}, expected int64 [{len(keys)}]"
-    if (ends.diff(prepend=torch.zeros(1, dtype=torch.int64)) < 0).any():
+    if (ends.diff(prepend=torch.zeros(1, dtype=torch.int64, device="cpu")) < 0).any():
         return "its ends do not ascend from 0"
     return None

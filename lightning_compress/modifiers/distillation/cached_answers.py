@@ -130,7 +130,7 @@ def _cut(answers: Mapping[str, Tensor], sample: int, lengths: list[int] | None) 
 
 
 def _padded(rows: list[Tensor], tokens: int) -> Tensor:
-    padded = torch.zeros(len(rows), tokens, *rows[0].shape[1:], dtype=rows[0].dtype)
+    padded = torch.zeros(len(rows), tokens, *rows[0].shape[1:], dtype=rows[0].dtype, device="cpu")
     for row, target in zip(rows, padded, strict=True):
         target[: len(row)] = row
     return padded

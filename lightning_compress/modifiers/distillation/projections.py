@@ -32,7 +32,7 @@ class Projections:
         if name not in self.weights:
             generator = torch.Generator().manual_seed(len(self.weights))
             bound = hidden.shape[-1] ** -0.5
-            weight = torch.empty(width, hidden.shape[-1], dtype=torch.float32)
+            weight = torch.empty(width, hidden.shape[-1], dtype=torch.float32, device="cpu")
             weight.uniform_(-bound, bound, generator=generator)
             self._add(name, weight)
         self._follow(self.weights[name], hidden.device)

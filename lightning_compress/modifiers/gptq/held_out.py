@@ -87,5 +87,10 @@ def _some_rows(matrix: Matrix, solver: Solver, count: int) -> Matrix:
     R = len(matrix.W_RC)
     if solver.args.strategy in ("tensor", "block"):
         return matrix
-    rows = torch.linspace(0, R - 1, min(R, max(1, count)), dtype=torch.float32).round().long().to(matrix.W_RC.device)
+    rows = (
+        torch.linspace(0, R - 1, min(R, max(1, count)), dtype=torch.float32, device="cpu")
+        .round()
+        .long()
+        .to(matrix.W_RC.device)
+    )
     return replace(matrix, W_RC=matrix.W_RC[rows], keep_RC=matrix.keep_RC[rows])

@@ -18,8 +18,8 @@ __all__ = ["gumbel", "hard_mask", "patterns", "prior_shift", "soft_mask"]
 
 def patterns(n: int, m: int) -> Tensor:
     """All masks of M weights that keep N: float32 [K, M], in the order of ``itertools.combinations``."""
-    index_KN = torch.tensor(list(combinations(range(m), n)), dtype=torch.int64)
-    return torch.zeros(len(index_KN), m, dtype=torch.float32).scatter_(1, index_KN, 1.0)
+    index_KN = torch.tensor(list(combinations(range(m), n)), dtype=torch.int64, device="cpu")
+    return torch.zeros(len(index_KN), m, dtype=torch.float32, device="cpu").scatter_(1, index_KN, 1.0)
 
 
 def gumbel(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ class MaskLogits(nn.Module):
         self.active = False
         self.in_batch = False  # inside a training batch, also in passes without gradients
         # tensors: new numbers would be compiled anew in each step
-        self.kappa, self.tau = (torch.ones((), dtype=torch.float32) for _ in range(2))
+        self.kappa, self.tau = (torch.ones((), dtype=torch.float32, device="cpu") for _ in range(2))
         self.seed = 0
 
     def forward(self, weight: Tensor) -> Tensor:

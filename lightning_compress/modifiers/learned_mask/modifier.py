@@ -141,7 +141,7 @@ class LearnedMaskModifier(Modifier):
             W_RC = self._weights.matrices()[name]
             shape = (W_RC.shape[0], W_RC.shape[1] // self.pattern[1], len(S_KM))
             generator = torch.Generator().manual_seed(noise_seed(self.seed, 0, index))
-            logits = self.init_std * torch.randn(shape, generator=generator, dtype=torch.float32)
+            logits = self.init_std * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             if name in priors:
                 logits += self.init_std * self.prior_strength * prior_shift(priors[name].cpu(), S_KM)
             put_on(module, MaskLogits(module, S_KM, logits.to(W_RC.device)))

@@ -90,7 +90,9 @@ def token_run(model: nn.Module, rows: int, seed: int = 0) -> Callable[[], Any]:
     """
     table = _table(model)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, table.num_embeddings, (rows, TOKENS), generator=generator).to(table.weight.device)
+    ids = torch.randint(0, table.num_embeddings, (rows, TOKENS), generator=generator, device="cpu").to(
+        table.weight.device
+    )
     forward = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     config = getattr(model, "config", None)
     keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in forward else {}

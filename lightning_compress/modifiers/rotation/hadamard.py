@@ -80,7 +80,7 @@ def fast_hadamard_transform(x: Tensor, *, transpose: bool = False) -> Tensor:
 
 def random_signs(n: int, generator: Generator) -> Tensor:
     """[n] of +-1, float64, on the CPU."""
-    return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+    return torch.randint(0, 2, (n,), generator=generator, device="cpu").double() * 2 - 1
 
 
 def random_hadamard(n: int, generator: Generator, *, keep_mean: bool = False) -> Tensor:
@@ -109,13 +109,13 @@ def random_orthogonal(n: int, generator: Generator, *, keep_mean: bool = False) 
         keep_mean: Uniform over the matrices that keep the vector of ones.
     """
     size = n - 1 if keep_mean else n
-    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64, device="cpu"))
     Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
     if not keep_mean:
         return Q
-    padded = torch.eye(n, dtype=torch.float64)
+    padded = torch.eye(n, dtype=torch.float64, device="cpu")
     padded[1:, 1:] = Q
-    v = torch.full((n,), -1 / math.sqrt(n), dtype=torch.float64)  # reflects ones / sqrt(n) onto e_1
+    v = torch.full((n,), -1 / math.sqrt(n), dtype=torch.float64, device="cpu")  # reflects ones / sqrt(n) onto e_1
     v[0] += 1
     if n > 1:
         padded -= 2 * torch.outer(v, v @ padded) / (v @ v)
@@ -137,9 +137,9 @@ def _split(n: int) -> tuple[int, int]:
 
 
 def _sylvester(n: int) -> Tensor:
-    H = torch.ones(1, 1, dtype=torch.float64)
+    H = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(H) < n:
-        H = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), H)
+        H = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu"), H)
     return H
 
 
@@ -150,7 +150,7 @@ def _has_odd_kind(m: int) -> bool:
 def _of_odd_kind(m: int) -> Tensor:
     """Normalized, [m, m]."""
     if m == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu")
     if (kind := _paley(m)) is not None:
         H = _paley_first(m - 1) if kind == 1 else _paley_second(m // 2 - 1)
     else:
@@ -177,17 +177,17 @@ def _factors(m: int) -> tuple[int, int] | None:
 
 
 def _paley_first(q: int) -> Tensor:
-    S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    S = torch.zeros(q + 1, q + 1, dtype=torch.float64, device="cpu")
     S[0, 1:], S[1:, 0], S[1:, 1:] = 1, -1, _jacobsthal(q)
-    return S + torch.eye(q + 1, dtype=torch.float64)
+    return S + torch.eye(q + 1, dtype=torch.float64, device="cpu")
 
 
 def _paley_second(q: int) -> Tensor:
-    S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    S = torch.zeros(q + 1, q + 1, dtype=torch.float64, device="cpu")
     S[0, 1:], S[1:, 0], S[1:, 1:] = 1, 1, _jacobsthal(q)
-    a = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    b = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(S, a) + torch.kron(torch.eye(q + 1, dtype=torch.float64), b)
+    a = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
+    b = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
+    return torch.kron(S, a) + torch.kron(torch.eye(q + 1, dtype=torch.float64, device="cpu"), b)
 
 
 def _jacobsthal(q: int) -> Tensor:
@@ -196,11 +196,13 @@ def _jacobsthal(q: int) -> Tensor:
     assert power is not None
     p, k = power
     elements = list(product(range(p), repeat=k))  # polynomials, highest coefficient first
-    weights = torch.tensor([p**i for i in reversed(range(k))], dtype=torch.int64)
+    weights = torch.tensor([p**i for i in reversed(range(k))], dtype=torch.int64, device="cpu")
     modulus = _irreducible(p, k)
     squares = {_times(a, a, modulus, p) for a in elements if any(a)}
-    chi = torch.tensor([0.0 if not any(a) else 1.0 if a in squares else -1.0 for a in elements], dtype=torch.float64)
-    A = torch.tensor(elements, dtype=torch.int64)
+    chi = torch.tensor(
+        [0.0 if not any(a) else 1.0 if a in squares else -1.0 for a in elements], dtype=torch.float64, device="cpu"
+    )
+    A = torch.tensor(elements, dtype=torch.int64, device="cpu")
     return chi[((A[:, None] - A[None]) % p * weights).sum(-1)]
 
 

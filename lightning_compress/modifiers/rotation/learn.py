@@ -41,11 +41,13 @@ class TokenSample:
     def __init__(self, size: int, generator: Generator):
         self.size, self.generator = size, generator
         self._rows: Tensor | None = None
-        self._keys = torch.empty(0, dtype=torch.float32)
+        self._keys = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def update(self, x_NC: Tensor) -> None:
         """Add vectors [N, C]; the sample is on the CPU in float32."""
-        keys = torch.cat([self._keys, torch.rand(len(x_NC), generator=self.generator, dtype=torch.float32)])
+        keys = torch.cat(
+            [self._keys, torch.rand(len(x_NC), generator=self.generator, dtype=torch.float32, device="cpu")]
+        )
         rows = x_NC.detach().float().cpu()
         rows = rows if self._rows is None else torch.cat([self._rows, rows])
         best = keys.topk(min(self.size, len(keys))).indices
@@ -130,7 +132,7 @@ def learn_rotation(
         before = best_loss = float(rounding_loss(R.float(), chosen, bits))
     best, M = R, torch.zeros_like(R)
     for step in range(steps):
-        indices = torch.randperm(len(chosen), generator=generator)[:READERS_PER_STEP].tolist()
+        indices = torch.randperm(len(chosen), generator=generator, device="cpu")[:READERS_PER_STEP].tolist()
         with torch.enable_grad():
             variable = R.float().requires_grad_()
             (G,) = torch.autograd.grad(rounding_loss(variable, [chosen[i] for i in indices], bits), variable)
@@ -185,5 +187,5 @@ def _rounded(x: Tensor, bits: int) -> Tensor:
 
 
 def _some_rows(reader: Reader, generator: Generator) -> Reader:
-    rows = torch.randperm(len(reader.V_OC), generator=generator)[:ROWS]
+    rows = torch.randperm(len(reader.V_OC), generator=generator, device="cpu")[:ROWS]
     return Reader(reader.Z_TC, reader.V_OC[rows.to(reader.V_OC.device)])

@@ -35,7 +35,7 @@ def recognize(name: str, module: nn.Module, width: int, device: torch.device) ->
     gain_name, gain = next(iter(parameters.items()), ("", None))
     dtype = next((p.dtype for p in (gain, bias) if p is not None), torch.get_default_dtype())
     generator = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(2, 4, width, generator=generator, dtype=torch.float32) + 1).to(device, dtype)
+    x = (3 * torch.randn(2, 4, width, generator=generator, dtype=torch.float32, device="cpu") + 1).to(device, dtype)
     try:
         y = module(x)
     except Exception:

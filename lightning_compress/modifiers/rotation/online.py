@@ -35,7 +35,7 @@ class OnlineRotation:
 
     def matrix(self) -> Tensor:
         """M [h, h], float64."""
-        signs_h = torch.tensor(self.signs, dtype=torch.float64)
+        signs_h = torch.tensor(self.signs, dtype=torch.float64, device="cpu")
         return signs_h[:, None] * hadamard(len(self.signs)) / math.sqrt(len(self.signs))
 
     def apply(self, x: Tensor, *, back: bool = False) -> Tensor:

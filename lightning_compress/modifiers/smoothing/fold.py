@@ -84,7 +84,7 @@ def change_by_folding(
     involved = {name for pair in pairs for name in [pair.source, *pair.consumers]}
     with restored(*[modules[name] for name in involved]):
         for pair in pairs:
-            exponents = torch.randint(-2, 3, pair.channels_J.shape, generator=generator)
+            exponents = torch.randint(-2, 3, pair.channels_J.shape, generator=generator, device="cpu")
             fold(pair, modules, torch.exp2(exponents.float()).to(pair.channels_J.device))
         after = record(units, run, inputs=False)
     if list(before.calls) != list(after.calls):

@@ -65,7 +65,7 @@ class ChannelMean(ChannelStatistic):
 
     def __init__(self, columns: int, device: torch.device | None = None):
         super().__init__(columns, device)
-        self.sum_C = torch.zeros(columns, dtype=torch.float64)
+        self.sum_C = torch.zeros(columns, dtype=torch.float64, device="cpu")
 
     def _add(self, x_NC: Tensor) -> None:
         self.sum_C += x_NC.abs().sum(0, dtype=torch.float32).cpu()

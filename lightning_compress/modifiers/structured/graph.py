@@ -94,7 +94,7 @@ def _groups(
             continue
         slices: list[Slice] = []
         for item in items:
-            dep, indices = item.dep, torch.tensor(item.idxs, dtype=torch.int64)
+            dep, indices = item.dep, torch.tensor(item.idxs, dtype=torch.int64, device="cpu")
             layer = dep.target.module
             if isinstance(layer, nn.Parameter):
                 path = next(n for n, p in model.named_parameters() if p is layer)
@@ -105,7 +105,7 @@ def _groups(
             out = bool(graph.is_out_channel_pruning_fn(dep.handler))
             if out and isinstance(layer, (nn.Linear, *CONVS)):
                 covered.add(path)
-            roots = torch.tensor(item.root_idxs, dtype=torch.int64)
+            roots = torch.tensor(item.root_idxs, dtype=torch.int64, device="cpu")
             index = _by_unit(indices, roots, size, path, name)
             slices += _slices(path, layer, index, out)
         groups.append(Group(name, size, tuple(slices)))
@@ -115,7 +115,9 @@ def _groups(
 def _by_unit(indices: Tensor, roots: Tensor, size: int, path: str, maker: str) -> Tensor:
     """The indices of each channel, [U, K]."""
     order = torch.argsort(roots, stable=True)
-    if len(roots) % size or not torch.equal(roots[order], torch.arange(size).repeat_interleave(len(roots) // size)):
+    if len(roots) % size or not torch.equal(
+        roots[order], torch.arange(size, device="cpu").repeat_interleave(len(roots) // size)
+    ):
         raise ValueError(
             f"cannot prune through {path!r}: the channels of {maker!r} enter it unequally often; add {maker!r} to "
             f"ignore"

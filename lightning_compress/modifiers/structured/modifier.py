@@ -140,7 +140,10 @@ class StructuredPruningModifier(StructuredArguments):
         """The config of a transformers model must be able to state all final sizes."""
         if not is_transformers(model):
             return
-        units = [(g, torch.arange(units_to_keep(g.dense, self.ratio, self.round_to))) for g in self._groups.values()]
+        units = [
+            (g, torch.arange(units_to_keep(g.dense, self.ratio, self.round_to), device="cpu"))
+            for g in self._groups.values()
+        ]
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         for name, along in cut_of(units, {n: t.shape for n, t in tensors_of(model).items()}).items():
             for dim, index in along.items():

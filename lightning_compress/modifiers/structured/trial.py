@@ -58,7 +58,7 @@ def _failure(
     tensors = tensors_of(trial)
     try:
         _check_inside(pairs, tensors)
-        remaining = [(group, torch.arange(count)) for group, count in pairs]
+        remaining = [(group, torch.arange(count, device="cpu")) for group, count in pairs]
         cut_tensors(trial, cut_of(remaining, {name: tensor.shape for name, tensor in tensors.items()}))
         shapes = _output_shapes(trial, args, kwargs)
     except Exception as error:  # whatever the user's forward raises

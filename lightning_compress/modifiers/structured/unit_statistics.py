@@ -53,7 +53,8 @@ class UnitStatistics:
         """Add up over ranks, on some of which a group may have seen no batch."""
         for name, group in groups.items():
             total = _UnitSum(
-                self._sums.get(name, torch.zeros(group.units, dtype=torch.float64)), self._counts.get(name, 0)
+                self._sums.get(name, torch.zeros(group.units, dtype=torch.float64, device="cpu")),
+                self._counts.get(name, 0),
             )
             team.reduce_(total)
             self._sums[name], self._counts[name] = total.sum_U, total.count
@@ -67,7 +68,7 @@ class UnitStatistics:
         if importance == "magnitude":
             tensors = tensors_of(model)
             matrices = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
-            zero = torch.zeros(group.units, dtype=torch.float32)
+            zero = torch.zeros(group.units, dtype=torch.float32, device="cpu")
             return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), zero).sqrt()
         if not self._counts.get(group.name):
             raise ValueError(

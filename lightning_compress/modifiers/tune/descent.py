@@ -83,7 +83,7 @@ def tune(
     order = torch.Generator().manual_seed(how.seed)
     with _alone_with_gradients(model, knobs), gradients_to(knobs):
         for epoch in range(how.epochs):
-            shuffled = [training[i] for i in torch.randperm(len(training), generator=order).tolist()]
+            shuffled = [training[i] for i in torch.randperm(len(training), generator=order, device="cpu").tolist()]
             for group in range(groups):
                 progress = (epoch * groups + group) / (how.epochs * groups)
                 optimizer.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
@@ -124,7 +124,9 @@ def _step(
 def _mean_loss(numbers: Sequence[int], loss: Callable[[int], Tensor], team: Team) -> float:
     with torch.no_grad():
         losses = [float(loss(number)) for number in numbers if number % team.size == team.rank]
-    total = SimpleNamespace(sum=torch.tensor(math.fsum(losses), dtype=torch.float64), reduce={"sum": "sum"})
+    total = SimpleNamespace(
+        sum=torch.tensor(math.fsum(losses), dtype=torch.float64, device="cpu"), reduce={"sum": "sum"}
+    )
     team.reduce_(total)
     return float(total.sum) / len(numbers)
 

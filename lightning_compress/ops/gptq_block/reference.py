@@ -32,7 +32,7 @@ def gptq_block(
         if rounding is not None:
             grid, scale_GR, zero_GR, group_b = rounding
             group = int(group_b[j])
-            zero_R = torch.zeros(R, dtype=torch.float64) if zero_GR is None else zero_GR[group].double()
+            zero_R = torch.zeros(R, dtype=torch.float64, device="cpu") if zero_GR is None else zero_GR[group].double()
             q_R = nearest(q_R, scale_GR[group].double(), zero_R.to(q_R.device), grid)
         if keep_bR is not None:
             q_R = torch.where(keep_bR[j], q_R, 0.0)
@@ -65,4 +65,4 @@ def _numbers(bits: int) -> Tensor:
         positive |= {(1 + m / 2**mantissa) * 2.0**exponent, m / 2**mantissa * 2.0**least}
     up = sorted(x for x in positive if x <= largest)
     down = [-x for x in reversed(up[1:])]
-    return torch.tensor(([] if len(down) % 2 == 0 else [-torch.inf]) + down + up, dtype=torch.float64)
+    return torch.tensor(([] if len(down) % 2 == 0 else [-torch.inf]) + down + up, dtype=torch.float64, device="cpu")

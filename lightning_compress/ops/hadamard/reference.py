@@ -20,7 +20,7 @@ def hadamard_transform(x: Tensor, base_mm: Tensor | None = None, scale: float = 
 
 def sylvester(P: int) -> Tensor:
     """S_P [P, P], float64."""
-    S = torch.ones(1, 1, dtype=torch.float64)
+    S = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(S) < P:
-        S = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), S)
+        S = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu"), S)
     return S

@@ -21,13 +21,13 @@ def is_exact() -> bool:
     """Whether sums of the largest codes are exact in this process: the CPU has VNNI, and oneDNN uses it."""
     if not torch.cpu._is_vnni_supported():
         return False
-    codes_MK = torch.full((32, 64), 127, dtype=torch.int8)
+    codes_MK = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     codes_MK[::2] = -128
     weight_NK = codes_MK[:2]
     sums_MN = (codes_MK.double() @ weight_NK.double().t()).float()
-    ones_N = torch.ones(2, dtype=torch.float32)
+    ones_N = torch.ones(2, dtype=torch.float32, device="cpu")
     packed = torch.ops.onednn.qlinear_prepack(weight_NK, None)
-    zero_N = torch.zeros(2, dtype=torch.int32)
+    zero_N = torch.zeros(2, dtype=torch.int32, device="cpu")
     results = [_qlinear(codes_MK, packed, ones_N, zero_N), torch._int_mm(codes_MK, weight_NK.t()).float()]
     return all(torch.equal(result, sums_MN) for result in results)
 
@@ -39,7 +39,7 @@ def prepare(weight_NK: Tensor, scale_N: Tensor) -> Operands:
     else:
         packed = torch.ops.onednn.qlinear_prepack(weight_NK, None)
     scale_N = scale_N.float().contiguous()
-    zero_N = torch.zeros(len(weight_NK), dtype=torch.int32)
+    zero_N = torch.zeros(len(weight_NK), dtype=torch.int32, device="cpu")
     return weight_NK, packed, scale_N, zero_N, weight_NK.sum(1, dtype=torch.int32) * scale_N
 
 

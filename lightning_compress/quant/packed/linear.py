@@ -245,7 +245,7 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Tensors of the checkpoint move, and keep their dtypes: ``model.to(torch.bfloat16)`` is for the others."""
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         moved = {name: (value, fn(value)) for name, value in self.tensors().items()}
         self.take({name: new if new.dtype == old.dtype else old.to(new.device) for name, (old, new) in moved.items()})
         if self.siblings is not None:

@@ -88,7 +88,9 @@ class Siblings:
             tensors = {}
             for name, value in members[0].items():
                 if name == "weight_shape":
-                    tensors[name] = torch.tensor([sum(self.sizes), self.layers[0].in_features], dtype=torch.int64)
+                    tensors[name] = torch.tensor(
+                        [sum(self.sizes), self.layers[0].in_features], dtype=torch.int64, device="cpu"
+                    )
                 elif _is_shared(name):
                     tensors[name] = value
                 else:
