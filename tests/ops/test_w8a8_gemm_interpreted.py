@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from lightning_compress.ops.w8a8_gemm import KINDS, kernel, reference
 from lightning_compress.ops.w8a8_gemm.kernel import W8Launch, rule
-from lightning_compress.ops.w8a8_gemm.reference import quantize, quantize_tokens
+from lightning_compress.ops.w8a8_gemm.reference import quantize
 from tests.ops.test_w8a8_gemm import case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -30,20 +30,32 @@ def test_equals_float64(M, N, K, split, kind):
         assert_close(y.double(), reference.gemm(*arguments), rtol=tolerance, atol=1e-3)
 
 
+def test_any_split_of_int8_gives_the_same_numbers():
+    arguments = case(5, 65, 600, torch.int8)
+    results = [kernel.gemm(*arguments, torch.float32, W8Launch(16, 64, 64, split, 4, 3)) for split in (1, 2, 5)]
+    expected = reference.gemm(*arguments).float()
+    for y in results:
+        assert torch.equal(y, results[0])
+    assert_close(results[0], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sums", [torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("one", [True, False])
+def test_scaled_sums_are_those_of_torch(sums, one):
+    sums_MN = torch.randint(-(2**20), 2**20, (3, 1500), dtype=torch.int32).to(sums)
+    scale_M, scale_N = torch.rand(1 if one else 3), torch.rand(1 if one else 1500)
+    for dtype in (torch.float32, torch.float16):
+        expected = (sums_MN * scale_N * scale_M[:, None] / 2**20).to(dtype)
+        assert torch.equal(kernel.scale_sums(sums_MN, scale_M / 2**20, scale_N, dtype), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("scale", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("M", "K", "split"), [(1, 16, 1), (5, 200, 2)], ids=str)
-def test_tokens_are_quantized_on_the_way(M, K, split, dtype, kind):
-    _, _, weight, scale_N = case(M, 65, K, kind)
-    x, launch = torch.randn(M, K).to(dtype), W8Launch(16, 64, 64, split, 4, 3)
-    x[-1, :3] = 0
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # of the result
-    for scale in (None, torch.tensor([0.03]).to(dtype)):
-        codes = quantize_tokens(x, kind) if scale is None else (quantize(x, scale, kind), scale)
-        y = kernel.fused_gemm(x, None if scale is None else scale.float(), weight, scale_N[:1], launch)
-        expected = reference.gemm(*codes, weight, scale_N[:1])
-        assert y.dtype == dtype
-        assert (y.double() - expected).norm() < tolerance * expected.norm()
+def test_a_fixed_scale_gives_the_codes_of_the_reference(dtype, scale, kind):
+    x, fixed = (torch.randn(3, 200) * 5).to(dtype), torch.tensor([0.03]).to(scale)
+    codes = kernel.quantize_static(x, fixed, kind)
+    assert torch.equal(codes.view(torch.int8), quantize(x, fixed, kind).view(torch.int8))
 
 
 def test_all_e4m3_bits_are_worth_their_number():

@@ -9,7 +9,7 @@ Shapes: M tokens, N output features, K input features.
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.availability import KERNEL_DTYPES, kernel_runs
+from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
 from lightning_compress.ops.registration import product_op, register_op, skips_dispatcher
 from lightning_compress.ops.w8a8_gemm import reference
 
@@ -17,7 +17,6 @@ __all__ = ["KINDS", "quantize_static", "quantize_tokens", "w8a8_gemm", "w8a8_lin
 
 KINDS = (torch.int8, torch.float8_e4m3fn)
 FEW = 64  # tokens up to which the kernel is expected to win over cuBLASLt; not measured yet
-FUSED = 8  # tokens up to which quantizing in every program should beat a launch; not measured yet
 EXACT = 1024  # number of products (-128) (-128) whose sum, 2^24, is exact in float32
 
 
@@ -47,7 +46,7 @@ def quantize_static(x: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
     _check_tokens(x, kind)
     if scale.shape != (1,) or not scale.is_floating_point():
         raise ValueError(f"expected one floating scale [1], got {scale.dtype} {tuple(scale.shape)}")
-    return reference.quantize(x.detach(), scale, kind)
+    return _quantize_static(x.detach(), scale, kind)
 
 
 def w8a8_gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,18 +131,18 @@ def _quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     return codes_MK.view(x.shape), scale_M.view(x.shape[:-1])
 
 
-def _linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None) -> Tensor:
-    N, K = weight_NK.shape
-    x_MK = x.reshape(-1, K)
-    wider = scale is not None and torch.promote_types(x.dtype, scale.dtype) != x.dtype  # the kernel rounds to x.dtype
-    if x.is_cuda and N and 0 < len(x_MK) <= FUSED and not wider and _kernel_runs(x.device):
-        from lightning_compress.ops.w8a8_gemm.kernel import fused_gemm
+def _quantize_static(x: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    if calls_kernel(x) and x.numel() and _kernel_runs(x.device):
+        from lightning_compress.ops.w8a8_gemm.kernel import quantize_static
 
-        scale = None if scale is None else scale.float()
-        return fused_gemm(x_MK, scale, weight_NK, scale_N).view(*x.shape[:-1], N)
+        return quantize_static(x.reshape(-1, x.shape[-1]), scale, kind).view(x.shape)
+    return reference.quantize(x, scale, kind)
+
+
+def _linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return _gemm(*_quantize(x, weight_NK.dtype), weight_NK, scale_N, x.dtype)
-    return _gemm(reference.quantize(x, scale, weight_NK.dtype), scale.float(), weight_NK, scale_N, x.dtype)
+    return _gemm(_quantize_static(x, scale, weight_NK.dtype), scale.float(), weight_NK, scale_N, x.dtype)
 
 
 def _gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,15 +150,16 @@ def _gemm(codes: Tensor, scale: Tensor, weight_NK: Tensor, scale_N: Tensor, dtyp
     codes_MK, scale_M = codes.reshape(-1, K).contiguous(), scale.reshape(-1).contiguous()
     M = len(codes_MK)
     by_torch = codes.is_cuda and M > 16 and _torch_multiplies(codes.device, codes.dtype, N, K)
-    if codes.is_cuda and M and N and not (by_torch and M > FEW) and _kernel_runs(codes.device):
+    runs = codes.is_cuda and M > 0 and N > 0 and _kernel_runs(codes.device)
+    if runs and not (by_torch and M > FEW):
         from lightning_compress.ops.w8a8_gemm.kernel import gemm
 
         y_MN = gemm(codes_MK, scale_M, weight_NK, scale_N, dtype)
     elif codes.dtype == torch.int8:
         sums_MN = torch._int_mm(codes_MK, weight_NK.t()) if by_torch else _exact(codes_MK, weight_NK)
-        y_MN = (sums_MN * scale_N * scale_M[:, None]).to(dtype)
+        y_MN = _scaled(sums_MN, scale_M, scale_N, dtype, runs)
     elif by_torch:
-        y_MN = _by_scaled_mm(codes_MK, scale_M, weight_NK, scale_N, dtype)
+        y_MN = _by_scaled_mm(codes_MK, scale_M, weight_NK, scale_N, dtype, runs)
     else:
         y_MN = (codes_MK.float() @ weight_NK.float().t() * scale_N * scale_M[:, None]).to(dtype)
     return y_MN.view(*codes.shape[:-1], N)
@@ -172,7 +172,9 @@ def _torch_multiplies(device: torch.device, kind: torch.dtype, N: int, K: int) -
     return N % 16 == 0 and K % 16 == 0 and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _by_scaled_mm(codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+def _by_scaled_mm(
+    codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype, runs: bool = False
+) -> Tensor:
     """y [M, N] by torch's FP8 product, which supports scales by row and column for bf16 results only."""
     by_row = len(scale_M) > 1 or len(scale_N) > 1
     if by_row and dtype == torch.bfloat16:
@@ -182,6 +184,15 @@ def _by_scaled_mm(codes_MK: Tensor, scale_M: Tensor, weight_NK: Tensor, scale_N:
         return torch._scaled_mm(codes_MK, weight_NK.t(), scale_M, scale_N, out_dtype=dtype)
     one = torch.ones(1, device=codes_MK.device, dtype=torch.float32)
     sums_MN = torch._scaled_mm(codes_MK, weight_NK.t(), one, one, out_dtype=torch.float32)
+    return _scaled(sums_MN, scale_M, scale_N, dtype, runs)
+
+
+def _scaled(sums_MN: Tensor, scale_M: Tensor, scale_N: Tensor, dtype: torch.dtype, runs: bool) -> Tensor:
+    """y [M, N], in one pass where kernels run: torch makes three."""
+    if runs:
+        from lightning_compress.ops.w8a8_gemm.kernel import scale_sums
+
+        return scale_sums(sums_MN, scale_M, scale_N, dtype)
     return (sums_MN * scale_N * scale_M[:, None]).to(dtype)
 
 

@@ -6,8 +6,9 @@ gives the same result; e4m3 is summed in float32, and the sums leave the tensor 
 with fewer bits. GPUs below compute capability 8.9 have no e4m3: its bits, placed in fp16 (e4m3 times 2^-8, exact), are
 multiplied.
 
-A fused launch reads x itself: each program first computes the maxima of its tokens, which are in L2 for the other
-programs, and then quantizes x in front of the product.
+Tokens are quantized by a launch of their own: programs of the product would each have to read all columns of x before
+the first of the weight. Programs that split k store their sums and count themselves per tile; the last one adds them in
+their order and multiplies by the scales, so that a product is one launch (ops/split_sums.py).
 
 Shapes: M tokens, N output features, K input features; runs under Triton 3.6 to 3.9.
 """
@@ -20,12 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.launches import launching
+from lightning_compress.ops.split_sums import workspace
 from lightning_compress.ops.w8a8_gemm.reference import HALF_RANGE
 
 __all__ = [
-    "W8Launch", "e4m3_half", "e4m3_mode", "fused_gemm", "gemm", "gemm_kernel", "quantize_kernel", "quantize_tokens",
-    "rule",
+    "W8Launch", "e4m3_half", "e4m3_mode", "gemm", "gemm_kernel", "quantize_kernel", "quantize_static",
+    "quantize_tokens", "rule", "scale_kernel", "scale_sums",
 ]  # fmt: skip
+
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def rule(M: int, N: int, K: int, processors: int) -> W8Launch:
     tiles, blocks, split = triton.cdiv(M, block_m) * triton.cdiv(N, block_n), triton.cdiv(K, 128), 1
     while tiles * split < processors and blocks >= 2 * split * 4:  # at least 4 blocks for each split
         split *= 2
-    return W8Launch(block_m, block_n, 128, split, warps=4 if few else 8, stages=4 if few else 3)
+    return W8Launch(block_m, block_n, 128, split, warps=4 if few else 8, stages=6 if few else 3)
 
 
 def gemm(
@@ -55,42 +59,36 @@ def gemm(
     launch: W8Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in ``dtype``; arguments as ``w8a8_gemm`` checks them, codes and weight of one dtype."""
-    return _launch(codes_MK, codes_MK.dtype, scale_M, weight_NK, scale_N, dtype, launch, fused=False, dynamic=False)
-
-
-def fused_gemm(
-    x_MK: Tensor, scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor, launch: W8Launch | None = None
-) -> Tensor:
-    """y [M, N] in the dtype of x, which the kernel quantizes: by token, or with the scale [1]."""
-    x_MK, dynamic = x_MK.contiguous(), scale is None
-    scale_M = torch.empty(len(x_MK), dtype=torch.float32, device=x_MK.device) if scale is None else scale
-    return _launch(x_MK, weight_NK.dtype, scale_M, weight_NK, scale_N, x_MK.dtype, launch, fused=True, dynamic=dynamic)
-
-
-def _launch(
-    x_MK: Tensor, kind: torch.dtype, scale_M: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype,
-    launch: W8Launch | None, *, fused: bool, dynamic: bool,
-) -> Tensor:  # fmt: skip
-    (M, K), N = x_MK.shape, len(weight_NK)
+    (M, K), N = codes_MK.shape, len(weight_NK)
     if launch is None:
-        launch = rule(M, N, K, torch.cuda.get_device_properties(x_MK.device).multi_processor_count)
-    single, integer = launch.split == 1, kind == torch.int8
-    partial = torch.int32 if integer else torch.float32
-    out = torch.empty((launch.split, M, N), dtype=dtype if single else partial, device=x_MK.device)
+        launch = rule(M, N, K, torch.cuda.get_device_properties(codes_MK.device).multi_processor_count)
+    integer = codes_MK.dtype == torch.int8
+    out = torch.empty((M, N), dtype=dtype, device=codes_MK.device)
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
     per_split = triton.cdiv(triton.cdiv(K, launch.block_k), launch.split) * launch.block_k
-    native, interpreted = e4m3_mode(x_MK.device)
-    with launching(x_MK):
+    native, interpreted = e4m3_mode(codes_MK.device)
+    with launching(codes_MK):
+        parts, counters = workspace(codes_MK, N, launch.split, grid[0] * grid[1])
+        if parts is not None and integer:
+            parts = parts.view(torch.int32)
         gemm_kernel[grid](
-            x_MK if fused else x_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, M, N, K,
-            per_split, int(len(scale_M) > 1), int(len(scale_N) > 1), HALF_RANGE[kind], torch.finfo(dtype).eps,
-            FUSED=fused, DYNAMIC=dynamic, INTEGER=integer, NATIVE=native, INTERPRETED=interpreted, WHOLE=single,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, num_warps=launch.warps,
-            num_stages=launch.stages,
+            codes_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, parts, counters, M, N, K,
+            per_split, int(len(scale_M) > 1), int(len(scale_N) > 1), INTEGER=integer, NATIVE=native,
+            INTERPRETED=interpreted, SPLIT=launch.split, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+            BLOCK_K=launch.block_k, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    if single:
-        return out[0]
-    return (out.sum(0, dtype=partial) * scale_N * scale_M[:, None]).to(dtype)
+    return out
+
+
+def scale_sums(sums_MN: Tensor, scale_M: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """y [M, N] in ``dtype`` of sums that torch computed, int32 or float32."""
+    M, N = sums_MN.shape
+    out = torch.empty((M, N), dtype=dtype, device=sums_MN.device)
+    with launching(sums_MN):
+        scale_kernel[(triton.cdiv(N, 1024), M)](
+            sums_MN, scale_M, scale_N, out, N, int(len(scale_M) > 1), int(len(scale_N) > 1), BLOCK=1024, num_warps=4
+        )
+    return out
 
 
 def e4m3_mode(device: torch.device) -> tuple[bool, bool]:
@@ -101,49 +99,48 @@ def e4m3_mode(device: torch.device) -> tuple[bool, bool]:
 
 def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes [M, K] of ``kind`` and scales float32 [M], of x float16, bfloat16 or float32."""
+    scale_M = torch.empty((len(x_MK),), dtype=torch.float32, device=x_MK.device)
+    return _quantize(x_MK, scale_M, kind, x_MK.dtype, dynamic=True), scale_M
+
+
+def quantize_static(x_MK: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    """Codes [M, K] of ``kind`` for one scale [1]; the quotient has the promoted dtype of both."""
+    return _quantize(x_MK, scale.float(), kind, torch.promote_types(x_MK.dtype, scale.dtype), dynamic=False)
+
+
+def _quantize(x_MK: Tensor, scale_M: Tensor, kind: torch.dtype, quotient: torch.dtype, *, dynamic: bool) -> Tensor:
     x_MK = x_MK.contiguous()
     M, K = x_MK.shape
     codes = torch.empty((M, K), dtype=torch.int8, device=x_MK.device)
-    scale_M = torch.empty((M,), dtype=torch.float32, device=x_MK.device)
     with launching(x_MK):
         quantize_kernel[(M,)](
             x_MK, codes, scale_M, K, HALF_RANGE[kind], torch.finfo(x_MK.dtype).eps, INTEGER=kind == torch.int8,
-            BLOCK=min(triton.next_power_of_2(K), 4096), num_warps=8,
+            DYNAMIC=dynamic, QUOTIENT=TRITON_DTYPES[quotient], BLOCK=min(triton.next_power_of_2(K), 4096), num_warps=8,
         )  # fmt: skip
-    return codes.view(kind), scale_M
+    return codes.view(kind)
 
 
 @triton.jit
 def gemm_kernel(
-    x_ptr, weight_ptr, scale_m_ptr, scale_n_ptr, out_ptr, M, N, K, per_split, step_m, step_n, half_range, epsilon,
-    FUSED: tl.constexpr, DYNAMIC: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, INTERPRETED: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    codes_ptr, weight_ptr, scale_m_ptr, scale_n_ptr, out_ptr, parts_ptr, counter_ptr, M, N, K, per_split, step_m,
+    step_n, INTEGER: tl.constexpr, NATIVE: tl.constexpr, INTERPRETED: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``step_m`` and ``step_n`` are 0 for one scale in all; FUSED: x holds tokens, not codes."""
+    """``step_m`` and ``step_n`` are 0 for one scale in all."""
     row_N = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     token_M = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     split = tl.program_id(2)
     column_K = tl.arange(0, BLOCK_K)
     rows, tokens = row_N < N, token_M < M
-    if DYNAMIC:
-        largest_KM = tl.zeros((BLOCK_K, BLOCK_M), tl.int32)
-        for k in range(0, K, BLOCK_K):
-            x_KM = _tile(x_ptr, token_M, tokens, k + column_K, K)
-            largest_KM = tl.maximum(largest_KM, _magnitude(x_KM))
-        s_M = _token_scale(tl.max(largest_KM, 0), half_range, epsilon, x_ptr.dtype.element_ty)
-        if tl.program_id(0) == 0 and split == 0:
-            tl.store(scale_m_ptr + token_M, s_M, mask=tokens)
-    else:
-        s_M = tl.load(scale_m_ptr + token_M * step_m, mask=tokens, other=1.0)
     sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
     for k in range(split * per_split, tl.minimum((split + 1) * per_split, K), BLOCK_K):
         columns = k + column_K < K
         w_NK = tl.load(
             weight_ptr + row_N[:, None] * K + (k + column_K)[None, :], mask=rows[:, None] & columns[None, :], other=0
         )
-        x_KM = _tile(x_ptr, token_M, tokens, k + column_K, K)
-        if FUSED:
-            x_KM = _codes(x_KM, s_M[None, :], x_ptr.dtype.element_ty, INTEGER)
+        x_KM = tl.load(
+            codes_ptr + token_M[None, :] * K + (k + column_K)[:, None], mask=tokens[None, :] & columns[:, None], other=0
+        )
         if INTEGER:
             sums_NM = tl.dot(w_NK, x_KM, sums_NM, out_dtype=tl.int32)
         elif NATIVE:
@@ -156,36 +153,59 @@ def gemm_kernel(
     if not INTEGER and not NATIVE:
         sums_NM *= 65536.0  # 2^8 for each operand
     inside = rows[:, None] & tokens[None, :]
-    at_NM = out_ptr + (split.to(tl.int64) * M + token_M[None, :]) * N + row_N[:, None]
-    if WHOLE:
+    last = True
+    if SPLIT > 1:
+        parts_ptr += row_N[:, None] + token_M[None, :] * N
+        tl.store(parts_ptr + split.to(tl.int64) * M * N, sums_NM, mask=inside)
+        tl.debug_barrier()  # all threads have written before one of them counts
+        counter_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+    if last:
+        if SPLIT > 1:
+            sums_NM = tl.zeros_like(sums_NM)
+            for part in tl.static_range(SPLIT):  # .cg: past the L1, which other processors do not write
+                part_ptr = parts_ptr + tl.cast(part, tl.int64) * M * N
+                sums_NM += tl.load(part_ptr, mask=inside, other=0, cache_modifier=".cg")
+            tl.store(counter_ptr, 0)
         s_N = tl.load(scale_n_ptr + row_N * step_n, mask=rows, other=0.0)
-        tl.store(at_NM, (sums_NM * s_N[:, None] * s_M[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        tl.store(at_NM, sums_NM, mask=inside)
+        s_M = tl.load(scale_m_ptr + token_M * step_m, mask=tokens, other=0.0)
+        y_NM = (sums_NM * s_N[:, None] * s_M[None, :]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token_M[None, :] * N + row_N[:, None], y_NM, mask=inside)
 
 
 @triton.jit
-def quantize_kernel(x_ptr, codes_ptr, scale_ptr, K, half_range, epsilon, INTEGER: tl.constexpr, BLOCK: tl.constexpr):
-    """One token; the second reading is from L2."""
+def scale_kernel(sums_ptr, scale_m_ptr, scale_n_ptr, out_ptr, N, step_m, step_n, BLOCK: tl.constexpr):
+    """A piece of a row of sums times its scales."""
+    column_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = column_B < N
+    sums_B = tl.load(sums_ptr + row * N + column_B, mask=inside, other=0).to(tl.float32)
+    s_B = tl.load(scale_n_ptr + column_B * step_n, mask=inside, other=0.0)
+    y_B = sums_B * s_B * tl.load(scale_m_ptr + row * step_m)
+    tl.store(out_ptr + row * N + column_B, y_B.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, codes_ptr, scale_ptr, K, half_range, epsilon,
+    INTEGER: tl.constexpr, DYNAMIC: tl.constexpr, QUOTIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token; DYNAMIC: with a scale of its own, for which it is read twice, the second time from L2."""
     start = tl.program_id(0).to(tl.int64) * K
-    largest_B = tl.zeros((BLOCK,), tl.int32)
+    if DYNAMIC:
+        largest_B = tl.zeros((BLOCK,), tl.int32)
+        for k in range(0, K, BLOCK):
+            column_B = k + tl.arange(0, BLOCK)
+            x_B = tl.load(x_ptr + start + column_B, mask=column_B < K, other=0.0)
+            largest_B = tl.maximum(largest_B, _magnitude(x_B))
+        scale = _token_scale(tl.max(largest_B, 0), half_range, epsilon, x_ptr.dtype.element_ty)
+        tl.store(scale_ptr + tl.program_id(0), scale)
+    else:
+        scale = tl.load(scale_ptr)
     for k in range(0, K, BLOCK):
         column_B = k + tl.arange(0, BLOCK)
         x_B = tl.load(x_ptr + start + column_B, mask=column_B < K, other=0.0)
-        largest_B = tl.maximum(largest_B, _magnitude(x_B))
-    scale = _token_scale(tl.max(largest_B, 0), half_range, epsilon, x_ptr.dtype.element_ty)
-    tl.store(scale_ptr + tl.program_id(0), scale)
-    for k in range(0, K, BLOCK):
-        column_B = k + tl.arange(0, BLOCK)
-        x_B = tl.load(x_ptr + start + column_B, mask=column_B < K, other=0.0)
-        tl.store(codes_ptr + start + column_B, _codes(x_B, scale, x_ptr.dtype.element_ty, INTEGER), mask=column_B < K)
-
-
-@triton.jit
-def _tile(x_ptr, token_M, tokens, column_K, K):
-    """A tile of x, or of its codes, k first."""
-    at_KM = x_ptr + token_M[None, :] * K + column_K[:, None]
-    return tl.load(at_KM, mask=tokens[None, :] & (column_K < K)[:, None], other=0)
+        tl.store(codes_ptr + start + column_B, _codes(x_B, scale, QUOTIENT, INTEGER), mask=column_B < K)
 
 
 @triton.jit
