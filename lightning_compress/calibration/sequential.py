@@ -1,7 +1,7 @@
 """The walk: calibration data through a model, block by block; each is compressed before its outputs reach the next.
 
     CALIBRATION_START                      hooks go on
-    survey                                 for modifiers that need it: all batches through the dense model
+    survey                                 for modifiers that need it: all batches through the dense model, and back
     probe                                  the first batch once through the dense model: the order of things
     for each segment of linked blocks:
         modules before it                  BLOCK_END, with no block
@@ -30,6 +30,7 @@ from torch import nn
 
 from lightning_compress.calibration.activations import BatchRunner, check_weights, device_of, token_mask, tree_move
 from lightning_compress.calibration.blocks import find_blocks, modules_of_block, modules_outside
+from lightning_compress.calibration.gradient_survey import gradients_of
 from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
@@ -155,6 +156,7 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
 def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     """All batches through the dense model, for modifiers that need it; BLOCK_SURVEYED per block and for the rest."""
     lifecycle, model, device, residence = walker.lifecycle, walker.model, walker.device, walker.residence
+    gradients = gradients_of(lifecycle.modifiers, walker.options.seed)
     with ExitStack() as stack:
         stack.enter_context(residence.passing(blocks) if blocks else residence.visit("", model))
         for modifier in lifecycle.modifiers:
@@ -165,7 +167,10 @@ def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
             walker.report(f"survey of the dense model, batch {i + 1}/{len(walker.batches)}")
             mask = tree_move(token_mask(batch), device or device_of(model))
             lifecycle.set_token_mask(mask, walker.numbers[i])
-            walker.runner(batch)
+            with nullcontext() if gradients is None else gradients.enabled(model, blocks.values()):
+                output = walker.runner(batch)
+                if gradients is not None:
+                    gradients.backward(output, mask, walker.numbers[i])
     lifecycle.set_token_mask(None)
     if not restored:
         walker.log.store_survey()

@@ -18,7 +18,7 @@ Shapes: R rows, C columns (inputs), P partitions of a grouped convolution (1 for
 import time
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -29,98 +29,13 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
 from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, SharedHessian
+from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.owners import Owners, from_owner, gather_hessians
 from lightning_compress.layerwise.pieces import collect, cut, share
+from lightning_compress.layerwise.token_weights import TokenWeights
 from lightning_compress.team import Team
 
-__all__ = ["Hessian", "Layer", "LayerwiseModifier", "Solved"]
-
-
-@dataclass(frozen=True)
-class Hessian:
-    """H = E[x x^T] of the inputs of one or more layers.
-
-    Args:
-        H_CC: Float32, both triangles. It may be changed in place.
-        tokens: Number of inputs that H is the mean of.
-        layers: Names of the layers that receive these inputs.
-        halves: H of every second batch and H of the other batches, where the modifier holds batches out.
-    """
-
-    H_CC: Tensor
-    tokens: int
-    layers: Sequence[str]
-    halves: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The weight matrix of a module, one partition of a grouped convolution, or a piece of rows.
-
-    Args:
-        name: Dotted name of the module.
-        module: The module.
-        W_RC: Its rows of the weight, in the dtype of the module; they must not be changed in place.
-        rows: Which rows of the module's weight these are.
-        common: Result of :meth:`LayerwiseModifier.common` for the module.
-    """
-
-    name: str
-    module: nn.Module
-    W_RC: Tensor
-    rows: slice = field(default_factory=lambda: slice(None))
-    common: Any = None
-
-    def parts(self, P: int) -> list["Layer"]:
-        """The layer itself, or one layer for each of P partitions."""
-        if P == 1:
-            return [self]
-        R = len(self.W_RC) // P
-        return [self.of(slice(p * R, (p + 1) * R)) for p in range(P)]
-
-    def of(self, rows: slice) -> "Layer":
-        """Some rows of a module's layer."""
-        return replace(self, W_RC=self.W_RC[rows], rows=rows)
-
-
-@dataclass
-class Solved:
-    """The solution of a layer.
-
-    Args:
-        W_RC: The new weight; in the dtype of the module, unless ``write`` converts it.
-        error: Trace of (W - Q) H (W - Q)^T, with H as it was before damping; None: not known.
-        energy: Trace of W H W^T.
-        flag: A remark for the ledger.
-        parts: Further tensors with one row for each row of the weight, such as scales.
-    """
-
-    W_RC: Tensor
-    error: float | None = None
-    energy: float = 0.0
-    flag: str | None = None
-    parts: dict[str, Tensor | None] = field(default_factory=dict)
-
-    @property
-    def relative_error(self) -> float | None:
-        """The error of the output as a share of the output; None: not known."""
-        if self.error is None:
-            return None
-        return max(0.0, self.error) / max(self.energy, torch.finfo(torch.float32).tiny)
-
-    @classmethod
-    def join(cls, each: Sequence["Solved"]) -> "Solved":
-        """The solutions of all partitions, or of all pieces of rows, as one."""
-        if len(each) == 1:
-            return each[0]
-        parts: dict[str, Tensor | None] = {}
-        for key in each[0].parts:
-            tensors = [tensor for solved in each if (tensor := solved.parts[key]) is not None]
-            parts[key] = torch.cat(tensors) if tensors else None
-        flags = dict.fromkeys(solved.flag for solved in each if solved.flag)
-        error = None if any(s.error is None for s in each) else sum(s.error or 0.0 for s in each)
-        energy = sum(s.energy for s in each)
-        return cls(torch.cat([s.W_RC for s in each]), error, energy, "; ".join(flags) or None, parts)
+__all__ = ["LayerwiseModifier"]
 
 
 class LayerwiseModifier(Modifier):
@@ -136,6 +51,7 @@ class LayerwiseModifier(Modifier):
     _pool: HessianPool = PrivateAttr(default_factory=HessianPool)
     _owners: Owners = PrivateAttr(default_factory=Owners)
     _prepared: PerHessian[list[Any]] = PrivateAttr(default_factory=PerHessian)  # by partition
+    _token_weights: TokenWeights | None = PrivateAttr(default=None)  # where tokens are weighed by the loss
 
     # -- what a technique implements ----------------------------------------------------------------------------------
 
@@ -208,8 +124,18 @@ class LayerwiseModifier(Modifier):
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Take one input of a layer into its statistic."""
-        rows = partial(inputs_as_rows, module, x, self.token_mask)
+        if self._token_weights is None:
+            rows = partial(inputs_as_rows, module, x, self.token_mask)
+        else:
+            rows = partial(self._token_weights.rows, name, module, x, self.token_mask, self.batch_number)
         self._pool.update(name, x, input_layout(module), rows, self.batch_number)
+
+    def survey(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Look at one input of a layer of the dense model, where a survey weighs tokens."""
+
+    def _arrive(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        surveying = self._token_weights is not None and not self._token_weights.closed
+        (self.survey if surveying else self.observe)(name, module, only_input(name, inputs))
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -221,9 +147,16 @@ class LayerwiseModifier(Modifier):
         self._layers = dict(self.find_layers(state.model))
         self._pool = HessianPool(getattr(self, "share_inputs", True), hold_out=self.holds_out)
         self.set_up()
+        self._token_weights = TokenWeights(self._layers) if self.needs.gradients else None
+        if self._token_weights is not None:
+            self._token_weights.watch(self)
         for name, module in self._layers.items():
             if self.watches(name, module):
-                self.hook(module, lambda module, inputs, n=name: self.observe(n, module, only_input(n, inputs)))
+                self.hook(module, partial(self._arrive, name))
+
+    def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
+        if self._token_weights is not None and not self._token_weights.closed:
+            self._token_weights.close(state.team)
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
         self.solve_seen(state, state.modules)
@@ -240,7 +173,7 @@ class LayerwiseModifier(Modifier):
 
     def reset(self) -> None:
         """Remove all statistics and hooks."""
-        self._layers, self._pool, self._owners = {}, HessianPool(), Owners()
+        self._layers, self._pool, self._owners, self._token_weights = {}, HessianPool(), Owners(), None
         self._prepared.clear()
         self.remove_hooks()
 

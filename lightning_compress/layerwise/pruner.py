@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Needs, State
 from lightning_compress.layers.finite import check_finite
 from lightning_compress.layers.matrix import as_matrix, inputs_as_rows, write_matrix
-from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
+from lightning_compress.layerwise.layer import Layer, Solved
+from lightning_compress.layerwise.modifier import LayerwiseModifier
 from lightning_compress.layerwise.owl import OutlierSurvey
+from lightning_compress.layerwise.token_weights import GRADIENTS, UNSHARDED
 from lightning_compress.pruning.arguments import PruningArguments, share_of_zeros
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.weight_metrics import sqnr_db, weight_error
@@ -28,32 +30,42 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
 
     @property
     def needs(self) -> Needs:
-        survey = self.sparsity_profile == "owl"
-        return Needs(data=True, one_pass=True, own_pass=True, survey=survey, team="sums", sharded=True)
+        gradients = GRADIENTS[getattr(self, "objective", "layer")]
+        survey = self.sparsity_profile == "owl" or gradients is not None
+        sharded = True if gradients is None else UNSHARDED
+        return Needs(
+            data=True, one_pass=True, own_pass=True, survey=survey, gradients=gradients, team="sums", sharded=sharded
+        )
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return self.find(model)
 
     def set_up(self) -> None:
-        self._survey = OutlierSurvey(self._layers, self.owl_m) if self.needs.survey else None
+        self._survey = OutlierSurvey(self._layers, self.owl_m) if self.sparsity_profile == "owl" else None
 
     def survey_state(self) -> dict[str, Tensor] | None:
-        return None if self._survey is None else self._survey.state_dict()
+        return None if self._survey is None or self.needs.gradients else self._survey.state_dict()
 
     def load_survey_state(self, state: dict[str, Tensor]) -> None:
         assert self._survey is not None
         self._survey.load_state_dict(state)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
-        assert self._survey is not None
+        super().on_block_surveyed(state, event, **kwargs)
+        if self._survey is None:
+            return
         names = [name for name in state.modules if name in self._layers]
         self._survey.close(state.block_name, names, state.team)
         self._sparsities = self._survey.sparsities(self.mean_sparsity, self.owl_lmbda)
         self._surveyed.update(names)
 
+    def survey(self, name: str, module: nn.Module, x: Tensor) -> None:
+        if self._survey is not None:
+            self._survey.observe(name, inputs_as_rows(module, x, self.token_mask))
+
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         if self._survey is not None and name not in self._surveyed:
-            self._survey.observe(name, inputs_as_rows(module, x, self.token_mask))
+            self.survey(name, module, x)
         else:
             super().observe(name, module, x)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_compress.core import State
 from lightning_compress.layers.matrix import inputs_as_rows, is_embedding, write_matrix
-from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
+from lightning_compress.layerwise.layer import Layer, Solved
+from lightning_compress.layerwise.modifier import LayerwiseModifier
 from lightning_compress.pruning.arguments import share_of_zeros, zeros_stay
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.fake_quant import latent_of, on_stored_grid

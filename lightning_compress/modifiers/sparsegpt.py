@@ -22,9 +22,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lightning_compress.layerwise.factor import Factor, factorize_retrying, undamped_energy
+from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.least_squares_refit import refit
-from lightning_compress.layerwise.modifier import Hessian, Layer, Solved
 from lightning_compress.layerwise.pruner import LayerwisePruner
+from lightning_compress.layerwise.token_weights import Objective
 from lightning_compress.ops.gptq_block import SUB_BLOCK, Block, gptq_block_
 from lightning_compress.pruning.masks import keep_highest, keep_rows
 
@@ -116,6 +117,8 @@ class SparseGPTModifier(LayerwisePruner):
         scope: Unstructured masks rank all rows of a block together (``block``, as in the paper) or each ``row``.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
             raise. The ledger notes it.
+        objective: ``layer``, ``loss`` or ``output``: whether tokens are weighed by the gradient of a loss, as in
+            :class:`~lightning_compress.modifiers.gptq.modifier.GPTQModifier`.
 
     Raises:
         ValueError: A sparsity outside of [0, 1) or other than that of the pattern, a width that M does not divide.
@@ -126,6 +129,7 @@ class SparseGPTModifier(LayerwisePruner):
     block_size: int = Field(default=128, ge=1)
     scope: Literal["block", "row"] = "block"
     on_failure: Literal["raise", "retry"] = "raise"
+    objective: Objective = "layer"
 
     @model_validator(mode="after")
     def _block_holds_patterns(self) -> "SparseGPTModifier":

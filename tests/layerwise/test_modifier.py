@@ -12,7 +12,8 @@ from lightning_compress import compress
 from lightning_compress.core import Needs
 from lightning_compress.layers.matching import select
 from lightning_compress.layers.matrix import as_matrix, inputs_as_rows, write_matrix
-from lightning_compress.layerwise.modifier import Hessian, Layer, LayerwiseModifier, Solved
+from lightning_compress.layerwise.layer import Hessian, Layer, Solved
+from lightning_compress.layerwise.modifier import LayerwiseModifier
 
 
 class HalvingModifier(LayerwiseModifier):

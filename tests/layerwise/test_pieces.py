@@ -12,7 +12,7 @@ import torch
 from lightning_compress import GPTQModifier, SparseGPTModifier, WandaPruningModifier, compress
 from lightning_compress.core import Modifier
 from lightning_compress.layerwise import modifier, owners, pieces
-from lightning_compress.layerwise.modifier import Layer, Solved
+from lightning_compress.layerwise.layer import Layer, Solved
 from lightning_compress.layerwise.pieces import collect, cut
 from lightning_compress.quant.record import Quantized
 from lightning_compress.team import Team

@@ -94,6 +94,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "rotation": ("llama", lambda: [RotationModifier(), QuantizationModifier(**on_linears("W4"))]),
     "reap": ("mixtral", lambda: [REAPModifier(sparsity=0.25)]),
     "depth": ("llama", lambda: [DepthPruningModifier(count=1)]),
+    "gptq by the loss": ("llama", lambda: [GPTQModifier(**on_linears("W4"), objective="loss")]),
     "gptq, then tune": ("llama", lambda: [GPTQModifier(**on_linears("W4")), TuneModifier(epochs=1, accumulate=2)]),
     "width": ("llama", lambda: [StructuredPruningModifier(ratio=0.5, importance="activation", dimension="mlp")]),
 }

@@ -36,6 +36,7 @@ RECIPES = {
     "owl": lambda: [SparseGPTModifier(sparsity_profile="owl", ignore=["lm_head"], sparsity=0.5)],
     "wanda, cache": lambda: [WandaPruningModifier(sparsity=0.5, ignore=["lm_head"]), KVCacheModifier(strategy="head")],
     "rotation, autoround": lambda: [RotationModifier(rotations=["R1"]), AutoRoundModifier(**W4, iters=3)],
+    "gptq by the loss": lambda: [GPTQModifier(**W4, objective="loss")],
     "gptq, tune": lambda: [GPTQModifier(**W4), TuneModifier(epochs=1)],
     "reap": lambda: [REAPModifier(sparsity=0.5)],
 }

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Needs, State
 from lightning_compress.layers.matrix import inputs_as_rows
-from lightning_compress.layerwise.modifier import Layer, Solved
+from lightning_compress.layerwise.layer import Layer, Solved
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.modifiers.autoround.block import LearnedBlock
 from lightning_compress.modifiers.autoround.descent import Descent, descend

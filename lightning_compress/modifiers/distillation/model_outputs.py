@@ -1,4 +1,4 @@
-"""Inputs of a model by name, and its outputs: logits, attention maps, the tokens that count."""
+"""Inputs of a model by name, its attention maps, the tokens that count."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = ["ask_for_attention", "attention_maps", "check_attention", "features_last", "inputs_of", "is_causal",
-           "logits_of", "token_mask"]  # fmt: skip
+           "token_mask"]  # fmt: skip
 
 
 def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,25 +19,6 @@ def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         kind = bound.signature.parameters[name].kind
         named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
     return named
-
-
-def logits_of(output: Any, class_dim: int = -1) -> Tensor:
-    """Logits with their classes last: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple.
-
-    Raises:
-        ValueError: The output has no logits.
-    """
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if logits is None and isinstance(output, Mapping):
-        logits = output.get("logits")
-    if logits is None and isinstance(output, tuple | list) and output:
-        logits = output[0]
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"found no logits in an output of type {type(output).__name__}; expected a tensor, .logits, ['logits'], or "
-            f"a tuple that begins with them"
-        )
-    return logits.movedim(class_dim, -1)
 
 
 def attention_maps(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:

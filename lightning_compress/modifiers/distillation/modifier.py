@@ -21,6 +21,7 @@ from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
+from lightning_compress.layers.outputs import logits_of
 from lightning_compress.layers.sharded import shard_alike
 from lightning_compress.modifiers.distillation.answer_cache import AnswerCache
 from lightning_compress.modifiers.distillation.cached_answers import Recall
@@ -43,7 +44,6 @@ from lightning_compress.modifiers.distillation.model_outputs import (
     check_attention,
     inputs_of,
     is_causal,
-    logits_of,
     token_mask,
 )
 from lightning_compress.modifiers.distillation.projections import Projections

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from lightning_compress.core import Needs, State
 from lightning_compress.layers.matrix import as_matrix, partitions
 from lightning_compress.layerwise.factor import Factor, factorize_retrying
-from lightning_compress.layerwise.modifier import Hessian, Layer, Solved
+from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
+from lightning_compress.layerwise.token_weights import GRADIENTS, UNSHARDED, Objective
 from lightning_compress.modifiers.gptq.held_out import DAMPENINGS, Choice, choose, damped
 from lightning_compress.modifiers.gptq.refinement import is_refinable, refined
 from lightning_compress.modifiers.gptq.solver import (
@@ -75,6 +76,10 @@ class GPTQModifier(LayerwiseQuantizer):
             the least sum |w_j - q_j|^2.4. ``minmax``: from the extremes, as llm-compressor does.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
             raise; ``round`` to nearest. The ledger notes it.
+        objective: ``layer``: the squared error of the layer's output. ``loss``: the same with each token weighed by the
+            square of the loss's gradient there (layerwise/token_weights.py), from a forward and a backward pass of the
+            dense model before the walk; labels are drawn from its logits. ``output``: the same for models without
+            classes, with the squared error of the output as loss.
         share_inputs: One H for modules that receive the same tensor (query, key, value; gate, up).
         keep_latents: Keep the values that were rounded to each weight, for a QATModifier that continues from them. They
             take the memory of the weights once more, and are never saved.
@@ -92,6 +97,7 @@ class GPTQModifier(LayerwiseQuantizer):
     actorder: Literal["static", "weight"] | None = "static"
     scale_search: ScaleSearch = "hessian"
     on_failure: Literal["raise", "retry", "round"] = "raise"
+    objective: Objective = "layer"
     share_inputs: bool = True
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
@@ -111,7 +117,12 @@ class GPTQModifier(LayerwiseQuantizer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=True, one_pass=True, hand_over=self.start is not None, team="sums", sharded=True)
+        gradients = GRADIENTS[self.objective]
+        sharded = True if gradients is None else UNSHARDED
+        return Needs(
+            data=True, one_pass=True, hand_over=self.start is not None, team="sums", sharded=sharded,
+            survey=gradients is not None, gradients=gradients,
+        )  # fmt: skip
 
     @property
     def keeps_latents(self) -> bool:

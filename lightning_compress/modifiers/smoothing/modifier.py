@@ -15,7 +15,8 @@ from lightning_compress.core import Event, EventType, Needs, State
 from lightning_compress.layers.matching import Names, select
 from lightning_compress.layers.matrix import CONVOLUTIONS, as_matrix, check_weights_work, inputs_as_rows, is_supported
 from lightning_compress.layers.sharded import is_sharded
-from lightning_compress.layerwise.modifier import Layer, LayerwiseModifier, Solved
+from lightning_compress.layerwise.layer import Layer, Solved
+from lightning_compress.layerwise.modifier import LayerwiseModifier
 from lightning_compress.modifiers.smoothing.fold import fold
 from lightning_compress.modifiers.smoothing.pair import Mapped, Pair, parse, unmatched
 from lightning_compress.modifiers.smoothing.pair_finder import PairFinder

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.layers.matrix import is_supported, parameter_of
+from lightning_compress.layers.outputs import logits_of
 from lightning_compress.layerwise.parent import first_tensor
 from lightning_compress.modifiers.distillation.divergence import TopLogits, masked_mean, top_k_divergence, top_logits
-from lightning_compress.modifiers.distillation.model_outputs import logits_of
 from lightning_compress.modifiers.tune.descent import Settings, Tuned, held_out_batches, tune
 from lightning_compress.modifiers.tune.knobs import Knob, ScaleKnob, TensorKnob, has_fine_scales
 from lightning_compress.quant.record import Quantized

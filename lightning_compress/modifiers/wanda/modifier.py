@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lightning_compress.core import Needs, State
 from lightning_compress.layerwise.factor import added_diagonal
+from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.least_squares_refit import refit
-from lightning_compress.layerwise.modifier import Hessian, Layer, Solved
 from lightning_compress.layerwise.pruner import LayerwisePruner
 from lightning_compress.modifiers.autoround.block import LearnedBlock
 from lightning_compress.modifiers.wanda.regional_refinement import Refinement, refine

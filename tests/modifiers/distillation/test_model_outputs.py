@@ -1,4 +1,4 @@
-"""Logits, maps and masks are read from whatever models take and give."""
+"""Maps and masks are read from whatever models take and give."""
 
 import inspect
 from types import SimpleNamespace
@@ -12,30 +12,10 @@ from lightning_compress.modifiers.distillation.model_outputs import (
     features_last,
     inputs_of,
     is_causal,
-    logits_of,
     token_mask,
 )
 
-LOGITS = torch.randn(2, 3, 5)
 USUAL = {"ignore_index": -100, "shift": False, "key": None}
-
-
-OUTPUTS = [LOGITS, SimpleNamespace(logits=LOGITS), {"logits": LOGITS}, (LOGITS, 1), [LOGITS]]
-
-
-@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: type(output).__name__)
-def test_logits_of_any_output(output):
-    assert logits_of(output) is LOGITS or torch.equal(logits_of(output), LOGITS)
-    assert torch.equal(logits_of(output, 1), LOGITS.movedim(1, -1))
-
-
-NO_LOGITS = [None, {"features": LOGITS}, (), SimpleNamespace(logits=None), "text"]
-
-
-@pytest.mark.parametrize("output", NO_LOGITS, ids=lambda output: type(output).__name__)
-def test_outputs_without_logits_are_refused(output):
-    with pytest.raises(ValueError, match="found no logits in an output of type"):
-        logits_of(output)
 
 
 def test_inputs_have_the_names_of_the_signature():
@@ -57,7 +37,7 @@ def test_a_student_with_fewer_layers_learns_from_every_nth_of_the_teachers():
     with pytest.raises(ValueError, match="the teacher gives no attention maps; use attn_implementation='eager'"):
         attention_maps(SimpleNamespace(attentions=tuple(maps)), SimpleNamespace(attentions=None))
     with pytest.raises(ValueError, match="the model gives no attention maps"):
-        attention_maps(LOGITS, SimpleNamespace(attentions=tuple(maps)))
+        attention_maps(torch.ones(2), SimpleNamespace(attentions=tuple(maps)))
 
 
 def test_features_are_channels_in_maps_and_last_elsewhere():
@@ -87,7 +67,7 @@ def test_which_tokens_count():
 
 def test_a_missing_mask_is_named():
     with pytest.raises(ValueError, match=r"mask_key='answer' is not among \['ids'\]; expected a mask of"):
-        token_mask({"ids": LOGITS}, None, (2, 4), ignore_index=-100, shift=False, key="answer")
+        token_mask({"ids": torch.ones(2)}, None, (2, 4), ignore_index=-100, shift=False, key="answer")
     with pytest.raises(ValueError, match=r"mask_key='answer' has shape \(2,\)"):
         token_mask({}, {"answer": torch.ones(2)}, (2, 4), ignore_index=-100, shift=False, key="answer")
 

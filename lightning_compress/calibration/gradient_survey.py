@@ -1,0 +1,101 @@
+"""A backward pass of the dense model for each calibration batch: gradients of a loss whose labels it draws itself.
+
+    classes    y ~ softmax(logits),  L = sum over tokens of -log p(y)      E[g g^T] is Fisher's matrix
+    values     e ~ N(0, I),          L = sum of output * e                 the same for a normal distribution
+
+So no labels are needed, and the gradients say where the model's own answer is sensitive. No parameter needs a
+gradient: the outputs of hooked modules do. Labels of a batch depend on the seed and on its number, not on ranks.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress.calibration.activations import tensors_of
+from lightning_compress.calibration.whole_model import checkpointed
+from lightning_compress.core import Modifier
+from lightning_compress.layers.outputs import logits_of
+
+__all__ = ["Gradients", "gradients_of", "sampled_loss"]
+
+
+class Gradients:
+    """Backward passes for those modifiers that need them.
+
+    Args:
+        kind: ``classes`` or ``values``.
+        seed: Of the labels.
+    """
+
+    def __init__(self, kind: str, seed: int):
+        self.kind, self.seed = kind, seed
+
+    @contextmanager
+    def enabled(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside, forward passes build a graph, in which no parameter takes part; blocks store their inputs only."""
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            with torch.enable_grad(), checkpointed(blocks):
+                yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+    def backward(self, output: Any, mask: Tensor | None, number: int) -> None:
+        """Gradients of batch ``number`` reach the hooks."""
+        loss = sampled_loss(output, self.kind, mask, self.seed * 1_000_003 + number)
+        if loss.requires_grad:  # else no hooked module was reached
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+def gradients_of(modifiers: Sequence[Modifier], seed: int) -> Gradients | None:
+    """What these modifiers need; None: no gradients.
+
+    Raises:
+        ValueError: They need gradients of different losses.
+    """
+    kinds = {modifier.needs.gradients: modifier.name for modifier in modifiers if modifier.needs.gradients}
+    if len(kinds) > 1:
+        named = " and ".join(f"{name} those of {kind}" for kind, name in kinds.items())
+        raise ValueError(f"one survey has gradients of one loss, and {named} are asked for; give them one objective")
+    return Gradients(str(next(iter(kinds))), seed) if kinds else None
+
+
+def sampled_loss(output: Any, kind: str, mask: Tensor | None, seed: int) -> Tensor:
+    """The loss of one batch, summed over tokens that count, float32.
+
+    Args:
+        output: What the model returned.
+        kind: ``classes`` or ``values``.
+        mask: True for tokens that count, bool [batch, tokens]; None, or another shape than that of the logits: all do.
+        seed: Of the labels.
+
+    Raises:
+        ValueError: No logits, or no tensor of floats, in the output.
+    """
+    random = torch.Generator().manual_seed(seed)
+    if kind == "values":
+        values = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
+        if values is None:
+            raise ValueError(f"found no tensor of floats in an output of type {type(output).__name__}")
+        noise = torch.randn(values.shape, generator=random, dtype=torch.float32, device="cpu").to(values.device)
+        if mask is not None and values.shape[: mask.ndim] == mask.shape:
+            noise = noise * mask.to(noise.device).view(*mask.shape, *[1] * (noise.ndim - mask.ndim))
+        return (values.float() * noise).sum()
+    logits_NV = logits_of(output).float().flatten(0, -2)
+    with torch.no_grad():
+        cumulated_NV = logits_NV.softmax(-1).cumsum(-1)
+        drawn_N = torch.rand(len(logits_NV), 1, generator=random, dtype=torch.float32, device="cpu").to(
+            cumulated_NV.device
+        )
+        labels_N = torch.searchsorted(cumulated_NV, drawn_N * cumulated_NV[:, -1:])[:, 0]
+        labels_N.clamp_(max=logits_NV.shape[1] - 1)  # the sum ends below 1 at times
+    each_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+    counts = mask is not None and mask.numel() == len(each_N)
+    return (each_N * mask.to(each_N.device).flatten() if counts and mask is not None else each_N).sum()

@@ -1,0 +1,109 @@
+"""How much the loss depends on each token of a layer's input: Hessians whose tokens are weighed by it.
+
+    H = sum_t w_t x_t x_t^T / N,   w_t = sum over outputs of (dL / dy_t)^2, divided by its mean over tokens
+
+With w = 1 the error of the layer's output is minimized, with these weights its first-order effect on the loss, as far
+as tokens are independent (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Layers that receive one tensor have weights
+from the outputs of all of them, and so one H still.
+
+Shapes: N tokens (places of a convolution's window), C columns.
+"""
+
+import math
+import weakref
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core import Modifier
+from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress.layers.matrix import CONVOLUTIONS, inputs_as_rows
+from lightning_compress.team import Team
+
+__all__ = ["GRADIENTS", "UNSHARDED", "Objective", "TokenWeights"]
+
+Objective = Literal["layer", "loss", "output"]
+GRADIENTS: Mapping[str, Literal["classes", "values"] | None] = MappingProxyType(
+    {"layer": None, "loss": "classes", "output": "values"}
+)
+"""What a survey must give for each objective (``Needs.gradients``)."""
+UNSHARDED = "the gradients of its objective are those of the whole model; use objective: layer"
+"""Why sharded models are refused."""
+
+
+class TokenWeights:
+    """The weights of all tokens, of the layers' groups by input tensor.
+
+    Args:
+        layers: The layers by name. Single experts are left out: once blocks are compressed, other tokens reach them.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self.layers = {name: module for name, module in layers.items() if not isinstance(module, ExpertLinear)}
+        self.closed = False
+        self._first: dict[str, str] = {}  # layer -> the first one that receives its input
+        self._inputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # of the batch that runs
+        self._weights: dict[tuple[str, int], Tensor] = {}  # by first layer and batch
+        self._masks: dict[int, Tensor | None] = {}  # by batch
+
+    def watch(self, modifier: Modifier) -> None:
+        """Let the backward passes of a survey give their gradients to this object."""
+        for name, module in self.layers.items():
+            modifier.hook(module, partial(self._forward, modifier, name), "forward")
+
+    def _forward(self, modifier: Modifier, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self.closed or not (args and isinstance(output, Tensor) and torch.is_grad_enabled()):
+            return
+        if not output.requires_grad:
+            output.requires_grad_()
+        entry, batch = self._inputs.get(id(args[0])), modifier.batch_number
+        first = entry[1] if entry is not None and entry[0]() is args[0] else name
+        self._inputs[id(args[0])] = weakref.ref(args[0]), first
+        if self._first.setdefault(name, first) != first:
+            self._first[name] = name
+        self._masks[batch] = modifier.token_mask
+        output.register_hook(partial(self._take, name, module, batch))
+
+    def _take(self, name: str, module: nn.Module, batch: int, gradient: Tensor) -> None:
+        features = 1 if isinstance(module, CONVOLUTIONS) else -1
+        key = self._first[name], batch
+        weight = gradient.detach().float().square().sum(features)
+        before = self._weights.get(key)
+        self._weights[key] = weight if before is None else before + weight
+
+    def close(self, team: Team) -> None:
+        """All batches were seen: the mean weight of each group, over tokens that count on all ranks, becomes 1."""
+        self.closed, self._inputs = True, {}
+        sums: dict[str, list[tuple[float, int]]] = {}
+        for (first, batch), weight in self._weights.items():
+            rows_N = self._counted(weight, batch)
+            sums.setdefault(first, []).append((float(rows_N.double().sum()), rows_N.numel()))
+        ranks = team.gather(sums, "weights of tokens")
+        for (first, batch), weight in self._weights.items():
+            pairs = [pair for rank in ranks for pair in rank.get(first, [])]
+            mean = math.fsum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))
+            self._weights[first, batch] = weight / mean if mean > 0 else torch.ones_like(weight)
+
+    def rows(self, name: str, module: nn.Module, x: Tensor, mask: Tensor | None, batch: int) -> Tensor:
+        """The input as :func:`inputs_as_rows`, each token times the root of its weight; without weights as it is."""
+        X_PNC = inputs_as_rows(module, x, mask)
+        weight = self._weights.get((self._first.get(name, name), batch))
+        if weight is None:
+            return X_PNC
+        w_N = self._counted(weight, batch)
+        if len(w_N) != X_PNC.shape[1]:
+            return X_PNC
+        return X_PNC.float() * w_N.sqrt().to(X_PNC.device)[:, None]
+
+    def _counted(self, weight: Tensor, batch: int) -> Tensor:
+        """Weights of the tokens that count, in one dimension."""
+        mask = self._masks.get(batch)
+        if mask is not None and weight.shape == mask.shape:
+            return weight[mask.to(weight.device)]
+        if mask is not None and weight.ndim == 1 and len(weight) == mask.numel():
+            return weight[mask.to(weight.device).flatten()]
+        return weight.flatten()
