@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = ["Factor", "added_diagonal", "energy", "factorize", "factorize_retrying", "undamped_energy"]
 
 MAX_DAMPENING = 1.0
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,37 @@ def factorize(H_CC: Tensor, dampening: float, by_size: bool) -> Factor | None:
         order_C = diagonal_C.argsort(descending=True, stable=True)
     added_C = added_diagonal(H_CC, dampening)
     damped_C = diagonal_C + added_C
-    backwards = order_C.flip(0)
-    flipped_CC = H_CC.index_select(0, backwards).t().contiguous().index_select(0, backwards)  # H is symmetric
-    flipped_CC.diagonal().copy_(damped_C[backwards])
     # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards: one, and no inverse
-    root_CC, failed = torch.linalg.cholesky_ex(flipped_CC, upper=True)
-    del flipped_CC  # of four matrices three are in memory at once
-    RT_CC = root_CC.flip(0, 1)
-    del root_CC
+    backwards, RT_CC = order_C.flip(0), torch.empty_like(H_CC)
+    for low in range(0, len(H_CC), step := _rows_at_once(H_CC)):  # all of it in the memory of one matrix beside H
+        rows = slice(low, low + step)
+        RT_CC[rows] = H_CC.index_select(0, backwards[rows]).index_select(1, backwards)
+    RT_CC.diagonal().copy_(damped_C[backwards])
+    failed = torch.empty((), device=H_CC.device, dtype=torch.int32)
+    torch.linalg.cholesky_ex(RT_CC.t(), out=(RT_CC.t(), failed))  # as LAPACK has it, column by column: no copy
+    _reverse_(RT_CC)
     pivot_C = RT_CC.diagonal().clone()
     # Rounding leaves a pivot of about eps * H_jj where the true one is zero. Undamped, C such errors may add up.
     eps = torch.finfo(H_CC.dtype).eps * (len(H_CC) if dampening == 0 else 1)
     if (failed != 0) | ~(pivot_C.square() > eps * damped_C[order_C]).all():  # one wait for a GPU, not two
         return None
-    return Factor(order_C, RT_CC.div_(pivot_C[:, None]).tril_(), pivot_C, damped_C, added_C, dampening)
+    return Factor(order_C, RT_CC.div_(pivot_C[:, None]), pivot_C, damped_C, added_C, dampening)
+
+
+def _reverse_(M_CC: Tensor) -> None:
+    """Turn the order of rows and columns around, in place."""
+    C = len(M_CC)
+    middle = (C + 1) // 2
+    for low in range(0, middle, step := _rows_at_once(M_CC)):
+        high = min(low + step, middle)
+        first, last = M_CC[low:high].flip(0, 1), M_CC[C - high : C - low].flip(0, 1)
+        M_CC[C - high : C - low] = first
+        M_CC[low:high] = last
+
+
+def _rows_at_once(M_CC: Tensor) -> int:
+    """Rows that are copied at once: a GPU would wait for many launches."""
+    return ROWS if M_CC.device.type == "cpu" else len(M_CC)
 
 
 def added_diagonal(H_CC: Tensor, dampening: float) -> Tensor:
@@ -100,11 +118,12 @@ def factorize_retrying(H_CC: Tensor, dampening: float, by_size: bool, retry: boo
 
 def energy(W_RC: Tensor, factor: Factor, block: int = 256) -> Tensor:
     """W H w^T of each row with the damped H, [R], by the triangle of the factor: half the work of W H."""
-    W_CR = W_RC.t().contiguous().index_select(0, factor.order_C)
-    sum_R = W_RC.new_zeros(len(W_RC))
-    for i1 in range(0, len(W_CR), block):
-        i2 = min(i1 + block, len(W_CR))
-        sum_R += factor.pivot_C[i1:i2].square() @ (factor.UT_CC[i1:i2, :i2] @ W_CR[:i2]).square_()
+    W_RC = W_RC.index_select(1, factor.order_C)
+    R, C = W_RC.shape
+    sum_R = W_RC.new_zeros(R)
+    for i1 in range(0, C, block):
+        i2 = min(i1 + block, C)
+        sum_R += (W_RC[:, :i2] @ factor.UT_CC[i1:i2, :i2].t()).square_() @ factor.pivot_C[i1:i2].square()
     return sum_R
 
 

@@ -8,7 +8,9 @@ added in float64 and rounded once: neither the order of batches nor the number o
 (float32 sums of two ranks instead of one change a tenth of all codes of GPTQ). Query, key and value projections,
 or gate and up, receive one tensor object: their H is accumulated once.
 
-Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all others).
+A float64 matrix would take twice the memory of H, so that only its lower triangle is kept, in strips of rows.
+
+Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all others), T numbers of a triangle.
 """
 
 import weakref
@@ -27,7 +29,9 @@ __all__ = ["HessianPool", "InputHessian", "NonFiniteHessianError", "PerHessian",
            "groups_as_partitions", "parted"]  # fmt: skip
 
 
-ROWS = 1024  # of a float64 sum that are divided, or sent, at once
+ROWS = 1024  # of a float64 sum that are divided at once
+STRIP = 128  # rows: X^T X of 576, 1024 or 1536 columns takes equal time in strips of 96 to 128, 192 are slower
+SENT = 2**20  # numbers of a sum that are sent at once
 
 
 class NonFiniteHessianError(ValueError):
@@ -49,11 +53,14 @@ class InputHessian:
         device: Device of the inputs.
     """
 
-    reduce = {"sum_PCC": "sum", "tokens": "sum"}
+    reduce = {"sums_PT": "sum", "tokens": "sum"}
 
     def __init__(self, partitions: int, columns: int, device: torch.device | str = "cpu"):
+        self.shape = partitions, columns
+        self._strip = STRIP if torch.device(device).type == "cpu" else columns  # kernels write into a whole matrix
+        numbers = sum((high - low) * high for low, high in self._limits())
         with torch.inference_mode(False):  # it outlives the calibration pass
-            self.sum_PCC = torch.zeros(partitions, columns, columns, device=device, dtype=torch.float64)
+            self.sums_PT = torch.zeros(partitions, numbers, device=device, dtype=torch.float64)
         self.tokens = 0
 
     def update(self, X_PNC: Tensor) -> None:
@@ -65,12 +72,17 @@ class InputHessian:
             ValueError: The tokens have another number of columns.
         """
         P, N, C = X_PNC.shape
-        if (expected := (len(self.sum_PCC), self.sum_PCC.shape[2])) != (P, C):
-            raise ValueError(f"{P} x {C} input columns, expected {expected[0]} x {expected[1]} as in the inputs before")
-        if P == 1:
-            hessian_accumulate_(self.sum_PCC[0], X_PNC[0])
+        if self.shape != (P, C):
+            raise ValueError(
+                f"{P} x {C} input columns, expected {self.shape[0]} x {self.shape[1]} as in the inputs before"
+            )
+        strips = self._strips()
+        if P == len(strips) == 1:
+            hessian_accumulate_(strips[0][0][0], X_PNC[0])
         else:
-            self.sum_PCC += X_PNC.mT.float() @ X_PNC.float()
+            X_PNC = X_PNC.to(torch.promote_types(X_PNC.dtype, torch.float32))
+            for sum_PrC, low, high in strips:
+                sum_PrC += X_PNC[:, :, low:high].mT @ X_PNC[:, :, :high]
         self.tokens += N
         if not (X_PNC.is_cuda or self.is_finite()):  # a GPU is not waited for in each batch
             if not torch.isfinite(X_PNC).all():
@@ -82,22 +94,38 @@ class InputHessian:
 
     def is_finite(self) -> bool:
         """Whether all sums are finite: any NaN or Inf reaches the diagonal."""
-        return bool(torch.isfinite(self.sum_PCC.diagonal(dim1=1, dim2=2).sum()))
+        traces = [sum_PrC[:, :, low:].diagonal(dim1=1, dim2=2).sum() for sum_PrC, low, _ in self._strips()]
+        return bool(torch.isfinite(torch.stack(traces).sum()))
 
     def take(self) -> Tensor:
         """:meth:`value`; afterwards only ``tokens`` of the statistic can be used."""
-        H_PCC, self.sum_PCC = self.value(), self.sum_PCC.new_empty(0)
+        H_PCC, self.sums_PT = self.value(), self.sums_PT.new_empty(0)
         return H_PCC
 
     def value(self) -> Tensor:
         """H [P, C, C] in float32, both triangles."""
-        P, C, _ = self.sum_PCC.shape
-        H_PCC = torch.empty(P, C, C, device=self.sum_PCC.device, dtype=torch.float32)
-        for H_CC, sum_CC in zip(H_PCC, self.sum_PCC, strict=True):
-            for rows in range(0, C, ROWS):  # no second matrix in float64
-                H_CC[rows : rows + ROWS] = sum_CC[rows : rows + ROWS] / max(1, self.tokens)
+        P, C = self.shape
+        H_PCC = torch.empty(P, C, C, device=self.sums_PT.device, dtype=torch.float32)
+        for sum_PrC, low, high in self._strips():
+            for row in range(0, high - low, ROWS):  # no second matrix in float64
+                rows = slice(low + row, min(low + row + ROWS, high))
+                H_PCC[:, rows, :high] = sum_PrC[:, row : row + ROWS] / max(1, self.tokens)
+        for H_CC in H_PCC:
             mirror_(H_CC)
         return H_PCC
+
+    def _limits(self) -> Iterator[tuple[int, int]]:
+        """First row and end of each strip; it has the columns up to its end."""
+        C = self.shape[1]
+        for low in range(0, C, self._strip):
+            yield low, min(low + self._strip, C)
+
+    def _strips(self) -> list[tuple[Tensor, int, int]]:
+        """The sums of each strip [P, r, C up to its end], its first row and its end."""
+        limits = list(self._limits())
+        sizes = [(high - low) * high for low, high in limits]
+        pieces = self.sums_PT.split(sizes, 1)
+        return [(piece.unflatten(1, (-1, high)), low, high) for piece, (low, high) in zip(pieces, limits, strict=True)]
 
 
 class SharedHessian:
@@ -153,13 +181,11 @@ class SharedHessian:
         """
         for one, count in zip((self.statistic, self.held_out), tokens, strict=True):
             if one is not None:
-                for sum_CC in one.sum_PCC:
-                    for low in range(0, len(sum_CC), ROWS):  # above the diagonal nothing is defined
-                        rows = sum_CC[low : low + ROWS, : low + ROWS]
-                        team.reduce_(SimpleNamespace(rows=rows, reduce={"rows": "sum"}), owner)
+                for sums in one.sums_PT.flatten().split(SENT):
+                    team.reduce_(SimpleNamespace(sums=sums, reduce={"sums": "sum"}), owner)
                 one.tokens = count
                 if owner not in (None, team.rank):
-                    one.sum_PCC = one.sum_PCC.new_empty(0)
+                    one.sums_PT = one.sums_PT.new_empty(0)
 
     def take(self) -> Iterator[tuple[Tensor, int, tuple[Tensor, Tensor] | None]]:
         """For each partition H of all inputs [C, C], the tokens, and the H of both halves where inputs were held out.
@@ -178,7 +204,7 @@ class SharedHessian:
         """Add the inputs that were held out."""
         if self.held_out is not None:
             assert self.statistic is not None
-            self.statistic.sum_PCC += self.held_out.sum_PCC
+            self.statistic.sums_PT += self.held_out.sums_PT
             self.statistic.tokens += self.held_out.tokens
             self.held_out = None
 
@@ -263,7 +289,7 @@ class HessianPool:
             return None
         if not shared.is_level(name):
             raise ValueError(_parted(name, shared))
-        sums = [] if shared.closed else [s for s in (shared.statistic, shared.held_out) if s and s.sum_PCC.is_cuda]
+        sums = [] if shared.closed else [s for s in (shared.statistic, shared.held_out) if s and s.sums_PT.is_cuda]
         if not all(statistic.is_finite() for statistic in sums):
             raise NonFiniteHessianError(
                 f"the inputs of {name!r} hold NaN or Inf, or numbers whose squares add up beyond float32; look at the "

@@ -42,10 +42,10 @@ def test_a_rank_deficient_hessian_without_damping_has_no_factor(rank):
     assert factorize(torch.full((4, 4), torch.nan), 0.01, True) is None
 
 
-def test_two_matrices_beside_the_hessian():
-    C = 200
+def test_one_matrix_beside_the_hessian():
+    C = 400
     X_NC = torch.randn(4 * C, C, generator=torch.Generator().manual_seed(0))
     H_CC = X_NC.T @ X_NC / len(X_NC)
     peak, _, factor = allocated(lambda: factorize(H_CC, 0.01, by_size=True))
     assert factor.UT_CC.nbytes == H_CC.nbytes
-    assert peak < 2.2 * H_CC.nbytes
+    assert peak < 1.8 * H_CC.nbytes

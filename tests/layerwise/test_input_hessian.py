@@ -40,7 +40,7 @@ def test_the_order_of_batches_and_how_ranks_share_them_change_no_bit():
             for x in share:
                 stat.update(x[None])
         for stat in stats[1:]:
-            stats[0].sum_PCC += stat.sum_PCC
+            stats[0].sums_PT += stat.sums_PT
             stats[0].tokens += stat.tokens
         return stats[0].value()
 
@@ -62,7 +62,7 @@ def test_take_gives_the_value_and_lets_the_sum_go():
     stat = InputHessian(1, 4)
     stat.update(torch.ones(1, 2, 4))
     assert torch.equal(stat.take(), torch.ones(1, 4, 4))
-    assert stat.sum_PCC.numel() == 0
+    assert stat.sums_PT.numel() == 0
     assert stat.tokens == 2
 
 

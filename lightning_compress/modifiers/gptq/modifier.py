@@ -171,7 +171,7 @@ class GPTQModifier(LayerwiseQuantizer):
             matrices, refine = [self._matrix(layer) for layer in layers], self.refine and is_refinable(solver.args)
             best = choose(solver, matrices, hessian.halves, dampenings, by_size, refine)
             choice = best or Choice(dampenings[-1], False)
-        is_dead = not H_CC.any()
+        is_dead = not H_CC.diagonal().any()  # H is positive semidefinite
         factor, dampening = factorize_retrying(H_CC, choice.dampening, by_size, retry=self.on_failure == "retry")
         if factor is None:
             if self.on_failure == "round":
