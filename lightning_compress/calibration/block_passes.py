@@ -20,7 +20,7 @@ from lightning_compress.calibration.lockstep import LockstepThreads, run_in_lock
 from lightning_compress.calibration.probe import Probe, nonfinite_error
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.core.precision import model_precision
-from lightning_compress.layers.memory import release
+from lightning_compress.layers.memory import GrowthRelease
 
 __all__ = ["ModuleGroup", "BlockPasses", "one_pass_obstacle"]
 
@@ -65,6 +65,7 @@ class BlockPasses:
     log: GroupLog
     numbers: Sequence[int] = ()
     batch: int = field(default=0, init=False)
+    release: GrowthRelease = field(default_factory=GrowthRelease, init=False)
     threads: LockstepThreads = field(default_factory=LockstepThreads, init=False)
     checks: FiniteChecks = field(default_factory=FiniteChecks, init=False)
 
@@ -141,13 +142,12 @@ class BlockPasses:
             batches=0 if replay is None else len(self.masks),
         )
         if self.masks:
-            release()  # what the batches have freed, before a solver needs memory
+            self.release()  # what the batches have freed, before a solver needs memory
         self.lifecycle.emit(state, replace(self.clock, type_=type_), only=only)
-        if self.masks:
-            release()
 
     def begin(self, batch: int, text: str) -> None:
-        """A batch begins to run."""
+        """A batch begins to run, or goes on."""
+        self.release()  # what a solver has freed, or a batch before
         self.batch = batch
         self.lifecycle.set_token_mask(self.masks[batch], self.numbers[batch])
         self.report(text)
