@@ -116,7 +116,7 @@ def factorize_retrying(H_CC: Tensor, dampening: float, by_size: bool, retry: boo
         dampening = min(MAX_DAMPENING, max(10 * dampening, 0.01))
 
 
-def energy(W_RC: Tensor, factor: Factor, block: int = 256) -> Tensor:
+def energy(W_RC: Tensor, factor: Factor, block: int = 128) -> Tensor:
     """W H w^T of each row with the damped H, [R], by the triangle of the factor: half the work of W H."""
     W_RC = W_RC.index_select(1, factor.order_C)
     R, C = W_RC.shape

@@ -126,7 +126,7 @@ class PruningArguments(BaseModel):
 
 def share_of_zeros(W_RC: Tensor) -> float:
     """Share of entries that are exactly zero."""
-    return float((W_RC == 0).sum()) / max(1, W_RC.numel())
+    return (W_RC.numel() - int(W_RC.count_nonzero())) / max(1, W_RC.numel())
 
 
 def zeros_stay(W_RC: Tensor, preserve_zeros: bool | None) -> bool:

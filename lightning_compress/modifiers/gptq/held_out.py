@@ -93,4 +93,4 @@ def _some_rows(matrix: Matrix, solver: Solver, count: int) -> Matrix:
         .long()
         .to(matrix.W_RC.device)
     )
-    return replace(matrix, W_RC=matrix.W_RC[rows], keep_RC=matrix.keep_RC[rows])
+    return replace(matrix, W_RC=matrix.W_RC[rows], keep_RC=None if matrix.keep_RC is None else matrix.keep_RC[rows])

@@ -19,7 +19,6 @@ Shapes: R rows, C columns (inputs), G groups of g columns.
 from collections.abc import Hashable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import torch
 from compressed_tensors.quantization import QuantizationScheme
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -200,7 +199,9 @@ class GPTQModifier(LayerwiseQuantizer):
             solved = refined(solver, solved, matrices, prepared.H_CC)
         results = []
         for matrix, one in zip(matrices, solved, strict=True):
-            latent_RC = adjusted(one.W_RC, one.Q_RC, factor) * matrix.keep_RC if self.keeps_latents else None
+            latent_RC = adjusted(one.W_RC, one.Q_RC, factor) if self.keeps_latents else None
+            if latent_RC is not None and matrix.keep_RC is not None:
+                latent_RC *= matrix.keep_RC
             parts = {"scale": one.scale, "zero_point": one.zero_point, "latent": latent_RC}
             results.append(Solved(one.Q_RC, *output_error(one, factor), prepared.note, parts))
         return results
@@ -214,7 +215,7 @@ class GPTQModifier(LayerwiseQuantizer):
         if layer.common is not None:
             scales = rows_of(layer.common, layer.rows, len(as_matrix(layer.module)), self.weights_of(layer.name))
         stays = zeros_stay(as_matrix(layer.module), self.preserve_zeros)  # for all of its partitions or pieces
-        keep_RC = W_RC != 0 if stays else torch.ones_like(W_RC, dtype=torch.bool)
+        keep_RC = W_RC != 0 if stays else None
         return Matrix(W_RC, keep_RC, self._globals.of(layer.name), scales)
 
     def give_up(self, state: State, name: str, tokens: int) -> None:

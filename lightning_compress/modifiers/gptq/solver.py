@@ -36,13 +36,13 @@ class Matrix:
 
     Args:
         W_RC: The weight, in the dtype of its layer.
-        keep_RC: False where the weight stays zero.
+        keep_RC: False where the weight stays zero; None: nowhere.
         global_scale: Global scale, in formats that have one.
         scales: Fixed scales [R, G], with their zero points; None: they are searched.
     """
 
     W_RC: Tensor
-    keep_RC: Tensor
+    keep_RC: Tensor | None
     global_scale: Tensor | None = None
     scales: Scales | None = None
 
@@ -237,8 +237,10 @@ def rows_of(scales: Scales, rows: slice, R: int, args: QuantizationArgs) -> Scal
 
 def keep_of(matrices: Sequence[Matrix]) -> Tensor | None:
     """False where a weight stays zero, [R, C] of all rows; None: no weight has to."""
-    keeps = [matrix.keep_RC for matrix in matrices]
-    return None if all(bool(keep.all()) for keep in keeps) else torch.cat(keeps)
+    if all(matrix.keep_RC is None or bool(matrix.keep_RC.all()) for matrix in matrices):
+        return None
+    keeps = [torch.ones_like(m.W_RC, dtype=torch.bool) if m.keep_RC is None else m.keep_RC for m in matrices]
+    return torch.cat(keeps)
 
 
 def _chosen(tried: Sequence[Scales], best_R: Tensor, rows: Sequence[int]) -> list[Scales]:
