@@ -67,7 +67,7 @@ def share(team: Team, owner: int, work: Callable[[], T], device: torch.device, w
     sources: list[Tensor] = []
     outline = team.result(lambda: _take_apart(work(), sources), what, owner)
     tensors = sources if team.rank == owner else _room(outline, device)
-    team.broadcast_(tensors, owner)
+    team.broadcast_([_in_memory_order(tensor) for tensor in tensors], owner)
     return _put_together(outline, tensors)
 
 
@@ -93,7 +93,7 @@ def collect(
             continue
         tensors = sources if team.rank == rank else _room(outlines[rank], device)
         if rank != owner:
-            team.carry_(tensors, rank, owner)
+            team.carry_([_in_memory_order(tensor) for tensor in tensors], rank, owner)
         results[rank] = _put_together(outlines[rank], tensors)
     if team.rank != owner:
         return []
@@ -137,6 +137,11 @@ def _room(outline: Outline, device: torch.device) -> list[Tensor]:
         torch.empty_strided(shape, stride, dtype=dtype, device="cpu" if on_cpu else device)
         for shape, stride, dtype, on_cpu in outline[1]
     ]
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The tensor with its dimensions in the order of their strides: one transposed needs no copy to be sent."""
+    return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d)))
 
 
 def _put_together(outline: Outline, tensors: Sequence[Tensor]) -> Any:
