@@ -9,8 +9,10 @@ The shards become the export when the last one is written, and a killed run goes
 Tensors and other files are those of ``save(model, target, tokenizer=..., recipe=...)`` after ``compress(model, ...)``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from lightning_compress.files.atomic_folder import check_target
 from lightning_compress.layers.memory import small_heap
 from lightning_compress.layers.split_experts import fused_experts
 from lightning_compress.layers.tied_weights import owners_of
-from lightning_compress.oneshot import all_events, first_batches, modifiers_of
+from lightning_compress.oneshot import all_events, check_team, first_batches, modifiers_of
 from lightning_compress.resume.export_log import ExportLog
 from lightning_compress.resume.folder_log import Resume, check_resume
+from lightning_compress.team import Team
 
 __all__ = ["compress_folder"]
 
@@ -53,6 +56,7 @@ def compress_folder(
     memory: int | str | None = None,
     overwrite: bool = False,
     resume: Resume = "auto",
+    team: Team = Team(),  # noqa: B008  (frozen)
 ) -> Ledger:
     """Compress a model of transformers from folder to folder, with one block in memory at a time.
 
@@ -68,6 +72,9 @@ def compress_folder(
         overwrite: Replace an earlier export of that name.
         resume: ``auto``: after a kill the same call goes on after the last block that it wrote, with the same result.
             ``must``: there must be such blocks. ``never``: begin anew.
+        team: With ``Team.of_processes()`` the processes of the default group work together, each calls this with the
+            same arguments, and the files are those of one process. On batches they share the batches; without batches
+            they share the blocks. ``target`` lies on a file system that all of them see.
 
     Returns:
         The ledger: a row for each module and technique.
@@ -80,27 +87,40 @@ def compress_folder(
     source = Path(source).expanduser().resolve()
     lifecycle = Lifecycle(modifiers_of(modifiers))
     _check_modifiers(lifecycle.modifiers)
-    batches = first_batches(batches, None)
-    files = TensorFolder(source)
-    model = hugging_face.on_meta(source, len(files.files), _dtype(source, files, dtype))
-    processors = hugging_face.processors(source)
-    rehearse(model, processors)
-    blocks = find_blocks(model, options.blocks)
-    names = _check_model(source, model, files, blocks)
-    if memory is not None:
-        options = replace(options, memory_limit=bytes_of(memory) - _block_bytes(model, blocks, bytes_of(memory)))
-    target = check_target(target, overwrite=overwrite)
-    state = State(model=model, ledger=Ledger())
-    log = ExportLog(model, blocks, files, names, target, overwrite, resume)
-    try:
-        heap = small_heap(keep=REUSED) if batches is None else small_heap(MAPPED)
-        with heap, all_events(lifecycle, state, options.seed):
-            residence = OnDisk(files.read, exact_device(options.device))
-            calibrate(lifecycle, state, batches, options, residence=residence, log=log)
-        log.finish(processors)
-    finally:
-        log.close()
+    check_team(lifecycle, team)
+    with _told_to(team):
+        batches = first_batches(batches, None)
+        files = TensorFolder(source)
+        model = hugging_face.on_meta(source, len(files.files), _dtype(source, files, dtype))
+        processors = hugging_face.processors(source)
+        rehearse(model, processors)
+        blocks = find_blocks(model, options.blocks)
+        names = team.result(partial(_check_model, source, model, files, blocks), "checking the model")
+        if memory is not None:
+            options = replace(options, memory_limit=bytes_of(memory) - _block_bytes(model, blocks, bytes_of(memory)))
+        target = team.result(partial(check_target, target, overwrite=overwrite), "checking the target")
+        shares = batches is None  # then blocks do not depend on each other, and no modifier needs other ranks
+        state = State(model=model, ledger=Ledger(), team=Team() if shares else team)
+        log = ExportLog(model, blocks, files, names, target, overwrite, resume, team, shares)
+        try:
+            heap = small_heap(keep=REUSED) if shares else small_heap(MAPPED)
+            with heap, all_events(lifecycle, state, options.seed):
+                residence = OnDisk(files.read, exact_device(options.device), log.elsewhere)
+                calibrate(lifecycle, state, batches, options, residence=residence, log=log)
+            team.result(partial(log.finish, processors), "writing the export")
+        finally:
+            log.close()
     return state.ledger
+
+
+@contextmanager
+def _told_to(team: Team) -> Iterator[None]:
+    """An error inside is raised on all ranks."""
+    try:
+        yield
+    except BaseException as error:
+        team.fail(error)
+        raise
 
 
 # -- checks before the work -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, opened
 from lightning_compress.team import Team
 
-__all__ = ["all_events", "compress", "first_batches", "modifiers_of"]
+__all__ = ["all_events", "check_team", "compress", "first_batches", "modifiers_of"]
 
 
 def compress(
@@ -95,7 +95,7 @@ def compress(
     lifecycle = Lifecycle(modifiers_of(modifiers))
     batches = first_batches(batches, max_batches)
     state = State(model=model, ledger=Ledger(), team=team)
-    _check_team(lifecycle, team)
+    check_team(lifecycle, team)
     check_uninterrupted(model)
     # a modifier with a window was made for training, which needs experts in one tensor
     windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)
@@ -155,7 +155,8 @@ def first_batches(batches: Iterable[Any] | None, max_batches: int | None) -> lis
     return first
 
 
-def _check_team(lifecycle: Lifecycle, team: Team) -> None:
+def check_team(lifecycle: Lifecycle, team: Team) -> None:
+    """ValueError for modifiers that cannot calibrate in a team of several ranks."""
     alone = [m.name for m in lifecycle.modifiers if m.needs.calibration and m.needs.team == "alone"]
     if alone and not team.alone:
         raise ValueError(

@@ -12,7 +12,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar, cast
@@ -309,7 +309,7 @@ class _Star:
             dist.send(torch.frombuffer(body, dtype=torch.uint8), peer, group=self.group)
 
     def receive(self, peer: int) -> Any:
-        work, head = self._ahead[peer]
+        work, head = self._ahead.pop(peer, None) or self._receive_ahead(peer)
         work.wait()
         message = head.numpy().tobytes()
         size, body = int.from_bytes(message[:8], "little"), message[8:]
@@ -317,7 +317,8 @@ class _Star:
             rest = torch.empty(size, dtype=torch.uint8, device="cpu")
             dist.recv(rest, peer, group=self.group)
             body = rest.numpy().tobytes()
-        self._ahead[peer] = self._receive_ahead(peer)
+        with suppress(RuntimeError):  # the peer has ended after this message, which counts; the next receive raises
+            self._ahead[peer] = self._receive_ahead(peer)
         return pickle.loads(body[:size])
 
     def _receive_ahead(self, peer: int) -> tuple[Any, Tensor]:

@@ -178,6 +178,25 @@ def test_a_rank_that_has_ended_is_named(tmp_path, which):
         assert "has ended" in message
 
 
+def ending_after_its_answer(rank):
+    team = Team.of_processes()
+    if rank == 0:
+        return team.gather(0)
+    receive = team.star.receive
+    team.star.receive = lambda peer: (time.sleep(0.5), receive(peer))[1]  # rank 0 has ended by then
+    assert team.gather(1) == [0, 1]
+    try:
+        return team.gather(2)
+    except RankError as error:
+        return str(error)
+
+
+def test_the_last_answer_of_a_rank_that_ends_counts(tmp_path):
+    both, message = run_processes(ending_after_its_answer, tmp_path)
+    assert both == [0, 1]
+    assert message.startswith("rank 0 has ended")
+
+
 def deserted(rank):
     def work():
         time.sleep(1)

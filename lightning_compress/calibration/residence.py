@@ -21,7 +21,7 @@ from lightning_compress.calibration.capture import is_stubbed
 from lightning_compress.calibration.plan import CalibrationPlan
 from lightning_compress.layers.blank import blank_of
 from lightning_compress.layers.finite import nonfinite
-from lightning_compress.layers.records import Record
+from lightning_compress.layers.records import records_of
 from lightning_compress.layers.sharded import gathered
 
 __all__ = ["InMemory", "OnDisk", "Residence", "Sharded", "exact_device", "fill"]
@@ -75,10 +75,13 @@ class OnDisk:
     Args:
         read: Reads a tensor by its name in the model.
         device: Device for the turn of a block.
+        elsewhere: Names of blocks that another process compresses, which are not read here; the empty name stands for
+            the modules outside of blocks.
     """
 
     read: Callable[[str], Tensor]
     device: torch.device | None = None
+    elsewhere: Container[str] = ()
 
     @contextmanager
     def visit(self, name: str, block: nn.Module) -> Iterator[None]:
@@ -87,6 +90,9 @@ class OnDisk:
                 "the model is walked as a whole, and it is larger than memory; name its blocks with blocks=[...], or "
                 "compress it in memory"
             )
+        if name in self.elsewhere:
+            yield
+            return
         with self._filled(name, block):
             _check_finite([f"{name}.{local}" for local in nonfinite(block)])
             yield
@@ -95,6 +101,8 @@ class OnDisk:
         return _present_while_called(blocks, self._filled, self.device)
 
     def outside(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+        if "" in self.elsewhere:
+            return
         fill(model, "", self.read, {module for block in blocks.values() for module in block.modules()})
         _check_finite(nonfinite(model))
 
@@ -232,7 +240,7 @@ def _release(module: nn.Module) -> None:
                 if id(tensor) not in blanks:
                     blanks[id(tensor)] = blank_of(tensor)
                 tensors[local] = blanks[id(tensor)]
-        for record in [value for value in vars(owner).values() if isinstance(value, Record)]:
+        for record in records_of(owner):
             record.to(torch.device("meta")).attach(owner)
 
 

@@ -18,8 +18,9 @@ Each file is written beside its place, forced to the disk and renamed; the JSON 
     {"format_version": 1, "bytes": size of the shard, "sha256": its checksum, "tensors": [names],
      "rows": [rows of the ledger], "facts": {...}}
 
-One process writes. Files that are read back are not trusted: sizes are bounded before parsing, names in the JSON must
-be those of the shard, and no path comes out of a file.
+Several processes may write, each shards of its own; one of them opens the folder, and finishes it. Files that are read
+back are not trusted: sizes are bounded before parsing, names in the JSON must be those of the shard, and no path comes
+out of a file.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,35 +79,54 @@ class ShardWriter:
         count: Number of shards.
         overwrite: Replace an earlier export of that name.
         origin: Written to the manifest; see :func:`lightning_compress.files.atomic_folder.whole_folder`.
+        opens: False: another process has opened the folder, and finishes it.
 
     Raises:
         ValueError: ``target`` cannot be written; see :func:`lightning_compress.files.atomic_folder.check_target`.
     """
 
     def __init__(
-        self, target: str | Path, count: int, *, overwrite: bool = False, origin: Mapping[str, Any] | None = None
+        self,
+        target: str | Path,
+        count: int,
+        *,
+        overwrite: bool = False,
+        origin: Mapping[str, Any] | None = None,
+        opens: bool = True,
     ):
-        self.target = check_target(target, overwrite=overwrite, run=None if origin is None else origin["run"])
+        run = None if origin is None else origin["run"]
+        self.target = check_target(target, overwrite=overwrite, run=run) if opens else Path(target)
         self.count, self.overwrite, self.origin = count, overwrite, origin
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         self.log = self.folder / "log"
         self._log_aside = self.target.with_name(f".{self.target.name}.log")  # while finish() renames the folder
         self._shards: dict[int, Shard] = {}
-        self._open()
+        if opens:
+            self._open()
 
-    def finished(self) -> list[Shard]:
-        """The complete shards, in order; the first one that is not complete and all after it must be written again."""
+    def finished(self, in_order: bool = True) -> list[Shard]:
+        """The complete shards, in order; others must be written again, and with ``in_order`` all after one of them."""
         self._shards = {}
         for number in range(1, self.count + 1):
             try:
                 self._shards[number] = self._check(number)
             except (OSError, ValueError) as error:
                 if self._entry(number).exists():
-                    logger.warning("shard %d and those after it are done again: %s", number, error)
-                for later in range(number, self.count + 1):
+                    after = " and those after it are" if in_order else " is"
+                    logger.warning("shard %d%s done again: %s", number, after, error)
+                for later in range(number, self.count + 1 if in_order else number + 1):
                     self._entry(later).unlink(missing_ok=True)
-                break
+                if in_order:
+                    break
         return list(self._shards.values())
+
+    def shards(self) -> list[Shard]:
+        """Those that this process knows of."""
+        return list(self._shards.values())
+
+    def add(self, shards: Iterable[Shard]) -> None:
+        """Take shards that other processes have written."""
+        self._shards |= {shard.number: shard for shard in shards}
 
     def read(self, shard: Shard) -> dict[str, Tensor]:
         """The tensors of a shard."""

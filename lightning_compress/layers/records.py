@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Record", "has_record"]
+__all__ = ["Record", "has_record", "records_of"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,14 @@ class Record:
         return cls(**{name: _from_json(value) for name, value in data.items()})
 
 
+def records_of(module: nn.Module) -> list[Record]:
+    """The records of a module, of all kinds."""
+    return [value for value in vars(module).values() if isinstance(value, Record)]
+
+
 def has_record(module: nn.Module) -> bool:
     """Whether a module carries a record of any kind."""
-    return any(isinstance(value, Record) for value in vars(module).values())
+    return bool(records_of(module))
 
 
 def _to_json(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import parameter_of, weight_of
-from lightning_compress.layers.records import Record
+from lightning_compress.layers.records import Record, records_of
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.packing import is_packable, pack, tensor_names, unpack
 from lightning_compress.quant.record import Quantized
@@ -46,7 +46,7 @@ def to_tensors(modules: Mapping[str, nn.Module]) -> tuple[Tensors, dict[str, Any
     tensors |= {key: _tensor_at(*slot) for key, slot in unpacked.items()}
     records: dict[str, dict[str, Any]] = {}
     for name, module in modules.items():
-        for record in _records(module):
+        for record in records_of(module):
             in_codes, of_record = {}, _tensors_of(record)
             if name in packed and isinstance(record, Quantized):
                 in_codes = _in_codes(module, record, packed[name])
@@ -86,7 +86,7 @@ def from_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     if left:
         raise ValueError(f"the tensor {sorted(left)[0]!r} belongs to none of the modules that are to get it")
     for name, module in modules.items():
-        for record in _records(module):
+        for record in records_of(module):
             if record.attribute not in records.get(name, {}):
                 record.detach(module)
         for new in records.get(name, {}).values():
@@ -240,10 +240,6 @@ def _unpack(name: str, module: nn.Module, fields_: Mapping[str, Any], left: Tens
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
-
-
-def _records(module: nn.Module) -> list[Record]:
-    return [value for value in vars(module).values() if isinstance(value, Record)]
 
 
 def _records_of(name: str, module: nn.Module, facts: Mapping[str, Any], left: Tensors) -> dict[str, Record]:

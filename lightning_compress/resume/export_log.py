@@ -10,6 +10,10 @@
             [Modifier.group_state], "random": torch's random state}
 
 The modules outside of blocks are compressed again after a kill.
+
+Several processes (``team``): on calibration data all compress every block together, and rank 0 writes. Without data
+they share the blocks: rank r compresses and writes blocks r, r + size, ..., rank 0 also the modules outside of blocks.
+At the end all get the rows of the ledger, and the records without values.
 """
 
 import hashlib
@@ -21,8 +25,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.group_log import NoLog
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Lifecycle, State
@@ -37,14 +43,19 @@ from lightning_compress.export.tensors import INDEX
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.matching import shortlist
 from lightning_compress.layers.memory import release
+from lightning_compress.layers.records import records_of
 from lightning_compress.quant.module_state import from_tensors, settle, to_tensors
 from lightning_compress.quant.packing import check_fit
 from lightning_compress.recipe import dump_recipe
-from lightning_compress.resume.folder_log import ANEW, Resume, random_state, set_random_state
+from lightning_compress.resume.folder_log import ANEW, Resume, random_state, set_random_state, unable
 from lightning_compress.resume.holder import Holder
 from lightning_compress.resume.plan import batch_digest, difference, make_plan, read_plan, write_plan
+from lightning_compress.team import Team
 
 __all__ = ["ExportLog"]
+
+Rows = Sequence[Mapping[str, Any]]
+META = torch.device("meta")
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +71,8 @@ class ExportLog:
         target: Folder to write.
         overwrite: Replace an earlier export of that name.
         resume: ``auto``: go on where a killed run ended. ``must``: there must be one. ``never``: begin anew.
+        team: The processes that write together; the target lies on a file system that all of them see.
+        shares: Whether they share the blocks.
     """
 
     def __init__(
@@ -71,15 +84,27 @@ class ExportLog:
         target: Path,
         overwrite: bool,
         resume: Resume,
+        team: Team = Team(),  # noqa: B008  (frozen)
+        shares: bool = False,
     ):
         self.model, self.blocks, self.source, self.resume = model, blocks, source, resume
         self.interrupt = NoLog().interrupt
         self.left_out = model.state_dict().keys() - names  # tied weights, and what the class does not save
         self.dense: dict[str, Any] = {}  # records of modules whose weight stays dense on disk
-        self._shards: Sequence[Shard] = ()
+        self.team, self.shares = team, shares and not team.alone
+        self._shards: dict[int, Shard] = {}  # of an earlier run
         self._rows: list[Row] = []
-        self._holder = Holder(target.with_name(f".{target.name}.lock"))
-        self.writer = ShardWriter(target, len(blocks) + 1, overwrite=overwrite)
+        self._groups: dict[str, tuple[Rows, list[Any]]] = {}  # of this rank: rows of the ledger, states of modifiers
+        self._holder = Holder(target.with_name(f".{target.name}.lock")) if team.rank == 0 else None
+        self.writer = ShardWriter(target, len(blocks) + 1, overwrite=overwrite, opens=team.rank == 0)
+
+    @property
+    def elsewhere(self) -> set[str]:
+        """Names of blocks that other ranks compress; the empty name stands for the modules outside of blocks."""
+        if not self.shares:
+            return set()
+        mine = [*self.team.mine(len(self.blocks))]
+        return {name for i, name in enumerate(self.blocks) if i not in mine} | ({""} if self.team.rank else set())
 
     def begin(
         self,
@@ -91,8 +116,30 @@ class ExportLog:
     ) -> None:
         self._lifecycle, self._state, self._has_data = lifecycle, state, bool(batches)
         self._can_restore = all(modifier.group_state({}) is not None for modifier in lifecycle.modifiers)
-        plan = make_plan(lifecycle.modifiers, nn.Module(), [batch_digest(b) for b in batches], list(blocks), options)
-        plan["model"] = {"class": type(self.model).__name__, "dtype": str(self.model.dtype), **_digests(self.source)}
+        if self.shares and not self._can_restore:
+            raise ValueError(
+                f"{', '.join(unable(lifecycle.modifiers))} cannot share blocks between {self.team.size} ranks, as the "
+                f"class has no group_state: use one process, or add it (docs/writing.md)"
+            )
+        digests = {number: batch_digest(batches[number]) for number in self.team.mine(len(batches))}
+        merged = {number: one for each in self.team.gather(digests) for number, one in each.items()}
+
+        def open_log() -> list[Shard]:
+            data = [merged[number] for number in range(len(batches))]
+            plan = make_plan(lifecycle.modifiers, nn.Module(), data, list(blocks), options)
+            kind = {"class": type(self.model).__name__, "dtype": str(self.model.dtype)}
+            return self._open(plan | {"model": kind | _digests(self.source)})
+
+        shards = self.team.result(open_log, "opening the log of the calibration")
+        self._shards = {shard.number: shard for shard in shards}
+        if not self.writer.log.is_dir():
+            raise ValueError(
+                f"rank {self.team.rank} does not see {self.writer.log}, which rank 0 has made; all ranks need the "
+                f"target on one file system"
+            )
+
+    def _open(self, plan: dict[str, Any]) -> list[Shard]:
+        """The shards of an earlier run; the folder is ready for further ones."""
         path = self.writer.log / "plan.json"
         if self.resume != "never" and path.exists():
             try:
@@ -101,39 +148,77 @@ class ExportLog:
                 raise ValueError(f"the shards in {self.writer.folder} cannot be used: {error}; {ANEW}") from error
             if changes:
                 raise ValueError(f"the shards in {self.writer.folder} belong to another run: {changes}; {ANEW}")
-            self._shards = self.writer.finished()
-            logger.info("going on in %s after %d finished blocks", self.writer.folder, len(self._shards))
-            return
+            shards = self.writer.finished(in_order=self._has_data)
+            logger.info("going on in %s after %d finished blocks", self.writer.folder, len(shards))
+            return shards
         if self.resume == "must":
             raise ValueError(f"resume='must', and {self.writer.folder} holds no run to go on with; check the folder")
         self.writer.discard()
         write_plan(path, plan)
+        return []
 
     def restore(self, title: str, modules: Mapping[str, nn.Module]) -> bool:
-        shard = self._shards[self._number(title) - 1] if 0 < self._number(title) <= len(self._shards) else None
+        number = self._number(title)
+        if self.shares and number and (number - 1) % self.team.size == 0:
+            self.team.gather(None, f"the blocks before {title}")  # a rank that has ended is known by then
+        if self.shares and (title if number else "") in self.elsewhere:
+            if not number:
+                self._exchange()
+            return True
+        shard = self._shards.get(number)
         if shard is None or not _is_whole(shard.facts):
             self._rows = self._state.ledger.rows
-            self._shards = self._shards[: self._number(title) - 1] if shard is not None else self._shards
+            if self._has_data and shard is not None:  # those after it saw its outputs
+                self._shards = {earlier: one for earlier, one in self._shards.items() if earlier < number}
             return False
         from_tensors(modules, self.writer.read(shard), shard.facts["state"])
         for modifier, known in zip(self._lifecycle.modifiers, shard.facts["modifiers"], strict=True):
             modifier.load_group_state(modules, known)
         self._state.ledger.put(shard.rows)
+        self._groups[title] = shard.rows, shard.facts["modifiers"]
         set_random_state(shard.facts["random"])
         self.dense |= shard.facts["dense"]
         return True
 
     def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
+        earlier = set(map(id, self._rows))
+        rows = [asdict(row) for row in self._state.ledger.rows if id(row) not in earlier]
+        known = [modifier.group_state(modules) for modifier in self._lifecycle.modifiers]
+        self._groups[title] = rows, known
         if number := self._number(title):
             release()  # what rounding has freed, before packing needs memory
             contents = block_contents(self.model, modules)
             tensors, facts = self._restorable(contents, modules)
-            earlier = set(map(id, self._rows))
-            rows = [asdict(row) for row in self._state.ledger.rows if id(row) not in earlier]
-            known = [modifier.group_state(modules) for modifier in self._lifecycle.modifiers]
-            self._write(number, self.blocks[title], contents, tensors, rows, state=facts, modifiers=known)
+
+            def write() -> None:
+                self._write(number, self.blocks[title], contents, tensors, rows, state=facts, modifiers=known)
+
+            write() if self.shares else self.team.result(write, f"writing {title}")
             if facts is not None and self._has_data:
                 settle(modules, tensors, facts)
+        elif self.shares:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Give all ranks what each has of its groups: shards, rows, states of modifiers, records without values."""
+        modules = modules_outside(self.model, self.blocks) if self.team.rank == 0 else {}
+        for name, block in self.blocks.items():
+            modules |= modules_of_block(name, block) if name not in self.elsewhere else {}
+        records = {name: [record.to(META) for record in records_of(module)] for name, module in modules.items()}
+        mine = self._groups, {name: each for name, each in records.items() if each}, self.writer.shards(), self.dense
+        groups: dict[str, tuple[Rows, list[Any]]] = {}
+        for rank, (others, attached, shards, dense) in enumerate(self.team.gather(mine, "compressing the blocks")):
+            groups |= others
+            self.dense |= dense
+            self.writer.add(shards)
+            for name, each in attached.items() if rank != self.team.rank else ():
+                for record in each:
+                    record.attach(self.model.get_submodule(name))
+        ordered = [*self.blocks, *(title for title in groups if title not in self.blocks)]
+        self._state.ledger.load_state_dict([dict(row) for title in ordered for row in groups[title][0]])
+        for title in groups.keys() - self._groups.keys():
+            for modifier, known in zip(self._lifecycle.modifiers, groups[title][1], strict=True):
+                modifier.load_group_state({}, known)
 
     def restore_survey(self) -> bool:
         return False
@@ -165,6 +250,8 @@ class ExportLog:
 
     def close(self) -> None:
         """Let other processes have the folder; one without a shard is removed."""
+        if self._holder is None:
+            return
         if self.writer.is_empty:
             shutil.rmtree(self.writer.folder, ignore_errors=True)
         self._holder.release()
