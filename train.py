@@ -6,6 +6,7 @@ Compression is an ordinary callback: ``+compress=NAME`` adds it to ``callbacks``
 import logging
 import os
 import warnings
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -117,18 +118,39 @@ def stream(cfg: DictConfig) -> dict[str, float]:
     goes on in the same folder.
 
     Raises:
-        ValueError: The config trains, or its model is not a folder.
+        ValueError: The config trains, its model is not a folder, or its strategy is not one of processes.
     """
-    import torch
+    import lightning
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-    from lightning_compress import compress_folder
-    from lightning_compress.report import summary, table
+    from lightning_compress.training.slurm import check_tasks
 
     if cfg.train or not os.path.isdir(str(cfg.model.get("path"))):
         raise ValueError(
             f"callbacks.compress.stream=true compresses the model of a folder without training: expected "
             f"model=hf model.path=FOLDER train=false, got model.path={cfg.model.get('path')} train={cfg.train}"
         )
+    trainer: lightning.Trainer = hydra.utils.instantiate(cfg.trainer, logger=False)
+    check_tasks(trainer.world_size, os.environ)
+    strategy, launcher = trainer.strategy, trainer.strategy.launcher
+    is_ddp = isinstance(strategy, DDPStrategy) and strategy._start_method == "popen"
+    if not (is_ddp or isinstance(strategy, SingleDeviceStrategy)):
+        raise ValueError(
+            f"callbacks.compress.stream=true works on one device, or with trainer.strategy=ddp, and got "
+            f"trainer.strategy={cfg.trainer.get('strategy')}"
+        )
+    return launcher.launch(stream_on_ranks, cfg, strategy) if launcher else stream_on_ranks(cfg, strategy)
+
+
+def stream_on_ranks(cfg: DictConfig, strategy: Any) -> dict[str, float]:
+    """The work of each process of :func:`stream`; rank 0 writes the report."""
+    import torch
+
+    from lightning_compress import compress_folder
+    from lightning_compress.report import summary, table
+    from lightning_compress.team import Team
+
+    strategy.setup_environment()
     recipe = {key: value for key, value in cfg.callbacks.compress.items() if key != "stream"}
     callback = hydra.utils.instantiate(recipe)
     modifiers, options = callback.lifecycle.modifiers, callback.options
@@ -139,13 +161,17 @@ def stream(cfg: DictConfig) -> dict[str, float]:
         data.setup("fit")
         batches = islice(data.calibration_dataloader(), options.calibration_batches)
     folder = options.export_dir or os.path.join(cfg.paths.output_dir, "compressed")
+    device, team = strategy.root_device, Team.of_processes()
     ledger = compress_folder(
-        cfg.model.path, folder, modifiers, batches, options=options.calibration, resume=options.resume,
+        cfg.model.path, folder, modifiers, batches, resume=options.resume, team=team,
+        options=replace(options.calibration, device=None if device.type == "cpu" else device),
         dtype=None if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype),
     )  # fmt: skip
-    facts = {"recipe": options.recipe_name, "export_dir": str(folder), "seed": options.calibration.seed}
-    summary.write(os.path.join(cfg.paths.output_dir, "report"), ledger, facts)
-    table.show(ledger, facts)
+    if team.rank == 0:
+        facts = {"recipe": options.recipe_name, "export_dir": str(folder), "seed": options.calibration.seed}
+        summary.write(os.path.join(cfg.paths.output_dir, "report"), ledger, facts)
+        table.show(ledger, facts)
+    team.close()
     return {}
 
 

@@ -137,7 +137,8 @@ def test_a_pretrained_model_any_text_and_its_tokenizer(app_config: Any, tmp_path
     assert values_per_row(dense.model.layers[0].mlp.up_proj.weight) > 16
 
 
-def test_a_model_larger_than_memory_goes_from_folder_to_folder(app_config: Any, tmp_path: Path) -> None:
+def streaming(tmp_path: Path) -> list[str]:
+    """Options that compress a small model from folder to folder; both are written."""
     words = ["[UNK]", "the", "quick", "brown", "fox"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -148,8 +149,11 @@ def test_a_model_larger_than_memory_goes_from_folder_to_folder(app_config: Any, 
     (tmp_path / "text.txt").write_text("the quick brown fox . " * 400)
     options = [o for o in TINY if not o.startswith("model.")]
     options += ["model=hf", "data=text", f"model.path={folder}", f"data.path={tmp_path / 'text.txt'}"]
-    options += ["+compress=gptq_w4", "callbacks.compress.stream=true"]
+    return [*options, "+compress=gptq_w4", "callbacks.compress.stream=true"]
 
+
+def test_a_model_larger_than_memory_goes_from_folder_to_folder(app_config: Any, tmp_path: Path) -> None:
+    options = streaming(tmp_path)
     with pytest.raises(ValueError, match="without training: expected model=hf model.path=FOLDER train=false, got"):
         app.train(app_config(*options))
     cfg = app_config(*options, "train=false")
@@ -159,6 +163,30 @@ def test_a_model_larger_than_memory_goes_from_folder_to_folder(app_config: Any, 
     rows = list(csv.DictReader((Path(cfg.paths.output_dir) / "report" / "modules.csv").open()))
     assert len(rows) == 14
     assert all(float(row["error"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_two_processes_stream_the_files_of_one(app_config: Any, tmp_path: Path) -> None:
+    options = [*streaming(tmp_path), "train=false"]
+    cfg = app_config(*options)
+    app.train(cfg)
+    command = [sys.executable, str(ROOT / "train.py"), *options, "trainer.devices=2", "+trainer.strategy=ddp"]
+    command += [f"hydra.run.dir='{tmp_path / 'two'}'"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    one, two = (
+        {path.name: path.read_bytes() for path in (folder / "compressed").iterdir()}
+        for folder in (Path(cfg.paths.output_dir), tmp_path / "two")
+    )
+    assert one == two
+    assert (tmp_path / "two" / "report" / "modules.csv").exists()
+
+
+def test_strategies_that_share_no_folder_are_refused(app_config: Any, tmp_path: Path) -> None:
+    cfg = app_config(*streaming(tmp_path), "train=false", "trainer.devices=2", "+trainer.strategy=ddp_spawn")
+    with pytest.raises(ValueError, match="with trainer.strategy=ddp, and got trainer.strategy=ddp_spawn"):
+        app.train(cfg)
 
 
 def test_a_sweep_runs_each_recipe_and_ends_in_one_table_and_one_figure(tmp_path: Path, library: str) -> None:
