@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
-from lightning_compress.ops.fp4_gemm.kernel import constants, fp4_kernel
+from lightning_compress.ops.fp4_gemm.kernel import constants, dense_kernel, fp4_kernel
 from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
@@ -48,3 +48,15 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     assert not code["conversions"], code  # of integers to floats: bits are placed
     assert ".ftz" not in kernel.asm["ptx"]  # 2^-126 times a code may be subnormal
     assert code["instructions"] <= budget, code
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_dequantizing_is_a_plain_stream(group, capability, tmp_path):
+    types = {"planes_ptr": "*i16", "scale_ptr": "*u8", "divisor_ptr": "*fp32", "out_ptr": "*bf16"}
+    kernel = compiled(dense_kernel, capability, types, {"GROUP": group, "INTERPRETED": False, "BLOCK_N": 64}, 4)
+    code = inspect_code(kernel, tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["wide"] == 10, code  # 64 weights of a thread: 2 loads and 8 stores of 16 bytes
+    assert ".ftz" not in kernel.asm["ptx"]  # the bits of a code are a subnormal number
+    assert code["instructions"] <= 1075, code

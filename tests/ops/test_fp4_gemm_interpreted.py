@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
-from lightning_compress.ops.fp4_gemm import kernel, to_layout
+from lightning_compress.ops.fp4_gemm import dequantize, kernel, to_layout
+from lightning_compress.ops.fp4_gemm.layout import dense
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch
 from tests.ops.test_fp4_gemm import exact, weight
 
@@ -55,3 +56,21 @@ def test_rows_of_x_may_lie_apart():
 
 def test_no_tokens():
     assert kernel.gemm(torch.randn(0, 208), to_layout(*weight(17, 208, "NVFP4"))).shape == (0, 17)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("N", "K", "form"), [(17, 208, "NVFP4"), (65, 256, "NVFP4"), (33, 160, "MXFP4"), (130, 128, "MXFP4")]
+)
+def test_dequantizes_to_the_bits_of_the_reference(N, K, form, dtype):
+    tensors = weight(N, K, form)
+    assert torch.equal(kernel.dense(to_layout(*tensors), K, dtype), dequantize(*tensors, dtype))
+
+
+@pytest.mark.parametrize("group", [8, 24, 48, 128])
+def test_dequantizes_groups_of_any_size(group):
+    K = 3 * group
+    packed = torch.randint(0, 256, (5, K // 2)).to(torch.uint8)
+    scale = torch.randint(1, 127, (5, 3)).to(torch.uint8).view(torch.float8_e4m3fn)
+    layout = to_layout(packed, scale, torch.tensor([77.0]))
+    assert torch.equal(kernel.dense(layout, K, torch.float32), dense(layout, K, torch.float32))

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
-from lightning_compress.ops.w4a16_gemm.kernel import constants, w4a16_kernel
+from lightning_compress.ops.w4a16_gemm.kernel import constants, dense_kernel, w4a16_kernel
 from tests.support.triton_compilation import (
     POINTER,
     SHARED,
@@ -105,3 +105,17 @@ def test_parts_are_visible_before_they_are_counted(tmp_path):
     at = code.rindex("HGMMA")
     for step in steps:
         at = code.index(step, at) + 1  # ValueError: missing, or not in this order
+
+
+@pytest.mark.parametrize(
+    ("group", "asymmetric", "budget"), [(128, False, 555), (128, True, 615), (32, False, 555), (0, False, 505)]
+)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_dequantizing_is_a_plain_stream(group, asymmetric, budget, capability, tmp_path):
+    types = {"planes_ptr": "*i16", "scale_ptr": "*bf16", "zero_ptr": "*i8", "out_ptr": "*bf16"}
+    fixed = {"GROUP": group, "HAS_ZERO": asymmetric, "INTERPRETED": False, "BLOCK_N": 64}
+    kernel = compiled(dense_kernel, capability, types, fixed | ({} if asymmetric else {"zero_ptr": None}), 4)
+    code = inspect_code(kernel, tmp_path)
+    assert (code["spills"], code["stack"], code["shared"]) == (0, 0, 0), code
+    assert code["wide"] == 10, code  # 64 weights of a thread: 2 loads and 8 stores of 16 bytes
+    assert code["instructions"] <= budget, code

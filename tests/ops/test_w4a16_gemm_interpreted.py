@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
-from lightning_compress.ops.w4a16_gemm import grid_rows, kernel, to_planes
+from lightning_compress.ops.w4a16_gemm import dequantize, grid_rows, kernel, to_planes
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
 from tests.ops.test_w4a16_gemm import weight
 
@@ -77,3 +77,13 @@ def test_the_rule_gives_every_processor_a_tile():
         launch = rule(M, 4096, 4096, torch.bfloat16, processors=132)
         assert launch.split * -(-4096 // launch.block_n) * -(-M // launch.block_m) >= (500 if M <= 16 else 128)
         assert launch.block_m >= min(M, 128)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("N", "K", "G"), [(17, 192, 6), (65, 256, 2), (33, 200, 1), (3, 144, 3), (130, 96, 8)])
+def test_dequantizes_to_the_bits_of_the_reference(N, K, G, dtype, symmetric):
+    packed, scale, zero, _ = weight(N, K, G, symmetric, torch.bfloat16)
+    scale_GN, zero_GN = grid_rows(scale, zero)
+    W = kernel.dense(to_planes(packed), scale_GN, zero_GN, K, dtype)
+    assert torch.equal(W, dequantize(packed, scale, zero, K, dtype))

@@ -1,6 +1,7 @@
 """y = x W^T with FP4 weights (NVFP4, MXFP4): bf16, fp16 or float32 tokens times E2M1 codes, scaled group by group.
 
-On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, each call dequantizes the weight.
+On CUDA the Triton kernel in kernel.py runs, for many tokens and gradients one that dequantizes the weight for cuBLAS;
+elsewhere, and where it cannot run, torch dequantizes the weight in each call.
 Layout, roofline and measured numbers are in the README beside this file.
 
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
@@ -17,7 +18,7 @@ from lightning_compress.ops.w4a16_gemm.layout import check_words
 
 __all__ = ["Layout", "dequantize", "fp4_gemm", "to_layout"]
 
-DENSE_ABOVE = 1024  # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
+DENSE_FROM = 512  # tokens from which the weight is dequantized for cuBLAS, as in w4a16_gemm
 
 
 def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) -> Tensor:
@@ -65,20 +66,26 @@ def check(x: Tensor, layout: Layout) -> None:
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) -> Tensor:
     layout, K, (G, N) = Layout(planes_NP, scale_GN, divisor_N), x.shape[-1], scale_GN.shape
     x_MK = x.reshape(-1, K)
-    if x.is_cuda and len(x_MK) < DENSE_ABOVE and _kernel_runs(x, K // G):
+    if x.is_cuda and len(x_MK) < DENSE_FROM and _kernel_runs(x, K // G):
         from lightning_compress.ops.fp4_gemm.kernel import gemm
 
         return gemm(x_MK, layout).view(*x.shape[:-1], N)
-    return x @ dense(layout, K, x.dtype).t()
+    return x @ _dense(*layout, K, x.dtype).t()
 
 
 def _kernel_runs(x: Tensor, group: int) -> bool:
     unfit = f"the group size {group} is not a multiple of 16" if group % 16 else None
-    return kernel_runs(x.device, "FP4 weights are dequantized for every call", unfit)
+    return kernel_runs(x.device, "FP4 weights are dequantized for every call", unfit, chained=True)
 
 
 def _dense(planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    return dense(Layout(planes_NP, scale_GN, divisor_N), K, dtype)
+    """W [N, K] in ``dtype``, the same bits on all devices."""
+    layout = Layout(planes_NP, scale_GN, divisor_N)
+    if planes_NP.is_cuda and kernel_runs(planes_NP.device, "FP4 weights are dequantized by dozens of kernels of torch"):
+        from lightning_compress.ops.fp4_gemm.kernel import dense as fused
+
+        return fused(layout, K, dtype)
+    return dense(layout, K, dtype)
 
 
 _gemm_op = product_op("fp4_gemm", "Tensor planes, Tensor scale, Tensor divisor", _forward, _dense)

@@ -20,9 +20,12 @@ from torch import Tensor
 from lightning_compress.ops.fp4_gemm.layout import Layout
 from lightning_compress.ops.launches import launching
 from lightning_compress.ops.split_sums import store_sums, workspace
+from lightning_compress.ops.w4a16_gemm.kernel import rounded
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
-__all__ = ["constants", "fp4_kernel", "gemm"]
+__all__ = ["constants", "dense", "dense_kernel", "fp4_kernel", "gemm"]
+
+DENSE_ROWS = 64  # of a program of dense_kernel
 
 
 def gemm(x_MK: Tensor, layout: Layout, launch: W4Launch | None = None) -> Tensor:
@@ -43,6 +46,19 @@ def gemm(x_MK: Tensor, layout: Layout, launch: W4Launch | None = None) -> Tensor
             **constants(launch, G, K, x_MK.dtype, interpreted), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
     return out
+
+
+def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in ``dtype``: one launch, which writes each weight and reads half a byte of it; any group size."""
+    G, N = layout.scale.shape
+    W_NK = torch.empty((N, K), dtype=dtype, device=layout.planes.device)
+    interpreted = not isinstance(dense_kernel, triton.JITFunction)
+    if N:
+        with launching(layout.planes):
+            dense_kernel[(triton.cdiv(K, 128), triton.cdiv(N, DENSE_ROWS))](
+                *layout, W_NK, N, K, GROUP=K // G, INTERPRETED=interpreted, BLOCK_N=DENSE_ROWS
+            )
+    return W_NK
 
 
 def constants(
@@ -120,11 +136,7 @@ def _weights(words_Nc, scale_Nc, J: tl.constexpr, dtype: tl.constexpr, BITS: tl.
     if ASM:
         bits_Nc = tl.inline_asm_elementwise(_placed(J, HALF), "=r,r", [words_Nc], dtype=tl.int16, is_pure=True, pack=2)
     else:
-        w_Nc = words_Nc.to(tl.int32)
-        if J == 3:
-            bits_Nc = ((w_Nc >> 4) & 0xC0) | ((w_Nc >> 5) & 0x100) | ((w_Nc << 1) & 0x8000)
-        else:
-            bits_Nc = (w_Nc << (3 * J)) & 0x81C0
+        bits_Nc = _bits(words_Nc.to(tl.int32), J)
         if HALF:
             bits_Nc = (bits_Nc & 0x8000) | ((bits_Nc & 0x1C0) << 3)
         bits_Nc = bits_Nc.to(tl.int16)
@@ -155,3 +167,51 @@ def _placed(j: int, half: bool) -> str:
     else:
         body += "mov.b32 $0, p; "
     return "{ .reg .b32 t, p; " + body + "}"
+
+
+@triton.jit
+def dense_kernel(
+    planes_ptr, scale_ptr, divisor_ptr, out_ptr, N, K,
+    GROUP: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Code times (scale / divisor), in float32, rounded to the dtype of out [N, K]."""
+    row_N1 = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    column_1c = tl.arange(0, 32)[None, :]
+    first = tl.program_id(0) * 128
+    words_ptr = planes_ptr + row_N1.to(tl.int64) * (tl.cdiv(K, 128) * 32) + tl.program_id(0) * 32 + column_1c
+    words_Nc = tl.load(words_ptr, mask=row_N1 < N, other=0).to(tl.int32)
+    divisor_N1 = tl.load(divisor_ptr + row_N1, mask=row_N1 < N, other=1.0)
+    for j in tl.static_range(4):
+        k = first + 32 * j
+        if GROUP % 32 == 0:  # planes past K have no group
+            scale = _quotient(scale_ptr, tl.minimum(k, K - 1) // GROUP * N + row_N1, row_N1 < N, divisor_N1)
+        elif GROUP % 16 == 0:
+            group_12 = tl.minimum(k + 16 * tl.arange(0, 2), K - 1)[None, :] // GROUP
+            scale_N2 = _quotient(scale_ptr, group_12 * N + row_N1, row_N1 < N, divisor_N1)
+            scale = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (BLOCK_N, 2, 16)), (BLOCK_N, 32))
+        else:
+            group_1c = tl.minimum(k + column_1c, K - 1) // GROUP
+            scale = _quotient(scale_ptr, group_1c * N + row_N1, row_N1 < N, divisor_N1)
+        bits_Nc = _bits(words_Nc, j)
+        size_Nc = ((bits_Nc & 0x1C0) << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+        W_Nc = tl.where((bits_Nc & 0x8000) != 0, -size_Nc, size_Nc) * scale
+        inside = (row_N1 < N) & (k + column_1c < K)
+        out_Nc = rounded(W_Nc, out_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(out_ptr + row_N1.to(tl.int64) * K + k + column_1c, out_Nc, mask=inside)
+
+
+@triton.jit
+def _quotient(scale_ptr, at, inside, divisor_N1):
+    """Scales over the divisors of their rows; the byte of a scale is exponent and mantissa of a float."""
+    byte = tl.load(scale_ptr + at, mask=inside, other=8).to(tl.int32)
+    return tl.div_rn(((byte + (97 << 3)) << 20).to(tl.float32, bitcast=True), tl.broadcast_to(divisor_N1, byte.shape))
+
+
+@triton.jit
+def _bits(words_Nc, J: tl.constexpr):
+    """The code of plane J at the positions of element 0."""
+    if J == 3:
+        bits_Nc = ((words_Nc >> 4) & 0xC0) | ((words_Nc >> 5) & 0x100) | ((words_Nc << 1) & 0x8000)
+    else:
+        bits_Nc = (words_Nc << (3 * J)) & 0x81C0
+    return bits_Nc

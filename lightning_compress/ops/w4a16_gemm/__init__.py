@@ -1,6 +1,7 @@
 """y = x W^T with int4 weights: bf16, fp16 or float32 tokens times codes with a scale for each group.
 
-On CUDA the Triton kernel in kernel.py runs; elsewhere, and where it cannot run, each call dequantizes the weight.
+On CUDA the Triton kernel in kernel.py runs, for many tokens and gradients one that dequantizes the weight for cuBLAS;
+elsewhere, and where it cannot run, torch dequantizes the weight in each call.
 Layout, roofline and measured numbers are in the README beside this file.
 
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
@@ -23,7 +24,9 @@ from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequanti
 
 __all__ = ["dequantize", "from_grid_rows", "from_planes", "grid_rows", "to_planes", "w4a16_gemm"]
 
-DENSE_ABOVE = 1024  # tokens from which cuBLAS on the dequantized weight is expected to win; not measured yet
+# Tokens from which the weight is dequantized for cuBLAS, predicted: the kernel multiplies at half the rate of cuBLAS,
+# which from about 300 tokens on, whatever N and K, costs more than writing and reading 2 bytes per weight.
+DENSE_FROM = 512
 
 
 def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None) -> Tensor:
@@ -69,7 +72,7 @@ def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> Tensor:
     K, N = x.shape[-1], planes_NP.shape[0]
     x_MK = x.reshape(-1, K)
-    if x.is_cuda and len(x_MK) < DENSE_ABOVE and _kernel_runs(x, K // scale_GN.shape[0], scale_GN.shape[0]):
+    if x.is_cuda and len(x_MK) < DENSE_FROM and _kernel_runs(x, K // scale_GN.shape[0], scale_GN.shape[0]):
         from lightning_compress.ops.w4a16_gemm.kernel import gemm
 
         return gemm(x_MK, planes_NP, scale_GN, zero_GN).view(*x.shape[:-1], N)
@@ -78,11 +81,15 @@ def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | N
 
 def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
     unfit = f"the group size {group} is not a multiple of {PLANE}" if groups > 1 and group % PLANE else None
-    return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit)
+    return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit, chained=True)
 
 
 def _dense(planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in ``dtype``."""
+    """W [N, K] in ``dtype``, the same bits on all devices."""
+    if planes_NP.is_cuda and kernel_runs(planes_NP.device, "int4 weights are dequantized by a dozen kernels of torch"):
+        from lightning_compress.ops.w4a16_gemm.kernel import dense
+
+        return dense(planes_NP, scale_GN, zero_GN, K, dtype)
     G, N = scale_GN.shape
     codes_NGg = unpack(from_planes(planes_NP, K), K).view(N, G, K // G)
     zero_NG1 = SYMMETRIC_ZERO if zero_GN is None else zero_GN.t().unsqueeze(-1)

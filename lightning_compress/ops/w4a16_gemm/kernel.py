@@ -23,7 +23,9 @@ from lightning_compress.ops.launches import launching
 from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
-__all__ = ["constants", "gemm", "w4a16_kernel"]
+__all__ = ["constants", "dense", "dense_kernel", "gemm", "load_words", "rounded", "w4a16_kernel"]
+
+DENSE_ROWS = 64  # of a program of dense_kernel
 
 
 def gemm(
@@ -47,6 +49,22 @@ def gemm(
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
     return out
+
+
+def dense(
+    planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None, K: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """W [N, K] in ``dtype``: one launch, which writes each weight and reads half a byte of it; any group size."""
+    G, N = scale_GN.shape
+    W_NK = torch.empty((N, K), dtype=dtype, device=planes_NP.device)
+    interpreted = not isinstance(dense_kernel, triton.JITFunction)
+    if N and K:
+        with launching(planes_NP):
+            dense_kernel[(triton.cdiv(K, 128), triton.cdiv(N, DENSE_ROWS))](
+                planes_NP, scale_GN, zero_GN, W_NK, N, K, GROUP=0 if G == 1 else K // G, HAS_ZERO=zero_GN is not None,
+                INTERPRETED=interpreted, BLOCK_N=DENSE_ROWS,
+            )  # fmt: skip
+    return W_NK
 
 
 def constants(
@@ -205,3 +223,41 @@ def _place_bits(shift: int, exponent: int) -> str:
     """PTX: nibble ``shift / 4`` of both 16-bit halves, below the exponent; 0xea is (a AND b) OR c."""
     both = exponent << 16 | exponent
     return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; lop3.b32 $0, t, 0x000f000f, {both:#010x}, 0xea; }}"
+
+
+@triton.jit
+def dense_kernel(
+    planes_ptr, scale_ptr, zero_ptr, out_ptr, N, K,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(code - zero point) times scale, in float32, rounded to the dtype of out [N, K]."""
+    row_N1 = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    column_1c = tl.arange(0, 32)[None, :]
+    first = tl.program_id(0) * 128
+    words_ptr = planes_ptr + row_N1.to(tl.int64) * (tl.cdiv(K, 128) * 32) + tl.program_id(0) * 32 + column_1c
+    words_Nc = tl.load(words_ptr, mask=row_N1 < N, other=0).to(tl.int32)
+    for j in tl.static_range(4):
+        k_1c = first + 32 * j + column_1c
+        if GROUP == 0:
+            at = row_N1
+        elif GROUP % 32 == 0:  # planes past K have no group
+            at = tl.minimum(first + 32 * j, K - 1) // GROUP * N + row_N1
+        else:
+            at = tl.minimum(k_1c, K - 1) // GROUP * N + row_N1
+        scale = tl.load(scale_ptr + at, mask=row_N1 < N, other=0.0).to(tl.float32)
+        codes_Nc = (words_Nc >> (4 * j)) & 15
+        if HAS_ZERO:
+            codes_Nc -= tl.load(zero_ptr + at, mask=row_N1 < N, other=8).to(tl.int32)
+        else:
+            codes_Nc -= 8
+        W_Nc = rounded(codes_Nc.to(tl.float32) * scale, out_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(out_ptr + row_N1.to(tl.int64) * K + k_1c, W_Nc, mask=(row_N1 < N) & (k_1c < K))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x, float32 and finite, rounded to nearest in ``dtype``; the interpreter's own cast to bf16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)

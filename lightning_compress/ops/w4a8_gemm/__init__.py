@@ -74,7 +74,7 @@ def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) 
 
 def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
     unfit = f"the group size {group} is not a multiple of 32" if groups > 1 and group % 32 else None
-    return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit)
+    return kernel_runs(x.device, "int4 weights are dequantized for every call", unfit, chained=True)
 
 
 def _dense(planes_NP: Tensor, scale_GN: Tensor, K: int, dtype: torch.dtype) -> Tensor:
