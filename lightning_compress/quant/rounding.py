@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.layers.finite import check_finite
@@ -13,10 +13,10 @@ from lightning_compress.layers.matrix import as_matrix, is_embedding, write_matr
 from lightning_compress.ops.group_quant import group_round
 from lightning_compress.quant.embeddings import sharers
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.formats import global_scale_of, has_global_scale, is_microscaled
+from lightning_compress.quant.formats import global_scale_of, has_global_scale
 from lightning_compress.quant.observers import Observer
 from lightning_compress.quant.record import Quantized
-from lightning_compress.quant.scales import group_columns, minmax, search
+from lightning_compress.quant.scales import group_columns, has_one_pass, minmax, search
 from lightning_compress.quant.shared_scales import GlobalScales
 from lightning_compress.quant.weight_metrics import weight_error, weight_facts
 
@@ -79,14 +79,6 @@ def round_module(
         write_matrix(module, Q_RC)
         quantized.attach(module)
         return {**facts, "seconds": time.perf_counter() - start}
-
-
-def has_one_pass(W_RC: Tensor, args: QuantizationArgs) -> bool:
-    """Whether :func:`round_in_one_pass` takes this weight: integers or plain FP8, by group or by row."""
-    rows_or_groups = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
-    plain = (args.type == "int" and args.num_bits > 1) or (args.type == "float" and args.num_bits == 8)
-    half_or_single = W_RC.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return rows_or_groups and plain and half_or_single and not is_microscaled(args)
 
 
 def round_in_one_pass(W_RC: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -6,16 +6,11 @@ Shapes: r rows of all groups of one piece.
 import torch
 from torch import Tensor
 
+from lightning_compress.ops.scale_search.reference import LOWEST, PATIENCE, RATIO, first_factor, roots
 from lightning_compress.quant.scale_errors import Errors, GridErrors, integer_range
 
-__all__ = ["LOWEST", "RATIO", "descend"]
+__all__ = ["descend"]
 
-# Factors that are tried, by bits: from the highest down to the lowest, each so many times the one before. Measured on
-# SmolLM2's weights (groups of 64) with their H: with the steps after it 27, 18 and 15 evaluations at 2, 3 and 4 bits,
-# whose error is 1.001, 1.004 and 1.010 of that of 300 factors.
-RATIO = {bits: 1 - 0.12 * 0.7 ** max(0, bits - 4) for bits in range(2, 9)}
-LOWEST = {bits: 0.3 / 1.5 ** (4 - bits) if bits < 4 else 0.3 ** (0.5 ** (bits - 4)) for bits in range(2, 9)}
-PATIENCE = 3  # factors below the lowest that a row may try without a gain
 MARGIN = 1e-3  # of an error; float32 sums over a row are exact to less
 
 
@@ -37,7 +32,7 @@ def descend(errors: Errors) -> tuple[Tensor, Tensor]:
             best_shift.copy_(torch.where(better, shift, best_shift))
 
     ratio = _walk_down(errors, best, best_f)
-    for root in (2,) if errors.power == 2 else (2, 4):
+    for root in roots(errors.power):
         middle = best_f.clone()
         improve(middle * ratio ** (1 / root), 0.0)
         improve(middle / ratio ** (1 / root), 0.0)
@@ -53,8 +48,7 @@ def descend(errors: Errors) -> tuple[Tensor, Tensor]:
 def _walk_down(errors: Errors, best: Tensor, best_f: Tensor) -> float:
     """Try factors from the highest down, and write errors and factors that are better; gives the ratio of factors."""
     bits, (low, high) = errors.args.num_bits, integer_range(errors.args)
-    f, ratio = (high - low) / 2 / high, RATIO[bits]  # above 1: the largest weight may be positive
-    f, ratio = f * errors.above, ratio ** (1 / errors.finer)
+    f, ratio = first_factor(low, high) * errors.above, RATIO[bits] ** (1 / errors.finer)
     walk = _Walk(errors, best, best_f)
     while f > LOWEST[bits]:
         walk.leave_out(f)

@@ -24,6 +24,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_compress.ops.availability import KERNEL_DTYPES, kernel_runs
+from lightning_compress.ops.scale_search import scale_search
 from lightning_compress.quant.formats import (
     global_scale_of,
     has_global_scale,
@@ -34,7 +36,7 @@ from lightning_compress.quant.formats import (
 from lightning_compress.quant.scale_descent import descend
 from lightning_compress.quant.scale_errors import FormErrors, GridErrors, Summed, Tall, integer_range
 
-__all__ = ["expand", "group_columns", "integer_range", "minmax", "search"]
+__all__ = ["expand", "group_columns", "has_one_pass", "integer_range", "minmax", "search"]
 
 CHUNK = 1 << 17  # weights at a time: 0.5 MB stays in L2; 2^17 and 2^18 ran equally, 2^15 a quarter slower
 CUDA_CHUNK = 1 << 26  # there each piece costs hundreds of launches
@@ -47,6 +49,13 @@ def group_columns(args: QuantizationArgs, columns: int) -> int:
     if args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
         return args.group_size
     return columns
+
+
+def has_one_pass(W_RC: Tensor, args: QuantizationArgs) -> bool:
+    """Whether ops/group_quant and ops/scale_search take this weight: integers or plain FP8, by group or by row."""
+    rows_or_groups = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+    plain = (args.type == "int" and args.num_bits > 1) or (args.type == "float" and args.num_bits == 8)
+    return rows_or_groups and plain and W_RC.dtype in KERNEL_DTYPES and not is_microscaled(args)
 
 
 def expand(scale: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
@@ -116,6 +125,10 @@ def search(
     """
     R, C = W_RC.shape
     importance_C = torch.ones(C, device=W_RC.device, dtype=torch.float32) if importance_C is None else importance_C
+    fused = W_RC.is_cuda and W_RC.numel() and H_Ggg is None and has_one_pass(W_RC, args)
+    if fused and kernel_runs(W_RC.device, "scales are searched by hundreds of kernels of torch"):
+        g = group_columns(args, C)
+        return scale_search(W_RC, importance_C.float(), g, args.num_bits, args.symmetric, args.type == "float", power)
     if is_microscaled(args):
         return _sweep(W_RC, args, importance_C, power, global_scale, H_Ggg), None
     if args.strategy == QuantizationStrategy.BLOCK:

@@ -7,9 +7,10 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from torch.testing import assert_close
 
+from lightning_compress.ops.scale_search import reference
+from lightning_compress.ops.scale_search.reference import LOWEST
 from lightning_compress.quant import scales
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.scale_descent import LOWEST
 from lightning_compress.quant.scales import expand, integer_range, minmax, search
 
 
@@ -191,3 +192,21 @@ def test_expand_gives_rows():
     assert expand(torch.ones(1), 5, grid(4)).shape == (5, 1)
     assert expand(torch.ones(5, 3), 5, grid(4)).shape == (5, 3)
     assert math.isclose(integer_range(grid(2))[0], -2)
+
+
+@pytest.mark.parametrize("args", [grid(3, 16, False), grid(4, None, strategy="channel")], ids=name)
+def test_on_cuda_one_kernel_searches(args, monkeypatch):
+    W_RC, h, calls = weight(), torch.rand(64), []
+    expected = search(W_RC, args, h, 2.4)
+
+    def kernel(*arguments):
+        calls.append(arguments)
+        return reference.scale_search(*arguments)
+
+    monkeypatch.setattr(scales, "kernel_runs", lambda *_: True)
+    monkeypatch.setattr(scales, "scale_search", kernel)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = search(W_RC, args, h, 2.4)
+    assert len(calls) == 1
+    assert torch.equal(found[0], expected[0])
+    assert found[1] is expected[1] is None or torch.equal(found[1], expected[1])

@@ -17,7 +17,7 @@ from lightning_compress.ops.group_quant.reference import limits
 from lightning_compress.ops.launches import launching
 from lightning_compress.ops.pack.kernel import pack_quads
 
-__all__ = ["WARPS", "constants", "group_quant", "group_quant_kernel"]
+__all__ = ["WARPS", "constants", "group_quant", "group_quant_kernel", "load_lines", "qparams", "stored"]
 
 WARPS = 4
 
@@ -72,13 +72,13 @@ def group_quant_kernel(
 ):  # fmt: skip
     """ONCE: a line fits into one tile."""
     line_L = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
-    w_LC = _load(w_ptr, line_L, 0, L, g, BLOCK_C)
+    w_LC = load_lines(w_ptr, line_L, 0, L, g, BLOCK_C)
     lowest_LC, highest_LC = tl.minimum(w_LC, 0.0), tl.maximum(w_LC, 0.0)
     if not ONCE:
         for c in range(BLOCK_C, g, BLOCK_C):
-            more_LC = _load(w_ptr, line_L, c, L, g, BLOCK_C)
+            more_LC = load_lines(w_ptr, line_L, c, L, g, BLOCK_C)
             lowest_LC, highest_LC = tl.minimum(lowest_LC, more_LC), tl.maximum(highest_LC, more_LC)
-    s_L, z_L = _qparams(
+    s_L, z_L = qparams(
         tl.min(lowest_LC, 1), tl.max(highest_LC, 1), low, high, eps, scale_ptr.dtype.element_ty, SYMMETRIC, INTERPRETED
     )
     tl.store(scale_ptr + line_L, s_L.to(scale_ptr.dtype.element_ty), mask=line_L < L)
@@ -89,13 +89,13 @@ def group_quant_kernel(
              BLOCK_L, BLOCK_C)  # fmt: skip
     else:
         for c in range(0, g, BLOCK_C):
-            w_LC = _load(w_ptr, line_L, c, L, g, BLOCK_C)
+            w_LC = load_lines(w_ptr, line_L, c, L, g, BLOCK_C)
             _store(w_LC, s_L, z_L, out_ptr, line_L, c, L, g, P, low, high, BITS, WORDS, FLOAT8, PACKED, INTERPRETED,
                  BLOCK_L, BLOCK_C)  # fmt: skip
 
 
 @triton.jit
-def _load(w_ptr, line_L, c, L, g, BLOCK_C: tl.constexpr):
+def load_lines(w_ptr, line_L, c, L, g, BLOCK_C: tl.constexpr):
     """Numbers of some lines from column c on, float32; 0 past the end."""
     column_C = c + tl.arange(0, BLOCK_C)
     inside_LC = (line_L < L)[:, None] & (column_C < g)[None, :]
@@ -103,16 +103,16 @@ def _load(w_ptr, line_L, c, L, g, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _qparams(
+def qparams(
     a_L, b_L, low, high, eps, dtype: tl.constexpr, SYMMETRIC: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """Scale and zero point, in float32, exact in ``dtype`` and int8."""
     if SYMMETRIC:
-        s_L = _stored(_divided(tl.maximum(-a_L, b_L), (high - low) / 2), dtype, INTERPRETED)
+        s_L = stored(_divided(tl.maximum(-a_L, b_L), (high - low) / 2), dtype, INTERPRETED)
         z_L = tl.zeros(s_L.shape, tl.float32)
     else:
-        s_L = _stored(_divided(_stored(b_L - a_L, dtype, INTERPRETED), high - low), dtype, INTERPRETED)
-        z_L = _stored(low - _stored(tl.div_rn(a_L, s_L), dtype, INTERPRETED), dtype, INTERPRETED)
+        s_L = stored(_divided(stored(b_L - a_L, dtype, INTERPRETED), high - low), dtype, INTERPRETED)
+        z_L = stored(low - stored(tl.div_rn(a_L, s_L), dtype, INTERPRETED), dtype, INTERPRETED)
         z_L = tl.where((a_L == 0) & (b_L == 0), 0.0, round_code(tl.minimum(tl.maximum(z_L, low), high), False))
     return tl.where(s_L == 0, eps, s_L), z_L
 
@@ -123,7 +123,7 @@ def _divided(x_L, y):
 
 
 @triton.jit
-def _stored(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+def stored(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """x, float32, rounded to nearest in ``dtype``; the interpreter's own cast to bf16 truncates."""
     if dtype == tl.float32:
         rounded = x
@@ -158,5 +158,5 @@ def _store(
         tl.store(out_ptr + at_LBw, words_LBw, mask=(line_L < L)[:, None, None] & inside_Bw[None, :, :])
     else:
         inside_LC = (line_L < L)[:, None] & (column_C < g)[None, :]
-        w_LC = _stored((q_LC - z_L[:, None]) * s_L[:, None], out_ptr.dtype.element_ty, INTERPRETED)
+        w_LC = stored((q_LC - z_L[:, None]) * s_L[:, None], out_ptr.dtype.element_ty, INTERPRETED)
         tl.store(out_ptr + line_L[:, None] * g + column_C[None, :], w_LC.to(out_ptr.dtype.element_ty), mask=inside_LC)
