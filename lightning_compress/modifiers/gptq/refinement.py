@@ -12,18 +12,18 @@ one; without damping the refinement fits noise of the calibration data.
 Shapes: R rows, C columns, G groups of g columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from lightning_compress.modifiers.gptq.solver import Matrix, OnGrid, Solver, grid_of, keep_of
+from lightning_compress.ops.gptq_block import Block, Rounding, gptq_block_
 from lightning_compress.quant.scales import expand, group_columns
 
 __all__ = ["improve_codes", "is_refinable", "refine", "refined", "refit_scales", "weighted_error"]
 
-Rounding = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]  # (values, scale, zero point, out) of one column
 SMALLEST = 0.25  # a refit never lowers a scale below this share of it: other codes would be nearer
 BLOCK = 128
 
@@ -40,8 +40,7 @@ def refined(solver: Solver, solved: Sequence[OnGrid], matrices: Sequence[Matrix]
     args, dtype, rows = solver.args, matrices[0].W_RC.dtype, [len(matrix.W_RC) for matrix in matrices]
     W_RC, Q_RC = torch.cat([one.W_RC for one in solved]), torch.cat([one.Q_RC for one in solved])
     scale_RG, zero_RG = solver.by_row([(one.scale, one.zero_point) for one in solved], matrices)
-    nearest = grid_of(args, dtype).nearest_
-    Q_RC, scale_RG, loss_R = refine(W_RC, Q_RC, scale_RG, zero_RG, args, H_CC, nearest, dtype, keep_of(matrices))
+    Q_RC, scale_RG, loss_R = refine(W_RC, Q_RC, scale_RG, zero_RG, args, H_CC, dtype, keep_of(matrices))
     scales = [scale.contiguous() for scale in scale_RG.to(dtype).split(rows)]
     pieces = zip(solved, Q_RC.split(rows), loss_R.split(rows), scales, strict=True)
     return [OnGrid(one.W_RC, Q, loss, scale, one.zero_point) for one, Q, loss, scale in pieces]
@@ -54,7 +53,6 @@ def refine(
     zero_point: Tensor | None,
     args: QuantizationArgs,
     H_CC: Tensor,
-    nearest: Rounding,
     dtype: torch.dtype,
     keep_RC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +65,6 @@ def refine(
         zero_point: Zero points in the shape of ``scale``, or None.
         args: The grid, of integers.
         H_CC: E[x x^T], damped, float32, both triangles.
-        nearest: Writes the grid points nearest to a column of values into its last argument.
         dtype: Dtype in which scales are stored.
         keep_RC: False where Q is zero and stays zero; None: nowhere.
 
@@ -81,7 +78,7 @@ def refine(
         raise ValueError(f"expected integers with a scale for each row, got {args.type} per {args.strategy}")
     start_RG = expand(scale, len(W_RC), args).float()
     new_RC, scale_RG = refit_scales(W_RC, Q_RC, start_RG, args, H_CC, dtype)
-    new_RC = improve_codes(W_RC, new_RC, scale_RG, zero_point, args, H_CC, nearest, keep_RC)
+    new_RC = improve_codes(W_RC, new_RC, scale_RG, zero_point, args, H_CC, dtype, keep_RC)
     new_RC, scale_RG = refit_scales(W_RC, new_RC, scale_RG, args, H_CC, dtype)
     before_R, after_R = weighted_error(W_RC, Q_RC, H_CC), weighted_error(W_RC, new_RC, H_CC)
     gains_R1 = (after_R < before_R)[:, None]
@@ -137,38 +134,31 @@ def improve_codes(
     zero_point: Tensor | None,
     args: QuantizationArgs,
     H_CC: Tensor,
-    nearest: Rounding,
+    dtype: torch.dtype,
     keep_RC: Tensor | None = None,
     sweeps: int = 2,
 ) -> Tensor:
     """Q after ``sweeps`` over its columns, each column at its best given all others. Arguments as for :func:`refine`.
 
-    Within 128 columns each error updates P at once; a GEMM updates P for all other columns.
+    With a_j = q_j + P_j / H_jj, the change d_j of q_j adds d_j H_jk / H_kk to a_k. Within 128 columns that is a block
+    of GPTQ (ops/gptq_block) whose errors are the changes; a GEMM updates P for all columns.
     """
     R, C = W_RC.shape
-    g = group_columns(args, C)
+    g, grid = group_columns(args, C), grid_of(args, dtype)
     Q_CR = Q_RC.t().contiguous()
     P_CR = H_CC @ (W_RC - Q_RC).t()
-    scales = [s.contiguous() for s in scale_RG.unbind(1)]
-    zeros = None
-    if zero_point is not None:
-        zeros = [z.contiguous() for z in expand(zero_point, R, args).float().unbind(1)]
-    zero_CR = None if keep_RC is None else (~keep_RC).t().unbind(0)
-    inverse_C = H_CC.diagonal().reciprocal()
-    nearest_R = Q_CR.new_empty(R)
+    scale_GR = scale_RG.t().contiguous()
+    zero_GR = None if zero_point is None else expand(zero_point, R, args).float().t().contiguous()
+    group_C = torch.arange(C, device=Q_CR.device, dtype=torch.int64) // g
+    keep_CR = None if keep_RC is None else keep_RC.t().contiguous()
+    inverse_C1 = H_CC.diagonal().reciprocal()[:, None]
     for i1 in list(range(0, C, BLOCK)) * sweeps:
-        i2 = min(i1 + BLOCK, C)
-        P_bR, H_bb = P_CR[i1:i2], H_CC[i1:i2, i1:i2]
-        D_bR = Q_CR[i1:i2].clone()
-        before_bR = P_bR.clone()
-        for j in range(i1, i2):
-            q_R, z_R = Q_CR[j], None if zeros is None else zeros[j // g]
-            nearest(torch.addcmul(q_R, P_CR[j], inverse_C[j]), scales[j // g], z_R, nearest_R)
-            if zero_CR is not None:
-                nearest_R.masked_fill_(zero_CR[j], 0)
-            P_bR.addr_(H_bb[:, j - i1], q_R - nearest_R)
-            q_R.copy_(nearest_R)
-        D_bR.sub_(Q_CR[i1:i2])  # before - after
-        P_bR.copy_(before_bR)  # the GEMM below updates these columns too
-        P_CR.addmm_(H_CC[:, i1:i2], D_bR)
+        b = slice(i1, min(i1 + BLOCK, C))
+        A_bR = torch.addcmul(Q_CR[b], P_CR[b], inverse_C1[b])
+        D_bR, new_bR = torch.empty_like(A_bR), torch.empty_like(A_bR)
+        keep_bR = None if keep_CR is None else keep_CR[b]
+        columns = Block(A_bR, new_bR, D_bR, Q_CR[b], H_CC[b, b] * inverse_C1[b].t(), keep_bR)
+        gptq_block_(columns, Rounding(grid, scale_GR, zero_GR, group_C[b]))
+        Q_CR[b] = new_bR
+        P_CR.addmm_(H_CC[:, b], D_bR)
     return Q_CR.t().contiguous()

@@ -8,7 +8,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 from torch.testing import assert_close
 
+from lightning_compress.modifiers.gptq import refinement
 from lightning_compress.modifiers.gptq.refinement import improve_codes, refine, refit_scales, weighted_error
+from lightning_compress.ops.gptq_block import gptq_block_
 from lightning_compress.quant.scales import expand, group_columns, integer_range, minmax
 
 R, C = 12, 256
@@ -51,17 +53,16 @@ def problem(args: QuantizationArgs, rows: int = R, columns: int = C, seed: int =
 def test_every_step_lowers_the_error_of_every_row_and_the_result_is_on_the_grid(bits, symmetric):
     args = grid(bits, symmetric)
     W, Q, scale, zero, H = problem(args)
-    nearest = nearest_on(args)
     error = weighted_error(W, Q, H)
 
     refitted, new_scale = refit_scales(W, Q, scale, args, H, torch.float32)
     after_refit = weighted_error(W, refitted, H)
     assert (after_refit <= error * (1 + 1e-5)).all()
-    codes = improve_codes(W, Q, scale, zero, args, H, nearest)
+    codes = improve_codes(W, Q, scale, zero, args, H, torch.float32)
     after_codes = weighted_error(W, codes, H)
     assert (after_codes <= error * (1 + 1e-5)).all()
     assert after_codes.sum() < 0.8 * error.sum()
-    both, both_scale, both_error = refine(W, Q, scale, zero, args, H, nearest, torch.float32)
+    both, both_scale, both_error = refine(W, Q, scale, zero, args, H, torch.float32)
     assert weighted_error(W, both, H).sum() < 0.8 * after_refit.sum()
     assert torch.equal(both_error, weighted_error(W, both, H))
 
@@ -77,7 +78,7 @@ def test_every_step_lowers_the_error_of_every_row_and_the_result_is_on_the_grid(
 def test_coordinate_descent_is_the_plain_loop():
     args = grid(3)
     W, Q, scale, zero, H = problem(args)
-    nearest, expected = nearest_on(args), Q.clone().double()
+    expected = Q.clone().double()
     low, high = integer_range(args)
     for _ in range(2):
         for j in range(C):
@@ -85,10 +86,18 @@ def test_coordinate_descent_is_the_plain_loop():
             t = expected[:, j] + P_j / H[j, j].double()
             s = scale[:, j // 64].double()
             expected[:, j] = (t / s).round().clamp(low, high) * s
-    found = improve_codes(W, Q, scale, zero, args, H, nearest)
+    found = improve_codes(W, Q, scale, zero, args, H, torch.float32)
     assert (found.double() - expected).abs().lt(1e-5).float().mean() > 0.99  # ties fall either way in float32
     error = weighted_error(W.double(), expected, H.double())
     assert_close(weighted_error(W, found, H).double(), error, rtol=0.02, atol=0)
+
+
+def test_a_sweep_calls_the_op_once_for_128_columns(monkeypatch):
+    args, calls = grid(4), []
+    W, Q, scale, zero, H = problem(args, columns=320)
+    monkeypatch.setattr(refinement, "gptq_block_", lambda *block: calls.append(block) or gptq_block_(*block))
+    improve_codes(W, Q, scale, zero, args, H, torch.float32, sweeps=2)
+    assert [len(block.A_bR) for block, _ in calls] == [128, 128, 64] * 2
 
 
 def test_scales_of_given_codes_are_found_again():
@@ -109,7 +118,7 @@ def test_close_to_the_best_of_all_codes():
     rounded, improved = [], []
     for seed in range(20):
         W, Q, scale, zero, H = problem(args, rows=4, columns=6, seed=seed)
-        found = improve_codes(W, Q, scale, zero, args, H, nearest_on(args))
+        found = improve_codes(W, Q, scale, zero, args, H, torch.float32)
         for r in range(4):
             best = weighted_error(W[r].expand(len(every), -1), every * scale[r], H).min()
             rounded.append(float(weighted_error(W[r : r + 1], Q[r : r + 1], H) / best))
@@ -123,7 +132,7 @@ def test_zeros_that_are_kept_stay_zero():
     W, Q, scale, zero, H = problem(args)
     keep = torch.arange(C).remainder(4).lt(2).expand(R, -1)
     W, Q = W * keep, Q * keep
-    found, _, _ = refine(W, Q, scale, zero, args, H, nearest_on(args), torch.float32, keep)
+    found, _, _ = refine(W, Q, scale, zero, args, H, torch.float32, keep)
     assert (found[~keep] == 0).all()
     assert (weighted_error(W, found, H) <= weighted_error(W, Q, H)).all()
 
@@ -132,7 +141,7 @@ def test_scales_hold_in_the_dtype_that_stores_them():
     args = grid(3)
     W, Q, scale, zero, H = problem(args)
     scale = scale.bfloat16().float()
-    _, found, _ = refine(W, Q, scale, zero, args, H, nearest_on(args), torch.bfloat16)
+    _, found, _ = refine(W, Q, scale, zero, args, H, torch.bfloat16)
     assert torch.equal(found, found.bfloat16().float())
     assert not torch.equal(found, expand(scale, R, args))
 
@@ -141,4 +150,4 @@ def test_other_grids_are_refused():
     args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
     W = torch.ones(2, 4)
     with pytest.raises(ValueError, match="expected integers with a scale for each row, got float per channel"):
-        refine(W, W, torch.ones(2, 1), None, args, torch.eye(4), nearest_on(grid(4)), torch.float32)
+        refine(W, W, torch.ones(2, 1), None, args, torch.eye(4), torch.float32)
