@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
 .PHONY: bench bench-ranks bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-scale-search bench-callback bench-qat-step \
-	bench-memory bench-calibration bench-accuracy bench-demo bench-stream bench-training bench-vision bench-gpu bench-wheels tune-gpu
+	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -54,6 +54,9 @@ bench-callback: $(READY)  ## What the lifecycle adds to a training step
 
 bench-stream: $(READY)  ## A model four times larger than the memory limit, from folder to folder
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_stream.py $(BENCH_ARGS)
+
+bench-gradients: $(READY) bench-peer-env bench-data  ## What gradients add to GPTQ: tokens weighed by the loss, scales and norms trained
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_gradients.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)
 
 bench-calibration: $(READY) bench-peer-env bench-data  ## CPU seconds, memory and quality beside llm-compressor
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_calibration.py --material $(BENCH_DIR) --peer-python $(PEER_PYTHON) $(BENCH_ARGS)

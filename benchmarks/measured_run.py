@@ -49,6 +49,8 @@ class Job:
         mask: Their structure: ``unstructured`` or ``2:4``.
         owl: Ours only: OWL's allocation of sparsity.
         iters: Of AutoRound, from GPTQ's solution.
+        epochs: Of TuneModifier.
+        lr: Of TuneModifier.
     """
 
     library: Literal["ours", "peer", "forward"]
@@ -70,6 +72,8 @@ class Job:
     mask: str = "unstructured"
     owl: bool = False
     iters: int = 100
+    epochs: int = 8
+    lr: float = 1e-3
 
     @property
     def ignore(self) -> list[str]:

@@ -48,12 +48,18 @@ def ours(job: "Job") -> list[Any]:
     def rtn() -> Any:
         return lc.QuantizationModifier(**grid)
 
-    def gptq() -> Any:
-        return lc.GPTQModifier(**grid, actorder="static", scale_search=job.scale_search)
+    def gptq(**more: Any) -> Any:
+        return lc.GPTQModifier(**grid, actorder="static", scale_search=job.scale_search, **more)
+
+    def tune() -> Any:
+        return lc.TuneModifier(epochs=job.epochs, lr=job.lr)
 
     make: dict[str, Callable[[], list[Any]]] = {
         "rtn": lambda: [rtn()],
         "gptq": lambda: [gptq()],
+        "gptq+tune": lambda: [gptq(), tune()],
+        "gptq by loss": lambda: [gptq(objective="loss")],
+        "gptq by loss+tune": lambda: [gptq(objective="loss"), tune()],
         "awq": lambda: [lc.AWQModifier(**grid)],
         "awq+gptq": lambda: [lc.AWQModifier(**grid, quantize=False), gptq()],
         "smoothquant+gptq w8a8": lambda: [
