@@ -28,7 +28,9 @@ def run_whole(walker: Walker, blocks: Iterable[nn.Module], i: int) -> Any:
     """
     walker.log.interrupt()
     number = walker.numbers[i]
-    walker.report(f"the whole model, batch {number + 1}")
+    if walker.progress is not None:  # all blocks are finished, this is not
+        names = ", ".join(m.name for m in walker.lifecycle.modifiers if m.needs.after_walk)
+        walker.progress(f"{names}: batch {number + 1}", walker.total, walker.total + 1)
     mask = tree_move(token_mask(walker.batches[i]), walker.device or device_of(walker.model))
     walker.lifecycle.set_token_mask(mask, number)
     with walker.lifecycle.paused(), model_precision(), checkpointed(blocks if torch.is_grad_enabled() else ()):

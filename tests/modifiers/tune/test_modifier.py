@@ -77,6 +77,16 @@ def test_the_model_comes_nearer_to_the_dense_one():
         assert b.grad is None
 
 
+def test_progress_names_it_while_the_blocks_are_finished():
+    lines = []
+    tuned([GPTQModifier(**W2), TuneModifier(epochs=1)], ids(3), progress=lambda *line: lines.append(line))
+    assert [line for line in lines if line[0].startswith("TuneModifier")] == [
+        ("TuneModifier: batch 2", 3, 4),  # held out
+        ("TuneModifier: batch 1", 3, 4), ("TuneModifier: batch 3", 3, 4),
+        ("TuneModifier: batch 2", 3, 4),
+    ]  # fmt: skip
+
+
 def test_codes_are_those_of_the_quantizer():
     plain, _ = tuned(GPTQModifier(**W2))
     model, _ = tuned([GPTQModifier(**W2), TuneModifier(epochs=3, vectors=False)])
