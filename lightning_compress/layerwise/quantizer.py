@@ -90,6 +90,8 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         names = list(names)
         self.round_tables(state, names)
         self.reduce_ranges(state, names)
+        for name in names:
+            self._globals.of(name)  # on every rank, before it gets one of the layers that share it
         super().solve_seen(state, names)
 
     def reduce_ranges(self, state: State, names: Sequence[str]) -> None:
