@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_compress.calibration.options import Walk
+from lightning_compress.calibration.options import CalibrationPrecision, Walk
 from lightning_compress.core.events import Event, EventType
 from lightning_compress.core.ledger import Ledger
 from lightning_compress.core.lifecycle import Lifecycle
@@ -67,12 +67,10 @@ class CompressionCallback(Callback):
 
     Args:
         modifiers: One modifier, several in order, or a dict of them (its order counts).
-        recipe: Name of a recipe (``gptq_w4``) or path of a recipe file, instead of modifiers. Its other settings are
-            used where the argument below has its default.
+        recipe: Name (``gptq_w4``) or path of a recipe, instead of modifiers; it may set the arguments below, too.
         module: Dotted name of the module to compress inside the LightningModule, ``"."`` for all of it. By default the
             one transformers.PreTrainedModel, else ``model``, ``net`` or ``backbone``, else the only child with weights.
-        export_dir: Folder of the compressed model; by default ``compressed`` in the Trainer's ``default_root_dir``,
-            where ``report`` and ``compressed.ckpt`` are written, too.
+        export_dir: Folder of the compressed model; by default ``compressed`` in ``default_root_dir``, by ``report``.
         calibration_batches: Largest number of calibration batches: the first of
             ``datamodule.calibration_dataloader()``, else samples of the training set, chosen with ``seed``.
         blocks: Names, classes or ``re:`` patterns of the model's repeated blocks; by default they are searched for.
@@ -85,6 +83,7 @@ class CompressionCallback(Callback):
         seed: Seed of the choice of calibration samples, and of the random state while calibrating.
         moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens.
         memory_limit: Bytes, or such as ``16GB``, that ``walk="auto"`` may use beside the model.
+        calibration_precision: Of a model trained in mixed precision: ``trained``, ``float32`` or ``auto`` (by device).
         verify: Whether plain transformers, in a process of its own, answers a batch from the exported folder as the
             model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
         resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
@@ -117,6 +116,7 @@ class CompressionCallback(Callback):
         seed: int = 0,
         moe_calibrate_all_experts: bool = False,
         memory_limit: int | str | None = None,
+        calibration_precision: CalibrationPrecision = "auto",
         verify: bool | str = "auto",
         resume: str = "auto",
     ):

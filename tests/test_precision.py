@@ -11,20 +11,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_compress as lc
+from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.export.load import load
 from lightning_compress.export.save import save
+from lightning_compress.layerwise.input_hessian import InputHessian
+from lightning_compress.modifiers.gptq import modifier as solver_file
 from lightning_compress.quant.record import Quantized
+from lightning_compress.training.options import CallbackOptions
+from lightning_compress.training.post_training import PostTraining
 
 DTYPES = {
     "32-true": torch.float32,
@@ -130,8 +137,10 @@ class Module(LightningModule):
     calibration_dataloader = train_dataloader
 
 
-def in_trainer(model: nn.Module, modifier: Any, precision: Any, folder: Path, epochs: int = 0) -> nn.Module:
-    callback = CompressionCallback(modifier, calibration_batches=BATCHES, evaluate=False, load_best=False)
+def in_trainer(
+    model: nn.Module, modifier: Any, precision: Any, folder: Path, epochs: int = 0, **options: Any
+) -> nn.Module:
+    callback = CompressionCallback(modifier, calibration_batches=BATCHES, evaluate=False, load_best=False, **options)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     trainer = Trainer(
         precision=precision, max_epochs=epochs, callbacks=[callback], default_root_dir=folder,
@@ -189,6 +198,62 @@ def test_a_trainer_in_this_precision_gives_what_compress_gives(name, precision, 
     expected = by_hand(build(), modifier()).to(dtype) if name in SET_UP else by_hand(build().to(dtype), modifier())
     assert_same(in_trainer(build(), modifier(), precision, tmp_path), expected)
     assert torch.get_default_dtype() == torch.float32
+
+
+MIXED = [
+    "gptq-w4",
+    "rtn-imatrix",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("awq", "smoothquant", "wanda", "rotation-learned")),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_precision_calibrates_the_model_as_it_was_trained_where_that_is_asked_for(name, tmp_path, monkeypatch):
+    build, modifier = AFTER[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = by_hand(build(), modifier())
+    dtypes, update = set(), InputHessian.update
+    monkeypatch.setattr(InputHessian, "update", lambda self, X: dtypes.add(X.dtype) or update(self, X))
+    options = {"calibration_precision": "trained"}
+    assert_same(in_trainer(build(), modifier(), "bf16-mixed", tmp_path, **options), expected)
+    assert dtypes <= {torch.bfloat16}
+    assert dtypes or name in ("rtn-imatrix", "smoothquant", "rotation-learned")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("choice", "device", "mixed"), [
+    ("auto", "cuda", True), ("auto", "cpu", False), ("trained", "cpu", True), ("float32", "cuda", False),
+])  # fmt: skip
+def test_which_precision_calibrates_a_model_of_mixed_precision(choice, device, mixed):
+    options = CallbackOptions(CalibrationOptions(calibration_precision=choice))
+    trainer = SimpleNamespace(precision_plugin=MixedPrecision("bf16-mixed", "cpu"))
+    module = SimpleNamespace(device=torch.device(device))
+    post = PostTraining(trainer, module, None, None, SimpleNamespace(options=options), None, {})
+    for as_trained in (post._calibrates_as_trained, False):
+        with post._precision(as_trained):
+            assert torch.is_autocast_enabled("cpu") == (mixed and as_trained)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_solver_multiplies_in_float32_whatever_the_model_may(precision, monkeypatch):
+    seen = []
+
+    def noting(function: Any) -> Any:
+        return lambda *args, **kwargs: seen.append(torch.get_float32_matmul_precision()) or function(*args, **kwargs)
+
+    for name in ("factorize_retrying", "output_error"):
+        monkeypatch.setattr(solver_file, name, noting(getattr(solver_file, name)))
+    model, forwards = llama(), set()
+    model.register_forward_hook(lambda *_: forwards.add(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        by_hand(model, AFTER["gptq-w4"][1]())
+        assert (len(seen), {*seen}, forwards) == (22, {"highest"}, {precision})
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,10 +7,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["WALKS", "CalibrationOptions", "Walk", "bytes_of", "check_device", "check_flag", "check_whole_number"]
+__all__ = ["PRECISIONS", "WALKS", "CalibrationOptions", "CalibrationPrecision", "Walk", "bytes_of", "check_device",
+           "check_flag", "check_whole_number"]  # fmt: skip
 
 Walk = Literal["auto", "one_pass", "two_pass", "whole"]
 WALKS = get_args(Walk)
+CalibrationPrecision = Literal["auto", "trained", "float32"]
+PRECISIONS = get_args(CalibrationPrecision)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
          "TIB": 2**40}  # fmt: skip
 
@@ -32,6 +35,9 @@ class CalibrationOptions:
             router sends to them; the outputs of the model stay the same.
         memory_limit: Bytes that ``walk="auto"`` may use on the device beside the model, as a number or such as
             ``"300MB"``; None: 0.6 of the memory that the model leaves.
+        calibration_precision: How a model that was trained in mixed precision runs while it is calibrated. ``trained``:
+            under the same autocast, so that layers see the inputs that they were trained on. ``float32``: without.
+            ``auto``: as trained on a GPU, in float32 on a CPU.
 
     Raises:
         ValueError: A value has the wrong type, or is not one of the values above.
@@ -44,6 +50,7 @@ class CalibrationOptions:
     seed: int = 0
     moe_calibrate_all_experts: bool = False
     memory_limit: int | str | None = None
+    calibration_precision: CalibrationPrecision = "auto"
 
     def __post_init__(self) -> None:
         """Check types, too: Hydra and YAML pass on whatever the user wrote."""
@@ -53,8 +60,9 @@ class CalibrationOptions:
             raise ValueError(f"seed={self.seed}: expected at least 0, and less than 2**63")
         if self.memory_limit is not None:
             bytes_of(self.memory_limit)
-        if self.walk not in WALKS:
-            raise ValueError(f"walk={self.walk!r}: expected {', '.join(map(repr, WALKS))}")
+        for name, values in (("walk", WALKS), ("calibration_precision", PRECISIONS)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {', '.join(map(repr, values))}")
         if self.walk == "whole" and self.blocks is not None:
             raise ValueError(
                 f"walk='whole' takes the model as one block, so blocks={self.blocks!r} has no effect; leave one out"

@@ -12,10 +12,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_compress.ops.float32_products import full_float32, matmul_precision, users_float32
 
-__all__ = ["matmul_precision", "model_precision", "plain_precision"]
+__all__ = ["as_product_sees", "matmul_precision", "model_precision", "plain_precision"]
 
 KINDS = ("cpu", "cuda")  # devices with an autocast of their own
 
@@ -50,11 +51,24 @@ def plain_precision() -> Iterator[None]:
 
 
 @contextmanager
-def model_precision() -> Iterator[None]:
-    """Inside, the precision is what it was outside of :func:`plain_precision`; without one nothing changes."""
+def model_precision(exact: bool = False) -> Iterator[None]:
+    """Inside, the precision is what it was outside of :func:`plain_precision`; without one nothing changes.
+
+    Args:
+        exact: The default dtype alone is, for outputs that are compared: nothing is cast automatically or rounded.
+    """
     before = _Precision.now()
-    with _changed(before, _OUTSIDE.get() or before), users_float32():
+    outside = _OUTSIDE.get() or before
+    wanted, products = (_Precision(outside.default), full_float32()) if exact else (outside, users_float32())
+    with _changed(before, wanted), products:
         yield
+
+
+def as_product_sees(x: Tensor) -> Tensor:
+    """x in the dtype that a Linear of the model multiplies it in: that of autocast where the model runs under it."""
+    precision = _OUTSIDE.get() or _Precision.now()
+    dtype = dict(zip(KINDS, precision.autocast, strict=True)).get(x.device.type)
+    return x if dtype is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, State
+from lightning_compress.core.precision import as_product_sees
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
 from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, SharedHessian
 from lightning_compress.layerwise.layer import Hessian, Layer, Solved
@@ -124,10 +125,13 @@ class LayerwiseModifier(Modifier):
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Take one input of a layer into its statistic."""
-        if self._token_weights is None:
-            rows = partial(inputs_as_rows, module, x, self.token_mask)
-        else:
-            rows = partial(self._token_weights.rows, name, module, x, self.token_mask, self.batch_number)
+
+        def rows() -> Tensor:
+            seen = as_product_sees(x)
+            if self._token_weights is None:
+                return inputs_as_rows(module, seen, self.token_mask)
+            return self._token_weights.rows(name, module, seen, self.token_mask, self.batch_number)
+
         self._pool.update(name, x, input_layout(module), rows, self.batch_number)
 
     def survey(self, name: str, module: nn.Module, x: Tensor) -> None:

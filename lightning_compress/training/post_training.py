@@ -221,7 +221,7 @@ class PostTraining:
         options = self.run.options.calibration
         log = nullcontext(NoLog()) if handing_over else self._opened_log(lifecycle)  # if it hands over, it trains on
         with (
-            self._precision(),
+            self._precision(as_trained=self._calibrates_as_trained),
             self._marked(),
             log as group_log,
             block_by_block(self.trainer, self.pl_module, self.module, options) as residence,
@@ -272,10 +272,17 @@ class PostTraining:
         self.sample = batches[0]
         return batches
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        """Half precision runs as in training; mixed precision has float32 weights and calibrates in float32."""
+    def _precision(self, as_trained: bool = False) -> AbstractContextManager[Any]:
+        """Half precision runs as in training, and so does mixed precision ``as_trained``, else without autocast."""
         plugin = self.trainer.precision_plugin
-        return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+        is_plain = isinstance(plugin, MixedPrecision) and not as_trained
+        return nullcontext() if is_plain else plugin.forward_context()
+
+    @property
+    def _calibrates_as_trained(self) -> bool:
+        """Whether autocast is on: on a GPU float32 products take ten times as long, and are not the trained model's."""
+        precision = self.run.options.calibration.calibration_precision
+        return precision == "trained" or (precision == "auto" and self.pl_module.device.type == "cuda")
 
     @property
     def _summing_device(self) -> torch.device:

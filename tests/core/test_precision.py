@@ -41,6 +41,11 @@ def test_both_nest_and_put_everything_back(default):
         assert now() == (default, torch.bfloat16)
         with model_precision():
             assert now() == (default, torch.bfloat16)
+        with plain_precision(), model_precision(exact=True):
+            assert now() == (default, torch.float32)
+        with model_precision(exact=True):
+            assert now() == (default, torch.float32)
+        assert now() == (default, torch.bfloat16)
     assert now() == (default, torch.float32)
 
 

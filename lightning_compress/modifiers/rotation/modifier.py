@@ -126,7 +126,7 @@ class RotationModifier(Modifier):
     def _prepare(self, state: State) -> RotationPlan:
         """Plan the rotations of the model; ValueError where one is not possible."""
         model = _model(state)
-        with model_precision():
+        with model_precision(exact=True):
             trace, self._run = discover(model)
         matrices = Matrices(self.transform_type, self.transform_block_size, self.seed)
         rotations = list(dict.fromkeys(self.rotations))
@@ -191,7 +191,7 @@ class RotationModifier(Modifier):
         assert run is not None
         assert plan is not None
         self._run = self._pending = None
-        run = model_precision()(run)
+        run = model_precision(exact=True)(run)
         fusion = fuse(model, plan.turns, plan.norms, run, self.tolerance, lambda: attach_online(model, plan.online))
         self._report(state, plan, fusion, time.perf_counter() - start)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.precision import model_precision
 from lightning_compress.layers.matrix import is_transposed
 from lightning_compress.modifiers.smoothing.fold import restored, scale_consumer, scale_source
 from lightning_compress.modifiers.smoothing.pair import Consumer, Pair, SourceForm, shared_prefix
@@ -96,7 +97,8 @@ def _form(unit: nn.Module, call: UnitCall) -> SourceForm | None:
     for form in forms:
         with restored(unit):
             scale_source(unit, form, channels, 1 / factor_R)
-            scaled = unit(*call.args, **call.kwargs)
+            with model_precision():  # as the recorded call was made
+                scaled = unit(*call.args, **call.kwargs)
         # powers of two are exact; but (1 + w) / s - 1 is rounded to the dtype of w
         rounding = 8 * torch.finfo(parameters["weight"].dtype).eps if form == "one_plus_weight" else 0.0
         if relative_change(call.output * factor_R.to(call.output.dtype), scaled) <= max(CLOSE, rounding):
@@ -275,7 +277,8 @@ def _axes(unit: nn.Module, calls: Sequence[UnitCall], index_C: Tensor, J: int) -
         if axes:
             with restored(unit):
                 scale_consumer(unit, Consumer(axes, index_C), s_J)
-                output = unit(*args, **kwargs)
+                with model_precision():
+                    output = unit(*args, **kwargs)
             if relative_change(call.output, output) <= CLOSE:
                 return axes
     return None
