@@ -16,15 +16,15 @@ from lightning_compress.ops.tile_counters import tile_counters
 __all__ = ["store_sums", "workspace"]
 
 
-def workspace(x_MK: Tensor, N: int, split: int, tiles: int) -> tuple[Tensor | None, Tensor | None]:
+def workspace(x: Tensor, M: int, N: int, split: int, tiles: int) -> tuple[Tensor | None, Tensor | None]:
     """Parts float32 [split, M, N] and counters of a launch on the device of x; None where nothing is split."""
     if split == 1:
         return None, None
-    parts = torch.empty((split, len(x_MK), N), dtype=torch.float32, device=x_MK.device)
-    if not x_MK.is_cuda:
-        return parts, torch.zeros(tiles, dtype=torch.int32, device=x_MK.device)
-    stream = torch.cuda.current_stream(x_MK.device).cuda_stream
-    counters = tile_counters(x_MK.device).take(tiles, stream, torch.cuda.is_current_stream_capturing())
+    parts = torch.empty((split, M, N), dtype=torch.float32, device=x.device)
+    if not x.is_cuda:
+        return parts, torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    counters = tile_counters(x.device).take(tiles, stream, torch.cuda.is_current_stream_capturing())
     return parts, counters
 
 

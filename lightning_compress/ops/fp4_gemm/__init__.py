@@ -7,6 +7,8 @@ Layout, roofline and measured numbers are in the README beside this file.
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from lightning_compress.ops.fp4_gemm.reference import dequantize
 from lightning_compress.ops.registration import check_tokens, product_op, skips_dispatcher
 from lightning_compress.ops.w4a16_gemm.layout import check_words
 
-__all__ = ["Layout", "dequantize", "fp4_gemm", "to_layout"]
+__all__ = ["Layout", "dequantize", "fp4_gemm", "prepare", "to_layout"]
 
 DENSE_FROM = 512  # tokens from which the weight is dequantized for cuBLAS, as in w4a16_gemm
 
@@ -37,6 +39,16 @@ def fp4_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) 
     check(x, layout)
     y: Tensor = _forward(x, *layout) if skips_dispatcher(x) else _gemm_op(x, *layout)
     return y
+
+
+def prepare(x: Tensor, layout: Layout) -> Callable[[Tensor], Tensor] | None:
+    """:func:`fp4_gemm` of contiguous x of the same ``call_key``, without checks; None if no kernel computes it."""
+    check(x, layout)
+    if not x.numel() or not _takes(x, layout.scale):
+        return None
+    from lightning_compress.ops.fp4_gemm import kernel
+
+    return kernel.prepare(x, layout)
 
 
 def check(x: Tensor, layout: Layout) -> None:
@@ -64,13 +76,18 @@ def check(x: Tensor, layout: Layout) -> None:
 
 
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, divisor_N: Tensor) -> Tensor:
-    layout, K, (G, N) = Layout(planes_NP, scale_GN, divisor_N), x.shape[-1], scale_GN.shape
+    layout, K, N = Layout(planes_NP, scale_GN, divisor_N), x.shape[-1], len(divisor_N)
     x_MK = x.reshape(-1, K)
-    if x.is_cuda and len(x_MK) < DENSE_FROM and _kernel_runs(x, K // G):
+    if _takes(x, scale_GN):
         from lightning_compress.ops.fp4_gemm.kernel import gemm
 
         return gemm(x_MK, layout).view(*x.shape[:-1], N)
     return x @ _dense(*layout, K, x.dtype).t()
+
+
+def _takes(x: Tensor, scale_GN: Tensor) -> bool:
+    K = x.shape[-1]
+    return x.is_cuda and x.numel() < DENSE_FROM * K and _kernel_runs(x, K // len(scale_GN))
 
 
 def _kernel_runs(x: Tensor, group: int) -> bool:

@@ -12,6 +12,8 @@ float32 tokens are split into two TF32 numbers, in which the weights are exact.
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -19,33 +21,42 @@ from torch import Tensor
 
 from lightning_compress.ops.fp4_gemm.layout import Layout
 from lightning_compress.ops.launches import launching
+from lightning_compress.ops.prepared import PreparedKernel
 from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a16_gemm.kernel import rounded
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
-__all__ = ["constants", "dense", "dense_kernel", "fp4_kernel", "gemm"]
+__all__ = ["constants", "dense", "dense_kernel", "fp4_kernel", "gemm", "prepare"]
 
 DENSE_ROWS = 64  # of a program of dense_kernel
 
 
 def gemm(x_MK: Tensor, layout: Layout, launch: W4Launch | None = None) -> Tensor:
     """The product x W^T [M, N] in the dtype of x; arguments as ``fp4_gemm`` checks them, groups of 16 n columns."""
-    M, K = x_MK.shape
-    G, N = layout.scale.shape
-    if M == 0:
-        return x_MK.new_empty(0, N)
+    if not len(x_MK):
+        return x_MK.new_empty(0, layout.scale.shape[1])
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
-    launch = launch or choose(M, N, K, x_MK.dtype, x_MK.device)
+    return prepare(x_MK, layout, launch)(x_MK)
+
+
+def prepare(x: Tensor, layout: Layout, launch: W4Launch | None = None) -> Callable[[Tensor], Tensor]:
+    """The product as a function of x, for others of the same ``call_key``: [M, K], or contiguous [..., K]."""
+    K, (G, N) = x.shape[-1], layout.scale.shape
+    M, shape, dtype, device = x.numel() // K, (*x.shape[:-1], N), x.dtype, x.device
+    launch = launch or choose(M, N, K, dtype, device)
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
-    out = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
-    interpreted = not isinstance(fp4_kernel, triton.JITFunction)
-    with launching(x_MK):
-        parts, counters = workspace(x_MK, N, launch.split, grid[0] * grid[1])
-        fp4_kernel[grid](
-            x_MK, layout.planes, layout.scale, layout.divisor, out, parts, counters, M, N, K, x_MK.stride(0),
-            **constants(launch, G, K, x_MK.dtype, interpreted), num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-    return out
+    fixed = constants(launch, G, K, dtype, not isinstance(fp4_kernel, triton.JITFunction))
+    kernel = PreparedKernel(fp4_kernel, grid, fixed, num_warps=launch.warps, num_stages=launch.stages)
+    stride, split, tiles = x.stride(-2) if x.ndim > 1 else K, launch.split, grid[0] * grid[1]
+
+    def product(x: Tensor) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        with launching(x):
+            parts, counters = workspace(x, M, N, split, tiles)
+            kernel(x, *layout, out, parts, counters, M, N, K, stride)
+        return out
+
+    return product
 
 
 def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,8 @@ Layout, roofline and measured numbers are in the README beside this file.
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P = 32 ceil(K / 128) words.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from lightning_compress.ops.w4a16_gemm.layout import (
 )
 from lightning_compress.ops.w4a16_gemm.reference import SYMMETRIC_ZERO, dequantize, unpack
 
-__all__ = ["dequantize", "from_grid_rows", "from_planes", "grid_rows", "to_planes", "w4a16_gemm"]
+__all__ = ["dequantize", "from_grid_rows", "from_planes", "grid_rows", "prepare", "to_planes", "w4a16_gemm"]
 
 # Tokens from which the weight is dequantized for cuBLAS, predicted: the kernel multiplies at half the rate of cuBLAS,
 # which from about 300 tokens on, whatever N and K, costs more than writing and reading 2 bytes per weight.
@@ -44,6 +46,18 @@ def w4a16_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor |
     check(x, planes_NP, scale_GN, zero_GN)
     y: Tensor = (_forward if skips_dispatcher(x) else _gemm_op)(x, planes_NP, scale_GN, zero_GN)
     return y
+
+
+def prepare(
+    x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """:func:`w4a16_gemm` of contiguous x of the same ``call_key``, without checks; None if no kernel computes it."""
+    check(x, planes_NP, scale_GN, zero_GN)
+    if not x.numel() or not _takes(x, scale_GN):
+        return None
+    from lightning_compress.ops.w4a16_gemm import kernel
+
+    return kernel.prepare(x, planes_NP, scale_GN, zero_GN)
 
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> None:
@@ -72,11 +86,16 @@ def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None) -> Tensor:
     K, N = x.shape[-1], planes_NP.shape[0]
     x_MK = x.reshape(-1, K)
-    if x.is_cuda and len(x_MK) < DENSE_FROM and _kernel_runs(x, K // scale_GN.shape[0], scale_GN.shape[0]):
+    if _takes(x, scale_GN):
         from lightning_compress.ops.w4a16_gemm.kernel import gemm
 
         return gemm(x_MK, planes_NP, scale_GN, zero_GN).view(*x.shape[:-1], N)
     return x @ _dense(planes_NP, scale_GN, zero_GN, K, x.dtype).t()
+
+
+def _takes(x: Tensor, scale_GN: Tensor) -> bool:
+    G, K = len(scale_GN), x.shape[-1]
+    return x.is_cuda and x.numel() < DENSE_FROM * K and _kernel_runs(x, K // G, G)
 
 
 def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:

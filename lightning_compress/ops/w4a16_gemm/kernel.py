@@ -14,16 +14,19 @@ and tokens are copied to shared memory several blocks ahead (stages of launch.py
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.launches import launching
+from lightning_compress.ops.prepared import PreparedKernel
 from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
-__all__ = ["constants", "dense", "dense_kernel", "gemm", "load_words", "rounded", "w4a16_kernel"]
+__all__ = ["constants", "dense", "dense_kernel", "gemm", "load_words", "prepare", "rounded", "w4a16_kernel"]
 
 DENSE_ROWS = 64  # of a program of dense_kernel
 
@@ -32,23 +35,33 @@ def gemm(
     x_MK: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None, launch: W4Launch | None = None
 ) -> Tensor:
     """The product x W^T [M, N] in the dtype of x; arguments as ``w4a16_gemm`` checks them, groups of 32 n columns."""
-    M, K = x_MK.shape
-    G, N = scale_GN.shape
-    if M == 0:
-        return x_MK.new_empty(0, N)
+    if not len(x_MK):
+        return x_MK.new_empty(0, scale_GN.shape[1])
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
-    launch = launch or choose(M, N, K, x_MK.dtype, x_MK.device, K // G)
+    return prepare(x_MK, planes_NP, scale_GN, zero_GN, launch)(x_MK)
+
+
+def prepare(
+    x: Tensor, planes_NP: Tensor, scale_GN: Tensor, zero_GN: Tensor | None = None, launch: W4Launch | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The product as a function of x, for others of the same ``call_key``: [M, K], or contiguous [..., K]."""
+    K, (G, N) = x.shape[-1], scale_GN.shape
+    M, shape, dtype, device = x.numel() // K, (*x.shape[:-1], N), x.dtype, x.device
+    launch = launch or choose(M, N, K, dtype, device, K // G)
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
-    out = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
     interpreted = not isinstance(w4a16_kernel, triton.JITFunction)
-    with launching(x_MK):
-        parts, counters = workspace(x_MK, N, launch.split, grid[0] * grid[1])
-        w4a16_kernel[grid](
-            x_MK, planes_NP, scale_GN, zero_GN, out, parts, counters, M, N, K, x_MK.stride(0),
-            **constants(launch, G, K, x_MK.dtype, zero_GN is not None, interpreted),
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-    return out
+    fixed = constants(launch, G, K, dtype, zero_GN is not None, interpreted)
+    kernel = PreparedKernel(w4a16_kernel, grid, fixed, num_warps=launch.warps, num_stages=launch.stages)
+    stride, split, tiles = x.stride(-2) if x.ndim > 1 else K, launch.split, grid[0] * grid[1]
+
+    def product(x: Tensor) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        with launching(x):
+            parts, counters = workspace(x, M, N, split, tiles)
+            kernel(x, planes_NP, scale_GN, zero_GN, out, parts, counters, M, N, K, stride)
+        return out
+
+    return product
 
 
 def dense(

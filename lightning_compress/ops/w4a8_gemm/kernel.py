@@ -41,7 +41,7 @@ def gemm(
     out = torch.empty((M, N), dtype=dtype, device=codes_MK.device)
     native, interpreted = e4m3_mode(codes_MK.device)
     with launching(codes_MK):
-        parts, counters = workspace(codes_MK, N, launch.split, grid[0] * grid[1])
+        parts, counters = workspace(codes_MK, M, N, launch.split, grid[0] * grid[1])
         w4a8_kernel[grid](
             codes_MK.view(torch.int8), scale_M, planes_NP, scale_GN, out, parts, counters, M, N, K,
             **constants(launch, G, K, codes_MK.dtype, native, interpreted), num_warps=launch.warps,

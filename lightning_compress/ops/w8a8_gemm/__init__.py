@@ -6,6 +6,8 @@ float32, exact for int8. README beside this file.
 Shapes: M tokens, N output features, K input features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, ker
 from lightning_compress.ops.registration import product_op, register_op, skips_dispatcher
 from lightning_compress.ops.w8a8_gemm import reference
 
-__all__ = ["KINDS", "quantize_static", "quantize_tokens", "w8a8_gemm", "w8a8_linear"]
+__all__ = ["KINDS", "prepare", "quantize_static", "quantize_tokens", "w8a8_gemm", "w8a8_linear"]
 
 KINDS = (torch.int8, torch.float8_e4m3fn)
 FEW = 64  # tokens up to which the kernel is expected to win over cuBLASLt; not measured yet
@@ -93,6 +95,25 @@ def w8a8_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | N
     Raises:
         ValueError: Dtypes, shapes or devices do not fit.
     """
+    _check_linear(x, weight_NK, scale_N, scale)
+    y: Tensor = (_linear if skips_dispatcher(x) else _linear_op)(x, weight_NK, scale_N, scale)
+    return y
+
+
+def prepare(
+    x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """:func:`w8a8_linear` of contiguous x of the same ``call_key``, without checks; None if torch computes it."""
+    _check_linear(x, weight_NK, scale_N, scale)
+    M, N = x.numel() // x.shape[-1], len(weight_NK)
+    if not x.is_cuda or not 0 < M <= FEW or not N or not _kernel_runs(x.device):
+        return None
+    from lightning_compress.ops.w8a8_gemm import kernel
+
+    return kernel.prepare(x, scale, weight_NK, scale_N)
+
+
+def _check_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | None) -> None:
     _check_tokens(x, weight_NK.dtype)
     if scale is not None and (scale.shape != (1,) or not scale.is_floating_point()):
         raise ValueError(f"expected one floating scale [1], got {scale.dtype} {tuple(scale.shape)}")
@@ -103,8 +124,6 @@ def w8a8_linear(x: Tensor, weight_NK: Tensor, scale_N: Tensor, scale: Tensor | N
             f"{tuple(weight_NK.shape)} and {scale_N.dtype} {tuple(scale_N.shape)}"
         )
     _check_place("x is", (x,) if scale is None else (x, scale), (weight_NK, scale_N))
-    y: Tensor = (_linear if skips_dispatcher(x) else _linear_op)(x, weight_NK, scale_N, scale)
-    return y
 
 
 def _check_tokens(x: Tensor, kind: torch.dtype) -> None:

@@ -13,6 +13,7 @@ their order and multiplies by the scales, so that a product is one launch (ops/s
 Shapes: M tokens, N output features, K input features; runs under Triton 3.6 to 3.9.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.launches import launching
+from lightning_compress.ops.prepared import PreparedKernel
 from lightning_compress.ops.split_sums import workspace
 from lightning_compress.ops.w8a8_gemm.reference import HALF_RANGE
 
 __all__ = [
-    "W8Launch", "e4m3_half", "e4m3_mode", "gemm", "gemm_kernel", "quantize_kernel", "quantize_static",
+    "W8Launch", "e4m3_half", "e4m3_mode", "gemm", "gemm_kernel", "prepare", "quantize_kernel", "quantize_static",
     "quantize_tokens", "rule", "scale_kernel", "scale_sums",
 ]  # fmt: skip
 
@@ -59,25 +61,52 @@ def gemm(
     launch: W8Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in ``dtype``; arguments as ``w8a8_gemm`` checks them, codes and weight of one dtype."""
-    (M, K), N = codes_MK.shape, len(weight_NK)
-    if launch is None:
-        launch = rule(M, N, K, torch.cuda.get_device_properties(codes_MK.device).multi_processor_count)
-    integer = codes_MK.dtype == torch.int8
-    out = torch.empty((M, N), dtype=dtype, device=codes_MK.device)
+    multiply = _prepare_gemm(len(codes_MK), int(len(scale_M) > 1), weight_NK, scale_N, dtype, launch)
+    return multiply(codes_MK.view(torch.int8), scale_M)
+
+
+def prepare(x: Tensor, scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor) -> Callable[[Tensor], Tensor]:
+    """``w8a8_linear`` as a function of contiguous x [..., K], for others of the same ``call_key``; M > 0 and N > 0."""
+    (N, K), kind = weight_NK.shape, weight_NK.dtype
+    M, shape = x.numel() // K, (*x.shape[:-1], N)
+    quotient = x.dtype if scale is None else torch.promote_types(x.dtype, scale.dtype)
+    fixed_scale = None if scale is None else scale.float()
+    quantize = _prepare_quantize(M, K, x.dtype, kind, quotient, dynamic=scale is None)
+    multiply = _prepare_gemm(M, int(scale is None and M > 1), weight_NK, scale_N, x.dtype)
+
+    def linear(x: Tensor) -> Tensor:
+        return multiply(*quantize(x, fixed_scale)).view(shape)
+
+    return linear
+
+
+def _prepare_gemm(
+    M: int, step_m: int, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype, launch: W8Launch | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """y [M, N] of codes, int8 or the bits of e4m3, and their scales."""
+    (N, K), device, integer = weight_NK.shape, weight_NK.device, weight_NK.dtype == torch.int8
+    launch = launch or rule(M, N, K, torch.cuda.get_device_properties(device).multi_processor_count)
+    native, interpreted = e4m3_mode(device)
+    constants = {
+        "INTEGER": integer, "NATIVE": native, "INTERPRETED": interpreted, "SPLIT": launch.split,
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k,
+    }  # fmt: skip
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
+    kernel = PreparedKernel(gemm_kernel, grid, constants, num_warps=launch.warps, num_stages=launch.stages)
     per_split = triton.cdiv(triton.cdiv(K, launch.block_k), launch.split) * launch.block_k
-    native, interpreted = e4m3_mode(codes_MK.device)
-    with launching(codes_MK):
-        parts, counters = workspace(codes_MK, N, launch.split, grid[0] * grid[1])
-        if parts is not None and integer:
-            parts = parts.view(torch.int32)
-        gemm_kernel[grid](
-            codes_MK.view(torch.int8), weight_NK.view(torch.int8), scale_M, scale_N, out, parts, counters, M, N, K,
-            per_split, int(len(scale_M) > 1), int(len(scale_N) > 1), INTEGER=integer, NATIVE=native,
-            INTERPRETED=interpreted, SPLIT=launch.split, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
-            BLOCK_K=launch.block_k, num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-    return out
+    split, tiles, numbers = launch.split, grid[0] * grid[1], (M, N, K, per_split, step_m, int(len(scale_N) > 1))
+    weight_NK = weight_NK.view(torch.int8)
+
+    def multiply(codes: Tensor, scale_M: Tensor) -> Tensor:
+        out = torch.empty((M, N), dtype=dtype, device=device)
+        with launching(codes):
+            parts, counters = workspace(codes, M, N, split, tiles)
+            if parts is not None and integer:
+                parts = parts.view(torch.int32)
+            kernel(codes, weight_NK, scale_M, scale_N, out, parts, counters, *numbers)
+        return out
+
+    return multiply
 
 
 def scale_sums(sums_MN: Tensor, scale_M: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,25 +128,38 @@ def e4m3_mode(device: torch.device) -> tuple[bool, bool]:
 
 def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes [M, K] of ``kind`` and scales float32 [M], of x float16, bfloat16 or float32."""
-    scale_M = torch.empty((len(x_MK),), dtype=torch.float32, device=x_MK.device)
-    return _quantize(x_MK, scale_M, kind, x_MK.dtype, dynamic=True), scale_M
+    quantize = _prepare_quantize(*x_MK.shape, x_MK.dtype, kind, x_MK.dtype, dynamic=True)
+    codes, scale_M = quantize(x_MK.contiguous(), None)
+    return codes.view(kind), scale_M
 
 
 def quantize_static(x_MK: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
     """Codes [M, K] of ``kind`` for one scale [1]; the quotient has the promoted dtype of both."""
-    return _quantize(x_MK, scale.float(), kind, torch.promote_types(x_MK.dtype, scale.dtype), dynamic=False)
+    quotient = torch.promote_types(x_MK.dtype, scale.dtype)
+    quantize = _prepare_quantize(*x_MK.shape, x_MK.dtype, kind, quotient, dynamic=False)
+    return quantize(x_MK.contiguous(), scale.float())[0].view(kind)
 
 
-def _quantize(x_MK: Tensor, scale_M: Tensor, kind: torch.dtype, quotient: torch.dtype, *, dynamic: bool) -> Tensor:
-    x_MK = x_MK.contiguous()
-    M, K = x_MK.shape
-    codes = torch.empty((M, K), dtype=torch.int8, device=x_MK.device)
-    with launching(x_MK):
-        quantize_kernel[(M,)](
-            x_MK, codes, scale_M, K, HALF_RANGE[kind], torch.finfo(x_MK.dtype).eps, INTEGER=kind == torch.int8,
-            DYNAMIC=dynamic, QUOTIENT=TRITON_DTYPES[quotient], BLOCK=min(triton.next_power_of_2(K), 4096), num_warps=8,
-        )  # fmt: skip
-    return codes.view(kind)
+def _prepare_quantize(
+    M: int, K: int, dtype: torch.dtype, kind: torch.dtype, quotient: torch.dtype, *, dynamic: bool
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """Codes of contiguous x as int8, and their scales: those given, or if dynamic new ones."""
+    constants = {
+        "INTEGER": kind == torch.int8, "DYNAMIC": dynamic, "QUOTIENT": TRITON_DTYPES[quotient],
+        "BLOCK": min(triton.next_power_of_2(K), 4096),
+    }  # fmt: skip
+    kernel = PreparedKernel(quantize_kernel, (M, 1, 1), constants, num_warps=8)
+    half_range, epsilon = HALF_RANGE[kind], torch.finfo(dtype).eps
+
+    def quantize(x: Tensor, scale_M: Tensor | None) -> tuple[Tensor, Tensor]:
+        codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
+        if scale_M is None:
+            scale_M = torch.empty((M,), dtype=torch.float32, device=x.device)
+        with launching(x):
+            kernel(x, codes, scale_M, K, half_range, epsilon)
+        return codes, scale_M
+
+    return quantize
 
 
 @triton.jit

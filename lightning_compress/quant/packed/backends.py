@@ -15,6 +15,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationType
 from torch import Tensor
 
+from lightning_compress.ops import fp4_gemm as fp4
+from lightning_compress.ops import w4a16_gemm as w4a16
+from lightning_compress.ops import w8a8_gemm as w8a8
 from lightning_compress.ops.fp4_gemm import fp4_gemm
 from lightning_compress.ops.fp4_gemm.layout import Layout, from_layout, to_layout
 from lightning_compress.ops.w4a8_gemm import to_planes as w4a8_planes
@@ -75,6 +78,9 @@ class HeldBackend(Backend, Protocol):
     def restore(self, layer: Weights, operands: tuple[Any, ...]) -> dict[str, Tensor]:
         """Tensors of the checkpoint, made from the operands; used in place of those that are equal."""
 
+    def prepared(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
+        """``product`` of contiguous x of the same ``call_key``; None where kernels do not compute it."""
+
 
 class Int4OnCuda:
     """The fused kernel; passes the gradient to x."""
@@ -97,6 +103,9 @@ class Int4OnCuda:
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         return w4a16_gemm(x, *operands)
+
+    def prepared(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
+        return w4a16.prepare(x, *operands)
 
 
 class Int4OnCpu:
@@ -182,6 +191,9 @@ class EightBitsOnCuda:
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         return w8a8_linear(x, operands[0], operands[1], layer.optional("input_scale"))
 
+    def prepared(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
+        return w8a8.prepare(x, operands[0], operands[1], layer.optional("input_scale"))
+
 
 class Int4InputsOnCuda:
     """The fused kernel of int4 weights and int8 or FP8 tokens; passes the gradient to x."""
@@ -210,6 +222,9 @@ class Int4InputsOnCuda:
         kind = torch.int8 if _kind(_inputs(layer)) == "int8" else torch.float8_e4m3fn
         return w4a8_gemm(x, operands[0], operands[1], kind)
 
+    def prepared(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
+        return None
+
 
 class Fp4OnCuda:
     """The fused kernel of NVFP4 or MXFP4 weights and inputs as they are; passes the gradient to x."""
@@ -236,6 +251,9 @@ class Fp4OnCuda:
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         return fp4_gemm(x, *operands)
+
+    def prepared(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
+        return fp4.prepare(x, Layout(*operands))
 
 
 BACKENDS: dict[tuple[str, str], tuple[Backend, ...]] = {

@@ -10,7 +10,7 @@ The tensors are not buffers: DistributedDataParallel would broadcast them at eve
 Shapes: N output features, K input features, G groups of K / G columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
+from lightning_compress.ops.availability import calls_kernel
+from lightning_compress.ops.prepared import Call, call_key
+from lightning_compress.ops.registration import skips_dispatcher
 from lightning_compress.quant.fake_quant import fake_quantize_input
 from lightning_compress.quant.packed.backends import Backend, HeldBackend, ProductCall, backends_of
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
@@ -28,6 +31,7 @@ from lightning_compress.quant.schemes import describe
 
 __all__ = ["HOLDING", "Held", "JointProduct", "PackedLinear"]
 
+MOST_CALLS = 64  # shapes of x for which a module keeps prepared kernels
 HOLDING = "cuda"
 """Type of the devices on which operands replace the tensors that they are made of."""
 
@@ -86,6 +90,7 @@ class PackedLinear(nn.Linear):
         self.siblings: JointProduct | None = None
         self._prepared: dict[str, tuple[Any, ...]] = {}
         self._chosen: dict[ProductCall, Backend | None] = {}
+        self._calls: dict[Call, Callable[[Tensor], Tensor] | None] = {}
         self.held: Held | None = None
         self._hold()
 
@@ -120,11 +125,11 @@ class PackedLinear(nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
         dtype, args = _result_dtype(x), self.scheme.input_activations
-        if args is None:
+        if args is None and x.dtype != dtype:
             x = x.to(dtype)  # quantized inputs get the codes that a dense Linear's hook gives them, before its cast
         backend = self.backend(ProductCall(x.device.type, x.dtype, x.ndim, x.requires_grad and torch.is_grad_enabled()))
         if backend is not None and x.numel():
-            y = backend.product(self, x, self._operands(backend)).to(dtype)
+            y = self._by_backend(backend, x).to(dtype)
             return y if bias is None else y + bias.to(dtype)
         if args is not None:
             calibrated = (self.optional(f"input_{name}") for name in ("scale", "zero_point", "global_scale"))
@@ -202,7 +207,7 @@ class PackedLinear(nn.Linear):
 
     def forget(self) -> None:
         """Drop operands that were prepared from the tensors, and that can be prepared again."""
-        self._prepared, self._chosen = {}, {}
+        self._prepared, self._chosen, self._calls = {}, {}, {}
 
     def extra_repr(self) -> str:
         """Sizes, as Linear shows them, and the scheme."""
@@ -210,6 +215,18 @@ class PackedLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{describe(self.scheme)}"
         )
+
+    def _by_backend(self, backend: Backend, x: Tensor) -> Tensor:
+        operands = self._operands(backend)
+        if not calls_kernel(x) or not skips_dispatcher(x) or not x.is_contiguous():
+            return backend.product(self, x, operands)
+        key = call_key(x)
+        if key not in self._calls:
+            if len(self._calls) >= MOST_CALLS:
+                self._calls.clear()
+            self._calls[key] = backend.prepared(self, x, operands) if isinstance(backend, HeldBackend) else None
+        call = self._calls[key]
+        return backend.product(self, x, operands) if call is None else call(x)
 
     def _hold(self) -> None:
         """Prepare operands, and let go of the tensors that they give back bit for bit."""
@@ -268,7 +285,7 @@ class PackedLinear(nn.Linear):
             self.siblings.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tensors": self.tensors(), "held": None, "_prepared": {}, "_chosen": {}}
+        return self.__dict__ | {"_tensors": self.tensors(), "held": None, "_prepared": {}, "_chosen": {}, "_calls": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
