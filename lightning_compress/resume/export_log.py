@@ -126,7 +126,7 @@ class ExportLog:
 
         def open_log() -> list[Shard]:
             data = [merged[number] for number in range(len(batches))]
-            plan = make_plan(lifecycle.modifiers, nn.Module(), data, list(blocks), options)
+            plan = make_plan(lifecycle.modifiers, nn.Module(), {}, data, list(blocks), options)
             kind = {"class": type(self.model).__name__, "dtype": str(self.model.dtype)}
             return self._open(plan | {"model": kind | _digests(self.source)})
 

@@ -30,6 +30,7 @@ from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Lifecycle, Modifier, State
 from lightning_compress.core.ledger import Row
 from lightning_compress.export.stream import Shard, ShardWriter
+from lightning_compress.layers.sharded import is_sharded
 from lightning_compress.quant.module_state import dense_tensors, from_tensors, settle, to_tensors
 from lightning_compress.resume.holder import Holder
 from lightning_compress.resume.plan import (
@@ -37,10 +38,12 @@ from lightning_compress.resume.plan import (
     difference,
     json_digest,
     make_plan,
+    model_digests,
     read_plan,
     tensor_digest,
     write_plan,
 )
+from lightning_compress.team import Team
 
 __all__ = [
     "ANEW",
@@ -79,6 +82,7 @@ def opened(
     *,
     replaces: bool = False,
     interrupt: Callable[[], None] = NoLog.interrupt,
+    team: Team | None = None,
 ) -> Iterator[GroupLog]:
     """A :class:`FolderLog`, whose lock is dropped at the end; without a folder one that writes nothing."""
     check_resume(resume)
@@ -87,7 +91,7 @@ def opened(
             raise ValueError("resume='must' needs a log that the calibration goes on from, and there is none: log=...")
         yield NoLog(interrupt)
         return
-    log = FolderLog(folder, resume, replaces=replaces, interrupt=interrupt)
+    log = FolderLog(folder, resume, replaces=replaces, interrupt=interrupt, team=team)
     try:
         yield log
     finally:
@@ -110,6 +114,8 @@ class FolderLog:
         resume: ``auto``: go on where the log ends. ``must``: the same, and there must be one. ``never``: begin anew.
         replaces: With ``auto``, begin anew with a warning where recipe, model or data differ, in place of an error.
         interrupt: As in the protocol.
+        team: The ranks of the log, where it is not those that share the calibration: ranks that hold shards of a model
+            may each calibrate with all batches.
     """
 
     def __init__(
@@ -119,9 +125,10 @@ class FolderLog:
         *,
         replaces: bool = False,
         interrupt: Callable[[], None] = NoLog.interrupt,
+        team: Team | None = None,
     ):
         self.folder, self.interrupt = Path(folder).expanduser().resolve(), interrupt
-        self.resume, self.replaces = resume, replaces
+        self.resume, self.replaces, self._given_team = resume, replaces, team
         self._holder: Holder | None = None
         self._shards: Sequence[Shard] = ()
         self._digests: Mapping[str, str] = {}
@@ -141,19 +148,21 @@ class FolderLog:
                 f"log, or add it (docs/writing.md)"
             )
         self._lifecycle, self._state, self._number = lifecycle, state, 0
-        digests = {number: batch_digest(batches[number]) for number in state.team.mine(len(batches))}
-        merged = {number: one for each in state.team.gather(digests) for number, one in each.items()}
+        self._team = team = self._given_team or state.team
+        by_number = {number: batch_digest(batches[number]) for number in state.team.mine(len(batches))}
+        merged = {number: one for each in team.gather(by_number) for number, one in each.items()}
+        digests = model_digests(state.model, hashed=team.rank == 0) if team.rank == 0 or is_sharded(state.model) else {}
 
         def open_log() -> None:
             data = [merged[number] for number in range(len(batches))]
-            plan = make_plan(lifecycle.modifiers, state.model, data, list(blocks), options)
+            plan = make_plan(lifecycle.modifiers, state.model, digests, data, list(blocks), options)
             self._open(plan, count=2 * len(blocks) + 3)  # blocks, the modules between them, the survey
 
-        state.team.result(open_log, "opening the log of the calibration")
+        team.result(open_log, "opening the log of the calibration")
 
     def restore(self, title: str, modules: Mapping[str, nn.Module]) -> bool:
         self._number += 1
-        entry = self._state.team.result(lambda: self._read(title), "reading the log")
+        entry = self._team.result(lambda: self._read(title), "reading the log")
         if entry is None:
             self._rows = self._state.ledger.rows
             return False
@@ -185,13 +194,13 @@ class FolderLog:
             changed = {name: tensor for name, tensor in tensors.items() if name not in set(unchanged)}
             self._write(changed, rows, title=title, state=facts, unchanged=unchanged, modifiers=modifiers)
 
-        self._state.team.result(write, "writing the log")
+        self._team.result(write, "writing the log")
 
     def restore_survey(self) -> bool:
         if not self._surveys:
             return False
         self._number += 1
-        entry = self._state.team.result(lambda: self._read(SURVEY), "reading the log")
+        entry = self._team.result(lambda: self._read(SURVEY), "reading the log")
         if entry is None:
             return False
         for key, modifier in self._surveys.items():
@@ -211,7 +220,7 @@ class FolderLog:
             def write() -> None:
                 self._write(sums, [], title=SURVEY, state={}, unchanged=[], modifiers=[])
 
-            self._state.team.result(write, "writing the log")
+            self._team.result(write, "writing the log")
 
     def close(self) -> None:
         """Let other processes have the folder."""

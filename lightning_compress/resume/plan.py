@@ -20,11 +20,12 @@ from lightning_compress.core import Modifier
 from lightning_compress.core.precision import matmul_precision
 from lightning_compress.files.atomic_file import whole_file
 from lightning_compress.files.bounded_json import read_bounded_json
+from lightning_compress.layers.sharded import full
 from lightning_compress.quant.module_state import dense_tensors
 from lightning_compress.recipe import dump_recipe, recipe_difference
 
-__all__ = ["FORMAT_VERSION", "batch_digest", "difference", "json_digest", "make_plan", "read_plan", "tensor_digest",
-           "write_plan"]  # fmt: skip
+__all__ = ["FORMAT_VERSION", "batch_digest", "difference", "json_digest", "make_plan", "model_digests", "read_plan",
+           "tensor_digest", "write_plan"]  # fmt: skip
 
 FORMAT_VERSION = 1
 PLAN_BYTES = 2**27
@@ -33,9 +34,26 @@ LIBRARIES = ("torch", "compressed_tensors", "transformers", "numpy", "triton")
 Plan = dict[str, Any]
 
 
+def model_digests(model: nn.Module, *, hashed: bool = True) -> dict[str, str]:
+    """:func:`tensor_digest` of all parameters and buffers by name.
+
+    Args:
+        model: The model. Where ranks hold shards of it, all of them call this.
+        hashed: False: only take part, for a rank that does not need the result.
+    """
+    digests = {}
+    for name, module in model.named_modules():
+        for key, tensor in dense_tensors({name: module}).items():
+            values = full(tensor)
+            if hashed:
+                digests[key] = tensor_digest(values)
+    return digests
+
+
 def make_plan(
     modifiers: Sequence[Modifier],
     model: nn.Module,
+    digests: Mapping[str, str],
     batches: Sequence[str],
     blocks: Sequence[str],
     options: CalibrationOptions,
@@ -45,17 +63,16 @@ def make_plan(
     Args:
         modifiers: The recipe.
         model: With its dense weights.
+        digests: :func:`model_digests` of it.
         batches: :func:`batch_digest` of each batch, of all processes.
         blocks: Names of the model's blocks.
         options: How calibration goes through the model.
     """
-    by_module = (dense_tensors({name: module}) for name, module in model.named_modules())
-    tensors = {key: tensor_digest(value) for each in by_module for key, value in each.items()}
     devices = sorted({str(p.device.type) for p in model.parameters()} | {torch.device(options.device or "cpu").type})
     return {
         "format_version": FORMAT_VERSION,
         "recipe": dump_recipe(modifiers),
-        "model": {"class": type(model).__name__, **tensors},
+        "model": {"class": type(model).__name__, **digests},
         "batches": list(batches),
         "walk": {
             "walk": options.walk, "blocks": list(blocks), "seed": options.seed, "devices": devices,

@@ -258,8 +258,9 @@ class PostTraining:
         outputs, names = self.run.outputs, unable(lifecycle.modifiers)
         if names:
             logger.info("after a kill the calibration begins anew: no group_state in %s", ", ".join(names))
-        folder = None if outputs is None or names or shards(self.trainer) else outputs.log
-        return opened(folder, self.run.options.resume, replaces=True, interrupt=self.run.preemption.check)
+        folder = None if outputs is None or names else outputs.log
+        team = self.run.team if shards(self.trainer) else None
+        return opened(folder, self.run.options.resume, replaces=True, interrupt=self.run.preemption.check, team=team)
 
     def _batches(self, lifecycle: Lifecycle) -> Sequence[Any] | None:
         """Calibration batches; None where no modifier uses data."""

@@ -9,7 +9,15 @@ from torch import nn
 
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
-from lightning_compress.resume.plan import batch_digest, difference, make_plan, read_plan, tensor_digest, write_plan
+from lightning_compress.resume.plan import (
+    batch_digest,
+    difference,
+    make_plan,
+    model_digests,
+    read_plan,
+    tensor_digest,
+    write_plan,
+)
 
 
 @dataclass
@@ -40,7 +48,9 @@ def test_the_digest_of_a_tensor_says_its_dtype_and_shape():
 def plan(model=None, threads=None, **options):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    made = make_plan([GPTQModifier(scheme="W4A16")], model, ["a", "b"], ["0"], CalibrationOptions(**options))
+    made = make_plan(
+        [GPTQModifier(scheme="W4A16")], model, model_digests(model), ["a", "b"], ["0"], CalibrationOptions(**options)
+    )
     if threads:
         made["machine"]["threads"] = threads
     return made
