@@ -94,13 +94,23 @@ class Results:
                 outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt")
             if shards(self.trainer):
                 call = self._call() if self.run.options.verify else None
-                stored = stack.enter_context(gathered_on(self.module, self.trainer.is_global_zero))
+                stored = stack.enter_context(self._gathered(outputs.export.parent))
             else:
                 call, stored = None, {}
             work = partial(self._write, outputs, stored, call)
             self.run.preemption.result(work, "the export", at_once=True)
         if failure is not None:
             raise failure
+
+    @contextmanager
+    def _gathered(self, folder: Path) -> Iterator[Stored]:
+        """Inside, a sharded model is whole on rank zero; where that fails, all ranks hear of it."""
+        try:
+            with gathered_on(self.module, self.trainer.is_global_zero, folder) as stored:
+                yield stored
+        except Exception as error:
+            self.run.team.fail(error)
+            raise
 
     def _save_checkpoint(self) -> None:
         """Save ``compressed.ckpt``, and let ``ckpt_path="best"`` mean it."""
