@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 __all__ = ["full_float32", "matmul_precision", "users_float32"]
 
+BACKENDS: Any = torch.backends  # its modules hide attributes from type checkers
 FULL = ("ieee", "none")  # values of fp32_precision; "none" stands for torch's default
 
 
@@ -35,7 +37,7 @@ class _Setting:
             legacy: str | None = torch.get_float32_matmul_precision()
         except RuntimeError:
             legacy = None
-        return _Setting(legacy, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+        return _Setting(legacy, BACKENDS.cuda.matmul.fp32_precision, BACKENDS.mkldnn.matmul.fp32_precision)
 
     @property
     def is_full(self) -> bool:
@@ -44,9 +46,9 @@ class _Setting:
     def restore(self) -> None:
         if self.legacy is not None:
             torch.set_float32_matmul_precision(self.legacy)
-        for matmul, value in ((torch.backends.cuda.matmul, self.cuda), (torch.backends.mkldnn.matmul, self.mkldnn)):
+        for matmul, value in ((BACKENDS.cuda.matmul, self.cuda), (BACKENDS.mkldnn.matmul, self.mkldnn)):
             if matmul.fp32_precision != value:  # "none": the value of all backends together
-                matmul.fp32_precision = "none" if value == torch.backends.fp32_precision else value
+                matmul.fp32_precision = "none" if value == BACKENDS.fp32_precision else value
 
 
 class _Guard:

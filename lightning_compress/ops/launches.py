@@ -41,7 +41,8 @@ class launching:
     __slots__ = ("guard", "x")
 
     def __init__(self, x: Tensor):
-        self.x, self.guard = x, None
+        self.x = x
+        self.guard: torch.cuda.device | None = None
 
     def __enter__(self) -> None:
         device = self.x.device

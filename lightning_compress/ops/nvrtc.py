@@ -70,7 +70,12 @@ def load(source: str, name: str, options: Sequence[str], device: torch.device, s
 
     Raises:
         UnavailableError: The kernel cannot be compiled or loaded; the message gives the reason.
+        RuntimeError: A CUDA graph is being captured, which loading would end.
     """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name} cannot be loaded while a CUDA graph is captured; run the code once on {device} before the capture"
+        )
     major, minor = torch.cuda.get_device_capability(device)
     code = compiled(source, [*options, f"--gpu-architecture=sm_{major}{minor}"])
     try:

@@ -8,6 +8,8 @@ varies along the sum of the convolution and so has no integer kernel. Here a row
 sample of a convolution. Inputs of three dimensions and more are left to compressed-tensors.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from compressed_tensors.quantization import DynamicType, QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import CONVOLUTIONS
 from lightning_compress.ops.fake_quant import replace_value
+from lightning_compress.ops.launches import launching
 from lightning_compress.quant.formats import is_microscaled, stored_as
 
-__all__ = ["fake_quantize_input", "has_rows", "latent_of", "on_stored_grid", "round_weight", "wide"]
+__all__ = ["fake_quantize_input", "has_rows", "latent_of", "on_its_device", "on_stored_grid", "round_weight", "wide"]
 
 BY_ROWS = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR_GROUP)
 CACHED = 2**17  # numbers; in pieces a weight of 2.9 million takes 0.37 of the CPU time, and no temporaries of its size
@@ -37,12 +40,18 @@ def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: Q
     """
     zero = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
     if not (W_RC.device.type == "cpu" and args.strategy in BY_ROWS and W_RC.numel() > CACHED):
-        return stored_as(fake_quantize(wide(W_RC), wide(scale), zero, args), args, W_RC.dtype)
+        with on_its_device(W_RC):
+            return stored_as(fake_quantize(wide(W_RC), wide(scale), zero, args), args, W_RC.dtype)
     Q_RC, rows = torch.empty_like(W_RC), max(1, CACHED // W_RC.shape[1])
     pieces = zip(*(tensor.split(rows) for tensor in (Q_RC, W_RC, scale, zero)), strict=True)
     for Q, W, piece_scale, piece_zero in pieces:
         Q.copy_(stored_as(fake_quantize(wide(W), wide(piece_scale), piece_zero, args), args, W.dtype))
     return Q_RC
+
+
+def on_its_device(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, the device of x is the current one, on which compressed-tensors launches its own kernels."""
+    return launching(x) if x.is_cuda and not torch.compiler.is_compiling() else nullcontext()
 
 
 def on_stored_grid(
@@ -85,7 +94,8 @@ def fake_quantize_input(
     constant = x.detach()
     if args.dynamic:
         scale, zero_point = _dynamic_scales(module, constant, args, global_scale)
-    value = fake_quantize(constant, scale, zero_point, args, global_scale).to(x.dtype)
+    with on_its_device(x):
+        value = fake_quantize(constant, scale, zero_point, args, global_scale).to(x.dtype)
     return replace_value(x, value, None) if x.requires_grad and torch.is_grad_enabled() else value
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import as_matrix, weight_of
 from lightning_compress.ops.pack import pack as pack_words
-from lightning_compress.quant.fake_quant import CACHED, round_weight, wide
+from lightning_compress.quant.fake_quant import CACHED, on_its_device, round_weight, wide
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.record import Quantized
 
@@ -102,7 +102,8 @@ def compress_words(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> d
 def _codes(wide_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
     """What compressed-tensors' ``quantize`` gives, for groups and channels on the CPU in a quarter of its time."""
     if args.strategy not in ROWS or wide_RC.is_cuda:  # on a GPU it is one kernel
-        return quantize(wide_RC, scale, zero_point, args, dtype=torch.int8)
+        with on_its_device(wide_RC):
+            return quantize(wide_RC, scale, zero_point, args, dtype=torch.int8)
     largest, rows = 2 ** (args.num_bits - 1) - 1, max(1, CACHED // wide_RC.shape[1])
     codes_RC = torch.empty(wide_RC.shape, dtype=torch.int8, device="cpu")
     for start in range(0, len(wide_RC), rows):
@@ -155,7 +156,8 @@ def check_fit(name: str, module: nn.Module, record: Quantized) -> None:
     def to_codes_and_back(wide_RC: Tensor) -> tuple[None, Tensor]:
         if is_microscaled(args):
             return None, round_weight(weight_RC, record.scale, None, args)
-        codes_RC = quantize(wide_RC, wide(record.scale), record.zero_point, args, dtype=args.pytorch_dtype())
+        with on_its_device(wide_RC):
+            codes_RC = quantize(wide_RC, wide(record.scale), record.zero_point, args, dtype=args.pytorch_dtype())
         return None, dequantize(codes_RC, record.scale, record.zero_point, args)
 
     _exact(name, weight_RC, record, to_codes_and_back)

@@ -37,9 +37,9 @@ class GlobalScales:
             return None
         if name not in self._scales:
             names = self._fused_with(name)
-            ends = [torch.stack(as_matrix(self._modules[n]).float().aminmax()) for n in names]
-            low, high = (torch.stack(ends) * ends[0].new_tensor([-1.0, 1.0])).amax(0)
-            self._scales |= dict.fromkeys(names, global_scale_of(-low, high))
+            lows, highs = zip(*(as_matrix(self._modules[n]).float().aminmax() for n in names), strict=True)
+            low, high = torch.stack(lows).amin(), torch.stack(highs).amax()
+            self._scales |= dict.fromkeys(names, global_scale_of(low, high))
         return self._scales[name]
 
     def _fused_with(self, name: str) -> list[str]:

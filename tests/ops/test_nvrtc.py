@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_compress.ops import nvrtc
+from tests.support.fake_cuda import fake_cuda
 
 
 @pytest.fixture
@@ -70,3 +71,12 @@ def test_a_missing_driver_is_named(libraries, monkeypatch):
     with pytest.raises(nvrtc.UnavailableError, match=r"libcuda\.so\.1 cannot be loaded: no libcuda\.so\.1"):
         nvrtc.load("source", "kernel", ["-DX"], torch.device("cuda:0"), 0)
     assert options == ["-DX", "--gpu-architecture=sm_90"]
+
+
+def test_a_kernel_is_not_loaded_while_a_graph_is_captured(monkeypatch):
+    with fake_cuda():
+        for name in ("is_initialized", "is_current_stream_capturing"):
+            monkeypatch.setattr(torch.cuda, name, lambda: True)
+        monkeypatch.setattr(nvrtc, "compiled", lambda *_: pytest.fail("compiled in a capture"))
+        with pytest.raises(RuntimeError, match="gptq_block cannot be loaded .* run the code once on cuda:1 before"):
+            nvrtc.load("", "gptq_block", [], torch.device("cuda:1"), 0)

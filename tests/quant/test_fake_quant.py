@@ -9,11 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from lightning_compress.quant.fake_quant import fake_quantize_input
+from lightning_compress.quant.fake_quant import fake_quantize_input, round_weight
 from lightning_compress.quant.input_parametrization import FakeQuantizeInput
 from lightning_compress.quant.packed import PackedLinear
 from lightning_compress.quant.record import saw_rows
 from lightning_compress.quant.rounding import round_module
+from tests.support.fake_cuda import fake_cuda
 
 PRESETS = ["W8A8", "W8A8 asymmetric", "W4A8", "FP8_DYNAMIC", "W4AFP8", "W4A4"]
 ROWS = [(6, 32), (6, 5, 32), (6, 5, 3, 32)]
@@ -109,3 +110,19 @@ def test_layers_whose_rows_plain_transformers_would_not_tell_apart_are_noted():
     assert not saw_rows(layer)
     layer(torch.randn(2, 32))
     assert saw_rows(layer)
+
+
+def test_compressed_tensors_launches_its_kernels_on_the_device_of_the_tensor(monkeypatch):
+    devices, scheme = [], preset_name_to_scheme("W8A8", ["Linear"])
+
+    def noting(x, *args, **kwargs):
+        devices.append(torch.cuda.current_device())
+        return x
+
+    monkeypatch.setattr("lightning_compress.quant.fake_quant.fake_quantize", noting)
+    with fake_cuda():
+        x, scale = (torch.ones(2, n, dtype=torch.float32, device="cuda:1") for n in (4, 1))
+        round_weight(x, scale, None, scheme.weights)
+        fake_quantize_input(nn.Linear(4, 4), x[None], scheme.input_activations, None, None)
+        assert torch.cuda.current_device() == 0
+    assert devices == [1, 1]
