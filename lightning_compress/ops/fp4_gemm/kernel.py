@@ -7,6 +7,9 @@ times 2^-126 (bf16) or 2^-14 (fp16); the product with the scale, times 2^127 or 
 have six significant bits together, so that this product is exact, also in fp16 (where scales below 2^-24 of the largest
 of a row lose bits), and the scales can be applied before the sums. The divisor of each row is applied last.
 
+The scales of a block are loaded one block ahead, as words of four rows, and become numbers before they are spread over
+the columns.
+
 float32 tokens are split into two TF32 numbers, in which the weights are exact.
 
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
@@ -105,7 +108,12 @@ def fp4_kernel(
     words_ptr = planes_ptr + row_N[:, None] * (blocks * 32) + column_c[None, :]
     tokens_ptr = x_ptr + token_M[None, :] * stride_x + column_c[:, None]
     sums_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    SCALES: tl.constexpr = 4 if GROUP % 32 == 0 else 8  # of a block: one for each plane, or two
+    ahead = _scales(scale_ptr, first, blocks, K, N, row_N, rows, GROUP, SCALES)
     for b in range(first, tl.minimum(first + tl.cdiv(blocks, SPLIT), blocks)):
+        bytes_NS = ahead  # in front of the barrier of the words, below which ptxas would move the next load
+        ahead = _scales(scale_ptr, b + 1, blocks, K, N, row_N, rows, GROUP, SCALES)
+        scales = _columns(_number(bytes_NS, x_ptr.dtype.element_ty, BITS), SCALES)
         words_Nc = tl.load(words_ptr + b * 32, mask=rows[:, None], other=0)
         for j in tl.static_range(4):
             k = b * 128 + j * 32
@@ -114,14 +122,11 @@ def fp4_kernel(
             else:
                 inside = tokens[None, :] & (k + column_c < K)[:, None]
             x_cM = tl.load(tokens_ptr + k, mask=inside, other=0.0)
-            if GROUP % 32 == 0:
-                group = _inside(k, K, WHOLE) // GROUP
-                scale_Nc = tl.load(scale_ptr + group * N + row_N, mask=rows, other=8)[:, None]
-            else:  # two scales, for 16 columns each
-                group_2 = _inside(k + 16 * tl.arange(0, 2), K, WHOLE) // GROUP
-                scale_N2 = tl.load(scale_ptr + group_2[None, :] * N + row_N[:, None], mask=rows[:, None], other=8)
-                scale_Nc = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (BLOCK_N, 2, 16)), (BLOCK_N, 32))
-            w_Nc = _weights(words_Nc, scale_Nc.to(tl.int32), j, x_ptr.dtype.element_ty, BITS, ASM)
+            if SCALES == 4:
+                scale_Nc = scales[j][:, None]
+            else:
+                scale_Nc = tl.where(column_c[None, :] < 16, scales[2 * j][:, None], scales[2 * j + 1][:, None])
+            w_Nc = _weights(words_Nc, scale_Nc, j, x_ptr.dtype.element_ty, BITS, ASM)
             if x_ptr.dtype.element_ty == tl.float32:  # weights are exact in TF32, x is split in two
                 high_cM = (x_cM.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
                 sums_NM = tl.dot(w_Nc, high_cM, sums_NM, input_precision="tf32")
@@ -135,9 +140,39 @@ def fp4_kernel(
 
 
 @triton.jit
-def _inside(k, K, WHOLE: tl.constexpr):
-    """k, or the last column: planes past K have no group, and their x is 0."""
-    return k if WHOLE else tl.minimum(k, K - 1)
+def _scales(scale_ptr, b, blocks, K, N, row_N, rows, GROUP: tl.constexpr, SCALES: tl.constexpr):
+    """The bytes of the SCALES scales of block b, for the rows of a tile: four rows are a word of memory."""
+    column_S = tl.minimum(b, blocks - 1) * 128 + (128 // SCALES) * tl.arange(0, SCALES)  # the loop looks one too far
+    group_S = tl.minimum(column_S, K - 1) // GROUP  # columns past K have no group; their x is 0
+    return tl.load(scale_ptr + group_S[None, :] * N + row_N[:, None], mask=rows[:, None], other=8)
+
+
+@triton.jit
+def _number(byte, dtype: tl.constexpr, BITS: tl.constexpr):
+    """A scale, times 2^127 or (fp16) 2^15, from its byte."""
+    byte = byte.to(tl.int32)
+    if BITS and dtype == tl.float16:
+        s = ((byte << 7) - 0x400).to(tl.int16).to(tl.float16, bitcast=True)
+    elif BITS:
+        s = ((byte << 4) + 0x6F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        s = (((byte << 4) + 0x6F80) << 16).to(tl.float32, bitcast=True)
+    return s
+
+
+@triton.jit
+def _columns(s_NS, SCALES: tl.constexpr):
+    """The columns of [N, SCALES], 4 or 8 of them, in their order."""
+    BLOCK_N: tl.constexpr = s_NS.shape[0]
+    even, odd = tl.split(tl.reshape(s_NS, (BLOCK_N, SCALES // 2, 2)))
+    if SCALES == 4:
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        columns = (first, second, third, fourth)
+    else:
+        e, o = _columns(even, 4), _columns(odd, 4)
+        columns = (e[0], o[0], e[1], o[1], e[2], o[2], e[3], o[3])
+    return columns
 
 
 @triton.jit
@@ -152,14 +187,11 @@ def _weights(words_Nc, scale_Nc, J: tl.constexpr, dtype: tl.constexpr, BITS: tl.
             bits_Nc = (bits_Nc & 0x8000) | ((bits_Nc & 0x1C0) << 3)
         bits_Nc = bits_Nc.to(tl.int16)
     if HALF:
-        s_Nc = ((scale_Nc << 7) - 0x400).to(tl.int16).to(tl.float16, bitcast=True)
-        w_Nc = bits_Nc.to(tl.float16, bitcast=True) * s_Nc
+        w_Nc = bits_Nc.to(tl.float16, bitcast=True) * scale_Nc
     elif BITS:
-        s_Nc = ((scale_Nc << 4) + 0x6F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        w_Nc = (bits_Nc.to(tl.bfloat16, bitcast=True) * s_Nc).to(tl.bfloat16)
+        w_Nc = (bits_Nc.to(tl.bfloat16, bitcast=True) * scale_Nc).to(tl.bfloat16)
     else:
-        s_Nc = (((scale_Nc << 4) + 0x6F80) << 16).to(tl.float32, bitcast=True)
-        w_Nc = (bits_Nc.to(tl.int32) << 16).to(tl.float32, bitcast=True) * s_Nc
+        w_Nc = (bits_Nc.to(tl.int32) << 16).to(tl.float32, bitcast=True) * scale_Nc
     return w_Nc
 
 
