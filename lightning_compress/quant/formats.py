@@ -12,8 +12,6 @@ here is what a reload computes.
 Shapes: R rows, C columns, G groups.
 """
 
-from collections.abc import Iterator
-
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.utils import generate_gparam
@@ -21,11 +19,7 @@ from torch import Tensor
 
 from lightning_compress.ops.gptq_block.grid import round_float_
 
-__all__ = ["global_scale_of", "has_global_scale", "is_microscaled", "nearby_scales", "round_float_", "stored_as"]
-
-E4M3_CODES = 127  # codes 1 ... 126 are the positive finite numbers, in order; 127 is NaN
-EXPONENTS = (1, -1)  # of a power of two, beside the one from the extremes
-CODES = range(-6, 7)  # of E4M3, beside the one from the extremes: factors of about 0.57 to 1.75
+__all__ = ["global_scale_of", "has_global_scale", "is_microscaled", "round_float_", "stored_as"]
 
 
 def is_microscaled(args: QuantizationArgs) -> bool:
@@ -47,17 +41,3 @@ def global_scale_of(low: Tensor, high: Tensor) -> Tensor:
 def stored_as(W_RC: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> Tensor:
     """Dequantized weights as a loader computes them, in ``dtype``: microscaled ones pass through bfloat16."""
     return (W_RC.to(torch.bfloat16) if is_microscaled(args) else W_RC).to(dtype)
-
-
-def nearby_scales(scale_RG: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> Iterator[Tensor]:
-    """Scales that the format can store around those of a microscaled weight (from the extremes), [R, G] each."""
-    if not has_global_scale(args):
-        for shift in EXPONENTS:
-            yield (scale_RG * 2.0**shift).clamp(2.0**-127, 2.0**127)
-        return
-    assert global_scale is not None
-    codes = (scale_RG * global_scale).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-    for shift in CODES:
-        if shift:
-            moved = (codes + shift).clamp_(1, E4M3_CODES - 1).to(torch.uint8).view(torch.float8_e4m3fn)
-            yield moved.float() / global_scale

@@ -16,8 +16,6 @@ Shapes: R rows, C columns, G groups of g columns in a row. With blocks of b rows
 [R / b, C / g], both rounded up.
 """
 
-import math
-
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -25,14 +23,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_compress.ops.availability import KERNEL_DTYPES, kernel_runs
-from lightning_compress.ops.scale_search import scale_search
-from lightning_compress.quant.formats import (
-    global_scale_of,
-    has_global_scale,
-    is_microscaled,
-    nearby_scales,
-    round_float_,
-)
+from lightning_compress.ops.scale_search import reference, scale_search, scale_sweep
+from lightning_compress.quant.formats import global_scale_of, has_global_scale, is_microscaled
 from lightning_compress.quant.scale_descent import descend
 from lightning_compress.quant.scale_errors import FormErrors, GridErrors, Summed, Tall, integer_range
 
@@ -125,8 +117,7 @@ def search(
     """
     R, C = W_RC.shape
     importance_C = torch.ones(C, device=W_RC.device, dtype=torch.float32) if importance_C is None else importance_C
-    fused = W_RC.is_cuda and W_RC.numel() and H_Ggg is None and has_one_pass(W_RC, args)
-    if fused and kernel_runs(W_RC.device, "scales are searched by hundreds of kernels of torch"):
+    if H_Ggg is None and has_one_pass(W_RC, args) and _kernel_runs(W_RC):
         g = group_columns(args, C)
         return scale_search(W_RC, importance_C.float(), g, args.num_bits, args.symmetric, args.type == "float", power)
     if is_microscaled(args):
@@ -177,28 +168,30 @@ def _sweep(
     H_Ggg: Tensor | None,
 ) -> Tensor:
     """Of the scales that can be stored near those from the extremes, the one with the least error, [R, G]."""
-    R, C = W_RC.shape
-    g = group_columns(args, C)
+    C = W_RC.shape[1]
     if has_global_scale(args) and global_scale is None:
         global_scale = global_scale_of(*W_RC.aminmax())
     scale_RG, _ = minmax(W_RC, args, global_scale)
-    h_Gg = importance_C.view(C // g, g).float()
+    if H_Ggg is None and _kernel_runs(W_RC):
+        return scale_sweep(W_RC, scale_RG, importance_C.float(), args.num_bits, global_scale, power)
+
     step = max(1, (CUDA_CHUNK if W_RC.is_cuda else CHUNK) // C)
-    for start in range(0, R, step):
-        rows = slice(start, start + step)
-        t_RGg, start_RG = W_RC[rows].float().unflatten(1, (-1, g)), scale_RG[rows]
-        e, best_RG, least_RG = torch.empty_like(t_RGg), start_RG, torch.full_like(start_RG, math.inf)
-        for candidate_RG in (start_RG, *nearby_scales(start_RG, args, global_scale)):
-            s = candidate_RG[..., None]
-            round_float_(torch.div(t_RGg, s, out=e), args.num_bits).mul_(s).sub_(t_RGg)
-            if H_Ggg is not None:
-                error_RG = torch.linalg.vecdot((e.transpose(0, 1) @ H_Ggg).transpose(0, 1), e)
-            else:
-                error_RG = torch.einsum("rgk,gk->rg", e.mul_(e) if power == 2 else e.abs_().pow_(power), h_Gg)
-            better = error_RG < least_RG
-            best_RG, least_RG = torch.where(better, candidate_RG, best_RG), torch.where(better, error_RG, least_RG)
-        scale_RG[rows] = best_RG
-    return scale_RG
+    pieces = zip(W_RC.split(step), scale_RG.split(step), strict=True)
+    if H_Ggg is None:
+        every = importance_C, args.num_bits, global_scale, power
+        return torch.cat([reference.scale_sweep(W, scale, *every) for W, scale in pieces])
+    H = H_Ggg
+
+    def by_form(e_RGg: Tensor) -> Tensor:
+        return torch.linalg.vecdot((e_RGg.transpose(0, 1) @ H).transpose(0, 1), e_RGg)
+
+    return torch.cat([reference.sweep(W, scale, args.num_bits, global_scale, by_form) for W, scale in pieces])
+
+
+def _kernel_runs(W_RC: Tensor) -> bool:
+    """Whether this weight is on a GPU that runs the kernels of ops/scale_search, for grids that they take."""
+    instead = "scales are searched by hundreds of kernels of torch"
+    return W_RC.is_cuda and W_RC.numel() > 0 and W_RC.dtype in KERNEL_DTYPES and kernel_runs(W_RC.device, instead)
 
 
 def _search_blocks(

@@ -20,7 +20,7 @@ from lightning_compress.ops.hadamard import hadamard_transform
 from lightning_compress.ops.hessian import hessian_accumulate_
 from lightning_compress.ops.mask_2of4 import mask_2of4
 from lightning_compress.ops.pack import pack, unpack
-from lightning_compress.ops.scale_search import scale_search
+from lightning_compress.ops.scale_search import scale_search, scale_sweep
 from lightning_compress.ops.w4a16_gemm import w4a16_gemm
 from lightning_compress.ops.w8a8_gemm import quantize_tokens, w8a8_gemm
 
@@ -39,7 +39,10 @@ CALLS = {  # folder: functions of one tensor, whose rows may be any number, and 
     "hessian": [(lambda x: hessian_accumulate_(torch.zeros(64, 64), x).tril(), X.half())],
     "mask_2of4": [(mask_2of4, X)],
     "pack": [(lambda codes: pack(codes, 4), CODES), (lambda words: unpack(words, 5, 6), CODES[:, :1].int())],
-    "scale_search": [(lambda W: scale_search(W, torch.ones(64), 32, 4, False), X)],
+    "scale_search": [
+        (lambda W: scale_search(W, torch.ones(64), 32, 4, False), X),
+        (lambda W: scale_sweep(W, W.abs().unflatten(1, (2, 32)).amax(2), torch.ones(64), 4), X),
+    ],
     "w4a16_gemm": [(lambda x: w4a16_gemm(x, PLANES, SCALE), X)],
     "w8a8_gemm": [
         (quantize_tokens, X),

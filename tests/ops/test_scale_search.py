@@ -4,8 +4,9 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
+from lightning_compress.ops.gptq_block.grid import LARGEST, round_float_
 from lightning_compress.ops.group_quant.reference import codes, qparams
-from lightning_compress.ops.scale_search import scale_search
+from lightning_compress.ops.scale_search import scale_search, scale_sweep
 from lightning_compress.quant.scales import search
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,6 +19,7 @@ GRIDS = {  # bits, symmetric, FP8, p
     "int8": (8, True, False, 2.0),
     "fp8": (8, True, True, 2.0),
 }
+FORMATS = {"nvfp4": (4, 16, True), "mxfp4": (4, 32, False), "mxfp6": (6, 32, False), "mxfp8": (8, 32, False)}
 
 
 def operands(N, K, group, dtype):
@@ -64,10 +66,43 @@ def test_results_are_those_of_the_search_by_pieces(N, K, group, dtype):
         assert (zero is expected[1] is None) or torch.equal(zero, expected[1])
 
 
+def storable(name, dtype, power=2.0):
+    """Arguments of scale_sweep for a format, the scales being those of the extremes."""
+    bits, group, e4m3 = FORMATS[name]
+    W, h = operands(6, 96, group, dtype)
+    most = W.float().unflatten(1, (-1, group)).abs().amax(2).clamp(min=1e-4) / LARGEST[bits]
+    if not e4m3:
+        return W, most.log2().ceil().exp2(), h, bits, None, power
+    global_scale = 448 / most.max().view(1)
+    return W, (most * global_scale).to(torch.float8_e4m3fn).float() / global_scale, h, bits, global_scale, power
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_sweep_takes_the_best_scale_that_can_be_stored(name):
+    """Every scale of the format is tried: that with the least loss is close to that of the extremes."""
+    W, scale, h, bits, global_scale, power = storable(name, torch.float32)
+    codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = torch.exp2(torch.arange(-30.0, 5)) if global_scale is None else codes / global_scale
+
+    def lost(s):
+        w = W.unflatten(1, (scale.shape[1], -1)).double()
+        s = s[:, :, None].double()
+        q = round_float_((w / s).flatten(), bits).view_as(w)
+        return ((q * s - w).square() * h.view(1, *w.shape[1:])).sum(2)
+
+    found = lost(scale_sweep(W, scale, h, bits, global_scale, power))
+    best = torch.stack([lost(s.expand_as(scale)) for s in every]).amin(0)
+    assert (found <= lost(scale) * (1 + 1e-5)).all()
+    assert (found <= best * (1 + 1e-5)).float().mean() >= 0.9
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_op_is_registered_soundly(symmetric):
     arguments = torch.randn(3, 64), torch.ones(64), 32, 4, symmetric, False, 2.0
     torch.library.opcheck(torch.ops.lightning_compress.scale_search, arguments)
+    torch.library.opcheck(
+        torch.ops.lightning_compress.scale_sweep, storable("mxfp4" if symmetric else "nvfp4", torch.float32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,3 +119,11 @@ def test_op_is_registered_soundly(symmetric):
 def test_what_does_not_fit_is_refused(W, h, options, message):
     with pytest.raises(ValueError, match=message):
         scale_search(W, h, **({"group": 8, "bits": 4} | options))
+
+
+def test_a_sweep_that_does_not_fit_is_refused():
+    W, h = torch.zeros(2, 32), torch.ones(32)
+    with pytest.raises(ValueError, match=r"expected 4, 6 or 8 bits and float32 scales of 2 rows, got 5 bits"):
+        scale_sweep(W, torch.ones(2, 1), h, 5)
+    with pytest.raises(ValueError, match=r"scales of 2 rows, got 4 bits and torch.float32 \(3, 1\)"):
+        scale_sweep(W, torch.ones(3, 1), h, 4)

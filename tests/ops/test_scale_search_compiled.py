@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
+from lightning_compress.ops.scale_search import sweep
 from lightning_compress.ops.scale_search.kernel import WARPS, constants, scale_search_kernel
 from tests.support.triton_compilation import SHARED, compiled, inspect_code
 
@@ -33,3 +34,16 @@ def test_compiles_without_spills_and_keeps_a_group_in_registers(case, tmp_path):
     assert (code["spills"], code["stack"]) == (0, 0), code
     assert code["shared"] <= min(8192, SHARED[capability]), code
     assert code["registers"] <= 128, code
+
+
+@pytest.mark.parametrize(
+    ("group", "bits", "e4m3", "capability"), [(16, 4, True, 100), (32, 4, False, 90), (32, 8, False, 80)]
+)
+def test_the_sweep_compiles_without_spills(group, bits, e4m3, capability, tmp_path):
+    fixed = sweep.constants(group, bits, 2.0, e4m3) | ({} if e4m3 else {"code_ptr": None, "global_ptr": None})
+    types = {"w_ptr": "*bf16", "code_ptr": "*u8", "power": "fp32"} | dict.fromkeys(
+        ("scale_ptr", "h_ptr", "global_ptr", "out_ptr"), "*fp32"
+    )
+    code = inspect_code(compiled(sweep.scale_sweep_kernel, capability, types, fixed, sweep.WARPS, odd=("L",)), tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["registers"] <= 96, code

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
-from lightning_compress.ops.scale_search import kernel, reference
-from tests.ops.test_scale_search import DTYPES, GRIDS, SHAPES, losses, operands
+from lightning_compress.ops.scale_search import kernel, reference, sweep
+from tests.ops.test_scale_search import DTYPES, FORMATS, GRIDS, SHAPES, losses, operands, storable
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -49,3 +49,11 @@ def test_rows_may_lie_apart():
     W, h = operands(8, 96, 32, torch.float32)
     scale, _ = kernel.scale_search(W.t().contiguous().t(), h, 32, 4, True, False, 2.0)
     torch.testing.assert_close(scale, reference.scale_search(W, h, 32, 4, True, False, 2.0)[0])
+
+
+@pytest.mark.parametrize("power", [2.0, 2.4])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_sweep_equals_the_reference(name, power):
+    for dtype in DTYPES:
+        arguments = storable(name, dtype, power)
+        assert torch.equal(sweep.scale_sweep(*arguments), reference.scale_sweep(*arguments))

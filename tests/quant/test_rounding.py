@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 
 from lightning_compress.ops import group_quant
-from lightning_compress.quant import fake_quant, rounding
+from lightning_compress.quant import fake_quant, rounding, scales
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import minmax
@@ -59,6 +59,7 @@ def test_a_module_on_a_gpu_is_rounded_in_one_pass(monkeypatch):
 
     monkeypatch.setattr(rounding, "group_round", spied)
     monkeypatch.setattr(group_quant, "kernel_runs", lambda *_: False)
+    monkeypatch.setattr(scales, "kernel_runs", lambda *_: False)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**FITTING[0]))
     for search, count in (("minmax", 1), ("mse", 1)):
         plain, played = torch.nn.Linear(24, 6), torch.nn.Linear(24, 6)

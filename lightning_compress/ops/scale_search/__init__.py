@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
+from lightning_compress.ops.gptq_block.grid import LARGEST
 from lightning_compress.ops.registration import register_op
 from lightning_compress.ops.scale_search import reference
 
-__all__ = ["scale_search"]
+__all__ = ["scale_search", "scale_sweep"]
 
 
 def scale_search(
@@ -47,6 +48,40 @@ def scale_search(
         scale_NG, zero_NG = _op(W_NK, importance_K, group, bits, symmetric, float8, power)
         return scale_NG, None if symmetric else zero_NG
     return _scale_search(W_NK, importance_K, group, bits, symmetric, float8, power)
+
+
+def scale_sweep(
+    W_NK: Tensor,
+    scale_NG: Tensor,
+    importance_K: Tensor,
+    bits: int,
+    global_scale: Tensor | None = None,
+    power: float = 2.0,
+) -> Tensor:
+    """Of the scales that NVFP4 or an MX format can store near those of the extremes the best, float32 [N, G].
+
+    Args:
+        W_NK: Weight, float16, bfloat16 or float32, finite.
+        scale_NG: Scales of the extremes, float32, positive.
+        importance_K: h, float32, at least 0.
+        bits: Codes, 4 (E2M1), 6 (E2M3) or 8 (E4M3).
+        global_scale: Scales are E4M3 numbers over this one, float32 [1]; None: powers of two.
+        power: p.
+
+    Raises:
+        ValueError: Wrong dtype, shape or number of bits.
+    """
+    _check(W_NK, importance_K, W_NK.shape[-1] // max(1, scale_NG.shape[-1]), bits)
+    if bits not in LARGEST or scale_NG.dtype != torch.float32 or scale_NG.shape[:-1] != W_NK.shape[:-1]:
+        raise ValueError(
+            f"expected 4, 6 or 8 bits and float32 scales of {len(W_NK)} rows, got {bits} bits and {scale_NG.dtype} "
+            f"{tuple(scale_NG.shape)}"
+        )
+    W_NK = W_NK.detach()
+    if torch.compiler.is_compiling() or (W_NK.is_cuda and not calls_kernel(W_NK)):
+        swept_NG: Tensor = _sweep_op(W_NK, scale_NG, importance_K, bits, global_scale, power)
+        return swept_NG
+    return _scale_sweep(W_NK, scale_NG, importance_K, bits, global_scale, power)
 
 
 def _check(W_NK: Tensor, importance_K: Tensor, group: int, bits: int) -> None:
@@ -98,4 +133,22 @@ _op = register_op(
     "-> (Tensor, Tensor)",
     _scale_search_tensors,
     _fake,
+)
+
+
+def _scale_sweep(
+    W: Tensor, scale: Tensor, importance: Tensor, bits: int, global_scale: Tensor | None, power: float
+) -> Tensor:
+    if W.is_cuda and len(W) and kernel_runs(W.device, "scales are searched by hundreds of kernels of torch"):
+        from lightning_compress.ops.scale_search import sweep
+
+        return sweep.scale_sweep(W, scale, importance, bits, global_scale, power)
+    return reference.scale_sweep(W, scale, importance, bits, global_scale, power)
+
+
+_sweep_op = register_op(
+    "scale_sweep",
+    "(Tensor W, Tensor scale, Tensor importance, SymInt bits, Tensor? global_scale, float power) -> Tensor",
+    _scale_sweep,
+    lambda W, scale, *_: scale.new_empty(scale.shape),
 )

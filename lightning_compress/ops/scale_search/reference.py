@@ -6,13 +6,14 @@
           the zero point one lower or higher; with p = 2 the f that is best for the codes
     scale f s, zero point z + d
 
-Each step replaces f and d where the error falls.
+Each step replaces f and d where the error falls. Of scales with a format of their own those near s are tried instead:
+6 codes of E4M3 up and down (NVFP4), or twice and half of it (MX formats).
 
 Shapes: N rows, K columns, G groups of g = K / G columns in a row.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,13 +21,30 @@ from torch import Tensor
 from lightning_compress.ops.gptq_block.grid import round_float_
 from lightning_compress.ops.group_quant.reference import limits, qparams
 
-__all__ = ["LOWEST", "PATIENCE", "RATIO", "descend", "first_factor", "roots", "scale_search"]
+__all__ = [
+    "CODES",
+    "LARGEST_CODE",
+    "LOWEST",
+    "PATIENCE",
+    "RATIO",
+    "descend",
+    "first_factor",
+    "nearby_scales",
+    "roots",
+    "scale_codes",
+    "scale_search",
+    "scale_sweep",
+    "sweep",
+]
 
 # Factors that are tried, by bits: from the highest down to the lowest, each so many times the one before. Measured on
 # SmolLM2's weights (groups of 64) with their H: with the steps after it 27, 18 and 15 evaluations at 2, 3 and 4 bits,
 # whose error is 1.001, 1.004 and 1.010 of that of 300 factors.
 RATIO = {bits: 1 - 0.12 * 0.7 ** max(0, bits - 4) for bits in range(2, 9)}
 LOWEST = {bits: 0.3 / 1.5 ** (4 - bits) if bits < 4 else 0.3 ** (0.5 ** (bits - 4)) for bits in range(2, 9)}
+EXPONENTS = (1, -1)  # of a power of two, beside the one from the extremes
+CODES = range(-6, 7)  # of E4M3, beside the one from the extremes: factors of about 0.57 to 1.75
+LARGEST_CODE = 126  # codes 1 ... 126 are the positive finite numbers, in order; 127 is NaN
 PATIENCE = 3  # factors below the lowest that a row may try without a gain
 
 
@@ -124,3 +142,57 @@ def descend(
     if power == 2:
         improve(fit(best_f, best_d), best_d)
     return best_f, best_d
+
+
+def scale_sweep(
+    W_NK: Tensor, scale_NG: Tensor, h_K: Tensor, bits: int, global_scale: Tensor | None, power: float
+) -> Tensor:
+    """The scale with the least sum_j h_j |w_j - Q(w_j)|^p near each, [N, G], float32.
+
+    Args:
+        W_NK: The weight.
+        scale_NG: Scales of the extremes, float32.
+        h_K: h.
+        bits: The format of the codes, 4 (E2M1), 6 (E2M3) or 8 (E4M3).
+        global_scale: Scales are E4M3 numbers over this one, float32 [1]; None: powers of two.
+        power: p.
+    """
+    h_Gg = h_K.view(scale_NG.shape[1], -1).float()
+
+    def lost(e_NGg: Tensor) -> Tensor:
+        return torch.einsum("rgk,gk->rg", e_NGg.mul_(e_NGg) if power == 2 else e_NGg.abs_().pow_(power), h_Gg)
+
+    return sweep(W_NK, scale_NG, bits, global_scale, lost)
+
+
+def sweep(
+    W_NK: Tensor, scale_NG: Tensor, bits: int, global_scale: Tensor | None, lost: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The same for any loss [N, G] of the errors [N, G, g], which it may overwrite."""
+    w_NGg = W_NK.float().unflatten(1, (scale_NG.shape[1], -1))
+    e_NGg, best_NG, least_NG = torch.empty_like(w_NGg), scale_NG, torch.full_like(scale_NG, math.inf)
+    for candidate_NG in (scale_NG, *nearby_scales(scale_NG, global_scale)):
+        s = candidate_NG[:, :, None]
+        round_float_(torch.div(w_NGg, s, out=e_NGg), bits).mul_(s).sub_(w_NGg)
+        loss_NG = lost(e_NGg)
+        better = loss_NG < least_NG
+        best_NG, least_NG = torch.where(better, candidate_NG, best_NG), torch.where(better, loss_NG, least_NG)
+    return best_NG.contiguous()
+
+
+def nearby_scales(scale_NG: Tensor, global_scale: Tensor | None) -> Iterator[Tensor]:
+    """Scales that the format can store around these, [N, G] each."""
+    if global_scale is None:
+        for shift in EXPONENTS:
+            yield (scale_NG * 2.0**shift).clamp(2.0**-127, 2.0**127)
+        return
+    codes = scale_codes(scale_NG, global_scale).to(torch.int16)
+    for shift in CODES:
+        if shift:
+            moved = (codes + shift).clamp_(1, LARGEST_CODE).to(torch.uint8).view(torch.float8_e4m3fn)
+            yield moved.float() / global_scale
+
+
+def scale_codes(scale_NG: Tensor, global_scale: Tensor) -> Tensor:
+    """The codes of scales in E4M3, uint8."""
+    return (scale_NG * global_scale).to(torch.float8_e4m3fn).view(torch.uint8)
