@@ -24,9 +24,9 @@ def release() -> None:
 
 
 class GrowthRelease:
-    """:func:`release`, each time that the process has grown by 12 MiB since: pages that come again cost CPU time."""
+    """:func:`release`, each time that the process has grown by 24 MiB since: pages that come again cost CPU time."""
 
-    GROWTH = 12 * 2**20
+    GROWTH = 24 * 2**20
 
     def __init__(self) -> None:
         self._least = 0

@@ -29,7 +29,7 @@ def test_a_walk_returns_memory_after_each_block(walk, monkeypatch):
             trims.append(library.calls.count("trim"))
 
     calibrate(*started(Noting(), model=seeded(Layered)), make_batches(2, 2, 5, C), CalibrationOptions(walk=walk))
-    assert library.calls[:2] == [(-3, 2**22), (-1, 2**22)]
+    assert library.calls[:2] == [(-3, 2**22), (-1, 2**25)]
     assert library.calls[-1] == (-1, 2**26)
     assert trims[1:] == sorted(set(trims[1:]))  # between every two blocks
 
