@@ -9,7 +9,8 @@ replaced by a tensor made from a number).
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lightning_compress as lc
 from lightning_compress import (
@@ -18,6 +19,7 @@ from lightning_compress import (
     KVCacheModifier,
     MagnitudePruningModifier,
     QuantizationModifier,
+    REAPModifier,
     RotationModifier,
     SmoothQuantModifier,
     SparseGPTModifier,
@@ -99,6 +101,24 @@ def test_a_technique_stays_on_the_gpu_from_calibration_to_the_loaded_model(name,
         logits, expected = (m(batches[0]).logits for m in (loaded, model))
         assert isinstance(logits, FakeCudaTensor)
         assert float((logits - expected).float().norm() / expected.float().norm()) < 0.1
+
+
+def test_experts_are_removed_on_the_gpu_and_no_expert_is_waited_for(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+    )  # fmt: skip
+    with fake_cuda() as gpu, torch.no_grad():
+        model = Qwen3MoeForCausalLM(config).eval().to("cuda:0")
+        batches = [batch.to("cuda:0") for batch in tokens(3)]
+        gpu.reset()
+        lc.compress(model, REAPModifier(sparsity=0.25), batches, offload_device=None)
+        syncs = sum(count for line, count in gpu.syncs.items() if line.startswith("modifiers/reap"))
+        assert syncs == 2 * 2 * 3  # of each layer and batch
+        lc.save(model, tmp_path / "model")
+        loaded = lc.load(tmp_path / "model", device="cuda:0")
+        assert_close(loaded(batches[0]).logits.cpu(), model(batches[0]).logits.cpu())
 
 
 @pytest.mark.parametrize("name", ["GPTQ W4", "static W8A8, histogram", "Wanda"])

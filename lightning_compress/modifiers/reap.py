@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -53,12 +54,18 @@ class ExpertSaliency:
         """
         least = torch.finfo(torch.float32).tiny
         gate_NK = weight_NK.double() / weight_NK.double().sum(1, keepdim=True).clamp_min(least)
-        for e in range(len(self.sum_E)):
-            tokens, column = torch.where(index_NK == e)
-            if len(tokens):
+        sorted_P, place_P = index_NK.flatten().sort(stable=True)  # P = N K places of tokens, expert after expert
+        numbers = torch.arange(len(self.sum_E) + 1, device=sorted_P.device, dtype=sorted_P.dtype)
+        ends = torch.searchsorted(sorted_P, numbers).tolist()
+        sums: dict[int, Tensor] = {}
+        for e, (start, stop) in enumerate(pairwise(ends)):
+            if stop > start:
+                tokens = place_P[start:stop] // index_NK.shape[1]
                 norms = expert(e, x_NH[tokens]).double().norm(dim=1)
-                self.sum_E[e] += (gate_NK[tokens, column] * norms).sum().float().cpu()  # so that ranks change no bit
-                self.tokens_E[e] += len(tokens)
+                sums[e] = (gate_NK.flatten()[place_P[start:stop]] * norms).sum().float()  # so that ranks change no bit
+                self.tokens_E[e] += stop - start
+        if sums:  # a GPU is waited for twice in a batch, not for each expert
+            self.sum_E[list(sums)] += torch.stack(list(sums.values())).cpu()
 
     def value(self) -> Tensor:
         """S [E], float64; 0 for experts without a token."""

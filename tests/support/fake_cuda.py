@@ -219,7 +219,10 @@ def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if device.type == "cuda" and named is not None:
         options["device"] = "cpu"
     values = _mapped((args, options), lambda t: t.value if isinstance(t, FakeCudaTensor) else t)
-    result = op(*values[0], **values[1])
+    if name == "histc":  # of integers only on CUDA
+        result = op(values[0][0].float(), *values[0][1:], **values[1]).to(values[0][0].dtype)
+    else:
+        result = op(*values[0], **values[1])
     if name in ("_to_copy", "_pin_memory") and isinstance(result, Tensor) and result is values[0][0]:
         result = result.clone()
     wrappers = {id(t.value): t for t in fakes}
