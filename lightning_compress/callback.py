@@ -84,6 +84,7 @@ class CompressionCallback(Callback):
         moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens.
         memory_limit: Bytes, or such as ``16GB``, that ``walk="auto"`` may use beside the model.
         calibration_precision: Of a model trained in mixed precision: ``trained``, ``float32`` or ``auto`` (by device).
+        cache_activations: Where the inputs of blocks are stored: ``memory``, ``disk`` or the path of a folder.
         verify: Whether plain transformers, in a process of its own, answers a batch from the exported folder as the
             model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
         resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
@@ -117,6 +118,7 @@ class CompressionCallback(Callback):
         moe_calibrate_all_experts: bool = False,
         memory_limit: int | str | None = None,
         calibration_precision: CalibrationPrecision = "auto",
+        cache_activations: str = "memory",
         verify: bool | str = "auto",
         resume: str = "auto",
     ):
@@ -126,11 +128,9 @@ class CompressionCallback(Callback):
         self.ledger = Ledger()
         self.recipe = dump_recipe(self.lifecycle.modifiers)
         self.run = Run(self.options, self.recipe)
-        self.clock = StepClock()
-        self.done = False
+        self.clock, self.done = StepClock(), False
         self._root: LightningModule | None = None
-        self._state = State(ledger=self.ledger)
-        self._batch_state = self._state
+        self._state = self._batch_state = State(ledger=self.ledger)
         self._in_batch = False
         self._acting = False  # in this batch some modifier may act
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)

@@ -99,6 +99,7 @@ def compress_folder(
         if memory is not None:
             options = replace(options, memory_limit=bytes_of(memory) - _block_bytes(model, blocks, bytes_of(memory)))
         target = team.result(partial(check_target, target, overwrite=overwrite), "checking the target")
+        options = options.cached_in(target.parent)
         shares = batches is None  # then blocks do not depend on each other, and no modifier needs other ranks
         state = State(model=model, ledger=Ledger(), team=Team() if shares else team)
         log = ExportLog(model, blocks, files, names, target, overwrite, resume, team, shares)

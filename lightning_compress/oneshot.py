@@ -41,6 +41,7 @@ def compress(
     seed: int = 0,
     moe_calibrate_all_experts: bool = False,
     memory_limit: int | str | None = None,
+    cache_activations: str = "memory",
     log: str | Path | None = None,
     resume: Resume = "auto",
     team: Team = Team(),  # noqa: B008  (frozen)
@@ -64,7 +65,7 @@ def compress(
         forward: ``forward(model, batch)`` runs the model on a batch; by default a mapping gives keyword arguments, of a
             tuple or list the first item is the input, and anything else is the input.
         blocks: As in :class:`lightning_compress.calibration.options.CalibrationOptions`, like ``walk``, ``device``,
-            ``offload_device``, ``seed``, ``moe_calibrate_all_experts`` and ``memory_limit``.
+            ``offload_device``, ``seed``, ``moe_calibrate_all_experts``, ``memory_limit`` and ``cache_activations``.
         walk: ``auto``, ``one_pass``, ``two_pass`` or ``whole``.
         max_batches: Largest number of batches that are used; required when ``batches`` never ends.
         device: Device that each block is moved to for its turn.
@@ -73,6 +74,7 @@ def compress(
         seed: Seed of torch's random state during the run.
         moe_calibrate_all_experts: Statistics of experts that share one tensor use all tokens.
         memory_limit: Bytes, or such as ``"16GB"``, that ``walk="auto"`` may use beside the model.
+        cache_activations: Where the inputs of blocks are stored: ``memory``, ``disk`` or the path of a folder.
         log: Folder of a log of finished blocks; the same call goes on from there after a kill, with the same result bit
             for bit. It stays: remove it when the model is saved.
         resume: ``auto``: go on where a log is there. ``must``: there must be one. ``never``: begin anew.
@@ -91,7 +93,10 @@ def compress(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected an nn.Module")
     model = without_parallel(model)
-    options = CalibrationOptions(blocks, walk, device, offload_device, seed, moe_calibrate_all_experts, memory_limit)
+    options = CalibrationOptions(
+        blocks, walk, device, offload_device, seed, moe_calibrate_all_experts, memory_limit,
+        cache_activations=cache_activations,
+    )  # fmt: skip
     lifecycle = Lifecycle(modifiers_of(modifiers))
     batches = first_batches(batches, max_batches)
     state = State(model=model, ledger=Ledger(), team=team)

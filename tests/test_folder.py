@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from lightning_compress import GPTQModifier, QuantizationModifier, compress, compress_folder, load, save
+from lightning_compress.calibration.activations import SegmentInputs
+from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.export.stream import ShardWriter
 from lightning_compress.export.tensor_file import TensorFolder
 from lightning_compress.files.atomic_folder import MANIFEST
@@ -152,6 +154,18 @@ def test_the_export_loads(tmp_path, source):
         torch.testing.assert_close(
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")(**BATCHES[0]).logits, expected
         )
+
+
+def test_hidden_states_on_the_disk_are_beside_the_target(tmp_path, source, monkeypatch):
+    folders, kept = [], SegmentInputs.kept
+    note = classmethod(lambda cls, device, folder: folders.append(folder) or kept(device, folder))
+    monkeypatch.setattr(SegmentInputs, "kept", note)
+    options = CalibrationOptions(walk="two_pass", cache_activations="disk")
+    compress_folder(source, tmp_path / "new" / "out", "gptq_w4", BATCHES, options=options)
+    assert folders == [tmp_path / "new"]
+    in_memory(source, tmp_path / "memory", "gptq_w4", BATCHES, walk="two_pass")
+    check_equal(tmp_path / "new" / "out", tmp_path / "memory")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

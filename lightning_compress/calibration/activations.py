@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.calibration.hidden_file import HiddenFile
 from lightning_compress.calibration.inputs import run_model
 from lightning_compress.layers.finite import is_finite, nonfinite
 
@@ -80,14 +82,19 @@ class SegmentInputs:
 
     Args:
         device: Device on which they are stored; None: the one on which they are computed.
-        hidden: Per batch the input of the next block, such as [B, T, C].
+        hidden: Per batch the input of the next block, such as [B, T, C]; in memory, or on the disk.
         calls: Per batch the other arguments, by block name.
     """
 
     device: torch.device | None
-    hidden: list[Tensor | None] = field(default_factory=list)
+    hidden: list[Tensor | None] | HiddenFile = field(default_factory=list)
     calls: list[dict[str, BlockCall]] = field(default_factory=list)
     _previous: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def kept(cls, device: torch.device | None, folder: Path | None) -> "SegmentInputs":
+        """No batch yet; hidden states go into a file in ``folder``, where one is given."""
+        return cls(device, [] if folder is None else HiddenFile(folder))
 
     def add(self, hidden: Tensor | None, calls: Mapping[str, BlockCall]) -> None:
         """Store a further batch; tensors that several calls share, or that equal those of the batch before, once."""
@@ -109,10 +116,15 @@ class SegmentInputs:
 
     def replace(self, batch: int, hidden: Tensor) -> None:
         """The block's output becomes the next block's input; the old input is released."""
-        self.hidden[batch] = hidden.to(self.device, non_blocking=True) if self.device is not None else hidden
+        if isinstance(self.hidden, HiddenFile):
+            self.hidden[batch] = hidden
+        else:
+            self.hidden[batch] = hidden.to(self.device, non_blocking=True) if self.device is not None else hidden
 
     def dense_copy(self) -> "SegmentInputs":
         """The same calls with hidden states of their own, for those of the dense model."""
+        if isinstance(self.hidden, HiddenFile):
+            return SegmentInputs(self.device, HiddenFile(self.hidden.folder, self.hidden), self.calls)
         return SegmentInputs(self.device, list(self.hidden), self.calls)
 
     def arguments(

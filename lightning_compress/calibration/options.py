@@ -1,8 +1,10 @@
 """How a model is calibrated: the options that ``CompressionCallback`` and ``compress`` hand down to the walk."""
 
 import re
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,6 +40,9 @@ class CalibrationOptions:
         calibration_precision: How a model that was trained in mixed precision runs while it is calibrated. ``trained``:
             under the same autocast, so that layers see the inputs that they were trained on. ``float32``: without.
             ``auto``: as trained on a GPU, in float32 on a CPU.
+        cache_activations: Where the inputs of blocks are stored between blocks. ``memory``: on ``offload_device``.
+            ``disk``: in a file in the folder of temporary files; with a Trainer in its ``default_root_dir``, with
+            ``compress_folder`` beside the target. Anything else is the path of a folder for that file.
 
     Raises:
         ValueError: A value has the wrong type, or is not one of the values above.
@@ -51,6 +56,7 @@ class CalibrationOptions:
     moe_calibrate_all_experts: bool = False
     memory_limit: int | str | None = None
     calibration_precision: CalibrationPrecision = "auto"
+    cache_activations: str = "memory"
 
     def __post_init__(self) -> None:
         """Check types, too: Hydra and YAML pass on whatever the user wrote."""
@@ -67,9 +73,25 @@ class CalibrationOptions:
             raise ValueError(
                 f"walk='whole' takes the model as one block, so blocks={self.blocks!r} has no effect; leave one out"
             )
+        if not isinstance(self.cache_activations, str) or not self.cache_activations:
+            raise ValueError(
+                f"cache_activations={self.cache_activations!r}: expected 'memory', 'disk' or the path of a folder"
+            )
         for name in ("device", "offload_device"):
             if getattr(self, name) is not None and not _is_device(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a device such as 'cpu' or 'cuda'")
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Folder of the file with the inputs of blocks; None: they are in memory."""
+        if self.cache_activations == "memory":
+            return None
+        on_disk = self.cache_activations == "disk"
+        return Path(tempfile.gettempdir() if on_disk else self.cache_activations).expanduser()
+
+    def cached_in(self, folder: str | Path) -> "CalibrationOptions":
+        """With ``cache_activations="disk"`` the file is in this folder."""
+        return replace(self, cache_activations=str(folder)) if self.cache_activations == "disk" else self
 
 
 def check_whole_number(name: str, value: Any) -> None:

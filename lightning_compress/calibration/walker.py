@@ -186,7 +186,7 @@ class Walker:
 
     def _capture(self, segment: Sequence[ProbedBlock]) -> SegmentInputs | None:
         """Inputs of a segment; None when a batch does not run through the blocks as the first one did."""
-        inputs = SegmentInputs(self.offload_device)
+        inputs = SegmentInputs.kept(self.offload_device, self.options.cache_folder)
         names = {block.name for block in segment}
         before = {name: block for name, block in self.plan.blocks.items() if name not in names}
         with self.lifecycle.paused(), self.residence.passing(before):

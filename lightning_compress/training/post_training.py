@@ -218,7 +218,8 @@ class PostTraining:
     def _act(
         self, lifecycle: Lifecycle, progress: ProgressReport, batches: Sequence[Any] | None, handing_over: bool
     ) -> None:
-        options = self.run.options.calibration
+        options, outputs = self.run.options.calibration, self.run.outputs
+        options = options if outputs is None else options.cached_in(outputs.report.parent)
         log = nullcontext(NoLog()) if handing_over else self._opened_log(lifecycle)  # if it hands over, it trains on
         with (
             self._precision(as_trained=self._calibrates_as_trained),

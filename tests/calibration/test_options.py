@@ -1,5 +1,7 @@
 """Options of calibration: types, values, and what goes together."""
 
+from pathlib import Path
+
 import pytest
 
 from lightning_compress.calibration import calibrate
@@ -16,6 +18,7 @@ from tests.support.calibration_models import C, Layered, Watcher, make_batches, 
         ({"offload_device": "meta"}, "^offload_device='meta': expected a device such as 'cpu'"),
         ({"seed": -1}, "seed=-1: expected at least 0"),
         ({"seed": 1.0}, "seed=1.0 is a float, expected a whole number"),
+        ({"cache_activations": True}, "cache_activations=True: expected 'memory', 'disk' or the path of a folder"),
         ({"moe_calibrate_all_experts": 1}, "moe_calibrate_all_experts=1 is a int, expected True or False"),
     ],
     ids=str,
@@ -29,6 +32,12 @@ def test_none_stands_for_the_place_where_things_are():
     options = CalibrationOptions(device=None, offload_device=None)
     check_device(options)
     assert options == CalibrationOptions(offload_device=None)
+
+
+def test_disk_is_the_folder_of_the_caller_and_memory_is_none(tmp_path):
+    assert CalibrationOptions(cache_activations="memory").cached_in(tmp_path).cache_folder is None
+    assert CalibrationOptions(cache_activations="disk").cached_in(tmp_path).cache_folder == tmp_path
+    assert CalibrationOptions(cache_activations="~/x").cached_in(tmp_path).cache_folder == Path("~/x").expanduser()
 
 
 @pytest.mark.parametrize("blocks", ["Mixer", ["layers.0", "re:layers"]])
