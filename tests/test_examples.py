@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
-from examples import distill_narrow, prune_cnn, qat_llama
+from examples import distill_narrow, generate_packed, prune_cnn, qat_llama
 from examples.causal_lm import lr_share
 from examples.data_shapes import draw
 from examples.data_stdlib import StdlibBytes, part_of
@@ -183,8 +183,16 @@ def test_the_distillation_example(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_every_example_that_runs_says_how(capsys: pytest.CaptureFixture[str]) -> None:
-    for example in (qat_llama, prune_cnn, distill_narrow):
+    for example in (qat_llama, prune_cnn, distill_narrow, generate_packed):
         with pytest.raises(SystemExit) as left:
             example.main(["--help"])
         assert left.value.code == 0
         assert f"python -m {example.__name__}" in capsys.readouterr().out
+
+
+def test_packed_weights_generate_the_same_tokens_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = generate_packed.main(["--layers", "1", "--new-tokens", "4", "--backend", "eager"])
+    assert list(tokens) == ["eager", "compiled"]
+    assert torch.equal(*tokens.values())
+    assert tokens["eager"].shape == (4,)
+    assert capsys.readouterr().out.count("tokens per second") == 3

@@ -30,8 +30,9 @@ from lightning_compress.ops.w8a8_gemm import cpu as int8_cpu
 from lightning_compress.ops.w8a8_gemm import w8a8_linear
 from lightning_compress.quant.packed.inputs import input_codes
 
-__all__ = ["BACKENDS", "Backend", "HeldBackend", "ProductCall", "Weights", "backends_of"]
+__all__ = ["BACKENDS", "OPAQUE", "Backend", "HeldBackend", "ProductCall", "Weights", "backends_of"]
 
+OPAQUE = ("qlinear",)  # backends whose operands cannot be traced: under torch.compile they prepare others
 CHUNK = 2**22  # weights of which operands are made at a time: steps in between take some ten bytes for each
 FEW = 16  # tokens up to which torch's int8 x bf16 product wins over unpacking (bench_packed_cpu.py)
 

@@ -22,7 +22,7 @@ from lightning_compress.ops.availability import calls_kernel
 from lightning_compress.ops.prepared import Call, call_key
 from lightning_compress.ops.registration import skips_dispatcher
 from lightning_compress.quant.fake_quant import fake_quantize_input
-from lightning_compress.quant.packed.backends import Backend, HeldBackend, ProductCall, backends_of
+from lightning_compress.quant.packed.backends import OPAQUE, Backend, HeldBackend, ProductCall, backends_of
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.weight import PackedWeight
 from lightning_compress.quant.packing import pack, unpack
@@ -142,10 +142,10 @@ class PackedLinear(nn.Linear):
 
     def backend(self, call: ProductCall) -> Backend | None:
         """The backend of such a call; None: it is computed with a dense weight."""
+        if torch.compiler.is_compiling():  # a dict that changes would be a reason to compile again
+            return self._choose(call)
         if call not in self._chosen:
-            self._chosen[call] = next(
-                (backend for backend in backends_of(self.scheme) if backend.takes(self, call)), None
-            )
+            self._chosen[call] = self._choose(call)
         return self._chosen[call]
 
     @property
@@ -216,6 +216,9 @@ class PackedLinear(nn.Linear):
             f"{describe(self.scheme)}"
         )
 
+    def _choose(self, call: ProductCall) -> Backend | None:
+        return next((backend for backend in backends_of(self.scheme) if backend.takes(self, call)), None)
+
     def _by_backend(self, backend: Backend, x: Tensor) -> Tensor:
         operands = self._operands(backend)
         if not calls_kernel(x) or not skips_dispatcher(x) or not x.is_contiguous():
@@ -245,7 +248,8 @@ class PackedLinear(nn.Linear):
     def _operands(self, backend: Backend) -> tuple[Any, ...]:
         if self.held is not None and backend is self.held.backend:
             return self.held.operands
-        form = f"{backend.name}{' compiled' if torch.compiler.is_compiling() else ''}"
+        opaque = torch.compiler.is_compiling() and backend.name in OPAQUE
+        form = f"{backend.name} compiled" if opaque else backend.name
         if form not in self._prepared:
             with torch.no_grad(), torch.inference_mode(False):
                 same = {key: value for key, value in self._prepared.items() if key.startswith(backend.name)}
