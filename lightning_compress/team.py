@@ -309,7 +309,7 @@ class _Star:
             dist.send(torch.frombuffer(body, dtype=torch.uint8), peer, group=self.group)
 
     def receive(self, peer: int) -> Any:
-        work, head = self._ahead.pop(peer, None) or self._receive_ahead(peer)
+        work, head = self._ahead.pop(peer) if peer in self._ahead else self._receive_ahead(peer)
         work.wait()
         message = head.numpy().tobytes()
         size, body = int.from_bytes(message[:8], "little"), message[8:]
