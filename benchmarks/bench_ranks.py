@@ -11,7 +11,9 @@ are medians over rounds of the busiest rank.
 import argparse
 import hashlib
 import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -124,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--recipes", nargs="*", default=[name for name in RECIPES if together(name)])
     options = parser.parse_args(arguments)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # in Python 3.11 the server imports before it gets sys.path
     multiprocessing.set_forkserver_preload(["bench_ranks"])
     rows, facts = [], {}
     for recipe in options.recipes:
