@@ -171,7 +171,7 @@ def _columns(s_NS, SCALES: tl.constexpr):
         columns = (first, second, third, fourth)
     else:
         e, o = _columns(even, 4), _columns(odd, 4)
-        columns = (e[0], o[0], e[1], o[1], e[2], o[2], e[3], o[3])
+        columns = (e[0], o[0], e[1], o[1], e[2], o[2], e[3], o[3])  # type: ignore[assignment]
     return columns
 
 

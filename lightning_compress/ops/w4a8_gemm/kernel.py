@@ -139,7 +139,7 @@ def _scales(
     scales = ()
     for i in tl.static_range(SCALES):  # planes past K have no group; their x is 0
         group = tl.minimum((b * 2 + i) * PLANE, K - 1) // GROUP
-        scales += (load_words(scale_ptr + group * N + grid_N, rows, ASM),)
+        scales += (load_words(scale_ptr + group * N + grid_N, rows, ASM),)  # type: ignore[assignment]
     return scales
 
 
