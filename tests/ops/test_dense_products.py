@@ -47,11 +47,11 @@ def calls(monkeypatch):
 
     def dense(*arguments):
         names.append("dense")
-        return torch.zeros(N, K).bfloat16()
+        return torch.zeros(N, K, dtype=arguments[-1])
 
     for kernel in KERNELS.values():
         monkeypatch.setattr(kernel, "gemm", gemm)
-    for kernel in (w4a16_kernel, fp4_kernel):
+    for kernel in KERNELS.values():
         monkeypatch.setattr(kernel, "dense", dense)
     monkeypatch.setattr(w4a8_gemm, "quantize_tokens", tokens_reference.quantize_tokens)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
@@ -73,11 +73,14 @@ def test_from_512_tokens_the_weight_is_dequantized_by_one_kernel(op, calls):
     assert calls == ["gemm", "dense"]
 
 
-@pytest.mark.parametrize("op", ["w4a16_gemm", "fp4_gemm"])
+@pytest.mark.parametrize("op", KERNELS)
 def test_so_it_is_for_gradients(op, calls):
-    backward = {"w4a16_gemm": w4a16_gemm, "fp4_gemm": fp4_gemm}[op]._dense
+    backward = {"w4a16_gemm": w4a16_gemm, "fp4_gemm": fp4_gemm, "w4a8_gemm": w4a8_gemm}[op]._dense
     planes = torch.zeros(N, K // 4).short().as_subclass(OnCuda)
-    rest = (torch.ones(2, N), None) if op == "w4a16_gemm" else (torch.ones(K // 16, N).byte(), torch.ones(N))
+    rest = {
+        "w4a16_gemm": (torch.ones(2, N), None), "fp4_gemm": (torch.ones(K // 16, N).byte(), torch.ones(N)),
+        "w4a8_gemm": (torch.ones(2, N),),
+    }[op]  # fmt: skip
     assert backward(planes, *rest, K, torch.bfloat16).shape == (N, K)
     assert calls == ["dense"]
 

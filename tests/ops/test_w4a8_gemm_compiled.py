@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
-from lightning_compress.ops.w4a8_gemm.kernel import constants, w4a8_kernel
+from lightning_compress.ops.w4a8_gemm.kernel import constants, dense_kernel, w4a8_kernel
 from tests.ops.test_w8a8_gemm_compiled import CORE
 from tests.support.triton_compilation import SHARED, compiled, inspect_code, loops, products_before_use
 
@@ -56,3 +56,15 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
         assert len(loop) <= budgets[2], len(loop)
     if groups > 1:  # scales are loaded half a block before their use, at least
         assert products_before_use(loop) >= sum(f" {CORE[capability, kind]}." in line for line in loop) // 2, loop
+
+
+@pytest.mark.parametrize(("group", "plane"), [(128, 64), (32, 32)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_dequantizing_is_a_plain_stream(group, plane, capability, tmp_path):
+    types = {"planes_ptr": "*i8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
+    fixed = {"GROUP": group, "PLANE": plane, "INTERPRETED": False, "BLOCK_N": 64}
+    code = inspect_code(compiled(dense_kernel, capability, types, fixed, 4), tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["wide"] == (10 if plane == 64 else 5), (
+        code
+    )  # 64 or 32 weights of a thread: all accesses are of 16 bytes

@@ -46,3 +46,11 @@ def test_no_tokens():
     values, scale = weight(17, 192, 6)
     tokens = torch.zeros(0, 192).char(), torch.zeros(0)
     assert kernel.gemm(*tokens, to_planes(values, 192, 6), rows(scale), torch.float16).shape == (0, 17)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "K", "G"), [(17, 192, 6), (65, 256, 2), (33, 200, 1), (3, 144, 3), (130, 160, 5)])
+def test_dequantizes_to_the_bits_of_the_reference(N, K, G, dtype):
+    values, scale = weight(N, K, G)
+    W = kernel.dense(to_planes(values, K, G), rows(scale), K, dtype)
+    assert torch.equal(W, reference.dequantize(values, scale, K, torch.float32).to(dtype))

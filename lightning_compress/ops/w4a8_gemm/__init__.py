@@ -78,7 +78,11 @@ def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:
 
 
 def _dense(planes_NP: Tensor, scale_GN: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in ``dtype``."""
+    """W [N, K] in ``dtype``, the same bits on all devices."""
+    if planes_NP.is_cuda and kernel_runs(planes_NP.device, "int4 weights are dequantized by a dozen kernels of torch"):
+        from lightning_compress.ops.w4a8_gemm.kernel import dense
+
+        return dense(planes_NP, scale_GN, K, dtype)
     return dequantize(codes(planes_NP, K, scale_GN.shape[0]), scale_GN.t(), K, torch.float32).to(dtype)
 
 

@@ -19,11 +19,13 @@ from torch import Tensor
 from lightning_compress.ops.launches import launching
 from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, plane_of
-from lightning_compress.ops.w4a16_gemm.kernel import as_floats, load_words
+from lightning_compress.ops.w4a16_gemm.kernel import as_floats, load_words, rounded
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
 from lightning_compress.ops.w8a8_gemm.kernel import e4m3_half, e4m3_mode
 
-__all__ = ["constants", "gemm", "w4a8_kernel"]
+__all__ = ["constants", "dense", "dense_kernel", "gemm", "w4a8_kernel"]
+
+DENSE_ROWS = 64  # of a program of dense_kernel
 
 
 def gemm(
@@ -48,6 +50,19 @@ def gemm(
             num_stages=launch.stages,
         )  # fmt: skip
     return out
+
+
+def dense(planes_NP: Tensor, scale_GN: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in ``dtype``: one launch, which writes each weight and reads half a byte of it; any group size."""
+    G, N = scale_GN.shape
+    W_NK = torch.empty((N, K), dtype=dtype, device=planes_NP.device)
+    interpreted, plane = not isinstance(dense_kernel, triton.JITFunction), plane_of(K, G)
+    if N:
+        with launching(planes_NP):
+            dense_kernel[(triton.cdiv(K, PLANES * plane), triton.cdiv(N, DENSE_ROWS))](
+                planes_NP, scale_GN, W_NK, N, K, GROUP=K // G, PLANE=plane, INTERPRETED=interpreted, BLOCK_N=DENSE_ROWS
+            )
+    return W_NK
 
 
 def constants(
@@ -163,3 +178,30 @@ def _four_codes(shift: int, integer: bool) -> str:
     body = f"shr.b32 t, $1, {shift}; and.b32 t, t, 0x0f0f0f0f; shr.b32 s, $1, {shift + 3}; and.b32 s, s, 0x01010101; "
     body += "mul.lo.u32 s, s, 0xf7; xor.b32 $0, s, t; " if integer else "mad.lo.u32 $0, s, 0x79, t; "
     return "{ .reg .b32 s, t; " + body + "}"
+
+
+@triton.jit
+def dense_kernel(
+    planes_ptr, scale_ptr, out_ptr, N, K,
+    GROUP: tl.constexpr, PLANE: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Code times scale, in float32, rounded to the dtype of out [N, K]."""
+    row_N1 = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    column_1c = tl.arange(0, PLANE)[None, :]
+    first = tl.program_id(0) * 2 * PLANE
+    bytes_ptr = (
+        planes_ptr + row_N1.to(tl.int64) * (tl.cdiv(K, 2 * PLANE) * PLANE) + tl.program_id(0) * PLANE + column_1c
+    )
+    bytes_Nc = tl.load(bytes_ptr, mask=row_N1 < N, other=0).to(tl.int32)
+    for j in tl.static_range(2):
+        k = first + j * PLANE
+        if GROUP % PLANE == 0:  # planes past K have no group
+            at = tl.minimum(k, K - 1) // GROUP * N + row_N1
+        else:
+            at = tl.minimum(k + column_1c, K - 1) // GROUP * N + row_N1
+        scale = tl.load(scale_ptr + at, mask=row_N1 < N, other=0.0).to(tl.float32)
+        nibble_Nc = (bytes_Nc >> (4 * j)) & 15
+        code_Nc = tl.where(nibble_Nc > 7, 7 - nibble_Nc, nibble_Nc)
+        out_Nc = rounded(code_Nc.to(tl.float32) * scale, out_ptr.dtype.element_ty, INTERPRETED)
+        inside = (row_N1 < N) & (k + column_1c < K)
+        tl.store(out_ptr + row_N1.to(tl.int64) * K + k + column_1c, out_Nc, mask=inside)
