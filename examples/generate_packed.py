@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Tensor]:
 
     prompt = torch.tensor([list(b"def __init__(self")], device=device)
     tokens = {"eager": generate(packed, prompt, chosen.new_tokens)}
-    mode = {"mode": "reduce-overhead"} if device == "cuda" and chosen.backend == "inductor" else {}
-    packed.forward = torch.compile(packed.forward, backend=chosen.backend, fullgraph=True, **mode)
+    mode = "reduce-overhead" if device == "cuda" and chosen.backend == "inductor" else None
+    packed.forward = torch.compile(packed.forward, backend=chosen.backend, fullgraph=True, mode=mode)
     generate(packed, prompt, chosen.new_tokens, cache_implementation="static")  # compiles
     tokens["compiled"] = generate(packed, prompt, chosen.new_tokens, cache_implementation="static")
     return tokens

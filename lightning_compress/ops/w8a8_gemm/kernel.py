@@ -128,15 +128,16 @@ def e4m3_mode(device: torch.device) -> tuple[bool, bool]:
 
 def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes [M, K] of ``kind`` and scales float32 [M], of x float16, bfloat16 or float32."""
-    quantize = _prepare_quantize(*x_MK.shape, x_MK.dtype, kind, x_MK.dtype, dynamic=True)
+    M, K = x_MK.shape
+    quantize = _prepare_quantize(M, K, x_MK.dtype, kind, x_MK.dtype, dynamic=True)
     codes, scale_M = quantize(x_MK.contiguous(), None)
     return codes.view(kind), scale_M
 
 
 def quantize_static(x_MK: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
     """Codes [M, K] of ``kind`` for one scale [1]; the quotient has the promoted dtype of both."""
-    quotient = torch.promote_types(x_MK.dtype, scale.dtype)
-    quantize = _prepare_quantize(*x_MK.shape, x_MK.dtype, kind, quotient, dynamic=False)
+    (M, K), quotient = x_MK.shape, torch.promote_types(x_MK.dtype, scale.dtype)
+    quantize = _prepare_quantize(M, K, x_MK.dtype, kind, quotient, dynamic=False)
     return quantize(x_MK.contiguous(), scale.float())[0].view(kind)
 
 
