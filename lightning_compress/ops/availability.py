@@ -22,12 +22,12 @@ def calls_kernel(x: Tensor) -> bool:
     return x.is_cuda and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def kernel_runs(device: torch.device, instead: str, unfit: str | None = None, *, chained: bool = False) -> bool:
+def kernel_runs(device: torch.device, instead: str | None, unfit: str | None = None, *, chained: bool = False) -> bool:
     """Whether this CUDA device runs the kernel; when not, a warning says why (once, by Python's default filter).
 
     Args:
         device: A CUDA device.
-        instead: Main clause of the warning: what happens without the kernel.
+        instead: Main clause of the warning: what happens without the kernel; None: no warning.
         unfit: Reason why the kernel cannot compute this case; None if it can.
         chained: The kernel chains products through one accumulator in a loop.
     """
@@ -45,7 +45,8 @@ def kernel_runs(device: torch.device, instead: str, unfit: str | None = None, *,
         reason = unfit
     else:
         return True
-    warnings.warn(f"{instead}, without a fused kernel: {reason}", stacklevel=4)
+    if instead is not None:
+        warnings.warn(f"{instead}, without a fused kernel: {reason}", stacklevel=4)
     return False
 
 
