@@ -51,7 +51,7 @@ class Gradients:
         """Gradients of batch ``number`` reach the hooks."""
         loss = sampled_loss(output, self.kind, mask, self.seed * 1_000_003 + number)
         if loss.requires_grad:  # else no hooked module was reached
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
 
 def gradients_of(modifiers: Sequence[Modifier], seed: int) -> Gradients | None:

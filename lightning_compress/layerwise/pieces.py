@@ -141,7 +141,7 @@ def _room(outline: Outline, device: torch.device) -> list[Tensor]:
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """The tensor with its dimensions in the order of their strides: one transposed needs no copy to be sent."""
-    return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d)))
+    return tensor.permute(sorted(range(tensor.ndim), key=lambda d: -tensor.stride()[d]))
 
 
 def _put_together(outline: Outline, tensors: Sequence[Tensor]) -> Any:

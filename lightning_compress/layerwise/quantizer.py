@@ -39,7 +39,7 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         scale_search: str
         observer: ObserverName
         averaging_constant: float
-        preserve_zeros: bool | None
+        preserve_zeros: bool | None = None
 
     _schemes: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)  # of the layers that are left
     _observers: dict[str, Observer] = PrivateAttr(default_factory=dict)  # of static activations

@@ -111,7 +111,7 @@ def _step(
             with torch.enable_grad():
                 value = loss(number)
             with model_precision():  # blocks are computed again on the way back
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
     for knob in knobs:
         team.reduce_(knob)
         knob.change.grad = (knob.sum / len(numbers)).float()
