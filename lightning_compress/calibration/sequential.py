@@ -152,7 +152,8 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
         walker.walk_without_data(blocks)
     lifecycle.set_token_mask(None)
     if has_data and any(m.needs.after_walk for m in lifecycle.modifiers):
-        state = state.but(replay=partial(run_whole, walker, blocks.values()), batches=len(walker.batches))
+        replay, batches = partial(run_whole, walker, blocks.values()), len(walker.batches)
+        state = state.but(replay=replay, batches=batches, interrupt=walker.log.interrupt)
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
 
 

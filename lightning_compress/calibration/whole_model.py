@@ -26,7 +26,6 @@ def run_whole(walker: Walker, blocks: Iterable[nn.Module], i: int) -> Any:
 
     The backward pass must run inside ``model_precision``, too, as blocks are computed again there.
     """
-    walker.log.interrupt()
     number = walker.numbers[i]
     if walker.progress is not None:  # all blocks are finished, this is not
         names = ", ".join(m.name for m in walker.lifecycle.modifiers if m.needs.after_walk)

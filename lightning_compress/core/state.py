@@ -12,6 +12,10 @@ from lightning_compress.team import Team
 __all__ = ["State"]
 
 
+def _go_on() -> None:
+    """The run is not interrupted."""
+
+
 @dataclass(frozen=True)
 class State:
     """Model, batch and calibration data at one event.
@@ -37,6 +41,8 @@ class State:
             too, on the device where inputs are kept. None: no modifier asks, these modules are not a block, or the
             hidden state is not the first tensor that it returns.
         batches: How many batches ``replay`` knows.
+        interrupt: At CALIBRATION_END, for a modifier with ``needs.after_walk``: to be called by all processes together,
+            as often as their work allows; what it raises ends the run there.
         ledger: Ledger of the facts on modules.
         team: The processes that calibrate together, each with its own batches.
     """
@@ -52,6 +58,7 @@ class State:
     replay: Callable[[int], Any] | None = None
     dense: Callable[[int], Tensor] | None = None
     batches: int = 0
+    interrupt: Callable[[], None] = _go_on
     ledger: Ledger = field(default_factory=Ledger)
     team: Team = field(default_factory=Team)
 

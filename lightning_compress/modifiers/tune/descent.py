@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core import State
 from lightning_compress.core.precision import model_precision
 from lightning_compress.modifiers.tune.knobs import Knob, gradients_to
 from lightning_compress.team import Team
@@ -63,7 +64,7 @@ def tune(
     loss: Callable[[int], Tensor],
     numbers: tuple[Sequence[int], Sequence[int]],
     how: Settings,
-    team: Team,
+    state: State,
 ) -> Tuned:
     """Train the knobs; the model is left with those of the best epoch, or as it was.
 
@@ -73,9 +74,10 @@ def tune(
         loss: The mean loss of the batch of that number, which is this rank's.
         numbers: Batches to train on, and those that are held out, of all ranks.
         how: Settings.
-        team: The ranks.
+        state: State of the calibration: its ranks, which step together, and what may end the run between two steps.
     """
     training, held_out = numbers
+    team = state.team
     result = Tuned([_mean_loss(held_out, loss, team)])
     best = [knob.change.clone() for knob in knobs]
     optimizer = torch.optim.Adam([knob.change for knob in knobs], lr=how.rate, betas=BETAS)
@@ -85,6 +87,7 @@ def tune(
         for epoch in range(how.epochs):
             shuffled = [training[i] for i in torch.randperm(len(training), generator=order, device="cpu").tolist()]
             for group in range(groups):
+                state.interrupt()
                 progress = (epoch * groups + group) / (how.epochs * groups)
                 optimizer.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
                 _step(knobs, shuffled[group * how.accumulate :][: how.accumulate], loss, optimizer, team)

@@ -115,7 +115,7 @@ class TuneModifier(Modifier):
             assert state.replay is not None
             return self._distance(state.replay(number // state.team.size), self._answers[number])
 
-        tuned = tune(state.model, knobs, loss, numbers, how, state.team)
+        tuned = tune(state.model, knobs, loss, numbers, how, state)
         self._answers = {}
         self._report(state, tuned, len(knobs))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_compress.core import State
 from lightning_compress.modifiers.tune.descent import Settings, held_out_batches, tune
 from lightning_compress.modifiers.tune.knobs import TensorKnob
-from lightning_compress.team import Team
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 16, 128])
@@ -44,7 +44,7 @@ def settings(**changes):
 @torch.no_grad()
 def run(problem, numbers, **changes):
     knobs = [TensorKnob(problem.model.vector)]
-    return tune(problem.model, knobs, problem.loss, numbers, settings(**changes), Team()), knobs
+    return tune(problem.model, knobs, problem.loss, numbers, settings(**changes), State()), knobs
 
 
 def test_it_descends_and_leaves_flags_and_other_parameters():
@@ -91,6 +91,6 @@ def test_batches_of_a_step_are_averaged():
 
     with torch.no_grad():
         how = settings(epochs=1, accumulate=3, rate=0.1)
-        tune(model, [TensorKnob(model.vector)], loss, ([0, 1, 2], [9]), how, Team())
+        tune(model, [TensorKnob(model.vector)], loss, ([0, 1, 2], [9]), how, State())
     assert sorted(seen[1:4]) == [(0, 1.0), (1, 1.0), (2, 1.0)]  # one step after all three
     assert model.vector.item() == pytest.approx(1.1)

@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,12 @@ from lightning_compress import (
     load,
     save,
 )
+from lightning_compress.calibration.group_log import NoLog
+from lightning_compress.calibration.sequential import calibrate
+from lightning_compress.core import Lifecycle, State
+from lightning_compress.team import Team
 from tests.modifiers.test_ranks import facts
+from tests.support.processes import run_processes
 
 GRID = {"num_bits": 2, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 W2 = {"config_groups": {"g": {"targets": ["Linear"], "weights": GRID}}, "ignore": ["lm_head"]}
@@ -210,6 +216,29 @@ def test_half_precision_of_a_run_reaches_the_model_and_nothing_else():
     assert seen == {(torch.bfloat16, False), (torch.bfloat16, True)}
     plain, _ = tuned([GPTQModifier(**W2), TuneModifier(epochs=2)], model=llama(torch.bfloat16))
     assert facts(model, ledger)[0] == facts(plain, ledger)[0]
+
+
+def interruptible(rank, count):
+    """As in a Trainer: what may end the calibration asks all ranks, which have unequal numbers of batches."""
+    warnings.simplefilter("ignore")
+    team, calls = Team.of_processes(), []
+
+    def interrupt():
+        calls.append(sum(team.gather(1)))
+
+    model, lifecycle = llama(), Lifecycle([GPTQModifier(**W2), TuneModifier(epochs=2)])
+    state = State(model=model, team=team)
+    lifecycle.initialize(state)
+    calibrate(lifecycle, state, ids(count), log=NoLog(interrupt=interrupt))
+    return len(calls), set(calls), facts(model, state.ledger)
+
+
+def test_ranks_with_unequal_numbers_of_batches_may_be_interrupted(tmp_path):
+    [alone] = run_processes(partial(interruptible, count=4), tmp_path / "1", 1)
+    ends = run_processes(partial(interruptible, count=4), tmp_path / "3", 3)
+    assert [(calls, together) for calls, together, _ in ends] == [(alone[0], {3})] * 3
+    assert alone[0] > 2 * 3  # each step of tuning, besides modules and blocks
+    assert [end for *_, end in ends] == [alone[2]] * 3
 
 
 def test_what_it_refuses():
