@@ -11,8 +11,8 @@
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
-KNOWN="check memcheck w4a16_gemm whole_gptq hessian gptq_block decode w8a8_gemm fp4_gemm w4a8_gemm fake_quant hadamard pack mask_2of4 group_quant tune"
-OPS="w4a16_gemm hessian gptq_block w8a8_gemm hadamard fp4_gemm w4a8_gemm fake_quant pack mask_2of4 group_quant"
+KNOWN="check memcheck w4a16_gemm whole_gptq hessian gptq_block decode w8a8_gemm fp4_gemm w4a8_gemm fake_quant hadamard pack mask_2of4 group_quant scale_search tune"
+OPS="w4a16_gemm hessian gptq_block w8a8_gemm hadamard fp4_gemm w4a8_gemm fake_quant pack mask_2of4 group_quant scale_search"
 SHAPES="1x4096x4096 16x4096x4096 1x8192x8192 16x8192x8192 1x14336x4096 16x28672x8192" # that `tune` tunes
 SMALLEST=20 # seconds in which a step can get to a first figure: imports and rates take ten
 
@@ -88,6 +88,7 @@ bench hadamard 25
 bench pack 20
 bench mask_2of4 20
 bench group_quant 20
+bench scale_search 20
 if [ "$wanted" != "  " ]; then # only by its name: it writes the op's table, which is kept beside the results
   read -ra shapes <<<"$SHAPES"
   step tune 300 "$python" benchmarks/tune_ops.py --seconds @ --ops w4a16_gemm --shapes "${shapes[@]}"

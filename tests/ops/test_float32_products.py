@@ -17,9 +17,16 @@ def settings():
     return values
 
 
+def as_torch_begins():
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
 @pytest.fixture(params=["high", "medium", "highest", "cuda", "all", "nothing"])
 def users(request):
     """What a user has set, by the older interface, by the newer one, or not at all."""
+    as_torch_begins()
     before = settings()
     match request.param:
         case "cuda":
@@ -29,9 +36,7 @@ def users(request):
         case "high" | "medium" | "highest":
             torch.set_float32_matmul_precision(request.param)
     yield settings()
-    torch.backends.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    as_torch_begins()
     assert settings() == before
 
 

@@ -16,16 +16,13 @@ class OnCuda:
 
     is_cuda, device = True, torch.device("cpu")
 
-    def __len__(self):
-        return 5
-
 
 def test_a_product_that_is_not_split_needs_none():
-    assert split_sums.workspace(torch.zeros(5, 64), 17, 1, 2) == (None, None)
+    assert split_sums.workspace(torch.zeros(5, 64), 5, 17, 1, 2) == (None, None)
 
 
 def test_off_cuda_every_launch_has_its_own():
-    parts, counters = split_sums.workspace(torch.zeros(5, 64, dtype=torch.float16), 17, 3, 2)
+    parts, counters = split_sums.workspace(torch.zeros(5, 64, dtype=torch.float16), 5, 17, 3, 2)
     assert (parts.shape, parts.dtype) == ((3, 5, 17), torch.float32)
     assert counters.tolist() == [0, 0]
 
@@ -38,7 +35,7 @@ def test_counters_are_those_of_the_stream_but_in_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
 
     def address():
-        return split_sums.workspace(OnCuda(), 17, 2, 3)[1].data_ptr()
+        return split_sums.workspace(OnCuda(), 5, 17, 2, 3)[1].data_ptr()
 
     first = address()
     assert address() == first

@@ -46,6 +46,7 @@ TRAIN_PY: dict[str, list[str]] = {
     "gptq_w8a8": ["+compress=gptq_w8a8"],
     "awq_w4": ["+compress=awq_w4", f"{C}.awq.n_grid=3"],
     "smoothquant_gptq_w8a8": ["+compress=[smoothquant,gptq_w8a8]"],
+    "gptq_w3_tune": ["+compress=[gptq_w3,tune]", f"{C}.tune.epochs=1", f"{C}.gptq.objective=loss"],
     "autoround_w4": ["+compress=autoround_w4", f"{C}.autoround.iters=3"],
     "sparsegpt_50": ["+compress=sparsegpt_50"],
     "wanda_owl": ["+compress=wanda_50", f"{C}.wanda.sparsity_profile=owl"],
