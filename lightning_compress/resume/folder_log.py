@@ -233,7 +233,7 @@ class FolderLog:
         """The modifiers that need the survey; empty where one of them cannot give its statistics."""
         pairs = zip(self._lifecycle.keys(), self._lifecycle.modifiers, strict=True)
         surveying = {key: modifier for key, modifier in pairs if modifier.needs.survey}
-        able = all(type(m).survey_state is not Modifier.survey_state for m in surveying.values())
+        able = all(modifier.survey_state() is not None for modifier in surveying.values())
         return surveying if able else {}
 
     # -- on rank 0 ----------------------------------------------------------------------------------------------------

@@ -36,6 +36,10 @@ RECIPES = {
     "owl": lambda: [SparseGPTModifier(sparsity_profile="owl", ignore=["lm_head"], sparsity=0.5)],
     "wanda, cache": lambda: [WandaPruningModifier(sparsity=0.5, ignore=["lm_head"]), KVCacheModifier(strategy="head")],
     "rotation, autoround": lambda: [RotationModifier(rotations=["R1"]), AutoRoundModifier(**W4, iters=3)],
+    "sparsegpt by the loss": lambda: [SparseGPTModifier(objective="loss", ignore=["lm_head"], sparsity=0.5)],
+    "owl by the loss": lambda: [
+        SparseGPTModifier(sparsity_profile="owl", objective="loss", ignore=["lm_head"], sparsity=0.5)
+    ],
     "gptq by the loss": lambda: [GPTQModifier(**W4, objective="loss")],
     "gptq, tune": lambda: [GPTQModifier(**W4), TuneModifier(epochs=1)],
     "reap": lambda: [REAPModifier(sparsity=0.5)],
