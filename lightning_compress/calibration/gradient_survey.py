@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration.activations import tensors_of
 from lightning_compress.calibration.whole_model import checkpointed
 from lightning_compress.core import Modifier
+from lightning_compress.layers.forward import gradients_for
 from lightning_compress.layers.outputs import logits_of
 
 __all__ = ["Gradients", "gradients_of", "sampled_loss"]
@@ -37,15 +38,8 @@ class Gradients:
     @contextmanager
     def enabled(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
         """Inside, forward passes build a graph, in which no parameter takes part; blocks store their inputs only."""
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        try:
-            for parameter in flags:
-                parameter.requires_grad_(False)
-            with torch.enable_grad(), checkpointed(blocks):
-                yield
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+        with gradients_for(model, ()), torch.enable_grad(), checkpointed(blocks):
+            yield
 
     def backward(self, output: Any, mask: Tensor | None, number: int) -> None:
         """Gradients of batch ``number`` reach the hooks."""

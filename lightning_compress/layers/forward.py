@@ -1,12 +1,12 @@
-"""Change an object for a while: methods of this one instance, the eval mode of a model."""
+"""Change an object for a while: methods of this one instance, the eval mode of a model, what of it has gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-__all__ = ["eval_mode", "patched"]
+__all__ = ["eval_mode", "gradients_for", "patched"]
 
 
 @contextmanager
@@ -37,3 +37,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+@contextmanager
+def gradients_for(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, of the model's parameters these alone have gradients; afterwards those that had them before."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -134,12 +134,15 @@ class LayerwiseModifier(Modifier):
 
         self._pool.update(name, x, input_layout(module), rows, self.batch_number)
 
+    def sees_dense(self, name: str) -> bool:
+        """Whether the inputs of a layer are now those of the dense model, in a survey."""
+        return self._token_weights is not None and not self._token_weights.closed
+
     def survey(self, name: str, module: nn.Module, x: Tensor) -> None:
-        """Look at one input of a layer of the dense model, where a survey weighs tokens."""
+        """Look at one input of a layer of the dense model."""
 
     def _arrive(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        surveying = self._token_weights is not None and not self._token_weights.closed
-        (self.survey if surveying else self.observe)(name, module, only_input(name, inputs))
+        (self.survey if self.sees_dense(name) else self.observe)(name, module, only_input(name, inputs))
 
     # -- events -------------------------------------------------------------------------------------------------------
 

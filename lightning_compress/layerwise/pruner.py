@@ -59,15 +59,12 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
         self._sparsities = self._survey.sparsities(self.mean_sparsity, self.owl_lmbda)
         self._surveyed.update(names)
 
+    def sees_dense(self, name: str) -> bool:
+        return super().sees_dense(name) or (self._survey is not None and name not in self._surveyed)
+
     def survey(self, name: str, module: nn.Module, x: Tensor) -> None:
         if self._survey is not None:
             self._survey.observe(name, inputs_as_rows(module, x, self.token_mask))
-
-    def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if self._survey is not None and name not in self._surveyed:
-            self.survey(name, module, x)
-        else:
-            super().observe(name, module, x)
 
     def sparsity_in(self, layer: Layer) -> float:
         """The share of its weights that a layer loses."""

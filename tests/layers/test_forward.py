@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.layers.forward import eval_mode, patched
+from lightning_compress.layers.forward import eval_mode, gradients_for, patched
 
 
 def test_a_patch_holds_inside_for_this_instance_alone():
@@ -55,3 +55,20 @@ def test_eval_mode_gives_each_module_its_mode_back():
     with eval_mode(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == [True, True, True, False, True]
+
+
+def test_gradients_for_some_parameters_also_after_an_error():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].bias.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    inside = []
+
+    def broken():
+        with gradients_for(model, [model[0].bias, model[1].weight]):
+            inside.extend(parameter.requires_grad for parameter in model.parameters())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    assert inside == [False, True, True, False]
+    assert [parameter.requires_grad for parameter in model.parameters()] == before == [True, False, True, True]

@@ -14,6 +14,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
+from lightning_compress.layers.forward import gradients_for
 from lightning_compress.layers.matrix import as_matrix, parameter_of, write_matrix
 from lightning_compress.layerwise.parent import counted, first_tensor
 from lightning_compress.modifiers.autoround.grid import OnGrid
@@ -125,21 +126,15 @@ class LearnedBlock:
             model: The model with the block.
             inputs: Grid of the input of each module; None: not quantized.
         """
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         handles = [
             self.modules[name].register_forward_pre_hook(lambda module, x, args=args: _quantized(module, x, args))
             for name, args in inputs.items()
             if args is not None
         ]
         try:
-            for parameter in flags:
-                parameter.requires_grad_(False)
-            for module in self.modules.values():
-                parameter_of(module).requires_grad_(True)
-            yield
+            with gradients_for(model, [parameter_of(module) for module in self.modules.values()]):
+                yield
         finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
             for handle in handles:
                 handle.remove()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_compress.layers.forward import gradients_for
 from lightning_compress.structure.groups import Group, Slice
 
 __all__ = ["check_installed", "find_channels", "output_size"]
@@ -53,12 +54,10 @@ def find_channels(
     """
     library = check_installed()
     modes = {module: module.training for module in model.modules()}
-    trained = {p: p.requires_grad for p in model.parameters()}
+    floats = [p for p in model.parameters() if p.is_floating_point()]  # the graph is read off autograd
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), gradients_for(model, floats), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for p in model.parameters():
-                p.requires_grad_(p.is_floating_point())  # the graph is read off autograd
             graph = library.DependencyGraph().build_dependency(
                 model,
                 example_inputs=(args, dict(kwargs)),
@@ -70,8 +69,6 @@ def find_channels(
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for p, flag in trained.items():
-            p.requires_grad_(flag)
 
 
 def _groups(

@@ -7,8 +7,7 @@ ranks: the result does not depend on their number.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import State
 from lightning_compress.core.precision import model_precision
+from lightning_compress.layers.forward import gradients_for
 from lightning_compress.modifiers.tune.knobs import Knob, gradients_to
 from lightning_compress.team import Team
 
@@ -83,7 +83,7 @@ def tune(
     optimizer = torch.optim.Adam([knob.change for knob in knobs], lr=how.rate, betas=BETAS)
     groups = math.ceil(len(training) / how.accumulate)
     order = torch.Generator().manual_seed(how.seed)
-    with _alone_with_gradients(model, knobs), gradients_to(knobs):
+    with gradients_for(model, [knob.parameter for knob in knobs]), gradients_to(knobs):
         for epoch in range(how.epochs):
             shuffled = [training[i] for i in torch.randperm(len(training), generator=order, device="cpu").tolist()]
             for group in range(groups):
@@ -132,18 +132,3 @@ def _mean_loss(numbers: Sequence[int], loss: Callable[[int], Tensor], team: Team
     )
     team.reduce_(total)
     return float(total.sum) / len(numbers)
-
-
-@contextmanager
-def _alone_with_gradients(model: nn.Module, knobs: Sequence[Knob]) -> Iterator[None]:
-    """Inside, only the parameters of the knobs have gradients."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for knob in knobs:
-            knob.parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
