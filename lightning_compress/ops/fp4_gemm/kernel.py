@@ -24,9 +24,8 @@ from torch import Tensor
 
 from lightning_compress.ops.fp4_gemm.layout import Layout
 from lightning_compress.ops.launches import launching
-from lightning_compress.ops.prepared import PreparedKernel
-from lightning_compress.ops.split_sums import store_sums, workspace
-from lightning_compress.ops.w4a16_gemm.kernel import rounded
+from lightning_compress.ops.split_sums import store_sums
+from lightning_compress.ops.w4a16_gemm.kernel import rounded, split_product
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
 __all__ = ["constants", "dense", "dense_kernel", "fp4_kernel", "gemm", "prepare"]
@@ -45,21 +44,9 @@ def gemm(x_MK: Tensor, layout: Layout, launch: W4Launch | None = None) -> Tensor
 def prepare(x: Tensor, layout: Layout, launch: W4Launch | None = None) -> Callable[[Tensor], Tensor]:
     """The product as a function of x, for others of the same ``call_key``: [M, K], or contiguous [..., K]."""
     K, (G, N) = x.shape[-1], layout.scale.shape
-    M, shape, dtype, device = x.numel() // K, (*x.shape[:-1], N), x.dtype, x.device
-    launch = launch or choose(M, N, K, dtype, device)
-    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
-    fixed = constants(launch, G, K, dtype, not isinstance(fp4_kernel, triton.JITFunction))
-    kernel = PreparedKernel(fp4_kernel, grid, fixed, num_warps=launch.warps, num_stages=launch.stages)
-    stride, split, tiles = x.stride(-2) if x.ndim > 1 else K, launch.split, grid[0] * grid[1]
-
-    def product(x: Tensor) -> Tensor:
-        out = torch.empty(shape, dtype=dtype, device=device)
-        with launching(x):
-            parts, counters = workspace(x, M, N, split, tiles)
-            kernel(x, *layout, out, parts, counters, M, N, K, stride)
-        return out
-
-    return product
+    launch = launch or choose(x.numel() // K, N, K, x.dtype, x.device)
+    fixed = constants(launch, G, K, x.dtype, not isinstance(fp4_kernel, triton.JITFunction))
+    return split_product(fp4_kernel, x, layout, N, launch, fixed)
 
 
 def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ and tokens are copied to shared memory several blocks ahead (stages of launch.py
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +27,8 @@ from lightning_compress.ops.prepared import PreparedKernel
 from lightning_compress.ops.split_sums import store_sums, workspace
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, choose
 
-__all__ = ["constants", "dense", "dense_kernel", "gemm", "load_words", "prepare", "rounded", "w4a16_kernel"]
+__all__ = ["constants", "dense", "dense_kernel", "gemm", "load_words", "prepare", "rounded", "split_product",
+           "w4a16_kernel"]  # fmt: skip
 
 DENSE_ROWS = 64  # of a program of dense_kernel
 
@@ -46,19 +48,36 @@ def prepare(
 ) -> Callable[[Tensor], Tensor]:
     """The product as a function of x, for others of the same ``call_key``: [M, K], or contiguous [..., K]."""
     K, (G, N) = x.shape[-1], scale_GN.shape
-    M, shape, dtype, device = x.numel() // K, (*x.shape[:-1], N), x.dtype, x.device
-    launch = launch or choose(M, N, K, dtype, device, K // G)
-    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
+    launch = launch or choose(x.numel() // K, N, K, x.dtype, x.device, K // G)
     interpreted = not isinstance(w4a16_kernel, triton.JITFunction)
-    fixed = constants(launch, G, K, dtype, zero_GN is not None, interpreted)
-    kernel = PreparedKernel(w4a16_kernel, grid, fixed, num_warps=launch.warps, num_stages=launch.stages)
-    stride, split, tiles = x.stride(-2) if x.ndim > 1 else K, launch.split, grid[0] * grid[1]
+    fixed = constants(launch, G, K, x.dtype, zero_GN is not None, interpreted)
+    return split_product(w4a16_kernel, x, (planes_NP, scale_GN, zero_GN), N, launch, fixed)
+
+
+def split_product(
+    kernel: Any, x: Tensor, weight: Sequence[Tensor | None], N: int, launch: W4Launch, fixed: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """A kernel whose programs share the sums of split columns (split_sums.py), as a function of x.
+
+    Args:
+        kernel: It takes x, ``weight``, out, parts and counters, M, N, K and the stride of x.
+        x: One of the inputs, [..., K].
+        weight: The operands of the weight.
+        N: Output features.
+        launch: Tiles, split, warps and stages.
+        fixed: Compile-time arguments of the kernel.
+    """
+    K, shape, dtype, device = x.shape[-1], (*x.shape[:-1], N), x.dtype, x.device
+    M, stride, split = x.numel() // K, x.stride(-2) if x.ndim > 1 else K, launch.split
+    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
+    tiles = grid[0] * grid[1]
+    prepared = PreparedKernel(kernel, grid, fixed, num_warps=launch.warps, num_stages=launch.stages)
 
     def product(x: Tensor) -> Tensor:
         out = torch.empty(shape, dtype=dtype, device=device)
         with launching(x):
             parts, counters = workspace(x, M, N, split, tiles)
-            kernel(x, planes_NP, scale_GN, zero_GN, out, parts, counters, M, N, K, stride)
+            prepared(x, *weight, out, parts, counters, M, N, K, stride)
         return out
 
     return product
