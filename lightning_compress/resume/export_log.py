@@ -49,7 +49,7 @@ from lightning_compress.quant.packing import check_fit
 from lightning_compress.recipe import dump_recipe
 from lightning_compress.resume.folder_log import ANEW, Resume, random_state, set_random_state, unable
 from lightning_compress.resume.holder import Holder
-from lightning_compress.resume.plan import batch_digest, difference, make_plan, read_plan, write_plan
+from lightning_compress.resume.plan import batch_digests, difference, make_plan, read_plan, write_plan
 from lightning_compress.team import Team
 
 __all__ = ["ExportLog"]
@@ -121,11 +121,9 @@ class ExportLog:
                 f"{', '.join(unable(lifecycle.modifiers))} cannot share blocks between {self.team.size} ranks, as the "
                 f"class has no group_state: use one process, or add it (docs/writing.md)"
             )
-        digests = {number: batch_digest(batches[number]) for number in self.team.mine(len(batches))}
-        merged = {number: one for each in self.team.gather(digests) for number, one in each.items()}
+        data = batch_digests(batches, self.team, self.team)
 
         def open_log() -> list[Shard]:
-            data = [merged[number] for number in range(len(batches))]
             plan = make_plan(lifecycle.modifiers, nn.Module(), {}, data, list(blocks), options)
             kind = {"class": type(self.model).__name__, "dtype": str(self.model.dtype)}
             return self._open(plan | {"model": kind | _digests(self.source)})

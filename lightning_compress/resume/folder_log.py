@@ -34,7 +34,7 @@ from lightning_compress.layers.sharded import is_sharded
 from lightning_compress.quant.module_state import dense_tensors, from_tensors, settle, to_tensors
 from lightning_compress.resume.holder import Holder
 from lightning_compress.resume.plan import (
-    batch_digest,
+    batch_digests,
     difference,
     json_digest,
     make_plan,
@@ -149,12 +149,10 @@ class FolderLog:
             )
         self._lifecycle, self._state, self._number = lifecycle, state, 0
         self._team = team = self._given_team or state.team
-        by_number = {number: batch_digest(batches[number]) for number in state.team.mine(len(batches))}
-        merged = {number: one for each in team.gather(by_number) for number, one in each.items()}
+        data = batch_digests(batches, state.team, team)
         digests = model_digests(state.model, hashed=team.rank == 0) if team.rank == 0 or is_sharded(state.model) else {}
 
         def open_log() -> None:
-            data = [merged[number] for number in range(len(batches))]
             plan = make_plan(lifecycle.modifiers, state.model, digests, data, list(blocks), options)
             self._open(plan, count=2 * len(blocks) + 3)  # blocks, the modules between them, the survey
 

@@ -23,15 +23,29 @@ from lightning_compress.files.bounded_json import read_bounded_json
 from lightning_compress.layers.sharded import full
 from lightning_compress.quant.module_state import dense_tensors
 from lightning_compress.recipe import dump_recipe, recipe_difference
+from lightning_compress.team import Team
 
-__all__ = ["FORMAT_VERSION", "batch_digest", "difference", "json_digest", "make_plan", "model_digests", "read_plan",
-           "tensor_digest", "write_plan"]  # fmt: skip
+__all__ = ["FORMAT_VERSION", "batch_digest", "batch_digests", "difference", "json_digest", "make_plan",
+           "model_digests", "read_plan", "tensor_digest", "write_plan"]  # fmt: skip
 
 FORMAT_VERSION = 1
 PLAN_BYTES = 2**27
 LIBRARIES = ("torch", "compressed_tensors", "transformers", "numpy", "triton")
 
 Plan = dict[str, Any]
+
+
+def batch_digests(batches: Sequence[Any], owners: Team, team: Team) -> list[str]:
+    """:func:`batch_digest` of each batch, on every rank.
+
+    Args:
+        batches: Calibration batches; in the place of those that another rank has anything may be.
+        owners: The ranks that share them.
+        team: The ranks that get the result.
+    """
+    by_number = {number: batch_digest(batches[number]) for number in owners.mine(len(batches))}
+    merged = {number: digest for each in team.gather(by_number) for number, digest in each.items()}
+    return [merged[number] for number in range(len(batches))]
 
 
 def model_digests(model: nn.Module, *, hashed: bool = True) -> dict[str, str]:
