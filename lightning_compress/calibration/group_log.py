@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from lightning_compress.calibration.options import CalibrationOptions
-from lightning_compress.core import Lifecycle, State
+from lightning_compress.core import Lifecycle, Modifier, State
 
 __all__ = ["GroupLog", "NoLog"]
 
@@ -46,8 +46,12 @@ class GroupLog(Protocol):
     def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
         """The group is finished; when this returns, it outlives a kill."""
 
-    def restore_survey(self) -> bool:
-        """Give modifiers what they have seen in the survey; False where it must be done."""
+    def restore_survey(self) -> Sequence[Modifier]:
+        """Give modifiers what they have seen in the survey of an earlier run; the others must survey again.
+
+        Returns:
+            The modifiers that have it.
+        """
 
     def store_survey(self) -> None:
         """All batches have run through the dense model."""
@@ -79,8 +83,8 @@ class NoLog:
     def store(self, title: str, modules: Mapping[str, nn.Module]) -> None:
         """Nothing is written."""
 
-    def restore_survey(self) -> bool:
-        return False
+    def restore_survey(self) -> Sequence[Modifier]:
+        return ()
 
     def store_survey(self) -> None:
         """Nothing is written."""

@@ -30,7 +30,7 @@ from torch import nn
 
 from lightning_compress.calibration.activations import BatchRunner, check_weights, device_of, token_mask, tree_move
 from lightning_compress.calibration.blocks import find_blocks, modules_of_block, modules_outside
-from lightning_compress.calibration.gradient_survey import gradients_of
+from lightning_compress.calibration.gradient_survey import Gradients, gradients_of
 from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
@@ -159,30 +159,36 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
 
 def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     """All batches through the dense model, for modifiers that need it; BLOCK_SURVEYED per block and for the rest."""
-    lifecycle, model, device, residence = walker.lifecycle, walker.model, walker.device, walker.residence
-    gradients = gradients_of(lifecycle.modifiers, walker.options.seed)
-    with ExitStack() as stack:
-        stack.enter_context(residence.passing(blocks) if blocks else residence.visit("", model))
-        for modifier in lifecycle.modifiers:
-            if not modifier.needs.survey:
-                stack.enter_context(modifier.paused())
-        restored = walker.log.restore_survey()
-        for i, batch in enumerate(walker.batches if not restored else ()):
-            walker.report(f"survey of the dense model, batch {i + 1}/{len(walker.batches)}")
-            mask = tree_move(token_mask(batch), device or device_of(model))
-            lifecycle.set_token_mask(mask, walker.numbers[i])
-            with nullcontext() if gradients is None else gradients.enabled(model, blocks.values()):
-                output = walker.runner(batch)
-                if gradients is not None:
-                    gradients.backward(output, mask, walker.numbers[i])
-    lifecycle.set_token_mask(None)
-    if not restored:
+    lifecycle, model, residence = walker.lifecycle, walker.model, walker.residence
+    surveying = [m for m in lifecycle.modifiers if m.needs.survey]
+    known = set(map(id, walker.log.restore_survey()))
+    if remaining := [m for m in surveying if id(m) not in known]:
+        with ExitStack() as stack:
+            stack.enter_context(residence.passing(blocks) if blocks else residence.visit("", model))
+            for modifier in lifecycle.modifiers:
+                if not any(modifier is one for one in remaining):
+                    stack.enter_context(modifier.paused())
+            _run_survey(walker, blocks, gradients_of(remaining, walker.options.seed))
+        lifecycle.set_token_mask(None)
+    if not known:
         walker.log.store_survey()
     surveyed = replace(walker.clock, type_=EventType.BLOCK_SURVEYED)
-    surveying = [m for m in lifecycle.modifiers if m.needs.survey]
     groups = [(name, block, modules_of_block(name, block)) for name, block in blocks.items()]
     for name, block, modules in (*groups, ("", None, modules_outside(model, blocks))):
         lifecycle.emit(walker.state.but(block=block, block_name=name, modules=modules), surveyed, only=surveying)
+    walker.log.interrupt()
+
+
+def _run_survey(walker: Walker, blocks: Mapping[str, nn.Module], gradients: Gradients | None) -> None:
+    """All batches of this rank through the dense model, and back where there are gradients."""
+    for i, batch in enumerate(walker.batches):
+        walker.report(f"survey of the dense model, batch {i + 1}/{len(walker.batches)}")
+        mask = tree_move(token_mask(batch), walker.device or device_of(walker.model))
+        walker.lifecycle.set_token_mask(mask, walker.numbers[i])
+        with nullcontext() if gradients is None else gradients.enabled(walker.model, blocks.values()):
+            output = walker.runner(batch)
+            if gradients is not None:
+                gradients.backward(output, mask, walker.numbers[i])
 
 
 def _check_batches(modifiers: Sequence[Modifier], batches: Sequence[Any] | None) -> None:

@@ -280,14 +280,18 @@ class Modifier(ModifierInterface, Hooks, Window):
         """
 
     def survey_state(self) -> dict[str, Tensor] | None:
-        """With ``needs.survey``: its statistics, before BLOCK_SURVEYED. None: a run that goes on surveys again.
+        """With ``needs.survey``: its statistics, before BLOCK_SURVEYED. None: a run that goes on surveys again for it.
 
-        Where several processes calibrate together, their tensors must add up.
+        Where several processes calibrate together, tensors of one name must add up; those of single batches have the
+        number of the batch in their names.
         """
         return None
 
     def load_survey_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what :meth:`survey_state` gave, in place of a survey."""
+        """Restore what :meth:`survey_state` gave, in place of a survey.
+
+        Each process gets the sums over all, of a run that may have had another number of them.
+        """
 
     def on_weights_loaded(self, state: dict[str, Any]) -> None:
         """The weights of an earlier checkpoint (the best one) are back in the model.

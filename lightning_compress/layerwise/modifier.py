@@ -184,6 +184,13 @@ class LayerwiseModifier(Modifier):
         self._prepared.clear()
         self.remove_hooks()
 
+    def survey_state(self) -> dict[str, Tensor] | None:
+        return None if self._token_weights is None else self._token_weights.state_dict()
+
+    def load_survey_state(self, state: dict[str, Tensor]) -> None:
+        if self._token_weights is not None:
+            self._token_weights.load_state_dict(state)
+
     def group_state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
         return {"finished": [name for name in modules if name not in self._layers]}
 

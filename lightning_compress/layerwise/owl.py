@@ -58,6 +58,7 @@ class OutlierSurvey:
         self._squares: dict[str, MeanSquare] = {}
         self._layer: dict[str, str] = {}  # target -> its layer
         self._shares: dict[str, float] = {}
+        self._summed = False  # over ranks, by an earlier run
 
     def observe(self, name: str, X_PNC: Tensor) -> None:
         """Add one input of a target, [P, N, C]."""
@@ -72,18 +73,20 @@ class OutlierSurvey:
         return tokens | {f"squares.{name}": one.sum_PC for name, one in self._squares.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore the sums over ranks of what :meth:`state_dict` returned; the same on each."""
+        self._summed = True
         for key, value in state.items():
             kind, _, name = key.partition(".")
             if kind == "tokens":
                 self._square_of(name).tokens = int(value)
-            else:
+            elif kind == "squares":
                 self._square_of(name).sum_PC = value
 
     def close(self, layer: str, names: Sequence[str], team: Team = Team()) -> None:  # noqa: B008  (frozen)
         """These targets are a layer, and have seen all their inputs; an empty name: each by itself."""
         for name in names:
-            team.reduce_(self._square_of(name))
+            if not self._summed:
+                team.reduce_(self._square_of(name))
         seen = [name for name in names if self._squares[name].tokens]
         for group, members in {layer: seen}.items() if layer else {name: [name] for name in seen}.items():
             if members:

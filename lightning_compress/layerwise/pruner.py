@@ -44,11 +44,12 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
         self._survey = OutlierSurvey(self._layers, self.owl_m) if self.sparsity_profile == "owl" else None
 
     def survey_state(self) -> dict[str, Tensor] | None:
-        return None if self._survey is None or self.needs.gradients else self._survey.state_dict()
+        return self._survey.state_dict() | (super().survey_state() or {}) if self._survey else super().survey_state()
 
     def load_survey_state(self, state: dict[str, Tensor]) -> None:
-        assert self._survey is not None
-        self._survey.load_state_dict(state)
+        super().load_survey_state(state)
+        if self._survey is not None:
+            self._survey.load_state_dict(state)
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
         super().on_block_surveyed(state, event, **kwargs)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Modifier
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import CONVOLUTIONS, inputs_as_rows
+from lightning_compress.layerwise.parent import counted
 from lightning_compress.team import Team
 
 __all__ = ["GRADIENTS", "UNSHARDED", "Objective", "TokenWeights"]
@@ -47,8 +48,7 @@ class TokenWeights:
         self.closed = False
         self._first: dict[str, str] = {}  # layer -> the first one that receives its input
         self._inputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # of the batch that runs
-        self._weights: dict[tuple[str, int], Tensor] = {}  # by first layer and batch
-        self._masks: dict[int, Tensor | None] = {}  # by batch
+        self._weights: dict[tuple[str, int], Tensor] = {}  # by first layer and batch: of tokens that count, [N]
 
     def watch(self, modifier: Modifier) -> None:
         """Let the backward passes of a survey give their gradients to this object."""
@@ -65,45 +65,59 @@ class TokenWeights:
         self._inputs[id(args[0])] = weakref.ref(args[0]), first
         if self._first.setdefault(name, first) != first:
             self._first[name] = name
-        self._masks[batch] = modifier.token_mask
-        output.register_hook(partial(self._take, name, module, batch))
+        output.register_hook(partial(self._take, name, module, batch, modifier.token_mask))
 
-    def _take(self, name: str, module: nn.Module, batch: int, gradient: Tensor) -> None:
+    def _take(self, name: str, module: nn.Module, batch: int, mask: Tensor | None, gradient: Tensor) -> None:
         features = 1 if isinstance(module, CONVOLUTIONS) else -1
         key = self._first[name], batch
-        weight = gradient.detach().float().square().sum(features)
+        weight = counted(gradient.detach().float().square().sum(features), mask).flatten()
         before = self._weights.get(key)
         self._weights[key] = weight if before is None else before + weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the backward passes gave, before :meth:`close`, by number of the batch.
+
+        ``groups.N``, int32 [layers, 2]: which layer's weights each has (-1: no tensor has reached it), and how many
+        these are, where they are its own. ``weights.N``, float32: all of them, in the order of layers.
+        """
+        number_of, state = {name: i for i, name in enumerate(self.layers)}, {}
+        none = torch.empty(0, dtype=torch.float32, device="cpu")
+        firsts = [number_of.get(self._first.get(name, ""), -1) for name in self.layers]
+        for batch in sorted({batch for _, batch in self._weights}):
+            weights = [self._weights.get((name, batch), none) for name in self.layers]
+            groups = list(zip(firsts, map(len, weights), strict=True))
+            state[f"groups.{batch}"] = torch.tensor(groups, dtype=torch.int32, device="cpu")
+            state[f"weights.{batch}"] = torch.cat([weight.cpu() for weight in weights])
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned, of all ranks; :meth:`close` drops batches of other ranks."""
+        names = list(self.layers)
+        for key in [key for key in state if key.startswith("groups.")]:
+            firsts, sizes = state[key].unbind(1)
+            batch = int(key.removeprefix("groups."))
+            weights = state[f"weights.{batch}"].split(sizes.tolist())
+            self._first |= {name: names[i] for name, i in zip(names, firsts.tolist(), strict=True) if i >= 0}
+            self._weights |= {(name, batch): w for name, w in zip(names, weights, strict=True) if len(w)}
 
     def close(self, team: Team) -> None:
         """All batches were seen: the mean weight of each group, over tokens that count on all ranks, becomes 1."""
         self.closed, self._inputs = True, {}
+        mine = {key: weight for key, weight in self._weights.items() if key[1] in team.mine(key[1] + 1)}
+        self._weights = {key: weight.cpu() for key, weight in mine.items()}  # summed there after a restart, too
         sums: dict[str, list[tuple[float, int]]] = {}
-        for (first, batch), weight in self._weights.items():
-            rows_N = self._counted(weight, batch)
-            sums.setdefault(first, []).append((float(rows_N.double().sum()), rows_N.numel()))
+        for (first, _), w_N in self._weights.items():
+            sums.setdefault(first, []).append((float(w_N.double().sum()), len(w_N)))
         ranks = team.gather(sums, "weights of tokens")
-        for (first, batch), weight in self._weights.items():
+        for (first, batch), w_N in self._weights.items():
             pairs = [pair for rank in ranks for pair in rank.get(first, [])]
             mean = math.fsum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))
-            self._weights[first, batch] = weight / mean if mean > 0 else torch.ones_like(weight)
+            self._weights[first, batch] = w_N / mean if mean > 0 else torch.ones_like(w_N)
 
     def rows(self, name: str, module: nn.Module, x: Tensor, mask: Tensor | None, batch: int) -> Tensor:
         """The input as :func:`inputs_as_rows`, each token times the root of its weight; without weights as it is."""
         X_PNC = inputs_as_rows(module, x, mask)
-        weight = self._weights.get((self._first.get(name, name), batch))
-        if weight is None:
-            return X_PNC
-        w_N = self._counted(weight, batch)
-        if len(w_N) != X_PNC.shape[1]:
+        w_N = self._weights.get((self._first.get(name, name), batch))
+        if w_N is None or len(w_N) != X_PNC.shape[1]:
             return X_PNC
         return X_PNC.float() * w_N.sqrt().to(X_PNC.device)[:, None]
-
-    def _counted(self, weight: Tensor, batch: int) -> Tensor:
-        """Weights of the tokens that count, in one dimension."""
-        mask = self._masks.get(batch)
-        if mask is not None and weight.shape == mask.shape:
-            return weight[mask.to(weight.device)]
-        if mask is not None and weight.ndim == 1 and len(weight) == mask.numel():
-            return weight[mask.to(weight.device).flatten()]
-        return weight.flatten()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.group_log import NoLog
 from lightning_compress.calibration.options import CalibrationOptions
-from lightning_compress.core import Lifecycle, State
+from lightning_compress.core import Lifecycle, Modifier, State
 from lightning_compress.core.ledger import Row
 from lightning_compress.export import hugging_face
 from lightning_compress.export.contents import Contents, block_contents, contents_of, warn_of_contents
@@ -218,8 +218,8 @@ class ExportLog:
             for modifier, known in zip(self._lifecycle.modifiers, groups[title][1], strict=True):
                 modifier.load_group_state({}, known)
 
-    def restore_survey(self) -> bool:
-        return False
+    def restore_survey(self) -> Sequence[Modifier]:
+        return ()
 
     def store_survey(self) -> None:
         """Modifiers with a survey are refused before."""

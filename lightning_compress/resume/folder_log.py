@@ -194,22 +194,23 @@ class FolderLog:
 
         self._team.result(write, "writing the log")
 
-    def restore_survey(self) -> bool:
-        if not self._surveys:
-            return False
+    def restore_survey(self) -> Sequence[Modifier]:
+        if not (surveys := self._surveys):
+            return ()
         self._number += 1
         entry = self._team.result(lambda: self._read(SURVEY), "reading the log")
         if entry is None:
-            return False
-        for key, modifier in self._surveys.items():
-            prefix, tensors = f"survey.{key}.", entry[0] if self._state.team.rank == 0 else {}
+            return ()
+        tensors, facts, _ = entry
+        for key, modifier in surveys.items():
+            prefix = f"survey.{key}."
             modifier.load_survey_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        set_random_state(entry[1]["random"])
-        return True
+        if len(surveys) == sum(modifier.needs.survey for modifier in self._lifecycle.modifiers):
+            set_random_state(facts["random"])  # else the others survey from the state that they surveyed from before
+        return list(surveys.values())
 
     def store_survey(self) -> None:
-        if self._surveys:
-            states = {key: modifier.survey_state() or {} for key, modifier in self._surveys.items()}
+        if states := {key: modifier.survey_state() or {} for key, modifier in self._surveys.items()}:
             tensors = {f"survey.{key}.{name}": t.cpu() for key, state in states.items() for name, t in state.items()}
             sums: dict[str, Tensor] = {}
             for each in self._state.team.gather(tensors):  # equal bits for any number of ranks: they are float64
@@ -228,11 +229,9 @@ class FolderLog:
 
     @property
     def _surveys(self) -> dict[str, Modifier]:
-        """The modifiers that need the survey; empty where one of them cannot give its statistics."""
+        """The modifiers whose survey the log keeps."""
         pairs = zip(self._lifecycle.keys(), self._lifecycle.modifiers, strict=True)
-        surveying = {key: modifier for key, modifier in pairs if modifier.needs.survey}
-        able = all(modifier.survey_state() is not None for modifier in surveying.values())
-        return surveying if able else {}
+        return {key: m for key, m in pairs if m.needs.survey and m.survey_state() is not None}
 
     # -- on rank 0 ----------------------------------------------------------------------------------------------------
 

@@ -189,6 +189,45 @@ def test_saliencies_of_a_log_are_those_of_all_ranks(tmp_path: Path) -> None:
         assert whole == continued
 
 
+def by_the_loss() -> list[Modifier]:
+    return [SparseGPTModifier(objective="loss", sparsity_profile="owl", ignore=["lm_head"], sparsity=0.5)]
+
+
+def surveyed(rank: int, folder: Path) -> None:
+    """A run that ends as the walk begins."""
+    warnings.simplefilter("ignore")
+
+    def stop(text: str, blocks: int, of: int) -> None:
+        if text.startswith("probe"):
+            raise KeyboardInterrupt
+
+    model = build("llama")
+    with pytest.raises((KeyboardInterrupt, RankError)):
+        compress(model, by_the_loss(), data(model, 5), team=Team.of_processes(), log=folder, progress=stop)
+
+
+def after_survey(rank: int, folder: Path) -> Outcome:
+    """The rest of it; a second survey is an error."""
+    warnings.simplefilter("ignore")
+
+    def check(text: str, blocks: int, of: int) -> None:
+        assert not text.startswith("survey")
+
+    model = build("llama")
+    arguments: dict[str, Any] = {"team": Team.of_processes(), "log": folder, "resume": "must", "progress": check}
+    return facts(model, compress(model, by_the_loss(), data(model, 5), **arguments))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_any_number_of_ranks_goes_on_from_a_survey(tmp_path: Path, before: int, after: int) -> None:
+    warnings.simplefilter("ignore")
+    model = build("llama")
+    unbroken = facts(model, compress(model, by_the_loss(), data(model, 5), log=tmp_path / "unbroken"))
+    run_processes(partial(surveyed, folder=tmp_path / "log"), tmp_path / "before", before)
+    ends = run_processes(partial(after_survey, folder=tmp_path / "log"), tmp_path / "after", after)
+    assert ends == [unbroken] * after
+
+
 def following(rank: int) -> tuple[Outcome, int]:
     """SmoothQuant as where blocks are sharded, and how often this rank ran a block again."""
     runs: list[int] = []

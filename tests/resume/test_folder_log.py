@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_compress import compress
+from lightning_compress.calibration.gradient_survey import Gradients
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Modifier, Needs
 from lightning_compress.layers.records import Record
@@ -41,6 +42,7 @@ RECIPES = {
         SparseGPTModifier(sparsity_profile="owl", objective="loss", ignore=["lm_head"], sparsity=0.5)
     ],
     "gptq by the loss": lambda: [GPTQModifier(**W4, objective="loss")],
+    "gptq by the loss, tune": lambda: [GPTQModifier(**W4, objective="loss"), TuneModifier(epochs=1)],
     "gptq, tune": lambda: [GPTQModifier(**W4), TuneModifier(epochs=1)],
     "reap": lambda: [REAPModifier(sparsity=0.5)],
 }
@@ -133,6 +135,41 @@ def test_a_run_that_goes_on_is_equal_bit_for_bit(tmp_path, stopping, recipe):
             run(recipe, folder)
         assert run(recipe, folder, resume="must") == unbroken
         assert stopping.stored == titles  # no group twice
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forwards"), [("gptq by the loss", 0), ("owl by the loss", 0), ("gptq by the loss, tune", 3)]
+)
+def test_a_survey_is_done_once(tmp_path, monkeypatch, recipe, forwards):
+    """TuneModifier does not give its answers to the log: it surveys again, without a backward pass."""
+    passes = {"forward": 0, "backward": 0}
+    backward, store = Gradients.backward, FolderLog.store_survey
+
+    def counted(self, *args):
+        passes["backward"] += 1
+        backward(self, *args)
+
+    def progress(text, *numbers):
+        passes["forward"] += text.startswith("survey")
+
+    def stop(self):
+        store(self)
+        raise Killed
+
+    unbroken = run(recipe, tmp_path / "unbroken")
+    monkeypatch.setattr(Gradients, "backward", counted)
+    monkeypatch.setattr(FolderLog, "store_survey", stop)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "log", progress=progress)
+    assert passes == {"forward": 3, "backward": 3}
+    files = list(tmp_path.glob("log/.groups.partial/*.safetensors"))
+    assert len(files) == 1
+    tokens, groups = 3 * 64, 3 * 4 + 1  # of three blocks q k v, o, gate up, down; and the head
+    assert files[0].stat().st_size < 4 * tokens * groups + 20_000
+    monkeypatch.setattr(FolderLog, "store_survey", store)
+    passes.update(forward=0, backward=0)
+    assert run(recipe, tmp_path / "log", resume="must", progress=progress) == unbroken
+    assert passes == {"forward": forwards, "backward": 0}
 
 
 def test_the_weights_are_those_of_a_run_without_a_log(tmp_path):
