@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.op_case import Case, Trial
-from lightning_compress.ops.fake_quant import learned_step, straight_through
+from lightning_compress.ops.fake_quant import Codes, learned_step, straight_through
 
 __all__ = ["cases"]
 
@@ -25,7 +25,7 @@ def cases(tiny: bool) -> list[Case]:
             wanted = (W, scale) if learned else (W,)
 
             def ours() -> tuple[Tensor, ...]:
-                value = function(W, scale, None, -8, 7)
+                value = function(W, scale, None, Codes(-8, 7))
                 return value.detach(), *torch.autograd.grad(value, wanted, gradient)
 
             def theirs() -> tuple[Tensor, ...]:

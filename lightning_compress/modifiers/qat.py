@@ -9,13 +9,14 @@ names. The equations are in ops/fake_quant/reference.py.
 """
 
 import warnings
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.core.events import Event, EventType
@@ -29,6 +30,7 @@ from lightning_compress.layers.sharded import gathered, is_sharded
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.batch_norm import fold_all
 from lightning_compress.quant.embeddings import Embeddings, check_trainable
+from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.parametrization import (
     FakeQuantize,
     Lifted,
@@ -41,6 +43,7 @@ from lightning_compress.quant.parametrization import (
 )
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
+from lightning_compress.quant.shared_scales import fused_with
 from lightning_compress.quant.weight_metrics import weight_error, weight_facts
 from lightning_compress.team import Team
 
@@ -78,6 +81,7 @@ class QATModifier(QuantizationArguments, Modifier):
 
     needs: ClassVar[Needs] = Needs(checkpoint_state=True, fixed_shapes_from="set-up", parametrizes=True, sharded=True)
     embeddings: ClassVar[Embeddings] = "alone"
+    every_format: ClassVar[bool] = True
 
     start: float | None = 0.0
     gradient: Literal["lsq", "ste"] = "lsq"
@@ -99,7 +103,8 @@ class QATModifier(QuantizationArguments, Modifier):
     def _moments_fit(self) -> "QATModifier":
         if self.start is None:
             raise ValueError("start=None: quantization-aware training needs a window; leave start out, or give start=0")
-        if self.learn_activations and not self.has_static_inputs:
+        inputs = [scheme.input_activations for scheme in self.schemes]
+        if self.learn_activations and all(args is None or args.dynamic for args in inputs):
             raise ValueError(
                 "learn_activations=True, but no scheme has static activations (dynamic ones follow each input); leave "
                 "it out, or give a scheme such as config_groups with input_activations: {dynamic: false}"
@@ -169,13 +174,33 @@ class QATModifier(QuantizationArguments, Modifier):
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        for name, module in self._modules.items():
-            if name in self._awaited:
-                continue
-            if not self.resumed:
-                with gathered(module):
-                    _fake(module).derive(original_weight(module))
-            _fake(module).active = True
+        names = [name for name in self._modules if name not in self._awaited]
+        if not self.resumed:
+            self._derive(names)
+        for name in names:
+            _fake(self._modules[name]).active = True
+
+    def _derive(self, names: Collection[str]) -> None:
+        """Compute scales from the weights; of NVFP4 with one global scale for weights that servers fuse."""
+        for name in names:
+            with gathered(self._modules[name]):
+                _fake(self._modules[name]).derive(original_weight(self._modules[name]))
+        for name, least in self._least_global_scales(_global_scale).items():
+            if name in names and bool(least != _global_scale(fake := _fake(self._modules[name]))):
+                with gathered(self._modules[name]):
+                    fake.derive(original_weight(self._modules[name]), least)
+
+    def _least_global_scales(self, each: Callable[[FakeQuantize], Tensor]) -> dict[str, Tensor]:
+        """The least of ``each`` global scale among the weights that servers fuse, by name of NVFP4 modules."""
+        scales = {n: each(fake) for n, m in self._modules.items() if (fake := _fake(m)).global_scale is not None}
+        return {n: torch.stack([scales[o] for o in fused_with(n, scales)]).amin(0) for n in scales}
+
+    def _widen_global_scales(self) -> None:
+        """Halve global scales where the largest scale of a weight has outgrown what can be stored."""
+        for name, least in self._least_global_scales(FakeQuantize.fitting_global_scale).items():
+            fake = _fake(self._modules[name])
+            if not fake.frozen:
+                _global_scale(fake).copy_(least)
 
     def make_room(self) -> None:
         """Give the modules back, without parametrizations, to the quantizer that training continues from."""
@@ -197,8 +222,10 @@ class QATModifier(QuantizationArguments, Modifier):
                 norm.eval()  # each batch: the Trainer calls model.train()
             if self._observing and self.observe_until is not None and event.current_index >= self.observe_until:
                 self._stop_observing()
-        elif event.type_ == EventType.BATCH_END and self._observing:
-            self._take_batch()
+        elif event.type_ == EventType.BATCH_END:
+            self._widen_global_scales()
+            if self._observing:
+                self._take_batch()
 
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._observing = False
@@ -229,6 +256,7 @@ class QATModifier(QuantizationArguments, Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Round the weights to their grids for good, equally on all ranks."""
         with torch.inference_mode(False), torch.no_grad():
+            self._widen_global_scales()
             for name, module in self._modules.items():
                 stays = is_sharded(module)  # shards are held where training had them
                 with gathered(module):
@@ -241,7 +269,7 @@ class QATModifier(QuantizationArguments, Modifier):
         if not fake.active:
             restore_dense(module, stays)
             state.ledger.add(name, "qat", flag="never started; left as it was")
-        elif fake.input is not None and not fake.input.args.dynamic and not fake.input.batches:
+        elif fake.input is not None and is_observed(fake.input.args) and not fake.input.batches:
             restore_dense(module, stays)
             state.ledger.add(name, "qat", flag="never saw data; left as it was")
             warnings.warn(
@@ -283,9 +311,8 @@ class QATModifier(QuantizationArguments, Modifier):
             f"earlier",
             stacklevel=2,
         )
+        self._derive(self._modules)
         for module in self._modules.values():
-            with gathered(module):
-                _fake(module).derive(original_weight(module))
             _fake(module).active = True
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -302,6 +329,11 @@ def _fake(module: nn.Module) -> FakeQuantize:
     fake = fake_quantize_of(module)
     assert fake is not None
     return fake
+
+
+def _global_scale(fake: FakeQuantize) -> Tensor:
+    assert fake.global_scale is not None
+    return fake.global_scale
 
 
 def _check_records(records: dict[str, tuple[nn.Module, Quantized]], schemes: dict[str, QuantizationScheme]) -> None:
@@ -322,7 +354,8 @@ def _check_records(records: dict[str, tuple[nn.Module, Quantized]], schemes: dic
 
 def _grids(scheme: QuantizationScheme) -> list[tuple[Any, ...] | None]:
     """The fields of a scheme that define its grids, without those on the search for scales."""
+    names = ("num_bits", "type", "symmetric", "dynamic", "group_size", "scale_dtype", "block_structure")
     return [
-        p and (p.num_bits, p.type, p.symmetric, p.dynamic, QuantizationStrategy(p.strategy), p.group_size)
+        p and (QuantizationStrategy(p.strategy), *(getattr(p, name) for name in names))
         for p in (scheme.weights, scheme.input_activations)
     ]

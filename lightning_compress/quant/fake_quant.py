@@ -17,11 +17,21 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import CONVOLUTIONS
-from lightning_compress.ops.fake_quant import replace_value
+from lightning_compress.ops.fake_quant import Codes, replace_value
 from lightning_compress.ops.launches import launching
 from lightning_compress.quant.formats import is_microscaled, stored_as
+from lightning_compress.quant.scale_errors import integer_range
 
-__all__ = ["fake_quantize_input", "has_rows", "latent_of", "on_its_device", "on_stored_grid", "round_weight", "wide"]
+__all__ = [
+    "codes_of",
+    "fake_quantize_input",
+    "has_rows",
+    "latent_of",
+    "on_its_device",
+    "on_stored_grid",
+    "round_weight",
+    "wide",
+]
 
 BY_ROWS = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR_GROUP)
 CACHED = 2**17  # numbers; in pieces a weight of 2.9 million takes 0.37 of the CPU time, and no temporaries of its size
@@ -30,6 +40,11 @@ CACHED = 2**17  # numbers; in pieces a weight of 2.9 million takes 0.37 of the C
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or in float64 where it is that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def codes_of(args: QuantizationArgs) -> Codes:
+    """The numbers that the scales of a grid multiply."""
+    return Codes(*integer_range(args), args.num_bits if args.type == "float" else 0, is_microscaled(args))
 
 
 def round_weight(W_RC: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:

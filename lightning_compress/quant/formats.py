@@ -19,7 +19,17 @@ from torch import Tensor
 
 from lightning_compress.ops.gptq_block.grid import round_float_
 
-__all__ = ["global_scale_of", "has_global_scale", "is_microscaled", "round_float_", "stored_as"]
+__all__ = [
+    "LARGEST_SCALE",
+    "global_scale_of",
+    "has_global_scale",
+    "is_microscaled",
+    "round_float_",
+    "stored_as",
+    "stored_scale",
+]
+
+LARGEST_SCALE = 448.0  # of E4M3
 
 
 def is_microscaled(args: QuantizationArgs) -> bool:
@@ -41,3 +51,18 @@ def global_scale_of(low: Tensor, high: Tensor) -> Tensor:
 def stored_as(W_RC: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> Tensor:
     """Dequantized weights as a loader computes them, in ``dtype``: microscaled ones pass through bfloat16."""
     return (W_RC.to(torch.bfloat16) if is_microscaled(args) else W_RC).to(dtype)
+
+
+def stored_scale(scale: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> Tensor:
+    """The nearest scale that a microscaled format stores, float32: E4M3 over g, or a power of two.
+
+    ``scale`` is positive. A scale that is stored already stays, bit for bit. That of a power of two is nearest by the
+    ratio: 1.4 becomes 1, and 1.5 becomes 2.
+    """
+    if global_scale is not None:
+        least = 2.0**-9
+        codes = (scale * global_scale).clamp(least, LARGEST_SCALE).to(torch.float8_e4m3fn)
+        return codes.float() / global_scale
+    fraction, exponent = torch.frexp(scale)  # scale = fraction 2^exponent, 1/2 <= fraction < 1
+    exponent = torch.where(fraction < 0.5**0.5, exponent - 1, exponent).clamp(-127, 127)
+    return torch.ldexp(torch.ones_like(scale), exponent)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lightning_compress.layers.dense_keys import (
     original_weight,
@@ -27,12 +28,19 @@ from lightning_compress.layers.dense_keys import (
 )
 from lightning_compress.layers.matrix import as_matrix, is_transposed, write_matrix
 from lightning_compress.layers.sharded import gathered, is_dtensor
-from lightning_compress.ops.fake_quant import learned_step, relative_step, straight_through
-from lightning_compress.quant.fake_quant import latent_of
+from lightning_compress.ops.fake_quant import learned_step, relative_step, replace_value, straight_through
+from lightning_compress.quant.fake_quant import codes_of, latent_of, wide
+from lightning_compress.quant.formats import (
+    LARGEST_SCALE,
+    global_scale_of,
+    has_global_scale,
+    is_microscaled,
+    stored_scale,
+)
 from lightning_compress.quant.input_parametrization import FakeQuantizeInput
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.rounding import find_scales
-from lightning_compress.quant.scales import integer_range
+from lightning_compress.quant.scales import expand
 
 __all__ = ["FakeQuantize", "Lifted", "fake_quantize_of", "finish", "lift", "lower", "parametrize_weight",
            "restore_dense"]  # fmt: skip
@@ -54,7 +62,9 @@ class FakeQuantize(nn.Module):
         active: False: the weight and the input pass unchanged.
         observing: With ``ste`` and ``minmax``: every forward pass computes the scales of the current weight.
         frozen: The scale is constant.
-        change: With ``lsq`` the parameter behind the scale, in its shape: scale = start (1 + change).
+        change: With ``lsq`` the parameter behind the scale, in its shape: scale = start (1 + change), rounded to a
+            scale that the format stores.
+        global_scale: g of NVFP4, float32 [1].
     """
 
     keeps_zeros = True  # see pruning/masked.py
@@ -62,6 +72,8 @@ class FakeQuantize(nn.Module):
 
     scale: Tensor
     zero_point: Tensor | None
+    global_scale: Tensor | None
+    largest: Tensor | None  # the largest scale of the last forward pass, before it was rounded
 
     def __init__(
         self,
@@ -76,19 +88,24 @@ class FakeQuantize(nn.Module):
         super().__init__()
         W_RC = as_matrix(module)
         self.scheme, self.args, self.search = scheme, scheme.weights, search
-        self.low, self.high = integer_range(scheme.weights)
+        self.codes = codes_of(scheme.weights)
         self.transposed = is_transposed(module)
         self.active, self.frozen = False, False
         self.given = record is not None
         self.observing = gradient == "ste" and not self.given
-        scale, zero = (record.scale, record.zero_point) if record is not None else find_scales(W_RC, self.args, search)
-        held = [None if t is None else t.detach().to(W_RC.device, copy=True) for t in (scale, zero)]
-        self.register_buffer("scale", held[0], persistent=False)
-        self.register_buffer("zero_point", held[1], persistent=False)
+        if record is not None:
+            grid = (record.scale, record.zero_point, record.global_scale)
+        else:
+            g = self._own_global_scale(W_RC)
+            grid = (*find_scales(W_RC, self.args, search, global_scale=g), g)
+        largest = None if grid[2] is None else torch.zeros_like(grid[2])
+        for name, tensor in zip(("scale", "zero_point", "global_scale", "largest"), (*grid, largest), strict=True):
+            held = None if tensor is None else tensor.detach().to(W_RC.device, copy=True)
+            self.register_buffer(name, held, persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.scale)) if gradient == "lsq" else None
         inputs = scheme.input_activations
         self.input = None if inputs is None else FakeQuantizeInput(inputs, constant, W_RC, learn_inputs)
-        if record is not None and self.input is not None and record.input_scale is not None:
+        if record is not None and self.input is not None:
             self.input.take_record(record)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -99,45 +116,92 @@ class FakeQuantize(nn.Module):
             unused = self.change if torch.is_grad_enabled() else None
             return weight if unused is None else weight + 0 * unused.sum()
         W_RC = self.matrix(weight)
-        float8 = self.args.type == "float"
         if self.change is not None and not self.frozen:
-            scale = relative_step(self.scale.clone(), self.change, weight.dtype)  # DDP writes buffers in place
             zero = None if self.zero_point is None else self.zero_point.clone()
-            Q_RC = learned_step(W_RC, scale, zero, self.low, self.high, float8)
+            Q_RC = self._on_grid(learned_step, W_RC, self._learned_scale(weight.dtype), zero)
         else:
-            scale, zero = self.grid(W_RC)
-            Q_RC = straight_through(W_RC, scale, zero, self.low, self.high, float8)
+            Q_RC = self._on_grid(straight_through, W_RC, *self.grid(W_RC))
             if self.change is not None and torch.is_grad_enabled():
                 Q_RC = Q_RC + 0 * self.change.sum()
-        return Q_RC.t().contiguous() if self.transposed else Q_RC.view(weight.shape)
+        return Q_RC.t().contiguous() if self.transposed else Q_RC.reshape(weight.shape)
+
+    def _on_grid(self, function: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The result of an op; scales of blocks are spread over rows, and the last blocks filled up."""
+        if self.args.strategy != QuantizationStrategy.BLOCK:
+            return function(W_RC, scale, zero, self.codes)
+        (R, C), (b, g) = W_RC.shape, self.args.block_structure
+        count = {"count": min(R, b) * min(C, g)} if function is learned_step else {}
+        filled_RC = pad(W_RC, (0, -C % g))
+        return function(filled_RC, expand(scale, R, self.args), None, self.codes, **count)[:, :C]
+
+    def _learned_scale(self, dtype: torch.dtype) -> Tensor:
+        """The scale with its gradient for ``change``, which passes the rounding of scales."""
+        assert self.change is not None
+        start = self.scale.clone()  # DDP writes buffers in place
+        if not is_microscaled(self.args):
+            return relative_step(start, self.change, dtype)
+        scale = relative_step(start, self.change, torch.float32)
+        self._note_largest(scale)
+        return replace_value(scale, stored_scale(scale.detach(), self.args, self.global_scale), None)
 
     @torch.no_grad()
     def grid(self, W_RC: Tensor) -> tuple[Tensor, Tensor | None]:
         """The current scale and zero point, in the dtype that stores them."""
         if self.change is not None and not self.frozen:
-            return relative_step(self.scale, self.change, W_RC.dtype), self.zero_point
+            return self._learned_scale(W_RC.dtype), self.zero_point
         if self.observing and self.search == "minmax" and not self.frozen:
-            return find_scales(W_RC.detach(), self.args, "minmax")
+            if self.global_scale is not None:
+                self._note_largest(wide(W_RC.detach()).abs().amax() / self.codes.high)
+            return find_scales(W_RC.detach(), self.args, "minmax", global_scale=self.global_scale)
         zero = None if self.zero_point is None else self.zero_point.clone()
+        if is_microscaled(self.args):  # g may have changed since
+            return stored_scale(self.scale, self.args, self.global_scale), zero
         return self.scale.to(W_RC.dtype, copy=True), zero
 
+    # -- the global scale ---------------------------------------------------------------------------------------------
+
+    def _own_global_scale(self, W_RC: Tensor) -> Tensor | None:
+        """g for this weight alone; None where the format has none."""
+        return global_scale_of(*W_RC.detach().aminmax()) if has_global_scale(self.args) else None
+
+    def fitting_global_scale(self) -> Tensor:
+        """g, as often halved as the largest scale of the last forward pass needs to be one that can be stored.
+
+        Other scales keep their values: their E4M3 numbers are halved too.
+        """
+        assert self.global_scale is not None
+        assert self.largest is not None
+        over = (self.largest * self.global_scale / LARGEST_SCALE).clamp(min=1.0)
+        return self.global_scale * torch.exp2(-over.log2().ceil())
+
+    def _note_largest(self, scale: Tensor) -> None:
+        if self.largest is not None:
+            self.largest.copy_(scale.detach().amax())
+
+    # -- moments ------------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def derive(self, weight: Tensor) -> None:
-        """Compute the scales from the weight, without learned changes; scales of a record, and frozen ones, stay."""
+    def derive(self, weight: Tensor, global_scale: Tensor | None = None) -> None:
+        """Compute the scales from the weight, without learned changes; scales of a record, and frozen ones, stay.
+
+        ``global_scale``: that of all weights that share one; by default of this weight alone.
+        """
         if self.given or self.frozen:
             return
-        self._put(*find_scales(self.matrix(weight), self.args, self.search))
+        W_RC = self.matrix(weight)
+        g = self._own_global_scale(W_RC) if global_scale is None else global_scale
+        self._put(*find_scales(W_RC, self.args, self.search, global_scale=g), g)
         if self.change is not None:
             self.change.zero_()
 
     @torch.no_grad()
     def take_record(self, record: Quantized) -> None:
         """Use the scales of an earlier quantization, also when other weights are loaded."""
-        self._put(record.scale, record.zero_point)
+        self._put(record.scale, record.zero_point, record.global_scale)
         if self.change is not None:
             self.change.zero_()
         self.given, self.observing = True, False
-        if self.input is not None and record.input_scale is not None:
+        if self.input is not None:
             self.input.take_record(record)
 
     @torch.no_grad()
@@ -146,7 +210,7 @@ class FakeQuantize(nn.Module):
         if self.input is not None:
             self.input.observing = False
         if self.observing and not self.frozen:
-            self._put(*find_scales(self.matrix(weight), self.args, self.search))
+            self._put(*find_scales(self.matrix(weight), self.args, self.search, global_scale=self.global_scale))
             self.observing = False
 
     @torch.no_grad()
@@ -161,7 +225,7 @@ class FakeQuantize(nn.Module):
     def state(self) -> dict[str, Any]:
         """Tensors and plain values: all facts that the dense weight does not contain."""
         flags = {"active": self.active, "observing": self.observing, "frozen": self.frozen, "given": self.given}
-        tensors = {"scale": self.scale, "zero_point": self.zero_point, "change": self.change}
+        tensors = {name: getattr(self, name) for name in ("scale", "zero_point", "global_scale", "change")}
         copies = {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
         return {**flags, **copies} | ({} if self.input is None else {"input": self.input.state()})
 
@@ -170,7 +234,7 @@ class FakeQuantize(nn.Module):
         """Restore the result of :meth:`state`."""
         self.active, self.observing = state["active"], state["observing"]
         self.frozen, self.given = state["frozen"], state["given"]
-        self._put(state["scale"], state["zero_point"])
+        self._put(state["scale"], state["zero_point"], state.get("global_scale"))
         if self.change is not None and state["change"] is not None:
             self.change.copy_(state["change"])
         if self.input is not None and state.get("input") is not None:
@@ -179,18 +243,27 @@ class FakeQuantize(nn.Module):
     def record(self, W_RC: Tensor) -> Quantized:
         """The record of the current weight."""
         scale, zero = self.grid(W_RC)
-        static = self.input is not None and not self.input.args.dynamic
-        input_grid = self.input.grid() if self.input is not None and static else (None, None)
-        return Quantized(self.scheme, scale.clone(), None if zero is None else zero.clone(), *input_grid)
+        inputs = {} if self.input is None else self.input.record()
+        g = None if self.global_scale is None else self.global_scale.clone()
+        return Quantized(self.scheme, scale.clone(), None if zero is None else zero.clone(), global_scale=g, **inputs)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [R, C], with its gradient."""
         return weight.t() if self.transposed else weight.flatten(1)
 
-    def _put(self, scale: Tensor, zero: Tensor | None) -> None:
-        self.scale.copy_(scale)
-        if self.zero_point is not None and zero is not None:
-            self.zero_point.copy_(zero)
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """A cast of the model to 16 bits casts the scales of weights that store them so, and no others."""
+        names = ("scale", "global_scale", "largest") if is_microscaled(self.args) else ()
+        exact = {name: tensor for name in names if (tensor := self._buffers[name]) is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            self._buffers[name] = tensor.to(self.scale.device)
+        return self
+
+    def _put(self, scale: Tensor, zero: Tensor | None, global_scale: Tensor | None = None) -> None:
+        for held, tensor in ((self.scale, scale), (self.zero_point, zero), (self.global_scale, global_scale)):
+            if held is not None and tensor is not None:
+                held.copy_(tensor)
 
 
 def parametrize_weight(module: nn.Module, fake: FakeQuantize, record: Quantized | None = None) -> None:

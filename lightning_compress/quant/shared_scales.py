@@ -4,7 +4,7 @@ vLLM holds such weights as one matrix with one global scale, the largest one in 
 other weights. A shared scale loses nothing: g only places the range of the E4M3 scales.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.quant.formats import global_scale_of, has_global_scale
 
-__all__ = ["GlobalScales"]
+__all__ = ["GlobalScales", "fused_with"]
 
 FUSED = (
     {"q_proj", "k_proj", "v_proj"},
@@ -36,17 +36,19 @@ class GlobalScales:
         if name not in self._modules:
             return None
         if name not in self._scales:
-            names = self._fused_with(name)
+            names = fused_with(name, self._modules)
             lows, highs = zip(*(as_matrix(self._modules[n]).float().aminmax() for n in names), strict=True)
             low, high = torch.stack(lows).amin(), torch.stack(highs).amax()
             self._scales |= dict.fromkeys(names, global_scale_of(low, high))
         return self._scales[name]
 
-    def _fused_with(self, name: str) -> list[str]:
-        parent, _, last = name.rpartition(".")
-        group = next((group for group in FUSED if last in group), {last})
-        siblings = [f"{parent}.{other}" if parent else other for other in sorted(group)]
-        return [other for other in siblings if other in self._modules]
+
+def fused_with(name: str, names: Collection[str]) -> list[str]:
+    """Those of ``names`` that servers fuse into one weight with the module ``name``; it is among them."""
+    parent, _, last = name.rpartition(".")
+    group = next((group for group in FUSED if last in group), {last})
+    siblings = [f"{parent}.{other}" if parent else other for other in sorted(group)]
+    return [other for other in siblings if other in names]
 
 
 def _is_nvfp4(scheme: QuantizationScheme) -> bool:

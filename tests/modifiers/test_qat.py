@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -50,12 +50,15 @@ def trained(modifier, steps=4, model=None, **options):
 def finished(model, lifecycle):
     """Outputs before and after the end."""
     model.eval()
+    x = X.to(next(model.parameters()).dtype)
     with torch.no_grad():
-        before = model(X)
+        before = model(x)
         lifecycle.finalize(State(model=model))
-        return before, model(X)
+        return before, model(x)
 
 
+BLOCKS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [48, 48]}
+NVFP4 = preset_name_to_scheme("NVFP4", ["Linear"])
 GRIDS = {
     **{
         f"{bits} bit {grain}{'' if symmetric else ' asym'}": weights(bits, symmetric, grain)
@@ -70,6 +73,9 @@ GRIDS = {
     "static": weights(8, grain="channel", inputs=STATIC),
     "static asym": weights(8, grain="channel", inputs=STATIC | {"symmetric": False}),
     "fp8 static": {"scheme": "FP8"},
+    "fp8 blocks": {"config_groups": {"g": {"targets": ["Linear"], "weights": BLOCKS}}},
+    "nvfp4": {"config_groups": {"g": {"targets": ["Linear"], "weights": NVFP4.weights.model_dump()}}},
+    "nvfp4 static": {"config_groups": {"g": NVFP4}},
 }
 
 
@@ -84,6 +90,84 @@ def test_what_was_trained_is_what_is_left(name, gradient):
     again.load_state_dict(model.state_dict())
     assert type(model[0]) is nn.Linear
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in again.named_parameters()]
+
+
+def deep_network(dtype=torch.float32):
+    """Its layer "2" has groups of 16, 32 and 128 columns, and its last blocks of 48 x 48 are not full."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 40), nn.ReLU(), nn.Linear(40, 8))
+    return nn.Sequential(*layers).to(dtype)
+
+
+FORMATS = ["NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP4XFP8", "MXFP6A8", "MXFP8", "FP8_BLOCK", {"weights": BLOCKS}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradient", ["lsq", "ste"])
+@pytest.mark.parametrize("scheme", FORMATS, ids=lambda scheme: scheme if isinstance(scheme, str) else "blocks of 48")
+def test_what_was_trained_in_a_format_of_its_own_is_what_a_reader_computes(scheme, gradient, dtype, tmp_path):
+    modifier = QATModifier(scheme=scheme, targets=["2"], gradient=gradient, averaging_constant=0.5)
+    model = deep_network()
+    lifecycle = Lifecycle([modifier])
+    lifecycle.initialize(State(model=model))
+    model.to(dtype)  # as the Trainer does after INITIALIZE
+    model[0].register_forward_pre_hook(lambda layer, x: (x[0].to(dtype),))
+    train(model, [], 4, lifecycle=lifecycle)
+    dense = copy.deepcopy(model[2].parametrizations.weight.original)
+    before, after = finished(model, lifecycle)
+    assert torch.equal(before, after)
+    assert not torch.equal(model[2].weight, dense)
+    save(model, tmp_path)
+    loaded = load(tmp_path, deep_network(dtype), packed=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(X.to(dtype)), after)
+
+
+@pytest.mark.parametrize("gradient", ["lsq", "ste"])
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16", "FP8_DYNAMIC"])
+def test_training_begins_at_rounding_to_nearest(scheme, gradient):
+    rounded, model = deep_network(), deep_network()
+    compress(rounded, QuantizationModifier(scheme=scheme, targets=["2"]))
+    trained(QATModifier(scheme=scheme, targets=["2"], gradient=gradient), steps=0, model=model)
+    assert torch.equal(model[2].weight, rounded[2].weight)
+    record = fake_quantize_of(model[2]).record(model[2].parametrizations.weight.original.detach())
+    assert torch.equal(record.scale, Quantized.of(rounded[2]).scale)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.out = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.out(self.q_proj(x) * self.k_proj(x))
+
+
+@pytest.mark.parametrize("gradient", ["lsq", "ste"])
+def test_weights_that_servers_fuse_share_a_global_scale_that_follows_the_largest(gradient):
+    torch.manual_seed(0)
+    model = Attention()
+    with torch.no_grad():
+        model.q_proj.weight *= 3
+    modifier = QATModifier(scheme="NVFP4A16", gradient=gradient)
+    _, lifecycle = trained(modifier, 0, model)
+    q, k, out = (fake_quantize_of(layer) for layer in (model.q_proj, model.k_proj, model.out))
+    first = q.global_scale.clone()
+    assert torch.equal(first, k.global_scale)
+    assert first < out.global_scale  # alone
+    before = k(model.k_proj.parametrizations.weight.original.detach())
+    with torch.no_grad():
+        model.q_proj.parametrizations.weight.original *= 5
+        if q.change is not None:
+            q.change.fill_(4)
+    train(model, [], 1, lifecycle=lifecycle, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
+    assert torch.equal(q.global_scale, first / 8)  # the weight outgrew it fivefold
+    assert torch.equal(k.global_scale, first / 8)
+    assert torch.equal(k(model.k_proj.parametrizations.weight.original.detach()), before)
+    finished(model, lifecycle)
+    records = [Quantized.of(layer) for layer in (model.q_proj, model.k_proj)]
+    assert torch.equal(records[0].global_scale, records[1].global_scale)
+    assert (records[0].scale * records[0].global_scale).amax() <= 448
 
 
 @pytest.mark.parametrize("layer", ["conv1d", "conv2d", "grouped", "transposed"])
@@ -252,7 +336,7 @@ def test_static_activations_that_never_see_data_are_named():
 
 
 @pytest.mark.parametrize("layer", ["linear", "grouped conv", "transposed", "bf16", "pruned"])
-@pytest.mark.parametrize("grid", ["2 bit group", "3 bit channel asym", "fp8", "5 bit tensor"])
+@pytest.mark.parametrize("grid", ["2 bit group", "3 bit channel asym", "fp8", "5 bit tensor", "nvfp4", "fp8 blocks"])
 def test_training_starts_from_what_gptq_rounded(layer, grid):
     """The first forward pass is GPTQ's model bit for bit, but the optimizer moves the values before rounding."""
     torch.manual_seed(0)
@@ -567,6 +651,7 @@ def test_the_ledger_has_a_row_with_the_error():
         ({"start": 5, "freeze_bn_at": 2}, r"freeze_bn_at=2.0 lies before start=5.0"),
         ({"gradient": "lsw"}, "gradient='lsw'"),
         ({"learn_activations": True, "observe_until": 2}, "no scheme has static activations"),
+        ({"scheme": "NVFP4", "learn_activations": True, "observe_until": 2}, "no scheme has static activations"),
         ({"scheme": "FP8", "learn_activations": True}, "learn_activations=True needs observe_until"),
         ({"averaging_constant": 0}, "averaging_constant=0"),
         ({"observe_untill": 1}, "did you mean 'observe_until'"),

@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from lightning_compress.ops import availability
-from lightning_compress.ops.fake_quant import learned_step, straight_through
+from lightning_compress.ops.fake_quant import Codes, learned_step, straight_through
 from lightning_compress.ops.group_quant import group_quant, group_round
 from lightning_compress.ops.hadamard import hadamard_transform
 from lightning_compress.ops.hessian import hessian_accumulate_
@@ -31,8 +31,8 @@ PLANES, SCALE = torch.arange(320).view(5, 64).short()[:, :32].contiguous(), torc
 
 CALLS = {  # folder: functions of one tensor, whose rows may be any number, and that tensor
     "fake_quant": [
-        (lambda W: straight_through(W, torch.full((1,), 0.1), None, -8, 7), X),
-        (lambda W: learned_step(W, torch.full((1,), 0.1), None, -8, 7), X),
+        (lambda W: straight_through(W, torch.full((1,), 0.1), None, Codes(-8, 7)), X),
+        (lambda W: learned_step(W, torch.full((1,), 0.1), None, Codes(-8, 7)), X),
     ],
     "group_quant": [(lambda W: group_quant(W, 32, 4)[:2], X), (lambda W: group_round(W, 32, 4, False), X)],
     "hadamard": [(lambda x: hadamard_transform(x, None, 0.125), X)],

@@ -7,7 +7,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from torch.testing import assert_close
 
 from lightning_compress.quant.fake_quant import round_weight
-from lightning_compress.quant.formats import round_float_
+from lightning_compress.quant.formats import round_float_, stored_scale
 from lightning_compress.quant.scales import expand, minmax, search
 
 MICROSCALED = ["NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"]
@@ -106,3 +106,20 @@ def test_blocks_by_a_loop_over_them(shape):
     by_row = expand(scale, shape[0], args)
     assert by_row.shape == (shape[0], scale.shape[1])
     assert torch.equal(expand(by_row, shape[0], args), by_row)
+
+
+def test_a_scale_that_can_be_stored_stays_and_others_go_to_the_nearest():
+    g = torch.tensor([2688 / 0.37])
+    codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert torch.equal(stored_scale(codes / g, args_of("NVFP4A16"), g), codes / g)
+    between = (codes[1:] + codes[:-1]) / 2
+    near = stored_scale(between * 1.001 / g, args_of("NVFP4A16"), g)
+    assert torch.equal(near, codes[1:] / g)
+    assert (
+        stored_scale(torch.tensor([9.0, 1e-9]), args_of("NVFP4A16"), g).tolist()
+        == (torch.tensor([448.0, 2.0**-9]) / g).tolist()
+    )
+    powers = torch.exp2(torch.arange(-127.0, 128.0))
+    for factor, step in ((1.0, 1.0), (1.4, 1.0), (0.72, 1.0), (1.5, 2.0), (0.7, 0.5)):
+        nearest = stored_scale(powers[1:-1] * factor, args_of("MXFP4A16"), None)
+        assert torch.equal(nearest, powers[1:-1] * step)

@@ -1,7 +1,7 @@
 """Static scales of inputs in training follow the averaged extremes of batches, then stand or are learned."""
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from torch import nn
 from torch.testing import assert_close
 
@@ -43,3 +43,19 @@ def test_gradients_pass_inside_the_range_and_stop_outside():
     x = torch.tensor([[0.3, -0.9, 2.0, -5.0]], requires_grad=True)
     fake(module, x).sum().backward()
     assert x.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_nvfp4_averages_its_global_scale_and_clamps_beyond_the_largest_one():
+    args = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
+    inputs, layer = FakeQuantizeInput(args, 0.5, torch.zeros(1)), nn.Linear(16, 2)
+    x = torch.linspace(-3, 3, 32).view(2, 16)
+    assert torch.equal(inputs(layer, x.requires_grad_()), x)  # no batch yet
+    inputs.take_batch(inputs.batch_low.clone(), inputs.batch_high.clone())
+    inputs.take_batch(torch.tensor([-1.0]), torch.tensor([1.0]))
+    assert torch.equal(inputs.record()["input_global_scale"], torch.tensor([448 * 6 / 2.0]))
+    y = inputs(layer, x)
+    y.sum().backward()
+    assert torch.equal(x.grad, (x.abs() <= 2 * 7 / 6).float())
+    assert y.abs().amax() == 2
+    inputs.to(torch.bfloat16)
+    assert inputs.global_scale.dtype == torch.float32

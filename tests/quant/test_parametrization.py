@@ -59,3 +59,37 @@ def test_lifted_and_lowered_again_it_is_the_same_layer():
     lower(layer, lifted, None)
     assert torch.equal(layer(x), expected)
     assert layer.parametrizations.weight.original is parameter
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16"])
+def test_a_learned_scale_moves_on_the_grid_of_scales_and_its_gradient_passes_that(scheme):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 4)
+    parametrize_weight(layer, FakeQuantize(layer, preset_name_to_scheme(scheme, ["Linear"]), "lsq", "minmax"))
+    fake = fake_quantize_of(layer)
+    fake.active, start = True, fake.scale.clone()
+    with torch.no_grad():
+        fake.change.fill_(0.01)  # too little for another number of E4M3, whose spacing is 1 / 8 to 1 / 16
+        assert torch.equal(fake.grid(layer.weight)[0], start)
+        fake.change.fill_(0.6)
+        moved, _ = fake.grid(layer.weight)
+    g = fake.global_scale
+    if g is None:
+        assert torch.equal(moved, 2 * start)
+    else:
+        stored = (moved * g).to(torch.float8_e4m3fn).float()
+        assert torch.equal(stored / g, moved)
+        assert ((moved / start - 1.6).abs() < 0.1)[moved * g < 448].all()
+    layer.weight.sum().backward()
+    assert (fake.change.grad != 0).any()
+
+
+def test_a_cast_of_the_model_leaves_the_scales_of_nvfp4():
+    layer = nn.Linear(32, 4)
+    parametrize_weight(layer, FakeQuantize(layer, preset_name_to_scheme("NVFP4A16", ["Linear"]), "lsq", "minmax"))
+    fake = fake_quantize_of(layer)
+    scale, g = fake.scale.clone(), fake.global_scale.clone()
+    layer.to(torch.bfloat16)
+    assert layer.parametrizations.weight.original.dtype == torch.bfloat16
+    assert torch.equal(fake.scale, scale)
+    assert torch.equal(fake.global_scale, g)

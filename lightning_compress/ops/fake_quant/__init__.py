@@ -7,7 +7,7 @@ On CUDA one kernel computes the value, and another one all gradients (README bes
 Shapes: R rows, C columns, G groups of C / G columns; scale and zero point [1], [R, 1] or [R, G].
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,28 @@ from torch.autograd.function import once_differentiable
 
 from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
 from lightning_compress.ops.fake_quant.reference import HALF_STEP
+from lightning_compress.ops.gptq_block.grid import round_float_
 
-__all__ = ["HALF_STEP", "learned_step", "learned_value", "relative_step", "replace_value", "straight_through"]
+__all__ = ["HALF_STEP", "Codes", "learned_step", "learned_value", "relative_step", "replace_value", "straight_through"]
 
 
-def straight_through(
-    W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool = False
-) -> Tensor:
+class Codes(NamedTuple):
+    """The numbers that are multiplied by a scale.
+
+    Args:
+        low: Lowest code.
+        high: Highest code.
+        float_bits: Codes are floats: 4 (E2M1), 6 (E2M3) or 8 (E4M3) bits; 0: integers.
+        through_bf16: The value is rounded to bfloat16 before the dtype of W, as readers of NVFP4 and MXFP4 do.
+    """
+
+    low: float
+    high: float
+    float_bits: int = 0
+    through_bf16: bool = False
+
+
+def straight_through(W_RC: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes) -> Tensor:
     """The quantized weight, [R, C]; its gradient goes to W unchanged, except where W is clamped: there it is 0.
 
     Numbers that round to the last value of the grid are not clamped: the range extends half a step beyond it. So the
@@ -32,39 +47,33 @@ def straight_through(
         W_RC: Weight, any floating dtype.
         scale: Positive scales, [1], [R, 1] or [R, G]; they get no gradient.
         zero: Zero points, integers of any dtype in the shape of the scale; None for 0.
-        low: Lowest code.
-        high: Highest code.
-        float8: Round to FP8 (e4m3) in place of integers.
+        codes: The numbers to round to.
 
     Raises:
         ValueError: Dtypes, devices or shapes do not fit.
     """
     _check(W_RC, scale, zero)
-    return _StraightThrough.apply(W_RC, scale, zero, low, high, float8)
+    return _StraightThrough.apply(W_RC, scale, zero, codes)
 
 
-def learned_step(
-    W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool = False
-) -> Tensor:
+def learned_step(W_RC: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes, count: int | None = None) -> Tensor:
     """The quantized weight, [R, C], with the gradients of LSQ for W and for the scale.
 
-    The scale's gradient is multiplied by 1 / sqrt(N high), N being the number of weights of one scale. Arguments and
-    errors are those of :func:`straight_through`.
+    The scale's gradient is multiplied by 1 / sqrt(N high), N being ``count``, by default the number of weights of one
+    scale. Other arguments and errors are those of :func:`straight_through`.
     """
     _check(W_RC, scale, zero)
-    return _LearnedStep.apply(W_RC, scale, zero, low, high, float8)
+    return _LearnedStep.apply(W_RC, scale, zero, codes, count or W_RC.numel() // scale.numel())
 
 
-def learned_value(
-    x: Tensor, value: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool, features: int
-) -> Tensor:
+def learned_value(x: Tensor, value: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes, features: int) -> Tensor:
     """``value``, with the gradients of LSQ for the activation x and for its scale.
 
     x has any shape and floating dtype; ``value`` is x rounded to the grid, as the exported model computes it;
     ``features`` is N in 1 / sqrt(N high), the factor of the gradient of the scale [1]. The others are those of
     :func:`straight_through`.
     """
-    return _LearnedValue.apply(x, value, scale, zero, low, high, float8, features)
+    return _LearnedValue.apply(x, value, scale, zero, codes, features)
 
 
 def relative_step(start: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,54 +99,49 @@ def replace_value(x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
 
 class _StraightThrough(Function):
     @staticmethod
-    def forward(
-        ctx: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool
-    ) -> Tensor:
+    def forward(ctx: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes, *_: Any) -> Tensor:
         ctx.save_for_backward(W_RC, scale, zero)
-        ctx.grid = (low, high, float8)
-        return _value(W_RC, scale, zero, low, high, float8)
+        ctx.codes = codes
+        return _value(W_RC, scale, zero, codes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_RC: Tensor) -> tuple[Tensor | None, ...]:
         W_RC, scale, zero = ctx.saved_tensors
-        low, high, float8 = ctx.grid
-        half = HALF_STEP[float8]
+        low, high, float_bits, _ = ctx.codes
+        half = HALF_STEP[float_bits]
         if _takes_kernel(W_RC):
             from lightning_compress.ops.fake_quant import kernel
 
-            of_W, _ = kernel.gradients(gradient_RC, W_RC, scale, zero, low, high, float8, half, (True, False))
-            return of_W, None, None, None, None, None
+            of_W, _ = kernel.gradients(gradient_RC, W_RC, scale, zero, low, high, float_bits, half, (True, False))
+            return of_W, None, None, None
         v_RGg, _, _ = _scaled(W_RC, scale, zero)
         inside = (v_RGg >= low - half) & (v_RGg <= high + half)
-        return gradient_RC * inside.view(W_RC.shape), None, None, None, None, None
+        return gradient_RC * inside.view(W_RC.shape), None, None, None
 
 
 class _LearnedStep(_StraightThrough):  # with the same forward
     @staticmethod
+    def forward(ctx: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes, count: int) -> Tensor:
+        ctx.count = count
+        return _StraightThrough.forward(ctx, W_RC, scale, zero, codes)
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_RC: Tensor) -> tuple[Tensor | None, ...]:
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         W_RC, scale, zero = ctx.saved_tensors
-        count, needed = W_RC.numel() // scale.numel(), (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        gradients = _learned_gradients(gradient_RC, W_RC, scale, zero, *ctx.grid, count=count, needed=needed)
-        return *gradients, None, None, None, None
+        gradients = _learned_gradients(gradient_RC, W_RC, scale, zero, ctx.codes, count=ctx.count, needed=needed)
+        return *gradients, None, None, None
 
 
 class _LearnedValue(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        value: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        low: float,
-        high: float,
-        float8: bool,
-        features: int,
+        ctx: Any, x: Tensor, value: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes, features: int
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
-        ctx.grid, ctx.features = (low, high, float8), features
+        ctx.codes, ctx.features = codes, features
         return value.view_as(value)
 
     @staticmethod
@@ -147,9 +151,9 @@ class _LearnedValue(Function):
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
         x_1N, gradient_1N = x.reshape(1, -1), gradient.reshape(1, -1)
         of_x, of_scale = _learned_gradients(
-            gradient_1N, x_1N, scale, zero, *ctx.grid, count=ctx.features, needed=needed
+            gradient_1N, x_1N, scale, zero, ctx.codes, count=ctx.features, needed=needed
         )
-        return None if of_x is None else of_x.view(x.shape), None, of_scale, None, None, None, None, None
+        return None if of_x is None else of_x.view(x.shape), None, of_scale, None, None, None
 
 
 class _RelativeStep(Function):
@@ -186,18 +190,17 @@ def _learned_gradients(
     W_RC: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    low: float,
-    high: float,
-    float8: bool,
+    codes: Codes,
     *,
     count: int,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of W [R, C] and of the scale (in its shape, divided by sqrt(count high)); None if not needed."""
+    low, high, float_bits, _ = codes
     if _takes_kernel(W_RC):
         from lightning_compress.ops.fake_quant import kernel
 
-        of_W, summed = kernel.gradients(gradient_RC, W_RC, scale, zero, low, high, float8, None, needed)
+        of_W, summed = kernel.gradients(gradient_RC, W_RC, scale, zero, low, high, float_bits, None, needed)
         return of_W, None if summed is None else (summed / (count * high) ** 0.5).to(scale.dtype)
     v_RGg, _, z_RG1 = _scaled(W_RC, scale, zero)
     inside_RGg = (v_RGg > low) & (v_RGg < high)
@@ -207,21 +210,23 @@ def _learned_gradients(
         return gradient_W, None
     c_RGg = v_RGg.clamp(low, high)
     outside_RGg = c_RGg if z_RG1 is None else c_RGg - z_RG1
-    slope_RGg = torch.where(inside_RGg, _round(c_RGg, float8).sub_(v_RGg), outside_RGg)  # z cancels inside
+    slope_RGg = torch.where(inside_RGg, _round(c_RGg.clone(), float_bits).sub_(v_RGg), outside_RGg)  # z cancels inside
     summed_RG = slope_RGg.mul_(gradient_RGg).sum(-1)
     summed = summed_RG.sum().view(1) if scale.ndim == 1 else summed_RG
     return gradient_W, (summed / (count * high) ** 0.5).to(scale.dtype)
 
 
-def _value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool) -> Tensor:
+def _value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes) -> Tensor:
+    low, high, float_bits, through_bf16 = codes
     if _takes_kernel(W_RC):
         from lightning_compress.ops.fake_quant import kernel
 
-        return kernel.value(W_RC, scale, zero, low, high, float8)
+        return kernel.value(W_RC, scale, zero, *codes)
     v_RGg, s_RG1, z_RG1 = _scaled(W_RC, scale, zero)
-    q_RGg = _round(v_RGg.clamp_(low, high), float8)
+    q_RGg = _round(v_RGg.clamp_(low, high), float_bits)
     q_RGg = q_RGg if z_RG1 is None else q_RGg - z_RG1
-    return (q_RGg * s_RG1).view(W_RC.shape).to(W_RC.dtype)
+    Q_RC = (q_RGg * s_RG1).view(W_RC.shape)
+    return (Q_RC.to(torch.bfloat16) if through_bf16 else Q_RC).to(W_RC.dtype)
 
 
 def _takes_kernel(W_RC: Tensor) -> bool:
@@ -243,8 +248,11 @@ def _scaled(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, T
     return v_RGg.add_(z_RG1), s_RG1, z_RG1
 
 
-def _round(v: Tensor, float8: bool) -> Tensor:
-    return v.to(torch.float8_e4m3fn).to(v.dtype) if float8 else v.round()
+def _round(v: Tensor, float_bits: int) -> Tensor:
+    """The nearest codes, a new tensor or v itself."""
+    if float_bits == 8:
+        return v.to(torch.float8_e4m3fn).to(v.dtype)
+    return round_float_(v, float_bits) if float_bits else v.round()
 
 
 def _check(W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> None:

@@ -4,9 +4,9 @@ The matrix is treated as lines of the columns that share one scale (per tensor: 
 A program processes a few lines, tile by tile. All arithmetic is in float32, and the same as torch's: division rounds
 correctly, nothing is fused into a multiply-add. One program adds up the sums of a line; results are reproducible.
 
-Integers are rounded by adding and subtracting 1.5 * 2^23, exact to nearest even below 2^22. FP8 (e4m3) is rounded in
-the same way, with that number times the spacing at v: 2^(e - 3), and 2^-9 below 2^-6; no conversion of a GPU or of the
-interpreter is needed.
+Integers are rounded by adding and subtracting 1.5 * 2^23, exact to nearest even below 2^22. Floats are rounded in the
+same way, with that number times the spacing at v: of E4M3 2^(e - 3), and 2^-9 below 2^-6; of E2M1 2^(e - 1), of E2M3
+2^(e - 3), and that of 1 below 1; no conversion of a GPU or of the interpreter is needed.
 
 Shapes: L lines of g columns; blocks of BLOCK_L lines, BLOCK_C columns; runs under Triton 3.6 to 3.9.
 """
@@ -24,7 +24,15 @@ WARPS = 4
 FLAT = 1024  # columns of a line where the tensor has one scale
 
 
-def value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, float8: bool) -> Tensor:
+def value(
+    W_RC: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    low: float,
+    high: float,
+    float_bits: int = 0,
+    through_bf16: bool = False,
+) -> Tensor:
     """W^ [R, C] in the dtype of W, float16, bfloat16 or float32; other arguments as in the reference."""
     W_RC = W_RC.contiguous()
     out = torch.empty_like(W_RC)
@@ -33,8 +41,8 @@ def value(W_RC: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: fl
     with launching(W_RC):
         value_kernel[(triton.cdiv(L, block_l),)](
             W_RC, scale.contiguous(), None if zero is None else zero.contiguous(), out, W_RC.numel(), L, g,
-            float(low), float(high), TENSOR=scale.ndim == 1, HAS_ZERO=zero is not None, FLOAT8=float8,
-            BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
+            float(low), float(high), TENSOR=scale.ndim == 1, HAS_ZERO=zero is not None, FLOAT_BITS=float_bits,
+            THROUGH_BF16=through_bf16, BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -46,7 +54,7 @@ def gradients(
     zero: Tensor | None,
     low: float,
     high: float,
-    float8: bool,
+    float_bits: int,
     beyond: float | None,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -64,8 +72,8 @@ def gradients(
         gradient_kernel[(triton.cdiv(L, block_l),)](
             W_RC, scale.contiguous(), None if zero is None else zero.contiguous(), gradient_RC, of_W, of_lines,
             W_RC.numel(), L, g, float(low), float(high), float(beyond or 0), TENSOR=scale.ndim == 1,
-            HAS_ZERO=zero is not None, FLOAT8=float8, INCLUSIVE=beyond is not None, OF_W=needed[0], OF_SCALE=needed[1],
-            BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
+            HAS_ZERO=zero is not None, FLOAT_BITS=float_bits, INCLUSIVE=beyond is not None, OF_W=needed[0],
+            OF_SCALE=needed[1], BLOCK_L=block_l, BLOCK_C=block_c, num_warps=WARPS,
         )  # fmt: skip
     if of_lines is None:
         return of_W, None
@@ -87,7 +95,8 @@ def _lines(W_RC: Tensor, scale: Tensor) -> tuple[int, int]:
 @triton.jit
 def value_kernel(
     w_ptr, s_ptr, z_ptr, out_ptr, total, L, g, low, high,
-    TENSOR: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    TENSOR: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT_BITS: tl.constexpr, THROUGH_BF16: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     line_L = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     s_L, z_L = _grid(s_ptr, z_ptr, line_L, L, TENSOR, HAS_ZERO)
@@ -95,15 +104,17 @@ def value_kernel(
         at_LC, inside_LC = _tile(line_L, c, total, L, g, BLOCK_C)
         w_LC = tl.load(w_ptr + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
         v_LC = tl.div_rn(w_LC, tl.broadcast_to(s_L[:, None], w_LC.shape)) + z_L[:, None]
-        q_LC = round_code(clamp(v_LC, low, high), FLOAT8)
-        tl.store(out_ptr + at_LC, ((q_LC - z_L[:, None]) * s_L[:, None]).to(out_ptr.dtype.element_ty), mask=inside_LC)
+        q_LC = (round_code(clamp(v_LC, low, high), FLOAT_BITS) - z_L[:, None]) * s_L[:, None]
+        if THROUGH_BF16:
+            q_LC = q_LC.to(tl.bfloat16).to(tl.float32)
+        tl.store(out_ptr + at_LC, q_LC.to(out_ptr.dtype.element_ty), mask=inside_LC)
 
 
 @triton.jit
 def gradient_kernel(
     w_ptr, s_ptr, z_ptr, gradient_ptr, of_w_ptr, of_lines_ptr, total, L, g, low, high, beyond,
-    TENSOR: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT8: tl.constexpr, INCLUSIVE: tl.constexpr, OF_W: tl.constexpr,
-    OF_SCALE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    TENSOR: tl.constexpr, HAS_ZERO: tl.constexpr, FLOAT_BITS: tl.constexpr, INCLUSIVE: tl.constexpr,
+    OF_W: tl.constexpr, OF_SCALE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     line_L = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     s_L, z_L = _grid(s_ptr, z_ptr, line_L, L, TENSOR, HAS_ZERO)
@@ -122,7 +133,7 @@ def gradient_kernel(
             tl.store(of_w_ptr + at_LC, of_w_LC.to(of_w_ptr.dtype.element_ty), mask=inside_LC)
         if OF_SCALE:
             c_LC = clamp(v_LC, low, high)
-            slope_LC = tl.where(on_grid_LC, round_code(c_LC, FLOAT8) - v_LC, c_LC - z_L[:, None])
+            slope_LC = tl.where(on_grid_LC, round_code(c_LC, FLOAT_BITS) - v_LC, c_LC - z_L[:, None])
             sums_LC += slope_LC * gradient_LC
     if OF_SCALE:
         tl.store(of_lines_ptr + line_L, tl.sum(sums_LC, 1), mask=line_L < L)
@@ -155,11 +166,16 @@ def clamp(v, low, high):
 
 
 @triton.jit
-def round_code(v, FLOAT8: tl.constexpr):
-    """The nearest value of the grid, ties to even; |v| < 2^22."""
-    if FLOAT8:
+def round_code(v, FLOAT_BITS: tl.constexpr):
+    """The nearest value of the grid, ties to even; |v| < 2^22. Bits of floats 4, 6 or 8 (or True); 0: integers."""
+    if FLOAT_BITS:
         power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # 2^e
-        base = tl.maximum(power, 0.015625, propagate_nan=tl.PropagateNan.ALL) * 1572864.0  # 2^(e - 3) 1.5 2^23
+        if FLOAT_BITS == 4:
+            base = tl.maximum(power, 1.0, propagate_nan=tl.PropagateNan.ALL) * 6291456.0  # 2^(e - 1) 1.5 2^23
+        elif FLOAT_BITS == 6:
+            base = tl.maximum(power, 1.0, propagate_nan=tl.PropagateNan.ALL) * 1572864.0  # 2^(e - 3) 1.5 2^23
+        else:
+            base = tl.maximum(power, 0.015625, propagate_nan=tl.PropagateNan.ALL) * 1572864.0
     else:
         base = 12582912.0
     return (v + base) - base

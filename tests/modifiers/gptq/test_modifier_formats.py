@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
-from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.record import Quantized
@@ -55,9 +54,3 @@ def test_nvfp4_with_activations_is_calibrated():
     assert shared[0] != shared[1]  # q and k alone are no names that servers fuse
     dense = torch.nn.functional.linear(data[0], model.q.weight, model.q.bias)
     assert 0.001 < (model.q(data[0]) - dense).norm() / dense.norm() < 0.2
-
-
-def test_training_knows_plain_grids_only():
-    for scheme in ("NVFP4A16", "FP8_BLOCK", "MXFP8"):
-        with pytest.raises(ValueError, match="which QATModifier does not know; QuantizationModifier and GPTQModifier"):
-            QATModifier(scheme=scheme)
