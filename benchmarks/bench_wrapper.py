@@ -16,7 +16,7 @@ from lightning_compress.quant.packed import PackedLinear, backends, linear
 from tests.support.fake_triton import fake_triton
 from tests.support.packed_linears import quantized_linear
 
-SCHEMES = ("w4 g64", "NVFP4A16", "w8a8 token", "FP8_DYNAMIC")
+SCHEMES = ("w4 g64", "NVFP4A16", "w8a8 token", "FP8_DYNAMIC", "W4A8 g64", "W4AFP8 g64")
 N, K, CALLS, ROUNDS = 4096, 1024, 300, 9
 
 

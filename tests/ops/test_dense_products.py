@@ -24,12 +24,12 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
-def call(op):
+def call(op, groups=2):
     """A function of x that calls the op with zeros as its weight."""
     if op == "fp4_gemm":
         weight = torch.zeros(N, K // 4).short(), torch.full((K // 16, N), 8).byte(), torch.ones(N)
         return lambda x: fp4_gemm._forward(x, *(t.as_subclass(OnCuda) for t in weight))
-    scale = torch.ones(2, N).bfloat16().as_subclass(OnCuda)
+    scale = torch.ones(groups, N).bfloat16().as_subclass(OnCuda)
     if op == "w4a8_gemm":
         planes = torch.zeros(N, K // 2).char().as_subclass(OnCuda)
         return lambda x: w4a8_gemm._forward(x, planes, scale, torch.int8)
@@ -53,6 +53,10 @@ def calls(monkeypatch):
         monkeypatch.setattr(kernel, "gemm", gemm)
     for kernel in KERNELS.values():
         monkeypatch.setattr(kernel, "dense", dense)
+    monkeypatch.setattr(w4a8_kernel, "eight_bits", lambda *_: names.append("eight_bits") or torch.zeros(N, K).char())
+    monkeypatch.setattr(
+        w4a8_gemm, "w8a8_gemm", lambda codes, *_: names.append("w8a8_gemm") or codes.new_zeros(len(codes), N)
+    )
     monkeypatch.setattr(w4a8_gemm, "quantize_tokens", tokens_reference.quantize_tokens)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     gpu(monkeypatch, (9, 0), (3, 6))
@@ -71,6 +75,19 @@ def test_from_512_tokens_the_weight_is_dequantized_by_one_kernel(op, calls):
     assert calls == ["gemm"]
     assert product(torch.ones(2, 256, K).bfloat16().as_subclass(OnCuda)).shape == (2, 256, N)
     assert calls == ["gemm", "dense"]
+
+
+@pytest.mark.parametrize(("groups", "dtype", "ways"), [
+    (1, torch.bfloat16, ["eight_bits", "w8a8_gemm"]), (1, torch.float32, ["eight_bits", "w8a8_gemm"]),
+    (2, torch.bfloat16, ["dense"]), (2, torch.float16, ["dense"]), (2, torch.float32, ["gemm"]),
+], ids=str)  # fmt: skip
+def test_tokens_of_eight_bits_keep_them_where_rows_have_one_scale(groups, dtype, ways, calls):
+    """float32 products of cuBLAS are slower than those of 8-bit codes."""
+    product = call("w4a8_gemm", groups)
+    product(torch.ones(511, K).to(dtype).as_subclass(OnCuda))
+    assert calls == ["gemm"]
+    product(torch.ones(2, 256, K).to(dtype).as_subclass(OnCuda))
+    assert calls[1:] == ways
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -121,24 +138,27 @@ class Ops(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", ["w4a16_gemm", "fp4_gemm"])
+@pytest.mark.parametrize("op", [*KERNELS, "eight bits"])
 def test_dequantizing_is_one_launch_of_less_than_six_bytes_per_weight(op, monkeypatch):
-    kernel, launches = KERNELS[op], []
+    kernel, launches = KERNELS.get(op, w4a8_kernel), []
 
     class Launches:
         def __getitem__(self, grid):
             return lambda *arguments, **constants: launches.append((grid, arguments))
 
-    monkeypatch.setattr(kernel, "dense_kernel", Launches())
-    if op == "w4a16_gemm":
+    monkeypatch.setattr(kernel, "codes_kernel" if op == "eight bits" else "dense_kernel", Launches())
+    if op in ("w4a8_gemm", "eight bits"):
+        weight = torch.zeros(N, K // 2).char(), torch.ones(2, N).bfloat16()
+        arguments = (*weight, K, torch.bfloat16) if op == "w4a8_gemm" else (weight[0], K, 2, torch.int8)
+    elif op == "w4a16_gemm":
         weight = torch.zeros(N, K // 4).short(), torch.ones(2, N).bfloat16()
         arguments = (*weight, None, K, torch.bfloat16)
     else:
         weight = torch.zeros(N, K // 4).short(), torch.ones(K // 16, N).byte(), torch.ones(N)
         arguments = (fp4_gemm.Layout(*weight), K, torch.bfloat16)
     with Ops() as ops:
-        W = kernel.dense(*arguments)
-    assert ops.names == ["aten.empty.memory_format"]  # which launches nothing
+        W = (kernel.eight_bits if op == "eight bits" else kernel.dense)(*arguments)
+    assert set(ops.names) <= {"aten.empty.memory_format", "aten.view.dtype", "aten.detach.default"}  # no launches
     ((grid, _),) = launches
     assert grid == (2, 1)  # each program writes 64 rows of 128 columns, and reads their words once
     assert (sum(t.nbytes for t in weight) + 2 * W.nbytes) / (N * K) < 6  # cuBLAS reads W

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: make test-kernels
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
-from lightning_compress.ops.w4a8_gemm.kernel import constants, dense_kernel, w4a8_kernel
+from lightning_compress.ops.w4a8_gemm.kernel import codes_kernel, constants, dense_kernel, w4a8_kernel
 from tests.ops.test_w8a8_gemm_compiled import CORE
 from tests.support.triton_compilation import SHARED, compiled, inspect_code, loops, products_before_use
 
@@ -65,6 +65,15 @@ def test_dequantizing_is_a_plain_stream(group, plane, capability, tmp_path):
     fixed = {"GROUP": group, "PLANE": plane, "INTERPRETED": False, "BLOCK_N": 64}
     code = inspect_code(compiled(dense_kernel, capability, types, fixed, 4), tmp_path)
     assert (code["spills"], code["stack"]) == (0, 0), code
-    assert code["wide"] == (10 if plane == 64 else 5), (
-        code
-    )  # 64 or 32 weights of a thread: all accesses are of 16 bytes
+    wide = 10 if plane == 64 else 5  # 64 or 32 weights of a thread: all accesses are of 16 bytes
+    assert code["wide"] == wide, code
+
+
+@pytest.mark.parametrize("integer", [True, False])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_unpacking_is_a_plain_stream(integer, capability, tmp_path):
+    types = {"planes_ptr": "*i8", "out_ptr": "*i8"}
+    fixed = {"PLANE": 64, "INTEGER": integer, "INTERPRETED": False, "BLOCK_N": 64}
+    code = inspect_code(compiled(codes_kernel, capability, types, fixed, 4), tmp_path)
+    assert (code["spills"], code["stack"]) == (0, 0), code
+    assert code["wide"] == 6, code  # 32 bytes of a thread, two codes in each

@@ -46,7 +46,8 @@ def prepare(x: Tensor, layout: Layout, launch: W4Launch | None = None) -> Callab
     K, (G, N) = x.shape[-1], layout.scale.shape
     launch = launch or choose(x.numel() // K, N, K, x.dtype, x.device)
     fixed = constants(launch, G, K, x.dtype, not isinstance(fp4_kernel, triton.JITFunction))
-    return split_product(fp4_kernel, x, layout, N, launch, fixed)
+    numbers = x.numel() // K, N, K, x.stride(-2) if x.ndim > 1 else K
+    return split_product(fp4_kernel, layout, (*x.shape[:-1], N), x.dtype, launch, fixed, numbers)
 
 
 def dense(layout: Layout, K: int, dtype: torch.dtype) -> Tensor:

@@ -51,33 +51,36 @@ def prepare(
     launch = launch or choose(x.numel() // K, N, K, x.dtype, x.device, K // G)
     interpreted = not isinstance(w4a16_kernel, triton.JITFunction)
     fixed = constants(launch, G, K, x.dtype, zero_GN is not None, interpreted)
-    return split_product(w4a16_kernel, x, (planes_NP, scale_GN, zero_GN), N, launch, fixed)
+    numbers = x.numel() // K, N, K, x.stride(-2) if x.ndim > 1 else K
+    weight = planes_NP, scale_GN, zero_GN
+    return split_product(w4a16_kernel, weight, (*x.shape[:-1], N), x.dtype, launch, fixed, numbers)
 
 
 def split_product(
-    kernel: Any, x: Tensor, weight: Sequence[Tensor | None], N: int, launch: W4Launch, fixed: Mapping[str, Any]
-) -> Callable[[Tensor], Tensor]:
-    """A kernel whose programs share the sums of split columns (split_sums.py), as a function of x.
+    kernel: Any, weight: Sequence[Tensor | None], shape: Sequence[int], dtype: torch.dtype, launch: W4Launch,
+    fixed: Mapping[str, Any], numbers: Sequence[int],
+) -> Callable[..., Tensor]:  # fmt: skip
+    """A kernel whose programs share the sums of split columns (split_sums.py), as a function of the tokens' operands.
 
     Args:
-        kernel: It takes x, ``weight``, out, parts and counters, M, N, K and the stride of x.
-        x: One of the inputs, [..., K].
+        kernel: It takes the operands of tokens, ``weight``, out, parts and counters, and ``numbers``.
         weight: The operands of the weight.
-        N: Output features.
+        shape: That of the product, [..., N].
+        dtype: That of the product.
         launch: Tiles, split, warps and stages.
         fixed: Compile-time arguments of the kernel.
+        numbers: Integers, M and N first.
     """
-    K, shape, dtype, device = x.shape[-1], (*x.shape[:-1], N), x.dtype, x.device
-    M, stride, split = x.numel() // K, x.stride(-2) if x.ndim > 1 else K, launch.split
+    (M, N), split = numbers[:2], launch.split
     grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), split)
     tiles = grid[0] * grid[1]
     prepared = PreparedKernel(kernel, grid, fixed, num_warps=launch.warps, num_stages=launch.stages)
 
-    def product(x: Tensor) -> Tensor:
-        out = torch.empty(shape, dtype=dtype, device=device)
-        with launching(x):
-            parts, counters = workspace(x, M, N, split, tiles)
-            prepared(x, *weight, out, parts, counters, M, N, K, stride)
+    def product(*tokens: Tensor) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=tokens[0].device)
+        with launching(out):
+            parts, counters = workspace(out, M, N, split, tiles)
+            prepared(*tokens, *weight, out, parts, counters, *numbers)
         return out
 
     return product

@@ -6,6 +6,8 @@ same codes. Layout, roofline and measured numbers are in the README beside this 
 Shapes: M tokens, N output features, K input features, G groups of K / G columns, P bytes in a row.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,15 @@ from lightning_compress.ops.availability import kernel_runs
 from lightning_compress.ops.registration import check_matrices, check_tokens, product_op, skips_dispatcher
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, codes, plane_of, to_planes
 from lightning_compress.ops.w4a8_gemm.reference import dequantize
-from lightning_compress.ops.w8a8_gemm import KINDS, quantize_tokens
+from lightning_compress.ops.w8a8_gemm import KINDS, quantize_tokens, w8a8_gemm
 
-__all__ = ["dequantize", "to_planes", "w4a8_gemm"]
+__all__ = ["dequantize", "prepare", "to_planes", "w4a8_gemm"]
+
+# Tokens from which the weight is unpacked for cuBLAS, predicted (README). With one scale per row it becomes 8-bit
+# codes, and the sums are those of the kernel; scales of groups are not factors of an 8-bit product of whole rows, so
+# weight and tokens become 16-bit numbers, which the tensor cores multiply at half the rate.
+DENSE_FROM = 512
+E4M3_UNIT = 512.0  # codes as e4m3 are times 2^-9
 
 
 def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -34,6 +42,18 @@ def w4a8_gemm(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype 
     check(x, planes_NP, scale_GN, kind)
     y: Tensor = (_forward if skips_dispatcher(x) else _gemm_op)(x, planes_NP, scale_GN, kind)
     return y
+
+
+def prepare(
+    x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype = torch.float8_e4m3fn
+) -> Callable[[Tensor], Tensor] | None:
+    """:func:`w4a8_gemm` of contiguous x of the same ``call_key``, without checks; None if no kernel computes it."""
+    check(x, planes_NP, scale_GN, kind)
+    if not x.numel() or not _takes(x, scale_GN):
+        return None
+    from lightning_compress.ops.w4a8_gemm import kernel
+
+    return kernel.prepare(x, planes_NP, scale_GN, kind)
 
 
 def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> None:
@@ -63,13 +83,27 @@ def check(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> 
 def _forward(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> Tensor:
     K, (G, N) = x.shape[-1], scale_GN.shape
     codes_MK, scale_M = quantize_tokens(x.reshape(-1, K), kind)
-    if x.is_cuda and _kernel_runs(x, K // G, G):
+    if _takes(x, scale_GN):
         from lightning_compress.ops.w4a8_gemm.kernel import gemm
 
         y_MN = gemm(codes_MK, scale_M, planes_NP, scale_GN, x.dtype)
+    elif x.is_cuda and G == 1 and kernel_runs(x.device, None):
+        from lightning_compress.ops.w4a8_gemm.kernel import eight_bits
+
+        scale_N = scale_GN[0].float() * (1 if kind == torch.int8 else E4M3_UNIT)
+        y_MN = w8a8_gemm(codes_MK, scale_M, eight_bits(planes_NP, K, G, kind), scale_N, x.dtype)
+    elif x.is_cuda and x.dtype != torch.float32:
+        y_MN = codes_MK.to(x.dtype) * scale_M.to(x.dtype)[:, None] @ _dense(planes_NP, scale_GN, K, x.dtype).t()
     else:
         y_MN = (codes_MK.float() @ _dense(planes_NP, scale_GN, K, torch.float32).t() * scale_M[:, None]).to(x.dtype)
     return y_MN.view(*x.shape[:-1], N)
+
+
+def _takes(x: Tensor, scale_GN: Tensor) -> bool:
+    """Whether the fused kernel computes the product."""
+    K, G = x.shape[-1], len(scale_GN)
+    many = x.numel() >= DENSE_FROM * K and (G == 1 or x.dtype != torch.float32)
+    return x.is_cuda and not many and _kernel_runs(x, K // G, G)
 
 
 def _kernel_runs(x: Tensor, group: int, groups: int) -> bool:

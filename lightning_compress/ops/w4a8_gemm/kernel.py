@@ -11,21 +11,24 @@ The scales of a block are loaded one block ahead.
 Shapes: M tokens, N output features, K input features, G groups; runs under Triton 3.6 to 3.9.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_compress.ops.launches import launching
-from lightning_compress.ops.split_sums import store_sums, workspace
+from lightning_compress.ops.split_sums import store_sums
 from lightning_compress.ops.w4a8_gemm.layout import PLANES, plane_of
-from lightning_compress.ops.w4a16_gemm.kernel import as_floats, load_words, rounded
+from lightning_compress.ops.w4a16_gemm.kernel import as_floats, load_words, rounded, split_product
 from lightning_compress.ops.w4a16_gemm.launch import W4Launch, rule
-from lightning_compress.ops.w8a8_gemm.kernel import e4m3_half, e4m3_mode
+from lightning_compress.ops.w8a8_gemm.kernel import e4m3_half, e4m3_mode, prepare_quantize
 
-__all__ = ["constants", "dense", "dense_kernel", "gemm", "w4a8_kernel"]
+__all__ = ["codes_kernel", "constants", "dense", "dense_kernel", "eight_bits", "gemm", "prepare", "w4a8_kernel"]
 
-DENSE_ROWS = 64  # of a program of dense_kernel
+DENSE_ROWS = 64  # of a program of dense_kernel and codes_kernel
 
 
 def gemm(
@@ -33,23 +36,31 @@ def gemm(
     launch: W4Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in ``dtype``; codes int8 or float8_e4m3fn, contiguous, the weight as ``w4a8_gemm`` checks it."""
-    (M, K), (G, N) = codes_MK.shape, scale_GN.shape
+    M, N = len(codes_MK), scale_GN.shape[1]
     if M == 0:
         return codes_MK.new_empty(0, N, dtype=dtype)
+    multiply = _prepare_gemm((M, N), codes_MK.shape[1], planes_NP, scale_GN, codes_MK.dtype, dtype, launch)
+    return multiply(codes_MK.view(torch.int8), scale_M)
+
+
+def prepare(x: Tensor, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """``w4a8_gemm`` as a function of contiguous x [..., K], for others of the same ``call_key``; M > 0."""
+    K, N = x.shape[-1], scale_GN.shape[1]
+    quantize = prepare_quantize(x.numel() // K, K, x.dtype, kind, x.dtype, dynamic=True)
+    multiply = _prepare_gemm((*x.shape[:-1], N), K, planes_NP, scale_GN, kind, x.dtype)
+    return lambda x: multiply(*quantize(x, None))
+
+
+def _prepare_gemm(
+    shape: tuple[int, ...], K: int, planes_NP: Tensor, scale_GN: Tensor, kind: torch.dtype, dtype: torch.dtype,
+    launch: W4Launch | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """y, of this shape, of the codes [M, K] of tokens, int8 or the bits of e4m3, and of their scales [M]."""
+    M, N, device = math.prod(shape[:-1]), shape[-1], planes_NP.device
     if launch is None:
-        processors = torch.cuda.get_device_properties(codes_MK.device).multi_processor_count
-        launch = rule(M, N, K, torch.bfloat16, processors)
-    grid = (triton.cdiv(N, launch.block_n), triton.cdiv(M, launch.block_m), launch.split)
-    out = torch.empty((M, N), dtype=dtype, device=codes_MK.device)
-    native, interpreted = e4m3_mode(codes_MK.device)
-    with launching(codes_MK):
-        parts, counters = workspace(codes_MK, M, N, launch.split, grid[0] * grid[1])
-        w4a8_kernel[grid](
-            codes_MK.view(torch.int8), scale_M, planes_NP, scale_GN, out, parts, counters, M, N, K,
-            **constants(launch, G, K, codes_MK.dtype, native, interpreted), num_warps=launch.warps,
-            num_stages=launch.stages,
-        )  # fmt: skip
-    return out
+        launch = rule(M, N, K, torch.bfloat16, torch.cuda.get_device_properties(device).multi_processor_count)
+    fixed = constants(launch, len(scale_GN), K, kind, *e4m3_mode(device))
+    return split_product(w4a8_kernel, (planes_NP, scale_GN), shape, dtype, launch, fixed, (M, N, K))
 
 
 def dense(planes_NP: Tensor, scale_GN: Tensor, K: int, dtype: torch.dtype) -> Tensor:
@@ -63,6 +74,20 @@ def dense(planes_NP: Tensor, scale_GN: Tensor, K: int, dtype: torch.dtype) -> Te
                 planes_NP, scale_GN, W_NK, N, K, GROUP=K // G, PLANE=plane, INTERPRETED=interpreted, BLOCK_N=DENSE_ROWS
             )
     return W_NK
+
+
+def eight_bits(planes_NP: Tensor, K: int, groups: int, kind: torch.dtype) -> Tensor:
+    """The codes [N, K] as int8, or as float8_e4m3fn times 2^-9: one launch, 1.5 bytes of a weight."""
+    N, plane = len(planes_NP), plane_of(K, groups)
+    codes_NK = torch.empty((N, K), dtype=torch.int8, device=planes_NP.device)
+    interpreted = not isinstance(codes_kernel, triton.JITFunction)
+    if N:
+        with launching(planes_NP):
+            codes_kernel[(triton.cdiv(K, PLANES * plane), triton.cdiv(N, DENSE_ROWS))](
+                planes_NP, codes_NK, N, K, PLANE=plane, INTEGER=kind == torch.int8, INTERPRETED=interpreted,
+                BLOCK_N=DENSE_ROWS,
+            )  # fmt: skip
+    return codes_NK.view(kind)
 
 
 def constants(
@@ -186,15 +211,10 @@ def dense_kernel(
     GROUP: tl.constexpr, PLANE: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Code times scale, in float32, rounded to the dtype of out [N, K]."""
-    row_N1 = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    column_1c = tl.arange(0, PLANE)[None, :]
-    first = tl.program_id(0) * 2 * PLANE
-    bytes_ptr = (
-        planes_ptr + row_N1.to(tl.int64) * (tl.cdiv(K, 2 * PLANE) * PLANE) + tl.program_id(0) * PLANE + column_1c
-    )
-    bytes_Nc = tl.load(bytes_ptr, mask=row_N1 < N, other=0).to(tl.int32)
+    row_N1, column_1c = _rows(BLOCK_N), tl.arange(0, PLANE)[None, :]
+    bytes_Nc = _bytes(planes_ptr, row_N1, N, K, PLANE).to(tl.int32)
     for j in tl.static_range(2):
-        k = first + j * PLANE
+        k = (tl.program_id(0) * 2 + j) * PLANE
         if GROUP % PLANE == 0:  # planes past K have no group
             at = tl.minimum(k, K - 1) // GROUP * N + row_N1
         else:
@@ -205,3 +225,30 @@ def dense_kernel(
         out_Nc = rounded(code_Nc.to(tl.float32) * scale, out_ptr.dtype.element_ty, INTERPRETED)
         inside = (row_N1 < N) & (k + column_1c < K)
         tl.store(out_ptr + row_N1.to(tl.int64) * K + k + column_1c, out_Nc, mask=inside)
+
+
+@triton.jit
+def codes_kernel(
+    planes_ptr, out_ptr, N, K,
+    PLANE: tl.constexpr, INTEGER: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The codes as 8-bit operands, [N, K]."""
+    row_N1, column_1c = _rows(BLOCK_N), tl.arange(0, PLANE)[None, :]
+    bytes_Nc = _bytes(planes_ptr, row_N1, N, K, PLANE)
+    for j in tl.static_range(2):
+        k = (tl.program_id(0) * 2 + j) * PLANE
+        inside = (row_N1 < N) & (k + column_1c < K)
+        code_Nc = _operand(bytes_Nc, j, INTEGER, INTERPRETED)
+        tl.store(out_ptr + row_N1.to(tl.int64) * K + k + column_1c, code_Nc, mask=inside)
+
+
+@triton.jit
+def _rows(BLOCK_N: tl.constexpr):
+    return (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+
+
+@triton.jit
+def _bytes(planes_ptr, row_N1, N, K, PLANE: tl.constexpr):
+    """The bytes of two planes."""
+    at = row_N1.to(tl.int64) * (tl.cdiv(K, 2 * PLANE) * PLANE) + tl.program_id(0) * PLANE
+    return tl.load(planes_ptr + at + tl.arange(0, PLANE)[None, :], mask=row_N1 < N, other=0)

@@ -27,8 +27,8 @@ from lightning_compress.ops.split_sums import workspace
 from lightning_compress.ops.w8a8_gemm.reference import HALF_RANGE
 
 __all__ = [
-    "W8Launch", "e4m3_half", "e4m3_mode", "gemm", "gemm_kernel", "prepare", "quantize_kernel", "quantize_static",
-    "quantize_tokens", "rule", "scale_kernel", "scale_sums",
+    "W8Launch", "e4m3_half", "e4m3_mode", "gemm", "gemm_kernel", "prepare", "prepare_quantize", "quantize_kernel",
+    "quantize_static", "quantize_tokens", "rule", "scale_kernel", "scale_sums",
 ]  # fmt: skip
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -71,7 +71,7 @@ def prepare(x: Tensor, scale: Tensor | None, weight_NK: Tensor, scale_N: Tensor)
     M, shape = x.numel() // K, (*x.shape[:-1], N)
     quotient = x.dtype if scale is None else torch.promote_types(x.dtype, scale.dtype)
     fixed_scale = None if scale is None else scale.float()
-    quantize = _prepare_quantize(M, K, x.dtype, kind, quotient, dynamic=scale is None)
+    quantize = prepare_quantize(M, K, x.dtype, kind, quotient, dynamic=scale is None)
     multiply = _prepare_gemm(M, int(scale is None and M > 1), weight_NK, scale_N, x.dtype)
 
     def linear(x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def e4m3_mode(device: torch.device) -> tuple[bool, bool]:
 def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes [M, K] of ``kind`` and scales float32 [M], of x float16, bfloat16 or float32."""
     M, K = x_MK.shape
-    quantize = _prepare_quantize(M, K, x_MK.dtype, kind, x_MK.dtype, dynamic=True)
+    quantize = prepare_quantize(M, K, x_MK.dtype, kind, x_MK.dtype, dynamic=True)
     codes, scale_M = quantize(x_MK.contiguous(), None)
     return codes.view(kind), scale_M
 
@@ -137,11 +137,11 @@ def quantize_tokens(x_MK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 def quantize_static(x_MK: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
     """Codes [M, K] of ``kind`` for one scale [1]; the quotient has the promoted dtype of both."""
     (M, K), quotient = x_MK.shape, torch.promote_types(x_MK.dtype, scale.dtype)
-    quantize = _prepare_quantize(M, K, x_MK.dtype, kind, quotient, dynamic=False)
+    quantize = prepare_quantize(M, K, x_MK.dtype, kind, quotient, dynamic=False)
     return quantize(x_MK.contiguous(), scale.float())[0].view(kind)
 
 
-def _prepare_quantize(
+def prepare_quantize(
     M: int, K: int, dtype: torch.dtype, kind: torch.dtype, quotient: torch.dtype, *, dynamic: bool
 ) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """Codes of contiguous x as int8, and their scales: those given, or if dynamic new ones."""

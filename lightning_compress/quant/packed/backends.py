@@ -16,6 +16,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from lightning_compress.ops import fp4_gemm as fp4
+from lightning_compress.ops import w4a8_gemm as w4a8
 from lightning_compress.ops import w4a16_gemm as w4a16
 from lightning_compress.ops import w8a8_gemm as w8a8
 from lightning_compress.ops.fp4_gemm import fp4_gemm
@@ -220,11 +221,15 @@ class Int4InputsOnCuda:
         return {"weight": codes_NK, "weight_scale": scale_GN.t().contiguous()}
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
-        kind = torch.int8 if _kind(_inputs(layer)) == "int8" else torch.float8_e4m3fn
-        return w4a8_gemm(x, operands[0], operands[1], kind)
+        return w4a8_gemm(x, *operands, self._codes(layer))
 
     def prepared(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
-        return None
+        return w4a8.prepare(x, *operands, self._codes(layer))
+
+    @staticmethod
+    def _codes(layer: Weights) -> torch.dtype:
+        """Dtype of the codes of tokens."""
+        return torch.int8 if _kind(_inputs(layer)) == "int8" else torch.float8_e4m3fn
 
 
 class Fp4OnCuda:
