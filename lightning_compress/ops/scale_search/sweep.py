@@ -83,7 +83,8 @@ def scale_sweep_kernel(
             n_L = tl.where(k == -FIRST, s_L, tl.div_rn(n_L, tl.zeros(n_L.shape, tl.float32) + global_scale))
         else:
             n_L = s_L * tl.where(k == 0, 1.0, tl.where(k == 1, 2.0, 0.5))
-            n_L = tl.minimum(tl.maximum(n_L, 5.877471754111438e-39), 1.7014118346046923e38)
+            least = tl.full([], 5.877471754111438e-39, tl.float32)  # a plain subnormal is float64 to Triton 3.6
+            n_L = tl.minimum(tl.maximum(n_L, least), 1.7014118346046923e38)
         e_L = _lost(w_LC, h_LC, n_L, power, LARGEST, LEAST, BASE, SQUARE)
         found_L, best_L = tl.where(e_L < best_L, n_L, found_L), tl.minimum(e_L, best_L)
     tl.store(out_ptr + line_L, found_L, mask=line_L < L)
