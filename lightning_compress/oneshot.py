@@ -45,6 +45,7 @@ def compress(
     log: str | Path | None = None,
     resume: Resume = "auto",
     team: Team = Team(),  # noqa: B008  (frozen)
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Ledger:
     """Compress a model in place.
 
@@ -81,6 +82,7 @@ def compress(
         team: With ``Team.of_processes()`` (lightning_compress.team) the processes of the default group calibrate
             together: each calls this with the same model and batches, runs its share of the batches, and ends with the
             same result, bit for bit that of a single process.
+        loss: ``loss(model, batch)``, a tensor with one number, for modifiers with ``objective="training_step"``.
 
     Returns:
         The ledger: a row for each module and technique.
@@ -99,8 +101,10 @@ def compress(
     )  # fmt: skip
     lifecycle = Lifecycle(modifiers_of(modifiers))
     batches = first_batches(batches, max_batches)
-    state = State(model=model, ledger=Ledger(), team=team)
+    state = State(model=model, ledger=Ledger(), team=team, user_loss=_with_model(loss, model))
     check_team(lifecycle, team)
+    if loss is not None and not any(m.needs.gradients == "training_step" for m in lifecycle.modifiers):
+        raise ValueError("loss is given, and no modifier has objective='training_step', so that nothing would use it")
     check_uninterrupted(model)
     # a modifier with a window was made for training, which needs experts in one tensor
     windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)
@@ -111,6 +115,12 @@ def compress(
             calibrate(lifecycle, state, batches, options, forward=forward, progress=progress, log=group_log)
     guard_save_pretrained(model)
     return state.ledger
+
+
+def _with_model(
+    loss: Callable[[nn.Module, Any], Tensor] | None, model: nn.Module
+) -> Callable[[Any, int], Tensor | None] | None:
+    return None if loss is None else lambda batch, number: loss(model, batch)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """A backward pass of the dense model for each calibration batch: gradients of a loss whose labels it draws itself.
 
-    classes    y ~ softmax(logits),  L = sum over tokens of -log p(y)      E[g g^T] is Fisher's matrix
-    values     e ~ N(0, I),          L = sum of output * e                 the same for a normal distribution
+    classes          y ~ softmax(logits),  L = sum over tokens of -log p(y)      E[g g^T] is Fisher's matrix
+    values           e ~ N(0, I),          L = sum of output * e                 the same for a normal distribution
+    training_step    L as the user trains on it, with the labels of the batch
 
-So no labels are needed, and the gradients say where the model's own answer is sensitive. No parameter needs a
+So the first two need no labels, and the gradients say where the model's own answer is sensitive. No parameter needs a
 gradient: the outputs of hooked modules do. Labels of a batch depend on the seed and on its number, not on ranks.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_compress.calibration.whole_model import checkpointed
 from lightning_compress.core import Modifier
 from lightning_compress.layers.forward import gradients_for
 from lightning_compress.layers.outputs import logits_of
+from lightning_compress.team import Team
 
 __all__ = ["Gradients", "gradients_of", "sampled_loss"]
 
@@ -28,12 +30,14 @@ class Gradients:
     """Backward passes for those modifiers that need them.
 
     Args:
-        kind: ``classes`` or ``values``.
+        kind: ``classes``, ``values`` or ``training_step``.
         seed: Of the labels.
+        user_loss: ``State.user_loss``, for ``training_step``.
     """
 
-    def __init__(self, kind: str, seed: int):
-        self.kind, self.seed = kind, seed
+    def __init__(self, kind: str, seed: int, user_loss: Callable[[Any, int], Tensor | None] | None = None):
+        self.kind, self.seed, self.user_loss = kind, seed, user_loss
+        self.count = 0  # of batches whose loss had gradients
 
     @contextmanager
     def enabled(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
@@ -41,24 +45,46 @@ class Gradients:
         with gradients_for(model, ()), torch.enable_grad(), checkpointed(blocks):
             yield
 
-    def backward(self, output: Any, mask: Tensor | None, number: int) -> None:
-        """Gradients of batch ``number`` reach the hooks."""
-        loss = sampled_loss(output, self.kind, mask, self.seed * 1_000_003 + number)
-        if loss.requires_grad:  # else no hooked module was reached
+    def run(self, runner: Callable[[Any], Any], batch: Any, mask: Tensor | None, number: int) -> None:
+        """Batch ``number`` forwards, by ``runner`` where the loss is not the user's, and back: hooks get gradients."""
+        if self.user_loss is not None:
+            loss = self.user_loss(batch, number)
+        else:
+            loss = sampled_loss(runner(batch), self.kind, mask, self.seed * 1_000_003 + number)
+        if loss is not None and loss.requires_grad:  # else no hooked module was reached
+            self.count += 1
             loss.backward()
 
+    def check(self, team: Team) -> None:
+        """ValueError where the user's loss had no gradients in any batch of any rank."""
+        if self.user_loss is not None and not team.agree(self.count > 0, "the survey of the dense model"):
+            raise ValueError(
+                "objective='training_step': in no calibration batch did the loss have a gradient with respect to the "
+                "model that is compressed; training_step (or loss=) must compute its loss from that model's output, "
+                "without no_grad() or detach(), and return it"
+            )
 
-def gradients_of(modifiers: Sequence[Modifier], seed: int) -> Gradients | None:
+
+def gradients_of(
+    modifiers: Sequence[Modifier], seed: int, user_loss: Callable[[Any, int], Tensor | None] | None = None
+) -> Gradients | None:
     """What these modifiers need; None: no gradients.
 
     Raises:
-        ValueError: They need gradients of different losses.
+        ValueError: They need gradients of different losses, or of a loss of the user that there is not.
     """
     kinds = {modifier.needs.gradients: modifier.name for modifier in modifiers if modifier.needs.gradients}
     if len(kinds) > 1:
         named = " and ".join(f"{name} those of {kind}" for kind, name in kinds.items())
         raise ValueError(f"one survey has gradients of one loss, and {named} are asked for; give them one objective")
-    return Gradients(str(next(iter(kinds))), seed) if kinds else None
+    if "training_step" not in kinds:
+        return Gradients(str(next(iter(kinds))), seed) if kinds else None
+    if user_loss is None:
+        raise ValueError(
+            f"{kinds['training_step']}: objective='training_step' takes the loss of a LightningModule, and there is "
+            f"none here: give loss=lambda model, batch: ... to compress(), or train with a Trainer"
+        )
+    return Gradients("training_step", seed, user_loss)
 
 
 def sampled_loss(output: Any, kind: str, mask: Tensor | None, seed: int) -> Tensor:

@@ -168,7 +168,7 @@ def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
             for modifier in lifecycle.modifiers:
                 if not any(modifier is one for one in remaining):
                     stack.enter_context(modifier.paused())
-            _run_survey(walker, blocks, gradients_of(remaining, walker.options.seed))
+            _run_survey(walker, blocks, gradients_of(remaining, walker.options.seed, walker.state.user_loss))
         lifecycle.set_token_mask(None)
     if not known:
         walker.log.store_survey()
@@ -181,14 +181,18 @@ def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
 
 def _run_survey(walker: Walker, blocks: Mapping[str, nn.Module], gradients: Gradients | None) -> None:
     """All batches of this rank through the dense model, and back where there are gradients."""
+    model = walker.model
     for i, batch in enumerate(walker.batches):
         walker.report(f"survey of the dense model, batch {i + 1}/{len(walker.batches)}")
-        mask = tree_move(token_mask(batch), walker.device or device_of(walker.model))
+        mask = tree_move(token_mask(batch), walker.device or device_of(model))
         walker.lifecycle.set_token_mask(mask, walker.numbers[i])
-        with nullcontext() if gradients is None else gradients.enabled(walker.model, blocks.values()):
-            output = walker.runner(batch)
-            if gradients is not None:
-                gradients.backward(output, mask, walker.numbers[i])
+        if gradients is None:
+            walker.runner(batch)
+            continue
+        with gradients.enabled(model, blocks.values()):
+            gradients.run(walker.runner, tree_move(batch, device_of(model)), mask, walker.numbers[i])
+    if gradients is not None:
+        gradients.check(walker.state.team)
 
 
 def _check_batches(modifiers: Sequence[Modifier], batches: Sequence[Any] | None) -> None:

@@ -40,7 +40,8 @@ class Needs:
         survey: All calibration batches through the dense model before the walk (BLOCK_SURVEYED; one more forward pass).
         gradients: With ``survey``: a backward pass for each batch, too, of a loss whose labels are drawn from the dense
             model itself. ``classes``: cross entropy, labels drawn from the softmax of its logits; ``values``: squared
-            error of its output, with normal noise as error. Outputs of hooked modules then have gradients.
+            error of its output, with normal noise as error. ``training_step``: of the user's own loss
+            (``State.user_loss``). Outputs of hooked modules then have gradients.
         replay: Whole blocks run again at BLOCK_END (``State.replay``), so that the walk must take two passes.
         after_walk: It acts at CALIBRATION_END, when all blocks are compressed: ``State.replay`` then runs the whole
             model on a batch, with gradients where they are enabled. The model must be in memory.
@@ -66,7 +67,7 @@ class Needs:
     one_pass: bool = False
     own_pass: bool = False
     survey: bool = False
-    gradients: Literal["classes", "values"] | None = None
+    gradients: Literal["classes", "values", "training_step"] | None = None
     replay: bool = False
     after_walk: bool = False
     dense_outputs: bool = False

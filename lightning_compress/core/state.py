@@ -43,6 +43,9 @@ class State:
         batches: How many batches ``replay`` knows.
         interrupt: At CALIBRATION_END, for a modifier with ``needs.after_walk``: to be called by all processes together,
             as often as their work allows; what it raises ends the run there.
+        user_loss: ``user_loss(batch, number)``: the user's own loss on a calibration batch, a tensor with one number,
+            or None where it has none for this batch: that of the LightningModule's ``training_step``, or of ``loss``
+            of ``compress``. None: there is neither.
         ledger: Ledger of the facts on modules.
         team: The processes that calibrate together, each with its own batches.
     """
@@ -59,6 +62,7 @@ class State:
     dense: Callable[[int], Tensor] | None = None
     batches: int = 0
     interrupt: Callable[[], None] = _go_on
+    user_loss: Callable[[Any, int], Tensor | None] | None = None
     ledger: Ledger = field(default_factory=Ledger)
     team: Team = field(default_factory=Team)
 

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Modifier
 from lightning_compress.layers.expert import ExpertLinear
-from lightning_compress.layers.matrix import CONVOLUTIONS, inputs_as_rows
+from lightning_compress.layers.matrix import CONVOLUTIONS, inputs_as_rows, is_embedding
 from lightning_compress.layerwise.parent import counted
 from lightning_compress.team import Team
 
-__all__ = ["GRADIENTS", "UNSHARDED", "Objective", "TokenWeights"]
+__all__ = ["GRADIENTS", "UNSHARDED", "Objective", "TokenWeights", "energies", "with_gradient"]
 
-Objective = Literal["layer", "loss", "output"]
-GRADIENTS: Mapping[str, Literal["classes", "values"] | None] = MappingProxyType(
-    {"layer": None, "loss": "classes", "output": "values"}
+Objective = Literal["layer", "loss", "output", "training_step"]
+GRADIENTS: Mapping[str, Literal["classes", "values", "training_step"] | None] = MappingProxyType(
+    {"layer": None, "loss": "classes", "output": "values", "training_step": "training_step"}
 )
 """What a survey must give for each objective (``Needs.gradients``)."""
 UNSHARDED = "the gradients of its objective are those of the whole model; use objective: layer"
@@ -41,10 +41,12 @@ class TokenWeights:
 
     Args:
         layers: The layers by name. Single experts are left out: once blocks are compressed, other tokens reach them.
+            So are embeddings, which have no inputs to weigh.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
-        self.layers = {name: module for name, module in layers.items() if not isinstance(module, ExpertLinear)}
+        weighed = {name: not (isinstance(m, ExpertLinear) or is_embedding(m)) for name, m in layers.items()}
+        self.layers = {name: module for name, module in layers.items() if weighed[name]}
         self.closed = False
         self._first: dict[str, str] = {}  # layer -> the first one that receives its input
         self._inputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # of the batch that runs
@@ -55,22 +57,20 @@ class TokenWeights:
         for name, module in self.layers.items():
             modifier.hook(module, partial(self._forward, modifier, name), "forward")
 
-    def _forward(self, modifier: Modifier, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _forward(self, modifier: Modifier, name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if self.closed or not (args and isinstance(output, Tensor) and torch.is_grad_enabled()):
-            return
-        if not output.requires_grad:
-            output.requires_grad_()
+            return None
+        output = with_gradient(output)
         entry, batch = self._inputs.get(id(args[0])), modifier.batch_number
         first = entry[1] if entry is not None and entry[0]() is args[0] else name
         self._inputs[id(args[0])] = weakref.ref(args[0]), first
         if self._first.setdefault(name, first) != first:
             self._first[name] = name
         output.register_hook(partial(self._take, name, module, batch, modifier.token_mask))
+        return output
 
     def _take(self, name: str, module: nn.Module, batch: int, mask: Tensor | None, gradient: Tensor) -> None:
-        features = 1 if isinstance(module, CONVOLUTIONS) else -1
-        key = self._first[name], batch
-        weight = counted(gradient.detach().float().square().sum(features), mask).flatten()
+        key, weight = (self._first[name], batch), energies(module, gradient, mask)
         before = self._weights.get(key)
         self._weights[key] = weight if before is None else before + weight
 
@@ -121,3 +121,14 @@ class TokenWeights:
         if w_N is None or len(w_N) != X_PNC.shape[1]:
             return X_PNC
         return X_PNC.float() * w_N.sqrt().to(X_PNC.device)[:, None]
+
+
+def with_gradient(output: Tensor) -> Tensor:
+    """The output of a layer in a survey, which has a gradient; the model may change it in place."""
+    return output if output.requires_grad else output.detach().requires_grad_().clone()
+
+
+def energies(module: nn.Module, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """The squared norm of the gradient of a layer's output at each token that counts, float32 [N]."""
+    features = 1 if isinstance(module, CONVOLUTIONS) else -1
+    return counted(gradient.detach().float().square().sum(features), mask).flatten()

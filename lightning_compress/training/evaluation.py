@@ -28,7 +28,7 @@ from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
 
 from lightning_compress.layers.forward import eval_mode, patched
 
-__all__ = ["Batch", "Measurement", "batches_of", "compare", "evaluate", "is_causal_lm"]
+__all__ = ["Batch", "Measurement", "batches_of", "compare", "evaluate", "is_causal_lm", "metric_states_kept"]
 
 CPU = torch.device("cpu")
 LOG = inspect.signature(LightningModule.log)
@@ -300,7 +300,7 @@ def _own_metric(
     device: torch.device,
 ) -> Measurement:
     recorder, losses, count = _Recorder(device), _Recorder(device), 0
-    with _metric_states_kept(root), patched(root, log=recorder.log, log_dict=recorder.log_dict):
+    with metric_states_kept(root), patched(root, log=recorder.log, log_dict=recorder.log_dict):
         for count, (batch, index, loader) in enumerate(batches, 1):  # noqa: B007
             recorder.suffix = "" if loader is None else f"/dataloader_idx_{loader}"
             recorder.batch_size = losses.batch_size = _batch_size(batch)
@@ -317,7 +317,7 @@ def _own_metric(
 
 
 @contextmanager
-def _metric_states_kept(root: nn.Module) -> Iterator[None]:
+def metric_states_kept(root: nn.Module) -> Iterator[None]:
     """Metrics begin empty inside, and have their states back afterwards."""
     metrics = [m for m in root.modules() if isinstance(m, Metric)]
     names = [[*m._defaults, "_computed", "_update_count"] for m in metrics]

@@ -44,6 +44,7 @@ from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
 from lightning_compress.training.sharding import block_by_block, reshard_between, shards
+from lightning_compress.training.user_loss import training_loss
 
 __all__ = ["PostTraining"]
 
@@ -229,7 +230,7 @@ class PostTraining:
         ):
             calibrate(
                 lifecycle,
-                self.state,
+                self.state.but(user_loss=partial(training_loss, self.trainer, self.pl_module, options.seed)),
                 batches,
                 options,
                 clock=self.event,

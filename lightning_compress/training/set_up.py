@@ -24,6 +24,7 @@ from lightning_compress.training.pruned_checkpoints import keep_main_process_den
 from lightning_compress.training.results import processors
 from lightning_compress.training.sharding import check_modifiers, check_unsharded, with_action
 from lightning_compress.training.submodule import USUAL, choose
+from lightning_compress.training.user_loss import check_training_step
 
 __all__ = ["check_before_training", "initialize", "when_built"]
 
@@ -65,6 +66,8 @@ def initialize(
     assert model is not None
     check_unsharded(model)
     check_modifiers(trainer, lifecycle.modifiers)
+    if any(m.needs.gradients == "training_step" for m in lifecycle.modifiers):
+        check_training_step(pl_module)
     reshaping = any(m.needs.changes_shapes for m in lifecycle.modifiers)
     if reshaping:
         keep_main_process_dense(trainer, pl_module)

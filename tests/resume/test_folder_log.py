@@ -143,11 +143,11 @@ def test_a_run_that_goes_on_is_equal_bit_for_bit(tmp_path, stopping, recipe):
 def test_a_survey_is_done_once(tmp_path, monkeypatch, recipe, forwards):
     """TuneModifier does not give its answers to the log: it surveys again, without a backward pass."""
     passes = {"forward": 0, "backward": 0}
-    backward, store = Gradients.backward, FolderLog.store_survey
+    run_batch, store = Gradients.run, FolderLog.store_survey
 
     def counted(self, *args):
         passes["backward"] += 1
-        backward(self, *args)
+        run_batch(self, *args)
 
     def progress(text, *numbers):
         passes["forward"] += text.startswith("survey")
@@ -157,7 +157,7 @@ def test_a_survey_is_done_once(tmp_path, monkeypatch, recipe, forwards):
         raise Killed
 
     unbroken = run(recipe, tmp_path / "unbroken")
-    monkeypatch.setattr(Gradients, "backward", counted)
+    monkeypatch.setattr(Gradients, "run", counted)
     monkeypatch.setattr(FolderLog, "store_survey", stop)
     with pytest.raises(Killed):
         run(recipe, tmp_path / "log", progress=progress)

@@ -78,7 +78,9 @@ class GPTQModifier(LayerwiseQuantizer):
         objective: ``layer``: the squared error of the layer's output. ``loss``: the same with each token weighed by the
             square of the loss's gradient there (layerwise/token_weights.py), from a forward and a backward pass of the
             dense model before the walk; labels are drawn from its logits. ``output``: the same for models without
-            classes, with the squared error of the output as loss.
+            classes, with the squared error of the output as loss. ``training_step``: the loss that the LightningModule
+            trains on, with the labels of the batches; without a Trainer ``loss`` of ``compress``. A batch for which it
+            has none keeps equal weights.
         share_inputs: One H for modules that receive the same tensor (query, key, value; gate, up).
         keep_latents: Keep the values that were rounded to each weight, for a QATModifier that continues from them. They
             take the memory of the weights once more, and are never saved.
