@@ -33,7 +33,7 @@ from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, 
 from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.owners import Owners, from_owner, gather_hessians
 from lightning_compress.layerwise.pieces import collect, cut, share
-from lightning_compress.layerwise.token_weights import TokenWeights
+from lightning_compress.layerwise.token_weights import GRADIENTS, Objective, TokenWeights
 from lightning_compress.team import Team
 
 __all__ = ["LayerwiseModifier"]
@@ -114,6 +114,11 @@ class LayerwiseModifier(Modifier):
         """True where :attr:`Hessian.halves` are needed."""
         return False
 
+    @property
+    def token_objective(self) -> Objective:
+        """By what tokens are weighed: the argument ``objective``, where the technique has it."""
+        return getattr(self, "objective", "layer")
+
     def set_up(self) -> None:
         """Prepare for a calibration; the layers are known, and not hooked yet."""
 
@@ -125,14 +130,14 @@ class LayerwiseModifier(Modifier):
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Take one input of a layer into its statistic."""
+        layout = input_layout(module)
+        self._pool.update(name, x, layout, lambda: self.rows(name, module, as_product_sees(x)), self.batch_number)
 
-        def rows() -> Tensor:
-            seen = as_product_sees(x)
-            if self._token_weights is None:
-                return inputs_as_rows(module, seen, self.token_mask)
-            return self._token_weights.rows(name, module, seen, self.token_mask, self.batch_number)
-
-        self._pool.update(name, x, input_layout(module), rows, self.batch_number)
+    def rows(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        """An input as :func:`inputs_as_rows`; with an ``objective`` each token times the root of its weight."""
+        if self._token_weights is None:
+            return inputs_as_rows(module, x, self.token_mask)
+        return self._token_weights.rows(name, module, x, self.token_mask, self.batch_number)
 
     def sees_dense(self, name: str) -> bool:
         """Whether the inputs of a layer are now those of the dense model, in a survey."""
@@ -154,7 +159,7 @@ class LayerwiseModifier(Modifier):
         self._layers = dict(self.find_layers(state.model))
         self._pool = HessianPool(getattr(self, "share_inputs", True), hold_out=self.holds_out)
         self.set_up()
-        self._token_weights = TokenWeights(self._layers) if self.needs.gradients else None
+        self._token_weights = TokenWeights(self._layers) if GRADIENTS[self.token_objective] else None
         if self._token_weights is not None:
             self._token_weights.watch(self)
         for name, module in self._layers.items():

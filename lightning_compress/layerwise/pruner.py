@@ -1,16 +1,17 @@
-"""What pruners on calibration data share: which layers, how sparse each becomes (OWL), their row of the ledger."""
+"""What pruners on calibration data share: which layers, how sparse each becomes, their row of the ledger."""
 
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Needs, State
 from lightning_compress.layers.finite import check_finite
 from lightning_compress.layers.matrix import as_matrix, inputs_as_rows, write_matrix
 from lightning_compress.layerwise.layer import Layer, Solved
+from lightning_compress.layerwise.loss_shares import LossSurvey
 from lightning_compress.layerwise.modifier import LayerwiseModifier
 from lightning_compress.layerwise.owl import OutlierSurvey
 from lightning_compress.layerwise.token_weights import GRADIENTS, UNSHARDED
@@ -24,14 +25,26 @@ __all__ = ["LayerwisePruner"]
 class LayerwisePruner(PruningArguments, LayerwiseModifier):
     """Base class of modifiers that prune layers from the Hessian of their inputs: implement ``solve``."""
 
-    _survey: OutlierSurvey | None = PrivateAttr(default=None)
+    _survey: OutlierSurvey | LossSurvey | None = PrivateAttr(default=None)
     _surveyed: set[str] = PrivateAttr(default_factory=set)
-    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)  # of single layers, where OWL makes them differ
+    _sparsities: dict[str, float] = PrivateAttr(
+        default_factory=dict
+    )  # of single layers, where the profile makes them differ
+
+    @model_validator(mode="after")
+    def _gradients_are_of_one_loss(self) -> "LayerwisePruner":
+        profile, objective = self.sparsity_profile, self.token_objective
+        if profile not in (None, "owl", objective) and objective != "layer":
+            raise ValueError(
+                f"sparsity_profile={profile!r} and objective={objective!r} need gradients of two losses, and one "
+                f"survey has those of one: give both the same"
+            )
+        return self
 
     @property
     def needs(self) -> Needs:
-        gradients = GRADIENTS[getattr(self, "objective", "layer")]
-        survey = self.sparsity_profile == "owl" or gradients is not None
+        gradients = GRADIENTS[self.token_objective] or GRADIENTS.get(self.sparsity_profile or "layer")
+        survey = self.sparsity_profile is not None or gradients is not None
         sharded = True if gradients is None else UNSHARDED
         return Needs(
             data=True, one_pass=True, own_pass=True, survey=survey, gradients=gradients, team="sums", sharded=sharded
@@ -41,7 +54,11 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
         return self.find(model)
 
     def set_up(self) -> None:
-        self._survey = OutlierSurvey(self._layers, self.owl_m) if self.sparsity_profile == "owl" else None
+        if self.sparsity_profile == "owl":
+            self._survey = OutlierSurvey(self._layers, self.owl_m)
+        elif self.sparsity_profile is not None:
+            self._survey = LossSurvey(self._layers)
+            self._survey.watch(self)
 
     def survey_state(self) -> dict[str, Tensor] | None:
         return self._survey.state_dict() | (super().survey_state() or {}) if self._survey else super().survey_state()
@@ -64,7 +81,7 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
         return super().sees_dense(name) or (self._survey is not None and name not in self._surveyed)
 
     def survey(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if self._survey is not None:
+        if isinstance(self._survey, OutlierSurvey):
             self._survey.observe(name, inputs_as_rows(module, x, self.token_mask))
 
     def sparsity_in(self, layer: Layer) -> float:

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Needs, State
-from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, is_embedding, partitions
+from lightning_compress.layers.matrix import as_matrix, input_layout, is_embedding, partitions
 from lightning_compress.layerwise.input_hessian import PerHessian, groups_as_partitions
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
+from lightning_compress.layerwise.token_weights import GRADIENTS, UNSHARDED, Objective
 from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import MeanSquare, ObserverName
 from lightning_compress.quant.rounding import DEAD_INPUT
@@ -39,6 +40,8 @@ class QuantizationModifier(LayerwiseQuantizer):
         scale_search: ``minmax``: scales from each group's extremes. ``mse``: clip where that lowers sum |w - q|^2.4.
             ``imatrix``: where it lowers sum_j E[x_j^2] (w_j - q_j)^2; needs data. ``hessian``: where it lowers
             E[((w - q) x)^2] over the columns that share a scale; needs data.
+        objective: With ``imatrix`` and ``hessian``: whether tokens are weighed by the gradient of a loss, as in
+            :class:`~lightning_compress.modifiers.gptq.modifier.GPTQModifier`.
         share_inputs: With ``hessian``, one statistic for modules that receive the same tensor (query, key, value).
     """
 
@@ -47,6 +50,7 @@ class QuantizationModifier(LayerwiseQuantizer):
     embeddings: ClassVar[Embeddings] = "shared"
 
     scale_search: Literal["minmax", "mse", "imatrix", "hessian"] = "minmax"
+    objective: Objective = "layer"
     share_inputs: bool = True
     observer: ObserverName = "minmax"
     averaging_constant: float = Field(default=0.01, gt=0, le=1)
@@ -54,10 +58,24 @@ class QuantizationModifier(LayerwiseQuantizer):
     _squares: dict[str, MeanSquare] = PrivateAttr(default_factory=dict)
     _blocks: PerHessian[Tensor] = PrivateAttr(default_factory=PerHessian)
 
+    @model_validator(mode="after")
+    def _objective_is_used(self) -> "QuantizationModifier":
+        if self.objective != "layer" and self.scale_search not in ("imatrix", "hessian"):
+            raise ValueError(
+                f"objective={self.objective!r} weighs the inputs of layers, which scale_search={self.scale_search!r} "
+                f"does not use; set scale_search to hessian or imatrix"
+            )
+        return self
+
     @property
     def needs(self) -> Needs:
+        gradients = GRADIENTS[self.objective]
         data = self.has_static_inputs or self.scale_search in ("imatrix", "hessian")
-        return Needs(calibration=True, data=data, one_pass=True, team="sums", sharded=True)
+        sharded = True if gradients is None else UNSHARDED
+        return Needs(
+            calibration=True, data=data, one_pass=True, team="sums", sharded=sharded,
+            survey=gradients is not None, gradients=gradients,
+        )  # fmt: skip
 
     def set_up(self) -> None:
         super().set_up()
@@ -70,14 +88,13 @@ class QuantizationModifier(LayerwiseQuantizer):
         return by_hessian or name in self._observers or name in self._squares
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
-        mask = self.token_mask
         if self.scale_search == "hessian":  # only the blocks H_gg on the diagonal
             g = group_columns(self.weights_of(name), as_matrix(module).shape[1])
             layout = (input_layout(module), g)
-            rows = partial(inputs_as_rows, module, x, mask)
+            rows = partial(self.rows, name, module, x)
             self._pool.update(name, x, layout, lambda: groups_as_partitions(rows(), g), self.batch_number)
         if name in self._squares:
-            self._squares[name].update(inputs_as_rows(module, x, mask))
+            self._squares[name].update(self.rows(name, module, x))
         self.observe_range(name, module, x)
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:

@@ -117,8 +117,8 @@ class SparseGPTModifier(LayerwisePruner):
         scope: Unstructured masks rank all rows of a block together (``block``, as in the paper) or each ``row``.
         on_failure: When H is not positive definite: ``raise``; ``retry`` with ten times the damping, up to 1.0, then
             raise. The ledger notes it.
-        objective: ``layer``, ``loss`` or ``output``: whether tokens are weighed by the gradient of a loss, as in
-            :class:`~lightning_compress.modifiers.gptq.modifier.GPTQModifier`.
+        objective: ``layer``, ``loss``, ``output`` or ``training_step``: whether tokens are weighed by the gradient of a
+            loss, as in :class:`~lightning_compress.modifiers.gptq.modifier.GPTQModifier`.
 
     Raises:
         ValueError: A sparsity outside of [0, 1) or other than that of the pattern, a width that M does not divide.

@@ -26,10 +26,13 @@ class PruningArguments(BaseModel):
             counting. None: 0.5, or with N:M the sparsity of the pattern. Weights that are zero already count, and stay
             zero.
         mask_structure: ``unstructured``, or ``N:M``: of every M consecutive columns N are kept.
-        sparsity_profile: ``owl``: blocks with many outliers keep more weights; all targets together have the share
-            ``sparsity``. It takes one more pass over the data. None: all targets alike.
+        sparsity_profile: ``owl``: blocks with many outliers keep more weights. ``loss``: each target loses what raises
+            the loss least, by the gradients of a backward pass over the data, with labels drawn from the model's
+            logits; ``output`` and ``training_step`` are other losses, as for ``objective``. All targets together have
+            the share ``sparsity``, and it takes one more pass over the data. None: all targets alike.
         owl_m: Factor M of ``owl``: scores above M times the mean of their block are outliers.
-        owl_lmbda: Half of the largest difference between the sparsities of two blocks, with ``owl``.
+        owl_lmbda: Half of the largest difference between the sparsities of two blocks, with ``owl``; of two targets
+            with another profile.
         refit_iterations: Iterations of conjugate gradients that refit the remaining weights; 0: none.
         dampening_frac: Share of the mean diagonal of H that is added to its diagonal.
         share_inputs: One H for modules that receive the same tensor (query, key, value; gate, up).
@@ -39,7 +42,7 @@ class PruningArguments(BaseModel):
     ignore: Names = []
     sparsity: float | dict[str, float] | None = None
     mask_structure: str = "unstructured"
-    sparsity_profile: Literal["owl"] | None = None
+    sparsity_profile: Literal["owl", "loss", "output", "training_step"] | None = None
     owl_m: float = Field(default=5.0, gt=0)
     owl_lmbda: float = Field(default=0.08, ge=0)
     refit_iterations: int = Field(default=10, ge=0)
@@ -64,20 +67,23 @@ class PruningArguments(BaseModel):
 
     @model_validator(mode="after")
     def _profile_is_possible(self) -> "PruningArguments":
-        if self.sparsity_profile is None:
-            fields = type(self).model_fields
-            if names := [name for name in ("owl_lmbda", "owl_m") if getattr(self, name) != fields[name].default]:
-                raise ValueError(f"{', '.join(names)} without sparsity_profile='owl' would do nothing")
+        profile, fields = self.sparsity_profile, type(self).model_fields
+        without = {None: ("owl_lmbda", "owl_m"), "owl": ()}.get(profile, ("owl_m",))
+        if names := [name for name in without if getattr(self, name) != fields[name].default]:
+            raise ValueError(f"{', '.join(names)} without sparsity_profile='owl' would do nothing")
+        if profile is None:
             return self
         if self.pattern is not None or isinstance(self.sparsity, dict):
             other = f"mask_structure={self.mask_structure!r}" if self.pattern is not None else "sparsity as a mapping"
-            raise ValueError(f"sparsity_profile='owl' finds a sparsity for each block; {other} gives it already")
-        mean = self.mean_sparsity
-        if not 0 <= mean - 2 * self.owl_lmbda <= mean + 2 * self.owl_lmbda < 1:
+            what = "block" if profile == "owl" else "target"
+            raise ValueError(f"sparsity_profile={profile!r} finds a sparsity for each {what}; {other} gives it already")
+        mean, factor = self.mean_sparsity, 2 if profile == "owl" else 1
+        reach = factor * self.owl_lmbda
+        if not 0 <= mean - reach <= mean + reach < 1:
             raise ValueError(
-                f"with owl_lmbda={self.owl_lmbda:g} blocks may have sparsities from {mean - 2 * self.owl_lmbda:g} to "
-                f"{mean + 2 * self.owl_lmbda:g}, outside of [0, 1); give at most "
-                f"{max(0.0, min(mean, 0.99 - mean)) / 2:.3g}"
+                f"with owl_lmbda={self.owl_lmbda:g} {'blocks' if profile == 'owl' else 'targets'} may have sparsities "
+                f"from {mean - reach:g} to {mean + reach:g}, outside of [0, 1); give at most "
+                f"{max(0.0, min(mean, 0.99 - mean)) / factor:.3g}"
             )
         return self
 

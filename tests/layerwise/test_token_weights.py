@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_compress import GPTQModifier, SparseGPTModifier, compress
+from lightning_compress import GPTQModifier, QuantizationModifier, SparseGPTModifier, WandaPruningModifier, compress
 from lightning_compress.calibration.gradient_survey import sampled_loss
 from lightning_compress.layerwise.input_hessian import InputHessian
 from lightning_compress.layerwise.token_weights import UNSHARDED
+from lightning_compress.modifiers.wanda import modifier as wanda_module
 from tests.modifiers.tune.test_modifier import W2, ids, llama
 
 SCHEME = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
+SEARCHES = ("imatrix", "hessian")
 LINEARS = {"config_groups": {"g": {"targets": ["Linear"], "weights": SCHEME}}}
 
 
@@ -80,6 +82,38 @@ def test_hessians_are_those_of_weighed_tokens(monkeypatch, objective):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_scale_search_and_wanda_take_weighed_tokens(monkeypatch):
+    """Of RTN the importance of columns or the blocks of H, of Wanda the norms of inputs."""
+    torch.manual_seed(0)
+    model, seen = Classifier(), {}
+    expected_H = expected(copy.deepcopy(model), batches(), "classes")
+    round_, mask = QuantizationModifier.round, wanda_module.wanda_mask
+
+    def rounded(self, state, name, *args, **weights):
+        seen[name] = next(iter(weights.values()))
+        round_(self, state, name, *args, **weights)
+
+    monkeypatch.setattr(QuantizationModifier, "round", rounded)
+    rtn = {scale: QuantizationModifier(**LINEARS, scale_search=scale, objective="loss") for scale in SEARCHES}
+    compress(copy.deepcopy(model), rtn["imatrix"], batches(), walk="whole")
+    for name in ("q", "k", "head"):
+        torch.testing.assert_close(seen[name][0].double(), expected_H[name].diagonal(), rtol=1e-4, atol=1e-6)
+    compress(copy.deepcopy(model), rtn["hessian"], batches(), walk="whole")
+    for name in ("q", "k", "head"):
+        torch.testing.assert_close(seen[name][0, 0].double(), expected_H[name], rtol=1e-4, atol=1e-6)
+    norms = []
+    monkeypatch.setattr(wanda_module, "wanda_mask", lambda W, norm, *a: norms.append(norm) or mask(W, norm, *a))
+    compress(copy.deepcopy(model), WandaPruningModifier(objective="loss"), batches(), walk="whole")
+    for name, norm in zip(("q", "k", "head"), norms, strict=True):
+        torch.testing.assert_close(norm.square().double(), expected_H[name].diagonal(), rtol=1e-4, atol=1e-6)
+
+
+def test_layers_before_an_inplace_activation():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5))
+    ledger = compress(model, GPTQModifier(**LINEARS, objective="loss"), [torch.randn(9, 6) for _ in range(2)])
+    assert [row.tokens for row in ledger.rows] == [18, 18]
+
+
 def test_layers_of_one_input_share_one_hessian(monkeypatch):
     updates = []
     update = InputHessian.update
@@ -137,5 +171,13 @@ def test_what_it_refuses():
     net.forward = lambda x: {"embedding": net[0](x)}
     with pytest.raises(ValueError, match="found no logits in an output of type dict"):
         compress(net, GPTQModifier(**LINEARS, objective="loss"), [torch.randn(9, 8)])
+    with pytest.raises(ValueError, match="objective='loss' weighs the inputs of layers, which scale_search='minmax'"):
+        QuantizationModifier(**W2, objective="loss")
+    with pytest.raises(ValueError, match="GPTQModifier: objective='training_step' takes the loss of a LightningModule"):
+        compress(llama(), GPTQModifier(**W2, objective="training_step"), ids())
+    with pytest.raises(ValueError, match="in no calibration batch did the loss have a gradient"):
+        compress(llama(), GPTQModifier(**W2, objective="training_step"), ids(), loss=lambda *arguments: None)
+    with pytest.raises(ValueError, match="loss is given, and no modifier has objective='training_step'"):
+        compress(llama(), GPTQModifier(**W2), ids(), loss=lambda model, batch: None)
     assert GPTQModifier(**W2, objective="loss").needs.sharded == UNSHARDED
     assert GPTQModifier(**W2).needs.sharded is True

@@ -95,6 +95,15 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "reap": ("mixtral", lambda: [REAPModifier(sparsity=0.25)]),
     "depth": ("llama", lambda: [DepthPruningModifier(count=1)]),
     "gptq by the loss": ("llama", lambda: [GPTQModifier(**on_linears("W4"), objective="loss")]),
+    "gptq by the user's loss": ("llama", lambda: [GPTQModifier(**on_linears("W4"), objective="training_step")]),
+    "rtn by the loss": (
+        "llama",
+        lambda: [QuantizationModifier(**on_linears("W4"), scale_search="imatrix", objective="loss")],
+    ),
+    "wanda, shares by the loss": (
+        "mixtral",
+        lambda: [WandaPruningModifier(sparsity=0.5, sparsity_profile="loss", objective="loss", ignore=["lm_head"])],
+    ),
     "gptq, then tune": ("llama", lambda: [GPTQModifier(**on_linears("W4")), TuneModifier(epochs=1, accumulate=2)]),
     "width": ("llama", lambda: [StructuredPruningModifier(ratio=0.5, importance="activation", dimension="mlp")]),
 }
@@ -132,8 +141,14 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def outcome(recipe: str, count: int) -> Outcome:
     architecture, modifiers = RECIPES[recipe]
     model = ARCHITECTURES["mixtral"].build() if recipe == "reap" else build(architecture)
-    ledger = compress(model, modifiers(), data(model, count), team=Team.of_processes())
+    loss = user_loss if "user" in recipe else None
+    ledger = compress(model, modifiers(), data(model, count), team=Team.of_processes(), loss=loss)
     return facts(model, ledger)
+
+
+def user_loss(model: nn.Module, batch: Any) -> Tensor:
+    """It skips a batch, and its labels are those of the batch."""
+    return None if batch["input_ids"].shape[1] == 27 else model(**batch, labels=batch["input_ids"]).loss  # type: ignore
 
 
 def facts(model: nn.Module, ledger: Ledger) -> Outcome:

@@ -18,6 +18,10 @@ REFUSED = [
     ({"sparsity_profile": "owl", "mask_structure": "2:4"}, "mask_structure='2:4' gives it already"),
     ({"sparsity_profile": "owl", "sparsity": {"Linear": 0.5}}, "sparsity as a mapping gives it already"),
     ({"sparsity_profile": "owl", "sparsity": 0.9}, r"from 0.74 to 1.06, outside of \[0, 1\); give at most 0.045"),
+    ({"sparsity_profile": "loss", "mask_structure": "2:4"}, "for each target; mask_structure='2:4' gives it already"),
+    ({"sparsity_profile": "loss", "sparsity": 0.95}, "targets may have .* 0.87 to 1.03, .* give at most 0.04"),
+    ({"sparsity_profile": "loss", "owl_m": 7}, "owl_m without sparsity_profile='owl' would do nothing"),
+    ({"sparsity_profile": "loss", "objective": "output"}, "need gradients of two losses"),
     ({"owl_m": 7}, "owl_m without sparsity_profile='owl' would do nothing"),
     ({"dampening_frac": -1}, "dampening_frac=-1"),
 ]

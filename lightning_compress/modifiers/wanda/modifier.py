@@ -28,6 +28,7 @@ from lightning_compress.layerwise.factor import added_diagonal
 from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.least_squares_refit import refit
 from lightning_compress.layerwise.pruner import LayerwisePruner
+from lightning_compress.layerwise.token_weights import Objective
 from lightning_compress.modifiers.autoround.block import LearnedBlock
 from lightning_compress.modifiers.wanda.regional_refinement import Refinement, refine
 from lightning_compress.modifiers.wanda.regional_score import regional_gradients, regional_norm
@@ -60,6 +61,8 @@ class WandaPruningModifier(LayerwisePruner):
     Args:
         sparsity: Share of zeros in every row, in [0, 1), or a mapping of targets to shares, the best match counting.
             None: 0.5, or with N:M the sparsity of the pattern. Weights that are zero already count, and stay zero.
+        objective: ``layer``, ``loss``, ``output`` or ``training_step``: whether tokens are weighed by the gradient of a
+            loss in the norms of inputs, as in :class:`~lightning_compress.modifiers.gptq.modifier.GPTQModifier`.
         regional_gradient: alpha, weight of the block's gradients in the score (100 in Wanda++); 0: none. It takes a
             backward pass through each block for every sample.
         regional_rounds: K, how often a block is pruned and then trained on its output (5 in Wanda++); 0: never. The
@@ -74,6 +77,7 @@ class WandaPruningModifier(LayerwisePruner):
 
     technique: ClassVar[str] = "wanda"
 
+    objective: Objective = "layer"
     refit_iterations: int = Field(default=0, ge=0)
     regional_gradient: float = Field(default=0.0, ge=0)
     regional_rounds: int = Field(default=0, ge=0)
