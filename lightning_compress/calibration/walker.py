@@ -144,7 +144,8 @@ class Walker:
         if obstacle is None and self.walk == "auto" and self.plan.blocks:
             device = self.device or device_of(self.model)
             sizes = self.state.team.gather(sum(map(numbers_in, self.batches)), "the memory of one pass")
-            size = lockstep_bytes(probe, sum(sizes)) + workspace_bytes(device, self.count)
+            stored = 1 + any(modifier.needs.dense_inputs for modifier in self.lifecycle.modifiers)
+            size = lockstep_bytes(probe, stored * sum(sizes)) + workspace_bytes(device, self.count)
             limit = memory_limit(self.options.memory_limit, self.model, self.device)
             reason = f"one pass takes about {megabytes(size)}, and memory_limit allows {megabytes(limit)}"
             obstacle = reason if self.state.team.agree(size > limit) else None
@@ -216,7 +217,8 @@ class Walker:
 
     def _walk_segment(self, segment: Sequence[ProbedBlock], inputs: SegmentInputs, keep_last: bool) -> None:
         """Block after block. The hidden states in ``inputs`` advance with them, and so do those of the dense model."""
-        compared = any(modifier.needs.dense_outputs for modifier in self.lifecycle.modifiers)
+        needs = [modifier.needs for modifier in self.lifecycle.modifiers]
+        compared = any(one.dense_outputs or one.dense_inputs for one in needs)
         dense = inputs.dense_copy() if compared else None
         for block in segment:
             module = self.plan.blocks[block.name]
@@ -246,9 +248,9 @@ class Walker:
         if not dense.hidden or dense.hidden[0] is None:
             return None
         run, leads = partial(self._run_block, block, module, dense), True
-        with self.lifecycle.paused():
+        with self.lifecycle.dense_pass():
             for i in range(len(self.batches)):
-                self.passes.begin(i, f"{block.name}: dense outputs, batch {i + 1}/{len(self.batches)}")
+                self.passes.begin(i, f"{block.name}: dense, batch {i + 1}/{len(self.batches)}")
                 output = run(i)
                 hidden = take(output, block.out_at)
                 leads &= next(t for t in tensors_of(output) if t.is_floating_point()) is hidden

@@ -20,6 +20,7 @@ class Hooks(BaseModel):
     _paused: int = PrivateAttr(default=0)
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _batch_number: int = PrivateAttr(default=0)
+    _dense_pass: bool = PrivateAttr(default=False)
     _hooks: list[tuple[nn.Module, RemovableHandle]] = PrivateAttr(default_factory=list)
 
     def hook(
@@ -56,6 +57,20 @@ class Hooks(BaseModel):
     def batch_number(self) -> int:
         """The number of the calibration batch that runs, counted over all ranks."""
         return self._batch_number
+
+    @property
+    def dense_pass(self) -> bool:
+        """True while a block of the dense model runs, for ``needs.dense_inputs``: weights and inputs are dense ones."""
+        return self._dense_pass
+
+    @contextmanager
+    def in_dense_pass(self) -> Iterator[None]:
+        """Hooks find :attr:`dense_pass` True inside."""
+        self._dense_pass = True
+        try:
+            yield
+        finally:
+            self._dense_pass = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -195,6 +195,14 @@ class Lifecycle:
                 stack.enter_context(modifier.paused())
             yield
 
+    @contextmanager
+    def dense_pass(self) -> Iterator[None]:
+        """Pause the hooks of all modifiers but those with ``needs.dense_inputs``."""
+        with ExitStack() as stack:
+            for modifier in self.modifiers:
+                stack.enter_context(modifier.in_dense_pass() if modifier.needs.dense_inputs else modifier.paused())
+            yield
+
     def set_token_mask(self, mask: Tensor | None, number: int = 0) -> None:
         """Give the modifiers the mask of the tokens of the current batch that are not padding, and its number."""
         for modifier in self.modifiers:

@@ -33,7 +33,7 @@ class Needs:
 
     Args:
         calibration: Calibration events (CALIBRATION_START, BLOCK_END, ...). Implied by ``data``, ``survey``,
-            ``replay``, ``after_walk``, ``dense_outputs`` and ``hand_over``.
+            ``replay``, ``after_walk``, ``dense_outputs``, ``dense_inputs`` and ``hand_over``.
         data: Calibration batches; without any it cannot work.
         one_pass: It can finish each hooked module alone, at MODULE_READY, so that the walk may take one pass.
         own_pass: A pass over the inputs of each block for itself: later modifiers must see the block as it leaves it.
@@ -46,6 +46,8 @@ class Needs:
         after_walk: It acts at CALIBRATION_END, when all blocks are compressed: ``State.replay`` then runs the whole
             model on a batch, with gradients where they are enabled. The model must be in memory.
         dense_outputs: The output of each block in the dense model (``State.dense``; one more forward pass).
+        dense_inputs: Its hooks see each block of the dense model at work, too, before the block is calibrated
+            (:attr:`Hooks.dense_pass`; the same forward pass).
         hand_over: Calibration at ``start``, before the batch; a later modifier then trains on from the result. All that
             it claims must be claimed again by a modifier after it that :meth:`Modifier.takes_over`.
         checkpoint_state: Its :meth:`Modifier.state_dict` of the moment when weights were saved: weights of an earlier
@@ -71,6 +73,7 @@ class Needs:
     replay: bool = False
     after_walk: bool = False
     dense_outputs: bool = False
+    dense_inputs: bool = False
     hand_over: bool = False
     checkpoint_state: bool = False
     changes_shapes: bool = False
@@ -81,7 +84,8 @@ class Needs:
     window: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.data or self.survey or self.replay or self.after_walk or self.dense_outputs or self.hand_over:
+        dense = self.dense_outputs or self.dense_inputs
+        if self.data or self.survey or self.replay or self.after_walk or dense or self.hand_over:
             object.__setattr__(self, "calibration", True)
 
 

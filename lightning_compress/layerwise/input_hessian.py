@@ -15,19 +15,20 @@ Shapes: N tokens, C columns, P partitions of a grouped convolution (1 for all ot
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_compress.layerwise.dense_inputs import CrossMoment
+from lightning_compress.layerwise.layer import Hessian
 from lightning_compress.ops.hessian import hessian_accumulate_, mirror_
 from lightning_compress.team import Team
 
-__all__ = ["HessianPool", "InputHessian", "NonFiniteHessianError", "PerHessian", "SharedHessian",
+__all__ = ["HessianPool", "InputHessian", "NonFiniteHessianError", "SharedHessian",
            "groups_as_partitions", "parted"]  # fmt: skip
-
 
 ROWS = 1024  # of a float64 sum that are divided at once
 STRIP = 128  # rows: X^T X of 576, 1024 or 1536 columns takes equal time in strips of 96 to 128, 192 are slower
@@ -51,20 +52,22 @@ class InputHessian:
         partitions: P.
         columns: C.
         device: Device of the inputs.
+        cross: D of the same tokens is summed up, too (dense_inputs.py).
     """
 
     reduce = {"sums_PT": "sum", "tokens": "sum"}
 
-    def __init__(self, partitions: int, columns: int, device: torch.device | str = "cpu"):
+    def __init__(self, partitions: int, columns: int, device: torch.device | str = "cpu", cross: bool = False):
         self.shape = partitions, columns
         self._strip = STRIP if torch.device(device).type == "cpu" else columns  # kernels write into a whole matrix
         numbers = sum((high - low) * high for low, high in self._limits())
         with torch.inference_mode(False):  # it outlives the calibration pass
             self.sums_PT = torch.zeros(partitions, numbers, device=device, dtype=torch.float64)
         self.tokens = 0
+        self.cross = CrossMoment(partitions, columns, device) if cross else None
 
-    def update(self, X_PNC: Tensor) -> None:
-        """Add N tokens of any floating dtype; their sum is float32.
+    def update(self, X_PNC: Tensor, dense_PNC: Tensor | None = None) -> None:
+        """Add N tokens of any floating dtype, for D those of the dense model, too; their sum is float32.
 
         Raises:
             NonFiniteHessianError: The tokens hold NaN or Inf, or their squares lie beyond float32; on a GPU only
@@ -84,6 +87,10 @@ class InputHessian:
             for sum_PrC, low, high in strips:
                 sum_PrC += X_PNC[:, :, low:high].mT @ X_PNC[:, :, :high]
         self.tokens += N
+        if dense_PNC is None:
+            self.cross = None
+        elif self.cross is not None:
+            self.cross.update(X_PNC, dense_PNC)
         if not (X_PNC.is_cuda or self.is_finite()):  # a GPU is not waited for in each batch
             if not torch.isfinite(X_PNC).all():
                 raise NonFiniteHessianError("holds NaN or Inf")
@@ -91,6 +98,12 @@ class InputHessian:
                 f"holds numbers up to {X_PNC.abs().max().item():.3g}, whose squares add up beyond float32; scale its "
                 f"inputs down, or add it to ignore"
             )
+
+    def add_(self, other: "InputHessian") -> None:
+        """Add the tokens of another statistic."""
+        self.sums_PT += other.sums_PT
+        self.tokens += other.tokens
+        self.cross = None if self.cross is None or other.cross is None else self.cross.add_(other.cross)
 
     def is_finite(self) -> bool:
         """Whether all sums are finite: any NaN or Inf reaches the diagonal."""
@@ -101,6 +114,10 @@ class InputHessian:
         """:meth:`value`; afterwards only ``tokens`` of the statistic can be used."""
         H_PCC, self.sums_PT = self.value(), self.sums_PT.new_empty(0)
         return H_PCC
+
+    def cross_value(self) -> Tensor | None:
+        """D [P, C, C] in float32; None: not known."""
+        return None if self.cross is None else self.cross.value(self.tokens)
 
     def value(self) -> Tensor:
         """H [P, C, C] in float32, both triangles."""
@@ -141,13 +158,22 @@ class SharedHessian:
         self.shape = (0, 0)  # P, C
 
     @classmethod
-    def of_zeros(cls, P: int, C: int, device: torch.device | str, hold_out: bool) -> "SharedHessian":
+    def of_zeros(cls, P: int, C: int, device: torch.device | str, hold_out: bool, cross: bool) -> "SharedHessian":
         """A statistic without inputs."""
         shared = cls()
         shared.shape = (P, C)
-        shared.statistic = InputHessian(P, C, device)
-        shared.held_out = InputHessian(P, C, device) if hold_out else None
+        shared.statistic = InputHessian(P, C, device, cross)
+        shared.held_out = InputHessian(P, C, device, cross) if hold_out else None
         return shared
+
+    @property
+    def statistics(self) -> list[InputHessian]:
+        return [one for one in (self.statistic, self.held_out) if one is not None]
+
+    @property
+    def has_cross(self) -> bool:
+        """Whether dense inputs came with all inputs."""
+        return all(one.cross is not None for one in self.statistics)
 
     @property
     def members(self) -> list[str]:
@@ -181,42 +207,36 @@ class SharedHessian:
         """
         for one, count in zip((self.statistic, self.held_out), tokens, strict=True):
             if one is not None:
-                for sums in one.sums_PT.flatten().split(SENT):
+                matrices = [one.sums_PT] if one.cross is None else [one.sums_PT, one.cross.sums_PCC]
+                for sums in [piece for matrix in matrices for piece in matrix.flatten().split(SENT)]:
                     team.reduce_(SimpleNamespace(sums=sums, reduce={"sums": "sum"}), owner)
                 one.tokens = count
                 if owner not in (None, team.rank):
-                    one.sums_PT = one.sums_PT.new_empty(0)
+                    one.sums_PT, one.cross = one.sums_PT.new_empty(0), None
 
-    def take(self) -> Iterator[tuple[Tensor, int, tuple[Tensor, Tensor] | None]]:
-        """For each partition H of all inputs [C, C], the tokens, and the H of both halves where inputs were held out.
-
-        The sums are used up.
-        """
+    def take(self) -> Iterator[Hessian]:
+        """That of each partition; the sums are used up."""
         assert self.statistic is not None
-        halves = None
-        if self.held_out is not None and self.held_out.tokens and self.statistic.tokens:
-            halves = self.statistic.value(), self.held_out.value()
+        halves = self.statistics if self.held_out is not None and all(one.tokens for one in self.statistics) else []
+        H_halves, D_halves = [half.value() for half in halves], [half.cross_value() for half in halves]
         self.join()
+        D_PCC, self.statistic.cross = self.statistic.cross_value(), None
         for p, H_CC in enumerate(self.statistic.take()):
-            yield H_CC, self.statistic.tokens, None if halves is None else (halves[0][p], halves[1][p])
+            hessian = Hessian(H_CC, self.statistic.tokens, self.members, _pair(H_halves, p))
+            yield hessian if D_PCC is None else replace(hessian, D_CC=D_PCC[p], D_halves=_pair(D_halves, p))
 
     def join(self) -> None:
         """Add the inputs that were held out."""
         if self.held_out is not None:
             assert self.statistic is not None
-            self.statistic.sums_PT += self.held_out.sums_PT
-            self.statistic.tokens += self.held_out.tokens
+            self.statistic.add_(self.held_out)
             self.held_out = None
 
 
-T = TypeVar("T")
-
-
-class PerHessian(weakref.WeakKeyDictionary[SharedHessian, T]):
-    """Results for each statistic, kept for as long as the statistic lives; a pickled one is empty."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PerHessian, ()
+def _pair(halves: Sequence[Tensor | None], p: int) -> tuple[Tensor, Tensor] | None:
+    """One partition of both halves."""
+    parts = [half[p] for half in halves if half is not None]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 class HessianPool:
@@ -228,14 +248,23 @@ class HessianPool:
     Args:
         share: False gives every module a separate statistic.
         hold_out: Inputs of every second batch go to ``SharedHessian.held_out``.
+        cross: Cross moments with dense inputs are summed up, too.
     """
 
-    def __init__(self, share: bool = True, hold_out: bool = False):
-        self.share, self.hold_out = share, hold_out
+    def __init__(self, share: bool = True, hold_out: bool = False, cross: bool = False):
+        self.share, self.hold_out, self.cross = share, hold_out, cross
         self._of: dict[str, SharedHessian] = {}
         self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], int, SharedHessian, set[int]]] = {}
 
-    def update(self, name: str, x: Tensor, layout: Hashable, rows: Callable[[], Tensor], batch: int = 0) -> None:
+    def update(
+        self,
+        name: str,
+        x: Tensor,
+        layout: Hashable,
+        rows: Callable[[], Tensor],
+        batch: int = 0,
+        dense_rows: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
         """Module ``name`` received ``x``.
 
         Args:
@@ -244,6 +273,7 @@ class HessianPool:
             layout: What its rows depend on besides x (the window of a convolution).
             rows: Computes X [P, N, C] of x; called only when the statistic needs it.
             batch: The number of the calibration batch.
+            dense_rows: Computes the same rows of the dense model; None: they are not known.
 
         Raises:
             NonFiniteHessianError: x holds NaN or Inf, or squares beyond float32; names the module and its input.
@@ -263,12 +293,13 @@ class HessianPool:
             raise ValueError(_parted(name, hessian))
         X_PNC = rows()
         if hessian.statistic is None:
-            zeros = SharedHessian.of_zeros(X_PNC.shape[0], X_PNC.shape[2], X_PNC.device, self.hold_out)
+            shape = X_PNC.shape[0], X_PNC.shape[2]
+            zeros = SharedHessian.of_zeros(*shape, X_PNC.device, self.hold_out, self.cross)
             hessian.statistic, hessian.held_out, hessian.shape = zeros.statistic, zeros.held_out, zeros.shape
         statistic = hessian.statistic if hessian.held_out is None or batch % 2 == 0 else hessian.held_out
         assert statistic is not None
         try:
-            statistic.update(X_PNC)
+            statistic.update(X_PNC, dense_rows() if self.cross else None)
         except NonFiniteHessianError as error:
             raise NonFiniteHessianError(f"input {hessian.inputs} (counted from 0) of {name!r} {error}") from error
         except ValueError as error:
@@ -315,7 +346,7 @@ class HessianPool:
         joined = {id(self._of[name]) for name in alive if name in self._of}
         self.drop(*[name for name, shared in self._of.items() if shared.closed and id(shared) not in joined])
 
-    def join(self, name: str, first: str, shape: tuple[int, int], device: torch.device) -> SharedHessian:
+    def join(self, name: str, first: str, shape: tuple[int, int], device: torch.device, cross: bool) -> SharedHessian:
         """The statistic of a module, else that of ``first``, else one without inputs; closed.
 
         Args:
@@ -323,14 +354,17 @@ class HessianPool:
             first: A module that receives the same inputs.
             shape: P and C.
             device: Device of a new statistic.
+            cross: Whether it has a cross moment on all ranks.
         """
         if name not in self._of:
             if first not in self._of:
-                self._of[first] = SharedHessian.of_zeros(*shape, device, self.hold_out)
+                self._of[first] = SharedHessian.of_zeros(*shape, device, self.hold_out, cross)
                 self._of[first].seen[first] = set()
             self._of[name] = self._of[first]
             self._of[name].seen.setdefault(name, set(range(self._of[name].inputs)))
         shared = self._of[name]
+        for one in () if cross else shared.statistics:
+            one.cross = None
         shared.closed = True
         return shared
 

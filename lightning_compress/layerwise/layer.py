@@ -22,12 +22,16 @@ class Hessian:
         tokens: Number of inputs that H is the mean of.
         layers: Names of the layers that receive these inputs.
         halves: H of every second batch and H of the other batches, where the modifier holds batches out.
+        D_CC: E[(x_dense - x) x^T], float32, where the dense inputs of all tokens are known.
+        D_halves: The same of both halves.
     """
 
     H_CC: Tensor
     tokens: int
     layers: Sequence[str]
     halves: tuple[Tensor, Tensor] | None = None
+    D_CC: Tensor | None = None
+    D_halves: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.core.precision import as_product_sees
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
-from lightning_compress.layerwise.input_hessian import HessianPool, PerHessian, SharedHessian
+from lightning_compress.layerwise.dense_inputs import DenseInputs
+from lightning_compress.layerwise.input_hessian import HessianPool, SharedHessian
 from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.owners import Owners, from_owner, gather_hessians
+from lightning_compress.layerwise.per_hessian import PerHessian
 from lightning_compress.layerwise.pieces import collect, cut, share
 from lightning_compress.layerwise.token_weights import GRADIENTS, Objective, TokenWeights
 from lightning_compress.team import Team
@@ -53,6 +55,7 @@ class LayerwiseModifier(Modifier):
     _owners: Owners = PrivateAttr(default_factory=Owners)
     _prepared: PerHessian[list[Any]] = PrivateAttr(default_factory=PerHessian)  # by partition
     _token_weights: TokenWeights | None = PrivateAttr(default=None)  # where tokens are weighed by the loss
+    _dense_inputs: DenseInputs = PrivateAttr(default_factory=DenseInputs)  # with needs.dense_inputs
 
     # -- what a technique implements ----------------------------------------------------------------------------------
 
@@ -130,8 +133,15 @@ class LayerwiseModifier(Modifier):
 
     def observe(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Take one input of a layer into its statistic."""
-        layout = input_layout(module)
-        self._pool.update(name, x, layout, lambda: self.rows(name, module, as_product_sees(x)), self.batch_number)
+
+        def rows() -> Tensor:
+            return self.rows(name, module, as_product_sees(x))
+
+        def dense_rows() -> Tensor | None:
+            dense = self._dense_inputs.get(name, x, self.batch_number)
+            return None if dense is None else self.rows(name, module, as_product_sees(dense))
+
+        self._pool.update(name, x, input_layout(module), rows, self.batch_number, dense_rows)
 
     def rows(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
         """An input as :func:`inputs_as_rows`; with an ``objective`` each token times the root of its weight."""
@@ -147,7 +157,11 @@ class LayerwiseModifier(Modifier):
         """Look at one input of a layer of the dense model."""
 
     def _arrive(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        (self.survey if self.sees_dense(name) else self.observe)(name, module, only_input(name, inputs))
+        x = only_input(name, inputs)
+        if self.dense_pass:
+            self._dense_inputs.keep(name, x, self.batch_number)
+        else:
+            (self.survey if self.sees_dense(name) else self.observe)(name, module, x)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -157,7 +171,7 @@ class LayerwiseModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         self._layers = dict(self.find_layers(state.model))
-        self._pool = HessianPool(getattr(self, "share_inputs", True), hold_out=self.holds_out)
+        self._pool = HessianPool(getattr(self, "share_inputs", True), self.holds_out, self.needs.dense_inputs)
         self.set_up()
         self._token_weights = TokenWeights(self._layers) if GRADIENTS[self.token_objective] else None
         if self._token_weights is not None:
@@ -187,6 +201,7 @@ class LayerwiseModifier(Modifier):
         """Remove all statistics and hooks."""
         self._layers, self._pool, self._owners, self._token_weights = {}, HessianPool(), Owners(), None
         self._prepared.clear()
+        self._dense_inputs = DenseInputs()
         self.remove_hooks()
 
     def survey_state(self) -> dict[str, Tensor] | None:
@@ -336,6 +351,7 @@ class LayerwiseModifier(Modifier):
     def finish(self, name: str) -> nn.Module:
         """Remove the hooks of a layer that is finished."""
         module = self._layers.pop(name)
+        self._dense_inputs.drop(name)
         self.remove_hooks(module)
         return module
 
@@ -344,7 +360,6 @@ class LayerwiseModifier(Modifier):
         if shared not in self._prepared:
             parts = zip(*[layer.parts(shared.partitions) for layer in layers], strict=True)
             self._prepared[shared] = [
-                self.prepare(Hessian(H_CC, tokens, shared.members, halves), part)
-                for (H_CC, tokens, halves), part in zip(shared.take(), parts, strict=True)
+                self.prepare(hessian, part) for hessian, part in zip(shared.take(), parts, strict=True)
             ]
         return self._prepared[shared]

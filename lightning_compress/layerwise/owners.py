@@ -36,16 +36,18 @@ class Part:
         tokens: Inputs on this rank, and those that are held out; after the sum is made of all ranks.
         shape: Partitions and columns.
         owner: The rank that has the sum; None: it is not made yet.
+        cross: Whether dense inputs came with all of them.
     """
 
     first: str
     tokens: tuple[int, int]
     shape: tuple[int, int]
     owner: int | None
+    cross: bool = False
 
     @classmethod
     def of(cls, shared: SharedHessian) -> "Part":
-        return cls(shared.members[0], shared.tokens_apart, shared.shape, shared.owner)
+        return cls(shared.members[0], shared.tokens_apart, shared.shape, shared.owner, shared.has_cross)
 
 
 class Owners:
@@ -114,8 +116,8 @@ def gather_hessians(
             raise ValueError(parted(name, [other for other in {parts[0].first, *others} if other != name]))
         part = next((part for part in parts if part.owner is not None), parts[0])
         W_RC, (P, C) = as_matrix(module), part.shape
-        work = work_of(len(W_RC), C)
-        shared = hessians[name] = pool.join(name, part.first, part.shape, W_RC.device)
+        work, cross = work_of(len(W_RC), C), all(part.cross for part in parts)
+        shared = hessians[name] = pool.join(name, part.first, part.shape, W_RC.device, cross)
         if shared.owner is None and part.owner is None:
             shared.owner = 0 if owners is None else owners.next(team)
             first, held_out = (sum(counts) for counts in zip(*[part.tokens for part in parts], strict=True))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Needs, State
 from lightning_compress.layers.matrix import as_matrix, input_layout, is_embedding, partitions
-from lightning_compress.layerwise.input_hessian import PerHessian, groups_as_partitions
+from lightning_compress.layerwise.input_hessian import groups_as_partitions
+from lightning_compress.layerwise.per_hessian import PerHessian
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.layerwise.token_weights import GRADIENTS, UNSHARDED, Objective
 from lightning_compress.quant.embeddings import Embeddings

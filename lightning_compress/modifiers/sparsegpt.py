@@ -15,12 +15,15 @@ Shapes: R rows, C columns (inputs), b columns of a block, P partitions of a grou
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from lightning_compress.core import Needs
+from lightning_compress.layerwise.dense_target import Target, dense_step, moved
 from lightning_compress.layerwise.factor import Factor, factorize_retrying, undamped_energy
 from lightning_compress.layerwise.layer import Hessian, Layer, Solved
 from lightning_compress.layerwise.least_squares_refit import refit
@@ -105,6 +108,13 @@ def _count(sparsity: float, units: int) -> int:
     return int(sparsity * units + 1e-9)
 
 
+class _Prepared(NamedTuple):
+    H_CC: Tensor  # damped
+    factor: Factor
+    S_CC: Tensor | None  # step towards the dense target; None: none
+    note: str | None
+
+
 class SparseGPTModifier(LayerwisePruner):
     """Prune with SparseGPT on calibration data, and refit the remaining weights.
 
@@ -119,6 +129,7 @@ class SparseGPTModifier(LayerwisePruner):
             raise. The ledger notes it.
         objective: ``layer``, ``loss``, ``output`` or ``training_step``: whether tokens are weighed by the gradient of a
             loss, as in :class:`~lightning_compress.modifiers.gptq.modifier.GPTQModifier`.
+        target: ``layer`` or ``dense``: the outputs that weights are fitted to, as there.
 
     Raises:
         ValueError: A sparsity outside of [0, 1) or other than that of the pattern, a width that M does not divide.
@@ -130,6 +141,15 @@ class SparseGPTModifier(LayerwisePruner):
     scope: Literal["block", "row"] = "block"
     on_failure: Literal["raise", "retry"] = "raise"
     objective: Objective = "layer"
+    target: Target = "layer"
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, dense_inputs=self.target == "dense")
+
+    @property
+    def holds_out(self) -> bool:
+        return self.target == "dense"
 
     @model_validator(mode="after")
     def _block_holds_patterns(self) -> "SparseGPTModifier":
@@ -143,8 +163,9 @@ class SparseGPTModifier(LayerwisePruner):
     def rows_apart(self, name: str) -> bool:
         return self.pattern is not None or self.scope == "row"
 
-    def prepare(self, hessian: Hessian, layers: Sequence[Layer]) -> tuple[Tensor, Factor]:
-        """The damped H, and its factor."""
+    def prepare(self, hessian: Hessian, layers: Sequence[Layer]) -> _Prepared:
+        """The damped H, its factor, and the step towards the target."""
+        S_CC, note = dense_step(hessian, layers) if self.target == "dense" else (None, None)
         H_CC, retry = hessian.H_CC, self.on_failure == "retry"
         factor, dampening = factorize_retrying(H_CC, self.dampening_frac, by_size=False, retry=retry)
         if factor is None:
@@ -154,17 +175,19 @@ class SparseGPTModifier(LayerwisePruner):
                 f"(0.01 to 0.1 is usual), calibrate on more tokens, or set on_failure='retry'"
             )
         H_CC.diagonal().add_(factor.added_C)
-        return H_CC, factor
+        return _Prepared(H_CC, factor, S_CC, note)
 
-    def solve(self, layer: Layer, prepared: tuple[Tensor, Factor]) -> Solved:
-        H_CC, factor = prepared
+    def solve(self, layer: Layer, prepared: _Prepared) -> Solved:
+        H_CC, factor, S_CC, note = prepared
         W_RC = layer.W_RC.float()
+        if S_CC is not None:
+            W_RC = moved(W_RC, S_CC) * (W_RC != 0)
         Q_RC, keep_RC = prune_columns(W_RC, factor, self.sparsity_in(layer), self.pattern, self.block_size, self.scope)
         Q_RC = refit(W_RC, Q_RC, keep_RC, H_CC, self.refit_iterations).to(layer.W_RC.dtype)
-        raised = factor.dampening != self.dampening_frac
+        raised = f"damping raised to {factor.dampening:g}" if factor.dampening != self.dampening_frac else None
         return Solved(
             Q_RC,
             undamped_energy(W_RC - Q_RC.float(), factor),
             undamped_energy(W_RC, factor),
-            flag=f"damping raised to {factor.dampening:g}" if raised else None,
+            flag="; ".join(text for text in (note, raised) if text) or None,
         )

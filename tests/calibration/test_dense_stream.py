@@ -106,3 +106,33 @@ def test_nobody_asks_nothing_is_run():
     comparer = Incurious(targets=["Linear"])
     run("plain", comparer)
     assert set(comparer.dense.values()) == {None}
+
+
+class Looker(Watcher):
+    """Keeps the inputs that its hooks see in dense passes apart from all others."""
+
+    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, dense_inputs=True)
+    of_dense: dict[str, list[Tensor]] = Field(default_factory=dict)
+
+    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.dense_pass:
+            self.of_dense.setdefault(self._names[module], []).append(args[0].clone())
+        else:
+            super().see(module, args)
+
+
+def test_hooks_see_the_inputs_of_dense_blocks_where_they_are_needed():
+    looker, other = Looker(targets=["re:.*fc"]), Watcher(targets=["re:.*fc"], change=False)
+    model = Model("plain")
+    with torch.no_grad():
+        calibrate(*started(looker, other, model=model), BATCHES)
+    assert looker.of_dense.keys() == {f"blocks.{i}.fc" for i in range(3)}
+    dense = Model("plain")
+    for number, seen in enumerate(looker.of_dense.values()):
+        for i, batch in enumerate(BATCHES):
+            with torch.no_grad():
+                before = dense.hidden(batch)[number - 1] if number else dense.stem(batch)
+            torch.testing.assert_close(seen[i], before)
+    assert len(looker.inputs["blocks.2.fc"]) == len(other.inputs["blocks.2.fc"]) == len(BATCHES)
+    assert not torch.allclose(looker.inputs["blocks.2.fc"][0], looker.of_dense["blocks.2.fc"][0])
+    assert not looker.dense_pass

@@ -63,6 +63,7 @@ W4 = {"scheme": "W4A16", "group_size": 16, "ignore": ["head"]}
 RECIPES: dict[str, Callable[[], list[Modifier]]] = {
     "gptq": lambda: [GPTQModifier(**W4)],
     "gptq choosing on held-out batches": lambda: [GPTQModifier(**W4, dampening_frac="auto", refine=True)],
+    "gptq, targets of the dense model": lambda: [GPTQModifier(**W4, target="dense")],
     "gptq, static inputs": lambda: [GPTQModifier(config_groups=STATIC)],
     "rtn, static inputs, moving average": lambda: [
         QuantizationModifier(config_groups=STATIC, observer="moving_average")

@@ -40,6 +40,7 @@ RECIPES: dict[str, Callable[[], list[Modifier]]] = {
         GPTQModifier(config_groups=TWO_BITS, preserve_zeros=True, keep_latents=True)
     ],
     "gptq choosing on held-out batches": lambda: [GPTQModifier(**W4, dampening_frac="auto", refine=True)],
+    "gptq, targets of the dense model": lambda: [GPTQModifier(**W4, target="dense")],
     "gptq, NVFP4": lambda: [GPTQModifier(scheme="NVFP4A16")],
     "gptq, one scale for a tensor": lambda: [GPTQModifier(config_groups=PER_TENSOR)],
     "sparsegpt 2:4": lambda: [SparseGPTModifier(mask_structure="2:4")],

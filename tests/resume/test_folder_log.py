@@ -41,6 +41,7 @@ RECIPES = {
     "owl by the loss": lambda: [
         SparseGPTModifier(sparsity_profile="owl", objective="loss", ignore=["lm_head"], sparsity=0.5)
     ],
+    "gptq by the loss, targets of the dense model": lambda: [GPTQModifier(**W4, objective="loss", target="dense")],
     "gptq by the loss": lambda: [GPTQModifier(**W4, objective="loss")],
     "gptq by the loss, tune": lambda: [GPTQModifier(**W4, objective="loss"), TuneModifier(epochs=1)],
     "gptq, tune": lambda: [GPTQModifier(**W4), TuneModifier(epochs=1)],
