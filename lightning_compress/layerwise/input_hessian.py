@@ -299,7 +299,7 @@ class HessianPool:
         statistic = hessian.statistic if hessian.held_out is None or batch % 2 == 0 else hessian.held_out
         assert statistic is not None
         try:
-            statistic.update(X_PNC, dense_rows() if self.cross else None)
+            statistic.update(X_PNC, *([dense_rows()] if self.cross else []))
         except NonFiniteHessianError as error:
             raise NonFiniteHessianError(f"input {hessian.inputs} (counted from 0) of {name!r} {error}") from error
         except ValueError as error:
