@@ -10,7 +10,7 @@ BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM
 BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
-.PHONY: bench bench-ranks bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-scale-search bench-callback bench-qat-step \
+.PHONY: bench bench-ranks bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-hadamard bench-scale-search bench-callback bench-qat-step \
 	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
@@ -80,6 +80,9 @@ bench-weights: $(READY) bench-moved  ## Every technique on weights off the grid
 
 bench-regional: $(READY) bench-data  ## Wanda beside Wanda++ on SmolLM2
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_regional.py --material $(BENCH_DIR) $(BENCH_ARGS)
+
+bench-hadamard: $(READY) bench-moved  ## 4-bit floats with and without block Hadamards, on weights off the grid
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_hadamard.py --material $(BENCH_DIR) --model smollm2-moved $(BENCH_ARGS)
 
 bench-scale-search: $(READY) bench-data  ## Rounding with scales by extremes, by diag(H) and by H, on SmolLM2
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_scale_search.py --material $(BENCH_DIR) $(BENCH_ARGS)

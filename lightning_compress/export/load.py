@@ -22,6 +22,7 @@ from lightning_compress.export.own_file import OWN_FILE, read_own
 from lightning_compress.export.quantization_config import matched
 from lightning_compress.export.quantized_modules import QuantizedModules
 from lightning_compress.export.tensors import DeferredTensor, TensorFiles, naming, read_json
+from lightning_compress.export.transform_config import read_transforms
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.matching import clean_name, shortlist
@@ -72,7 +73,8 @@ def load(
             nothing in it can be ``packed``, or nothing can be fused with ``fuse=True``.
     """
     source = _open(Path(folder).expanduser().resolve())
-    if "online" in source.own_content:
+    transforms = source.quantization.get("transform_config") or {}
+    if "online" in source.own_content or transforms:
         if packed or fuse:
             raise ValueError(
                 f"{source.path}: rotations run beside its modules, which packed modules cannot have; leave packed out"
@@ -88,6 +90,7 @@ def load(
     _take_quantized(source, quantized, files)
     caches = _read_caches(source, layout, files)
     rotations = read_online(layout, source.own_content.get("online", {}), source.own_file)
+    rotations |= read_transforms(layout, transforms, files, source.config_file)
     model = _filled(source, layout, model, quantized.weights | files.rest())
     records = quantized.records | _records_of_dense(source, layout)
     quantized.replace_packed(model)

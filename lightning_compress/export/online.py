@@ -1,8 +1,9 @@
 """Rotations that run beside modules: they are in lightning_compress.json, and other loaders must refuse the folder.
 
 transformers 5.23 and compressed-tensors 0.20 read a ``transform_config`` and do not apply it: such a model would load
-without an error and compute something else. So config.json is written such that they fail: ``quantization_status``
-holds a sentence that transformers prints in its error, and ``architectures`` names a class that does not exist.
+without an error and compute something else. So, unless it was asked for (transform_config.py), config.json is written
+such that they fail: ``quantization_status`` holds a sentence that transformers prints in its error, and
+``architectures`` names a class that does not exist.
 """
 
 import json
@@ -25,8 +26,9 @@ NO_CLASS = "WithOnlineRotations"
 
 
 def online_entries(model: nn.Module) -> dict[str, Any]:
-    """Rotations beside modules, by name of the module, as plain data."""
-    return {clean_name(name): record.to_json() for name, (_, record) in OnlineRotations.find(model).items()}
+    """Rotations beside modules that config.json does not state, by name of the module, as plain data."""
+    records = {clean_name(name): record for name, (_, record) in OnlineRotations.find(model).items()}
+    return {name: record.to_json() for name, record in records.items() if not record.in_config}
 
 
 def seal(folder: Path) -> None:

@@ -8,6 +8,7 @@ A folder holds
     recipe.yaml                the recipe, where one was given
     export_manifest.json       the names of these files, and of the run that wrote them
     lightning_compress.json    only where needed: what compressed-tensors has no place for
+    README.md                  only where not every loader gives the outputs of the model (export/transform_config.py)
 
 Two kinds of quantized modules stay dense on disk, their weights on the grid: those whose packed form no loader reads
 (convolutions, the Conv1D of GPT-2) and those that share their weight with another module. ``lightning_compress.json``
@@ -45,6 +46,7 @@ from lightning_compress.export.quantization_config import cache_only, quantizati
 from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.export.state_on_disk import state_on_disk
 from lightning_compress.export.tensors import TensorFiles, write_tensors
+from lightning_compress.export.transform_config import check_readers, transform_config, transform_tensors, write_note
 from lightning_compress.export.verify import answers
 from lightning_compress.files.atomic_folder import whole_folder
 from lightning_compress.layers.matching import without_parallel
@@ -110,6 +112,7 @@ def save(
             )
         rehearse(model, processors)
         contents = contents_of(model, stored)
+        check_readers(contents, verify)
         recipe_yaml = None if recipe is None else dump_yaml(recipe)
         try:
             with whole_folder(folder, overwrite=overwrite, origin=origin) as partial:
@@ -148,6 +151,7 @@ def write_description(contents: Contents, folder: Path, on_disk: Mapping[str, st
         dense: Records of the modules whose weight is dense on disk, as JSON.
     """
     dtype = _write_quantization(contents, folder) if contents.packed or contents.caches else None
+    write_note(contents.model, folder)
     if contents.is_transformers:
         plain_transformers.warn_of_misfits(contents.model)
         plain_transformers.warn_of_dropped(contents.model)
@@ -171,7 +175,7 @@ def _write_weights(contents: Contents, folder: Path, max_shard_bytes: int) -> di
     """All tensors, and config.json without quantization; returns the names of quantized modules on disk."""
     model, records, state = contents.model, contents.records, state_on_disk(contents)
     if contents.is_transformers:
-        hugging_face.write(model, state, folder, max_shard_bytes)
+        hugging_face.write(model, state | transform_tensors(model), folder, max_shard_bytes)
         on_disk = hugging_face.names_on_disk(model, list(records))
     else:
         (folder / "config.json").write_text("{}\n", encoding="utf-8")
@@ -192,7 +196,8 @@ def _write_quantization(contents: Contents, folder: Path) -> torch.dtype | None:
     if contents.is_transformers:
         experts_first(model, config, {name: record.scheme for name, (_, record) in packed.items()})
         hugging_face.add_names_on_disk(model, config)
-    ModelCompressor(quantization_config=config).update_config(str(folder))
+    transforms = transform_config(model)
+    ModelCompressor(quantization_config=config, transform_config=transforms).update_config(str(folder))
     if not contents.is_transformers:
         return None
     if contents.caches:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lightning_compress.export import hugging_face
 from lightning_compress.export.experts import installed
-from lightning_compress.export.online import online_entries
 from lightning_compress.layers.forward import eval_mode
+from lightning_compress.modifiers.rotation.online import OnlineRotations
 
 __all__ = ["answers", "is_wanted", "recorded_call"]
 
@@ -46,7 +46,7 @@ def is_wanted(model: nn.Module, folder: Path, wish: bool | str) -> bool:
     readable = hugging_face.is_transformers(model) and hasattr(transformers, type(model).__name__)
     if wish == "auto":
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return readable and not online_entries(model) and size <= AUTO_BYTES
+        return readable and not OnlineRotations.find(model) and size <= AUTO_BYTES
     return bool(wish)
 
 

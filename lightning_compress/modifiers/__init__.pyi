@@ -16,6 +16,7 @@ from lightning_compress.modifiers.movement import MovementPruningModifier
 from lightning_compress.modifiers.qat import QATModifier
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.modifiers.reap import REAPModifier, REAPPruningModifier
+from lightning_compress.modifiers.rotation.block_hadamard import BlockHadamardModifier
 from lightning_compress.modifiers.rotation.modifier import QuIPModifier, RotationModifier, SpinQuantModifier
 from lightning_compress.modifiers.smoothing.awq import AWQModifier
 from lightning_compress.modifiers.smoothing.logarithmic_equalization import LogarithmicEqualizationModifier
@@ -28,6 +29,7 @@ from lightning_compress.modifiers.wanda.modifier import WandaPruningModifier
 __all__ = [
     "AWQModifier",
     "AutoRoundModifier",
+    "BlockHadamardModifier",
     "ConstantPruningModifier",
     "DepthPruningModifier",
     "DistillationModifier",

@@ -4,8 +4,9 @@ r"""Rotations that run beside a Linear at every call, where they cannot be fused
     input     y = (x M) (W M)^T             R4 of QuaRot; V of QuIP#
     output    y = (x (M^T W)^T) M^T          U of QuIP#: the rows of the weight are turned, and the output turned back
 
-This file turns x and the output; fuse.py turns the weights. A checkpoint alone does not hold the record
-(layers/records.py).
+This file turns x and the output; fuse.py and block_hadamard.py turn the weights. A checkpoint alone does not hold the
+record (layers/records.py). Modules that are called with one tensor (q, k, v; gate, up) turn it once: the result lives
+as long as the tensor.
 """
 
 import math
@@ -19,6 +20,8 @@ from lightning_compress.layers.records import Record
 from lightning_compress.modifiers.rotation.hadamard import fast_hadamard_transform, hadamard
 
 __all__ = ["OnlineRotation", "OnlineRotations"]
+
+_TURNED = "_lightning_compress_turned"
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,27 @@ class OnlineRotation:
             y = fast_hadamard_transform(y * signs_h)
         return (y / math.sqrt(h)).flatten(-2).to(x.dtype)
 
+    def apply_once(self, x: Tensor) -> Tensor:
+        """:meth:`apply`, or what it returned at the last call, where x is the tensor of that call and has not changed.
+
+        Not where a change would go unseen (inference tensors have no version), nor for a leaf with a gradient, which
+        its own result would keep alive.
+        """
+        if torch.compiler.is_compiling() or x.is_inference() or (x.requires_grad and x.is_leaf):
+            return self.apply(x)
+        key = (self.signs, x._version, torch.is_grad_enabled())
+        last = getattr(x, _TURNED, None)
+        if last is None or last[0] != key:
+            last = (key, self.apply(x))
+            setattr(x, _TURNED, last)
+        y: Tensor = last[1]
+        return y
+
 
 def _rotate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     record = OnlineRotations.of(module)
     assert record is not None
-    return (record.rotation("input").apply(args[0]), *args[1:])
+    return (record.rotation("input").apply_once(args[0]), *args[1:])
 
 
 def _rotate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -68,12 +87,15 @@ class OnlineRotations(Record):
 
     Args:
         rotations: At most one for each side.
+        in_config: An export states them in config.json, as ``transform_config``, in place of a file that only this
+            package reads.
     """
 
     attribute = "_lightning_compress_online"
     hooks = (_rotate_input, _rotate_output)
 
     rotations: tuple[OnlineRotation, ...]
+    in_config: bool = False
 
     def rotation(self, side: Literal["input", "output"]) -> OnlineRotation:
         """The rotation of one side, which must exist."""
