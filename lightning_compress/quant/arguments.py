@@ -61,7 +61,8 @@ class QuantizationArguments(BaseModel):
             if not self.every_format and is_special(scheme):
                 raise ValueError(
                     f"{describe(scheme)} has scales of a format of their own, or shared by blocks, which "
-                    f"{type(self).__name__} does not know; QuantizationModifier, GPTQModifier and QATModifier do"
+                    f"{type(self).__name__} does not know; QuantizationModifier, GPTQModifier, AutoRoundModifier and "
+                    f"QATModifier do"
                 )
         return self
 

@@ -17,7 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from compressed_tensors.quantization.utils import generate_gparam
 from torch import Tensor
 
-from lightning_compress.ops.gptq_block.grid import round_float_
+from lightning_compress.ops.gptq_block.grid import EXPONENT, LARGEST, MANTISSA, round_float_
 
 __all__ = [
     "LARGEST_SCALE",
@@ -51,6 +51,12 @@ def global_scale_of(low: Tensor, high: Tensor) -> Tensor:
 def stored_as(W_RC: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> Tensor:
     """Dequantized weights as a loader computes them, in ``dtype``: microscaled ones pass through bfloat16."""
     return (W_RC.to(torch.bfloat16) if is_microscaled(args) else W_RC).to(dtype)
+
+
+def spacing(x: Tensor, bits: int) -> Tensor:
+    """The distance between the numbers of a format (4, 6 or 8 bits) on either side of x, of the larger ones at one."""
+    _, exponent = torch.frexp(x.abs().clamp(2.0 ** EXPONENT[bits], LARGEST[bits]))  # 2^exponent > x
+    return torch.ldexp(torch.ones_like(x), exponent - 1 - MANTISSA[bits])
 
 
 def stored_scale(scale: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> Tensor:

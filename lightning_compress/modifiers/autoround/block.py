@@ -20,7 +20,16 @@ from lightning_compress.layerwise.parent import counted, first_tensor
 from lightning_compress.modifiers.autoround.grid import OnGrid
 from lightning_compress.quant.fake_quant import fake_quantize_input
 
-__all__ = ["LearnedBlock"]
+__all__ = ["InputGrid", "LearnedBlock"]
+
+
+class InputGrid(NamedTuple):
+    """The grid of an input; scales where they are static: one for the tensor, or the global scale of NVFP4."""
+
+    args: QuantizationArgs
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
 
 
 class _Size(NamedTuple):
@@ -119,7 +128,7 @@ class LearnedBlock:
         return {name: as_matrix(self.modules[name], like=G).float() for name, G in pairs if G is not None}
 
     @contextmanager
-    def learning(self, model: nn.Module, inputs: Mapping[str, QuantizationArgs | None]) -> Iterator[None]:
+    def learning(self, model: nn.Module, inputs: Mapping[str, InputGrid | None]) -> Iterator[None]:
         """Inside, these weights alone have gradients, and inputs are quantized, straight through.
 
         Args:
@@ -127,9 +136,9 @@ class LearnedBlock:
             inputs: Grid of the input of each module; None: not quantized.
         """
         handles = [
-            self.modules[name].register_forward_pre_hook(lambda module, x, args=args: _quantized(module, x, args))
-            for name, args in inputs.items()
-            if args is not None
+            self.modules[name].register_forward_pre_hook(lambda module, x, grid=grid: _quantized(module, x, grid))
+            for name, grid in inputs.items()
+            if grid is not None
         ]
         try:
             with gradients_for(model, [parameter_of(module) for module in self.modules.values()]):
@@ -139,6 +148,6 @@ class LearnedBlock:
                 handle.remove()
 
 
-def _quantized(module: nn.Module, inputs: tuple[Any, ...], args: QuantizationArgs) -> tuple[Any, ...]:
-    """The input on its grid, whose gradient passes unchanged: scales from the input itself clip nothing."""
-    return (fake_quantize_input(module, inputs[0], args, None, None), *inputs[1:])
+def _quantized(module: nn.Module, inputs: tuple[Any, ...], grid: InputGrid) -> tuple[Any, ...]:
+    """The input on its grid, whose gradient passes unchanged."""
+    return (fake_quantize_input(module, inputs[0], *grid), *inputs[1:])

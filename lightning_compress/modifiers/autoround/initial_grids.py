@@ -41,7 +41,12 @@ class Start:
         return self.gptq or self.scale_search == "hessian"
 
     def __call__(
-        self, W_RC: Tensor, args: QuantizationArgs, keep_RC: Tensor | None, H_PCC: Tensor | None
+        self,
+        W_RC: Tensor,
+        args: QuantizationArgs,
+        keep_RC: Tensor | None,
+        H_PCC: Tensor | None,
+        global_scale: Tensor | None = None,
     ) -> LearnedGrid:
         """The grid at iterate 0.
 
@@ -50,16 +55,20 @@ class Start:
             args: The grid.
             keep_RC: False where a weight stays zero; None: nowhere.
             H_PCC: E[x x^T] of the inputs, by partition; None where it is not needed.
+            global_scale: g of NVFP4.
         """
         if self.gptq:
             assert H_PCC is not None
-            grid = self._gptq(W_RC, args, keep_RC, H_PCC)
+            grid = self._gptq(W_RC, args, keep_RC, H_PCC, global_scale)
             if grid is not None:
                 return grid
         diagonal_C = None if H_PCC is None else H_PCC.diagonal(dim1=1, dim2=2).mean(0)
-        return LearnedGrid(W_RC, *find_scales(W_RC, args, self.scale_search, diagonal_C), args, keep_RC)
+        scales = find_scales(W_RC, args, self.scale_search, diagonal_C, global_scale)
+        return LearnedGrid(W_RC, *scales, args, keep_RC, global_scale)
 
-    def _gptq(self, W_RC: Tensor, args: QuantizationArgs, keep_RC: Tensor | None, H_PCC: Tensor) -> LearnedGrid | None:
+    def _gptq(
+        self, W_RC: Tensor, args: QuantizationArgs, keep_RC: Tensor | None, H_PCC: Tensor, global_scale: Tensor | None
+    ) -> LearnedGrid | None:
         """None where no damping makes H positive definite."""
         P, R, solver = len(H_PCC), len(W_RC), Solver(args, self.scale_search)
         factors = [factorize_retrying(H_CC, DAMPENING, by_size=True, retry=True)[0] for H_CC in H_PCC]
@@ -67,11 +76,11 @@ class Start:
         if len(factor_P) < P:
             return None
         keep_RC = torch.ones_like(W_RC, dtype=torch.bool) if keep_RC is None else keep_RC
-        common = solver.common_scales(W_RC, factor_P, None) if P > 1 else None
+        common = solver.common_scales(W_RC, factor_P, global_scale) if P > 1 else None
         latents, solutions = [], []
         for p, (W, keep, factor) in enumerate(zip(W_RC.chunk(P), keep_RC.chunk(P), factor_P, strict=True)):
             fixed = None if common is None else rows_of(common, slice(p * R // P, (p + 1) * R // P), R, args)
-            (solved,) = solver([Matrix(W, keep, None, fixed)], factor)
+            (solved,) = solver([Matrix(W, keep, global_scale, fixed)], factor)
             latents.append(adjusted(solved.W_RC, solved.Q_RC, factor) * keep)
             solutions.append(solved)
         zeros = [one.zero_point for one in solutions if one.zero_point is not None]
@@ -79,4 +88,4 @@ class Start:
         scale, zero_point = common or scales
         Q_RC = torch.cat([one.Q_RC for one in solutions]).to(W_RC.dtype)
         latent_RC = latent_of(torch.cat(latents), Q_RC, scale, zero_point, args)
-        return LearnedGrid(latent_RC, scale, zero_point, args, keep_RC)
+        return LearnedGrid(latent_RC, scale, zero_point, args, keep_RC, global_scale)

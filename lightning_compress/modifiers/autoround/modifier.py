@@ -22,20 +22,21 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Needs, State
 from lightning_compress.layers.matrix import inputs_as_rows
 from lightning_compress.layerwise.layer import Layer, Solved
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
-from lightning_compress.modifiers.autoround.block import LearnedBlock
+from lightning_compress.modifiers.autoround.block import InputGrid, LearnedBlock
 from lightning_compress.modifiers.autoround.descent import Descent, descend
 from lightning_compress.modifiers.autoround.grid import LearnedGrid, OnGrid
 from lightning_compress.modifiers.autoround.initial_grids import Start
 from lightning_compress.modifiers.gptq.solver import ScaleSearch
 from lightning_compress.pruning.arguments import zeros_stay
-from lightning_compress.quant.schemes import describe
+from lightning_compress.quant.observers import ObserverName
+from lightning_compress.quant.rounding import input_scales
 
 __all__ = ["AutoRoundModifier"]
 
@@ -45,13 +46,13 @@ RATES = {"rtn": 1.0, "gptq": 0.05}
 
 
 class AutoRoundModifier(LayerwiseQuantizer):
-    """Quantize weights to integers, with rounding that is learned block by block.
+    """Quantize weights, with rounding that is learned block by block.
 
     The layers of a block are learned together by replaying it: no layer is solved alone.
 
     ``targets``, ``ignore``, ``scheme``, ``group_size`` and ``config_groups`` are those of
-    :class:`~lightning_compress.quant.arguments.QuantizationArguments`, with grids of integers,
-    ``preserve_zeros`` that of :class:`~lightning_compress.layerwise.quantizer.LayerwiseQuantizer`.
+    :class:`~lightning_compress.quant.arguments.QuantizationArguments`, ``observer``, ``averaging_constant`` and
+    ``preserve_zeros`` those of :class:`~lightning_compress.layerwise.quantizer.LayerwiseQuantizer`.
 
     Args:
         iters: Steps for each block; 0 keeps iterate 0.
@@ -66,6 +67,7 @@ class AutoRoundModifier(LayerwiseQuantizer):
     """
 
     technique: ClassVar[str] = "autoround"
+    every_format: ClassVar[bool] = True
 
     iters: int = Field(default=200, ge=0)
     lr: float | None = Field(default=None, gt=0)
@@ -74,25 +76,11 @@ class AutoRoundModifier(LayerwiseQuantizer):
     init: Literal["rtn", "gptq"] = "gptq"
     scale_search: ScaleSearch = "hessian"
     target: Literal["dense", "same_input"] = "dense"
+    observer: ObserverName = "minmax"
+    averaging_constant: float = Field(default=0.01, gt=0, le=1)
     preserve_zeros: bool | None = None
 
     _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _scheme_is_learnable(self) -> "AutoRoundModifier":
-        for scheme in self.schemes:
-            assert scheme.weights is not None
-            if scheme.weights.type != "int":
-                raise ValueError(
-                    f"{describe(scheme)} is not a grid of integers, which AutoRound rounds to; take an integer "
-                    f"scheme such as W4A16, or GPTQModifier for this one"
-                )
-        if self.has_static_inputs:
-            raise ValueError(
-                "static activations are not calibrated while the rounding is learned; take a scheme whose activations "
-                "are dynamic, or none, or GPTQModifier for this one"
-            )
-        return self
 
     @property
     def needs(self) -> Needs:
@@ -106,11 +94,16 @@ class AutoRoundModifier(LayerwiseQuantizer):
         self._tokens[name] = self._tokens.get(name, 0) + inputs_as_rows(module, x, self.token_mask).shape[1]
         if self._initial.needs_hessian:
             super().observe(name, module, x)
+        else:
+            self.observe_range(name, module, x)
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
         names = [name for name in names if name in self._layers and self._tokens.get(name)]
         if not names:
             return
+        self.reduce_ranges(state, names)
+        for name in names:
+            self._globals.of(name)  # from dense weights
         if state.replay is None:
             raise ValueError(
                 f"{self.name} must run block {state.block_name!r} again to learn its rounding, but its inputs are "
@@ -143,17 +136,22 @@ class AutoRoundModifier(LayerwiseQuantizer):
         rounded = {layer.name: self._grid(layer, Start(False, "minmax")).now() for layer in layers}
         rate = self.lr or RATES[self.init] / max(1, self.iters)
         descent = Descent(self.iters, rate, self.batch_size, self.seed)
-        with block.learning(state.model, {name: self._schemes[name].input_activations for name in modules}):
+        with block.learning(state.model, {layer.name: self._input_grid(layer) for layer in layers}):
             result = descend(grids, block, descent, [rounded])
         power = block.power or 1.0
         error = result.ended / power
         return result.weights, error, f"block error {result.began / power:.3g}, learned {error:.3g}"
 
+    def _input_grid(self, layer: Layer) -> InputGrid | None:
+        args, observer = self._schemes[layer.name].input_activations, self._observers.get(layer.name)
+        scales = {name.removeprefix("input_"): scale for name, scale in input_scales(observer, layer.W_RC).items()}
+        return None if args is None else InputGrid(args, **scales)
+
     def _grid(self, layer: Layer, start: Start) -> LearnedGrid:
         W_RC, shared = layer.W_RC, self._pool.get(layer.name)
         H_PCC = shared.statistic.value() if shared is not None and shared.statistic is not None else None
         keep_RC = W_RC != 0 if zeros_stay(W_RC, self.preserve_zeros) else None
-        return start(W_RC.clone(), self.weights_of(layer.name), keep_RC, H_PCC)
+        return start(W_RC.clone(), self.weights_of(layer.name), keep_RC, H_PCC, self._globals.of(layer.name))
 
     def reset(self) -> None:
         super().reset()

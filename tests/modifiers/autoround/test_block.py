@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from lightning_compress import AutoRoundModifier, compress
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import as_matrix
-from lightning_compress.modifiers.autoround.block import LearnedBlock
+from lightning_compress.modifiers.autoround.block import InputGrid, LearnedBlock
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import from_groups
 from tests.support.quantization_runs import correlated
@@ -76,7 +76,7 @@ def test_quantized_inputs_let_the_gradient_through():
     }}})[0].input_activations  # fmt: skip
     with torch.no_grad():
         plain = float(block.error(0))
-        with block.learning(nn.Sequential(first, second), {"a": args, "b": args}):
+        with block.learning(nn.Sequential(first, second), {"a": InputGrid(args), "b": InputGrid(args)}):
             with torch.enable_grad():
                 error = block.error(0)
             assert float(error) != plain
