@@ -116,7 +116,11 @@ def hessian_case(shape: Shape, ours: Any, others: Mapping[str, Any]) -> Case:
 
 
 def build_hessian(
-    launch: Any, capability: int, dtype: torch.dtype = torch.bfloat16, sums: torch.dtype = torch.float64
+    launch: Any,
+    capability: int,
+    dtype: torch.dtype = torch.bfloat16,
+    sums: torch.dtype = torch.float64,
+    parts: bool = False,
 ) -> Any:
     from lightning_compress.ops.hessian.kernel import constants, hessian_kernel
     from tests.support.triton_compilation import POINTER, compiled
@@ -128,7 +132,7 @@ def build_hessian(
         types |= {"x_i": f"tensordesc<{x[1:]}[{n}, {i}]>", "x_j": f"tensordesc<{x[1:]}[{n}, {j}]>"}
     if reduces := launch.descriptors and sums == torch.float32:
         types["h"] = f"tensordesc<{h[1:]}[{i}, {j // 4}]>"
-    fixed = constants(launch, reduces) | {"stride_c": 1}
+    fixed = constants(launch, reduces, parts) | {"stride_c": 1}
     odd = ("N", "uncut", "pieces")
     return compiled(hessian_kernel, capability, types, fixed, launch.warps, launch.stages, odd=odd)
 

@@ -27,4 +27,18 @@ def cases(tiny: bool) -> list[Case]:
         moved, flop, sizes = 2 * N * C + 16 * C * C // 2, N * C * (C + 128), {"N": N, "C": C}
         return Case("hessian", f"N = {N}, C = {C}", moved, flop, 1e-4, make, sizes=sizes)
 
-    return [case(N, C) for N, C in shapes]
+    return [case(N, C) for N, C in shapes] + [of_float32(N, C) for N, C in shapes[:2]]
+
+
+def of_float32(N: int, C: int) -> Case:
+    """float32 inputs, as three products of bf16."""
+
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
+        X = torch.randn(N, C, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float32)
+        sums = [torch.zeros(C, C, device=device, dtype=torch.float64) for _ in range(2)]
+        contestants = {"product in float32": lambda: sums[1].add_(X.t() @ X)}
+        exact = lambda: X.double().t() @ X.double()  # noqa: E731
+        return Trial(lambda: hessian_accumulate_(sums[0], X), contestants, exact, torch.tril)
+
+    moved, flop, sizes = 4 * N * C + 16 * C * C // 2, 3 * N * C * (C + 128), {"N": N, "C": C}
+    return Case("hessian", f"N = {N}, C = {C}, float32", moved, flop, 1e-5, make, sizes=sizes)

@@ -24,7 +24,7 @@ WIDE = HessianLaunch(32, 64, 16, 1, 1, 8, 3, False)
 BY_DESCRIPTOR = HessianLaunch(32, 64, 16, 1, 1, 8, 3, True)
 
 
-def check(X_NC, launch, sums=torch.float32):
+def check(X_NC, launch, sums=torch.float32, atol=1e-4):
     """H holds numbers below the diagonal and NaN where no tile may write: above the tiles on the diagonal."""
     C = X_NC.shape[1]
     start = torch.randn(C, C)
@@ -32,7 +32,7 @@ def check(X_NC, launch, sums=torch.float32):
     H_CC = start.clone()
     accumulate_(H_CC, X_NC, launch)
     expected = start.double() + X_NC.double().t() @ X_NC.double()
-    assert_close(H_CC.double().tril(), expected.tril(), rtol=1e-5, atol=1e-4)
+    assert_close(H_CC.double().tril(), expected.tril(), rtol=1e-5, atol=atol)
     full = mirror_(H_CC)
     assert torch.equal(full, full.t())
 
@@ -48,6 +48,36 @@ def test_equals_float64(N, C, launch, dtype):
 @pytest.mark.parametrize(("N", "C"), [(17, 72), (40, 128)], ids=str)
 def test_descriptors_equal_float64(N, C, dtype):
     check(torch.randn(N, C).to(dtype), BY_DESCRIPTOR)
+
+
+@pytest.mark.parametrize("launch", [SQUARE, BY_DESCRIPTOR, replace(WIDE, tail=2, pieces=3)], ids=str)
+@pytest.mark.parametrize(
+    ("N", "C", "sums"),
+    [(1, 1, torch.float32), (17, 33, torch.float64), (150, 72, torch.float32), (150, 72, torch.float64)],
+    ids=str,
+)
+def test_float32_is_accurate_to_a_hundred_thousandth(N, C, launch, sums):
+    """Of the root of both squares on the diagonal; products of bf16(X) alone miss that by a factor of 100."""
+    X = torch.randn(N, C) * torch.logspace(-3, 3, C)
+    exact = X.double().t() @ X.double()
+    H = torch.zeros(C, C, dtype=sums)
+    accumulate_(H, X, launch)
+    norms = exact.diagonal().sqrt()
+    assert ((H.double() - exact) / norms[:, None] / norms).tril().abs().max() < 1e-5
+    rounded = X.bfloat16().double()
+    assert ((rounded.t() @ rounded - exact) / norms[:, None] / norms).tril().abs().max() > 1e-4
+
+
+def test_the_parts_of_float32_are_the_numbers_rounded_and_the_rest():
+    X = torch.randn(60, 37).t()[:, ::2]  # rows and columns lie apart
+    parts = kernel.two_parts(X)
+    assert parts.shape == (256, 30)
+    assert kernel._aligned(parts)
+    high, low = parts.split(128)
+    assert torch.equal(high[:37], X.bfloat16())
+    assert torch.equal(low[:37], (X - X.bfloat16().float()).bfloat16())
+    assert not high[37:].any()
+    assert not low[37:].any()
 
 
 @pytest.mark.parametrize("launch", [SQUARE, WIDE, BY_DESCRIPTOR], ids=str)
@@ -70,7 +100,9 @@ def test_tokens_and_columns_may_lie_apart():
 
 def test_many_tokens_are_taken_in_turn(monkeypatch):
     monkeypatch.setattr(kernel, "TOKENS", 16)
+    monkeypatch.setattr(kernel, "FLOAT32_TOKENS", 16)
     check(torch.randn(40, 33).half(), SQUARE)
+    check(torch.randn(40, 33), SQUARE, atol=5e-4)
     check(torch.randn(0, 33).half(), SQUARE)
 
 

@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl
 
+from lightning_compress.ops.availability import triton_version
 from lightning_compress.ops.w8a8_gemm.kernel import gemm_kernel, quantize_kernel, rule, scale_kernel
 from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code, loops
 
@@ -61,7 +62,8 @@ def test_few_tokens_keep_enough_bytes_in_flight(M, kind, tmp_path):
     programs = min(65536 // (code["registers"] * 32 * launch.warps), SHARED[90] // code["shared"])
     resident = min(programs, -(-64 * launch.split // 132))  # 4096 features in tiles of 64
     assert (launch.stages - 1) * launch.block_n * launch.block_k * resident >= 24 * 1024
-    assert code["registers"] <= (160 if M == 64 else 96), code
+    three_programs = 160 if triton_version() >= (3, 9) else 168  # what Triton 3.6.0 makes, and they still fit
+    assert code["registers"] <= (three_programs if M == 64 else 96), code
     assert len(loops(kernel, tmp_path)[0]) <= 200
 
 

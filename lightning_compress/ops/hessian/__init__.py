@@ -8,12 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.availability import calls_kernel, kernel_runs
+from lightning_compress.ops.availability import KERNEL_DTYPES, calls_kernel, kernel_runs
 from lightning_compress.ops.registration import register_op
 
 __all__ = ["hessian_accumulate_", "mirror_"]
 
-HALF = (torch.float16, torch.bfloat16)
 LEAF = 96  # columns of a tile on the diagonal: 48 to 144 run equally (AMD EPYC, one thread), 192 slower
 GPU_LEAF = 4096
 
@@ -25,7 +24,7 @@ def hessian_accumulate_(H_CC: Tensor, X_NC: Tensor) -> Tensor:
         H_CC: float32 or float64, [C, C], contiguous.
         X_NC: [N, C], any floating dtype. X^T X of a call is summed in float32 (of float64 X in float64) and added in
             the dtype of H: with float64 the order of calls leaves no trace in what is rounded to float32 afterwards.
-            Sums of bf16 and fp16 are on CUDA in the tensor cores, where their products are exact.
+            On CUDA the tensor cores add them: products of bf16 and fp16 are exact, those of float32 three of bf16.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit.
@@ -54,7 +53,7 @@ def mirror_(H_CC: Tensor) -> Tensor:
 
 
 def _accumulate_(H_CC: Tensor, X_NC: Tensor) -> None:
-    if H_CC.is_cuda and X_NC.dtype in HALF and _kernel_runs(H_CC.device):
+    if H_CC.is_cuda and X_NC.dtype in KERNEL_DTYPES and _kernel_runs(H_CC.device):
         from lightning_compress.ops.hessian.kernel import accumulate_
 
         accumulate_(H_CC, X_NC)
