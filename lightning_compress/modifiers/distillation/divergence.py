@@ -21,7 +21,7 @@ from torch import Tensor
 
 __all__ = [
     "POWERS", "Divergence", "TopLogits", "attention_distance", "hidden_distance", "logit_divergence", "masked_mean",
-    "top_k_divergence", "top_logits",
+    "tokens_at_once", "top_k_divergence", "top_logits",
 ]  # fmt: skip
 
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -29,6 +29,8 @@ Divergence = Literal["forward", "reverse", "jsd"]
 POWERS = (0.25, 0.5, 1.0, 2.0)
 """The 1/T at which the mass of all other classes is known exactly; between them it is interpolated."""
 FLOOR = -1e4  # for log 0, which a masked class has: exp(FLOOR) is 0, and 0 * FLOOR is 0
+PIECE = 2**22  # logits at a time, 16 MiB in float32
+CUDA_PIECE = 2**26  # there each piece costs dozens of launches
 
 
 def logit_divergence(
@@ -71,13 +73,23 @@ def top_logits(teacher_NV: Tensor, k: int) -> TopLogits:
     V = teacher_NV.shape[-1]
     if not 1 <= k <= V:
         raise ValueError(f"top_k={k}: the teacher has {V} classes, expected 1 to {V}")
-    log_p_NV = F.log_softmax(teacher_NV.detach().float(), -1)
+    pieces = teacher_NV.detach().reshape(-1, V).split(tokens_at_once(V, teacher_NV.device))
+    fields = (torch.cat(field) for field in zip(*(_top_logits(piece, k) for piece in pieces), strict=True))
+    return TopLogits(*(field.view(*teacher_NV.shape[:-1], field.shape[-1]) for field in fields))
+
+
+def _top_logits(teacher_NV: Tensor, k: int) -> tuple[Tensor, ...]:
+    V = teacher_NV.shape[-1]
+    log_p_NV = F.log_softmax(teacher_NV.float(), -1)
     log_p_NK, index_NK = log_p_NV.topk(k, -1)
-    others_NV = log_p_NV.scatter(-1, index_NK, -torch.inf)
+    others_NV = log_p_NV.scatter_(-1, index_NK, -torch.inf)
     rest_NB = torch.stack([torch.logsumexp(b * others_NV, -1) for b in POWERS], -1)
-    return TopLogits(
-        log_p_NK.clamp_min(FLOOR).half(), index_NK.to(torch.uint16 if V <= 2**16 else torch.int32), rest_NB
-    )
+    return log_p_NK.clamp_min(FLOOR).half(), index_NK.to(torch.uint16 if V <= 2**16 else torch.int32), rest_NB
+
+
+def tokens_at_once(classes: int, device: torch.device) -> int:
+    """Tokens whose logits are computed together, so that their number does not decide how much memory that takes."""
+    return max(1, (CUDA_PIECE if device.type == "cuda" else PIECE) // classes)
 
 
 def top_k_divergence(

@@ -9,7 +9,8 @@ start, the model is left as it was.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,11 +18,13 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
+from lightning_compress.core.precision import model_precision
 from lightning_compress.layers.matrix import is_supported, parameter_of
 from lightning_compress.layers.outputs import logits_of
 from lightning_compress.layerwise.parent import first_tensor
 from lightning_compress.modifiers.distillation.divergence import TopLogits, masked_mean, top_k_divergence, top_logits
 from lightning_compress.modifiers.tune.descent import Settings, Tuned, held_out_batches, tune
+from lightning_compress.modifiers.tune.head import Call, Head, by_pieces
 from lightning_compress.modifiers.tune.knobs import Knob, ScaleKnob, TensorKnob, has_fine_scales
 from lightning_compress.quant.record import Quantized
 
@@ -66,6 +69,9 @@ class TuneModifier(Modifier):
     seed: int = 0
 
     _answers: dict[int, TopLogits | Tensor] = PrivateAttr(default_factory=dict)  # of the dense model, by batch
+    _last: Call | None = PrivateAttr(default=None)  # of the Linear that ran last
+    _head: Head | None = PrivateAttr(default=None)
+    _classes: int = PrivateAttr(default=0)
 
     @property
     def needs(self) -> Needs:
@@ -85,6 +91,9 @@ class TuneModifier(Modifier):
         return f"{other.name} would change what it has trained; place it last"
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        for module in state.model.modules() if self.loss == "kl" else ():
+            if isinstance(module, nn.Linear) and not module._forward_hooks:
+                self.hook(module, self._note_output, "forward")
         self.hook(state.model, self._keep_answer, "forward")
 
     def on_block_surveyed(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -113,10 +122,10 @@ class TuneModifier(Modifier):
 
         def loss(number: int) -> Tensor:
             assert state.replay is not None
-            return self._distance(state.replay(number // state.team.size), self._answers[number])
+            return self._distance(partial(state.replay, number // state.team.size), self._answers[number])
 
         tuned = tune(state.model, knobs, loss, numbers, how, state)
-        self._answers = {}
+        self._answers, self._head = {}, None
         self._report(state, tuned, len(knobs))
 
     def _report(self, state: State, tuned: Tuned, count: int) -> None:
@@ -127,8 +136,14 @@ class TuneModifier(Modifier):
         logger.info("%s: %d tensors; %s", self.name, count, text)
         state.ledger.add("model", "tune", error=losses[best], flag=text)
 
+    def _note_output(self, module: nn.Linear, args: Any, output: Tensor) -> None:
+        self._last = Call(module, output)
+
     def _keep_answer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._answers[self.batch_number] = self._answer(output)
+        last, self._last = self._last, None
+        is_head = last is not None and last.gave(logits_of(output, self.class_dim))
+        self._head = Head(last.module) if last is not None and is_head else None
 
     def _answer(self, output: Any) -> TopLogits | Tensor:
         if self.loss == "mse":
@@ -137,20 +152,28 @@ class TuneModifier(Modifier):
             logits = logits_of(output, self.class_dim)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}, or loss: mse") from None
-        V = logits.shape[-1]
+        self._classes = V = logits.shape[-1]
         answer = top_logits(logits, V if self.top_k is None else min(self.top_k, V))
         return TopLogits(*(tensor.cpu() for tensor in answer))
 
-    def _distance(self, output: Any, answer: TopLogits | Tensor) -> Tensor:
-        """The mean loss of the tokens that count."""
+    def _distance(self, run: Callable[[], Any], answer: TopLogits | Tensor) -> Tensor:
+        """The mean loss of the tokens that count; ``run`` gives the output of the model."""
         if isinstance(answer, Tensor):
-            student = first_tensor(output)
+            student = first_tensor(run())
             teacher = answer.to(student.device)
             each = (student.float() - teacher.float()).square()
             mask = self._fitting(each.shape)
             return masked_mean(each, mask) / masked_mean(teacher.float().square(), mask).clamp_min(1e-20)
-        logits = logits_of(output, self.class_dim)
-        each = top_k_divergence(logits, TopLogits(*(tensor.to(logits.device) for tensor in answer)))
+        logits = partial(logits_of, class_dim=self.class_dim)
+        x = None if self._head is None else self._head.input_of(run, logits)
+        x, layer = (logits(run()), nn.Identity()) if self._head is None or x is None else (x, self._head.run)
+
+        def divergence(x: Tensor, *piece: Tensor) -> Tensor:
+            return top_k_divergence(layer(x), TopLogits(*piece))
+
+        tensors = (tensor.to(x.device).reshape(-1, tensor.shape[-1]) for tensor in (x, *answer))
+        with model_precision():  # of the layer, and again in the backward pass
+            each = by_pieces(divergence, self._classes, *tensors).view(x.shape[:-1])
         return masked_mean(each, self._fitting(each.shape))
 
     def _fitting(self, shape: torch.Size) -> Tensor | None:
