@@ -38,9 +38,10 @@ CHAINS = {
     "stack_gptq": [("batch", 2), ("batch", 6), ("writing", 9), ("calibration",), ("export",), ("promote",)],
 }
 
-# the groups of a walk: 1 before the blocks, 2 to 4 the blocks, 5 after them; pruning: 1 the survey, 2 to 6
+# the groups of a walk: 1 before the blocks, 2 to 4 the blocks, 5 after them; pruning: 1 the survey, 2 to 6. Then epochs
 GROUPS = {
     "blocks_gptq": [("solved", 1), ("stored", 2), ("solved", 3), ("stored", 4), ("calibration",), ("export",)],
+    "blocks_tune": [("stored", 2), ("trained", 1), ("trained", 2), ("tuned", 2), ("tuned", 4), ("export",)],
     "blocks_prune": [("stored", 2), ("solved", 4), ("solved", 4), ("stored", 6), ("export",), ("promote",)],
 }
 
@@ -95,7 +96,8 @@ def test_a_killed_calibration_goes_on_and_ends_with_the_same_bits(tmp_path: Path
     assert not attempt(case, tmp_path / "killed")
     assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
     groups = (tmp_path / "killed" / "groups.txt").read_text().split()
-    lost = [str(number) for what, *number in GROUPS[case] for number in number if what == "solved"]
+    names = {"solved": "{}", "trained": "epoch-{}"}  # of work that is done twice
+    lost = [names[what].format(*number) for what, *number in GROUPS[case] if what in names]
     assert sorted(groups) == sorted((tmp_path / "whole" / "groups.txt").read_text().split() + lost)
     assert not (tmp_path / "killed" / "calibration_log").exists()
 

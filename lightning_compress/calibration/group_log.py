@@ -1,7 +1,7 @@
 """What the walk tells a log of finished groups of modules, and asks it when a run continues.
 
     begin                before CALIBRATION_START; it may raise: another recipe, model or data than the log's
-    restore, store       of each group, in the order of the walk; of the survey likewise
+    restore, store       of each group, in the order of the walk; of the survey likewise; of training after the walk
     interrupt            after each MODULE_READY and each finished group; what it raises ends the calibration there
 
 At each of these points nothing is half done.
@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Lifecycle, Modifier, State
+from lightning_compress.core.state import TrainingState
 
 __all__ = ["GroupLog", "NoLog"]
 
@@ -56,6 +57,12 @@ class GroupLog(Protocol):
     def store_survey(self) -> None:
         """All batches have run through the dense model."""
 
+    def restore_training(self, title: str) -> TrainingState | None:
+        """What :meth:`store_training` got last under this title, in this run or an earlier one."""
+
+    def store_training(self, title: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """How far a modifier is that trains after the walk; what it stored before may be dropped."""
+
 
 def _go_on() -> None:
     """The calibration is not interrupted."""
@@ -87,4 +94,10 @@ class NoLog:
         return ()
 
     def store_survey(self) -> None:
+        """Nothing is written."""
+
+    def restore_training(self, title: str) -> TrainingState | None:
+        return None
+
+    def store_training(self, title: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Nothing is written."""

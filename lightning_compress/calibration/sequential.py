@@ -153,7 +153,9 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     lifecycle.set_token_mask(None)
     if has_data and any(m.needs.after_walk for m in lifecycle.modifiers):
         replay, batches = partial(run_whole, walker, blocks.values()), len(walker.batches)
-        state = state.but(replay=replay, batches=batches, interrupt=walker.log.interrupt)
+        log = walker.log
+        state = state.but(replay=replay, batches=batches, interrupt=log.interrupt)
+        state = state.but(store=log.store_training, restore=log.restore_training)
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
 
 

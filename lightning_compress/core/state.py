@@ -9,11 +9,22 @@ from torch import Tensor, nn
 from lightning_compress.core.ledger import Ledger
 from lightning_compress.team import Team
 
-__all__ = ["State"]
+__all__ = ["State", "TrainingState"]
+
+TrainingState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+"""Tensors by name, on the CPU, and facts in JSON types."""
 
 
 def _go_on() -> None:
     """The run is not interrupted."""
+
+
+def _restore_nothing(title: str) -> TrainingState | None:
+    return None
+
+
+def _store_nothing(title: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """The run begins anew after a kill."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,10 @@ class State:
         user_loss: ``user_loss(batch, number)``: the user's own loss on a calibration batch, a tensor with one number,
             or None where it has none for this batch: that of the LightningModule's ``training_step``, or of ``loss``
             of ``compress``. None: there is neither.
+        store: There, too: ``store(title, tensors, facts)`` keeps how far the modifier is, facts in JSON types, in place
+            of what it kept before. All processes call it together, with equal values.
+        restore: ``restore(title)`` gives to all processes what was kept last under this title, also by a run that was
+            killed. None: nothing was.
         ledger: Ledger of the facts on modules.
         team: The processes that calibrate together, each with its own batches.
     """
@@ -63,6 +78,8 @@ class State:
     batches: int = 0
     interrupt: Callable[[], None] = _go_on
     user_loss: Callable[[Any, int], Tensor | None] | None = None
+    store: Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], None] = _store_nothing
+    restore: Callable[[str], TrainingState | None] = _restore_nothing
     ledger: Ledger = field(default_factory=Ledger)
     team: Team = field(default_factory=Team)
 

@@ -33,6 +33,7 @@ from lightning_compress.calibration.group_log import NoLog
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Lifecycle, Modifier, State
 from lightning_compress.core.ledger import Row
+from lightning_compress.core.state import TrainingState
 from lightning_compress.export import hugging_face
 from lightning_compress.export.contents import Contents, block_contents, contents_of, warn_of_contents
 from lightning_compress.export.save import dump_yaml, write_description
@@ -223,6 +224,12 @@ class ExportLog:
 
     def store_survey(self) -> None:
         """Modifiers with a survey are refused before."""
+
+    def restore_training(self, title: str) -> TrainingState | None:
+        return None
+
+    def store_training(self, title: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Modifiers that train after the walk are refused before."""
 
     def finish(self, processors: Sequence[Any]) -> None:
         """Write the modules outside of blocks and all other files; the folder gets its name."""

@@ -4,6 +4,7 @@
     <folder>/.groups.partial/                   shards, numbered in the order of the walk (export/stream.py)
     <folder>/.groups.partial/log/00002.json     of each: checksum, rows of the ledger, facts
     <folder>/.groups.partial/log/plan.json      recipe, model, data (plan.py)
+    <folder>/.training.partial/                 states of a modifier that trains after the walk (training_log.py)
 
     facts: {"title": name of the group, "state": facts of quant/module_state.py, "unchanged": [names of tensors that are
             as in the plan, and not in the shard], "modifiers": [Modifier.group_state], "random": torch's random state,
@@ -29,6 +30,7 @@ from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Lifecycle, Modifier, State
 from lightning_compress.core.ledger import Row
+from lightning_compress.core.state import TrainingState
 from lightning_compress.export.stream import Shard, ShardWriter
 from lightning_compress.layers.sharded import is_sharded
 from lightning_compress.quant.module_state import dense_tensors, from_tensors, settle, to_tensors
@@ -43,6 +45,7 @@ from lightning_compress.resume.plan import (
     tensor_digest,
     write_plan,
 )
+from lightning_compress.resume.training_log import TrainingLog, remove_training
 from lightning_compress.team import Team
 
 __all__ = [
@@ -101,6 +104,7 @@ def opened(
 def remove(folder: Path) -> None:
     """Remove a log whose results are elsewhere by now."""
     shutil.rmtree(folder / ".groups.partial", ignore_errors=True)
+    remove_training(folder)
     with suppress(OSError):
         (folder / "holder.json").unlink(missing_ok=True)
         folder.rmdir()
@@ -133,6 +137,7 @@ class FolderLog:
         self._shards: Sequence[Shard] = ()
         self._digests: Mapping[str, str] = {}
         self._number, self._rows = 0, list[Row]()
+        self._training: TrainingLog | None = None
 
     def begin(
         self,
@@ -221,6 +226,25 @@ class FolderLog:
 
             self._team.result(write, "writing the log")
 
+    def restore_training(self, title: str) -> TrainingState | None:
+        def read() -> tuple[TrainingState, Any] | None:
+            self._training = TrainingLog(self.folder)
+            return self._training.read(title)
+
+        entry = self._team.result(read, "reading the log")
+        if entry is None:
+            return None
+        state, random = entry
+        set_random_state(random)
+        return state
+
+    def store_training(self, title: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        def write() -> None:
+            self._training = self._training or TrainingLog(self.folder)
+            self._training.write(title, tensors, facts, random_state())
+
+        self._team.result(write, "writing the log")
+
     def close(self) -> None:
         """Let other processes have the folder."""
         if self._holder is not None:
@@ -254,6 +278,7 @@ class FolderLog:
         elif self.resume == "must":
             raise ValueError(f"resume='must', and {self.folder} holds no log of a calibration; check the folder")
         self._writer.discard()
+        remove_training(self.folder)
         write_plan(path, plan)
 
     def _read(self, title: str) -> tuple[dict[str, Tensor], Mapping[str, Any], Sequence[Mapping[str, Any]]] | None:

@@ -14,6 +14,8 @@ SIGKILL. Every run begins with ``ckpt_path="last"``, and every one that resumes 
     calibration   in the middle of the walk
     solved N      group N of the walk is finished, and not in the log
     stored N      group N of the walk is in the log
+    trained N     N epochs after the walk are over, and N - 1 of them in the log
+    tuned N       N epochs after the walk are in the log
     export        all exported files are written, under their provisional name
     promote       half of compressed.ckpt is in the file
 """
@@ -41,6 +43,7 @@ from lightning_compress.files import atomic_folder as atomic
 from lightning_compress.modifiers import magnitude, qat  # noqa: F401  (imported before forking)
 from lightning_compress.modifiers.distillation import modifier as _distillation  # noqa: F401
 from lightning_compress.modifiers.gptq import modifier as _gptq  # noqa: F401
+from lightning_compress.modifiers.tune import modifier as _tune  # noqa: F401
 from lightning_compress.resume.folder_log import FolderLog
 from lightning_compress.training.post_training import PostTraining
 from tests.support.training_runs import Regression, Sums, quiet
@@ -171,6 +174,10 @@ def modifiers(case: str) -> list[Modifier]:
             lc.AWQModifier(**int4, n_grid=3, quantize=False),
             lc.QuantizationModifier(**int4, scale_search="hessian"),
         ],
+        "blocks_tune": lambda: [
+            lc.GPTQModifier(scheme={"weights": {"num_bits": 2, "group_size": 8, "strategy": "group"}}),
+            lc.TuneModifier(loss="mse", epochs=4, patience=4, lr=0.03),
+        ],
         "freeze": lambda: [lc.FreezeModifier(targets=["0", "4"], start=2, end=5)],
         "stack_qat": lambda: [
             lc.DistillationModifier(weight=0.5),
@@ -254,6 +261,17 @@ def _count_groups(folder: Path, reached: Callable[..., None]) -> None:
         reached("stored", log._number)
 
     FolderLog.store = counted
+    store_training = FolderLog.store_training
+
+    def noted(log: Any, title: str, tensors: Any, facts: Any) -> None:
+        epochs = len(facts["losses"]) - 1
+        with (folder / "groups.txt").open("a") as file:
+            file.write(f"epoch-{epochs}\n")
+        reached("trained", epochs)
+        store_training(log, title, tensors, facts)
+        reached("tuned", epochs)
+
+    FolderLog.store_training = noted
 
 
 def _buffer(data: bytes) -> Any:

@@ -3,13 +3,14 @@
     rate of step k of K:  lr (1 + cos(pi k / K)) / 2        beta2 = 0.95: a run has few steps
 
 A step takes a group of batches in a fixed order. Each rank runs those that are its own, and gradients add up over
-ranks: the result does not depend on their number.
+ranks: the result does not depend on their number. After each epoch knobs and moments go to the log of the calibration.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from lightning_compress.team import Team
 __all__ = ["Settings", "Tuned", "held_out_batches", "tune"]
 
 BETAS = 0.9, 0.95
+MOMENTS = "exp_avg", "exp_avg_sq"
+TITLE = "tuning"
 
 
 @dataclass(frozen=True)
@@ -77,29 +80,67 @@ def tune(
         state: State of the calibration: its ranks, which step together, and what may end the run between two steps.
     """
     training, held_out = numbers
-    team = state.team
-    result = Tuned([_mean_loss(held_out, loss, team)])
-    best = [knob.change.clone() for knob in knobs]
-    optimizer = torch.optim.Adam([knob.change for knob in knobs], lr=how.rate, betas=BETAS)
-    groups = math.ceil(len(training) / how.accumulate)
-    order = torch.Generator().manual_seed(how.seed)
+    descent = _Descent(knobs, how.rate)
+    if (stored := state.restore(TITLE)) is None:
+        descent.tuned.losses.append(_mean_loss(held_out, loss, state.team))
+    else:
+        descent.load(*stored)
+    groups, tuned = math.ceil(len(training) / how.accumulate), descent.tuned
+    random = torch.Generator().manual_seed(how.seed)
+    orders = [torch.randperm(len(training), generator=random, device="cpu").tolist() for _ in range(how.epochs)]
     with gradients_for(model, [knob.parameter for knob in knobs]), gradients_to(knobs):
-        for epoch in range(how.epochs):
-            shuffled = [training[i] for i in torch.randperm(len(training), generator=order, device="cpu").tolist()]
+        while (epoch := len(tuned.losses) - 1) < min(how.epochs, tuned.best + how.patience):
+            shuffled = [training[i] for i in orders[epoch]]
             for group in range(groups):
                 state.interrupt()
                 progress = (epoch * groups + group) / (how.epochs * groups)
-                optimizer.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
-                _step(knobs, shuffled[group * how.accumulate :][: how.accumulate], loss, optimizer, team)
-            result.losses.append(_mean_loss(held_out, loss, team))
-            if result.losses[-1] < result.losses[result.best]:
-                result.best, best = epoch + 1, [knob.change.clone() for knob in knobs]
-            elif epoch + 1 - result.best >= how.patience:
-                break
-    for knob, change in zip(knobs, best, strict=True):
-        knob.change.copy_(change)
-        knob.write()
-    return result
+                descent.optimizer.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
+                _step(knobs, shuffled[group * how.accumulate :][: how.accumulate], loss, descent.optimizer, state.team)
+            descent.note(_mean_loss(held_out, loss, state.team))
+            state.store(TITLE, *descent.state())
+    descent.take_best()
+    return tuned
+
+
+class _Descent:
+    """Knobs, their moments, and the best of them so far."""
+
+    def __init__(self, knobs: Sequence[Knob], rate: float):
+        self.knobs, self.tuned = knobs, Tuned()
+        self.changes = [knob.change for knob in knobs]
+        self.best = [change.clone() for change in self.changes]
+        self.optimizer = torch.optim.Adam(self.changes, lr=rate, betas=BETAS)
+
+    def note(self, loss: float) -> None:
+        """An epoch has ended with this loss on the held-out batches."""
+        self.tuned.losses.append(loss)
+        if loss < self.tuned.losses[self.tuned.best]:
+            self.tuned.best, self.best = len(self.tuned.losses) - 1, [change.clone() for change in self.changes]
+
+    def take_best(self) -> None:
+        """Write the best knobs into the model."""
+        for knob, change in zip(self.knobs, self.best, strict=True):
+            knob.change.copy_(change)
+            knob.write()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All of it, as tensors on the CPU and facts."""
+        moments = [self.optimizer.state[change] for change in self.changes]
+        lists = {"change": self.changes, "best": self.best} | {key: [m[key] for m in moments] for key in MOMENTS}
+        tensors = {key: torch.cat([t.flatten().cpu() for t in values]) for key, values in lists.items()}
+        return tensors, {"losses": self.tuned.losses, "best": self.tuned.best, "steps": float(moments[0]["step"])}
+
+    def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """What :meth:`state` gave; the model gets the knobs."""
+        pieces = {key: tensor.split([change.numel() for change in self.changes]) for key, tensor in tensors.items()}
+        for i, knob in enumerate(self.knobs):
+            of_knob = {key: tensor[i].view_as(knob.change).to(knob.change) for key, tensor in pieces.items()}
+            steps = torch.tensor(facts["steps"], dtype=torch.float32, device="cpu")
+            self.optimizer.state[knob.change] = {"step": steps} | {key: of_knob[key].clone() for key in MOMENTS}
+            self.best[i].copy_(of_knob["best"])
+            knob.change.copy_(of_knob["change"])
+            knob.write()
+        self.tuned.losses, self.tuned.best = list(facts["losses"]), facts["best"]
 
 
 def _step(
