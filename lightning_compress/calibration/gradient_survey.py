@@ -8,7 +8,7 @@ So the first two need no labels, and the gradients say where the model's own ans
 gradient: the outputs of hooked modules do. Labels of a batch depend on the seed and on its number, not on ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.calibration.activations import tensors_of
+from lightning_compress.calibration.residence import Residence
 from lightning_compress.calibration.whole_model import checkpointed
 from lightning_compress.core import Modifier
 from lightning_compress.layers.forward import gradients_for
@@ -40,9 +41,11 @@ class Gradients:
         self.count = 0  # of batches whose loss had gradients
 
     @contextmanager
-    def enabled(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    def enabled(self, model: nn.Module, blocks: Mapping[str, nn.Module], residence: Residence) -> Iterator[None]:
         """Inside, forward passes build a graph, in which no parameter takes part; blocks store their inputs only."""
-        with gradients_for(model, ()), torch.enable_grad(), checkpointed(blocks):
+        names = {block: name for name, block in blocks.items()}
+        present = checkpointed(blocks.values(), lambda block: residence.visit(names[block], block))
+        with gradients_for(model, ()), torch.enable_grad(), present:
             yield
 
     def run(self, runner: Callable[[Any], Any], batch: Any, mask: Tensor | None, number: int) -> None:

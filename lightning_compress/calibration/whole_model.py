@@ -4,8 +4,8 @@ With gradients only the input of each block is stored; the rest is computed agai
 2016, arXiv:1604.06174), so that memory holds the activations of one block.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,9 +37,26 @@ def run_whole(walker: Walker, blocks: Iterable[nn.Module], i: int) -> Any:
 
 
 @contextmanager
-def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Forward passes inside store only the inputs of these blocks for the backward pass."""
-    with ExitStack() as stack:
+def checkpointed(
+    blocks: Iterable[nn.Module], present: Callable[[nn.Module], AbstractContextManager[None]] | None = None
+) -> Iterator[None]:
+    """Forward passes inside store only the inputs of these blocks for the backward pass.
+
+    Args:
+        blocks: The blocks.
+        present: Inside, the tensors of a block are where it runs. A block that is computed again, without its hooks,
+            stays there until the next one is: its backward pass reads weights that have no gradient from the module.
+    """
+    turn = ExitStack()
+
+    def there(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        turn.close()
+        if present is not None:
+            turn.enter_context(present(block))
+        return forward(*args, **kwargs)
+
+    with ExitStack() as stack, turn:
         for block in blocks:
-            stack.enter_context(patched(block, forward=partial(checkpoint, block.forward, use_reentrant=False)))
+            forward = partial(checkpoint, partial(there, block, block.forward), use_reentrant=False)
+            stack.enter_context(patched(block, forward=forward))
         yield

@@ -141,7 +141,7 @@ class _Tap(torch.autograd.Function):
         return output.clone()  # the model may change it in place
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         ctx.take(x, gradient)
         return gradient, None, None

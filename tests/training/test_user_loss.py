@@ -35,7 +35,7 @@ class Logging(Regression):
         self.metric(self(batch[0]), batch[1])
         self.log("train/loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.log_dict({"train/metric": self.metric}, prog_bar=True)
-        self.logger.experiment.add_text("step", "text")
+        self.logger.log_metrics({"train/direct": 1.0})
         self.losses.append(loss)
         self.steps += 1
         self.mean.mul_(0.9).add_(loss.detach(), alpha=0.1)
@@ -101,6 +101,15 @@ def test_the_weights_are_those_of_the_loss(tmp_path, kind):
         assert torch.equal(one, other)
         assert one.grad is None
         assert one.requires_grad
+
+
+def test_a_model_in_bfloat16(tmp_path):
+    module = made(Regression)
+    dense = copy.deepcopy(module.model).bfloat16()
+    fit(tmp_path, module, precision="bf16-true")
+    batches = [tuple(part.bfloat16() for part in batch) for batch in Data().calibration_dataloader()]
+    compress(dense, GPTQModifier(**W4, objective="training_step"), batches, loss=squared_error)
+    assert all(torch.equal(a, b) for a, b in zip(module.model.parameters(), dense.parameters(), strict=True))
 
 
 def test_the_labels_count():
