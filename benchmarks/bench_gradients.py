@@ -31,6 +31,10 @@ ROWS: dict[str, dict[str, Any]] = {  # row of the table -> fields of Job
     "GPTQ by the loss": {"technique": "gptq by loss"},
     "GPTQ, tune": {"technique": "gptq+tune"},
     "GPTQ by the loss, tune": {"technique": "gptq by loss+tune"},
+    "GPTQ for dense targets": {"technique": "gptq for dense"},
+    "GPTQ for dense targets, tune": {"technique": "gptq for dense+tune"},
+    "GPTQ for dense targets by the loss": {"technique": "gptq for dense by loss"},
+    "GPTQ for dense targets by the loss, tune": {"technique": "gptq for dense by loss+tune"},
 }
 Known = dict[str, dict[str, dict[str, Any]]]  # "bits, row" -> subset -> facts and scores
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["PRUNERS", "QUANTIZERS", "of_peer", "ours"]
 
 STRENGTH = 0.8  # of SmoothQuant
+RECOVERY = {"recovery_epochs": 2, "recovery_rate": 3e-3}
 
 # Rows of the tables of accuracy (bench_demo.py, bench_weights.py): fields of Job
 QUANTIZERS: dict[str, dict[str, Any]] = {
@@ -51,8 +52,8 @@ def ours(job: "Job") -> list[Any]:
     def gptq(**more: Any) -> Any:
         return lc.GPTQModifier(**grid, actorder="static", scale_search=job.scale_search, **more)
 
-    def tune() -> Any:
-        return lc.TuneModifier(epochs=job.epochs, lr=job.lr)
+    def tune(**more: Any) -> Any:
+        return lc.TuneModifier(epochs=job.epochs, lr=job.lr, **more)
 
     make: dict[str, Callable[[], list[Any]]] = {
         "rtn": lambda: [rtn()],
@@ -60,6 +61,10 @@ def ours(job: "Job") -> list[Any]:
         "gptq+tune": lambda: [gptq(), tune()],
         "gptq by loss": lambda: [gptq(objective="loss")],
         "gptq by loss+tune": lambda: [gptq(objective="loss"), tune()],
+        "gptq for dense": lambda: [gptq(target="dense")],
+        "gptq for dense+tune": lambda: [gptq(target="dense"), tune()],
+        "gptq for dense by loss": lambda: [gptq(target="dense", objective="loss")],
+        "gptq for dense by loss+tune": lambda: [gptq(target="dense", objective="loss"), tune()],
         "awq": lambda: [lc.AWQModifier(**grid)],
         "awq+gptq": lambda: [lc.AWQModifier(**grid, quantize=False), gptq()],
         "smoothquant+gptq w8a8": lambda: [
@@ -68,6 +73,14 @@ def ours(job: "Job") -> list[Any]:
         ],
         "sparsegpt": lambda: [_pruner(lc.SparseGPTModifier, job)],
         "wanda": lambda: [_pruner(lc.WandaPruningModifier, job)],
+        "sparsegpt for dense": lambda: [_pruner(lc.SparseGPTModifier, job, target="dense")],
+        "sparsegpt recovered": lambda: [_pruner(lc.SparseGPTModifier, job, **RECOVERY)],
+        "sparsegpt for dense recovered": lambda: [_pruner(lc.SparseGPTModifier, job, target="dense", **RECOVERY)],
+        "sparsegpt+tune": lambda: [_pruner(lc.SparseGPTModifier, job), tune(sparse_weights=True)],
+        "sparsegpt for dense recovered+tune": lambda: [
+            _pruner(lc.SparseGPTModifier, job, target="dense", **RECOVERY),
+            tune(sparse_weights=True),
+        ],
         "spinquant+rtn": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), rtn()],
         "spinquant+gptq": lambda: [lc.SpinQuantModifier(rotations=["R1", "R2"], seed=job.subset), gptq()],
         "quip+rtn": lambda: [lc.QuIPModifier(allow_online=True, seed=job.subset), rtn()],
@@ -77,9 +90,9 @@ def ours(job: "Job") -> list[Any]:
     return make[job.technique]()
 
 
-def _pruner(modifier: Any, job: "Job") -> Any:
+def _pruner(modifier: Any, job: "Job", **more: Any) -> Any:
     owl = {"sparsity_profile": "owl"} if job.owl else {}
-    return modifier(sparsity=job.sparsity, mask_structure=job.mask, ignore=job.ignore, **owl)
+    return modifier(sparsity=job.sparsity, mask_structure=job.mask, ignore=job.ignore, **owl, **more)
 
 
 def of_peer(job: "Job") -> list[Any]:

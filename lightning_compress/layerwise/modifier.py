@@ -122,6 +122,11 @@ class LayerwiseModifier(Modifier):
         """By what tokens are weighed: the argument ``objective``, where the technique has it."""
         return getattr(self, "objective", "layer")
 
+    @property
+    def aims_at_dense(self) -> bool:
+        """Whether :attr:`Hessian.D_CC` is needed: the argument ``target``, where the technique has it."""
+        return bool(getattr(self, "target", "layer") == "dense")
+
     def set_up(self) -> None:
         """Prepare for a calibration; the layers are known, and not hooked yet."""
 
@@ -159,7 +164,8 @@ class LayerwiseModifier(Modifier):
     def _arrive(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = only_input(name, inputs)
         if self.dense_pass:
-            self._dense_inputs.keep(name, x, self.batch_number)
+            if self.aims_at_dense:
+                self._dense_inputs.keep(name, x, self.batch_number)
         else:
             (self.survey if self.sees_dense(name) else self.observe)(name, module, x)
 
@@ -171,7 +177,7 @@ class LayerwiseModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         self._layers = dict(self.find_layers(state.model))
-        self._pool = HessianPool(getattr(self, "share_inputs", True), self.holds_out, self.needs.dense_inputs)
+        self._pool = HessianPool(getattr(self, "share_inputs", True), self.holds_out, self.aims_at_dense)
         self.set_up()
         self._token_weights = TokenWeights(self._layers) if GRADIENTS[self.token_objective] else None
         if self._token_weights is not None:

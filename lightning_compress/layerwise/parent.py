@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_compress.core.precision import model_precision
 from lightning_compress.team import Team
 
-__all__ = ["ParentCalls", "common_parent", "counted", "first_tensor", "record_calls"]
+__all__ = ["ParentCalls", "Place", "common_parent", "counted", "first_tensor", "record_calls"]
 
 SAME = 1e-2  # of the largest output: rounding differs by less, a call that is split wrongly by far more
 
@@ -65,7 +65,7 @@ class ParentCalls:
             self.places(), self.arguments, self.outputs, self.masks, strict=True
         ):
             if place in places:
-                outputs = self._run(args, kwargs), recorded
+                outputs = self.call(args, kwargs), recorded
                 output, dense = (counted(tensor, mask).float() for tensor in outputs)
                 errors[place] = float((output - dense).square().sum().double())
         return errors
@@ -113,13 +113,18 @@ class ParentCalls:
         """Whether the parent returns the recorded output of the first call, up to rounding."""
         args, kwargs = self.arguments[0]
         try:
-            output = self._run(args, kwargs)
+            output = self.call(args, kwargs)
         except Exception:  # a parent that takes only whole batches
             return False
         dense = self.outputs[0]
         return output.shape == dense.shape and bool((output - dense).abs().max() <= SAME * dense.abs().max())
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def run(self, i: int) -> Tensor:
+        """The present output of a call."""
+        return self.call(*self.arguments[i])
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The present output for some arguments."""
         with model_precision():
             return first_tensor(self.module(*args, **kwargs))
 

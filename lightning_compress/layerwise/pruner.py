@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, Needs, State
@@ -14,6 +14,7 @@ from lightning_compress.layerwise.layer import Layer, Solved
 from lightning_compress.layerwise.loss_shares import LossSurvey
 from lightning_compress.layerwise.modifier import LayerwiseModifier
 from lightning_compress.layerwise.owl import OutlierSurvey
+from lightning_compress.layerwise.recovery import Recovery
 from lightning_compress.layerwise.token_weights import GRADIENTS, UNSHARDED
 from lightning_compress.pruning.arguments import PruningArguments, share_of_zeros
 from lightning_compress.quant.record import Quantized
@@ -23,8 +24,18 @@ __all__ = ["LayerwisePruner"]
 
 
 class LayerwisePruner(PruningArguments, LayerwiseModifier):
-    """Base class of modifiers that prune layers from the Hessian of their inputs: implement ``solve``."""
+    """Base class of modifiers that prune layers from the Hessian of their inputs: implement ``solve``.
 
+    Args:
+        recovery_epochs: After a block is pruned, passes over the batches in which each of its modules that hold pruned
+            layers (attention, MLP) learns its output in the dense model, by the weights that stay; 0: none.
+        recovery_rate: Relative size of a step at the start of the recovery.
+    """
+
+    recovery_epochs: int = Field(default=0, ge=0)
+    recovery_rate: float = Field(default=1e-3, gt=0)
+
+    _recovery: Recovery | None = PrivateAttr(default=None)
     _survey: OutlierSurvey | LossSurvey | None = PrivateAttr(default=None)
     _surveyed: set[str] = PrivateAttr(default_factory=set)
     _sparsities: dict[str, float] = PrivateAttr(
@@ -41,14 +52,22 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
             )
         return self
 
+    @model_validator(mode="after")
+    def _recovery_is_used(self) -> "LayerwisePruner":
+        if not self.recovery_epochs and (names := self.changed({"recovery_rate"})):
+            raise ValueError(f"{', '.join(names)} without recovery_epochs would do nothing; give such as 2")
+        return self
+
     @property
     def needs(self) -> Needs:
         gradients = GRADIENTS[self.token_objective] or GRADIENTS.get(self.sparsity_profile or "layer")
         survey = self.sparsity_profile is not None or gradients is not None
         sharded = True if gradients is None else UNSHARDED
+        recovers = self.recovery_epochs > 0
         return Needs(
-            data=True, one_pass=True, own_pass=True, survey=survey, gradients=gradients, team="sums", sharded=sharded
-        )
+            data=True, one_pass=True, own_pass=True, survey=survey, gradients=gradients, team="sums", sharded=sharded,
+            replay=recovers, dense_inputs=recovers or self.aims_at_dense,
+        )  # fmt: skip
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return self.find(model)
@@ -59,6 +78,24 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
         elif self.sparsity_profile is not None:
             self._survey = LossSurvey(self._layers)
             self._survey.watch(self)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        if self.recovery_epochs:
+            self._recovery = Recovery(state.model, self._layers, self.recovery_epochs, self.recovery_rate)
+            self._recovery.watch(self, state.model)
+
+    def on_block_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_block_end(state, event, **kwargs)
+        results = self._recovery.recover(state, self) if self._recovery is not None else {}
+        for name, result in results.items():
+            gain = f"error of its output on held-out batches {result.began:.3g}, recovered {result.ended:.3g}"
+            state.ledger.add(name, "recovery", error=result.ended, flag=gain)
+
+    def load_group_state(self, modules: Mapping[str, nn.Module], state: dict[str, Any]) -> None:
+        super().load_group_state(modules, state)
+        if self._recovery is not None:
+            self._recovery.drop(modules)
 
     def survey_state(self) -> dict[str, Tensor] | None:
         return self._survey.state_dict() | (super().survey_state() or {}) if self._survey else super().survey_state()
@@ -117,4 +154,4 @@ class LayerwisePruner(PruningArguments, LayerwiseModifier):
 
     def reset(self) -> None:
         super().reset()
-        self._survey, self._surveyed, self._sparsities = None, set(), {}
+        self._survey, self._surveyed, self._sparsities, self._recovery = None, set(), {}, None

@@ -15,14 +15,12 @@ Shapes: R rows, C columns (inputs), b columns of a block, P partitions of a grou
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from lightning_compress.core import Needs
 from lightning_compress.layerwise.dense_target import Target, dense_step, moved
 from lightning_compress.layerwise.factor import Factor, factorize_retrying, undamped_energy
 from lightning_compress.layerwise.layer import Hessian, Layer, Solved
@@ -142,10 +140,6 @@ class SparseGPTModifier(LayerwisePruner):
     on_failure: Literal["raise", "retry"] = "raise"
     objective: Objective = "layer"
     target: Target = "layer"
-
-    @property
-    def needs(self) -> Needs:
-        return replace(super().needs, dense_inputs=self.target == "dense")
 
     @property
     def holds_out(self) -> bool:

@@ -95,8 +95,12 @@ class WandaPruningModifier(LayerwisePruner):
 
     @property
     def needs(self) -> Needs:
-        regional = bool(self.regional_gradient or self.regional_rounds)
-        return replace(super().needs, replay=regional, team="alone" if regional else "sums")
+        needs = super().needs
+        return replace(needs, replay=True, team="alone") if self._is_regional else needs
+
+    @property
+    def _is_regional(self) -> bool:
+        return bool(self.regional_gradient or self.regional_rounds)
 
     def rows_apart(self, name: str) -> bool:
         return True
@@ -132,7 +136,7 @@ class WandaPruningModifier(LayerwisePruner):
     # -- Wanda++: all layers of a block together ----------------------------------------------------------------------
 
     def solve_seen(self, state: State, names: Iterable[str]) -> None:
-        if not self.needs.replay:
+        if not self._is_regional:
             super().solve_seen(state, names)
         elif statistics := self.seen(state, names):
             with torch.inference_mode(False), torch.no_grad():
