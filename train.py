@@ -28,8 +28,10 @@ def main(cfg: DictConfig) -> float | None:
     """Run the app; returns the metric ``optimized_metric`` for a sweeper."""
     try:
         metrics = train(cfg)
-    except SystemExit as stopped:  # SIGTERM: Lightning would exit with code 0, as after success
-        raise SystemExit(stopped.code or 143) from stopped
+    except SystemExit as stopped:
+        if stopped.code == 0:  # the end of a plan: a sweep goes on with the next job
+            return None
+        raise SystemExit(stopped.code or 143) from stopped  # SIGTERM: Lightning would exit as after success
     except Exception:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra prints the error of the first job that failed only
             log.exception("this job failed")
@@ -63,6 +65,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from lightning_compress.training.slurm import check_tasks
 
     check_compress(cfg)
+    if cfg.compress_plan:
+        plan_only(cfg)
     logging.getLogger("lightning").handlers.clear()  # Hydra's logging shows its messages: else each appears twice
     if rank_zero_only.rank:
         log.setLevel(logging.WARNING)  # other ranks would say each line again, through the progress bar of rank zero
@@ -188,6 +192,17 @@ def check_compress(cfg: DictConfig) -> None:
             f"expected a callback at callbacks.compress. Install the package into this environment "
             f"(pip install lightning-compress); 'python train.py --info searchpath' then lists lightning-compress"
         )
+
+
+def plan_only(cfg: DictConfig) -> None:
+    """``compress_plan=true``: the callback prints its plan, and nothing else happens.
+
+    Raises:
+        ValueError: There is no recipe.
+    """
+    if OmegaConf.select(cfg, "callbacks.compress") is None:
+        raise ValueError("compress_plan=true plans a compression: expected +compress=NAME")
+    OmegaConf.update(cfg, "callbacks.compress.plan", True, force_add=True)
 
 
 def instantiate_each(configs: DictConfig | None, kind: type) -> list[Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_compress.folder import compress_folder as compress_folder
     from lightning_compress.modifiers import *  # noqa: F403
     from lightning_compress.oneshot import compress as compress
+    from lightning_compress.planning.plan import Plan as Plan
     from lightning_compress.quant.packed import dequantize as dequantize
     from lightning_compress.training.sharding import before_sharding as before_sharding
 
@@ -27,6 +28,7 @@ _HOME = MappingProxyType(
     {
         "CompressionCallback": "callback",
         "EventType": "core.events",
+        "Plan": "planning.plan",
         "before_sharding": "training.sharding",
         "compress": "oneshot",
         "compress_folder": "folder",

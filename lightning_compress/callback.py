@@ -48,6 +48,7 @@ from lightning_compress.training.compiled import HookWatch
 from lightning_compress.training.loss_scale import unscaled
 from lightning_compress.training.options import read_arguments
 from lightning_compress.training.outputs import FolderLock
+from lightning_compress.training.planned import plan_run
 from lightning_compress.training.post_training import PostTraining
 from lightning_compress.training.preemption import name_ended_ranks
 from lightning_compress.training.pruned_checkpoints import carry_shapes
@@ -88,6 +89,7 @@ class CompressionCallback(Callback):
         verify: Whether plain transformers, in a process of its own, answers a batch from the exported folder as the
             model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
         resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
+        plan: True: print what the run would do and take, and end; ``compare``: go on, and show it in the report, too.
 
     Raises:
         ValueError: Neither or both of ``modifiers`` and ``recipe`` are given, or one of them is wrong.
@@ -121,6 +123,7 @@ class CompressionCallback(Callback):
         cache_activations: str = "memory",
         verify: bool | str = "auto",
         resume: str = "auto",
+        plan: bool | str = False,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "modifiers", "recipe")}
         ordered, self.options = read_arguments(modifiers, recipe, arguments)
@@ -131,8 +134,7 @@ class CompressionCallback(Callback):
         self.clock, self.done = StepClock(), False
         self._root: LightningModule | None = None
         self._state = self._batch_state = State(ledger=self.ledger)
-        self._in_batch = False
-        self._acting = False  # in this batch some modifier may act
+        self._in_batch = self._acting = False  # acting: in this batch some modifier may act
         self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
         self._stage: str | None = None
         self._receiver: LightningModule | None = None  # a checkpoint is being loaded into it
@@ -151,7 +153,7 @@ class CompressionCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_lightning(trainer, pl_module)
         self._stage = stage
-        self._take_off()
+        self.teardown()
         self._cleanup.enter_context(carry_shapes(pl_module, self.options.module))
         if stage != "predict":
             self._cleanup.enter_context(self.run.in_team(trainer))
@@ -172,6 +174,7 @@ class CompressionCallback(Callback):
             return
         name, model = choose(pl_module, self.options.module)
         self._state = self._batch_state = self._state.but(model=model)
+        plan_run(trainer, pl_module, model, self.lifecycle.modifiers, self.run)
         self.run.facts.setdefault("model_bytes_before", tensor_bytes(model, trainer.precision))  # before any cut
         initialize(trainer, pl_module, name, self.lifecycle, self._state, self.clock.event(E.BATCH_START))
 
@@ -332,12 +335,9 @@ class CompressionCallback(Callback):
         name_ended_ranks(self.run.team, exception)
         self._forget_batch()
         self.lifecycle.abort()
-        self._take_off()
+        self.teardown()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._take_off()
-
-    def _take_off(self) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         self.clock.detach()
         self._lock.release()
         self._cleanup.close()

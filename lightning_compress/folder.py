@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.calibration.all_events import all_events
 from lightning_compress.calibration.blocks import find_blocks
 from lightning_compress.calibration.options import CalibrationOptions, bytes_of
 from lightning_compress.calibration.residence import OnDisk, exact_device
@@ -33,7 +34,7 @@ from lightning_compress.files.atomic_folder import check_target
 from lightning_compress.layers.memory import small_heap
 from lightning_compress.layers.split_experts import fused_experts
 from lightning_compress.layers.tied_weights import owners_of
-from lightning_compress.oneshot import all_events, check_team, first_batches, modifiers_of
+from lightning_compress.oneshot import check_team, first_batches, modifiers_of
 from lightning_compress.resume.export_log import ExportLog
 from lightning_compress.resume.folder_log import Resume, check_resume
 from lightning_compress.team import Team

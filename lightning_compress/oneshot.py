@@ -1,29 +1,57 @@
 """``compress(model, modifiers, batches)``: the whole lifecycle on any ``nn.Module``, without a Trainer."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.calibration.modes import forked_random_state
+from lightning_compress.calibration.all_events import all_events
 from lightning_compress.calibration.options import CalibrationOptions, Walk
-from lightning_compress.calibration.sequential import calibrate, end_training
+from lightning_compress.calibration.sequential import calibrate
 from lightning_compress.core import Ledger, Lifecycle, Modifier, State
 from lightning_compress.core.interruption import check_uninterrupted, marked_when_interrupted
 from lightning_compress.core.lifecycle import modifiers_in_order
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.layers.matching import without_parallel
 from lightning_compress.layers.split_experts import split_while
+from lightning_compress.planning.make import make_plan
+from lightning_compress.planning.plan import Plan
 from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, opened
 from lightning_compress.team import Team
 
-__all__ = ["all_events", "check_team", "compress", "first_batches", "modifiers_of"]
+__all__ = ["check_team", "compress", "first_batches", "modifiers_of"]
+
+
+@overload
+def compress(
+    model: nn.Module, modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | str,
+    batches: Iterable[Any] | None = None, *, forward: Callable[[nn.Module, Any], Any] | None = None,
+    blocks: str | Sequence[str] | None = None, walk: Walk = "auto", max_batches: int | None = None,
+    device: str | torch.device | None = None, offload_device: str | torch.device | None = "cpu",
+    progress: Callable[[str, int, int], None] | None = None, seed: int = 0, moe_calibrate_all_experts: bool = False,
+    memory_limit: int | str | None = None, cache_activations: str = "memory", log: str | Path | None = None,
+    resume: Resume = "auto", team: Team = ..., loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    plan: Literal[True]
+) -> Plan: ...  # fmt: skip
+
+
+@overload
+def compress(
+    model: nn.Module, modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | str,
+    batches: Iterable[Any] | None = None, *, forward: Callable[[nn.Module, Any], Any] | None = None,
+    blocks: str | Sequence[str] | None = None, walk: Walk = "auto", max_batches: int | None = None,
+    device: str | torch.device | None = None, offload_device: str | torch.device | None = "cpu",
+    progress: Callable[[str, int, int], None] | None = None, seed: int = 0, moe_calibrate_all_experts: bool = False,
+    memory_limit: int | str | None = None, cache_activations: str = "memory", log: str | Path | None = None,
+    resume: Resume = "auto", team: Team = ..., loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    plan: Literal[False] = False
+) -> Ledger: ...  # fmt: skip
 
 
 def compress(
@@ -46,7 +74,8 @@ def compress(
     resume: Resume = "auto",
     team: Team = Team(),  # noqa: B008  (frozen)
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> Ledger:
+    plan: bool = False,
+) -> Ledger | Plan:
     """Compress a model in place.
 
     >>> model, batches = nn.Sequential(nn.Linear(128, 8)), [torch.randn(4, 128) for _ in range(3)]
@@ -83,9 +112,11 @@ def compress(
             together: each calls this with the same model and batches, runs its share of the batches, and ends with the
             same result, bit for bit that of a single process.
         loss: ``loss(model, batch)``, a tensor with one number, for modifiers with ``objective="training_step"``.
+        plan: Change nothing, and return what the call would do and take: see lightning_compress.planning.
 
     Returns:
-        The ledger: a row for each module and technique.
+        The ledger, a row for each module and technique; with ``plan`` a :class:`~lightning_compress.Plan`, whose text
+        is its ``str``.
 
     Raises:
         ValueError: No batches although a modifier needs them, none in ``batches``, a model whose compression was
@@ -101,6 +132,9 @@ def compress(
     )  # fmt: skip
     lifecycle = Lifecycle(modifiers_of(modifiers))
     batches = first_batches(batches, max_batches)
+    if plan:
+        sample, count = (None, 0) if batches is None else (batches[0], len(batches))
+        return make_plan(model, lifecycle.modifiers, sample, count, options, forward=forward)
     state = State(model=model, ledger=Ledger(), team=team, user_loss=_with_model(loss, model))
     check_team(lifecycle, team)
     if loss is not None and not any(m.needs.gradients == "training_step" for m in lifecycle.modifiers):
@@ -121,21 +155,6 @@ def _with_model(
     loss: Callable[[nn.Module, Any], Tensor] | None, model: nn.Module
 ) -> Callable[[Any, int], Tensor | None] | None:
     return None if loss is None else lambda batch, number: loss(model, batch)
-
-
-@contextmanager
-def all_events(lifecycle: Lifecycle, state: State, seed: int) -> Iterator[None]:
-    """INITIALIZE and TRAINING_END, then the calibration inside, then FINALIZE; torch's random state is as before."""
-    with forked_random_state():
-        torch.manual_seed(seed)
-        try:
-            lifecycle.initialize(state)
-            end_training(lifecycle, state)
-            yield
-            lifecycle.finalize(state)
-        except BaseException:
-            lifecycle.abort()
-            raise
 
 
 def modifiers_of(modifiers: Modifier | Sequence[Modifier] | Mapping[str, Modifier] | str) -> Sequence[Modifier]:

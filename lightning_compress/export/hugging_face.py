@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_names_on_disk", "build", "change_json", "dense_config", "example_of", "is_transformers", "names_on_disk",
-    "on_meta", "processors", "saved_names", "skeleton", "write", "write_configs",
+    "no_progress_bar", "on_meta", "processors", "saved_names", "skeleton", "write", "write_configs",
 ]  # fmt: skip
 
 COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")  # keys of a config whose numbers become modules
@@ -52,7 +52,7 @@ def write(model: "PreTrainedModel", state: dict[str, Tensor], folder: Path, max_
 
 def write_configs(model: "PreTrainedModel", folder: str | Path) -> None:
     """``save_pretrained`` without weights and without its progress bar."""
-    with _no_progress_bar():
+    with no_progress_bar():
         _save_pretrained(model, folder, state_dict={})
 
 
@@ -66,7 +66,7 @@ def saved_names(model: "PreTrainedModel") -> dict[str, str]:
             marks[id(tensor)] = torch.tensor([len(names)], dtype=torch.int64, device="cpu")
             names.append(name)
         state[name] = marks[id(tensor)]
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
+    with tempfile.TemporaryDirectory() as folder, no_progress_bar():
         _save_pretrained(model, folder, state_dict=dict(state))
         saved = TensorFolder(Path(folder))
         places = {name: int(saved.read(name)) for name in saved.files}
@@ -76,7 +76,7 @@ def saved_names(model: "PreTrainedModel") -> dict[str, str]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

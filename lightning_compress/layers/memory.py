@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["GrowthRelease", "release", "small_heap"]
+__all__ = ["GrowthRelease", "release", "resident", "small_heap"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _LARGEST = 2**25  # bytes; at 1 MiB, which glibc would map and unmap each time, page faults take 10 % more CPU
@@ -32,15 +32,15 @@ class GrowthRelease:
         self._least = 0
 
     def __call__(self) -> None:
-        size = _resident()
+        size = resident()
         if size is None or size - self._least > self.GROWTH:
             release()
-            self._least = _resident() or 0
+            self._least = resident() or 0
         else:
             self._least = min(self._least, size)
 
 
-def _resident() -> int | None:
+def resident() -> int | None:
     """Bytes of this process that are in memory; None where the system does not say, which takes 40 us."""
     try:
         return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -25,6 +25,7 @@ __all__ = [
     "has_global_scale",
     "is_microscaled",
     "round_float_",
+    "scale_shape",
     "stored_as",
     "stored_scale",
 ]
@@ -40,6 +41,20 @@ def is_microscaled(args: QuantizationArgs) -> bool:
 def has_global_scale(args: QuantizationArgs) -> bool:
     """True for NVFP4."""
     return QuantizationStrategy(args.strategy) == QuantizationStrategy.TENSOR_GROUP
+
+
+def scale_shape(args: QuantizationArgs, rows: int, columns: int) -> tuple[int, ...] | None:
+    """The shape of the scale, and of the zero point, of a weight [R, C]; None for a strategy that is not of weights."""
+    high, wide = args.block_structure or (1, 1)
+    groups = columns // (args.group_size or columns)
+    shapes = {
+        QuantizationStrategy.TENSOR: (1,),
+        QuantizationStrategy.CHANNEL: (rows, 1),
+        QuantizationStrategy.GROUP: (rows, groups),
+        QuantizationStrategy.TENSOR_GROUP: (rows, groups),
+        QuantizationStrategy.BLOCK: (-(-rows // high), -(-columns // wide)),
+    }
+    return shapes.get(QuantizationStrategy(args.strategy))
 
 
 def global_scale_of(low: Tensor, high: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_compress.layers.matrix import as_matrix, weight_of
 from lightning_compress.ops.pack import pack as pack_words
 from lightning_compress.quant.fake_quant import CACHED, on_its_device, round_weight, wide
-from lightning_compress.quant.formats import has_global_scale, is_microscaled
+from lightning_compress.quant.formats import has_global_scale, is_microscaled, scale_shape
 from lightning_compress.quant.record import Quantized
 
 Stored = TypeVar("Stored")
@@ -166,15 +166,7 @@ def check_fit(name: str, module: nn.Module, record: Quantized) -> None:
 def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
     """RuntimeError when scales do not have the shape that the strategy wants, or are not finite and positive."""
     args: QuantizationArgs = record.scheme.weights
-    R, C = weight_RC.shape
-    blocks = args.block_structure or [1, 1]
-    expected = {
-        QuantizationStrategy.TENSOR: (1,),
-        QuantizationStrategy.CHANNEL: (R, 1),
-        QuantizationStrategy.GROUP: (R, C // (args.group_size or C)),
-        QuantizationStrategy.TENSOR_GROUP: (R, C // (args.group_size or C)),
-        QuantizationStrategy.BLOCK: tuple(-(-n // b) for n, b in zip((R, C), blocks, strict=True)),
-    }.get(args.strategy)
+    expected = scale_shape(args, *weight_RC.shape)
     if expected is None:
         raise ValueError(f"{name!r}: cannot export weights of strategy {args.strategy!r}; use tensor, channel or group")
     if has_global_scale(args) and record.global_scale is None:

@@ -10,6 +10,7 @@
     model_bytes_after   of the weight files as written; without an export, of the weights at their bits
     seconds             {phase: seconds}
     peak_memory_bytes   highest memory use of the process, in bytes
+    plan                what was planned before the run, in the form of planning/plan.py
     seed, versions      versions is {package: version}; left out, it is looked up
     export_dir          where the compressed model lies
 

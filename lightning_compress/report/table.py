@@ -48,7 +48,7 @@ def _print(console: Console, ledger: Ledger, facts: Mapping[str, Any]) -> None:
 
 
 def _sections(ledger: Ledger, facts: Mapping[str, Any]) -> list[Section]:
-    sections = [_metrics(facts), _techniques(ledger), _worst(ledger)]
+    sections = [_metrics(facts), _techniques(ledger), _worst(ledger), _plan_and_fact(facts)]
     return [section for section in sections if section.rows]
 
 
@@ -104,6 +104,23 @@ def _worst(ledger: Ledger) -> Section:
     rows = [[row.module, row.technique, number(row.error), number(row.sqnr_db), "; ".join(row.flags)] for row in ranked]
     title = "largest errors, |(W - Q) X|² / |W X|² (without data |W - Q|² / |W|²)"
     return Section(title, ["module", "technique", "error", "SQNR dB", "flags"], rows)
+
+
+def _plan_and_fact(facts: Mapping[str, Any]) -> Section:
+    """Where the run was planned: estimates beside what was measured."""
+    plan, spent = facts.get("plan") or {}, facts.get("seconds") or {}
+    seconds = plan.get("seconds", {})
+    pairs = [
+        ("bytes of the export", plan.get("bytes_after"), facts.get("model_bytes_after"), size),
+        ("peak memory", plan.get("memory", {}).get("peak"), facts.get("peak_memory_bytes"), size),
+        *((f"seconds of {phase}", value, spent.get(phase), number) for phase, value in seconds.items()),
+    ]
+    rows = [
+        [name, text(planned), text(fact), f"{100 * (planned / fact - 1):+.0f} %"]
+        for name, planned, fact, text in pairs
+        if planned and fact
+    ]
+    return Section("plan and fact", ["what", "plan", "fact", "difference"], rows, words=("what",))
 
 
 def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,14 @@ from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_m
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.samples import OwnBatches, SideBySide, first_batches, seeded_view, share_of
 
-__all__ = ["calibration_batches", "check_first_batch", "forward_of", "to_device", "validation_loaders"]
+__all__ = [
+    "calibration_batches",
+    "check_first_batch",
+    "first_calibration_batch",
+    "forward_of",
+    "to_device",
+    "validation_loaders",
+]
 
 
 def calibration_batches(
@@ -62,6 +69,25 @@ def check_first_batch(
         raise ValueError("the calibration loader is empty, expected at least one batch")
     if not hasattr(pl_module, "calibration_step") and not isinstance(batches[0], Iterator):
         check_batch(module, batches[0], IN_TRAINER)
+
+
+def first_calibration_batch(
+    trainer: Trainer, pl_module: LightningModule, options: CallbackOptions, own_batches: OwnBatches
+) -> tuple[Any, int]:
+    """The first batch, as the loader gives it, and how many there will be; before the Trainer has begun.
+
+    Raises:
+        ValueError: There is no loader, or it is empty.
+    """
+    limit = options.calibration_batches
+    first = own_batches.first(_owners(trainer, pl_module))
+    loader = own_batches.loader(_owners(trainer, pl_module)) if first is not None else _train_loader(trainer)
+    if first is None:
+        first = first_batches(seeded_view(loader, 1, options.calibration.seed)[0], 1)
+    if not first:
+        raise ValueError("the calibration loader is empty, expected at least one batch")
+    size = sized_len(loader)
+    return first[0], limit if size is None else min(limit, size)
 
 
 def validation_loaders(

@@ -36,6 +36,7 @@ class CallbackOptions:
     allow_recipe_change: bool = False
     verify: bool | Literal["auto"] = "auto"
     resume: Resume = "auto"
+    plan: bool | Literal["compare"] = False
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ class CallbackOptions:
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ValueError(f"eval_batches={self.eval_batches}: expected at least 1; evaluate=False measures nothing")
         check_resume(self.resume)
+        if self.plan not in (False, True, "compare"):
+            raise ValueError(f"plan={self.plan!r}: expected True, False or 'compare'")
         if self.verify not in ("auto", True, False):
             raise ValueError(f"verify={self.verify!r}: expected 'auto', True or False")
 

@@ -55,12 +55,12 @@ def test_memory_is_returned_each_time_that_the_process_has_grown(monkeypatch):
     library, MiB = FakeLibrary(), 2**20
     sizes = iter([500, 490, 514, 515, 495, 506, 519, 519])
     monkeypatch.setattr(memory, "_glibc", lambda: library)
-    monkeypatch.setattr(memory, "_resident", lambda: next(sizes) * MiB)
+    monkeypatch.setattr(memory, "resident", lambda: next(sizes) * MiB)
     release, trims = memory.GrowthRelease(), []
     for _ in range(6):
         release()
         trims.append(library.calls.count("trim"))
     assert trims == [1, 1, 2, 2, 2, 2]  # 515 is 25 more than 490; then 495 is the least, and 519 only 24 more
-    monkeypatch.setattr(memory, "_resident", lambda: None)  # not Linux
+    monkeypatch.setattr(memory, "resident", lambda: None)  # not Linux
     release()
     assert library.calls.count("trim") == 3
