@@ -1,8 +1,9 @@
 """Make a plan: set-up on a copy without weights, sizes from schemes, seconds and memory from trials."""
 
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
@@ -104,12 +105,24 @@ def _loaded(model: nn.Module) -> int:
 
 def _estimate(model: nn.Module, *arguments: Any) -> Estimate | str:
     """An error in a trial is one that the run would have, too, or that comes from the small model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # set-up and the small model: those of set-up are in the plan
+    with warnings.catch_warnings(), _silent_logger():
+        warnings.simplefilter("ignore")  # those of set-up are in the plan, others are about the small model
         try:
             return estimate(model, *arguments)
         except Exception as error:
             return f"a trial failed: {type(error).__name__}: {error}"
+
+
+@contextmanager
+def _silent_logger() -> Iterator[None]:
+    """Inside, this package logs warnings only."""
+    logger = logging.getLogger(__name__.partition(".")[0])
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _set_up(
