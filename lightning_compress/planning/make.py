@@ -93,8 +93,8 @@ def make_plan(
 
 def _is_tried(modifier: Modifier) -> bool:
     """Whether it acts on a small copy as on the model: the user's own loss knows the model alone."""
-    whole = modifier.needs.changes_shapes or modifier.needs.gradients == "training_step"
-    return modifier.start is None and modifier.acts_after_training and not whole
+    needs_model = modifier.needs.changes_shapes or modifier.needs.gradients == "training_step"
+    return modifier.start is None and modifier.acts_after_training and not needs_model
 
 
 def _loaded(model: nn.Module) -> int:
