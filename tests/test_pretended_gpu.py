@@ -48,6 +48,7 @@ STATIC = {
 CASES = {
     "GPTQ W4": (lambda: GPTQModifier(**W4), 405, 1.3),
     "GPTQ W4, static order": (lambda: GPTQModifier(actorder="static", **W4), 405, 1.2),
+    "GPTQ W4, refined": (lambda: GPTQModifier(refine=True, **W4), 530, 1.3),
     "GPTQ W8A8": (lambda: GPTQModifier(scheme="W8A8", **HEAD), 343, 3.4),
     "GPTQ NVFP4": (lambda: GPTQModifier(scheme="NVFP4A16", **HEAD), 541, 32.7),
     "GPTQ MXFP4": (lambda: GPTQModifier(scheme="MXFP4A16", **HEAD), 241, 10.0),

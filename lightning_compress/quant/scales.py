@@ -197,10 +197,18 @@ def _kernel_runs(W_RC: Tensor) -> bool:
 def _search_blocks(
     W_RC: Tensor, args: QuantizationArgs, importance_C: Tensor, power: float
 ) -> tuple[Tensor, Tensor | None]:
-    """One column of blocks at a time: each block becomes one row, with the importance of its columns."""
+    """One column of blocks at a time: each block becomes one row, with the importance of its columns.
+
+    Where a kernel runs, all at once: each row of blocks becomes one row, and each block a group of its columns.
+    """
     b, g = args.block_structure
-    within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
     importance_C = pad(importance_C, (0, -len(importance_C) % g))
+    if _kernel_runs(W_RC):
+        grouped = {"strategy": QuantizationStrategy.GROUP, "group_size": b * g, "block_structure": None}
+        rows = _blocked(W_RC, args).permute(0, 2, 1, 3).flatten(1)
+        every = importance_C.view(-1, 1, g).expand(-1, b, -1).flatten()
+        return search(rows, args.model_copy(update=grouped), every, power)
+    within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
     pieces = zip(_blocked(W_RC, args).unbind(2), importance_C.split(g), strict=True)
     grids = [search(piece.flatten(1), within, h_g.repeat(b), power) for piece, h_g in pieces]
     zeros = [zero for _, zero in grids if zero is not None]
@@ -208,15 +216,17 @@ def _search_blocks(
 
 
 def _search_blocks_by_form(W_RC: Tensor, args: QuantizationArgs, H_Ggg: Tensor) -> Tensor:
-    """One column of blocks at a time, their rows each with its own error; grids of floats, without zero points."""
+    """Columns of blocks, on a CPU one at a time, rows each with their own error; grids of floats, no zero points."""
     assert args.symmetric
-    b, _ = args.block_structure
+    b, g = args.block_structure
     within = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "block_structure": None})
+    at_once = max(1, CUDA_CHUNK // (len(W_RC) * g)) if W_RC.is_cuda else 1
     scales = []
-    for piece, H_gg in zip(_blocked(W_RC, args).unbind(2), H_Ggg, strict=True):
-        scale, _ = minmax(piece.flatten(1), within)
-        t_Rg = (piece / scale[:, :, None]).float().flatten(0, 1)
-        factor, _ = descend(Tall(FormErrors(t_Rg[None], None, H_gg[None], within), b))
+    for piece, H in zip(_blocked(W_RC, args).split(at_once, 2), H_Ggg.split(at_once), strict=True):
+        blocks = piece.permute(2, 0, 1, 3).contiguous()  # [columns of blocks, R / b, b, g]
+        scale, _ = minmax(blocks.flatten(0, 1).flatten(1), within)
+        t_GRg = (blocks / scale.view(len(blocks), -1, 1, 1)).float().flatten(1, 2)
+        factor, _ = descend(Tall(FormErrors(t_GRg, None, H, within), b))
         better = (scale.float() * factor[:, None]).to(scale.dtype)
-        scales.append(better.where((better > 0) & better.isfinite(), scale))
+        scales.append(better.where((better > 0) & better.isfinite(), scale).view(len(blocks), -1).t())
     return torch.cat(scales, 1)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from torch.testing import assert_close
@@ -12,6 +12,7 @@ from lightning_compress.ops.scale_search.reference import LOWEST
 from lightning_compress.quant import scales
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.scales import expand, integer_range, minmax, search
+from tests.support.fake_cuda import fake_cuda
 
 
 def grid(
@@ -210,3 +211,42 @@ def test_on_cuda_one_kernel_searches(args, monkeypatch):
     assert len(calls) == 1
     assert torch.equal(found[0], expected[0])
     assert found[1] is expected[1] is None or torch.equal(found[1], expected[1])
+
+
+FP8_BLOCKS = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[16, 16])
+NVFP4, MXFP4 = (preset_name_to_scheme(f"{name}A16", ["Linear"]).weights for name in ("NVFP4", "MXFP4"))
+# grid, g, whether errors are weighed by the whole H of g columns, launches on CUDA
+COSTS = {
+    "groups": (grid(4, 16), 16, False, 1),
+    "rows": (grid(8, None, strategy="channel"), 64, False, 1),
+    "blocks": (FP8_BLOCKS, 16, False, 5),
+    "one scale": (grid(8, None, strategy="tensor"), 64, False, 170),
+    "NVFP4": (NVFP4, 16, False, 42),
+    "MXFP4": (MXFP4, 32, False, 36),
+    "groups, whole H": (grid(4, 16), 16, True, 560),
+    "rows, whole H": (grid(8, None, strategy="channel"), 64, True, 510),
+    "blocks, whole H": (FP8_BLOCKS, 16, True, 580),
+    "one scale, whole H": (grid(8, None, strategy="tensor"), 64, True, 860),
+    "NVFP4, whole H": (NVFP4, 16, True, 340),
+    "MXFP4, whole H": (MXFP4, 32, True, 97),
+}
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_launches_on_cuda_do_not_grow_with_the_weight(case):
+    """And scales are those of the CPU. Bounds are what was counted, and a tenth more where torch searches."""
+    args, g, whole, most = COSTS[case]
+    for R, repeats in ((32, 1), (120, 3)):
+        C = 64 if case.startswith(("rows", "one")) else 64 * repeats
+        W_RC, h_C = weight(R, C), torch.rand(C, generator=torch.Generator().manual_seed(1))
+        x_GNg = torch.randn(C // g, 50, g, generator=torch.Generator().manual_seed(2))
+        weighing = {"H_Ggg": x_GNg.transpose(1, 2) @ x_GNg} if whole else {"importance_C": h_C}
+        expected, _ = search(W_RC, args, **weighing)
+        with fake_cuda() as gpu, torch.no_grad():
+            on_gpu = {name: value.to("cuda:0") for name, value in weighing.items()}
+            W_RC = W_RC.to("cuda:0")
+            gpu.reset()
+            scale, _ = search(W_RC, args, **on_gpu)
+            assert gpu.launches.total() <= most, gpu.launches.most_common(4)
+            assert gpu.syncs.total() <= 12
+        assert_close(scale.cpu(), expected, rtol=1e-6, atol=0)

@@ -221,10 +221,10 @@ class Int4InputsOnCuda:
         return {"weight": codes_NK, "weight_scale": scale_GN.t().contiguous()}
 
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
-        return w4a8_gemm(x, *operands, self._codes(layer))
+        return w4a8_gemm(x, operands[0], operands[1], self._codes(layer))
 
     def prepared(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
-        return w4a8.prepare(x, *operands, self._codes(layer))
+        return w4a8.prepare(x, operands[0], operands[1], self._codes(layer))
 
     @staticmethod
     def _codes(layer: Weights) -> torch.dtype:
