@@ -56,7 +56,7 @@ def names_of_experts(model: "PreTrainedModel") -> dict[str, str]:
     marked: dict[str, Tensor] = {}
     owners: list[str] = []
     for name, module in fused_experts(model).items():
-        experts = len(module.get_parameter("down_proj"))
+        experts = len(module.down_proj)  # type: ignore[arg-type]
         for fused, projections in {"gate_up_proj": PROJECTIONS[:2], "down_proj": PROJECTIONS[2:]}.items():
             first = len(owners)
             owners += [f"{name}.{expert}.{projection}" for expert in range(experts) for projection in projections]

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress.layers.expert_slices import put_on_expert, restore_experts, set_aside, take_off_expert
+
 __all__ = ["ORIGINAL", "original_weight", "parametrization_of", "put_on", "remove_hook", "take_off", "unparametrize"]
 
 ORIGINAL, PARTS = "parametrizations.weight.original", "parametrizations.weight."
@@ -17,7 +20,9 @@ P = TypeVar("P", bound=nn.Module)
 
 
 def put_on(module: nn.Module, parametrization: nn.Module) -> None:
-    """Let the weight of a module pass through a parametrization, after existing ones."""
+    """Let the weight of a module pass through a parametrization, after existing ones; an expert has one at most."""
+    if isinstance(module, ExpertLinear):
+        return put_on_expert(module, parametrization)
     parametrize.register_parametrization(module, "weight", parametrization)
     module.register_state_dict_post_hook(_dense_keys_out)
     module.register_load_state_dict_pre_hook(_dense_keys_in)
@@ -25,6 +30,8 @@ def put_on(module: nn.Module, parametrization: nn.Module) -> None:
 
 def parametrization_of(module: nn.Module, kind: type[P]) -> P | None:
     """The parametrization of that class on a module's weight, or None."""
+    if isinstance(module, ExpertLinear):
+        return module.step if isinstance(module.step, kind) else None
     lists = getattr(module, "parametrizations", None)
     if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
         return None
@@ -33,6 +40,8 @@ def parametrization_of(module: nn.Module, kind: type[P]) -> P | None:
 
 def original_weight(module: nn.Module) -> Tensor:
     """The dense weight of a parametrized module, without gradient."""
+    if isinstance(module, ExpertLinear):
+        return module.slice_of(module.whole).detach()
     return module.get_parameter(ORIGINAL).detach()
 
 
@@ -46,6 +55,8 @@ def take_off(module: nn.Module, kind: type[nn.Module], leave_parametrized: bool)
         leave_parametrized: True: all parametrizations come off, and the weight keeps the value that they gave it.
             False: only this one does, and the weight keeps the value that it was made from.
     """
+    if isinstance(module, ExpertLinear):
+        return take_off_expert(module, leave_parametrized)
     steps = module.get_submodule("parametrizations.weight")
     if not leave_parametrized and sum(1 for _ in steps.children()) > 1:
         assert isinstance(steps, nn.ModuleList)
@@ -68,6 +79,8 @@ def unparametrize(module: nn.Module) -> None:
     Not by ``remove_parametrizations``: registering anew calls ``set_`` on the parameter, and its gradient then no
     longer reaches the hooks that DDP has put on it.
     """
+    if set_aside(module):
+        return restore_experts(module)
     module._parameters = {"weight": module.get_parameter(ORIGINAL), **module._parameters}
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]

@@ -15,7 +15,7 @@ Shapes: N tokens of a batch, K experts per token, E experts, H hidden, I inside 
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -27,15 +27,22 @@ from lightning_compress.layers.expert import ExpertLinear, mark_tokens
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.records import has_record
 
-__all__ = ["PROJECTIONS", "fused_experts", "is_split", "join", "split", "split_while", "unsplit", "watched"]
+__all__ = [
+    "ASIDE", "PROJECTIONS", "fused_experts", "give_children", "is_split", "join", "linears_of", "routed", "split",
+    "split_while", "take_children", "unsplit", "watched",
+]  # fmt: skip
+
+ASIDE = "_lightning_compress_experts_aside"
+"""Attribute of a module whose children are set aside, as layers/expert_slices.py does."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ALL, _COUNTS = "_lightning_compress_all_experts", "_lightning_compress_tokens_per_expert"
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with fused experts of the layout above, by dotted name."""
-    return {clean_name(name): module for name, module in model.named_modules() if _fault(module) == ""}
+    """Modules with fused experts of the layout above, by dotted name; also where they are trained in slices."""
+    fused = {name: module for name, module in model.named_modules() if _fault(module) == "" or ASIDE in vars(module)}
+    return {clean_name(name): module for name, module in fused.items()}
 
 
 def is_split(module: nn.Module) -> bool:
@@ -81,6 +88,20 @@ def unsplit(module: nn.Module) -> None:
     for expert in [name for name, _ in module.named_children() if name.isdigit()]:
         delattr(module, expert)
     del module.__dict__["forward"]
+
+
+def take_children(module: nn.Module) -> list[nn.Module]:
+    """Remove the children as :func:`unsplit` does; gives them in the order of the experts."""
+    children = [child for name, child in module.named_children() if name.isdigit()]
+    unsplit(module)
+    return children
+
+
+def give_children(module: nn.Module, children: Sequence[nn.Module]) -> None:
+    """Put children in that :func:`take_children` removed, and let the forward pass go through them."""
+    for expert, child in enumerate(children):
+        module.add_module(str(expert), child.train(module.training))
+    module.forward = MethodType(_forward, module)
 
 
 @contextmanager
@@ -150,7 +171,12 @@ def _count(module: nn.Module) -> int:
 
 def _linears(module: nn.Module) -> Iterator[ExpertLinear]:
     for child in module.children():
-        yield from (linear for linear in child.children() if isinstance(linear, ExpertLinear))
+        yield from linears_of(child)
+
+
+def linears_of(child: nn.Module) -> Iterator[ExpertLinear]:
+    """The projections of one expert."""
+    return (linear for linear in child.children() if isinstance(linear, ExpertLinear))
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -161,16 +187,24 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     if not any(linear._forward_pre_hooks for linear in _linears(self)):
         native: Tensor = type(self).forward(self, hidden_states, top_k_index, top_k_weights)
         return native
+    children = [getattr(self, str(expert)) for expert in range(_count(self))]
+    return routed(self, children, hidden_states, top_k_index, top_k_weights)
+
+
+def routed(
+    module: Any, children: Sequence[nn.Module], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The mixture's output [N, H], expert after expert, by calls of their projections."""
     out_NH = torch.zeros_like(hidden_states)
     every = torch.arange(len(hidden_states), device=hidden_states.device)
-    counts = self.__dict__.get(_COUNTS, Counter())
-    for expert in range(_count(self)):
+    counts = module.__dict__.get(_COUNTS, Counter())
+    for expert, child in enumerate(children):
         tokens, place = torch.where(top_k_index == expert)
         counts[expert] += len(tokens)
-        sent = every if self.__dict__.get(_ALL) else tokens
+        sent = every if module.__dict__.get(_ALL) else tokens
         if not len(sent):
             continue
-        y = _expert(self, getattr(self, str(expert)), hidden_states[sent], sent)
+        y = _expert(module, child, hidden_states[sent], sent)
         y = y[tokens] if sent is every else y
         out_NH.index_add_(0, tokens, (y * top_k_weights[tokens, place, None]).to(out_NH.dtype))
     return out_NH

@@ -24,9 +24,11 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.layers.dense_keys import original_weight
+from lightning_compress.layers.expert import ExpertLinear, owner_of
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import as_matrix, check_weights_work
 from lightning_compress.layers.sharded import gathered, is_sharded
+from lightning_compress.layers.split_experts import join, split
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.batch_norm import fold_all
 from lightning_compress.quant.embeddings import Embeddings, check_trainable
@@ -152,6 +154,7 @@ class QATModifier(QuantizationArguments, Modifier):
         records = {clean_name(name): pair for name, pair in Quantized.find(model).items()}
         for module, _ in records.values():
             Quantized.detach(module)
+        split(model)
         try:
             schemes = self.assign(model)
             check_weights_work({name: model.get_submodule(name) for name in schemes}, "train", in_place=True)
@@ -160,6 +163,7 @@ class QATModifier(QuantizationArguments, Modifier):
         except BaseException:
             for module, record in records.values():
                 record.attach(module)
+            join(model)
             raise
         named = {clean_name(name): module for name, module in model.named_modules()}
         self._modules = {name: named[name] for name in schemes}
@@ -169,11 +173,18 @@ class QATModifier(QuantizationArguments, Modifier):
             start = records[name][1] if name in records else None
             fake = FakeQuantize(module, scheme, self.gradient, self.scale_search, start, *inputs)
             parametrize_weight(module, fake, start)
+        join(model)
         return True
 
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        for name, module in self._modules.items():
+            if isinstance(module, ExpertLinear) and is_sharded(module.home):
+                raise ValueError(
+                    f"{name!r} is an expert in a tensor that is sharded, and {self.name} trains experts on whole "
+                    f"tensors alone; train with strategy='ddp' or on one device, or add the experts to ignore"
+                )
         names = [name for name in self._modules if name not in self._awaited]
         if not self.resumed:
             self._derive(names)
@@ -183,11 +194,11 @@ class QATModifier(QuantizationArguments, Modifier):
     def _derive(self, names: Collection[str]) -> None:
         """Compute scales from the weights; of NVFP4 with one global scale for weights that servers fuse."""
         for name in names:
-            with gathered(self._modules[name]):
+            with gathered(owner_of(self._modules[name])):
                 _fake(self._modules[name]).derive(original_weight(self._modules[name]))
         for name, least in self._least_global_scales(_global_scale).items():
             if name in names and bool(least != _global_scale(fake := _fake(self._modules[name]))):
-                with gathered(self._modules[name]):
+                with gathered(owner_of(self._modules[name])):
                     fake.derive(original_weight(self._modules[name]), least)
 
     def _least_global_scales(self, each: Callable[[FakeQuantize], Tensor]) -> dict[str, Tensor]:
@@ -230,7 +241,7 @@ class QATModifier(QuantizationArguments, Modifier):
     def on_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._observing = False
         for module in self._modules.values():
-            with gathered(module):
+            with gathered(owner_of(module)):
                 _fake(module).freeze(original_weight(module))
 
     def _take_batch(self) -> None:
@@ -248,7 +259,7 @@ class QATModifier(QuantizationArguments, Modifier):
     def _stop_observing(self) -> None:
         self._observing = False
         for module in self._modules.values():
-            with gathered(module):
+            with gathered(owner_of(module)):
                 _fake(module).stop_observing(original_weight(module))
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -258,9 +269,10 @@ class QATModifier(QuantizationArguments, Modifier):
         with torch.inference_mode(False), torch.no_grad():
             self._widen_global_scales()
             for name, module in self._modules.items():
-                stays = is_sharded(module)  # shards are held where training had them
-                with gathered(module):
+                stays = is_sharded(owner_of(module))  # shards are held where training had them
+                with gathered(owner_of(module)):
                     self._finish(name, module, state, stays)
+        join(state.model)
         self._modules, self._norms, self._folded = {}, [], []
         return True
 
@@ -290,7 +302,7 @@ class QATModifier(QuantizationArguments, Modifier):
     def state_dict(self) -> dict[str, Any]:
         scales = {}
         for name, module in self._modules.items():
-            with gathered(module, write=False):
+            with gathered(owner_of(module), write=False):
                 scales[name] = _fake(module).state()
         phase = {"observing": self._observing, "awaited": sorted(self._awaited), "finished": self.finalized}
         return {**super().state_dict(), **phase, "scales": scales}
@@ -319,7 +331,7 @@ class QATModifier(QuantizationArguments, Modifier):
         self._observing, self._awaited = state["observing"], set(state["awaited"])
         for name, module in self._modules.items():
             if name in state["scales"]:
-                with gathered(module):
+                with gathered(owner_of(module)):
                     _fake(module).load_state(state["scales"][name])
         for module in self._modules.values() if state["finished"] else ():
             _fake(module).active = False  # the weights are final, on their grids

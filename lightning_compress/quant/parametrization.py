@@ -10,6 +10,7 @@ this on keeps the scales (:meth:`FakeQuantize.state`, :meth:`FakeQuantize.load_s
 Shapes: R rows, C columns, G groups, as in layers/matrix.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from lightning_compress.layers.dense_keys import (
     take_off,
     unparametrize,
 )
+from lightning_compress.layers.expert import owner_of
+from lightning_compress.layers.expert_slices import set_aside
 from lightning_compress.layers.matrix import as_matrix, is_transposed, write_matrix
 from lightning_compress.layers.sharded import gathered, is_dtensor
 from lightning_compress.ops.fake_quant import learned_step, relative_step, replace_value, straight_through
@@ -273,7 +276,9 @@ def parametrize_weight(module: nn.Module, fake: FakeQuantize, record: Quantized 
     """
     _take_latent(module, record)
     put_on(module, fake)
-    module.register_load_state_dict_post_hook(_derive_scales)
+    owner = owner_of(module)
+    if not any(hook is _derive_scales for hook in owner._load_state_dict_post_hooks.values()):
+        owner.register_load_state_dict_post_hook(_derive_scales)
     if fake.input is not None:
         module.register_forward_pre_hook(_quantize_input)
 
@@ -371,16 +376,20 @@ def _take_off(module: nn.Module, leave_parametrized: bool) -> None:
     if not leave_parametrized:
         fake.active = False
     take_off(module, FakeQuantize, leave_parametrized)
-    remove_hook(module._load_state_dict_post_hooks, _derive_scales)
+    owner = owner_of(module)
+    if not set_aside(owner):  # no expert of it has fake-quantization any more
+        remove_hook(owner._load_state_dict_post_hooks, _derive_scales)
     remove_hook(module._forward_pre_hooks, _quantize_input)
 
 
 def _derive_scales(module: nn.Module, incompatible_keys: Any) -> None:
     """Compute the scales of weights that were loaded; a modifier that kept scales restores them afterwards."""
-    fake = fake_quantize_of(module)
-    if fake is not None:
-        with gathered(module):
-            fake.derive(original_weight(module))
+    layers: Sequence[nn.Module] = set_aside(module) or [module]
+    for layer in layers:
+        fake = fake_quantize_of(layer)
+        if fake is not None:
+            with gathered(module):
+                fake.derive(original_weight(layer))
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
