@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import check_weights_work, is_transposed
 from lightning_compress.layers.sharded import full, sharded_like
 from lightning_compress.layers.tied_weights import check_unshared
@@ -25,11 +26,17 @@ __all__ = [
 ]
 
 
-def trained_weight(module: nn.Module) -> nn.Parameter:
-    """The parameter that the optimizer trains: the weight, or the original behind a parametrization."""
+def trained_weight(module: nn.Module) -> Tensor:
+    """The parameter that the optimizer trains: the weight, or the original behind a parametrization.
+
+    Of an expert its slice of the tensor of all: a view, without gradient.
+    """
+    if isinstance(module, ExpertLinear):
+        return module.weight.detach()
     parametrized = getattr(module, "parametrizations", None)
     if parametrized is not None and "weight" in parametrized:
-        return parametrized.weight.original
+        original: Tensor = parametrized.weight.original
+        return original
     return module.get_parameter("weight")
 
 

@@ -14,6 +14,7 @@ from lightning_compress.modifiers.constant import ConstantPruningModifier
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.oneshot import compress
+from tests.support.architecture_models import ARCHITECTURES
 from tests.support.training_loop import network, train
 
 OPTIMIZERS = {
@@ -183,3 +184,22 @@ def test_in_one_shot_a_quantizer_behind_it_keeps_the_zeros(first):
         assert not torch.equal(layer.weight, before.weight)
     rows = [row for row in ledger if row.technique in ("magnitude", "constant pruning")]
     assert [row.sparsity >= 0.5 for row in rows] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("structure", "scope"), [("unstructured", "layer"), ("unstructured", "global"), ("2:4", "layer")]
+)
+def test_every_expert_of_a_mixture_is_pruned_after_training(structure, scope):
+    model = ARCHITECTURES["mixtral"].build()
+    dense = copy.deepcopy(model.state_dict())
+    modifier = MagnitudePruningModifier(ignore=["lm_head"], mask_structure=structure, scope=scope)
+    rows = [row for row in compress(model, modifier) if ".experts." in row.module]
+    layers = model.config.num_hidden_layers
+    assert len(rows) == layers * 4 * 3
+    for name, weight in model.state_dict().items():
+        if ".experts." in name:
+            remaining = weight != 0
+            assert torch.equal(weight[remaining], dense[name][remaining])
+            if scope == "layer":  # each of the four experts alone
+                assert (remaining.flatten(1).float().mean(1) == 0.5).all()
+            assert remaining.float().mean() < 0.7

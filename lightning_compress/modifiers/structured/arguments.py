@@ -6,7 +6,8 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
 from lightning_compress.core.modifier import Modifier
-from lightning_compress.layers.matching import Names, select
+from lightning_compress.layers.matching import Names, select, shortlist
+from lightning_compress.layers.split_experts import fused_experts
 from lightning_compress.modifiers.structured.unit_statistics import Importance
 from lightning_compress.pruning.schedules import Schedule, progress, value_at
 from lightning_compress.structure.blocks import find_heads, find_mlps
@@ -63,6 +64,13 @@ class StructuredArguments(Modifier):
 
     def block_groups(self, model: nn.Module) -> list[Group]:
         groups = find_mlps(model) if self._kind == "mlp" else find_heads(model)
+        fused = fused_experts(model) if self._kind == "mlp" else {}
+        groups = [group for group in groups if not any(group.name.startswith(f"{name}.") for name in fused)]
+        if not groups and fused:
+            raise ValueError(
+                f"the MLPs of {shortlist(map(repr, fused))} are experts of a mixture in one tensor, which cannot "
+                f"become narrower one by one; use REAPModifier, which removes whole experts, or dimension='heads'"
+            )
         if not groups:
             expected = "MLP (such as gate_proj, up_proj, down_proj, or fc1, fc2)"
             if self._kind == "heads":

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_compress import compress
 from lightning_compress.modifiers.structured.modifier import StructuredPruningModifier
+from tests.support.architecture_models import ARCHITECTURES
 
 REFUSED = [
     ({"ratio": 1.0}, "ratio=1.0: Input should be less than 1"),
@@ -44,3 +45,20 @@ def test_auto_takes_mlps_where_there_are_some_and_channels_elsewhere():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     compress(model, StructuredPruningModifier(dimension="auto", ratio=0.5), [batch])
     assert [model[0].out_features, model[2].out_features] == [8, 4]
+
+
+@pytest.mark.parametrize("window", [{}, {"start": 0}], ids=["after training", "at set-up"])
+def test_experts_in_one_tensor_are_refused_by_name(window):
+    architecture = ARCHITECTURES["mixtral"]
+    message = "the MLPs of 'model.layers.0.mlp.experts'.* are experts of a mixture in one tensor.*use REAPModifier"
+    with pytest.raises(ValueError, match=message):
+        compress(architecture.build(), StructuredPruningModifier(**window), architecture.batches())
+
+
+def test_dense_mlps_beside_experts_are_pruned():
+    architecture = ARCHITECTURES["deepseek_v3"]
+    model = architecture.build()
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    compress(model, StructuredPruningModifier(ratio=0.5, targets=["re:.*layers.0.mlp"]), architecture.batches())
+    changed = [n for n, p in model.named_parameters() if tuple(p.shape) != before[n]]
+    assert sorted(changed) == [f"model.layers.0.mlp.{part}_proj.weight" for part in ("down", "gate", "up")]
