@@ -1,4 +1,4 @@
-"""Vision: int8 quantization-aware training, and 90 % of weights pruned, of a convolutional net and a small ViT.
+"""Vision: int8 quantization-aware training, 90 % of weights pruned, and compression after training, of two small nets.
 
     make bench-vision                               # or: python benchmarks/bench_vision.py --help
 
@@ -6,6 +6,9 @@ scikit-learn's digits (1,797 images of 8 x 8, 10 classes): 1,197 train, 600 test
 `Trainer.fit` of as many epochs from the same initial weights; compression happens inside of it, by
 `CompressionCallback`. For comparison, without training: the float model of that seed rounded to nearest, and
 pruned at once. The accuracy is that of the exported folder, loaded into a new model.
+
+After training (`--arms after`, without the arms that train): GPTQ at 4 and 3 bits of all layers, and SparseGPT 2:4 of
+all but the first, which has few columns; each alone and with TuneModifier, on the training images without their labels.
 """
 
 import argparse
@@ -30,16 +33,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import (
     CompressionCallback,
+    GPTQModifier,
     MagnitudePruningModifier,
     Modifier,
     QATModifier,
     QuantizationModifier,
+    SparseGPTModifier,
+    TuneModifier,
     compress,
     load,
 )
 
 LAYERS = ["Linear", "Conv2d"]
-LIMITS = {"int8 QAT": 0.5, "90 % sparse": 1.0}  # points of accuracy below float, at most
+LIMITS = {"int8 QAT": 0.5, "90 % sparse": 1.0, "W4, tune": 0.5, "W3, tune": 0.5, "2:4, tune": 0.5}
+"""Points of accuracy below float, at most."""
+TUNE: dict[str, Any] = {"epochs": 16, "lr": 3e-3, "patience": 3}
 INT8: dict[str, Any] = {
     "all": {
         "targets": LAYERS,
@@ -153,7 +161,8 @@ def main() -> None:
     seconds: dict[str, dict[str, list[float]]] = {}
     for name, make in MODELS.items():
         for seed in range(arguments.seeds):
-            for arm, (accuracy, took) in one_seed(make, seed, arguments.epochs, train, test).items():
+            results = one_seed(make, seed, arguments.epochs, train, test, arguments.arms)
+            for arm, (accuracy, took) in results.items():
                 found.setdefault(name, {}).setdefault(arm, []).append(accuracy)
                 seconds.setdefault(name, {}).setdefault(arm, []).append(took)
                 print(f"{name}, seed {seed}, {arm}: {accuracy:.2f} %, {took:.1f} s", flush=True)
@@ -161,11 +170,11 @@ def main() -> None:
 
 
 def one_seed(
-    make: Callable[[], nn.Module], seed: int, epochs: int, train: TensorDataset, test: TensorDataset
+    make: Callable[[], nn.Module], seed: int, epochs: int, train: TensorDataset, test: TensorDataset, which: str
 ) -> dict[str, tuple[float, float]]:
     """Accuracy in percent and seconds of every arm."""
     results = {}
-    for arm, modifiers in arms().items():
+    for arm, modifiers in arms().items() if which != "after" else [("float", [])]:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             began = time.perf_counter()
             model = fit(make, seed, epochs, modifiers, train, Path(folder))
@@ -174,7 +183,8 @@ def one_seed(
                 model = load(Path(folder) / "compressed", make())
         results[arm] = (accuracy(model, test), took)
         if arm == "float":
-            results |= untrained(model, train, test)
+            results |= untrained(model, train, test) if which != "after" else {}
+            results |= after_training(model, train, test) if which != "training" else {}
     return results
 
 
@@ -190,6 +200,26 @@ def untrained(model: nn.Module, train: TensorDataset, test: TensorDataset) -> di
         began, smaller = time.perf_counter(), copy.deepcopy(model)
         compress(smaller, modifier, batches)
         results[arm] = (accuracy(smaller, test), time.perf_counter() - began)
+    return results
+
+
+def after_training(model: nn.Module, train: TensorDataset, test: TensorDataset) -> dict[str, tuple[float, float]]:
+    """The float model, compressed on the training images."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    batches = list(train.tensors[0][order].split(64))
+    groups = {"targets": LAYERS, "group_size": [64, 32, -1]}
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    steps: dict[str, Callable[[], Modifier]] = {
+        "W4": lambda: GPTQModifier(scheme="W4A16", **groups),
+        "W3": lambda: GPTQModifier(scheme="W3A16", **groups),
+        "2:4": lambda: SparseGPTModifier(targets=LAYERS, mask_structure="2:4", ignore=[first]),
+    }
+    results = {}
+    for arm, step in steps.items():
+        for tune in ([], [TuneModifier(**TUNE, sparse_weights=arm == "2:4")]):
+            began, smaller = time.perf_counter(), copy.deepcopy(model)
+            compress(smaller, [step(), *tune], batches)
+            results[arm + ", tune" * len(tune)] = (accuracy(smaller, test), time.perf_counter() - began)
     return results
 
 
@@ -244,32 +274,46 @@ def publish(
     rows, told = [], []
     for name, by_arm in found.items():
         for arm, values in by_arm.items():
-            gap = mean(values) - mean(by_arm["float"])
-            spread = stdev(values) if len(values) > 1 else 0.0
+            gaps = [value - dense for value, dense in zip(values, by_arm["float"], strict=True)]
+            gap, error = mean(gaps), standard_error(gaps)
             each = ", ".join(f"{value:.2f}" for value in values)
-            measured = [f"{mean(values):.2f} ± {spread:.2f}", each, f"{gap:+.2f}", f"{mean(seconds[name][arm]):.1f}"]
+            measured = [f"{mean(values):.2f} ± {standard_error(values):.2f}", each, f"{gap:+.2f} ± {error:.2f}"]
+            measured.append(f"{mean(seconds[name][arm]):.1f}")
             rows.append([name, arm, *measured])
             if arm in LIMITS:
                 kept = "yes" if gap >= -LIMITS[arm] else "NO"
                 told.append(f"- {name}, {arm}: within {LIMITS[arm]:g} points of float: {kept} ({gap:+.2f}).")
+    how = {
+        "training": "Int8: weights per row, activations per tensor, all layers. Sparse: all layers, cubic schedule.",
+        "after": f"After training: groups of 64, 32 or one row, 19 batches of 64 images, TuneModifier with {TUNE} "
+        "(2:4: `sparse_weights` too).",
+    }
     lines = [
         *machine.table(["model", "arm", "accuracy, %", "seeds", "to float, points", "s"], rows),
         "",
         *told,
         "",
-        f"Mean and standard deviation over {arguments.seeds} seeds, {arguments.epochs} epochs each, one thread: "
-        f"`python benchmarks/bench_vision.py --seeds {arguments.seeds} --epochs {arguments.epochs}`. One test image is "
-        "0.17 points. Int8: weights per row, activations per tensor, all layers. Sparse: all layers, cubic schedule.",
+        f"Mean and standard error over {arguments.seeds} seeds, {arguments.epochs} epochs each, one thread: `python "
+        f"benchmarks/bench_vision.py --arms {arguments.arms} --seeds {arguments.seeds} --epochs {arguments.epochs}`. "
+        "One test image is 0.17 points. "
+        + " ".join(text for key, text in how.items() if arguments.arms in (key, "all")),
     ]
     print("\n".join(lines))
     if not arguments.dry:
         facts = {"accuracy": found, "seconds": seconds, "epochs": arguments.epochs}
-        title = "Digits: int8 QAT and 90 % sparsity beside float"
-        print("written:", machine.write("vision", title, lines, facts, arguments.machine))
+        titles = {"training": "int8 QAT and 90 % sparsity", "after": "4 and 3 bits and 2:4 after training"}
+        title = f"Digits: {titles.get(arguments.arms, ', '.join(titles.values()))} beside float"
+        what = "vision" if arguments.arms == "all" else f"vision-{arguments.arms}"
+        print("written:", machine.write(what, title, lines, facts, arguments.machine))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--arms", choices=["all", "training", "after"], default="all", help="which to run beside float")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")

@@ -15,7 +15,8 @@ from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_
 pytestmark = pytest.mark.usefixtures("triton_cache")
 
 CASES = [(1, 128, torch.bfloat16), (1, 512, torch.float32), (1, 4096, torch.bfloat16), (1, 8192, torch.float16),
-         (1, 16384, torch.bfloat16), (28, 128, torch.bfloat16), (12, 256, torch.float16)]  # fmt: skip
+         (1, 16384, torch.bfloat16), (28, 128, torch.bfloat16), (12, 256, torch.float16),
+         (1, 16, torch.float32), (1, 32, torch.float32), (1, 64, torch.float32)]  # fmt: skip
 OTHERS = [(1, 4096, torch.bfloat16, 89), (1, 4096, torch.bfloat16, 100)]
 LARGE = [(12, 512, torch.float16, 90), (28, 256, torch.float32, 90), (28, 512, torch.bfloat16, 90)]
 

@@ -45,11 +45,12 @@ class OnlineRotation:
         """x M, or with ``back`` x M^T, computed in float32 (float64 for float64), in the dtype of x."""
         h = len(self.signs)
         y = x.unflatten(-1, (-1, h)).to(torch.promote_types(x.dtype, torch.float32))
-        signs_h = torch.tensor(self.signs, dtype=y.dtype, device=y.device)
-        if back:
-            y = fast_hadamard_transform(y, transpose=True) * signs_h
-        else:
-            y = fast_hadamard_transform(y * signs_h)
+        signs_h = torch.tensor(self.signs, dtype=y.dtype, device=y.device) if -1 in self.signs else None
+        if signs_h is not None and not back:
+            y = y * signs_h
+        y = fast_hadamard_transform(y, transpose=back)
+        if signs_h is not None and back:
+            y = y * signs_h
         return (y / math.sqrt(h)).flatten(-2).to(x.dtype)
 
     def apply_once(self, x: Tensor) -> Tensor:

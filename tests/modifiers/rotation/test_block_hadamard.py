@@ -2,10 +2,12 @@
 
 import copy
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -23,7 +25,7 @@ from lightning_compress.modifiers.rotation import online
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 from lightning_compress.quant.record import Quantized
 from tests.support.rotation_models import build, logits, token_batches
-from tests.support.training_runs import quiet
+from tests.support.training_runs import StopAfter, quiet
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": False}
 
@@ -209,3 +211,20 @@ def test_one_weight_in_two_layers_is_turned_once():
     before = model(x)
     compress(model, BlockHadamardModifier())
     assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_resumes_ends_as_one_that_was_not_cut(tmp_path):
+    """The checkpoint holds turned weights: they are not turned again, and inputs are."""
+    rows = [{"input_ids": row} for batch in token_batches(2) for row in batch["input_ids"]]
+    exports = []
+    for name, cut in (("one", None), ("two", 3)):
+        for attempt in range(2 if cut else 1):
+            callback = CompressionCallback(recipe(), module="net", evaluate=False)
+            last = tmp_path / name / "last.ckpt"
+            saving = ModelCheckpoint(last.parent, save_last=True)
+            stop = [StopAfter(cut)] if cut and not attempt else []
+            trainer = quiet(tmp_path / name, callback, saving, *stop, max_epochs=2)
+            with pytest.raises(KeyError) if stop else nullcontext():
+                trainer.fit(Language(), DataLoader(rows, 4), ckpt_path=str(last) if attempt else None)
+        exports.append(load(tmp_path / name / "compressed"))
+    assert_close(logits(exports[1]), logits(exports[0]), rtol=0, atol=0)
