@@ -16,6 +16,8 @@ Shapes: R rows, C columns, G groups of g columns in a row. With blocks of b rows
 [R / b, C / g], both rounded up.
 """
 
+from itertools import pairwise
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -30,7 +32,9 @@ from lightning_compress.quant.scale_errors import FormErrors, GridErrors, Summed
 
 __all__ = ["expand", "group_columns", "has_one_pass", "integer_range", "minmax", "search"]
 
-CHUNK = 1 << 17  # weights at a time: 0.5 MB stays in L2; 2^17 and 2^18 ran equally, 2^15 a quarter slower
+CHUNK = 1 << 17  # weights of the rows of one matrix-vector product; the last bits of its sums depend on their number
+BLOCK = 2  # chunks whose errors are computed at a time, 1 MB, about the L2; more ran no faster
+TOGETHER = 16  # chunks that are searched together: of each of them only a few rows need the last factors
 CUDA_CHUNK = 1 << 26  # there each piece costs hundreds of launches
 
 
@@ -133,21 +137,25 @@ def search(
     z_GR = None if zero is None else expand(zero, R, args).t().float().contiguous()
     factor_GR = torch.ones(G, R, device=W_RC.device, dtype=torch.float32)
     shift_GR = torch.zeros_like(factor_GR)
-    chunk = CUDA_CHUNK if W_RC.is_cuda else CHUNK
-    rows = min(R, max(1, chunk // g))
-    groups = min(G, max(1, chunk // (rows * g)))
-    pieces = [(slice(i, i + groups), slice(r, r + rows)) for i in range(0, G, groups) for r in range(0, R, rows)]
-    scratch = W_RC.new_empty((2, groups * rows * g), dtype=torch.float32)
+    of_tensor = args.strategy == QuantizationStrategy.TENSOR  # one factor for all rows
+    rows, block, pieces = _pieces(R, G, g, W_RC.is_cuda, alone=of_tensor or W_RC.is_cuda)
+    scratch = W_RC.new_empty((2, block * rows * g), dtype=torch.float32)
+    memory = torch.empty((max(map(_size, pieces)), g), dtype=torch.float32, device=W_RC.device)
 
     def grid_errors(piece: tuple[slice, slice]) -> GridErrors:
         # [groups, rows, g]: one importance for all rows of a slice, so that a weighted sum is one matrix-vector product
         W_GRg, scale_GR1 = W_RC.view(R, G, g).transpose(0, 1)[piece], scale_RG.t()[piece][:, :, None]
-        t, z = (W_GRg / scale_GR1).float().contiguous(), None if z_GR is None else z_GR[piece]
+        t_Rg = torch.empty_like(memory) if of_tensor else memory
+        t_GRg = torch.div(W_GRg, scale_GR1, out=t_Rg[: _size(piece)].view(W_GRg.shape))
+        times = max(1, t_GRg.shape[1] // rows)
+        t_GRg = t_GRg.view(len(t_GRg) * times, -1, g)
+        z = None if z_GR is None else z_GR[piece].reshape(t_GRg.shape[:2])
         if H_Ggg is not None:
-            return FormErrors(t, z, H_Ggg[piece[0]], args, scratch)
-        return GridErrors(t, z, importance_C.view(G, g)[piece[0]], power, args, scratch)
+            return FormErrors(t_GRg, z, _repeated(H_Ggg[piece[0]], times), args, block, scratch)
+        h_Gg = _repeated(importance_C.view(G, g)[piece[0]], times)
+        return GridErrors(t_GRg, z, h_Gg, power, args, block, scratch)
 
-    if args.strategy == QuantizationStrategy.TENSOR:  # one factor for all rows
+    if of_tensor:
         factor, shift = descend(Summed([grid_errors(piece) for piece in pieces]))
     else:
         for piece in pieces:
@@ -157,6 +165,40 @@ def search(
     best = (scale.float() * factor).to(scale.dtype).contiguous()
     best = best.where((best > 0) & best.isfinite(), scale)
     return best, None if zero is None else zero + shift.to(zero.dtype)
+
+
+def _pieces(R: int, G: int, g: int, on_cuda: bool, alone: bool) -> tuple[int, int, list[tuple[slice, slice]]]:
+    """Rows of one product, groups of that many rows that are computed at a time, and pieces: groups and rows each.
+
+    A piece has a multiple of the rows of one product, each as if it were a group of its own, or the rows that are left.
+
+    Args:
+        R: Rows.
+        G: Groups.
+        g: Columns of a group.
+        on_cuda: The device.
+        alone: Chunks are not searched together.
+    """
+    chunk, together = CUDA_CHUNK if on_cuda else CHUNK, 1 if alone else TOGETHER
+    rows = min(R, max(1, chunk // g))
+    groups = max(1, chunk // (rows * g))
+    block, groups = min(BLOCK, together) * groups, together * groups
+    times = max(1, groups // min(groups, G))
+    complete = R - R % rows
+    ends = [*range(0, complete, times * rows), complete, R]
+    columns = [slice(i, min(i + groups, G)) for i in range(0, G, groups)]
+    return rows, block, [(c, slice(low, high)) for c in columns for low, high in pairwise(ends) if low < high]
+
+
+def _size(piece: tuple[slice, slice]) -> int:
+    """The rows of all its groups."""
+    groups, rows = piece
+    return (groups.stop - groups.start) * (rows.stop - rows.start)
+
+
+def _repeated(v_G: Tensor, times: int) -> Tensor:
+    """One after the other, each so many times."""
+    return v_G[:, None].expand(-1, times, *v_G.shape[1:]).flatten(0, 1)
 
 
 def _sweep(
