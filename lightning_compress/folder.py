@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_compress.calibration.all_events import all_events
 from lightning_compress.calibration.blocks import find_blocks
-from lightning_compress.calibration.options import CalibrationOptions, bytes_of
+from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.residence import OnDisk, exact_device
 from lightning_compress.calibration.sequential import calibrate
 from lightning_compress.calibration.walk_memory import megabytes
@@ -31,7 +31,7 @@ from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.export.tensor_file import TensorFolder
 from lightning_compress.export.tensors import read_json
 from lightning_compress.files.atomic_folder import check_target
-from lightning_compress.layers.memory import small_heap
+from lightning_compress.layers.memory import bytes_of, small_heap
 from lightning_compress.layers.split_experts import fused_experts
 from lightning_compress.layers.tied_weights import owners_of
 from lightning_compress.oneshot import check_team, first_batches, modifiers_of

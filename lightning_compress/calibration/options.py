@@ -1,6 +1,5 @@
 """How a model is calibrated: the options that ``CompressionCallback`` and ``compress`` hand down to the walk."""
 
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +8,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["PRECISIONS", "WALKS", "CalibrationOptions", "CalibrationPrecision", "Walk", "bytes_of", "check_device",
-           "check_flag", "check_whole_number"]  # fmt: skip
+from lightning_compress.layers.memory import bytes_of
+
+__all__ = ["PRECISIONS", "WALKS", "CalibrationOptions", "CalibrationPrecision", "Walk", "check_device", "check_flag",
+           "check_whole_number"]  # fmt: skip
 
 Walk = Literal["auto", "one_pass", "two_pass", "whole"]
 WALKS = get_args(Walk)
 CalibrationPrecision = Literal["auto", "trained", "float32"]
 PRECISIONS = get_args(CalibrationPrecision)
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-         "TIB": 2**40}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,15 +103,6 @@ def check_flag(name: str, value: Any) -> None:
     """ValueError for anything but True and False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected True or False")
-
-
-def bytes_of(limit: int | str) -> int:
-    """The bytes that ``300MB``, ``1.5 GiB`` or a number stands for; ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(limit))
-    factor = UNITS.get(match[2].upper() or "B") if match else None
-    if match is None or factor is None:
-        raise ValueError(f"memory_limit={limit!r}: expected bytes, as a number or such as '300MB' or '2GiB'")
-    return int(float(match[1]) * factor)
 
 
 def check_device(options: CalibrationOptions) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration.activations import device_of
-from lightning_compress.calibration.options import bytes_of
 from lightning_compress.calibration.probe import Probe
+from lightning_compress.layers.memory import bytes_of
 
 __all__ = ["lockstep_bytes", "megabytes", "memory_limit", "workspace_bytes"]
 

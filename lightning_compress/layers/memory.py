@@ -6,12 +6,16 @@ a walk in lockstep over 571 MiB of weights another 390 MiB were resident that no
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["GrowthRelease", "release", "resident", "small_heap"]
+__all__ = ["GrowthRelease", "bytes_of", "release", "resident", "small_heap"]
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+         "TIB": 2**40}  # fmt: skip
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _LARGEST = 2**25  # bytes; at 1 MiB, which glibc would map and unmap each time, page faults take 10 % more CPU
@@ -78,3 +82,12 @@ def _glibc() -> ctypes.CDLL | None:
     except (OSError, TypeError):  # Windows has no such handle
         return None
     return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def bytes_of(limit: int | str, name: str = "memory_limit") -> int:
+    """The bytes that ``300MB``, ``1.5 GiB`` or a number stands for; ValueError with this name for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(limit))
+    factor = UNITS.get(match[2].upper() or "B") if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{name}={limit!r}: expected bytes, as a number or such as '300MB' or '2GiB'")
+    return int(float(match[1]) * factor)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration import calibrate
-from lightning_compress.calibration.options import CalibrationOptions, bytes_of
+from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.probe import Probe
 from lightning_compress.calibration.walk_memory import lockstep_bytes, memory_limit, workspace_bytes
+from lightning_compress.layers.memory import bytes_of
 from lightning_compress.team import Team
 from tests.support.calibration_models import C, Layered, LockstepWatcher, make_batches, seeded, started
 from tests.support.fake_cuda import fake_cuda
