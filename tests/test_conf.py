@@ -365,6 +365,7 @@ MODIFIERS = sorted({n for n in lightning_compress.__all__ if n.endswith("Modifie
 NEEDED = {
     "MovementPruningModifier": {"end": 4},
     "LearnedMaskModifier": {"end": 4},
+    "AllocateModifier": {"bits": 4.25},
     "DepthPruningModifier": {"count": 1},
 }
 

@@ -46,10 +46,11 @@ class Row:
 
 
 class Ledger:
-    """Rows in the order in which modules were first reported."""
+    """Rows in the order in which modules were first reported, and ``files``: texts for the report's folder by name."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], Row] = {}
+        self.files: dict[str, str] = {}
 
     def add(self, module: str, technique: str, *, flag: str | None = None, **facts: Any) -> Row:
         """Record facts; ``flag`` adds one remark. TypeError on a fact that :class:`Row` does not know."""

@@ -54,6 +54,16 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         self._schemes = self.assign(model)
         return {name: model.get_submodule(name) for name in self._schemes}
 
+    def change_schemes(self, model: nn.Module, config_groups: dict[str, Any]) -> None:
+        """After CALIBRATION_START, with ``scheme='allocated'``: the schemes of all targets; others stay dense."""
+        self.allocate(config_groups)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CALIBRATION_START has warned
+            layers = self.find_layers(model)
+        for name in [name for name in self._layers if name not in layers]:
+            self.finish(name)
+        self.set_up()
+
     def set_up(self) -> None:
         self._globals = GlobalScales(self._layers, self._schemes)
         self._observers = {}

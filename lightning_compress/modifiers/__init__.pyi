@@ -2,6 +2,7 @@
 
 from lightning_compress.core.factory import ModifierFactory
 from lightning_compress.core.modifier import Modifier, ModifierInterface
+from lightning_compress.modifiers.allocate.modifier import AllocateModifier
 from lightning_compress.modifiers.autoround.modifier import AutoRoundModifier
 from lightning_compress.modifiers.batch_norm import FoldBatchNormModifier
 from lightning_compress.modifiers.constant import ConstantPruningModifier
@@ -28,6 +29,7 @@ from lightning_compress.modifiers.wanda.modifier import WandaPruningModifier
 
 __all__ = [
     "AWQModifier",
+    "AllocateModifier",
     "AutoRoundModifier",
     "BlockHadamardModifier",
     "ConstantPruningModifier",

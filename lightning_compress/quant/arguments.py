@@ -14,7 +14,10 @@ from lightning_compress.quant.embeddings import Embeddings
 from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.schemes import GroupSize, describe, from_groups, from_inline, from_presets, is_special
 
-__all__ = ["QuantizationArguments"]
+__all__ = ["ALLOCATED", "QuantizationArguments"]
+
+ALLOCATED = "allocated"
+"""The ``scheme`` of a quantizer that gets its schemes from an AllocateModifier."""
 
 
 class QuantizationArguments(BaseModel):
@@ -24,7 +27,8 @@ class QuantizationArguments(BaseModel):
         targets: Class names, dotted names or ``re:`` patterns of the modules that are quantized, with ``scheme``.
         ignore: Class names, dotted names or ``re:`` patterns of modules that are left out.
         scheme: A preset (``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` ...), a mapping of presets to their targets, or one
-            scheme in full: ``{weights: {num_bits: 4, group_size: auto}}``.
+            scheme in full: ``{weights: {num_bits: 4, group_size: auto}}``. ``allocated``: that which an
+            AllocateModifier before it chooses for each module.
         group_size: Takes the place of the preset's group size; -1 for one scale per row. Of a list each module gets the
             first that divides its columns; ``auto``: [128, 64, 32, -1], where the preset has groups.
         config_groups: Schemes in full, as in the ``quantization_config`` of compressed-tensors, in place of ``scheme``.
@@ -44,6 +48,7 @@ class QuantizationArguments(BaseModel):
     config_groups: dict[str, Any] | None = None
 
     _planned: dict[str, QuantizationScheme] = PrivateAttr(default_factory=dict)
+    _allocation: dict[str, Any] | None = PrivateAttr(default=None)  # config_groups; {}: all modules stay dense
 
     @model_validator(mode="after")
     def _scheme_is_known(self) -> "QuantizationArguments":
@@ -57,6 +62,8 @@ class QuantizationArguments(BaseModel):
         if self.group_size is not None and (self.scheme is None or self._is_inline):
             field = "config_groups" if self.scheme is None else "a scheme in full"
             raise ValueError(f"group_size and {field} exclude each other: write group_size inside, under weights")
+        if self.group_size is not None and self.scheme == ALLOCATED:
+            raise ValueError("group_size and scheme='allocated' exclude each other: candidates have group sizes")
         for scheme in self.schemes:
             if not self.every_format and is_special(scheme):
                 raise ValueError(
@@ -68,10 +75,15 @@ class QuantizationArguments(BaseModel):
 
     @cached_property
     def schemes(self) -> list[QuantizationScheme]:
-        """The schemes in the order of the recipe."""
+        """The schemes in the order of the recipe; before an allocation, one that fits all targets."""
         if self.config_groups is not None:
             return from_groups(self.config_groups)
         assert self.scheme is not None
+        if self.scheme == ALLOCATED:
+            groups = self._allocation
+            if groups is None:
+                return from_presets("W8A16", listed(self.targets), -1)
+            return from_groups(groups) if groups else []
         if self._is_inline:
             assert isinstance(self.scheme, dict)
             return from_inline(self.scheme, listed(self.targets))
@@ -104,6 +116,11 @@ class QuantizationArguments(BaseModel):
     def assign(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """Each module's scheme, by dotted name; ValueError as in :func:`lightning_compress.quant.assignment.assign`."""
         ignore = listed(self.ignore)
+        if self.scheme == ALLOCATED and self._allocation is None:
+            raise ValueError(
+                "scheme='allocated' needs an AllocateModifier before it in the recipe, which chooses the scheme of "
+                "each module; add one, or write a scheme such as 'W4A16'"
+            )
         try:
             self._planned = assign(model, self.schemes, ignore, self.embeddings)
             return dict(self._planned)
@@ -112,6 +129,11 @@ class QuantizationArguments(BaseModel):
             if override is None or (argument := self._group_size_of(error.scheme)) is None:
                 raise
             raise ValueError(f"{error}{override(argument, error.size)}") from None
+
+    def allocate(self, config_groups: dict[str, Any] | None) -> None:
+        """With ``scheme='allocated'``: the schemes that were chosen; None: none is yet."""
+        self._allocation = config_groups
+        self.__dict__.pop("schemes", None)
 
     def _group_size_of(self, scheme: QuantizationScheme) -> str | None:
         """The argument that holds the group size of one of :attr:`schemes`."""

@@ -36,7 +36,7 @@ PACKAGES = ("lightning-compress", "lightning", "torch", "compressed-tensors", "t
 
 
 def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
-    """Write ``summary.json`` and ``modules.csv`` into ``folder``; each is there whole or not at all.
+    """Write ``summary.json``, ``modules.csv`` and the ledger's files; each is there whole or not at all.
 
     Args:
         folder: Made if it is missing.
@@ -50,6 +50,9 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
         table = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         table.writeheader()
         table.writerows({**asdict(row), "flags": "; ".join(row.flags)} for row in ledger)
+    for name, text in ledger.files.items():
+        with whole_file(Path(folder) / name) as path:
+            path.write_text(text, encoding="utf-8")
 
 
 def headline(facts: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import (
+    AllocateModifier,
     AutoRoundModifier,
     AWQModifier,
     DepthPruningModifier,
@@ -63,6 +64,13 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "logarithmic equalization": (
         "llama",
         lambda: [LogarithmicEqualizationModifier(), QuantizationModifier(**on_linears("W8A8"), observer="percentile")],
+    ),
+    "allocate, then gptq": (
+        "llama",
+        lambda: [
+            AllocateModifier(bits=5.5, candidates=["W3A16", "W4A16", "W8A16"], group_size=16),
+            GPTQModifier(scheme="allocated", ignore=["lm_head"]),
+        ],
     ),
     "nvfp4": ("llama", lambda: [GPTQModifier(scheme="NVFP4", ignore=["lm_head"])]),
     "fp8, with embeddings": (
@@ -269,6 +277,7 @@ TEAMS: list[tuple[Modifier, str]] = [
     (QuantizationModifier(**W4), "sums"),
     (GPTQModifier(**W4), "sums"),
     (AWQModifier(**W4), "sums"),
+    (AllocateModifier(bits=4.5), "sums"),
     (AutoRoundModifier(**W4), "alone"),
     (SmoothQuantModifier(), "sums"),
     (LogarithmicEqualizationModifier(), "sums"),

@@ -12,6 +12,7 @@ from lightning_compress.calibration.gradient_survey import Gradients
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.core import Modifier, Needs
 from lightning_compress.layers.records import Record
+from lightning_compress.modifiers.allocate.modifier import AllocateModifier
 from lightning_compress.modifiers.autoround.modifier import AutoRoundModifier
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.kv_cache import KVCacheModifier
@@ -44,6 +45,10 @@ RECIPES = {
     "gptq by the loss, targets of the dense model": lambda: [GPTQModifier(**W4, objective="loss", target="dense")],
     "gptq by the loss": lambda: [GPTQModifier(**W4, objective="loss")],
     "gptq by the loss, tune": lambda: [GPTQModifier(**W4, objective="loss"), TuneModifier(epochs=1)],
+    "allocate, gptq": lambda: [
+        AllocateModifier(bits=5.2, candidates=["W3A16", "W4A16", "W8A16"]),
+        GPTQModifier(scheme="allocated", ignore=["lm_head"]),
+    ],
     "gptq, tune": lambda: [GPTQModifier(**W4), TuneModifier(epochs=1)],
     "reap": lambda: [REAPModifier(sparsity=0.5)],
 }
