@@ -36,6 +36,7 @@ IN_HALF = [
     "awq_w4",
     "smoothquant_gptq_w8a8",
     "autoround_w4",
+    "gptq_w3_training_step",
     "sparsegpt_50",
     "wanda_owl",
     "qat_w4",

@@ -32,7 +32,7 @@ GRADIENTS: Mapping[str, Literal["classes", "values", "training_step"] | None] = 
     {"layer": None, "loss": "classes", "output": "values", "training_step": "training_step"}
 )
 """What a survey must give for each objective (``Needs.gradients``)."""
-UNSHARDED = "the gradients of its objective are those of the whole model; use objective: layer"
+UNSHARDED = "it needs gradients of the whole model; use objective: layer, and as sparsity_profile at most owl"
 """Why sharded models are refused."""
 
 

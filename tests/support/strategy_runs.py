@@ -47,6 +47,7 @@ TRAIN_PY: dict[str, list[str]] = {
     "awq_w4": ["+compress=awq_w4", f"{C}.awq.n_grid=3"],
     "smoothquant_gptq_w8a8": ["+compress=[smoothquant,gptq_w8a8]"],
     "gptq_w3_tune": ["+compress=[gptq_w3,tune]", f"{C}.tune.epochs=1", f"{C}.gptq.objective=loss"],
+    "gptq_w3_training_step": ["+compress=gptq_w3", f"{C}.gptq.objective=training_step"],
     "autoround_w4": ["+compress=autoround_w4", f"{C}.autoround.iters=3"],
     "sparsegpt_50": ["+compress=sparsegpt_50"],
     "wanda_owl": ["+compress=wanda_50", f"{C}.wanda.sparsity_profile=owl"],
