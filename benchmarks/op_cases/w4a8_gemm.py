@@ -15,7 +15,7 @@ def cases(tiny: bool) -> list[Case]:
     tokens = (3, 17) if tiny else (1, 16, 64, 256, 1024)
     group = 64 if tiny else 128
 
-    def case(M: int, N: int, K: int, kind: torch.dtype) -> Case:
+    def case(M: int, N: int, K: int, kind: torch.dtype, group: int = group) -> Case:
         def make(device: torch.device, dtype: torch.dtype, seed: int) -> Trial:
             random = torch.Generator(device).manual_seed(seed)
             x = torch.randn(M, K, generator=random, device=device).to(dtype)
@@ -31,8 +31,11 @@ def cases(tiny: bool) -> list[Case]:
             return Trial(lambda: w4a8_gemm(x, planes, scale_GN, kind), contestants, exact)
 
         moved = N * K // 2 + 2 * N * K // group + 2 * M * (N + K)
-        shape = f"{N} x {K}, M = {M}, {'int8' if kind == torch.int8 else 'e4m3'} tokens"
+        scales = ", one scale per row" if group == K else ""
+        shape = f"{N} x {K}, M = {M}, {'int8' if kind == torch.int8 else 'e4m3'} tokens{scales}"
         sizes = {"M": M, "N": N, "K": K}
         return Case("w4a8_gemm", shape, moved, M * N * K, 1e-2, make, sizes=sizes)  # 8 bits multiply twice as fast
 
-    return [case(M, N, K, kind) for M in tokens for kind in (torch.float8_e4m3fn, torch.int8) for N, K in shapes]
+    kinds = torch.float8_e4m3fn, torch.int8
+    groups = [case(M, N, K, kind) for M in tokens for kind in kinds for N, K in shapes]
+    return groups + [case(tokens[-1], N, K, kind, K) for kind in kinds for N, K in shapes]

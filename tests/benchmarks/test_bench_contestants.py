@@ -4,6 +4,7 @@ import os
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +223,10 @@ def test_a_folder_of_wheels_that_is_not_there(monkeypatch, tmp_path):
         wheels.unpacked()
     monkeypatch.setenv("BENCH_WHEELS", "")
     assert wheels.unpacked() == []
+
+
+def test_every_goal_has_a_row_in_the_table_of_predictions():
+    table = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text("utf-8")
+    rows = ["| {} | {} |".format(*goal.cells()) for goal in goals.goals([], None, None)]
+    assert len(rows) > 12
+    assert [row for row in rows if row not in table] == []

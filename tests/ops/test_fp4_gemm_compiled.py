@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.fp4_gemm.kernel import constants, dense_kernel, fp4_kernel
+from tests.ops.test_w4a16_gemm_compiled import least_in_flight
 from tests.support.triton_compilation import POINTER, SHARED, compiled, inspect_code, loops, products_before_use
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
@@ -54,6 +55,19 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
     assert len(loop) <= of_loop[capability >= 90], len(loop)
     if capability == 90:  # scales are loaded half a block before their use, at least
         assert products_before_use(loop) >= sum(" HGMMA." in line for line in loop) // 2, loop
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_decoding_keeps_24_kb_of_weights_in_flight(group, tmp_path):
+    types = {"x_ptr": "*bf16", "planes_ptr": "*i16", "scale_ptr": "*u8", "divisor_ptr": "*fp32", "out_ptr": "*bf16"}
+    types |= {"parts_ptr": "*fp32", "counter_ptr": "*i32"}
+
+    def build(launch):
+        missing = ["parts_ptr", "counter_ptr"] if launch.split == 1 else []
+        fixed = constants(launch, 4096 // group, 4096, torch.bfloat16) | dict.fromkeys(missing)
+        return compiled(fp4_kernel, 90, types, fixed, launch.warps, launch.stages, odd=("M",))
+
+    assert least_in_flight(build, 16, tmp_path) >= 24 << 10
 
 
 @pytest.mark.parametrize("group", [16, 32])

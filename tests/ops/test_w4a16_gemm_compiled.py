@@ -85,15 +85,22 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
 
 @pytest.mark.parametrize("M", [16, 32])
 def test_decoding_keeps_24_kb_of_weights_in_flight(M, tmp_path):
-    kernels = {}
+    build = lambda launch: kernel_for(90, launch, 32, 4096, torch.bfloat16, False)  # noqa: E731
+    assert least_in_flight(build, M, tmp_path) >= 24 << 10
+
+
+def least_in_flight(build, M, folder):
+    """Bytes of 4-bit weights on their way to a processor of sm_90, the fewest of the shapes of Llamas."""
+    codes, least = {}, []
     for N, K in LLAMA:
         launch = rule(M, N, K, torch.bfloat16, processors=132)
-        if launch.split not in kernels:
-            kernels[launch.split] = inspect_code(kernel_for(90, launch, 32, 4096, torch.bfloat16, False), tmp_path)
-        code = kernels[launch.split]
+        if launch.split not in codes:
+            codes[launch.split] = inspect_code(build(launch), folder)
+        code = codes[launch.split]
         programs = -(-N // launch.block_n) * launch.split / 132
         resident = min((227 << 10) // (code["shared"] + 1024), 65536 // (code["registers"] * 32 * launch.warps))
-        assert min(programs, resident) * (launch.stages - 1) * launch.block_n * 128 // 2 >= 24 << 10
+        least.append(min(programs, resident) * (launch.stages - 1) * launch.block_n * 128 // 2)
+    return min(least)
 
 
 def test_parts_are_visible_before_they_are_counted(tmp_path):

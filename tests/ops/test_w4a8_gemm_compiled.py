@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles; TRITON_INTERPRET=1 is for the interpreter's tests", allow_module_level=True)
 
 from lightning_compress.ops.w4a8_gemm.kernel import codes_kernel, constants, dense_kernel, w4a8_kernel
+from tests.ops.test_w4a16_gemm_compiled import least_in_flight
 from tests.ops.test_w8a8_gemm_compiled import CORE
 from tests.support.triton_compilation import SHARED, compiled, inspect_code, loops, products_before_use
 
@@ -56,6 +57,19 @@ def test_compiles_without_spills_and_with_tensor_cores(case, capability, tmp_pat
         assert len(loop) <= budgets[2], len(loop)
     if groups > 1:  # scales are loaded half a block before their use, at least
         assert products_before_use(loop) >= sum(f" {CORE[capability, kind]}." in line for line in loop) // 2, loop
+
+
+@pytest.mark.parametrize("kind", KIND)
+def test_decoding_keeps_24_kb_of_weights_in_flight(kind, tmp_path):
+    types = {"codes_ptr": "*i8", "scale_m_ptr": "*fp32", "planes_ptr": "*i8", "scale_ptr": "*bf16"}
+    types |= {"out_ptr": "*bf16", "parts_ptr": "*fp32", "counter_ptr": "*i32"}
+
+    def build(launch):
+        missing = ["parts_ptr", "counter_ptr"] if launch.split == 1 else []
+        fixed = constants(launch, 32, 4096, KIND[kind], native=True) | dict.fromkeys(missing)
+        return compiled(w4a8_kernel, 90, types, fixed, launch.warps, launch.stages, odd=("M",))
+
+    assert least_in_flight(build, 16, tmp_path) >= 24 << 10
 
 
 @pytest.mark.parametrize(("group", "plane"), [(128, 64), (32, 32)])
