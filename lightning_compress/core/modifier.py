@@ -106,6 +106,11 @@ class Modifier(ModifierInterface, Hooks, Window):
         return _overrides(self, "on_training_end")
 
     @property
+    def unread_by(self) -> tuple[str, ...]:
+        """Loaders that ignore what it leaves beside the weights: ``transformers``, ``vLLM``."""
+        return ()
+
+    @property
     def acts_after_training(self) -> bool:
         """True when the modifier works on the model after training, with calibration or without."""
         return self.needs.calibration or self.handles_training_end

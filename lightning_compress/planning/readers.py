@@ -23,12 +23,13 @@ def readers_of(
     if not is_transformers(model):
         foreign = f"a {type(model).__name__} is not a model of transformers; build it, then load(folder, model)"
         return {"lightning_compress.load": "", "transformers": foreign, "vLLM": foreign}
-    online = [modifier.name for modifier in modifiers if getattr(modifier, "allow_online", False)]
-    online_fault = f"rotations of {', '.join(online)} run beside the layers" if online else ""
     copied = without_weights(model)
     with split_while(copied):
         fault = planned_fault(copied, schemes)
     weights = [scheme.weights for scheme in schemes.values() if scheme.input_activations is None]
     odd = sorted({args.num_bits for args in weights if args.type == "int" and args.num_bits not in USUAL_BITS})
     bits = f"{', '.join(map(str, odd))} bits need a recent version, and a kernel for the GPU" if odd else ""
-    return {"lightning_compress.load": "", "transformers": online_fault or fault, "vLLM": online_fault or bits}
+    readers = {"lightning_compress.load": "", "transformers": fault, "vLLM": bits}
+    for modifier in modifiers:
+        readers |= {name: f"what {modifier.name} runs beside the layers is lost" for name in modifier.unread_by}
+    return readers

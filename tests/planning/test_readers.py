@@ -1,6 +1,6 @@
 from torch import nn
 
-from lightning_compress.modifiers import GPTQModifier, RotationModifier
+from lightning_compress.modifiers import BlockHadamardModifier, GPTQModifier, RotationModifier
 from lightning_compress.planning.readers import readers_of
 from tests.planning.test_copies import llama
 
@@ -28,4 +28,6 @@ def test_other_models_are_read_by_load_alone():
 
 def test_rotations_beside_layers_are_named():
     readers = readers_of(llama(1), [RotationModifier(rotations=["R1", "R4"], allow_online=True)], {})
-    assert readers["transformers"] == "rotations of RotationModifier run beside the layers"
+    assert readers["transformers"] == "what RotationModifier runs beside the layers is lost"
+    readers = readers_of(llama(1), [BlockHadamardModifier(transform_config=True)], {})
+    assert [name for name, fault in readers.items() if fault] == ["transformers"]

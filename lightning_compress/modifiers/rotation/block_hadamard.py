@@ -71,6 +71,10 @@ class BlockHadamardModifier(Modifier):
 
     _turned: bool = PrivateAttr(default=False)
 
+    @property
+    def unread_by(self) -> tuple[str, ...]:
+        return ("transformers",) if self.transform_config else ("transformers", "vLLM")
+
     @model_validator(mode="after")
     def _begins_at_set_up(self) -> "BlockHadamardModifier":
         if self.start not in (None, 0) or self.end is not None or self.update is not None:

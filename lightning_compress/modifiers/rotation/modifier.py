@@ -94,6 +94,10 @@ class RotationModifier(Modifier):
             )
         return rotations
 
+    @property
+    def unread_by(self) -> tuple[str, ...]:
+        return ("transformers", "vLLM") if self.allow_online else ()
+
     @model_validator(mode="after")
     def _online_is_allowed(self) -> "RotationModifier":
         if (online := [name for name in self.rotations if name in ONLINE]) and not self.allow_online:
