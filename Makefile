@@ -26,7 +26,7 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-newest chaos fuzz test-kernels test-oldest-triton test-slow test-real test-slurm lint same-bytes house format clean
+.PHONY: help demo test test-newest chaos fuzz test-kernels test-oldest-triton test-slow test-real test-browser test-slurm lint same-bytes house format clean
 .PHONY: coverage docs dist test-lowest
 
 help:  ## this list
@@ -83,7 +83,7 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
 
 # Kernels twice: compiled, with all the others; and in Triton's interpreter, which must be chosen before Triton is imported.
-HERE := -m "not (slow or real or slurm or gpu)"
+HERE := -m "not (slow or real or slurm or gpu or browser)"
 test: $(READY)  ## the tests that need no GPU, no cluster and no download
 	$(TEST) $(PARALLEL) $(HERE) $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) tests/ops -k interpreted
@@ -123,6 +123,9 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-real: $(READY)  ## the tests on real models and texts, made as benchmarks/ says
 	$(TEST) -m real --timeout=3600 $(ARGS)
+
+test-browser: $(READY)  ## the tests that look at pages in a headless Chromium
+	$(TEST) -m browser $(ARGS)
 
 test-slurm: $(READY)  ## the tests that need a Slurm cluster
 	$(TEST) -m slurm --timeout=1800 $(ARGS)

@@ -31,5 +31,5 @@ def readers_of(
     bits = f"{', '.join(map(str, odd))} bits need a recent version, and a kernel for the GPU" if odd else ""
     readers = {"lightning_compress.load": "", "transformers": fault, "vLLM": bits}
     for modifier in modifiers:
-        readers |= {name: f"what {modifier.name} runs beside the layers is lost" for name in modifier.unread_by}
+        readers |= dict.fromkeys(modifier.unread_by, f"what {modifier.name} runs beside the layers is lost")
     return readers

@@ -11,6 +11,7 @@
     seconds             {phase: seconds}
     peak_memory_bytes   highest memory use of the process, in bytes
     plan                what was planned before the run, in the form of planning/plan.py
+    leave_dense         {technique: how to add MODULE to what its modifier ignores}
     seed, versions      versions is {package: version}; left out, it is looked up
     export_dir          where the compressed model lies
 

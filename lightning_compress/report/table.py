@@ -15,7 +15,7 @@ from lightning_compress.core.ledger import Ledger, Row
 from lightning_compress.report.section import Section, number, print_section, size
 from lightning_compress.report.summary import headline, totals
 
-__all__ = ["render", "show"]
+__all__ = ["notes", "render", "sections", "show"]
 
 WORST = 5  # modules with the largest error that are shown one by one
 NAMED = 3  # modules that are named for each flag
@@ -40,16 +40,17 @@ def show(ledger: Ledger, facts: Mapping[str, Any], file: TextIO | None = None) -
 
 
 def _print(console: Console, ledger: Ledger, facts: Mapping[str, Any]) -> None:
-    for section in _sections(ledger, facts):
+    for section in sections(ledger, facts):
         print_section(console, section)
     console.print()
-    for note in _notes(ledger, facts):
+    for note in notes(ledger, facts):
         console.print(note, markup=False, highlight=False, soft_wrap=not note.startswith("seconds"))  # paths stay whole
 
 
-def _sections(ledger: Ledger, facts: Mapping[str, Any]) -> list[Section]:
-    sections = [_metrics(facts), _techniques(ledger), _worst(ledger), _plan_and_fact(facts)]
-    return [section for section in sections if section.rows]
+def sections(ledger: Ledger, facts: Mapping[str, Any]) -> list[Section]:
+    """The tables that have rows."""
+    tables = [_metrics(facts), _techniques(ledger), _worst(ledger), _plan_and_fact(facts)]
+    return [table for table in tables if table.rows]
 
 
 def _metrics(facts: Mapping[str, Any]) -> Section:
@@ -123,26 +124,27 @@ def _plan_and_fact(facts: Mapping[str, Any]) -> Section:
     return Section("plan and fact", ["what", "plan", "fact", "difference"], rows, words=("what",))
 
 
-def _notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
-    notes = []
+def notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
+    """Lines below the tables: flags, zeros, sizes, seconds, memory."""
+    lines = []
     for flag, modules in totals(ledger)["flags"].items():
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
-        notes.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
+        lines.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
     if (share := totals(ledger)["sparsity"]) is not None:
         pruned = {row.module for row in ledger if row.sparsity is not None}
-        notes.append(f"zeros: {number(100 * share, digits=3)} % of the weights of {len(pruned)} pruned modules")
+        lines.append(f"zeros: {number(100 * share, digits=3)} % of the weights of {len(pruned)} pruned modules")
     if facts.get("model_bytes_before") and facts.get("model_bytes_after"):
         where = " on disk" if facts.get("export_dir") else ""
         sizes = f"{size(facts['model_bytes_before'])} -> {size(facts['model_bytes_after'])}{where}"
-        notes.append(f"model with all its weights: {sizes}")
+        lines.append(f"model with all its weights: {sizes}")
     if seconds := facts.get("seconds"):
         long = {phase: spent for phase, spent in seconds.items() if spent >= SHORT}
-        notes.append("seconds: " + ", ".join(f"{phase} {number(spent)}" for phase, spent in long.items()))
+        lines.append("seconds: " + ", ".join(f"{phase} {number(spent)}" for phase, spent in long.items()))
     if (peak := facts.get("peak_memory_bytes")) is not None:
-        notes.append(f"peak memory: {size(peak)}")
+        lines.append(f"peak memory: {size(peak)}")
     if (folder := facts.get("export_dir")) is not None:
-        notes.append(f"compressed model: {folder}")
-    return notes
+        lines.append(f"compressed model: {folder}")
+    return lines
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -24,8 +24,10 @@ from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
+from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.export.guard import guard_save_pretrained
+from lightning_compress.layers.matching import listed
 from lightning_compress.resume.folder_log import opened, unable
 from lightning_compress.team import Team
 from lightning_compress.training.best_weights import load_best, monitored_metric
@@ -96,6 +98,7 @@ class PostTraining:
 
     def write_results(self) -> None:
         """Write checkpoint, export and report; every rank calls this."""
+        self.run.facts["leave_dense"] = _overrides(self.lifecycle.modifiers)
         Results(self.trainer, self.pl_module, self.state, self.run, self.event, self.clock_state, self.sample).write()
 
     def measure_dense(self) -> None:
@@ -291,3 +294,15 @@ class PostTraining:
     def _summing_device(self) -> torch.device:
         """Device on which ranks add up; a single process uses the CPU, since MPS has no float64."""
         return torch.device("cpu") if self.run.team.alone else self.trainer.strategy.root_device
+
+
+def _overrides(modifiers: Sequence[Modifier]) -> dict[str, str]:
+    """By technique, how to add MODULE to what its modifier ignores: an override in a Hydra app, else an argument."""
+    texts = {}
+    for modifier in modifiers:
+        technique, ignore = getattr(modifier, "technique", None), getattr(modifier, "ignore", None)
+        if technique is not None and ignore is not None:
+            names = [*listed(ignore), "MODULE"]
+            command = modifier.override("ignore", f"[{','.join(names)}]").partition("line: ")[2]
+            texts[str(technique)] = f"'{command}'" if command else f"{modifier.name}(ignore={names})"
+    return texts

@@ -27,7 +27,7 @@ from lightning_compress.export.save import save
 from lightning_compress.export.sharded import gathered_on
 from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.quant.record import Quantized
-from lightning_compress.report import plots, summary, table
+from lightning_compress.report import page, plots, summary, table
 from lightning_compress.resume.folder_log import remove as remove_log
 from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.loaders import forward_of
@@ -138,6 +138,8 @@ class Results:
             ledger, folder = self.state.ledger, outputs.report
             with _as_warning("the report"):
                 summary.write(folder, ledger, facts)
+            with _as_warning("the page"):
+                page.write(folder, ledger, facts)
             with _as_warning("the figure"):
                 plots.error_per_module(ledger, folder / "error_per_module.png", summary.headline(facts))
             with _as_warning("the table"):

@@ -1,0 +1,113 @@
+"""``index.html``: the run on one page, in one file that needs nothing from elsewhere, on a desk or a phone.
+
+It shows the tables of report/table.py, what each module lost, the override that would leave one dense, recipe and
+versions.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from lightning_compress.core.ledger import Ledger, Row
+from lightning_compress.files.atomic_file import whole_file
+from lightning_compress.report.section import number, size
+from lightning_compress.report.summary import headline, installed_versions, totals
+from lightning_compress.report.table import notes, sections
+
+__all__ = ["write"]
+
+DECADES = 6  # errors this far below the largest have the shortest bar
+SHOWN = 12  # modules with the largest errors that are shown at once; a click shows all
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure at the top."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One module: its error, a bar on a log scale, and how to leave it dense."""
+
+    module: str
+    technique: str
+    error: str
+    width: float
+    override: str
+
+
+def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
+    """Write ``index.html`` into ``folder``; it is there whole or not at all.
+
+    Args:
+        folder: Made if it is missing.
+        ledger: What was done to each module.
+        facts: As in report/summary.py; ``leave_dense`` is {technique: text with MODULE in the place of a name}.
+    """
+    environment = Environment(
+        loader=PackageLoader("lightning_compress.report", ""), autoescape=select_autoescape(default=True),
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    bars = _bars(ledger, facts)
+    worst = sorted(bars, key=lambda bar: -bar.width)[:SHOWN]
+    text = environment.get_template("page.html.jinja").render(
+        title=headline(facts) or "compression",
+        cards=_cards(ledger, facts),
+        sections=[table for table in sections(ledger, facts) if not table.title.startswith("largest errors")],
+        worst=worst,
+        bars=bars if len(bars) > len(worst) else [],
+        notes=notes(ledger, facts),
+        recipe=json.dumps(facts.get("modifiers") or facts.get("recipe"), indent=2, default=str),
+        versions=facts.get("versions") or installed_versions(),
+    )
+    with whole_file(Path(folder) / "index.html") as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def _cards(ledger: Ledger, facts: Mapping[str, Any]) -> list[Card]:
+    cards = []
+    before, after = facts.get("model_bytes_before"), facts.get("model_bytes_after")
+    if before and after:
+        cards.append(Card("size", size(after), f"of {size(before)}, {before / after:.2f} times smaller"))
+    for name, entry in (facts.get("metric") or {}).items():
+        error = entry.get("standard_error")
+        change = entry.get("difference")
+        if change is None and None not in (entry.get("before"), entry.get("after")):
+            change = entry["after"] - entry["before"]
+        spread = "" if error is None else f" ± {number(error, digits=2)}"
+        note = f"before {number(entry.get('before'))}, change {number(change, '+', 3)}{spread}"
+        cards.append(Card(name, number(entry.get("after")), note))
+    if (bits := totals(ledger)["bits_per_weight"]) is not None:
+        cards.append(Card("bits per weight", number(bits, digits=3), "of quantized modules, scales included"))
+    if seconds := facts.get("seconds"):
+        cards.append(Card("seconds", number(sum(seconds.values()), digits=3), "without training"))
+    return cards
+
+
+def _bars(ledger: Ledger, facts: Mapping[str, Any]) -> list[Bar]:
+    rows = [row for row in ledger if row.error is not None]
+    largest = max((row.error or 0 for row in rows), default=0)
+    return [
+        Bar(row.module, row.technique, number(row.error), _width(row, largest), _override(row, facts)) for row in rows
+    ]
+
+
+def _width(row: Row, largest: float) -> float:
+    """Percent of the full width."""
+    if not row.error or not math.isfinite(row.error) or not math.isfinite(largest):
+        return 0.0
+    return round(100 * max(0.02, 1 + math.log10(row.error / largest) / DECADES), 1)
+
+
+def _override(row: Row, facts: Mapping[str, Any]) -> str:
+    text: str = (facts.get("leave_dense") or {}).get(row.technique, "")
+    return text.replace("MODULE", row.module)

@@ -1,0 +1,115 @@
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from lightning_compress.core.ledger import Ledger
+from lightning_compress.report import page
+
+FACTS = {
+    "model": "Llama<b>",
+    "recipe": "gptq_w3",
+    "metric": {"perplexity": {"before": 5.5, "after": 5.75, "difference": 0.25, "standard_error": 0.0125}},
+    "model_bytes_before": 4 * 2**20,
+    "model_bytes_after": 2**20,
+    "seconds": {"calibration": 12.5, "export": 0.5},
+    "modifiers": {"GPTQModifier": {"type": "GPTQModifier", "ignore": ["re:.*lm_head"]}},
+    "leave_dense": {"gptq": "'callbacks.compress.modifiers.gptq.ignore=[re:.*lm_head,MODULE]'"},
+    "versions": {"torch": "2.13.0"},
+    "plan": {"bytes_after": 2**20 - 2**17, "memory": {}, "seconds": {"calibration": 10.0}},
+}
+
+
+class Text(HTMLParser):
+    """Tags with their attributes, and the text, of a page."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.parts = [], []
+        self.feed(source)
+        self.text = " ".join(" ".join(self.parts).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.parts.append(data)
+
+
+def ledger(modules):
+    rows = Ledger()
+    for i in range(modules):
+        facts = {"scheme": "W3A16 g64", "bits": 3.5, "params": 100, "bytes_before": 400, "bytes_after": 50}
+        rows.add(f"model.layers.{i}.mlp.down_proj", "gptq", error=10.0 ** -(1 + i / 4), **facts)
+    return rows
+
+
+@pytest.fixture
+def source(tmp_path):
+    page.write(tmp_path / "report", ledger(20), FACTS)
+    return (tmp_path / "report" / "index.html").read_text()
+
+
+def test_it_says_what_matters_at_the_top(source):
+    text = Text(source).text
+    for part in (
+        "gptq_w3 of Llama<b>",
+        "size 1 MiB of 4 MiB, 4.00 times smaller",
+        "perplexity 5.75 before 5.5, change +0.25 ± 0.013",
+        "bits per weight 3.5",
+        "seconds 13 without training",
+        "bytes of the export 896 KiB 1 MiB -12 %",
+        "seconds of calibration 10 12.5 -20 %",
+        "torch 2.13.0",
+    ):
+        assert part in text, part
+
+
+def test_the_worst_modules_come_first_with_what_leaves_them_dense(source):
+    names = re.findall(r"layers\.(\d+)\.mlp\.down_proj <span", source)
+    assert names[: page.SHOWN] == [str(i) for i in range(page.SHOWN)]
+    assert names[page.SHOWN :] == [str(i) for i in range(20)]
+    expected = "'callbacks.compress.modifiers.gptq.ignore=[re:.*lm_head,model.layers.0.mlp.down_proj]'"
+    assert expected in Text(source).text
+
+
+def test_bars_are_logarithmic(source):
+    widths = [float(w) for w in re.findall(r'width: ([\d.]+)%"', source)][: page.SHOWN]
+    assert widths[0] == 100
+    assert widths[4] == pytest.approx(100 * (1 - 1 / page.DECADES), abs=0.1)
+
+
+def test_it_needs_nothing_from_elsewhere_and_names_are_escaped(source):
+    found = Text(source)
+    assert not [tag for tag, attributes in found.tags if tag in ("script", "link", "img") or "src" in attributes]
+    assert "http" not in source
+    assert "Llama&lt;b&gt;" in source
+
+
+def test_a_run_that_knows_little_has_a_page(tmp_path):
+    page.write(tmp_path, Ledger(), {})
+    assert "<h1>compression</h1>" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1280, "dark")])
+def test_a_browser_draws_it_without_scrolling_sideways(source, tmp_path, width, scheme):
+    """Chromium lays the page out at the width of a phone and of a desk; a picture of it is not blank."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    tall = "Math.max(...Array.from(document.querySelectorAll('th'), cell => cell.offsetHeight))"
+    probe = f"<script>document.title = [document.documentElement.scrollWidth, innerWidth, {tall}].join(' ')</script>"
+    file = tmp_path / "page.html"
+    file.write_text(source.replace("</body>", probe + "</body>"))
+    call = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    call += ["--force-dark-mode"] if scheme == "dark" else []
+    dumped = subprocess.run([*call, "--dump-dom", f"file://{file}"], capture_output=True, text=True, timeout=120)
+    wide, inner, header = map(int, re.search(r"<title>(\d+) (\d+) (\d+)</title>", dumped.stdout).groups())
+    assert wide <= inner
+    assert header < 80  # words are not broken letter by letter
+    picture = tmp_path / "page.png"
+    subprocess.run([*call, f"--screenshot={picture}", f"file://{file}"], capture_output=True, timeout=120, check=True)
+    assert picture.stat().st_size > 10_000
