@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["eval_mode", "gradients_for", "patched"]
 
@@ -40,15 +40,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_for(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, of the model's parameters these alone have gradients; afterwards those that had them before."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+def gradients_for(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, of the model's parameters these alone have gradients, and so have other tensors; afterwards as before."""
+    tensors = list(tensors)
+    flags = {tensor: tensor.requires_grad for tensor in (*model.parameters(), *tensors)}
     try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for tensor in flags:
+            tensor.requires_grad_(False)
+        for tensor in tensors:
+            tensor.requires_grad_(True)
         yield
     finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        for tensor, flag in flags.items():
+            tensor.requires_grad_(flag)

@@ -17,7 +17,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
 from lightning_compress.layers.matrix import CONVOLUTIONS
-from lightning_compress.ops.fake_quant import Codes, replace_value
+from lightning_compress.ops.fake_quant import Codes, learned_value, replace_value
 from lightning_compress.ops.launches import launching
 from lightning_compress.quant.formats import is_microscaled, stored_as
 from lightning_compress.quant.scale_errors import integer_range
@@ -99,7 +99,7 @@ def fake_quantize_input(
     """An activation on its grid, with scales from x when ``args.dynamic`` and calibrated ones otherwise.
 
     NVFP4 has both: scales of 16 columns from x, and ``global_scale``, [1], from calibration. The gradient of the
-    value goes to x unchanged.
+    value goes to x unchanged; where a static scale requires a gradient, both have those of LSQ.
     """
     if x.numel() == 0:
         return x
@@ -109,8 +109,11 @@ def fake_quantize_input(
     constant = x.detach()
     if args.dynamic:
         scale, zero_point = _dynamic_scales(module, constant, args, global_scale)
+    assert scale is not None
     with on_its_device(x):
-        value = fake_quantize(constant, scale, zero_point, args, global_scale).to(x.dtype)
+        value = fake_quantize(constant, scale.detach(), zero_point, args, global_scale).to(x.dtype)
+    if scale.requires_grad and torch.is_grad_enabled():
+        return learned_value(x, value, scale, zero_point, codes_of(args), features=1)
     return replace_value(x, value, None) if x.requires_grad and torch.is_grad_enabled() else value
 
 

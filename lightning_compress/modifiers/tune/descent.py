@@ -88,7 +88,7 @@ def tune(
     groups, tuned = math.ceil(len(training) / how.accumulate), descent.tuned
     random = torch.Generator().manual_seed(how.seed)
     orders = [torch.randperm(len(training), generator=random, device="cpu").tolist() for _ in range(how.epochs)]
-    with gradients_for(model, [knob.parameter for knob in knobs]), gradients_to(knobs):
+    with gradients_for(model, [tensor for knob in knobs for tensor in knob.tensors]), gradients_to(knobs):
         while (epoch := len(tuned.losses) - 1) < min(how.epochs, tuned.best + how.patience):
             shuffled = [training[i] for i in orders[epoch]]
             for group in range(groups):

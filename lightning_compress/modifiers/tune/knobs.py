@@ -3,6 +3,8 @@
 A knob is a tensor d, float32, zero at first; writing it changes the model:
 
     scales     s = s0 (1 + d), as it is stored;   W = s (c - z), the codes c fixed;   dL/dd = sum_j g_j s0 (c_j - z)
+    NVFP4      1/g = (1 + d) / g0, one d for the weights that share g0;               dL/dd = sum_j g_j W_j / (1 + d)
+    inputs     s = s0 (1 + d), one d for layers of equal static scales;               dL/dd = s0 dL/ds  (LSQ)
     tensors    p = p0 + u d,  u = rms(p0);        zeros of a sparse weight stay;      dL/dd = u g
 
 So one learning rate suits all. With d = 0 the model is what it was, bit for bit. A scale that is stored coarsely (E4M3,
@@ -16,9 +18,11 @@ Shapes: R rows, C columns, G groups.
 """
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
@@ -30,8 +34,12 @@ from lightning_compress.quant.fake_quant import round_weight, wide
 from lightning_compress.quant.formats import has_global_scale, is_microscaled
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import expand, group_columns
+from lightning_compress.quant.shared_scales import fused_with
 
-__all__ = ["Knob", "ScaleKnob", "TensorKnob", "gradients_to", "has_fine_scales"]
+__all__ = [
+    "GlobalScaleKnob", "InputScaleKnob", "Knob", "ScaleKnob", "TensorKnob", "gradients_to", "has_fine_scales",
+    "scale_knobs",
+]  # fmt: skip
 
 LEAST = 1e-3  # u of a tensor of zeros, such as a fresh bias
 
@@ -40,21 +48,21 @@ class Knob(ABC):
     """One trainable tensor.
 
     Attributes:
-        parameter: The parameter of the model whose gradient it takes.
+        tensors: Parameters of the model, or other tensors that it computes with, whose gradients are taken.
         change: d.
         sum: The sum of dL/dd over batches, float64.
     """
 
     reduce = {"sum": "sum"}
 
-    def __init__(self, parameter: nn.Parameter, like: Tensor):
-        self.parameter = parameter
+    def __init__(self, tensors: Sequence[Tensor], like: Tensor):
+        self.tensors = tensors
         self.change = torch.zeros_like(like, dtype=torch.float32)
         self.sum = torch.zeros_like(like, dtype=torch.float64)
 
     @abstractmethod
-    def gradient(self, gradient: Tensor) -> Tensor:
-        """dL/dd, float32, from that of the parameter."""
+    def gradient(self, gradient: Tensor, tensor: Tensor) -> Tensor:
+        """dL/dd, float32, from that of one of the tensors."""
 
     @abstractmethod
     def write(self) -> None:
@@ -70,14 +78,14 @@ class ScaleKnob(Knob):
     """
 
     def __init__(self, module: nn.Module, record: Quantized):
-        super().__init__(parameter_of(module), record.scale)
+        super().__init__([parameter_of(module)], record.scale)
         self.module, self.record = module, record
         args = record.scheme.weights
         assert args is not None
         self.args: QuantizationArgs = args
-        self.start = wide(record.scale)
+        self.start, self.first_global = wide(record.scale), record.global_scale
 
-    def gradient(self, gradient: Tensor) -> Tensor:
+    def gradient(self, gradient: Tensor, tensor: Tensor) -> Tensor:
         G_RC = wide(as_matrix(self.module, like=gradient))
         return _per_scale(G_RC * self._units(), self.record.scale, self.args) * self.start
 
@@ -97,11 +105,63 @@ class ScaleKnob(Knob):
 
     def _stored(self, scale: Tensor) -> Tensor:
         if has_global_scale(self.args):
-            g = self.record.global_scale
+            g0, g = self.first_global, self.record.global_scale
+            assert g0 is not None
             assert g is not None
             least = torch.finfo(torch.float8_e4m3fn).smallest_normal
-            return (scale * g).clamp_(least, 448.0).to(torch.float8_e4m3fn).to(scale.dtype) / g
+            return (scale * g0).clamp_(least, 448.0).to(torch.float8_e4m3fn).to(scale.dtype) / g
         return scale.to(self.record.scale.dtype)
+
+
+class GlobalScaleKnob(Knob):
+    """The global scale of NVFP4 of some weights, which stays one: layers that are fused in a server share it.
+
+    Args:
+        members: The scales of these weights; this knob is written after them.
+    """
+
+    def __init__(self, members: Sequence[ScaleKnob]):
+        g = members[0].first_global
+        assert g is not None
+        super().__init__([tensor for member in members for tensor in member.tensors], g)
+        self.start, self.members = g, {id(member.tensors[0]): member for member in members}
+
+    def gradient(self, gradient: Tensor, tensor: Tensor) -> Tensor:
+        module = self.members[id(tensor)].module
+        total = (wide(as_matrix(module, like=gradient)) * wide(as_matrix(module))).sum()
+        return total.to(self.change.device) / (1 + self.change)
+
+    def write(self) -> None:
+        for member in self.members.values():
+            g = self.start / (1 + self.change)
+            member.record = replace(member.record, global_scale=g.to(member.start.device))
+            member.write()
+
+
+class InputScaleKnob(Knob):
+    """The static scale of the inputs of some modules, which stays one: layers of one input share it.
+
+    Args:
+        modules: Modules with equal input scales.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        scales = []
+        for module in modules:
+            record = Quantized.of(module)
+            assert record is not None
+            assert record.input_scale is not None
+            scales.append(record.input_scale.clone())  # a leaf of its own
+            replace(record, input_scale=scales[-1]).attach(module)
+        super().__init__(scales, scales[0])
+        self.start = wide(scales[0]).clone()
+
+    def gradient(self, gradient: Tensor, tensor: Tensor) -> Tensor:
+        return wide(gradient).to(self.start.device) * self.start
+
+    def write(self) -> None:
+        for scale in self.tensors:
+            scale.copy_(self.start * (1 + self.change))
 
 
 class TensorKnob(Knob):
@@ -113,12 +173,13 @@ class TensorKnob(Knob):
     """
 
     def __init__(self, parameter: nn.Parameter, sparse: bool = False):
-        super().__init__(parameter, parameter.detach())
+        super().__init__([parameter], parameter.detach())
+        self.parameter = parameter
         self.start = parameter.detach().clone()
         self.unit = max(float(wide(self.start).square().mean().sqrt()), LEAST)
         self.kept = self.start != 0 if sparse else None
 
-    def gradient(self, gradient: Tensor) -> Tensor:
+    def gradient(self, gradient: Tensor, tensor: Tensor) -> Tensor:
         scaled = wide(gradient) * self.unit
         return scaled if self.kept is None else scaled * self.kept
 
@@ -133,20 +194,37 @@ def has_fine_scales(record: Quantized) -> bool:
     return args is not None and (not is_microscaled(args) or has_global_scale(args))
 
 
+def scale_knobs(model: nn.Module) -> list[Knob]:
+    """All scales that can take small steps: of weights, global ones, and those of static inputs."""
+    quantized, inputs = Quantized.find(model), defaultdict[Any, list[nn.Module]](list)
+    for name, (module, record) in quantized.items():
+        if (scale := record.input_scale) is not None and scale.numel() == 1:
+            inputs[*fused_with(name, quantized), float(scale)].append(module)
+    input_knobs = [InputScaleKnob(modules) for modules in inputs.values()]  # first: they renew the records
+    knobs, globals_ = list[ScaleKnob](), defaultdict[Any, list[ScaleKnob]](list)
+    for name, (module, record) in Quantized.find(model).items():
+        if has_fine_scales(record):
+            knobs.append(ScaleKnob(module, record))
+            if record.global_scale is not None:
+                globals_[*fused_with(name, quantized), float(record.global_scale)].append(knobs[-1])
+    return [*knobs, *(GlobalScaleKnob(members) for members in globals_.values()), *input_knobs]
+
+
 @contextmanager
 def gradients_to(knobs: Sequence[Knob]) -> Iterator[None]:
-    """Inside, backward passes add their gradients to the sums of the knobs, and leave none in the parameters."""
-    groups: dict[nn.Parameter, list[Knob]] = {}  # experts may share one
+    """Inside, backward passes add their gradients to the sums of the knobs, and leave none in the tensors."""
+    groups: dict[Tensor, list[Knob]] = {}  # experts may share one
     for knob in knobs:
-        groups.setdefault(knob.parameter, []).append(knob)
+        for tensor in knob.tensors:
+            groups.setdefault(tensor, []).append(knob)
 
-    def take(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        for knob in groups[parameter]:
-            knob.sum += knob.gradient(parameter.grad)
-        parameter.grad = None
+    def take(tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        for knob in groups[tensor]:
+            knob.sum += knob.gradient(tensor.grad, tensor)
+        tensor.grad = None
 
-    handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in groups]
+    handles = [tensor.register_post_accumulate_grad_hook(take) for tensor in groups]
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from lightning_compress.layerwise.parent import first_tensor
 from lightning_compress.modifiers.distillation.divergence import TopLogits, masked_mean, top_k_divergence, top_logits
 from lightning_compress.modifiers.tune.descent import Settings, Tuned, held_out_batches, tune
 from lightning_compress.modifiers.tune.head import Call, Head, by_pieces
-from lightning_compress.modifiers.tune.knobs import Knob, ScaleKnob, TensorKnob, has_fine_scales
+from lightning_compress.modifiers.tune.knobs import Knob, TensorKnob, scale_knobs
 from lightning_compress.quant.record import Quantized
 
 __all__ = ["TuneModifier"]
@@ -40,7 +40,7 @@ class TuneModifier(Modifier):
     block; a run takes about three forward passes for each epoch.
 
     Args:
-        scales: Train the scales of quantized weights. Powers of two (MXFP4) are left as they are.
+        scales: Train the scales of quantized weights, and static ones of inputs. Powers of two (MXFP4) stay.
         vectors: Train parameters with one dimension: norms and biases.
         sparse_weights: Train the nonzero weights of layers that were pruned and not quantized, with Adam's two moments.
         epochs: Passes over the calibration batches that are not held out, at most.
@@ -184,12 +184,8 @@ class TuneModifier(Modifier):
         return mask.view(*mask.shape, *[1] * (len(shape) - mask.ndim)).expand(shape)
 
     def _knobs(self, model: nn.Module) -> list[Knob]:
-        knobs: list[Knob] = []
-        quantized: set[nn.Parameter] = set()
-        for module, record in Quantized.find(model).values():
-            quantized.add(parameter_of(module))
-            if self.scales and has_fine_scales(record):
-                knobs.append(ScaleKnob(module, record))
+        knobs = scale_knobs(model) if self.scales else []
+        quantized = {parameter_of(module) for module, _ in Quantized.find(model).values()}
         if self.sparse_weights:
             weights = [parameter_of(module) for module in model.modules() if is_supported(module)]
             sparse = [w for w in dict.fromkeys(weights) if w not in quantized and bool((w == 0).any())]

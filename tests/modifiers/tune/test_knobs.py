@@ -5,8 +5,17 @@ import torch
 from torch import nn
 
 from lightning_compress import GPTQModifier, QuantizationModifier, compress
+from lightning_compress.layers.forward import gradients_for
 from lightning_compress.layers.matrix import as_matrix
-from lightning_compress.modifiers.tune.knobs import ScaleKnob, TensorKnob, gradients_to, has_fine_scales
+from lightning_compress.modifiers.tune.knobs import (
+    GlobalScaleKnob,
+    InputScaleKnob,
+    ScaleKnob,
+    TensorKnob,
+    gradients_to,
+    has_fine_scales,
+    scale_knobs,
+)
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.record import Quantized
 
@@ -105,6 +114,100 @@ def test_scales_of_nvfp4_stay_numbers_of_e4m3():
     assert torch.equal(stored, stored.to(torch.float8_e4m3fn).float())
 
 
+class Attention(nn.Module):
+    """Three Linears that servers fuse, of one input, and one that stands alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 16), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.o_proj = nn.Linear(16, 32)
+
+    def forward(self, x):
+        return self.o_proj(self.q_proj(x).tanh() + self.k_proj(x).tanh() + self.v_proj(x).tanh())
+
+
+def attention(scheme):
+    torch.manual_seed(0)
+    model = Attention()
+    compress(model, QuantizationModifier(scheme=scheme, targets=["Linear"]), [torch.randn(4, 32)])
+    return model
+
+
+def kinds(knobs, kind):
+    return [knob for knob in knobs if isinstance(knob, kind)]
+
+
+def test_the_global_scale_of_fused_weights_stays_one_and_its_gradient_is_that_of_all():
+    """Codes of weights and of block scales stay; the weights grow by one factor, but for bfloat16."""
+    model = attention("NVFP4")
+    knobs = kinds(scale_knobs(model), GlobalScaleKnob)
+    assert [len(knob.tensors) for knob in knobs] == [3, 1]
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    fused = [model.q_proj, model.k_proj, model.v_proj]
+    factor = torch.ones(1, requires_grad=True)
+    outputs = [nn.functional.linear(x, module.weight.detach() * factor) for module in fused]
+    sum(output.square().sum() for output in outputs).backward()
+    with gradients_to(knobs):
+        sum(nn.functional.linear(x, module.weight).square().sum() for module in fused).backward()
+    torch.testing.assert_close(knobs[0].sum.float(), factor.grad)
+
+    before = [(Quantized.of(module), module.weight.detach().clone()) for module in fused]
+    knobs[0].change.fill_(0.02)
+    with torch.no_grad():
+        knobs[0].write()
+    for module, (record, weight) in zip(fused, before, strict=True):
+        new = Quantized.of(module)
+        assert new.global_scale == Quantized.of(model.q_proj).global_scale
+        torch.testing.assert_close(new.global_scale * 1.02, record.global_scale)
+        stored = [(r.scale * r.global_scale).to(torch.float8_e4m3fn).float() for r in (record, new)]
+        assert torch.equal(*stored)
+        torch.testing.assert_close(module.weight.data, weight * 1.02, rtol=2**-7, atol=0)
+        assert torch.equal(round_weight(module.weight, new.scale, None, record.scheme.weights), module.weight)
+    knobs[0].change.zero_()
+    with torch.no_grad():
+        knobs[0].write()
+    for module, (record, weight) in zip(fused, before, strict=True):
+        assert torch.equal(module.weight, weight)
+        assert torch.equal(Quantized.of(module).global_scale, record.global_scale)
+
+
+STATIC = {
+    "int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
+    "asymmetric int8": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
+    "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+}
+
+
+@pytest.mark.parametrize("form", STATIC)
+def test_static_scales_of_inputs_follow_the_loss(form):
+    """The gradient against a difference quotient where rounding does not matter: of inputs beyond the range."""
+    weights = {"num_bits": 8, "type": STATIC[form]["type"], "symmetric": True, "strategy": "channel"}
+    model = attention({"weights": weights, "input_activations": STATIC[form]})
+    knobs = kinds(scale_knobs(model), InputScaleKnob)
+    assert [len(knob.tensors) for knob in knobs] == [3, 1]
+    x = 1e3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    fused = [model.q_proj, model.k_proj, model.v_proj]
+
+    def loss():
+        return sum(module(x).sum() for module in fused)
+
+    before = [Quantized.of(module).input_scale.clone() for module in fused]
+    with gradients_for(model, knobs[0].tensors), gradients_to(knobs[:1]):
+        loss().backward()
+        assert all(module.weight.grad is None for module in fused)
+    with torch.no_grad():
+        first = float(loss())
+        knobs[0].change.fill_(0.5)
+        knobs[0].write()
+        high = {"int8": 127, "asymmetric int8": 127, "fp8": 448}[form]
+        expected = (float(loss()) - first) / 0.5
+    assert float(knobs[0].sum) * high**0.5 == pytest.approx(expected, rel=1e-3)  # LSQ divides by sqrt(N q_max), N = 1
+    for module, scale in zip(fused, before, strict=True):
+        new = Quantized.of(module).input_scale
+        assert not new.requires_grad
+        torch.testing.assert_close(new, 1.5 * scale)
+
+
 def test_powers_of_two_are_no_knobs():
     assert not has_fine_scales(quantized("MXFP4")[1])
     assert has_fine_scales(quantized("NVFP4")[1])
@@ -143,7 +246,7 @@ def test_experts_in_one_tensor_have_a_knob_each():
             super().__init__(whole)
             self.i = i
 
-        def gradient(self, gradient):
+        def gradient(self, gradient, tensor):
             return gradient * (torch.arange(2) == self.i)[:, None, None]
 
     knobs = [Slice(0), Slice(1)]

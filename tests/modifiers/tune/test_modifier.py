@@ -24,12 +24,18 @@ from lightning_compress import (
 from lightning_compress.calibration.group_log import NoLog
 from lightning_compress.calibration.sequential import calibrate
 from lightning_compress.core import Lifecycle, State
+from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.shared_scales import fused_with
 from lightning_compress.team import Team
 from tests.modifiers.test_ranks import facts
 from tests.support.processes import run_processes
 
 GRID = {"num_bits": 2, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 W2 = {"config_groups": {"g": {"targets": ["Linear"], "weights": GRID}}, "ignore": ["lm_head"]}
+STATIC = {
+    "weights": {"num_bits": 8, "strategy": "channel"},
+    "input_activations": {"num_bits": 8, "strategy": "tensor", "dynamic": False},
+}
 
 
 def llama(dtype=torch.float32):
@@ -118,8 +124,9 @@ def test_codes_are_those_of_the_quantizer():
         QuantizationModifier(scheme="NVFP4", ignore=["lm_head"]),
         QuantizationModifier(scheme="MXFP4", ignore=["lm_head"]),
         QuantizationModifier(scheme="FP8_DYNAMIC", ignore=["lm_head"]),
+        QuantizationModifier(scheme=STATIC, ignore=["lm_head"]),
     ],
-    ids=["W2", "W8A8", "NVFP4", "MXFP4", "FP8"],
+    ids=["W2", "W8A8", "NVFP4", "MXFP4", "FP8", "static"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_export_computes_what_the_model_computes(tmp_path, quantizer, dtype):
@@ -132,6 +139,22 @@ def test_an_export_computes_what_the_model_computes(tmp_path, quantizer, dtype):
         with torch.no_grad():
             assert torch.equal(loaded(**ids()[0]).logits, model(**ids()[0]).logits)
     assert ledger.rows[-1].technique == "tune"
+
+
+def test_static_input_scales_are_trained_and_layers_of_one_input_keep_one():
+    scheme = {part: args | {"num_bits": 4} for part, args in STATIC.items()}
+    plain, _ = tuned(QuantizationModifier(scheme=scheme, ignore=["lm_head"]))
+    tune = TuneModifier(epochs=2, lr=3e-3)
+    model, ledger = tuned([QuantizationModifier(scheme=scheme, ignore=["lm_head"]), tune])
+    assert "epoch" in ledger.rows[-1].flags[0]
+    before, after = (
+        {name: record.input_scale for name, (_, record) in Quantized.find(m).items()} for m in (plain, model)
+    )
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) / 2
+    for name, scale in after.items():
+        assert not scale.requires_grad
+        for other in fused_with(name, after):
+            assert torch.equal(scale, after[other])
 
 
 def test_where_nothing_is_gained_every_bit_is_the_quantizers(caplog):
