@@ -3,10 +3,12 @@
     make bench-gradients                            # or: python benchmarks/bench_gradients.py --help
 
 SmolLM2-135M, symmetric integers in groups of 64, the same calibration tokens for all rows of a table, one thread.
-llm-compressor's GPTQ, this package's, and the same with `objective: loss`, with TuneModifier, and with both. Every run
-is a separate process; exports are evaluated by plain transformers (scored.py). KL and perplexity as in
-bench_accuracy.py: differences from the row GPTQ have intervals of a bootstrap over subsets and windows. `--model
-smollm2-moved` takes the weights off their published 4-bit grid (`make bench-moved`).
+llm-compressor's GPTQ, this package's, and the same with `objective: loss`, with TuneModifier, and with both; and with
+schemes that an AllocateModifier chooses within the bits of the scheme everywhere, which are 32 / 64 more than those of
+codes, as scales are float32. Groups of 192 columns everywhere show what their size alone brings. Every run is a
+separate process; exports are evaluated by plain transformers (scored.py). KL and perplexity as in bench_accuracy.py:
+differences from the row GPTQ have intervals of a bootstrap over subsets and windows. `--model smollm2-moved` takes the
+weights off their published 4-bit grid (`make bench-moved`).
 """
 
 import argparse
@@ -31,6 +33,11 @@ ROWS: dict[str, dict[str, Any]] = {  # row of the table -> fields of Job
     "GPTQ by the loss": {"technique": "gptq by loss"},
     "GPTQ, tune": {"technique": "gptq+tune"},
     "GPTQ by the loss, tune": {"technique": "gptq by loss+tune"},
+    "GPTQ, groups of 192": {"technique": "gptq", "group": 192},
+    "GPTQ, allocated": {"technique": "allocate+gptq"},
+    "GPTQ, allocated, groups of 64": {"technique": "allocate+gptq", "groups": [64]},
+    "GPTQ by the loss, allocated": {"technique": "allocate+gptq by loss"},
+    "GPTQ, allocated, tune": {"technique": "allocate+gptq+tune"},
     "GPTQ for dense targets": {"technique": "gptq for dense"},
     "GPTQ for dense targets, tune": {"technique": "gptq for dense+tune"},
     "GPTQ for dense targets by the loss": {"technique": "gptq for dense by loss"},
@@ -99,10 +106,17 @@ def parse_arguments() -> argparse.Namespace:
 def report(bits: int, known: Known, dense: smollm2.DenseLogits, arguments: argparse.Namespace) -> list[str]:
     """The table of one number of bits, as Markdown."""
     texts = smollm2.EVALUATION_TEXTS
-    head = ["", "KL, nats per token", "over llm-compressor's", "KL - GPTQ's [95 %]", *(f"ppl {text}" for text in texts)]
+    head = [
+        "",
+        "bits",
+        "KL, nats per token",
+        "over llm-compressor's",
+        "KL - GPTQ's [95 %]",
+        *(f"ppl {text}" for text in texts),
+    ]
     head += ["CPU s", "peak MiB"]
     dense_cells = [f"{smollm2.perplexity(part):.2f}" for part in dense.losses.chunk(len(texts))]
-    rows = [["dense", "0", "", "", *dense_cells, "", ""]]
+    rows = [["dense", "32", "0", "", "", *dense_cells, "", ""]]
     by_row = {row: known.get(f"{bits}, {row}", {}) for row in arguments.rows}
     for row, scores in by_row.items():
         kl, nll = stacked(scores, "kl"), stacked(scores, "nll")
@@ -116,7 +130,8 @@ def report(bits: int, known: Known, dense: smollm2.DenseLogits, arguments: argpa
         perplexities = [f"{math.exp(part.mean()):.4g}" for part in nll.chunk(len(texts), dim=1)]
         peak = max(facts["rss_peak_mib"] for facts in scores.values())
         cpu = spread([facts["cpu_s"] for facts in scores.values()])
-        rows.append([row, f"{kl.mean():.4f}", ratio, gap, *perplexities, cpu, f"{peak:.0f}"])
+        stored = next((facts["bits"] for facts in scores.values() if facts.get("bits")), bits + 32 / 64)
+        rows.append([row, f"{stored:.2f}", f"{kl.mean():.4f}", ratio, gap, *perplexities, cpu, f"{peak:.0f}"])
     return [
         f"## W{bits}, groups of 64, {arguments.tokens} calibration tokens, {arguments.subsets} subset(s), "
         f"{arguments.windows} x 512 tokens of each text",

@@ -40,6 +40,7 @@ class Job:
         batch: Rows of a batch.
         bits: Bits of a weight.
         group: Columns that share a scale.
+        groups: Those that an allocation may choose.
         subset: Which calibration subset.
         walk: Ours only: ``two_pass``, ``one_pass`` or ``auto``.
         scale_search: Ours only, of GPTQ and AutoRound: ``minmax``, ``mse`` or ``hessian``.
@@ -63,6 +64,7 @@ class Job:
     batch: int = 4
     bits: int = 4
     group: int = 64
+    groups: tuple[int, ...] = (32, 64, 192)
     subset: int = 0
     walk: str = "two_pass"
     scale_search: str = "hessian"
@@ -142,13 +144,21 @@ def run(job: Job) -> dict[str, Any]:
     prepare = {"ours": prepare_ours, "peer": prepare_peer, "forward": prepare_forward}[job.library]
     compress, save = prepare(job, model, tokenizer, rows)
     with measured() as facts:
-        compress()
+        ledger = compress()
+    facts["bits"] = stored_bits(ledger) if job.library == "ours" else None
     facts["versions"] = versions()
     if job.out and job.library != "forward":
         began = time.process_time()
         save(Path(job.out))
         facts["save_cpu_s"] = time.process_time() - began
     return {"job": asdict(job), **facts}
+
+
+def stored_bits(ledger: Any) -> float | None:
+    """Bits per weight of the quantized modules, scales included; None where nothing is quantized."""
+    rows = [row for row in ledger if row.bits is not None and row.params]
+    weights = sum(row.params for row in rows)
+    return sum(row.bits * row.params for row in rows) / weights if weights else None
 
 
 def prepare_ours(

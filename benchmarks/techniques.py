@@ -65,6 +65,9 @@ def ours(job: "Job") -> list[Any]:
         "gptq for dense+tune": lambda: [gptq(target="dense"), tune()],
         "gptq for dense by loss": lambda: [gptq(target="dense", objective="loss")],
         "gptq for dense by loss+tune": lambda: [gptq(target="dense", objective="loss"), tune()],
+        "allocate+gptq": lambda: _allocated(job),
+        "allocate+gptq by loss": lambda: _allocated(job, objective="loss"),
+        "allocate+gptq+tune": lambda: [*_allocated(job), tune()],
         "awq": lambda: [lc.AWQModifier(**grid)],
         "awq+gptq": lambda: [lc.AWQModifier(**grid, quantize=False), gptq()],
         "smoothquant+gptq w8a8": lambda: [
@@ -88,6 +91,17 @@ def ours(job: "Job") -> list[Any]:
         "autoround from rtn": lambda: [lc.AutoRoundModifier(**grid, init="rtn", scale_search="minmax")],
     }
     return make[job.technique]()
+
+
+def _allocated(job: "Job", **more: Any) -> list[Any]:
+    """GPTQ of schemes that are chosen within the bits of the job's scheme everywhere; scales are float32."""
+    import lightning_compress as lc
+
+    sizes = {2: (64, 32), 3: (192, 64, 32), 4: (192, 64, 32), 5: (64,), 6: (64,), 8: (192,)}
+    candidates = [f"W{bits}A16 g{size}" for bits in sizes for size in sizes[bits] if size in job.groups]
+    allocate = lc.AllocateModifier(bits=job.bits + 32 / job.group, candidates=candidates)
+    gptq = {"actorder": "static", "scale_search": job.scale_search, "ignore": job.ignore}
+    return [allocate, lc.GPTQModifier(scheme="allocated", **gptq, **more)]
 
 
 def _pruner(modifier: Any, job: "Job", **more: Any) -> Any:
