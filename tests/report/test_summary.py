@@ -24,6 +24,12 @@ def test_the_summary_holds_what_a_run_must_tell(tmp_path, ledger, facts):
     assert {"python", "torch", "compressed-tensors"} <= read["versions"].keys()
 
 
+def test_files_of_modifiers_are_in_the_folder(tmp_path, ledger, facts):
+    ledger.files["allocation.yaml"] = "config_groups: {}\n"
+    summary.write(tmp_path, ledger, facts)
+    assert (tmp_path / "allocation.yaml").read_text() == "config_groups: {}\n"
+
+
 def test_facts_win_over_what_the_ledger_adds_up_to(tmp_path, ledger):
     """The caller knows the whole model, the ledger only the modules that were touched."""
     summary.write(tmp_path, ledger, {"bytes_before": 10**6, "versions": {"torch": "x"}, "global_step": 7})

@@ -100,6 +100,17 @@ def test_blocks_that_are_computed_again_give_the_same():
     assert int(plain["tokens.1.2"]) == 5
 
 
+def test_activations_that_work_in_place_change_nothing():
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.Linear(8, 3)]
+    states = [
+        surveyed(nn.Sequential(layers[0], nn.ReLU(inplace=inplace), layers[1]), [torch.ones(5, 8)]).state_dict()
+        for inplace in (False, True)
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert float(states[1]["sum_RK.0"].sum()) > 0
+
+
 def test_parts_add_up_to_the_whole():
     torch.manual_seed(0)
     X_PNC, g_NR = torch.randn(1, 12, 40), torch.randn(12, 6)
