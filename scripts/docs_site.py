@@ -12,7 +12,7 @@ PAGES = {
     "callback": ("The callback", ["CompressionCallback", "before_sharding"]),
     "functions": (
         "compress, compress_folder, save, load, dequantize",
-        ["compress", "compress_folder", "save", "load", "dequantize"],
+        ["compress", "compress_folder", "save", "load", "dequantize", "Plan"],
     ),
     "modifiers": ("Modifiers", []),
     "lifecycle": ("Modifier and events", ["Modifier", "ModifierInterface", "ModifierFactory", "EventType"]),
