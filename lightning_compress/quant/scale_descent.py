@@ -67,6 +67,8 @@ def _narrowed(errors: Errors, rows: Tensor) -> tuple[Tensor, GridErrors] | None:
 
 def _chosen(better: Tensor, new: Tensor | float, old: Tensor) -> Tensor:
     """New numbers for rows that are better: ``where`` branches for each row, and takes ten times as long on a CPU."""
+    if better.is_cuda:  # there it is one launch in place of three
+        return torch.where(better, new, old)
     return old.lerp(new if isinstance(new, Tensor) else torch.full_like(old, new), better.float())
 
 
