@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_compress import CompressionCallback, QATModifier, load
+from lightning_compress import CompressionCallback, GPTQModifier, QATModifier, load
+from lightning_compress.quant.parametrization import fake_quantize_of
 from lightning_compress.quant.record import Quantized
 from tests.support.training_runs import Regression, Sums, quiet
 from tests.test_qat_training import ByStep, Cut, X
@@ -55,6 +56,28 @@ def test_the_export_is_what_was_trained(tmp_path, scheme, precision):
     assert torch.equal(loaded[2].weight, last.weight)
     with torch.no_grad():
         assert torch.equal(loaded(X.to(dtype)), last.outputs)
+
+
+def test_training_goes_on_from_gptq_in_one_run(tmp_path):
+    """The first scales are GPTQ's, with its global scale; the export is what was trained."""
+    nvfp4, first, last, model = {"scheme": "NVFP4A16", "targets": ["2"], "start": 2}, {}, Last(), module()
+
+    class Third(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            if trainer.global_step == 2:
+                fake = fake_quantize_of(pl_module.model[2])
+                first.update(given=fake.given, scale=fake.scale.clone(), global_scale=fake.global_scale.clone())
+
+    both = CompressionCallback([GPTQModifier(scale_search="hessian", **nvfp4), QATModifier(**nvfp4)], evaluate=False)
+    quiet(tmp_path, last, both, Third(), max_epochs=2).fit(model, Sums())
+    assert [row.technique for row in both.ledger] == ["gptq", "qat"]
+    assert first["given"]
+    codes = (first["scale"] * first["global_scale"]).to(torch.float8_e4m3fn)
+    assert torch.equal(codes.float() / first["global_scale"], first["scale"])
+    loaded = load(tmp_path / "compressed", layers(), packed=False)
+    assert torch.equal(loaded[2].weight, last.weight)
+    halved = first["global_scale"] / Quantized.of(loaded[2]).global_scale
+    assert halved.log2() in (0, 1)  # where the largest scale grew
 
 
 @pytest.mark.parametrize("stop", [3, 6])

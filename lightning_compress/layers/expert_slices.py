@@ -155,7 +155,7 @@ def _dense_keys_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
         del metadata[key]
 
 
-def _dense_keys_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _dense_keys_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
     """Load dense tensors; parameters of steps stay as they are."""
     lists = module.get_submodule("parametrizations")
     for name, _ in lists.named_children():
