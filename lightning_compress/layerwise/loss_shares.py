@@ -39,7 +39,8 @@ def cheapest(costs: Mapping[str, Tensor], rows: Mapping[str, int], sparsity: flo
     limits = {}
     for name, cost_C in costs.items():
         C = len(cost_C)
-        limits[name] = math.ceil(max(0.0, sparsity - lmbda) * C - 1e-9), math.floor((sparsity + lmbda) * C + 1e-9)
+        low = min(math.ceil(max(0.0, sparsity - lmbda) * C - 1e-9), math.floor(sparsity * C + 1e-9))
+        limits[name] = low, max(low, math.floor((sparsity + lmbda) * C + 1e-9))
     counts = {name: low for name, (low, _) in limits.items()}
     free = sum(sparsity * len(costs[name]) * rows[name] - low * rows[name] for name, low in counts.items())
     order = sorted(

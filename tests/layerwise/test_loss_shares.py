@@ -37,6 +37,8 @@ def test_no_other_allocation_within_the_bounds_costs_less():
 def test_equal_costs_and_no_freedom_give_equal_shares():
     costs = {"a": torch.ones(8, dtype=torch.float64), "b": torch.ones(8, dtype=torch.float64)}
     assert cheapest(costs, {"a": 4, "b": 4}, 0.5, 0.0) == {"a": 0.5, "b": 0.5}
+    narrow = {"a": torch.ones(3, dtype=torch.float64)}  # no number of columns lies within the bounds
+    assert cheapest(narrow, {"a": 4}, 0.5, 0.1) == {"a": pytest.approx(1 / 3)}
 
 
 def test_costs_are_those_of_gradients_of_outputs(monkeypatch):
