@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Modifier
 from lightning_compress.layers.expert import mark_tokens, tokens_of
 from lightning_compress.layers.matrix import as_matrix, inputs_as_rows, partitions
-from lightning_compress.layerwise.token_weights import energies, with_gradient
+from lightning_compress.layerwise.token_weights import energies, tapped
 from lightning_compress.quant.observers import MeanSquare
 from lightning_compress.team import Team
 
@@ -77,13 +77,11 @@ class LossSurvey:
         if name in self._costs or not (args and isinstance(output, Tensor) and torch.is_grad_enabled()):
             return None
         take = partial(self._take, name, module, modifier.token_mask, tokens_of(args[0]))
-        tapped: Tensor = _Tap.apply(with_gradient(output), args[0], take)
-        return tapped
+        return tapped(output, args[0], take)
 
     def _take(
         self, name: str, module: nn.Module, mask: Tensor | None, tokens: Tensor | None, x: Tensor, gradient: Tensor
     ) -> None:
-        x = x.detach()
         if tokens is not None:  # of an expert
             mask = None if mask is None else mask.flatten()[tokens.to(mask.device)]
             x = mark_tokens(x, torch.arange(len(tokens), device=x.device))
@@ -127,22 +125,3 @@ class LossSurvey:
         parts = zip(W_RC.chunk(len(sum_PC)), sum_PC.to(W_RC.device), strict=True)
         loss_RC = torch.cat([W.square() * sum_C for W, sum_C in parts]) / len(W_RC)
         return loss_RC.sort(dim=1).values.sum(0, dtype=torch.float64).cpu()
-
-
-class _Tap(torch.autograd.Function):
-    """The output of a layer, of which ``take`` gets the gradient and the layer's input in the backward pass.
-
-    As a saved tensor the input is computed again where a block stores only its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, take: Any) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.take = take
-        return output.clone()  # the model may change it in place
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.take(x, gradient)
-        return gradient, None, None

@@ -11,7 +11,7 @@ Shapes: N tokens (places of a convolution's window), C columns.
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from lightning_compress.layers.matrix import CONVOLUTIONS, inputs_as_rows, is_em
 from lightning_compress.layerwise.parent import counted
 from lightning_compress.team import Team
 
-__all__ = ["GRADIENTS", "UNSHARDED", "Objective", "TokenWeights", "energies", "with_gradient"]
+__all__ = ["GRADIENTS", "UNSHARDED", "Objective", "TokenWeights", "energies", "tapped"]
 
 Objective = Literal["layer", "loss", "output", "training_step"]
 GRADIENTS: Mapping[str, Literal["classes", "values", "training_step"] | None] = MappingProxyType(
@@ -60,7 +60,7 @@ class TokenWeights:
     def _forward(self, modifier: Modifier, name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if self.closed or not (args and isinstance(output, Tensor) and torch.is_grad_enabled()):
             return None
-        output = with_gradient(output)
+        output = _with_gradient(output)
         entry, batch = self._inputs.get(id(args[0])), modifier.batch_number
         first = entry[1] if entry is not None and entry[0]() is args[0] else name
         self._inputs[id(args[0])] = weakref.ref(args[0]), first
@@ -123,7 +123,30 @@ class TokenWeights:
         return X_PNC.float() * w_N.sqrt().to(X_PNC.device)[:, None]
 
 
-def with_gradient(output: Tensor) -> Tensor:
+def tapped(output: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """The output of a layer with input ``x``, as it is; in the backward pass ``take`` gets the input and the gradient.
+
+    Autograd holds the input, so that a checkpointed block drops it and computes it again.
+    """
+    copied: Tensor = _Tap.apply(_with_gradient(output), x, take)
+    return copied
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return output.clone()  # the model may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.take(x.detach(), gradient.detach())
+        return gradient, None, None
+
+
+def _with_gradient(output: Tensor) -> Tensor:
     """The output of a layer in a survey, which has a gradient; the model may change it in place."""
     return output if output.requires_grad else output.detach().requires_grad_().clone()
 

@@ -12,7 +12,7 @@ Shapes: N tokens (places of a convolution's window), R rows, C columns, K pieces
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from lightning_compress.core import Modifier
 from lightning_compress.layers.matching import shortlist
 from lightning_compress.layers.matrix import CONVOLUTIONS, as_matrix, inputs_as_rows, only_input, partitions
-from lightning_compress.layerwise.token_weights import with_gradient
+from lightning_compress.layerwise.token_weights import tapped
 from lightning_compress.modifiers.allocate.options import Group
 from lightning_compress.quant.fake_quant import round_weight
 from lightning_compress.quant.rounding import find_scales
@@ -105,7 +105,7 @@ class Sensitivities:
     def _forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return None
-        return _Tap.apply(with_gradient(output), args[0], partial(self._take, name, module))
+        return tapped(output, args[0], partial(self._take, name, module))
 
     def _take(self, name: str, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
         self._fisher[name].update(inputs_as_rows(module, x), _outputs_as_rows(module, gradient))
@@ -158,26 +158,6 @@ class Sensitivities:
         seen = [fisher for fisher in self._fisher.values() if fisher.tokens]
         weights = sum(len(fisher.sum_RK) * fisher.sum_PC.shape[1] for fisher in seen)
         return math.fsum(float(fisher.sum_RK.sum()) for fisher in seen) / max(1, weights)
-
-
-class _Tap(torch.autograd.Function):
-    """The output as it is; in the backward pass ``take`` gets the input and the gradient.
-
-    Autograd holds the input, so that a checkpointed block drops it and computes it again. The output is a copy, which
-    the next module may change in place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.take = take
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.take(x.detach(), gradient.detach())
-        return gradient, None, None
 
 
 def _check(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
