@@ -208,7 +208,8 @@ def round_columns(
 def output_error(solved: OnGrid, factor: Factor) -> tuple[float, float]:
     """The traces of (W - Q) H (W - Q)^T and of W H W^T, with H before damping; ``factor`` is that of the damped H.
 
-    The second costs half as much as the column loop. A sample of rows is not enough: single rows carry most of it, and
+    The second costs half as much as the column loop, 3.4 % of a GPTQ run on SmolLM2 (1.2 of 34 CPU seconds): the loop
+    makes (W - Q) U alone, and W U is another product. A sample of rows is not enough: single rows carry most of it, and
     128 of 576 rows of SmolLM2's projections were off by up to a factor of four.
     """
     error_R = solved.loss_R - (solved.W_RC - solved.Q_RC).square_() @ factor.added_C
