@@ -90,6 +90,7 @@ class SegmentInputs:
     hidden: list[Tensor | None] | HiddenFile = field(default_factory=list)
     calls: list[dict[str, BlockCall]] = field(default_factory=list)
     _previous: list[Tensor] = field(default_factory=list)
+    _arrivals: dict[int, tuple[torch.cuda.Event, torch.device]] = field(default_factory=dict)
 
     @classmethod
     def kept(cls, device: torch.device | None, folder: Path | None) -> "SegmentInputs":
@@ -116,22 +117,36 @@ class SegmentInputs:
 
     def replace(self, batch: int, hidden: Tensor) -> None:
         """The block's output becomes the next block's input; the old input is released."""
-        if isinstance(self.hidden, HiddenFile):
+        if isinstance(self.hidden, HiddenFile) or self.device is None:
             self.hidden[batch] = hidden
-        else:
-            self.hidden[batch] = hidden.to(self.device, non_blocking=True) if self.device is not None else hidden
+            return
+        self.hidden[batch] = hidden.to(self.device, non_blocking=True)
+        if hidden.is_cuda and self.device.type == "cpu":
+            event = torch.cuda.Event()
+            with torch.cuda.device(hidden.device):
+                event.record()
+            self._arrivals[batch] = event, hidden.device
+
+    def read(self, batch: int, reader: torch.device | None = None) -> Tensor | None:
+        """The hidden state, for work on the device ``reader``; None: on the host.
+
+        A copy from a GPU to the host is waited for, but not by that GPU, which copies in order.
+        """
+        if batch in self._arrivals and reader != self._arrivals[batch][1]:
+            self._arrivals.pop(batch)[0].synchronize()
+        return self.hidden[batch]
 
     def dense_copy(self) -> "SegmentInputs":
         """The same calls with hidden states of their own, for those of the dense model."""
         if isinstance(self.hidden, HiddenFile):
             return SegmentInputs(self.device, HiddenFile(self.hidden.folder, self.hidden), self.calls)
-        return SegmentInputs(self.device, list(self.hidden), self.calls)
+        return SegmentInputs(self.device, list(self.hidden), self.calls, _arrivals=dict(self._arrivals))
 
     def arguments(
         self, batch: int, name: str, device: torch.device | None, copy: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the block for one batch, on its device; ``copy`` for a block that writes into them."""
-        hidden = self.hidden[batch]
+        hidden = self.read(batch, device)
         call = self.calls[batch].get(name, BlockCall((HIDDEN,), {}))
         arguments = call.with_hidden(hidden) if hidden is not None else (call.args, call.kwargs)
 

@@ -259,7 +259,7 @@ class Walker:
             return None
 
         def dense_output(i: int) -> Tensor:
-            hidden = dense.hidden[i]
+            hidden = dense.read(i)
             assert hidden is not None
             return hidden
 
@@ -297,10 +297,11 @@ class Walker:
 
     def _last_output(self, inputs: SegmentInputs) -> Any:
         """What the last block gave for the batch that runs now."""
-        last, hidden = self.plan.segments[-1][-1], inputs.hidden[self.passes.batch]
-        assert isinstance(hidden, Tensor)
+        last = self.plan.segments[-1][-1]
         home = device_of(self.plan.blocks[last.name])
         home = device_of(self.model) if home is not None and home.type == "meta" else home  # its block is on disk
+        hidden = inputs.read(self.passes.batch, home)
+        assert isinstance(hidden, Tensor)
         moved = hidden.to(home) if home is not None else hidden
         # a copy, since the model may write into it
         return put(last.template, last.out_at, hidden.clone() if moved is hidden else moved)

@@ -16,6 +16,7 @@ from lightning_compress.calibration.activations import (
     tensors_of,
     token_mask,
 )
+from tests.support.fake_cuda import fake_cuda
 
 # -- how a batch enters -----------------------------------------------------------------------------------------------
 
@@ -63,6 +64,23 @@ def test_arguments_come_back_with_the_hidden_state_in_its_place():
     inputs.arguments(0, "a", None, copy=True)[0][1].zero_()  # a block that writes into its input
     assert inputs.hidden[0].tolist() == [2, 2]
     assert inputs.arguments(0, "never captured", None, copy=False)[0][0] is inputs.hidden[0]
+
+
+def test_a_copy_to_the_host_is_waited_for_by_all_but_its_gpu():
+    with fake_cuda() as gpu:
+        inputs, hidden = SegmentInputs(torch.device("cpu")), torch.ones(2, dtype=torch.float32, device="cuda:0")
+        inputs.add(hidden, {})
+        with pytest.raises(RuntimeError, match="before it has arrived"):
+            inputs.hidden[0].sum()
+        for reader, waits in (("cuda:0", 0), ("cuda:1", 1), ("cpu", 1), (None, 1)):
+            inputs.replace(0, hidden + 1)
+            gpu.reset()
+            (moved,), _ = inputs.arguments(0, "block", reader and torch.device(reader), copy=False)
+            assert moved.device == torch.device(reader or "cpu")
+            assert gpu.syncs.total() == waits
+            assert moved.cpu().tolist() == [2, 2]
+        assert inputs.read(0).tolist() == [2, 2]  # waited for already
+        assert gpu.pageable.total() == 0
 
 
 Pair = namedtuple("Pair", "hidden weights")

@@ -16,6 +16,9 @@ by the file and line of the package that asked for it:
   copy to the CPU without ``non_blocking``.
 - ``pageable``: copies to the device from CPU memory that is not pinned (they wait, too), indices among them.
 
+``live`` are the bytes of the device's tensors, and ``peak`` the most there were. A copy to the host that nobody waited
+for has not arrived: reading it raises, until the host waits for the device, or for an event that was recorded later.
+
 How: ``Tensor._make_wrapper_subclass`` gives a tensor of device ``cuda`` whose ops arrive at ``__torch_dispatch__``; a
 dispatch mode sees the calls that make one out of a device's name. Bindings of torch (``x[i]``, ``copy_``) and autograd
 need a device guard, which a CPU build lacks: :func:`install_guard` installs torch's own no-op guard.
@@ -24,11 +27,12 @@ Not possible: ``backward``. The forward pass records its graph, but the engine a
 (``at::accelerator::getCurrentStream``) for every gradient on a device of this type, and those hooks are compiled into
 a CUDA build alone. A backend registered from Python (``PrivateUse1``) does not help: the engine takes its streams from
 the one accelerator of the process, and asserts that it is of the type of the gradients (tried with torch 2.13).
-Streams, events and memory are not imitated either.
+Streams are not imitated either: all work is on one.
 """
 
 import ctypes
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,6 +62,8 @@ class FakeGpu:
 
     Attributes:
         current: Number of the current device.
+        live: Bytes of memory that tensors of the device hold.
+        peak: The most there were since the last reset.
     """
 
     def __init__(self) -> None:
@@ -66,11 +72,49 @@ class FakeGpu:
         self.pageable: Counter[str] = Counter()
         self.current = 0
         self.pinned: set[int] = set()  # addresses
+        self.live = self.peak = 0
+        self._holders: Counter[int] = Counter()  # tensors by the address of their memory
+        self._coming: list[tuple[Tensor, torch.device]] = []  # copies to the host that may not have arrived
 
     def reset(self) -> None:
-        """Count from zero again."""
+        """Count from zero again; what is live stays so."""
         for counter in (self.launches, self.syncs, self.pageable):
             counter.clear()
+        self.peak = self.live
+
+    def hold(self, tensor: "FakeCudaTensor") -> Callable[[], Any]:
+        """Count the memory of a tensor; the result gives it back, and does so when the tensor is dropped."""
+        storage = tensor.value.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        self.live += size * (not self._holders[address])
+        self.peak = max(self.peak, self.live)
+        self._holders[address] += 1
+
+        def give_back() -> None:
+            self._holders[address] -= 1
+            self.live -= size * (not self._holders[address])
+
+        return weakref.finalize(tensor, give_back)
+
+    def wait(self) -> None:
+        """The host waits for the device: all copies have arrived."""
+        self.syncs[_line()] += 1
+        self._coming.clear()
+
+    def send(self, copy: Tensor, source: torch.device) -> None:
+        """A copy to the host was begun, into memory that torch pins."""
+        self._coming.append((copy, source))
+        self.pinned.add(copy.data_ptr())
+
+    @property
+    def copies_are_coming(self) -> bool:
+        return bool(self._coming)
+
+    def check_arrived(self, name: str, tensors: Sequence[Tensor], reader: torch.device) -> None:
+        """RuntimeError where one of these is a copy that may not have arrived; its device itself works in order."""
+        coming = {copy.untyped_storage().data_ptr() for copy, source in self._coming if source != reader}
+        if coming and any(t.untyped_storage().data_ptr() in coming for t in tensors if t.device.type == "cpu"):
+            raise RuntimeError(f"a copy from the device is read before it has arrived ({name} at {_line()})")
 
 
 class FakeCudaTensor(Tensor):
@@ -88,6 +132,7 @@ class FakeCudaTensor(Tensor):
 
     def __init__(self, value: Tensor, device: torch.device, gpu: FakeGpu):
         self.value, self.gpu = value, gpu
+        self._memory = gpu.hold(self)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -101,7 +146,7 @@ class FakeCudaTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FakeCudaTensor":
         copied = FakeCudaTensor(self.value.clone(), self.device, self.gpu).requires_grad_(self.requires_grad)
-        copied.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("value", "gpu")})
+        copied.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("value", "gpu", "_memory")})
         return memo.setdefault(id(self), copied)
 
     @property
@@ -111,13 +156,15 @@ class FakeCudaTensor(Tensor):
     @data.setter
     def data(self, new: "FakeCudaTensor") -> None:
         Tensor.data.__set__(self, new)
+        self._memory()
         self.value = new.value
+        self._memory = self.gpu.hold(self)
 
     def new_tensor(self, data: Any, dtype: torch.dtype | None = None, device: Any = None, **options: Any) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device, **options)
 
     def tolist(self) -> Any:
-        self.gpu.syncs[_line()] += 1
+        self.gpu.wait()
         return self.value.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
@@ -152,12 +199,25 @@ def fake_cuda(devices: int = 2) -> Iterator[FakeGpu]:
         def __exit__(self, *_: Any) -> None:
             gpu.current = self.before
 
+    class Event:
+        """torch.cuda.Event"""
+
+        def record(self, *_: Any) -> None:
+            self.copies = list(gpu._coming)
+
+        def synchronize(self) -> None:
+            before = {id(copy) for copy, _ in self.copies}
+            later = [(copy, source) for copy, source in gpu._coming if id(copy) not in before]
+            if len(later) < len(gpu._coming):
+                gpu.wait()
+                gpu._coming += later
+
     in_torch_cuda: Mapping[str, Any] = {
-        "_lazy_init": lambda: None, "current_device": lambda: gpu.current, "device": Current,
+        "_lazy_init": lambda: None, "current_device": lambda: gpu.current, "device": Current, "Event": Event,
         "device_count": lambda: devices, "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: properties.name, "get_device_properties": lambda *_: properties,
         "is_available": lambda: True, "is_current_stream_capturing": lambda: False, "is_initialized": lambda: False,
-        "synchronize": lambda *_: gpu.syncs.update([_line()]),
+        "synchronize": lambda *_: gpu.wait(),
     }  # fmt: skip
     with ExitStack() as stack:
         for name, value in in_torch_cuda.items():
@@ -207,6 +267,8 @@ def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     """Compute an op on the values of its tensors, and count what it costs."""
     name, tensors = _name(op), list(_tensors((args, kwargs)))
     fakes = [t for t in tensors if isinstance(t, FakeCudaTensor)]
+    if gpu.copies_are_coming and not op.is_view and name not in NO_LAUNCH:
+        gpu.check_arrived(name, tensors, _reader(gpu, name, tensors, kwargs))
     if not fakes and kwargs.get("device") is None:
         return op(*args, **kwargs)
     _check_devices(name, tensors)
@@ -225,6 +287,8 @@ def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         result = op(*values[0], **values[1])
     if name in ("_to_copy", "_pin_memory") and isinstance(result, Tensor) and result is values[0][0]:
         result = result.clone()
+    if fakes and device.type == "cpu" and _is_not_waited_for(name, args, kwargs):
+        gpu.send(result, fakes[0].device)
     wrappers = {id(t.value): t for t in fakes}
 
     def wrapped(value: Tensor) -> Tensor:
@@ -233,6 +297,19 @@ def _run(gpu: FakeGpu, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return FakeCudaTensor(value, device, gpu) if device.type == "cuda" else value
 
     return _mapped(result, wrapped)
+
+
+def _reader(gpu: FakeGpu, name: str, tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> torch.device:
+    """The device that reads the CPU tensors of an op: copies to a device are its own work."""
+    if name == "_to_copy" and kwargs.get("device") is not None:
+        device = torch.device(kwargs["device"])
+        return torch.device("cuda", gpu.current) if device.type == "cuda" and device.index is None else device
+    return tensors[0].device if name == "copy_" else torch.device("cpu")
+
+
+def _is_not_waited_for(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy is asked for with ``non_blocking``."""
+    return bool(kwargs.get("non_blocking")) or (name == "copy_" and len(args) > 2 and bool(args[2]))
 
 
 @cache
@@ -284,13 +361,13 @@ def _count(
     if moved and device.type == "meta":
         return
     if moved and device.type == "cpu":
-        if not kwargs.get("non_blocking") and not (name == "copy_" and len(args) > 2 and args[2]):
-            gpu.syncs[_line()] += 1
+        if not _is_not_waited_for(name, args, kwargs):
+            gpu.wait()
     elif moved:
         if source.data_ptr() not in gpu.pinned:
             gpu.pageable[_line()] += 1
     elif name in WAITS or (any(t.dtype == torch.bool for t in indices) and not fills):
-        gpu.syncs[_line()] += 1
+        gpu.wait()
     elif device.type == "cuda" and not op.is_view and name not in NO_LAUNCH and not name.startswith("prim::"):
         gpu.launches[_line()] += 1
     if device.type == "cuda" and any(t.device.type == "cpu" and t.dim() for t in indices):

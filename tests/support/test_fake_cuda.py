@@ -103,3 +103,47 @@ def test_modules_move_and_their_parameters_are_replaced_as_on_a_gpu():
         assert linear(X.to("cuda:0")).requires_grad
         assert type(linear.to("cpu").weight) is nn.Parameter
     assert torch.__future__.get_overwrite_module_params_on_conversion() is False
+
+
+@pytest.mark.parametrize("wait", [lambda x: torch.cuda.synchronize(), lambda x: x.cpu(), lambda x: float(x[0, 0])])
+def test_a_copy_to_the_host_must_not_be_read_before_the_host_waited(wait):
+    with fake_cuda() as gpu:
+        x = X.to("cuda:0")
+        gpu.reset()
+        copied = x.to("cpu", non_blocking=True)
+        assert_close((copied.view(-1).to("cuda:0") + 1).cpu(), X.view(-1) + 1)  # read by the device, in order
+        copied = x.to("cpu", non_blocking=True)
+        with pytest.raises(RuntimeError, match="read before it has arrived"):
+            copied.view(-1) + 1
+        wait(x)
+        assert_close(copied, X)
+        assert gpu.pageable.total() == 0
+
+
+def test_an_event_waits_for_the_copies_before_it():
+    with fake_cuda() as gpu:
+        x, event = X.to("cuda:0"), torch.cuda.Event()
+        before = x.to("cpu", non_blocking=True)
+        event.record()
+        after = x.to("cpu", non_blocking=True)
+        event.synchronize()
+        event.synchronize()  # nothing to wait for
+        assert gpu.syncs.total() == 1
+        assert_close(before, X)
+        with pytest.raises(RuntimeError, match="read before it has arrived"):
+            after.sum()
+
+
+def test_memory_is_counted_once_for_all_views_and_given_back():
+    with fake_cuda() as gpu:
+        x = torch.zeros(1000, dtype=torch.float32, device="cuda:0")
+        view = x.view(10, 100)[1:]
+        y = view + 1
+        assert gpu.live == 4000 + y.nbytes
+        del y
+        x.data = torch.zeros(10, dtype=torch.float32, device="cuda:0")
+        assert gpu.live == 4000 + 40
+        del view
+        assert (gpu.live, gpu.peak) == (40, 4000 + 3600)
+        del x
+        assert gpu.live == 0
