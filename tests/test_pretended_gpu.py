@@ -25,6 +25,7 @@ from lightning_compress import (
     SparseGPTModifier,
     WandaPruningModifier,
 )
+from lightning_compress.quant.packed import PackedLinear, backends
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda
 
 LINEARS = 14
@@ -73,12 +74,10 @@ CASES = {
 }
 
 
-def llama() -> LlamaForCausalLM:
+def llama(**sizes: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
+    two_blocks = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = LlamaConfig(**{**two_blocks, "num_attention_heads": 4, "num_key_value_heads": 2, **sizes})
     return LlamaForCausalLM(config).eval().to(torch.bfloat16)
 
 
@@ -145,3 +144,29 @@ def test_a_batch_more_makes_the_host_wait_for_no_statistic(name):
     assert {line.partition(":")[0] for line in more} <= {"calibration/inputs.py", "calibration/activations.py"}, more
     assert more.total() <= 6 * 3  # of a batch: what its calls share with those of the batch before; the model's own
     assert not more_copies - copies
+
+
+@pytest.mark.parametrize("name", ["GPTQ W4", "Wanda"])
+def test_hidden_states_that_go_to_the_host_are_not_read_before_they_arrive(name):
+    modifiers, _, _ = CASES[name]
+    weights = []
+    for place in ("cpu", None):
+        with fake_cuda(), torch.no_grad():
+            model, batches = llama().to("cuda:0"), [batch.to("cuda:0") for batch in tokens(2)]
+            lc.compress(model, modifiers(), batches, offload_device=place)
+            weights.append({key: value.cpu() for key, value in model.state_dict().items()})
+    assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", pytest.param("NVFP4A16", marks=pytest.mark.slow)])
+def test_loading_takes_little_more_memory_of_the_gpu_than_the_folder(scheme, tmp_path, monkeypatch):
+    """Without fusing, which runs the model once: without kernels its products are dense. Chunks are small as layers."""
+    monkeypatch.setattr(backends, "CHUNK", 2**13)
+    model = llama(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=6)
+    lc.compress(model, QuantizationModifier(scheme=scheme, **HEAD))
+    lc.save(model, tmp_path / "model")
+    folder = sum(file.stat().st_size for file in (tmp_path / "model").iterdir())
+    with fake_cuda() as gpu, torch.no_grad():
+        loaded = lc.load(tmp_path / "model", device="cuda:0", fuse=False)
+        assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 6 * 7
+        assert 0.9 * folder < gpu.live <= gpu.peak <= 1.15 * folder
