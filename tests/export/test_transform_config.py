@@ -24,6 +24,7 @@ from lightning_compress import (
     save,
 )
 from lightning_compress.export.transform_config import transform_config, transform_tensors
+from lightning_compress.modifiers.rotation import online
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 from tests.support.rotation_models import build, logits, token_batches
 
@@ -120,7 +121,7 @@ def test_the_folder_and_a_warning_say_who_applies_it(tmp_path):
     assert "README.md" in manifest["files"]
 
 
-def test_without_the_option_nothing_is_in_the_config_and_the_folder_is_sealed(tmp_path):
+def test_without_the_option_nothing_is_in_the_config_and_the_folder_is_sealed(tmp_path, monkeypatch):
     model = build("llama", **WIDTHS)
     compress(model, [BlockHadamardModifier(), QuantizationModifier(scheme="MXFP4A16", ignore=HEAD)])
     save(model, tmp_path / "out")
@@ -128,7 +129,14 @@ def test_without_the_option_nothing_is_in_the_config_and_the_folder_is_sealed(tm
     assert not (tmp_path / "out" / "README.md").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMWithOnlineRotations"]
-    assert torch.equal(logits(load(tmp_path / "out")), logits(model))
+    again, inputs = load(tmp_path / "out"), []
+    assert torch.equal(logits(again), logits(model))
+    transform = online.fast_hadamard_transform
+    monkeypatch.setattr(
+        online, "fast_hadamard_transform", lambda x, **more: (inputs.append(x), transform(x, **more))[1]
+    )
+    logits(again)
+    assert len(inputs) == 8  # of each of two blocks: q k v, o, gate up, down
 
 
 def test_exports_that_no_loader_would_apply_are_refused(tmp_path):
