@@ -80,14 +80,16 @@ def mean(cell: dict[str, Any]) -> float:
 
 
 def report(known: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    """The table: a row for each scheme and quantizer, a column for each block."""
+    """The table: a row for each scheme and quantizer, a column for each block; cells that were not run are named."""
     names = ["none" if block == 0 else f"blocks of {block}" for block in arguments.blocks]
     rows = []
     for scheme in arguments.schemes:
         for quantizer in arguments.quantizers:
-            cells = [known[f"{scheme}, {quantizer}, {block}"] for block in arguments.blocks]
-            seconds = f"{cells[0]['cpu_s']:.0f} to {max(cell['cpu_s'] for cell in cells):.0f}"
-            rows.append([scheme, quantizer, *(f"{mean(cell):.4f}" for cell in cells), seconds])
+            cells = [known.get(f"{scheme}, {quantizer}, {block}") for block in arguments.blocks]
+            seconds = [cell["cpu_s"] for cell in cells if cell]
+            figures = [f"{mean(cell):.4f}" if cell else "not run" for cell in cells]
+            spread = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else ""
+            rows.append([scheme, quantizer, *figures, spread])
     return [
         *machine.table(["scheme", "", *names, "CPU s"], rows),
         "",
