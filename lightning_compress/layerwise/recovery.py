@@ -75,15 +75,10 @@ class Recovery:
         results = {}
         names = [name for name in state.modules if name in self.members]
         for name in sorted(names, key=lambda name: any(other.startswith(f"{name}.") for other in names)):
-            replay, module = state.replay, state.modules[name]
-            if state.team.agree(replay is None or name not in self._dense, name) or replay is None:
+            if state.team.agree(state.replay is None or name not in self._dense, name):
                 continue
-            run, batches = replay, range(state.batches)
             with torch.inference_mode(False), torch.no_grad():
-                calls = record_calls(
-                    {name: module}, lambda run=run, batches=batches: [run(i) for i in batches],
-                    lambda: modifier.token_mask, lambda: modifier.batch_number,
-                )[name]  # fmt: skip
+                calls = _present_calls(name, state, modifier)
                 if state.team.agree(not self._set_targets(name, calls), name):
                     continue
                 weights = [_Weight(self.layers[layer]) for layer in self.members[name]]
@@ -156,6 +151,19 @@ class Recovery:
         optimizer.step()
         for weight in weights:
             weight.write(weight.change_RC)
+
+
+def _present_calls(name: str, state: State, modifier: Modifier) -> ParentCalls:
+    """The calls of a module in all batches, as its block is now."""
+    replay = state.replay
+    assert replay is not None
+
+    def run() -> None:
+        for i in range(state.batches):
+            replay(i)
+
+    modules = {name: state.modules[name]}
+    return record_calls(modules, run, lambda: modifier.token_mask, lambda: modifier.batch_number)[name]
 
 
 class _Weight:
