@@ -40,5 +40,6 @@ def of_float32(N: int, C: int) -> Case:
         exact = lambda: X.double().t() @ X.double()  # noqa: E731
         return Trial(lambda: hessian_accumulate_(sums[0], X), contestants, exact, torch.tril)
 
+    # 2e-5: 3e-6 by arithmetic, and what tensor cores truncate, which is not known
     moved, flop, sizes = 4 * N * C + 16 * C * C // 2, 3 * N * C * (C + 128), {"N": N, "C": C}
-    return Case("hessian", f"N = {N}, C = {C}, float32", moved, flop, 1e-5, make, sizes=sizes)
+    return Case("hessian", f"N = {N}, C = {C}, float32", moved, flop, 2e-5, make, sizes=sizes)
