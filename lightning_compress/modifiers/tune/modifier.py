@@ -136,8 +136,8 @@ class TuneModifier(Modifier):
         logger.info("%s: %d tensors; %s", self.name, count, text)
         state.ledger.add("model", "tune", error=losses[best], flag=text)
 
-    def _note_output(self, module: nn.Linear, args: Any, output: Tensor) -> None:
-        self._last = Call(module, output)
+    def _note_output(self, module: nn.Linear, args: Any, output: Any) -> None:
+        self._last = Call(module, output) if isinstance(output, Tensor) else None  # a class of its own
 
     def _keep_answer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._answers[self.batch_number] = self._answer(output)

@@ -178,6 +178,19 @@ def test_kept_weights_of_a_sparse_model():
         assert torch.equal(parameter == 0, before == 0), name
 
 
+def test_what_the_function_that_runs_the_model_returns_does_not_matter():
+    """As a calibration_step, which needs no result."""
+
+    def forward(model, batch):
+        model(**batch)
+
+    results = [
+        tuned([QuantizationModifier(**W2), TuneModifier(epochs=1)], ids(2), **arguments)
+        for arguments in ({}, {"forward": forward})
+    ]
+    assert facts(*results[0]) == facts(*results[1])
+
+
 def test_padding_does_not_count():
     """What stands in the padding changes no bit of what is learned from the tokens before it."""
 
