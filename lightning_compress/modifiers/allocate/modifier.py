@@ -166,8 +166,9 @@ class AllocateModifier(Modifier):
     def _set_up(self, state: State) -> None:
         """Options of the model as it is now, checked against the budget; quantizers get the largest ones for now."""
         model, first = state.model, self._quantizers[0]
-        for quantizer in self._quantizers:
-            if (quantizer.targets, quantizer.ignore) != (first.targets, first.ignore):
+        lists = [(listed(quantizer.targets), listed(quantizer.ignore)) for quantizer in self._quantizers]
+        for quantizer, pair in zip(self._quantizers, lists, strict=True):
+            if pair != lists[0]:
                 raise ValueError(
                     f"{first.name} and {quantizer.name} have scheme='allocated' and different targets or ignore; give "
                     f"them the same"
