@@ -126,7 +126,7 @@ class GridErrors:
 
     def fit(self, f_r: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """sum_j h_j t_j c_j and sum_j h_j c_j^2 of each row, [r], with the codes c of these factors."""
-        (above, below), f_r, shift = self._sums(2), _column(f_r), _column(shift)
+        (above, below), f_r, shift = self._sums(2), f_r[:, None], shift[:, None]
         for block in self.blocks:
             q = self._codes(block, f_r, shift)
             block.weighted(torch.mul(q, block.t, out=block.other), above[block.rows])
@@ -229,7 +229,7 @@ class FormErrors(GridErrors):
 
     def fit(self, f_r: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """t H c^T and c H c^T of each row, [r], with the codes c of these factors."""
-        (above, below), f_r, shift = self._sums(2), _column(f_r), _column(shift)
+        (above, below), f_r, shift = self._sums(2), f_r[:, None], shift[:, None]
         for block in self.blocks:
             q = self._codes(block, f_r, shift)
             turned = self._turned(block, q)
