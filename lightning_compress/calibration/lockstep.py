@@ -8,7 +8,8 @@ Each module runs once per batch, and every module sees inputs made by all the fi
 A batch may pass a module by (an expert that got no token), as long as all batches keep one order.
 
 Every waiting batch has a thread, so there are as many as batches; :class:`LockstepThreads` keeps them from block to
-block, since cuBLAS has a handle and a workspace for each thread that calls it (walk_memory.py counts them).
+block, since cuBLAS has a handle and a workspace for each thread that calls it (walk_memory.py counts them). With more
+than MOST_BATCHES batches ``walk="auto"`` takes two passes.
 """
 
 import contextvars
@@ -25,7 +26,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_compress.calibration.activations import taken_off
 
-__all__ = ["LockstepThreads", "run_in_lockstep"]
+__all__ = ["MOST_BATCHES", "LockstepThreads", "run_in_lockstep"]
+
+MOST_BATCHES = 512  # of all ranks, so that their number changes no result
 
 
 class LockstepThreads:

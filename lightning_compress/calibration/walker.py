@@ -26,6 +26,7 @@ from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
 from lightning_compress.calibration.group_log import GroupLog
+from lightning_compress.calibration.lockstep import MOST_BATCHES
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
@@ -149,6 +150,10 @@ class Walker:
             limit = memory_limit(self.options.memory_limit, self.model, self.device)
             reason = f"one pass takes about {megabytes(size)}, and memory_limit allows {megabytes(limit)}"
             obstacle = reason if self.state.team.agree(size > limit) else None
+            if obstacle is None and self.count > MOST_BATCHES:
+                obstacle = reason = (
+                    f"one pass has a thread for each batch, {self.count}, and {MOST_BATCHES} are allowed"
+                )
         one_pass = obstacle is None and self.walk in ("auto", "one_pass")
         passes = "one pass" if one_pass else "two passes"
         logger.info("%s over %d blocks%s", passes, len(self.plan.blocks), f": {reason}" if reason else "")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.calibration import calibrate
+from lightning_compress.calibration import calibrate, walker
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.probe import Probe
 from lightning_compress.calibration.walk_memory import lockstep_bytes, memory_limit, workspace_bytes
@@ -47,6 +47,18 @@ def test_each_waiting_batch_has_a_workspace_on_a_gpu():
     with fake_cuda():
         assert workspace_bytes(torch.device("cuda:0"), 128) == 128 * 2**25
     assert workspace_bytes(torch.device("cpu"), 128) == workspace_bytes(None, 128) == 0
+
+
+@pytest.mark.parametrize(("batches", "passes"), [(3, "one pass"), (4, "two passes")])
+def test_more_batches_than_threads_are_allowed_take_two_passes(batches, passes, caplog, monkeypatch):
+    monkeypatch.setattr(walker, "MOST_BATCHES", 3)
+    watcher = LockstepWatcher()
+    with caplog.at_level(logging.INFO, logger="lightning_compress"):
+        calibrate(*started(watcher, model=seeded(Layered)), make_batches(batches, 2, 5, C), CalibrationOptions())
+    assert f"{passes} over 3 blocks: one pass" in caplog.text
+    refusal = "two passes over 3 blocks: one pass has a thread for each batch, 4, and 3 are allowed"
+    assert (refusal in caplog.text) == (batches == 4)
+    assert bool([event for event, _ in watcher.events if event == "MODULE_READY"]) == (batches == 3)
 
 
 @pytest.mark.parametrize(("limit", "passes"), [(ESTIMATE, "one pass"), (ESTIMATE - 1, "two passes")])
