@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
@@ -22,7 +23,7 @@ from lightning_compress.planning.plan import Plan, PlannedModule
 from lightning_compress.planning.readers import readers_of
 from lightning_compress.planning.sizes import dense_reasons, model_bytes, packed_bytes
 from lightning_compress.planning.trial import Estimate, estimate
-from lightning_compress.quant.arguments import QuantizationArguments
+from lightning_compress.quant.arguments import ALLOCATED, QuantizationArguments
 from lightning_compress.quant.schemes import describe
 
 __all__ = ["make_plan"]
@@ -51,10 +52,10 @@ def make_plan(
         processors: What will be exported with the model.
         eval_batches: Batches that the run will measure the model on, before and after.
     """
-    named = {"recipe": tuple(modifier.name for modifier in modifiers), "model": type(model).__name__}
+    recipe, kind = tuple(modifier.name for modifier in modifiers), type(model).__name__
     refusals, texts, planned = _set_up(model, modifiers, options, processors)
     if refusals:
-        return Plan(**named, refusals=tuple(refusals), warnings=tuple(texts))
+        return Plan(recipe, kind, refusals=tuple(refusals), warnings=tuple(texts))
     modules, left_out = _modules(model, modifiers, planned)
     before = model_bytes(model)
     sized = [module for module in modules if module.scheme]
@@ -62,6 +63,8 @@ def make_plan(
     unknown = []
     if cuts := [modifier.name for modifier in modifiers if modifier.needs.changes_shapes]:
         unknown.append(f"sizes after the cuts of {', '.join(cuts)}")
+    if chosen := [m.name for m in modifiers if isinstance(m, QuantizationArguments) and m.scheme == ALLOCATED]:
+        unknown.append(f"schemes and sizes of {', '.join(chosen)}: data decides; those shown are the largest")
     if trained := [modifier.name for modifier in modifiers if not _is_tried(modifier)]:
         why = "they act during training, cut the model, or take the user's loss"
         unknown.append(f"seconds and memory of {', '.join(trained)}: {why}")
@@ -83,8 +86,8 @@ def make_plan(
     sizes = [(8 * module.bytes_after, module.params) for module in sized if not module.note]
     bits = sum(b for b, _ in sizes) / sum(p for _, p in sizes) if sizes else None
     return Plan(
-        **named, modules=tuple(modules), left_out=left_out, warnings=tuple(texts), bytes_before=before,
-        bytes_after=None if cuts else before - saved, bits_per_weight=bits,
+        recipe, kind, modules=tuple(modules), left_out=left_out, warnings=tuple(texts), bytes_before=before,
+        bytes_after=None if cuts or chosen else before - saved, bits_per_weight=bits,
         blocks=len(find_blocks(model, options.blocks)) if options.walk != "whole" else 0,
         batches=batches if needs_data else 0, seconds=seconds, memory=memory,
         readers=readers_of(model, modifiers, planned), unknown=tuple(unknown),
@@ -149,7 +152,7 @@ def _set_up(
                 planned |= modifier.planned if isinstance(modifier, QuantizationArguments) else {}
         elif len(modifiers) > 1:  # the first error hides those of other modifiers
             for modifier in modifiers:
-                attempt(lambda one=modifier: _initialize(model, [one.model_copy(deep=True)]))
+                attempt(partial(_initialize, model, [modifier.model_copy(deep=True)]))
         attempt(lambda: rehearse(model, processors))
         if options.blocks is not None:
             attempt(lambda: find_blocks(model, options.blocks))

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lightning_compress import GPTQModifier, QATModifier, QuantizationModifier, compress, save
-from lightning_compress.modifiers import DepthPruningModifier
+from lightning_compress.modifiers import AllocateModifier, DepthPruningModifier
 from lightning_compress.planning.make import make_plan
 from lightning_compress.planning.sizes import model_bytes
 from tests.planning.test_copies import Stack, llama
@@ -79,6 +79,16 @@ def test_sizes_after_a_cut_are_unknown():
     plan = make_plan(llama(3), [DepthPruningModifier(layers=[1])])
     assert plan.bytes_after is None
     assert plan.unknown[0] == "sizes after the cuts of DepthPruningModifier"
+
+
+def test_schemes_that_data_chooses_are_unknown():
+    allocate = AllocateModifier(bits=5.5, candidates=["W4A16", "W8A16"], group_size=32)
+    quantizer = GPTQModifier(scheme="allocated", ignore=["lm_head"])
+    plan = make_plan(llama(3), [allocate, quantizer], {"input_ids": IDS}, 4)
+    assert plan.refusals == ()
+    assert plan.bytes_after is None
+    assert plan.unknown == ("schemes and sizes of GPTQModifier: data decides; those shown are the largest",)
+    assert plan.seconds["calibration"] > 0
 
 
 def test_calibration_without_a_batch_is_not_estimated_and_with_one_it_is():
