@@ -177,6 +177,20 @@ class BatchRunner:
     def __call__(self, batch: Any) -> Any:
         return self.forward(self.model, tree_move(batch, device_of(self.model)))
 
+    def own_output(self, batch: Any) -> Any:
+        """The output of the model itself: what ``forward`` returns may be anything. Of several calls the last."""
+        outputs: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[:] = [output]
+
+        handle = self.model.register_forward_hook(keep)
+        try:
+            returned = self(batch)
+        finally:
+            handle.remove()
+        return outputs[0] if outputs else returned
+
 
 def small_sample(batch: Any) -> Any:
     """A small batch of the same kind, to see what a model does with it; None when it is not clear how to cut one.

@@ -48,12 +48,12 @@ class Gradients:
         with gradients_for(model, ()), torch.enable_grad(), present:
             yield
 
-    def run(self, runner: Callable[[Any], Any], batch: Any, mask: Tensor | None, number: int) -> None:
-        """Batch ``number`` forwards, by ``runner`` where the loss is not the user's, and back: hooks get gradients."""
+    def run(self, output_of: Callable[[Any], Any], batch: Any, mask: Tensor | None, number: int) -> None:
+        """Batch ``number`` forwards (by ``output_of``, but for the user's loss) and back: hooks get gradients."""
         if self.user_loss is not None:
             loss = self.user_loss(batch, number)
         else:
-            loss = sampled_loss(runner(batch), self.kind, mask, self.seed * 1_000_003 + number)
+            loss = sampled_loss(output_of(batch), self.kind, mask, self.seed * 1_000_003 + number)
         if loss is not None and loss.requires_grad:  # else no hooked module was reached
             self.count += 1
             loss.backward()

@@ -192,7 +192,7 @@ def _run_survey(walker: Walker, blocks: Mapping[str, nn.Module], gradients: Grad
             walker.runner(batch)
             continue
         with gradients.enabled(model, blocks, walker.residence):
-            gradients.run(walker.runner, tree_move(batch, device_of(model)), mask, walker.numbers[i])
+            gradients.run(walker.runner.own_output, tree_move(batch, device_of(model)), mask, walker.numbers[i])
     if gradients is not None:
         gradients.check(walker.state.team)
 

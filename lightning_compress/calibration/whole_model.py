@@ -24,7 +24,6 @@ __all__ = ["checkpointed", "run_whole"]
 def run_whole(walker: Walker, blocks: Iterable[nn.Module], i: int) -> Any:
     """The model's own output for batch ``i`` of this rank, hooks paused, and the modifiers given its mask and number.
 
-    What the user's function returns that runs the model may be anything, such as nothing. Of several calls the last.
     The backward pass must run inside ``model_precision``, too, as blocks are computed again there.
     """
     number = walker.numbers[i]
@@ -33,18 +32,8 @@ def run_whole(walker: Walker, blocks: Iterable[nn.Module], i: int) -> Any:
         walker.progress(f"{names}: batch {number + 1}", walker.total, walker.total + 1)
     mask = tree_move(token_mask(walker.batches[i]), walker.device or device_of(walker.model))
     walker.lifecycle.set_token_mask(mask, number)
-    outputs: list[Any] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs[:] = [output]
-
-    handle = walker.model.register_forward_hook(keep)
-    try:
-        with walker.lifecycle.paused(), model_precision(), checkpointed(blocks if torch.is_grad_enabled() else ()):
-            returned = walker.runner(walker.batches[i])
-    finally:
-        handle.remove()
-    return outputs[0] if outputs else returned
+    with walker.lifecycle.paused(), model_precision(), checkpointed(blocks if torch.is_grad_enabled() else ()):
+        return walker.runner.own_output(walker.batches[i])
 
 
 @contextmanager

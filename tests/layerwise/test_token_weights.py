@@ -114,6 +114,21 @@ def test_layers_before_an_inplace_activation():
     assert [row.tokens for row in ledger.rows] == [18, 18]
 
 
+def test_what_the_function_that_runs_the_model_returns_does_not_matter():
+    """As a calibration_step, which needs no result: the gradients are those of the model's own output."""
+
+    def forward(model, batch):
+        model(batch)
+
+    weights = []
+    for arguments in ({}, {"forward": forward}):
+        torch.manual_seed(0)
+        model = Classifier()
+        compress(model, GPTQModifier(objective="loss", **LINEARS), batches(), **arguments)
+        weights.append(model.q.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
 def test_layers_of_one_input_share_one_hessian(monkeypatch):
     updates = []
     update = InputHessian.update
