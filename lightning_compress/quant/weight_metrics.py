@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from lightning_compress.quant.formats import is_microscaled
+from lightning_compress.quant.formats import has_global_scale, is_microscaled, scale_shape
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 
-__all__ = ["sqnr_db", "stored_bytes", "weight_error", "weight_facts"]
+__all__ = ["planned_bytes", "record_without_values", "sqnr_db", "stored_bytes", "weight_error", "weight_facts"]
 
 
 def weight_facts(W_RC: Tensor, Q_RC: Tensor, quantized: Quantized, error: float | None = None) -> dict[str, Any]:
@@ -39,6 +40,32 @@ def weight_error(W_RC: Tensor, Q_RC: Tensor) -> float:
 def sqnr_db(error: float) -> float | None:
     """-10 log10(relative error), in dB; None where there is no error to measure."""
     return -10 * math.log10(error) if error > 0 else None
+
+
+def record_without_values(W_RC: Tensor, scheme: QuantizationScheme) -> Quantized:
+    """The record that a weight will get, with tensors on meta: their shapes and dtypes are those of the real ones."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    dtype = torch.float32 if is_microscaled(weights) else W_RC.dtype
+
+    def blank(shape: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    shape = scale_shape(weights, *W_RC.shape)
+    static = inputs is not None and inputs.dynamic is False
+    return Quantized(
+        scheme=scheme,
+        scale=blank(shape, dtype),
+        zero_point=None if weights.symmetric else blank(shape, torch.int8),
+        global_scale=blank(1, torch.float32) if has_global_scale(weights) else None,
+        input_scale=blank(1, W_RC.dtype) if static else None,
+        input_zero_point=blank(1, torch.int8) if static and not inputs.symmetric else None,
+        input_global_scale=blank(1, torch.float32) if inputs is not None and has_global_scale(inputs) else None,
+    )
+
+
+def planned_bytes(W_RC: Tensor, scheme: QuantizationScheme) -> int:
+    """:func:`stored_bytes` of a weight that is not quantized yet."""
+    return stored_bytes(record_without_values(W_RC, scheme), *W_RC.shape)
 
 
 def stored_bytes(quantized: Quantized, rows: int, columns: int) -> int:

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
 
 from lightning_compress.layers.expert import ExpertLinear
@@ -18,10 +17,9 @@ from lightning_compress.layers.matching import shortlist
 from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.packing import is_packable
-from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import GroupSize, SizedByModule, from_inline, from_presets
 from lightning_compress.quant.shared_scales import fused_with
-from lightning_compress.quant.weight_metrics import stored_bytes
+from lightning_compress.quant.weight_metrics import planned_bytes
 
 __all__ = ["DENSE", "EXPERT", "Group", "groups_of", "parse_candidates", "stored"]
 
@@ -119,21 +117,7 @@ def stored(scheme: QuantizationScheme | None, module: nn.Module, on_disk: bool) 
     W_RC = as_matrix(module)
     if scheme is None or (on_disk and not (is_packable(module) or isinstance(module, ExpertLinear))):
         return W_RC.numel() * W_RC.element_size()
-    args = scheme.weights
-    assert args is not None
-    R, C = W_RC.shape
-    shape = {
-        QuantizationStrategy.TENSOR: (1,),
-        QuantizationStrategy.CHANNEL: (R, 1),
-        QuantizationStrategy.BLOCK: tuple(
-            -(-n // b) for n, b in zip((R, C), args.block_structure or (1, 1), strict=True)
-        ),
-    }.get(QuantizationStrategy(args.strategy), (R, C // (args.group_size or C)))
-    scale = torch.empty(shape, dtype=W_RC.dtype, device="meta")
-    zero_point = None if args.symmetric else torch.empty(shape, dtype=torch.int8, device="meta")
-    strategy = QuantizationStrategy(args.strategy)
-    one = torch.empty(1, dtype=torch.float32, device="meta") if strategy == "tensor_group" else None
-    return stored_bytes(Quantized(scheme, scale, zero_point, global_scale=one), R, C)
+    return planned_bytes(W_RC, scheme)
 
 
 def _preset(candidate: str, group_size: GroupSize) -> QuantizationScheme:
