@@ -2,9 +2,9 @@
 
     seconds(n blocks, b batches) = start + n (solve + b pass)
 
-    t11, t1b, t21   measured with 1 block and 1 batch, 1 block and b batches, 2 blocks and 1 batch
-    pass  = (t1b - t11) / (b - 1)        what a batch costs outside of blocks counts as the block's
-    solve = t21 - t11 - pass             start = t11 - solve - pass
+    t1a, t1b, t2a   measured with 1 block and a batches, 1 block and b batches, 2 blocks and a batches
+    pass  = (t1b - t1a) / (b - a)        what a batch costs outside of blocks counts as the block's
+    solve = t2a - t1a - a pass           start = t1a - solve - a pass
 
 The first trial only warms up, where there is time. So every technique is timed as it runs on this machine. Peak memory
 is measured the same way; one block is at work at a time, so that it does not grow with blocks. A model without a list
@@ -43,7 +43,7 @@ __all__ = ["Estimate", "estimate"]
 
 BUDGET = 8.0  # seconds of all trials, on a machine that does nothing else: of CPU time by the number of threads
 LARGEST = 2**31  # bytes of a model that is tried as a whole
-BATCHES = 3  # of the second trial
+MORE = 2  # batches of the second trial beside those of the first
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,22 @@ def estimate(
         shared = None if batch is None else [batch] * count
         return _run(deepcopy(source), modifiers, shared, options, forward, exports)
 
-    again = min(BATCHES, batches) if batch is not None else 1
-    one = run(first, 1, exports=True)
-    again = again if one.busy * (again + 3) < BUDGET else min(2, again)
-    if one.busy * (again + 2) > BUDGET:
-        return f"a trial on {'one block' if small else 'the model'} and one batch took {one.busy:.1f} s of CPU time"
-    if one.busy * (again + 3) < BUDGET:
-        one = run(first, 1, exports=True)  # the first one has warmed up what is loaded and allocated once
-    more = run(first, again) if again > 1 else one
-    two = run(pair[0], 1, exports=True) if pair is not None else None
-    step = max(0.0, more.seconds - one.seconds) / max(1, again - 1)
-    growth = max(0, more.memory - one.memory) / max(1, again - 1)
+    few = 2 if any(modifier.needs.after_walk for modifier in modifiers) else 1  # of training one is held out
+    many = few + min(MORE, max(0, batches - few)) if batch is not None else few
+    one = run(first, few, exports=True)
+    if one.busy * (many / few + 3) > BUDGET:
+        many = min(few + 1, many)
+    if one.busy * (many / few + 2) > BUDGET:
+        return f"a trial on {'one block' if small else 'the model'} took {one.busy:.1f} s of CPU time"
+    if one.busy * (many / few + 3) < BUDGET:
+        one = run(first, few, exports=True)  # the first one has warmed up what is loaded and allocated once
+    more = run(first, many) if many > few else one
+    two = run(pair[0], few, exports=True) if pair is not None else None
+    step = max(0.0, more.seconds - one.seconds) / max(1, many - few)
+    growth = max(0, more.memory - one.memory) / max(1, many - few)
     added = max(0.0, two.seconds - one.seconds) if two is not None else one.seconds
-    solve = max(0.0, added - step)
-    fixed = max(0.0, one.seconds - solve - step)
+    solve = max(0.0, added - few * step)
+    fixed = max(0.0, one.seconds - solve - few * step)
     extra = blocks - 1
 
     def whole(kind: str) -> float:
@@ -122,7 +124,7 @@ def estimate(
         calibration=fixed + blocks * (solve + batches * step),
         export=whole("export"),
         forward=whole("forward"),
-        memory=int(max(one.memory, more.memory) + max(0, batches - again) * growth),
+        memory=int(max(one.memory, more.memory) + max(0, batches - many) * growth),
     )
 
 

@@ -4,6 +4,7 @@ Tables fit 80 columns, figures are never broken: names of techniques, schemes an
 """
 
 import io
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
@@ -21,6 +22,7 @@ WORST = 5  # modules with the largest error that are shown one by one
 NAMED = 3  # modules that are named for each flag
 SHORT = 0.01  # seconds; a phase below is not worth a figure
 WIDTH = 80  # columns of a log
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 def render(ledger: Ledger, facts: Mapping[str, Any], width: int = WIDTH) -> str:
@@ -127,7 +129,7 @@ def _plan_and_fact(facts: Mapping[str, Any]) -> Section:
 def notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
     """Lines below the tables: flags, zeros, sizes, seconds, memory."""
     lines = []
-    for flag, modules in totals(ledger)["flags"].items():
+    for flag, modules in _flags(ledger).items():
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
         lines.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
     if (share := totals(ledger)["sparsity"]) is not None:
@@ -145,6 +147,20 @@ def notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
     if (folder := facts.get("export_dir")) is not None:
         lines.append(f"compressed model: {folder}")
     return lines
+
+
+def _flags(ledger: Ledger) -> dict[str, list[str]]:
+    """The modules of each flag; flags that differ in the number at their end alone are one, from least to largest."""
+    alike: dict[str, list[tuple[str, str, list[str]]]] = {}
+    for flag, modules in totals(ledger)["flags"].items():
+        text, _, end = flag.rpartition(" ")
+        alike.setdefault(text if NUMBER.fullmatch(end) else flag, []).append((flag, end, modules))
+    flags = {}
+    for text, entries in alike.items():
+        ends = sorted((end for _, end, _ in entries), key=float) if len(entries) > 1 else []
+        name = f"{text} {ends[0]} to {ends[-1]}" if ends else entries[0][0]
+        flags[name] = [module for _, _, modules in entries for module in modules]
+    return flags
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_compress.calibration.options import CalibrationOptions
-from lightning_compress.modifiers import GPTQModifier
+from lightning_compress.modifiers import GPTQModifier, TuneModifier
 from lightning_compress.planning import trial
 from lightning_compress.planning.trial import Trial, estimate
 from tests.planning.test_copies import Stack
@@ -28,6 +28,19 @@ def test_costs_that_follow_the_formula_come_out_exactly(monkeypatch):
     assert (found.export, found.forward, found.memory) == (12 * 0.125, 12 * 0.0625, 1000 + 10 * 16)
 
 
+def test_training_after_the_walk_is_tried_on_two_batches(monkeypatch):
+    counts = []
+
+    def run(model, modifiers, batches, *others):
+        counts.append(len(batches))
+        return of_costs(model, modifiers, batches, *others)
+
+    monkeypatch.setattr(trial, "_run", run)
+    plan = estimate(Stack(12), [TuneModifier()], torch.ones(1, 8), 16, CalibrationOptions(), None)
+    assert counts == [2, 2, 4, 2]
+    assert (plan.calibration, plan.memory) == (START + 12 * (SOLVE + 16 * PASS), 1000 + 10 * 16)
+
+
 def test_a_model_as_a_whole_grows_with_batches_alone(monkeypatch):
     def run(model, modifiers, batches, *others):
         return Trial(1 + len(batches) / 4, 100 * len(batches), 0.1, export=0.5, forward=0.25)
@@ -41,7 +54,7 @@ def test_trials_that_take_too_long_are_not_made(monkeypatch):
     counted = []
     monkeypatch.setattr(trial, "_run", lambda *a: counted.append(1) or Trial(5.0, 0, 5.0))
     found = estimate(Stack(4), [], torch.ones(1, 8), 16, CalibrationOptions(), None)
-    assert found == "a trial on one block and one batch took 5.0 s of CPU time"
+    assert found == "a trial on one block took 5.0 s of CPU time"
     assert len(counted) == 1
 
 

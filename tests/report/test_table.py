@@ -127,3 +127,15 @@ def test_what_pruning_left_out_is_on_the_screen():
     ledger.add("b", "magnitude", sparsity=0.1, params=100)
     ledger.add("a", "qat", scheme="W4A16", bits=4.5, params=300, bytes_before=1200, bytes_after=170)
     assert "\nzeros: 40 % of the weights of 2 pruned modules\n" in table.render(ledger, {})
+
+
+def test_flags_that_differ_in_a_number_are_one_line():
+    rows = Ledger()
+    for i, flag in enumerate(["dense target 0.26", "dense target 1.00", "fell back to rounding", "dense target 0.50"]):
+        rows.add(f"layers.{i}", "gptq", flag=flag)
+    rows.add("model", "tune", flag="epoch 3")
+    assert table.notes(rows, {}) == [
+        "dense target 0.26 to 1.00: layers.0, layers.1, layers.3",
+        "fell back to rounding: layers.2",
+        "epoch 3: model",
+    ]
