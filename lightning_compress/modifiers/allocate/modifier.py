@@ -64,7 +64,10 @@ class AllocateModifier(Modifier):
 
     bits: Annotated[float, Field(gt=0)] | None = None
     bytes: int | str | None = None
-    candidates: list[str | dict[str, Any]] = ["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16"]
+    candidates: list[str | dict[str, Any]] = [
+        "W2A16 g64", "W2A16 g32", "W3A16", "W3A16 g32", "W4A16 channel", "W4A16", "W4A16 g32", "W5A16", "W6A16",
+        "W8A16 channel",
+    ]  # fmt: skip
     group_size: GroupSize = "auto"
     objective: Literal["loss", "output", "training_step"] = "loss"
     path: str | None = None
