@@ -55,20 +55,20 @@ NO_EXPERTS = "has no experts in one tensor"
 NO_TOKENS = "has no nn.Embedding, so that its residual stream does not begin with token ids"
 NO_ATTENTION = "matches none of the model's 10 modules"
 ODD_BLOCKS = "block_size=32 does not divide the .* input features"
-ODD_COLUMNS = "group_size=16 does not divide .* the format knows no other size"
+ODD_COLUMNS = "group_size=(16|32) does not divide .* the format knows no other size"
 
 REFUSED = {
     "mlp": {
         "depth_1": NO_BLOCKS, "kv_fp8": NO_CACHE, "mixed_w8a8_w4": NO_ATTENTION, "reap_25": NO_EXPERTS,
-        "rotate": NO_TOKENS, "gptq_mxfp4_hadamard": ODD_BLOCKS,
+        "rotate": NO_TOKENS, "gptq_mxfp4_hadamard": ODD_BLOCKS, "qat_mxfp4": ODD_COLUMNS,
     },
     "cnn": {
         "depth_1": NO_BLOCKS, "kv_fp8": NO_CACHE, "mixed_w8a8_w4": NO_ATTENTION, "reap_25": NO_EXPERTS,
-        "rotate": NO_TOKENS, "gptq_mxfp4_hadamard": ODD_BLOCKS,
+        "rotate": NO_TOKENS, "gptq_mxfp4_hadamard": ODD_BLOCKS, "qat_mxfp4": ODD_COLUMNS,
     },
     "vit": {
         "kv_fp8": NO_CACHE, "reap_25": NO_EXPERTS, "rotate": NO_TOKENS, "nvfp4": ODD_COLUMNS,
-        "gptq_mxfp4_hadamard": ODD_BLOCKS,
+        "gptq_mxfp4_hadamard": ODD_BLOCKS, "qat_mxfp4": ODD_COLUMNS, "qat_nvfp4": ODD_COLUMNS,
     },
     "llama": {"reap_25": NO_EXPERTS},
 }  # fmt: skip

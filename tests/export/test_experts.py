@@ -147,7 +147,8 @@ class Fit(LightningModule):
     [
         (QuantizationModifier(ignore=OTHERS, **INT8), "but fail to load this folder: of the formats of experts it un"),
         (QuantizationModifier(ignore=OTHERS, **NVFP4), "but load this folder without an error, with random expe"),
-        (QATModifier(ignore=OTHERS, **W4), "but fail to load this folder: it takes the weights that it merges in a Ol"),
+        (QATModifier(ignore=[*OTHERS, EXPERT], **W4), "but fail to load this folder: it takes the weights that it"),
+        (QATModifier(ignore=OTHERS, **W4), ""),
         (QuantizationModifier(ignore=OTHERS, **W4), ""),
     ],
 )
@@ -171,8 +172,8 @@ def test_a_run_says_before_it_begins_what_plain_transformers_will_not_read(modif
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("modifier", [QATModifier(ignore=OTHERS, **W4), ConstantPruningModifier()])
-def test_what_trains_leaves_experts_as_they_are_without_a_trainer_too(modifier):
+@pytest.mark.parametrize("modifier", [QATModifier(ignore=[*OTHERS, EXPERT], **W4), ConstantPruningModifier()])
+def test_experts_that_are_ignored_or_only_masked_stay_as_they_are_without_a_trainer_too(modifier):
     """It took a view of an expert for a layer with a weight of its own, and failed for want of a Parameter."""
     model = mixture("Olmoe")
     attention = model.model.layers[0].self_attn.q_proj
