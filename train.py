@@ -198,10 +198,15 @@ def plan_only(cfg: DictConfig) -> None:
     """``compress_plan=true``: the callback prints its plan, and nothing else happens.
 
     Raises:
-        ValueError: There is no recipe.
+        ValueError: There is no recipe, or the model is not built in memory.
     """
     if OmegaConf.select(cfg, "callbacks.compress") is None:
         raise ValueError("compress_plan=true plans a compression: expected +compress=NAME")
+    if OmegaConf.select(cfg, "callbacks.compress.stream"):
+        raise ValueError(
+            f"compress_plan=true plans for a model in memory, and callbacks.compress.stream=true reads it from its "
+            f"folder: lightning-compress plan {cfg.model.get('path')} RECIPE"
+        )
     OmegaConf.update(cfg, "callbacks.compress.plan", True, force_add=True)
 
 

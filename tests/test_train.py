@@ -65,6 +65,27 @@ def trained(app_config: Any, library: str) -> Any:
     return cfg, app.train(cfg), Path(cfg.paths.output_dir)
 
 
+def test_a_plan_alone(app_config: Any, library: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is trained, compressed or tested; the exit code says that it is no failure."""
+    cfg = app_config("+compress=gptq_w4", "compress_plan=true", *TINY, library)
+    with pytest.raises(SystemExit) as ended:
+        app.train(cfg)
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "plan: GPTQModifier on LlamaForCausalLM" in printed
+    assert "seconds of metric before" in printed
+    folder = Path(cfg.paths.output_dir)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["plan.json"]
+
+
+def test_a_plan_needs_a_recipe_and_a_model_in_memory(app_config: Any, library: str) -> None:
+    with pytest.raises(ValueError, match="compress_plan=true plans a compression"):
+        app.train(app_config("compress_plan=true", *TINY, library))
+    streamed = app_config("+compress=rtn_w4", "compress_plan=true", "+callbacks.compress.stream=true", *TINY, library)
+    with pytest.raises(ValueError, match="lightning-compress plan None RECIPE"):
+        app.train(streamed)
+
+
 def test_train_compress_and_test(trained: Any) -> None:
     cfg, metrics, folder = trained
     assert {"train/loss", "val/loss", "test/loss", "test/perplexity"} <= set(metrics)
