@@ -8,7 +8,7 @@
 
 The first trial only warms up, where there is time. So every technique is timed as it runs on this machine. Peak memory
 is measured the same way; one block is at work at a time, so that it does not grow with blocks. A model without a list
-of blocks is tried as a whole.
+of blocks is tried as a whole. An export takes as long as its bytes.
 """
 
 import tempfile
@@ -114,16 +114,11 @@ def estimate(
     added = max(0.0, two.seconds - one.seconds) if two is not None else one.seconds
     solve = max(0.0, added - few * step)
     fixed = max(0.0, one.seconds - solve - few * step)
-    extra = blocks - 1
-
-    def whole(kind: str) -> float:
-        base = getattr(one, kind)
-        return base + extra * max(0.0, getattr(two, kind) - base if two is not None else base)
-
+    block = max(0.0, two.forward - one.forward if two is not None else one.forward)
     return Estimate(
         calibration=fixed + blocks * (solve + batches * step),
-        export=whole("export"),
-        forward=whole("forward"),
+        export=one.export * model_bytes(model) / max(1, model_bytes(first)),
+        forward=one.forward + (blocks - 1) * block,
         memory=int(max(one.memory, more.memory) + max(0, batches - many) * growth),
     )
 

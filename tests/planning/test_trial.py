@@ -8,6 +8,7 @@ from torch import nn
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.modifiers import GPTQModifier, TuneModifier
 from lightning_compress.planning import trial
+from lightning_compress.planning.sizes import model_bytes
 from lightning_compress.planning.trial import Trial, estimate
 from tests.planning.test_copies import Stack
 
@@ -25,7 +26,8 @@ def test_costs_that_follow_the_formula_come_out_exactly(monkeypatch):
     monkeypatch.setattr(trial, "_run", of_costs)
     found = estimate(Stack(12), [], torch.ones(1, 8), 16, CalibrationOptions(), None)
     assert found.calibration == START + 12 * (SOLVE + 16 * PASS)
-    assert (found.export, found.forward, found.memory) == (12 * 0.125, 12 * 0.0625, 1000 + 10 * 16)
+    ratio = model_bytes(Stack(12)) / model_bytes(Stack(1))
+    assert (found.export, found.forward, found.memory) == (0.125 * ratio, 12 * 0.0625, 1000 + 10 * 16)
 
 
 def test_training_after_the_walk_is_tried_on_two_batches(monkeypatch):
