@@ -135,7 +135,7 @@ class CompressionCallback(Callback):
         self._root: LightningModule | None = None
         self._state = self._batch_state = State(ledger=self.ledger)
         self._in_batch = self._acting = False  # acting: in this batch some modifier may act
-        self._windowed = any(m.start is not None for m in self.lifecycle.modifiers)
+        self._windowed = self.lifecycle.windowed
         self._stage: str | None = None
         self._receiver: LightningModule | None = None  # a checkpoint is being loaded into it
         self._lock = FolderLock()

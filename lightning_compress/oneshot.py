@@ -140,9 +140,7 @@ def compress(
     if loss is not None and not any(m.needs.gradients == "training_step" for m in lifecycle.modifiers):
         raise ValueError("loss is given, and no modifier has objective='training_step', so that nothing would use it")
     check_uninterrupted(model)
-    # a modifier with a window was made for training, which needs experts in one tensor
-    windowed = any(modifier.start is not None for modifier in lifecycle.modifiers)
-    mixtures = nullcontext() if windowed else split_while(model)
+    mixtures = nullcontext() if lifecycle.windowed else split_while(model)
     marked = marked_when_interrupted(model, lambda: len(state.ledger))
     with team.one_voice(), opened(log, resume) as group_log, mixtures, marked, all_events(lifecycle, state, seed):
         if any(m.needs.calibration for m in lifecycle.modifiers):

@@ -76,6 +76,11 @@ class Lifecycle:
     def finalized(self) -> bool:
         return all(m.finalized for m in self.modifiers)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether a modifier acts during training, which needs the experts of a mixture in one tensor."""
+        return any(m.start is not None for m in self.modifiers)
+
     @plain_precision()
     def initialize(self, state: State, event: Event | None = None, **kwargs: Any) -> None:
         """Initialize every modifier; when one fails, the hooks of all are removed and the error is raised.

@@ -161,10 +161,9 @@ def _set_up(
 
 
 def _initialize(model: nn.Module, modifiers: Sequence[Modifier]) -> None:
-    copied = without_weights(model)
-    windowed = any(modifier.start is not None for modifier in modifiers)
-    with nullcontext() if windowed else split_while(copied):
-        Lifecycle(modifiers).initialize(State(model=copied, ledger=Ledger()))
+    copied, lifecycle = without_weights(model), Lifecycle(modifiers)
+    with nullcontext() if lifecycle.windowed else split_while(copied):
+        lifecycle.initialize(State(model=copied, ledger=Ledger()))
 
 
 def _modules(
@@ -172,8 +171,7 @@ def _modules(
 ) -> tuple[list[PlannedModule], dict[str, str]]:
     """Modules that modifiers will work on, in the model's order, and why others are left out."""
     copied = without_weights(model)
-    windowed = any(modifier.start is not None for modifier in modifiers)
-    with nullcontext() if windowed else split_while(copied):
+    with nullcontext() if Lifecycle(modifiers).windowed else split_while(copied):
         named = {clean_name(name): module for name, module in copied.named_modules()}
         sizes = {name: packed_bytes(named[name], scheme) for name, scheme in planned.items()}
         state = State(model=copied, ledger=Ledger())

@@ -72,8 +72,7 @@ def initialize(
     if reshaping:
         keep_main_process_dense(trainer, pl_module)
     before = tensor_names(pl_module)
-    windowed = any(m.start is not None for m in lifecycle.modifiers)
-    with nullcontext() if windowed else split_while(model):  # training needs experts in one tensor
+    with nullcontext() if lifecycle.windowed else split_while(model):
         lifecycle.initialize(state, event)
         schemes: dict[str, Any] = {}
         for modifier in lifecycle.modifiers:
