@@ -86,7 +86,7 @@ def estimate(
 
     The model stays as it is. ``modifiers`` are not initialized; they are copied for each trial.
     """
-    small, pair, blocks = first_blocks(model, 1), first_blocks(model, 2), 1
+    small, blocks = first_blocks(model, 1), 1
     if small is not None:
         first, blocks = small
     elif any(is_blank(parameter) for parameter in model.parameters()) or model_bytes(model) > LARGEST:
@@ -94,21 +94,22 @@ def estimate(
     else:
         first = model
 
-    def run(source: nn.Module, count: int, exports: bool = False) -> Trial:
+    def run(copied: nn.Module, count: int, exports: bool = False) -> Trial:
         shared = None if batch is None else [batch] * count
-        return _run(deepcopy(source), modifiers, shared, options, forward, exports)
+        return _run(copied, modifiers, shared, options, forward, exports)
 
     few = 2 if any(modifier.needs.after_walk for modifier in modifiers) else 1  # of training one is held out
     many = few + min(MORE, max(0, batches - few)) if batch is not None else few
-    one = run(first, few, exports=True)
+    one = run(deepcopy(first), few, exports=True)
     if one.busy * (many / few + 3) > BUDGET:
         many = min(few + 1, many)
     if one.busy * (many / few + 2) > BUDGET:
         return f"a trial on {'one block' if small else 'the model'} took {one.busy:.1f} s of CPU time"
     if one.busy * (many / few + 3) < BUDGET:
-        one = run(first, few, exports=True)  # the first one has warmed up what is loaded and allocated once
-    more = run(first, many) if many > few else one
-    two = run(pair[0], few, exports=True) if pair is not None else None
+        one = run(deepcopy(first), few, exports=True)  # the first one has warmed up what is loaded and allocated once
+    more = run(deepcopy(first), many) if many > few else one
+    pair = first_blocks(model, 2)
+    two = run(pair[0], few) if pair is not None else None
     step = max(0.0, more.seconds - one.seconds) / max(1, many - few)
     growth = max(0, more.memory - one.memory) / max(1, many - few)
     added = max(0.0, two.seconds - one.seconds) if two is not None else one.seconds
@@ -134,7 +135,7 @@ def _run(
     lifecycle = Lifecycle([modifier.model_copy(deep=True) for modifier in modifiers])
     state = State(model=model, ledger=Ledger())
     seconds = 0.0
-    if exports and batches:
+    if batches:
         with calibration_mode(model):
             began = time.monotonic()
             BatchRunner(model, forward)(batches[0])
