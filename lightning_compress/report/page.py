@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from lightning_compress.core.ledger import Ledger, Row
 from lightning_compress.files.atomic_file import whole_file
 from lightning_compress.report.section import number, size
-from lightning_compress.report.summary import headline, installed_versions, totals
+from lightning_compress.report.summary import headline, installed_versions, metric_change, totals
 from lightning_compress.report.table import notes, sections
 
 __all__ = ["write"]
@@ -80,11 +80,8 @@ def _cards(ledger: Ledger, facts: Mapping[str, Any]) -> list[Card]:
         cards.append(Card("size", size(after), f"of {size(before)}, {before / after:.2f} times smaller"))
     for name, entry in (facts.get("metric") or {}).items():
         error = entry.get("standard_error")
-        change = entry.get("difference")
-        if change is None and None not in (entry.get("before"), entry.get("after")):
-            change = entry["after"] - entry["before"]
         spread = "" if error is None else f" ± {number(error, digits=2)}"
-        note = f"before {number(entry.get('before'))}, change {number(change, '+', 3)}{spread}"
+        note = f"before {number(entry.get('before'))}, change {number(metric_change(entry), '+', 3)}{spread}"
         cards.append(Card(name, number(entry.get("after")), note))
     if (bits := totals(ledger)["bits_per_weight"]) is not None:
         cards.append(Card("bits per weight", number(bits, digits=3), "of quantized modules, scales included"))

@@ -31,7 +31,7 @@ from typing import Any
 from lightning_compress.core.ledger import Ledger, Row
 from lightning_compress.files.atomic_file import whole_file
 
-__all__ = ["headline", "installed_versions", "totals", "write"]
+__all__ = ["headline", "installed_versions", "metric_change", "totals", "write"]
 
 PACKAGES = ("lightning-compress", "lightning", "torch", "compressed-tensors", "transformers", "safetensors")
 
@@ -54,6 +54,13 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
     for name, text in ledger.files.items():
         with whole_file(Path(folder) / name) as path:
             path.write_text(text, encoding="utf-8")
+
+
+def metric_change(entry: Mapping[str, Any]) -> float | None:
+    """The difference of a metric after and before; None where one of them is not known."""
+    before, after = entry.get("before"), entry.get("after")
+    change: float | None = entry.get("difference")
+    return after - before if change is None and before is not None and after is not None else change
 
 
 def headline(facts: Mapping[str, Any]) -> str:

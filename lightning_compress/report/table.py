@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lightning_compress.core.ledger import Ledger, Row
 from lightning_compress.report.section import Section, number, print_section, size
-from lightning_compress.report.summary import headline, totals
+from lightning_compress.report.summary import headline, metric_change, totals
 
 __all__ = ["notes", "render", "sections", "show"]
 
@@ -61,11 +61,8 @@ def _metrics(facts: Mapping[str, Any]) -> Section:
     rows = []
     for name, entry in (facts.get("metric") or {}).items():
         before, after = entry.get("before"), entry.get("after")
-        change = entry.get("difference")
-        if change is None and before is not None and after is not None:
-            change = after - before
         error = entry.get("standard_error")
-        paired = number(change, "+") + ("" if error is None else f" ± {number(error, digits=2)}")
+        paired = number(metric_change(entry), "+") + ("" if error is None else f" ± {number(error, digits=2)}")
         first = [number(dense["values"].get(name), digits=6)] if dense["values"] else []
         rows.append([name, *first, number(before, digits=6), number(after, digits=6), paired])
     figures = ["before", "after", "difference ± standard error"]
