@@ -64,7 +64,7 @@ def dense_step(hessian: Hessian, layers: Sequence[Layer]) -> tuple[Tensor | None
 
 
 def moved(W_RC: Tensor, step_CC: Tensor | None) -> Tensor:
-    """W + W S in the dtype of W; W itself where there is no step."""
+    """W + W S in the dtype of W; without a step W itself."""
     return W_RC if step_CC is None else torch.addmm(W_RC.float(), W_RC.float(), step_CC).to(W_RC.dtype)
 
 
