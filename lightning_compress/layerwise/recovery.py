@@ -24,11 +24,11 @@ from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.forward import gradients_for
 from lightning_compress.layers.matrix import as_matrix, parameter_of, write_matrix
 from lightning_compress.layerwise.parent import ParentCalls, Place, counted, first_tensor, record_calls
+from lightning_compress.layerwise.short_descent import set_rate, short_adam
 
 __all__ = ["Recovered", "Recovery", "parents_of"]
 
 HELD_OUT = 8  # one of so many batches
-BETAS = 0.9, 0.95  # a run has few steps
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class Recovery:
         training = [number for number in numbers if number not in held_out]
         if not training:
             raise ValueError("recovery needs at least two calibration batches, one of them held out; use smaller ones")
-        optimizer = torch.optim.Adam([weight.change_RC for weight in weights], lr=self.rate, betas=BETAS)
+        optimizer = short_adam([weight.change_RC for weight in weights], self.rate)
         errors = [self._error(state, calls, held_out)]
         best, changes = 0, [weight.change_RC.clone() for weight in weights]
         order, steps = torch.Generator().manual_seed(0), self.epochs * len(training)
         for step in range(steps):
             if step % len(training) == 0:
                 shuffled = torch.randperm(len(training), generator=order, device="cpu").tolist()
-            optimizer.param_groups[0]["lr"] = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            set_rate(optimizer, self.rate, step, steps)
             self._step(state, calls, training[shuffled[step % len(training)]], weights, optimizer)
             if (step + 1) % len(training) == 0:
                 errors.append(self._error(state, calls, held_out))

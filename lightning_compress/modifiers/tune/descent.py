@@ -1,7 +1,5 @@
 """Adam on the knobs, whole calibration batches at a time; of all epochs the best by batches that are held out.
 
-    rate of step k of K:  lr (1 + cos(pi k / K)) / 2        beta2 = 0.95: a run has few steps
-
 A step takes a group of batches in a fixed order. Each rank runs those that are its own, and gradients add up over
 ranks: the result does not depend on their number. After each epoch knobs and moments go to the log of the calibration.
 """
@@ -18,12 +16,12 @@ from torch import Tensor, nn
 from lightning_compress.core import State
 from lightning_compress.core.precision import model_precision
 from lightning_compress.layers.forward import gradients_for
+from lightning_compress.layerwise.short_descent import set_rate, short_adam
 from lightning_compress.modifiers.tune.knobs import Knob, gradients_to
 from lightning_compress.team import Team
 
 __all__ = ["Settings", "Tuned", "held_out_batches", "tune"]
 
-BETAS = 0.9, 0.95
 MOMENTS = "exp_avg", "exp_avg_sq"
 TITLE = "tuning"
 
@@ -93,8 +91,7 @@ def tune(
             shuffled = [training[i] for i in orders[epoch]]
             for group in range(groups):
                 state.interrupt()
-                progress = (epoch * groups + group) / (how.epochs * groups)
-                descent.optimizer.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
+                set_rate(descent.optimizer, how.rate, epoch * groups + group, how.epochs * groups)
                 _step(knobs, shuffled[group * how.accumulate :][: how.accumulate], loss, descent.optimizer, state.team)
             descent.note(_mean_loss(held_out, loss, state.team))
             state.store(TITLE, *descent.state())
@@ -109,7 +106,7 @@ class _Descent:
         self.knobs, self.tuned = knobs, Tuned()
         self.changes = [knob.change for knob in knobs]
         self.best = [change.clone() for change in self.changes]
-        self.optimizer = torch.optim.Adam(self.changes, lr=rate, betas=BETAS)
+        self.optimizer = short_adam(self.changes, rate)
 
     def note(self, loss: float) -> None:
         """An epoch has ended with this loss on the held-out batches."""
