@@ -1,16 +1,7 @@
 """Compression as a Lightning callback: the Trainer's hooks become events of the lifecycle.
 
-    event              emitted from
-    INITIALIZE         setup (stage fit); where the model is not built yet, right after configure_model
-    BATCH_START        on_train_batch_start
-    LOSS_CALCULATED    on_before_backward
-    OPTIM_PRE_STEP     on_before_optimizer_step, before gradients are clipped
-    OPTIM_POST_STEP    torch's step-post-hook of each optimizer: only steps that were made
-    BATCH_END          on_train_batch_end
-    TRAINING_END       on_train_end; on_fit_end where training was skipped and on_train_end never came
-    ..., FINALIZE      the same; CALIBRATION_START to CALIBRATION_END before it, where a modifier calibrates
-
-The work behind a hook is in training/: set_up.py, post_training.py, results.py, and what resumes a run.
+Which hook emits which event: docs/index.md, "The lifecycle". The work behind a hook is in training/: set_up.py,
+post_training.py, results.py, and what resumes a run.
 """
 
 from contextlib import ExitStack
