@@ -27,7 +27,7 @@ DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_d
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
 .PHONY: help demo test test-newest chaos fuzz test-kernels test-oldest-triton test-slow test-real test-browser test-slurm lint same-bytes house format clean
-.PHONY: coverage docs dist test-lowest
+.PHONY: coverage docs dist test-lowest picture
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -72,6 +72,10 @@ $(TRAINED): $(DEMO_SOURCES)
 	$(BIN)/python train.py +compress=$(RECIPE) hydra.run.dir=$(DEMO) $(ARGS)
 	@test -e $(DEMO)/compressed.ckpt
 	@touch $@
+
+picture: $(TRAINED)  ## docs/images/report.png: the page of the demo's model at 3 bits, as a browser draws it
+	$(BIN)/python train.py +compress=gptq_w3 train=false ckpt_path=$(DEMO)/checkpoints/best.ckpt hydra.run.dir=logs/picture
+	$(BIN)/python scripts/picture.py logs/picture/report/index.html docs/images/report.png
 
 include benchmarks/bench.mk
 include scripts/slurm/slurm.mk
