@@ -158,6 +158,8 @@ def stream_on_ranks(cfg: DictConfig, strategy: Any) -> dict[str, float]:
     recipe = {key: value for key, value in cfg.callbacks.compress.items() if key != "stream"}
     callback = hydra.utils.instantiate(recipe)
     modifiers, options = callback.lifecycle.modifiers, callback.options
+    if options.gates:
+        raise ValueError("gate and stream=true exclude each other: a model that is streamed is not measured")
     batches = None
     if any(modifier.needs.data for modifier in modifiers):
         data = hydra.utils.instantiate(cfg.data)

@@ -80,6 +80,7 @@ class CompressionCallback(Callback):
         verify: Whether plain transformers, in a process of its own, answers a batch from the exported folder as the
             model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
         resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
+        gate: Largest change of a metric by compression, such as ``{metric: val/loss, max_increase: 0.02}``.
         plan: True: print what the run would do and take, and end; ``compare``: go on, and show it in the report, too.
 
     Raises:
@@ -115,6 +116,7 @@ class CompressionCallback(Callback):
         verify: bool | str = "auto",
         resume: str = "auto",
         plan: bool | str = False,
+        gate: dict[str, Any] | list[dict[str, Any]] | None = None,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "modifiers", "recipe")}
         ordered, self.options = read_arguments(modifiers, recipe, arguments)
@@ -301,7 +303,7 @@ class CompressionCallback(Callback):
         post_training.write_results()
         if outputs is not None:
             self.run.preemption.checkpoints.supersede(outputs.checkpoint)
-        self.run.preemption.check()
+        post_training.end()
 
     def _post_training(
         self, trainer: Trainer, pl_module: LightningModule, event: Event, lifecycle: Lifecycle | None = None

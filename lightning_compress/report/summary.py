@@ -6,6 +6,7 @@
     recipe              name of the recipe, or the recipe itself
     metric              {name: {"before", "after", "difference", "standard_error"}}, the difference paired over tokens
     metric_dense        {"step", "values"}: the same metric before training began to compress, where it did
+    gate                [{"metric", "limit", "before", "after", "change", "standard_error", "held", "text", ...}]
     model_bytes_before  of the model with all its weights, before anything was cut
     model_bytes_after   of the weight files as written; without an export, of the weights at their bits
     seconds             {phase: seconds}

@@ -125,7 +125,7 @@ def _plan_and_fact(facts: Mapping[str, Any]) -> Section:
 
 def notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
     """Lines below the tables: flags, zeros, sizes, seconds, memory."""
-    lines = []
+    lines = [f"gate: {entry['text']}" for entry in facts.get("gate") or ()]
     for flag, modules in _flags(ledger).items():
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
         lines.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")

@@ -10,6 +10,7 @@ from lightning_compress.core.lifecycle import modifiers_in_order
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, check_resume
+from lightning_compress.training.gate import Gate, read_gates
 
 __all__ = ["CallbackOptions", "read_arguments"]
 
@@ -37,6 +38,7 @@ class CallbackOptions:
     verify: bool | Literal["auto"] = "auto"
     resume: Resume = "auto"
     plan: bool | Literal["compare"] = False
+    gate: dict[str, Any] | list[dict[str, Any]] | None = None
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +59,15 @@ class CallbackOptions:
             raise ValueError(f"plan={self.plan!r}: expected True, False or 'compare'")
         if self.verify not in ("auto", True, False):
             raise ValueError(f"verify={self.verify!r}: expected 'auto', True or False")
+        if self.gates and not self.evaluate:
+            raise ValueError(
+                f"gate of {self.gates[0].metric!r} needs the metric, which evaluate=False does not measure"
+            )
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The argument ``gate``, read."""
+        return read_gates(self.gate)
 
 
 def read_arguments(

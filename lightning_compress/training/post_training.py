@@ -34,6 +34,7 @@ from lightning_compress.training.best_weights import load_best, monitored_metric
 from lightning_compress.training.broadcast import beside_weights, mend, send_weights, share, ties, warn_of_workers
 from lightning_compress.training.compiled import reset_compiled
 from lightning_compress.training.evaluation import Measurement, batches_of, compare, evaluate
+from lightning_compress.training.gate import check_metrics, judge, raise_failures
 from lightning_compress.training.loaders import (
     calibration_batches,
     check_first_batch,
@@ -85,12 +86,14 @@ class PostTraining:
         with self._undisturbed(), ProgressReport(shown) as progress:
             self._load_best()
             before = self.measure("metric before", progress, may_end=True)
+            check_metrics(self.run.options.gates, list(before.values))
             with self.run.timed("calibration"):
                 self._end_training()
                 self._calibrate(self.lifecycle.after_training, progress)
             self.lifecycle.finalize(self.state)
             after = self.measure("metric after", progress, may_end=True)
             self.run.facts |= compare(before, after, self._summing_device)
+            self._judge(after)
         guard_save_pretrained(self.module)
         self.run.facts["beside_weights"] = beside_weights(self.module)
         warn_of_workers(self.trainer, self.module, ties_before)
@@ -101,15 +104,40 @@ class PostTraining:
         self.run.facts["leave_dense"] = _overrides(self.lifecycle.modifiers)
         Results(self.trainer, self.pl_module, self.state, self.run, self.event, self.clock_state, self.sample).write()
 
+    def end(self) -> None:
+        """After the results: leave where a signal came meanwhile, or fail where a gate does not hold."""
+        self.run.preemption.check()
+        if self.run.outputs is not None:
+            raise_failures(self.run.facts.get("gate", ()), str(self.run.outputs.report.parent))
+
+    def _judge(self, after: Measurement) -> None:
+        """The gates, on all ranks as on rank zero."""
+        facts, gates, dense = self.run.facts, self.run.options.gates, self.run.dense
+        if not gates:
+            return
+        stored = facts.get("metric_dense")  # of an earlier process, where a run is resumed: without tokens
+        dense = Measurement(stored["values"]) if dense is None and stored else dense
+        paired = compare(dense, after, self._summing_device)["metric"] if dense is not None else None
+        entries = judge(gates, facts["metric"], paired, stored["step"] if stored else None)
+        facts["gate"] = self.run.team.result(lambda: entries, "the gates")
+
     def measure_dense(self) -> None:
         """Before a window opens: the metric of the model as training has made it so far; every rank calls this."""
         with self._undisturbed():
-            values = self.measure("metric dense", ProgressReport(shown=False)).values
-        if values:
-            self.run.facts["metric_dense"] = {"step": self.event.global_step, "values": values}
+            dense = self.measure("metric dense", ProgressReport(shown=False))
+        if dense.values:
+            self.run.dense = dense
+            self.run.facts["metric_dense"] = {"step": self.event.global_step, "values": dense.values}
 
     def check_input(self, batch: Any) -> None:
-        """As the first training batch begins: ValueError where ``forward`` cannot take what will calibrate."""
+        """As the first training batch begins: ValueError where ``forward`` cannot take what will calibrate.
+
+        So it is where validation does not measure the metric of a gate; one batch of each loader shows that.
+        """
+        if gates := self.run.options.gates:
+            with self._undisturbed():
+                first = self.measure("check of the gates", ProgressReport(shown=False), batches=1)
+            check_metrics(gates, list(first.values))
         if any(m.needs.data for m in self.lifecycle.modifiers):
             self.run.team.result(lambda: self._check_input(batch), "checking the first calibration batch")
 
@@ -143,8 +171,15 @@ class PostTraining:
                 send_weights(self.run.team, self.pl_module)
             self.lifecycle.weights_loaded(states)
 
-    def measure(self, phase: str, progress: Callable[[str, int, int], None], *, may_end: bool = False) -> Measurement:
-        """The metric on the validation set; every rank calls this and measures its share.
+    def measure(
+        self,
+        phase: str,
+        progress: Callable[[str, int, int], None],
+        *,
+        may_end: bool = False,
+        batches: int | None = None,
+    ) -> Measurement:
+        """The metric on the validation set, at most ``batches`` of each loader; every rank measures its share.
 
         With ``may_end`` a signal ends the run between two batches.
         """
@@ -152,7 +187,7 @@ class PostTraining:
         if not options.evaluate:
             return Measurement()
         with self.run.timed(phase):
-            loaders, limits = validation_loaders(trainer, pl_module, options.eval_batches)
+            loaders, limits = validation_loaders(trainer, pl_module, batches or options.eval_batches)
             if may_end:
                 self.run.preemption.begin_measurement(limits)
 

@@ -30,6 +30,7 @@ from lightning_compress.quant.record import Quantized
 from lightning_compress.report import page, plots, summary, table
 from lightning_compress.resume.folder_log import remove as remove_log
 from lightning_compress.training.checks import tensor_bytes
+from lightning_compress.training.gate import gate_failures
 from lightning_compress.training.loaders import forward_of
 from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.random_state import undisturbed
@@ -147,9 +148,11 @@ class Results:
             self._log()
 
     def _export(self, folder: Path, stored: Stored) -> None:
-        origin = {"run": self.run.name, "clock": self.clock_state}
+        origin: dict[str, Any] = {"run": self.run.name, "clock": self.clock_state}
         if "SLURM_JOB_ID" in os.environ:  # an attempt without a checkpoint knows its run by it
             origin["job"] = os.environ["SLURM_JOB_ID"]
+        if failures := gate_failures(self.run.facts):
+            origin["gate"] = [entry["text"] for entry in failures]
         replaces = is_resumed(self.trainer) or origin_of(folder).get("run") == self.run.name
         tokenizers = processors(self.trainer, self.pl_module)
         try:
@@ -223,6 +226,8 @@ class Results:
         scalars |= {f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in self.run.seconds.items()}
         for name, entry in facts["metric"].items():
             scalars |= {f"{name}_before": entry["before"], f"{name}_after": entry["after"]}
+        if "gate" in facts:
+            scalars["gate_held"] = float(not gate_failures(facts))
         finite = {f"compress/{name}": value for name, value in scalars.items() if math.isfinite(value)}
         for logger in self.trainer.loggers:
             with _as_warning(f"the log of {type(logger).__name__}"):

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.resume.folder_log import remove as remove_log
 from lightning_compress.training import loader_states
+from lightning_compress.training.gate import judged_again, raise_failures
 from lightning_compress.training.random_state import LoadedRandomState
 from lightning_compress.training.run import Run
 from lightning_compress.training.saved_files import plain_file
@@ -142,11 +143,15 @@ def load_earlier_end(
         pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
         trainer.checkpoint_callback.best_model_path = str(path)
+    earlier: dict[str, Any] = checkpoint["callbacks"][key]
+    judged = earlier.get("facts", {}).get("gate", ())
+    raise_failures(judged_again(run.options.gates, judged), str(path.parent))
+    if any(not entry["held"] for entry in judged):
+        rank_zero_info("the gate holds by its present limits; report and manifest tell of the earlier ones")
     rank_zero_info(
         f"this run was compressed and exported before, into {outputs.export}: the model is now that of {path}, and "
         f"nothing is exported again (delete that file to compress and export again)"
     )
-    earlier: dict[str, Any] = checkpoint["callbacks"][key]
     return earlier
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_compress.team import Team
+from lightning_compress.training.evaluation import Measurement
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.preemption import Preemption
@@ -20,7 +21,7 @@ from lightning_compress.training.saved_files import SavedFiles
 __all__ = ["Run"]
 
 # facts that a resumed run cannot measure again, so that checkpoints carry them
-CARRIED_FACTS = ("model_bytes_before", "metric_dense", "batches_repeated_on_resume", "beside_weights")
+CARRIED_FACTS = ("model_bytes_before", "metric_dense", "batches_repeated_on_resume", "beside_weights", "gate")
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Run:
         preemption: What answers signals meanwhile.
         seconds: Seconds of each phase.
         facts: Facts for the report.
+        dense: What was measured before a window opened, in this process.
         loader_states: Where the training loaders of each rank stood in the checkpoint that was loaded.
     """
 
@@ -51,6 +53,7 @@ class Run:
     preemption: Preemption = field(default_factory=Preemption)
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    dense: Measurement | None = None
     loader_states: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, state: Mapping[str, Any]) -> None:
