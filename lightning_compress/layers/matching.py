@@ -18,7 +18,7 @@ __all__ = [
     "warn_of_left_out", "without_parallel",
 ]  # fmt: skip
 
-CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv1D")
+CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "Conv1D")
 Names = str | list[str]
 """The type of ``targets`` and ``ignore`` in every modifier: one entry, or several."""
 

@@ -1,7 +1,12 @@
 """The weight of a layer as a matrix, and its inputs as the rows that this matrix multiplies.
 
-The one file that knows how Linear, Conv1d, Conv2d and the Conv1D of Hugging Face's GPT-2 store their weight: all else
-sees W [R, C] and X [P, N, C] with y = x W^T.
+The one file that knows how Linear, convolutions (transposed ones too) and the Conv1D of Hugging Face's GPT-2 store
+their weight: all else sees W [R, C] and X [P, N, C] with y = x W^T.
+
+A transposed convolution adds W[:, :, k] x[i] to its output at o = i stride - padding + k dilation. It is the ordinary
+convolution, of stride 1 and with the kernel reversed, of an input with stride - 1 zeros after each value:
+
+    y[o] = sum_k W[:, :, k]^T z[o + padding - k dilation]        z[i stride] = x[i], 0 elsewhere
 
 An embedding (Embedding, EmbeddingBag) has a W too, with a row for each token, but multiplies nothing: a token selects
 its row, y = W[token]. Its error is the error of each row by itself: there are no inputs that weigh columns.
@@ -11,8 +16,10 @@ features), N tokens (a convolution: places of the window), P partitions (groups 
 own inputs; 1 for all others).
 """
 
-from collections.abc import Hashable, Mapping
-from typing import Any
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +28,49 @@ from torch import Tensor, nn
 from lightning_compress.layers.blank import is_blank
 from lightning_compress.layers.expert import ExpertLinear, tokens_of
 
-__all__ = ["CONVOLUTIONS", "as_matrix", "check_weights_work", "input_layout", "inputs_as_rows", "is_embedding",
-           "is_supported", "is_transposed", "only_input", "parameter_of", "partitions", "weight_of",
-           "write_matrix"]  # fmt: skip
+__all__ = ["CONVOLUTIONS", "SUPPORTED", "WeightLayout", "as_matrix", "check_weights_work", "input_layout",
+           "inputs_as_rows", "is_embedding", "is_supported", "is_transposed", "layout_of", "only_input", "parameter_of",
+           "partitions", "values_of_input", "weight_of", "write_matrix"]  # fmt: skip
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-SUPPORTED = "Linear, Conv1d, Conv2d and the Conv1D of transformers"
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, *TRANSPOSED)
+SUPPORTED = "Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d and the Conv1D of transformers"
+_Convolution = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How a layer stores its weight; gradients pass in both directions.
+
+    Args:
+        kind: ``rows``: [R, ...]. ``columns``: [C, R]. ``inputs``: [inputs, R / groups, kernel ...], as transposed
+            convolutions do.
+        groups: Of a transposed convolution.
+    """
+
+    kind: Literal["rows", "columns", "inputs"] = "rows"
+    groups: int = 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A tensor that is stored as the weight is, as [R, C]."""
+        if self.kind == "inputs":
+            return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+        return weight.t() if self.kind == "columns" else weight.flatten(1)
+
+    def stored(self, W_RC: Tensor, shape: Sequence[int]) -> Tensor:
+        """A matrix [R, C] as the layer stores it; ``shape`` is that of the weight."""
+        if self.kind == "inputs":
+            parts = W_RC.reshape(self.groups, shape[1], shape[0] // self.groups, *shape[2:])
+            return parts.transpose(1, 2).flatten(0, 1)
+        return W_RC.t() if self.kind == "columns" else W_RC.reshape(tuple(shape))
+
+
+def layout_of(module: nn.Module) -> WeightLayout:
+    """The layout of the weight of a module."""
+    if isinstance(module, TRANSPOSED):
+        return WeightLayout("inputs", module.groups)
+    return WeightLayout("columns" if is_transposed(module) else "rows")
 
 
 def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bool = False) -> None:
@@ -134,14 +177,14 @@ def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
     if like is not None and isinstance(module, ExpertLinear):
         like = module.slice_of(like)
     weight = weight_of(module) if like is None else like
-    return weight.t() if is_transposed(module) else weight.flatten(1)
+    return layout_of(module).matrix(weight)
 
 
 @torch.no_grad()
 def write_matrix(module: nn.Module, W_RC: Tensor) -> None:
     """Put a matrix [R, C] back as the weight, in place, in the weight's own dtype and layout."""
     weight = weight_of(module)
-    weight.copy_(W_RC.t() if is_transposed(module) else W_RC.reshape(weight.shape))
+    weight.copy_(layout_of(module).stored(W_RC, weight.shape))
 
 
 def partitions(module: nn.Module) -> int:
@@ -153,7 +196,7 @@ def input_layout(module: nn.Module) -> Hashable:
     """Modules of equal layout turn one input tensor into the same rows."""
     if isinstance(module, CONVOLUTIONS):
         window = (module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode)
-        return (type(module).__name__, module.groups, *window)
+        return (type(module).__name__, module.groups, *window, module.output_padding)
     return "features last"
 
 
@@ -181,6 +224,11 @@ def inputs_as_rows(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> 
     return _windows(module, x.detach())
 
 
+def values_of_input(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The values of an input for statistics of its range: :func:`inputs_as_rows`, without the zeros between values."""
+    return x.detach() if isinstance(module, TRANSPOSED) else inputs_as_rows(module, x, mask)
+
+
 def only_input(name: str, inputs: tuple[Any, ...]) -> Tensor:
     """The tensor among the positional arguments of a call, which hooks get.
 
@@ -194,24 +242,39 @@ def only_input(name: str, inputs: tuple[Any, ...]) -> Tensor:
     return inputs[0]
 
 
-def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def _windows(module: _Convolution, x: Tensor) -> Tensor:
     """[P, N, C] with N = batch x places of the window and C = channels of the partition x kernel."""
     spatial = len(module.kernel_size)
-    x = x[None] if x.ndim == spatial + 1 else x
+    x, stride = x[None] if x.ndim == spatial + 1 else x, module.stride
+    if isinstance(module, TRANSPOSED):
+        x, stride = _spread(x, stride), (1,) * spatial
     pads = _padding(module)
     if any(pads):
         x = F.pad(x, pads) if module.padding_mode == "zeros" else F.pad(x, pads, mode=module.padding_mode)
     x = x[:, :, None] if spatial == 1 else x  # a Conv1d is a Conv2d of height 1
-    flat = [(1, *v) if spatial == 1 else v for v in (module.kernel_size, module.dilation, module.stride)]
+    flat = [(1, *v) if spatial == 1 else v for v in (module.kernel_size, module.dilation, stride)]
     columns = F.unfold(x, flat[0], dilation=flat[1], stride=flat[2])  # [batch, channels * kernel, places]
+    if isinstance(module, TRANSPOSED):
+        columns = columns.unflatten(1, (-1, math.prod(module.kernel_size))).flip(2).flatten(1, 2)
     return columns.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
-    """(left, right) of each dimension, the last one first, as ``F.pad`` expects."""
+def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """x with stride - 1 zeros between neighbours of each spatial dimension."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    return spread
+
+
+def _padding(module: _Convolution) -> list[int]:
+    """(left, right) of each dimension, the last one first, as ``F.pad`` expects; negative ones cut."""
     pads: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
-        if module.padding == "same":
+        if isinstance(module, TRANSPOSED):
+            edge = module.dilation[axis] * (module.kernel_size[axis] - 1) - int(module.padding[axis])
+            pads += [edge, edge + module.output_padding[axis]]
+        elif module.padding == "same":
             total = module.dilation[axis] * (module.kernel_size[axis] - 1)
             pads += [total // 2, total - total // 2]
         else:

@@ -9,7 +9,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from lightning_compress.core import State
-from lightning_compress.layers.matrix import inputs_as_rows, is_embedding, write_matrix
+from lightning_compress.layers.matrix import is_embedding, values_of_input, write_matrix
 from lightning_compress.layerwise.layer import Layer, Solved
 from lightning_compress.layerwise.modifier import LayerwiseModifier
 from lightning_compress.pruning.arguments import share_of_zeros, zeros_stay
@@ -83,7 +83,7 @@ class LayerwiseQuantizer(QuantizationArguments, LayerwiseModifier):
         """Take an input into the observer of a static activation, where the layer has one."""
         if name in self._observers:
             try:
-                self._observers[name].update(inputs_as_rows(module, x, self.token_mask), self.batch_number)
+                self._observers[name].update(values_of_input(module, x, self.token_mask), self.batch_number)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from error
 

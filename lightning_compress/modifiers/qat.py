@@ -290,8 +290,7 @@ class QATModifier(QuantizationArguments, Modifier):
                 stacklevel=3,
             )
         else:
-            dense = original_weight(module)
-            W_RC = (dense.t() if fake.transposed else dense.flatten(1)).clone()
+            W_RC = fake.matrix(original_weight(module)).clone()
             quantized = finish(module, stays)
             Q_RC = as_matrix(module)
             error = weight_error(W_RC, Q_RC)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.layers.matching import Names, match_rank, select_weights, warn_of_left_out
-from lightning_compress.layers.matrix import as_matrix, check_weights_work, is_supported
+from lightning_compress.layers.matrix import SUPPORTED, as_matrix, check_weights_work, is_supported
 from lightning_compress.layers.tied_weights import check_unshared
 from lightning_compress.pruning.masks import check_columns, check_structure, n_of_m
 
@@ -105,7 +105,7 @@ class PruningArguments(BaseModel):
         check_weights_work(modules, "prune")
         if other := [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_supported(m)]:
             raise ValueError(
-                f"cannot prune {', '.join(other[:5])}: expected Linear, Conv1d, Conv2d or the Conv1D of transformers, "
+                f"cannot prune {', '.join(other[:5])}: expected {SUPPORTED}, "
                 f"with a plain weight (neither fake-quantized while training nor LoRA); add them to ignore"
             )
         check_columns({name: as_matrix(module).shape[1] for name, module in modules.items()}, self.mask_structure)

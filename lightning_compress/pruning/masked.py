@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.layers.expert import ExpertLinear
-from lightning_compress.layers.matrix import check_weights_work, is_transposed
+from lightning_compress.layers.matrix import check_weights_work, layout_of
 from lightning_compress.layers.sharded import full, sharded_like
 from lightning_compress.layers.tied_weights import check_unshared
 
@@ -189,8 +189,8 @@ class MaskedWeights:
 
 
 def _matrix(weight: Tensor, module: nn.Module) -> Tensor:
-    return weight.detach().t() if is_transposed(module) else weight.detach().flatten(1)
+    return layout_of(module).matrix(weight.detach())
 
 
 def _shaped(W_RC: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
-    return W_RC.t() if is_transposed(module) else W_RC.reshape(weight.shape)
+    return layout_of(module).stored(W_RC, weight.shape)

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_compress.layers.matrix import is_supported
+from lightning_compress.layers.matrix import CONVOLUTIONS, as_matrix, is_supported, write_matrix
 from lightning_compress.quant.record import Quantized
 
 __all__ = ["Folding", "find_foldings", "fold", "fold_all"]
-
-FEATURES_FIRST = (nn.Conv1d, nn.Conv2d)
 
 
 class Folding(NamedTuple):
@@ -88,10 +86,9 @@ def fold(layer: nn.Module, norm: _BatchNorm) -> None:
     scale_R = (var_R + norm.eps).rsqrt()
     if norm.affine:
         scale_R = scale_R * norm.weight.double()
-    weight, bias = layer.get_parameter("weight"), layer.bias
-    weight.copy_(weight.double() * scale_R.view(-1, *[1] * (weight.ndim - 1)))
-    if isinstance(bias, Tensor):
-        bias.copy_(bias.double() * scale_R)
+    write_matrix(layer, as_matrix(layer).double() * scale_R[:, None])
+    if isinstance(layer.bias, Tensor):
+        layer.bias.copy_(layer.bias.double() * scale_R)
     shift_R = -mean_R * scale_R
     if norm.affine:
         norm.bias.copy_(norm.bias.double() + shift_R)
@@ -130,7 +127,7 @@ def find_foldings(model: nn.Module) -> tuple[list[Folding], dict[str, str]]:
         elif len(before[name]) > 1:
             left[name] = "it is called several times"
         elif layer is None or not _folds_into(modules[layer], norm):
-            left[name] = "no Linear, Conv1d or Conv2d of its width comes right before it"
+            left[name] = "no Linear or convolution of its width comes right before it"
         elif norm.running_mean is None:
             left[name] = "it keeps no running statistics"
         elif uses > 1 or calls[layer] > 1:
@@ -142,8 +139,8 @@ def find_foldings(model: nn.Module) -> tuple[list[Folding], dict[str, str]]:
 
 def _folds_into(layer: nn.Module, norm: _BatchNorm) -> bool:
     """Whether the channels of the norm are the rows of the layer's weight."""
-    fits = isinstance(layer, FEATURES_FIRST) or (isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d))
-    return fits and is_supported(layer) and len(layer.get_parameter("weight")) == norm.num_features
+    fits = isinstance(layer, CONVOLUTIONS) or (isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d))
+    return fits and is_supported(layer) and len(as_matrix(layer)) == norm.num_features
 
 
 def _trace(

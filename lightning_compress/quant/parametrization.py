@@ -29,7 +29,7 @@ from lightning_compress.layers.dense_keys import (
 )
 from lightning_compress.layers.expert import owner_of
 from lightning_compress.layers.expert_slices import set_aside
-from lightning_compress.layers.matrix import as_matrix, is_transposed, write_matrix
+from lightning_compress.layers.matrix import as_matrix, layout_of, write_matrix
 from lightning_compress.layers.sharded import gathered, is_dtensor
 from lightning_compress.ops.fake_quant import learned_step, relative_step, replace_value, straight_through
 from lightning_compress.quant.fake_quant import codes_of, latent_of, wide
@@ -92,7 +92,7 @@ class FakeQuantize(nn.Module):
         W_RC = as_matrix(module)
         self.scheme, self.args, self.search = scheme, scheme.weights, search
         self.codes = codes_of(scheme.weights)
-        self.transposed = is_transposed(module)
+        self.layout = layout_of(module)
         self.active, self.frozen = False, False
         self.given = record is not None
         self.observing = gradient == "ste" and not self.given
@@ -126,7 +126,7 @@ class FakeQuantize(nn.Module):
             Q_RC = self._on_grid(straight_through, W_RC, *self.grid(W_RC))
             if self.change is not None and torch.is_grad_enabled():
                 Q_RC = Q_RC + 0 * self.change.sum()
-        return Q_RC.t().contiguous() if self.transposed else Q_RC.reshape(weight.shape)
+        return self.layout.stored(Q_RC, weight.shape).contiguous()
 
     def _on_grid(self, function: Any, W_RC: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The result of an op; scales of blocks are spread over rows, and the last blocks filled up."""
@@ -252,7 +252,7 @@ class FakeQuantize(nn.Module):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [R, C], with its gradient."""
-        return weight.t() if self.transposed else weight.flatten(1)
+        return self.layout.matrix(weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """A cast of the model to 16 bits casts the scales of weights that store them so, and no others."""

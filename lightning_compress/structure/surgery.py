@@ -221,6 +221,10 @@ def _sizes(module: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         groups = shape[0] if module.groups > 1 else 1  # depthwise: the graph refuses others
         return {"groups": groups, "out_channels": shape[0], "in_channels": shape[1] * groups}
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        depthwise = module.groups > 1
+        groups, outputs = (shape[0], shape[0]) if depthwise else (1, shape[1])
+        return {"groups": groups, "in_channels": shape[0], "out_channels": outputs}
     if isinstance(module, _NormBase):
         return {"num_features": shape[0]}
     if isinstance(module, nn.LayerNorm):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from lightning_compress.layers.matrix import (
     is_embedding,
     is_supported,
     partitions,
+    values_of_input,
     write_matrix,
 )
 
@@ -30,11 +33,19 @@ CONVS = [
     nn.Conv1d(4, 6, 3, stride=2, padding=1),
     nn.Conv1d(4, 6, 2, padding="same", dilation=3),
     nn.Conv1d(4, 6, 3, padding=2, padding_mode="reflect", groups=2),
+    nn.ConvTranspose2d(4, 6, 2, stride=2),  # of a UNet
+    nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), dilation=(1, 2)),
+    nn.ConvTranspose2d(4, 6, 3, stride=2, padding=2, groups=2),
+    nn.ConvTranspose2d(4, 8, 3, groups=4),  # depthwise
+    nn.ConvTranspose2d(4, 6, 1, padding=1),  # cuts the edge of its input
+    nn.ConvTranspose1d(4, 6, 4, stride=3, padding=1),
+    nn.ConvTranspose1d(4, 6, 3, stride=2, dilation=2, output_padding=1, groups=2),
 ]
+TRANSPOSED = [conv for conv in CONVS if conv.transposed]
 
 
 def inputs_of(module: nn.Module) -> torch.Tensor:
-    return torch.randn(3, 4, 11, 9) if isinstance(module, nn.Conv2d) else torch.randn(3, 4, 11)
+    return torch.randn(3, 4, 11, 9) if len(module.kernel_size) == 2 else torch.randn(3, 4, 11)
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=str)
@@ -57,7 +68,34 @@ def test_the_second_moment_is_the_gradient_of_the_energy(conv):
     ).square().sum().backward()
     H_PCC = inputs_as_rows(conv, x).mT @ inputs_as_rows(conv, x)
     expected = torch.cat([W @ H for W, H in zip(as_matrix(conv).chunk(P), H_PCC, strict=True)])
-    assert_close(weight.grad.flatten(1) / 2, expected, rtol=1e-4, atol=1e-3)
+    assert_close(as_matrix(conv, like=weight.grad) / 2, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("conv", TRANSPOSED, ids=str)
+def test_rows_of_a_transposed_convolution_are_those_of_its_linear_map(conv):
+    """The map as one large matrix, from basis inputs: entry (o, i) is the weight that joins them."""
+    shape = (4, 3, 3) if len(conv.kernel_size) == 2 else (4, 5)
+    with torch.no_grad():  # every weight is a number of its own
+        conv.weight.copy_(torch.randperm(conv.weight.numel()).view(conv.weight.shape) + 1.0)
+    basis = torch.eye(math.prod(shape)).view(-1, *shape)
+    columns = [F.conv_transpose2d, F.conv_transpose1d][len(shape) == 2](
+        basis, conv.weight, None, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+    ).flatten(2)  # [inputs, R, places]
+    x = torch.randn(shape)
+    W_RC, X_PNC = as_matrix(conv), inputs_as_rows(conv, x)
+    rows_in_part = len(W_RC) // partitions(conv)
+    for r in range(len(W_RC)):
+        for n in range(columns.shape[2]):
+            expected = {w: x.flatten()[i] for i, w in enumerate(columns[:, r, n].tolist()) if w}
+            row = zip(W_RC[r].tolist(), X_PNC[r // rows_in_part, n], strict=True)
+            assert {w: value for w, value in row if value} == expected
+
+
+@pytest.mark.parametrize("conv", TRANSPOSED, ids=str)
+def test_the_range_of_an_input_ignores_the_zeros_of_the_stride(conv):
+    x = inputs_of(conv).abs() + 1
+    assert torch.equal(values_of_input(conv, x), x)
+    assert inputs_as_rows(conv, x).min() == 0 or conv.kernel_size == (1, 1)
 
 
 def test_a_convolution_may_lack_the_batch():
@@ -72,7 +110,7 @@ def test_the_conv1d_of_transformers_is_a_transposed_linear():
     assert_close(inputs_as_rows(layer, x)[0] @ as_matrix(layer).t() + layer.bias, layer(x).reshape(10, 6))
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(4, 6), Conv1D(6, 4), *CONVS[:1], CONVS[-1]], ids=str)
+@pytest.mark.parametrize("layer", [nn.Linear(4, 6), Conv1D(6, 4), *CONVS[:1], *CONVS[-4:]], ids=str)
 def test_writing_back_what_was_read_changes_nothing(layer):
     before = layer.weight.detach().clone()
     W_RC = as_matrix(layer).clone()
@@ -105,12 +143,12 @@ def test_layouts_tell_windows_apart():
 
 
 def test_other_layers_are_refused():
-    assert not is_supported(nn.ConvTranspose2d(2, 3, 1))
+    assert not is_supported(nn.ConvTranspose3d(2, 3, 1))
     assert not is_supported(nn.Embedding(3, 4))  # a matrix, but one that multiplies nothing
     assert not is_embedding(nn.Linear(3, 4))
     assert not is_supported(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
     with pytest.raises(
-        ValueError, match="weight of a Bilinear as a matrix; expected Linear, Conv1d, Conv2d and the Conv1D of transf"
+        ValueError, match="weight of a Bilinear as a matrix; expected Linear, Conv1d, Conv2d, ConvTranspose1d, Conv"
     ):
         as_matrix(nn.Bilinear(3, 4, 5))
 

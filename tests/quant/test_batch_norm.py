@@ -76,6 +76,18 @@ def test_outputs_stay_and_the_right_pairs_are_found(remove):
         assert torch.equal(fresh(x), model(x))
 
 
+@pytest.mark.parametrize("remove", [False, True])
+def test_norms_after_transposed_convolutions(remove):
+    model = nn.Sequential(
+        nn.ConvTranspose2d(3, 4, 2, 2, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6),
+    )  # fmt: skip
+    model, x = lived(model, 8, 3, 6, 6), torch.randn(4, 3, 6, 6)
+    before = model(x)
+    assert [f.layer for f in fold_all(model, remove)] == ["0", "3"]
+    assert_close(model(x), before, rtol=0, atol=1e-5)
+
+
 def test_parts_of_a_model_that_cannot_be_traced():
     model, x = lived(Branching(), 8, 2, 9), torch.randn(3, 2, 9)
     before = model(x)
@@ -113,9 +125,9 @@ class Twice(nn.Module):
     [
         (Twice(layer=True), "the output of 'conv' is used elsewhere too"),
         (Twice(layer=False), "it is called several times"),
-        (nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.BatchNorm1d(4)), "no Linear, Conv1d or Conv2d of its width"),
-        (nn.Sequential(nn.ConvTranspose1d(2, 4, 1), nn.BatchNorm1d(4)), "no Linear, Conv1d or Conv2d of its width"),
-        (nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(3)), "no Linear, Conv1d or Conv2d of its width"),
+        (nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.BatchNorm1d(4)), "no Linear or convolution of its width"),
+        (nn.Sequential(nn.ConvTranspose3d(2, 4, 1), nn.BatchNorm3d(4)), "no Linear or convolution of its width"),
+        (nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(3)), "no Linear or convolution of its width"),
         (nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4, track_running_stats=False)), "no running statistics"),
         (nn.Sequential(nn.Linear(2, 2)), "Sequential has none"),
     ],

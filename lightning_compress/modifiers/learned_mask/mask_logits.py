@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers.dense_keys import parametrization_of
-from lightning_compress.layers.matrix import is_transposed
+from lightning_compress.layers.matrix import layout_of
 from lightning_compress.modifiers.learned_mask.gumbel import gumbel, hard_mask, soft_mask
 
 __all__ = ["MaskLogits", "logits_of", "noise_seed", "other_parametrizations"]
@@ -25,7 +25,7 @@ class MaskLogits(nn.Module):
     def __init__(self, module: nn.Module, S_KM: Tensor, logits: Tensor):
         super().__init__()
         self.logits = nn.Parameter(logits)
-        self.S_KM, self.transposed = S_KM, is_transposed(module)
+        self.S_KM, self.layout = S_KM, layout_of(module)
         self.active = False
         self.in_batch = False  # inside a training batch, also in passes without gradients
         # tensors: new numbers would be compiled anew in each step
@@ -55,8 +55,7 @@ class MaskLogits(nn.Module):
         return hard_mask(self.logits.detach(), self.S_KM)
 
     def like(self, mask_RC: Tensor, weight: Tensor) -> Tensor:
-        mask = mask_RC.t() if self.transposed else mask_RC.reshape(weight.shape)
-        return mask.to(weight.dtype)
+        return self.layout.stored(mask_RC, weight.shape).to(weight.dtype)
 
     @torch.compiler.disable  # a generator cannot be traced
     def _noise(self) -> Tensor:

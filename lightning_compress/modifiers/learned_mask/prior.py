@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_compress.layers.matrix import is_transposed
+from lightning_compress.layers.matrix import layout_of
 from lightning_compress.pruning.masked import MaskedWeights
 
 __all__ = ["read_weights"]
@@ -32,7 +32,7 @@ def read_weights(path: Path, weights: MaskedWeights) -> dict[str, Tensor]:
                     f"{', '.join(sorted(names)[:3])}: give a dense-format model with the names of this one"
                 )
             weight = file_.get_tensor(f"{name}.weight")
-            matrix = weight.t() if is_transposed(weights.modules[name]) else weight.flatten(1)
+            matrix = layout_of(weights.modules[name]).matrix(weight)
             if matrix.shape != W_RC.shape:
                 raise ValueError(
                     f"prior={str(path)!r}: {name}.weight is {tuple(matrix.shape)} as a matrix, and in this model "

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.layers.matching import Names, select, shortlist
 from lightning_compress.layers.split_experts import fused_experts
+from lightning_compress.modifiers.structured.graph import CONVS
 from lightning_compress.modifiers.structured.unit_statistics import Importance
 from lightning_compress.pruning.schedules import Schedule, progress, value_at
 from lightning_compress.structure.blocks import find_heads, find_mlps
@@ -55,7 +56,7 @@ class StructuredArguments(Modifier):
             self._kind = "mlp" if is_transformers(model) or find_mlps(model) else "channels"
 
     def channel_targets(self, model: nn.Module) -> dict[str, nn.Module]:
-        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        kinds = (nn.Linear, *CONVS)
         kinds_in_model = [kind.__name__ for kind in kinds if any(isinstance(m, kind) for m in model.modules())]
         layers = select(model, self.targets or kinds_in_model or ["Linear"], self.ignore)
         if wrong := [f"{n} ({type(m).__name__})" for n, m in layers.items() if not isinstance(m, kinds)]:

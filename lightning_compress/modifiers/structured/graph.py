@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_compress.layers.forward import gradients_for
 from lightning_compress.structure.groups import Group, Slice
 
-__all__ = ["check_installed", "find_channels", "output_size"]
+__all__ = ["CONVS", "check_installed", "find_channels", "output_size"]
 
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weight [inputs, outputs, ...]
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def check_installed() -> Any:
@@ -90,6 +91,7 @@ def _groups(
             outputs.append(name)  # some of its channels leave the model
             continue
         slices: list[Slice] = []
+        makers = _makers(graph, items, names)
         for item in items:
             dep, indices = item.dep, torch.tensor(item.idxs, dtype=torch.int64, device="cpu")
             layer = dep.target.module
@@ -104,7 +106,7 @@ def _groups(
                 covered.add(path)
             roots = torch.tensor(item.root_idxs, dtype=torch.int64, device="cpu")
             index = _by_unit(indices, roots, size, path, name)
-            slices += _slices(path, layer, index, out)
+            slices += _slices(path, layer, index, out, makers)
         groups.append(Group(name, size, tuple(slices)))
     return groups, outputs
 
@@ -122,8 +124,14 @@ def _by_unit(indices: Tensor, roots: Tensor, size: int, path: str, maker: str) -
     return indices[order].view(size, -1)
 
 
-def _slices(path: str, layer: Any, index: Tensor, out: bool) -> list[Slice]:
-    """The tensors of one layer that shrink."""
+def _makers(graph: Any, items: Any, names: Mapping[nn.Module, str]) -> str:
+    """The layers that compute the channels of a group, for messages."""
+    layers = [i.dep.target.module for i in items if graph.is_out_channel_pruning_fn(i.dep.handler)]
+    return ", ".join(dict.fromkeys(repr(names[m]) for m in layers if isinstance(m, (nn.Linear, *CONVS))))
+
+
+def _slices(path: str, layer: Any, index: Tensor, out: bool, makers: str) -> list[Slice]:
+    """The tensors of one layer that shrink; ``makers``: the layers that compute these channels."""
     if isinstance(layer, nn.Parameter):
         sides = [i for i, side in enumerate(layer.shape) if side > 1]
         return [Slice(path, sides[-1], index)] if sides else []
@@ -131,10 +139,12 @@ def _slices(path: str, layer: Any, index: Tensor, out: bool) -> list[Slice]:
     if isinstance(layer, CONVS) and layer.groups > 1:
         if not layer.groups == layer.in_channels == layer.out_channels:
             raise ValueError(
-                f"cannot prune through {path!r}: a convolution with groups={layer.groups} that is not depthwise; add "
-                f"the layer before it, and it, to ignore"
+                f"cannot prune through {path!r}: a convolution with groups={layer.groups} that is not "
+                f"depthwise; add the layers whose channels these are to ignore: {makers}"
             )
         tensors = [("weight", 0), ("bias", 0)]
+    elif isinstance(layer, TRANSPOSED):
+        tensors = [("weight", 1), ("bias", 0)] if out else [("weight", 0)]
     elif isinstance(layer, (nn.Linear, *CONVS)):
         tensors = [("weight", 0), ("bias", 0)] if out else [("weight", 1)]
     elif isinstance(layer, _NormBase):
@@ -149,7 +159,8 @@ def _slices(path: str, layer: Any, index: Tensor, out: bool) -> list[Slice]:
         return []
     else:
         raise ValueError(
-            f"cannot prune through {path!r}, a {type(layer).__name__}: add the layers whose channels it reads to ignore"
+            f"cannot prune through {path!r}, a {type(layer).__name__}: add the layers whose channels it reads to "
+            f"ignore: {makers}"
         )
     consumer = not out and isinstance(layer, (nn.Linear, *CONVS))
     return [

@@ -25,7 +25,7 @@ from lightning_compress.core.precision import model_precision
 from lightning_compress.core.state import State
 from lightning_compress.layers.matching import listed
 from lightning_compress.modifiers.structured.arguments import UNITS, StructuredArguments
-from lightning_compress.modifiers.structured.graph import check_installed, find_channels, output_size
+from lightning_compress.modifiers.structured.graph import CONVS, check_installed, find_channels, output_size
 from lightning_compress.modifiers.structured.trial import check_cut
 from lightning_compress.modifiers.structured.unit_statistics import UnitStatistics
 from lightning_compress.pruning.importance import input_energy, strongest
@@ -193,7 +193,7 @@ class StructuredPruningModifier(StructuredArguments):
     def _add_energy(self, name: str, i: int, module: nn.Module, args: Any) -> None:
         if self.start is not None and not self._in_batch:  # validation
             return
-        channel_dim = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
+        channel_dim = 1 if isinstance(module, CONVS) else -1
         energy, tokens = input_energy(args[0], channel_dim, self._groups[name].slices[i].index, self.token_mask)
         self._statistics.add(name, energy, tokens)
 
