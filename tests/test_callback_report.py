@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import CompressionCallback, MagnitudePruningModifier, QuantizationModifier
+from lightning_compress import (
+    CompressionCallback,
+    LearnedMaskModifier,
+    MagnitudePruningModifier,
+    QATModifier,
+    QuantizationModifier,
+)
 from lightning_compress import StructuredPruningModifier as Structured
 
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
@@ -75,6 +81,31 @@ def test_measuring_the_dense_model_changes_no_bit_of_training(tmp_path):
     )  # fmt: skip
     trainer.fit(other, DATA, DATA)
     assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("start", [0, 4], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda start: QATModifier(targets=["Linear"], scheme="W2A16", group_size=16, start=start),
+        lambda start: QATModifier(targets=["Linear"], scheme="W8A8", start=start, gradient="lsq"),
+        lambda start: LearnedMaskModifier(targets=["0"], start=start, end=6),
+    ],
+    ids=["qat", "qat with inputs", "learned mask"],
+)
+def test_the_dense_model_is_measured_without_what_acts_since_set_up(tmp_path, kind, start):
+    _, summary = fit(tmp_path, kind(start))
+    _, other = fit(tmp_path / "dense", MagnitudePruningModifier(final_sparsity=0.9, start=start, end=6))
+    assert summary["metric_dense"] == other["metric_dense"]
+    assert summary["metric_dense"]["step"] == start
+
+
+def test_of_a_model_that_was_cut_at_set_up_no_dense_metric_is_told(tmp_path):
+    pytest.importorskip("torch_pruning")
+    cut = Structured(dimension="channels", ratio=0.5, start=0, input_shape=[16], ignore=["2"])
+    _, summary = fit(tmp_path, cut)
+    assert "metric_dense" not in summary
+    assert "val/loss" in summary["metric"]
 
 
 def test_what_acts_after_training_needs_no_third_measurement(tmp_path):

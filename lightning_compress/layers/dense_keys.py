@@ -4,6 +4,8 @@ Other parameters of a parametrization (learned scales, logits of masks) are for 
 parametrization on keeps them in its own state.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,8 @@ from torch.nn.utils import parametrize
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.expert_slices import put_on_expert, restore_experts, set_aside, take_off_expert
 
-__all__ = ["ORIGINAL", "original_weight", "parametrization_of", "put_on", "remove_hook", "take_off", "unparametrize"]
+__all__ = ["ORIGINAL", "inactive", "original_weight", "parametrization_of", "put_on", "remove_hook", "take_off",
+           "unparametrize"]  # fmt: skip
 
 ORIGINAL, PARTS = "parametrizations.weight.original", "parametrizations.weight."
 P = TypeVar("P", bound=nn.Module)
@@ -43,6 +46,19 @@ def original_weight(module: nn.Module) -> Tensor:
     if isinstance(module, ExpertLinear):
         return module.slice_of(module.whole).detach()
     return module.get_parameter(ORIGINAL).detach()
+
+
+@contextmanager
+def inactive(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes with its dense weights: parametrizations that are ``active`` let them pass."""
+    parametrizations = [module for module in model.modules() if getattr(module, "active", None) is True]
+    for parametrization in parametrizations:
+        parametrization.active = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for parametrization in parametrizations:
+            parametrization.active = True  # type: ignore[assignment]
 
 
 @torch.no_grad()

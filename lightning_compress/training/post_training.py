@@ -27,8 +27,10 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.export.guard import guard_save_pretrained
+from lightning_compress.layers.dense_keys import inactive
 from lightning_compress.layers.matching import listed
 from lightning_compress.resume.folder_log import opened, unable
+from lightning_compress.structure.surgery import record_of
 from lightning_compress.team import Team
 from lightning_compress.training.best_weights import load_best, monitored_metric
 from lightning_compress.training.broadcast import beside_weights, mend, send_weights, share, ties, warn_of_workers
@@ -122,8 +124,14 @@ class PostTraining:
         facts["gate"] = self.run.team.result(lambda: entries, "the gates")
 
     def measure_dense(self) -> None:
-        """Before a window opens: the metric of the model as training has made it so far; every rank calls this."""
-        with self._undisturbed():
+        """Before a window opens: the metric of the model as training has made it so far; every rank calls this.
+
+        A window that begins with training is open since set-up: here parametrizations let the dense weights pass. Of a
+        model that was cut by then, the dense one is gone.
+        """
+        if self.event.global_step == 0 and record_of(self.module):
+            return rank_zero_info("the model was cut at set-up: the metric of the dense model is not measured")
+        with self._undisturbed(), inactive(self.module):
             dense = self.measure("metric dense", ProgressReport(shown=False))
         if dense.values:
             self.run.dense = dense
