@@ -9,7 +9,7 @@ The shards become the export when the last one is written, and a killed run goes
 Tensors and other files are those of ``save(model, target, tokenizer=..., recipe=...)`` after ``compress(model, ...)``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -39,11 +39,15 @@ from lightning_compress.resume.export_log import ExportLog
 from lightning_compress.resume.folder_log import Resume, check_resume
 from lightning_compress.team import Team
 
-__all__ = ["compress_folder"]
+__all__ = ["WholeModelNeeded", "compress_folder"]
 
 MAPPED = 2**23  # bytes; pieces of memory above it go back to the system when they are freed
 REUSED = 2**26  # bytes of the heap that rounding without data uses again, layer after layer: a third less CPU time
 IN_MEMORY = "compress the model in memory, with lightning_compress.compress, then save it"
+
+
+class WholeModelNeeded(ValueError):
+    """The model or the recipe does not work block by block, while ``compress`` in memory may take it."""
 
 
 def compress_folder(
@@ -57,6 +61,7 @@ def compress_folder(
     memory: int | str | None = None,
     overwrite: bool = False,
     resume: Resume = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
     team: Team = Team(),  # noqa: B008  (frozen)
 ) -> Ledger:
     """Compress a model of transformers from folder to folder, with one block in memory at a time.
@@ -73,6 +78,7 @@ def compress_folder(
         overwrite: Replace an earlier export of that name.
         resume: ``auto``: after a kill the same call goes on after the last block that it wrote, with the same result.
             ``must``: there must be such blocks. ``never``: begin anew.
+        progress: Called with a text, the number of finished blocks and the number of all blocks.
         team: With ``Team.of_processes()`` the processes of the default group work together, each calls this with the
             same arguments, and the files are those of one process. On batches they share the batches; without batches
             they share the blocks. ``target`` lies on a file system that all of them see.
@@ -81,8 +87,9 @@ def compress_folder(
         The ledger: a row for each module and technique.
 
     Raises:
-        ValueError: The folder is not such a model, its blocks are not one chain, a modifier needs the whole model, a
-            killed run had another recipe, model or data, or what ``compress`` and ``save`` refuse.
+        ValueError: The folder is not such a model, its blocks are not one chain, a killed run had another recipe, model
+            or data, or what ``compress`` and ``save`` refuse.
+        WholeModelNeeded: A modifier or the model needs the whole model in memory; a ValueError, before any work.
     """
     check_resume(resume)
     source = Path(source).expanduser().resolve()
@@ -108,7 +115,7 @@ def compress_folder(
             heap = small_heap(keep=REUSED) if shares else small_heap(MAPPED)
             with heap, all_events(lifecycle, state, options.seed):
                 residence = OnDisk(files.read, exact_device(options.device), log.elsewhere)
-                calibrate(lifecycle, state, batches, options, residence=residence, log=log)
+                calibrate(lifecycle, state, batches, options, progress=progress, residence=residence, log=log)
             team.result(partial(log.finish, processors), "writing the export")
         finally:
             log.close()
@@ -129,7 +136,7 @@ def _told_to(team: Team) -> Iterator[None]:
 
 
 def _check_modifiers(modifiers: Sequence[Modifier]) -> None:
-    """ValueError for modifiers that do not work block by block."""
+    """WholeModelNeeded for modifiers that do not work block by block."""
     for modifier in modifiers:
         needs, reason = modifier.needs, None
         if modifier.start is not None or needs.hand_over or not (needs.calibration or modifier.handles_training_end):
@@ -139,27 +146,27 @@ def _check_modifiers(modifiers: Sequence[Modifier]) -> None:
         elif modifier.handles_training_end or needs.changes_shapes or needs.after_walk:
             reason = "acts on the whole model at once"
         if reason is not None:
-            raise ValueError(
+            raise WholeModelNeeded(
                 f"{modifier.name} {reason}, so that it cannot work on one block after another; leave it out, or "
                 f"{IN_MEMORY}"
             )
 
 
 def _check_model(source: Path, model: Any, files: TensorFolder, blocks: Mapping[str, nn.Module]) -> Mapping[str, str]:
-    """ValueError for models that cannot be compressed block by block; returns the names of their tensors on disk."""
+    """The names of the tensors of a model on disk; WholeModelNeeded where it cannot be compressed block by block."""
     kind = type(model).__name__
     if not blocks:
-        raise ValueError(f"{source}: no repeated blocks in {kind}; name them with blocks=[...], or {IN_MEMORY}")
+        raise WholeModelNeeded(f"{source}: no repeated blocks in {kind}; name them with blocks=[...], or {IN_MEMORY}")
     if experts := fused_experts(model):
-        raise ValueError(f"{source}: {next(iter(experts))!r} holds all its experts in one tensor; {IN_MEMORY}")
+        raise WholeModelNeeded(f"{source}: {next(iter(experts))!r} holds all its experts in one tensor; {IN_MEMORY}")
     for owners in owners_of(model).values():
         groups = {next((block for block in blocks if name.startswith(f"{block}.")), "") for name in owners}
         if len(groups) > 1:
-            raise ValueError(f"{source}: {' and '.join(owners)} share a weight, in different blocks; {IN_MEMORY}")
+            raise WholeModelNeeded(f"{source}: {' and '.join(owners)} share a weight, in different blocks; {IN_MEMORY}")
     try:
         names = hugging_face.saved_names(model)
     except Exception as error:  # conversions of weights that are not there
-        raise ValueError(
+        raise WholeModelNeeded(
             f"{source}: the names of the weights of {kind} cannot be told: {error}; {IN_MEMORY}"
         ) from error
     renamed = {name: on_disk for on_disk, name in names.items() if name != on_disk}
@@ -167,14 +174,14 @@ def _check_model(source: Path, model: Any, files: TensorFolder, blocks: Mapping[
         example = (
             f"{next(iter(renamed))!r} is {next(iter(renamed.values()))!r}" if renamed else f"{missing[0]!r} is absent"
         )
-        raise ValueError(
+        raise WholeModelNeeded(
             f"{source}: the tensors of {kind} have other names or parts in its files ({example}); {IN_MEMORY}"
         )
     state = model.state_dict(keep_vars=True)
     for name in state.keys() & files.files.keys() - names.keys():
         other = next((n for n in names if state[n] is state[name]), None)
         if other is not None and not torch.equal(files.read(name), files.read(other)):
-            raise ValueError(
+            raise WholeModelNeeded(
                 f"{source}: {name!r} and {other!r} are one weight in {kind}, and two in its files; {IN_MEMORY}"
             )
     return names

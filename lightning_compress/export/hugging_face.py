@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "add_names_on_disk", "build", "change_json", "dense_config", "example_of", "is_transformers", "names_on_disk",
-    "no_progress_bar", "on_meta", "processors", "saved_names", "skeleton", "write", "write_configs",
+    "add_names_on_disk", "build", "change_json", "dense_config", "dense_model", "example_of", "is_transformers",
+    "names_on_disk", "no_progress_bar", "on_meta", "processors", "saved_names", "skeleton", "write", "write_configs",
 ]  # fmt: skip
 
 COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")  # keys of a config whose numbers become modules
@@ -177,6 +177,26 @@ def on_meta(folder: Path, tensors: int, dtype: torch.dtype) -> "PreTrainedModel"
     model.initialize_weights()
     _add_generation_config(model, folder)
     return model.eval()
+
+
+def dense_model(folder: Path, dtype: torch.dtype | None = None) -> "PreTrainedModel":
+    """The model of a folder in safetensors files, in evaluation mode; code in the folder is not run.
+
+    Raises:
+        ValueError: It is quantized, not a model that transformers has, or its files do not fill the model.
+    """
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise ValueError(f"{folder} is quantized already: start from the folder of the dense model")
+    layout = skeleton(folder, config, len(TensorFolder(folder).files), dtype)
+    with naming(folder / "config.json"), no_progress_bar():
+        model, info = type(layout).from_pretrained(
+            folder, dtype=layout.config.dtype or "auto", use_safetensors=True, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}")
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def processors(folder: Path) -> list[Any]:

@@ -22,7 +22,7 @@ from lightning_compress.export.experts import installed
 from lightning_compress.layers.forward import eval_mode
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 
-__all__ = ["answers", "is_wanted", "recorded_call"]
+__all__ = ["answers", "is_wanted", "largest", "recorded_call"]
 
 TOLERANCE = 0.02  # of the logits' norm; bfloat16 on two devices differs by less, random experts by about 1
 SECONDS = 600
@@ -108,7 +108,7 @@ def _difference(model: nn.Module, folder: Path, call: Mapping[str, Any]) -> floa
     Raises:
         ValueError: The folder does not load, or not with these inputs; holds the message of the loader.
     """
-    expected, key = _largest(call["output"])
+    expected, key = largest(call["output"])
     tensors = {name: value.cpu().contiguous() for name, value in call.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in call.items() if name != "output" and name not in tensors}
     with tempfile.TemporaryDirectory() as work:
@@ -131,7 +131,7 @@ def _difference(model: nn.Module, folder: Path, call: Mapping[str, Any]) -> floa
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _largest(output: Any) -> tuple[Tensor, str]:
+def largest(output: Any) -> tuple[Tensor, str]:
     """The largest tensor of floats among the outputs, such as the logits, and its name."""
     if not isinstance(output, Mapping):
         raise ValueError(f"the model returns a {type(output).__name__}, expected outputs of transformers, by name")

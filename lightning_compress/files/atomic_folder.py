@@ -21,7 +21,7 @@ from typing import Any
 
 from lightning_compress.files.leftovers import fsync, partial_path, remove_leftovers
 
-__all__ = ["MANIFEST", "check_target", "origin_of", "swap_in", "whole_folder"]
+__all__ = ["MANIFEST", "check_target", "files_and_manifest", "origin_of", "swap_in", "whole_folder"]
 
 MANIFEST = "export_manifest.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -57,6 +57,11 @@ def check_target(folder: str | Path, *, overwrite: bool = False, run: str | None
 def origin_of(folder: Path) -> dict[str, Any]:
     """The origin in the manifest of a folder; empty without one."""
     return _manifest(folder).get("origin") or {}
+
+
+def files_and_manifest(folder: Path) -> tuple[set[str], set[str]]:
+    """The files in a folder but for the manifest, and those that the manifest lists; none where it is not there."""
+    return _files(folder) - {MANIFEST}, set(_manifest(folder).get("files", ()))
 
 
 @contextmanager

@@ -7,12 +7,13 @@ a walk in lockstep over 571 MiB of weights another 390 MiB were resident that no
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["GrowthRelease", "bytes_of", "release", "resident", "small_heap"]
+__all__ = ["GrowthRelease", "bytes_of", "peak_memory_bytes", "release", "resident", "small_heap"]
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
          "TIB": 2**40}  # fmt: skip
@@ -91,3 +92,13 @@ def bytes_of(limit: int | str, name: str = "memory_limit") -> int:
     if match is None or factor is None:
         raise ValueError(f"{name}={limit!r}: expected bytes, as a number or such as '300MB' or '2GiB'")
     return int(float(match[1]) * factor)
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of the process in bytes; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -29,6 +29,7 @@ from lightning_compress.core.state import State
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.layers.dense_keys import inactive
 from lightning_compress.layers.matching import listed
+from lightning_compress.report.progress import ProgressReport
 from lightning_compress.resume.folder_log import opened, unable
 from lightning_compress.structure.surgery import record_of
 from lightning_compress.team import Team
@@ -44,7 +45,6 @@ from lightning_compress.training.loaders import (
     to_device,
     validation_loaders,
 )
-from lightning_compress.training.progress import ProgressReport
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run

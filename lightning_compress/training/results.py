@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from lightning_compress.export.hugging_face import is_transformers
 from lightning_compress.export.save import save
 from lightning_compress.export.sharded import gathered_on
 from lightning_compress.files.atomic_folder import origin_of
+from lightning_compress.layers.memory import peak_memory_bytes
 from lightning_compress.quant.record import Quantized
 from lightning_compress.report import page, plots, summary, table
 from lightning_compress.resume.folder_log import remove as remove_log
@@ -233,16 +233,6 @@ class Results:
             with _as_warning(f"the log of {type(logger).__name__}"):
                 logger.log_metrics(finite, step=self.trainer.global_step)
                 logger.save()
-
-
-def peak_memory_bytes() -> int | None:
-    """Peak resident memory of the process in bytes; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 @contextmanager

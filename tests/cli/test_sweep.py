@@ -1,7 +1,4 @@
-"""The console command: exit codes, and what it prints."""
-
-import subprocess
-import sys
+"""``lightning-compress sweep``: exit codes, and what it prints."""
 
 import pytest
 
@@ -34,10 +31,3 @@ def test_another_metric_and_direction(folder, capsys):
 def test_a_folder_that_does_not_exist_is_exit_code_2(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "x")]) == 2
     assert f"lightning-compress: {tmp_path / 'x'} is not a folder" in capsys.readouterr().err
-
-
-def test_help_needs_no_torch():
-    code = "import sys; from lightning_compress import cli; print('torch' in sys.modules); cli.main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("False\nusage: lightning-compress [-h] COMMAND ...\n")
-    assert "sweep     one table and one figure of a sweep" in done.stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_compress.training.progress import ProgressReport
+from lightning_compress.report.progress import ProgressReport
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,7 +148,7 @@ def test_log_lines_go_above_the_bar_and_the_handler_gets_its_stream_back():
 def test_ten_thousand_updates_on_a_terminal_are_drawn_a_few_times():
     script = """
     import time
-    from lightning_compress.training.progress import ProgressReport
+    from lightning_compress.report.progress import ProgressReport
     began = time.process_time()
     with ProgressReport(True) as progress:
         for i in range(10_000):
