@@ -26,7 +26,7 @@ TRAINED := $(DEMO)/.trained
 DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_demo.yaml conf/data/stdlib.yaml \
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
-.PHONY: help demo test test-newest chaos fuzz test-kernels test-oldest-triton test-slow test-real test-browser test-slurm lint same-bytes house format clean
+.PHONY: help demo test test-newest chaos fuzz test-kernels test-oldest-triton test-slow test-real test-browser test-trackers test-slurm lint same-bytes house format clean
 .PHONY: coverage docs dist test-lowest picture
 
 help:  ## this list
@@ -87,7 +87,7 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
 
 # Kernels twice: compiled, with all the others; and in Triton's interpreter, which must be chosen before Triton is imported.
-HERE := -m "not (slow or real or slurm or gpu or browser)"
+HERE := -m "not (slow or real or slurm or gpu or browser or trackers)"
 test: $(READY)  ## the tests that need no GPU, no cluster and no download
 	$(TEST) $(PARALLEL) $(HERE) $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) tests/ops -k interpreted
@@ -130,6 +130,11 @@ test-real: $(READY)  ## the tests on real models and texts, made as benchmarks/ 
 
 test-browser: $(READY)  ## the tests that look at pages in a headless Chromium
 	$(TEST) -m browser $(ARGS)
+
+# Their packages bring 30 others, which no other test needs.
+test-trackers: $(READY)  ## the tests of W&B (offline) and MLflow (in files); installs the extra "trackers"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trackers]'
+	$(TEST) -m trackers $(ARGS)
 
 test-slurm: $(READY)  ## the tests that need a Slurm cluster
 	$(TEST) -m slurm --timeout=1800 $(ARGS)

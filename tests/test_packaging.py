@@ -197,7 +197,7 @@ def test_the_wheel_names_its_licence_its_plugin_and_its_python(wheel: Path) -> N
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    for extra in ("hf", "plot", "slurm", "loaders", "sweep", "dev", "docs"):
+    for extra in ("hf", "plot", "slurm", "loaders", "trackers", "sweep", "dev", "docs"):
         assert f"Provides-Extra: {extra}" in metadata
     entry_points = archive.read(f"{info}/entry_points.txt").decode()
     assert "[hydra.plugins]" in entry_points

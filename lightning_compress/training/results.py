@@ -1,6 +1,5 @@
 """What a run leaves behind: ``compressed.ckpt``, the exported folder, the report, and numbers for the loggers."""
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,9 @@ from lightning_compress.layers.memory import peak_memory_bytes
 from lightning_compress.quant.record import Quantized
 from lightning_compress.report import page, plots, summary, table
 from lightning_compress.resume.folder_log import remove as remove_log
+from lightning_compress.training import trackers
 from lightning_compress.training.checks import tensor_bytes
+from lightning_compress.training.failures import as_warning
 from lightning_compress.training.gate import gate_failures
 from lightning_compress.training.loaders import forward_of
 from lightning_compress.training.outputs import Outputs
@@ -137,15 +138,18 @@ class Results:
         finally:
             facts |= self._summary()
             ledger, folder = self.state.ledger, outputs.report
-            with _as_warning("the report"):
+            earlier = trackers.file_versions(folder)
+            with as_warning("the report"):
                 summary.write(folder, ledger, facts)
-            with _as_warning("the page"):
+            with as_warning("the page"):
                 page.write(folder, ledger, facts)
-            with _as_warning("the figure"):
+            with as_warning("the figure"):
                 plots.error_per_module(ledger, folder / "error_per_module.png", summary.headline(facts))
-            with _as_warning("the table"):
+            with as_warning("the table"):
                 table.show(ledger, facts)
-            self._log()
+            with as_warning("the log"):
+                files = trackers.written_since(folder, earlier)
+                trackers.log(self.trainer.loggers, trackers.Outcome(ledger, facts, files, self.trainer.global_step))
 
     def _export(self, folder: Path, stored: Stored) -> None:
         origin: dict[str, Any] = {"run": self.run.name, "clock": self.clock_state}
@@ -217,27 +221,3 @@ class Results:
             "seed": run.options.calibration.seed,
             "global_step": self.event.global_step,
         }
-
-    def _log(self) -> None:
-        """Numbers to the loggers of the Trainer; ``pl_module.log`` is not allowed here."""
-        facts = self.run.facts
-        sums = summary.totals(self.state.ledger) | {n: v for n, v in facts.items() if n.startswith("model_bytes")}
-        scalars = {name: value for name, value in sums.items() if isinstance(value, int | float)}
-        scalars |= {f"seconds/{phase.replace(' ', '_')}": spent for phase, spent in self.run.seconds.items()}
-        for name, entry in facts["metric"].items():
-            scalars |= {f"{name}_before": entry["before"], f"{name}_after": entry["after"]}
-        if "gate" in facts:
-            scalars["gate_held"] = float(not gate_failures(facts))
-        finite = {f"compress/{name}": value for name, value in scalars.items() if math.isfinite(value)}
-        for logger in self.trainer.loggers:
-            with _as_warning(f"the log of {type(logger).__name__}"):
-                logger.log_metrics(finite, step=self.trainer.global_step)
-                logger.save()
-
-
-@contextmanager
-def _as_warning(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        rank_zero_warn(f"{name} is not complete, while the compressed model is: {type(error).__name__}: {error}")
