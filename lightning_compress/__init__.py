@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_compress.oneshot import compress as compress
     from lightning_compress.planning.plan import Plan as Plan
     from lightning_compress.quant.packed import dequantize as dequantize
+    from lightning_compress.training.probe import QuantizationProbe as QuantizationProbe
     from lightning_compress.training.sharding import before_sharding as before_sharding
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOME = MappingProxyType(
         "CompressionCallback": "callback",
         "EventType": "core.events",
         "Plan": "planning.plan",
+        "QuantizationProbe": "training.probe",
         "before_sharding": "training.sharding",
         "compress": "oneshot",
         "compress_folder": "folder",

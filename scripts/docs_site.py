@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # Page of the API -> its title, and the public names on it. Every other public name is a modifier.
 PAGES = {
-    "callback": ("The callback", ["CompressionCallback", "before_sharding"]),
+    "callback": ("The callbacks", ["CompressionCallback", "QuantizationProbe", "before_sharding"]),
     "functions": (
         "compress, compress_folder, save, load, dequantize",
         ["compress", "compress_folder", "save", "load", "dequantize", "Plan"],

@@ -118,6 +118,15 @@ def check_metrics(gates: Sequence[Gate], metrics: Sequence[str]) -> None:
             )
 
 
+def check_uncut(gates: Sequence[Gate]) -> None:
+    """ValueError where a gate stands for a model that was cut at set-up: what it would be compared with is gone."""
+    if gates:
+        raise ValueError(
+            f"gate of {gates[0].metric!r}: the model was cut at set-up, so that no dense model is left to measure; let "
+            f"the modifier that cuts start after the first step, or leave the gate out"
+        )
+
+
 def judge(
     gates: Sequence[Gate],
     metric: Mapping[str, Mapping[str, Any]],

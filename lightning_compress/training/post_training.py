@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_compress.calibration.group_log import GroupLog, NoLog
-from lightning_compress.calibration.inputs import IN_TRAINER, check_batch, run_model
+from lightning_compress.calibration.inputs import IN_TRAINER, check_batch
 from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
@@ -36,15 +35,10 @@ from lightning_compress.team import Team
 from lightning_compress.training.best_weights import load_best, monitored_metric
 from lightning_compress.training.broadcast import beside_weights, mend, send_weights, share, ties, warn_of_workers
 from lightning_compress.training.compiled import reset_compiled
-from lightning_compress.training.evaluation import Measurement, batches_of, compare, evaluate
-from lightning_compress.training.gate import check_metrics, judge, raise_failures
-from lightning_compress.training.loaders import (
-    calibration_batches,
-    check_first_batch,
-    forward_of,
-    to_device,
-    validation_loaders,
-)
+from lightning_compress.training.evaluation import Measurement, compare
+from lightning_compress.training.gate import check_metrics, check_uncut, judge, raise_failures
+from lightning_compress.training.loaders import calibration_batches, check_first_batch, forward_of, validation_loaders
+from lightning_compress.training.measurement import measured, summing_device
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
@@ -94,7 +88,7 @@ class PostTraining:
                 self._calibrate(self.lifecycle.after_training, progress)
             self.lifecycle.finalize(self.state)
             after = self.measure("metric after", progress, may_end=True)
-            self.run.facts |= compare(before, after, self._summing_device)
+            self.run.facts |= compare(before, after, summing_device(self.trainer))
             self._judge(after)
         guard_save_pretrained(self.module)
         self.run.facts["beside_weights"] = beside_weights(self.module)
@@ -119,7 +113,7 @@ class PostTraining:
             return
         stored = facts.get("metric_dense")  # of an earlier process, where a run is resumed: without tokens
         dense = Measurement(stored["values"]) if dense is None and stored else dense
-        paired = compare(dense, after, self._summing_device)["metric"] if dense is not None else None
+        paired = compare(dense, after, summing_device(self.trainer))["metric"] if dense is not None else None
         entries = judge(gates, facts["metric"], paired, stored["step"] if stored else None)
         facts["gate"] = self.run.team.result(lambda: entries, "the gates")
 
@@ -130,6 +124,7 @@ class PostTraining:
         model that was cut by then, the dense one is gone.
         """
         if self.event.global_step == 0 and record_of(self.module):
+            check_uncut(self.run.options.gates)
             return rank_zero_info("the model was cut at set-up: the metric of the dense model is not measured")
         with self._undisturbed(), inactive(self.module):
             dense = self.measure("metric dense", ProgressReport(shown=False))
@@ -204,16 +199,7 @@ class PostTraining:
                 if may_end:
                     self.run.preemption.after_evaluation_batch()
 
-            measurement = evaluate(
-                pl_module,
-                self.module,
-                batches_of(loaders, limits, partial(to_device, trainer, pl_module)),
-                forward=partial(run_model, advice=IN_TRAINER),
-                context=trainer.precision_plugin.val_step_context,
-                monitor=monitored_metric(trainer),
-                device=self._summing_device,
-                progress=advance,
-            )
+            measurement = measured(trainer, pl_module, self.module, loaders, limits, monitored_metric(trainer), advance)
         reshard_between(trainer, pl_module)
         return measurement
 
@@ -332,11 +318,6 @@ class PostTraining:
         """Whether autocast is on: on a GPU float32 products take ten times as long, and are not the trained model's."""
         precision = self.run.options.calibration.calibration_precision
         return precision == "trained" or (precision == "auto" and self.pl_module.device.type == "cuda")
-
-    @property
-    def _summing_device(self) -> torch.device:
-        """Device on which ranks add up; a single process uses the CPU, since MPS has no float64."""
-        return torch.device("cpu") if self.run.team.alone else self.trainer.strategy.root_device
 
 
 def _overrides(modifiers: Sequence[Modifier]) -> dict[str, str]:

@@ -8,7 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_compress import CompressionCallback, MagnitudePruningModifier, QuantizationModifier
+from lightning_compress import (
+    CompressionCallback,
+    MagnitudePruningModifier,
+    QuantizationModifier,
+    StructuredPruningModifier,
+)
 from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.training.gate import GateError, judge, read_gates
 from tests.support.training_runs import Regression, Sums, quiet, rounding
@@ -141,6 +146,13 @@ def test_what_trains_is_compared_with_the_dense_model_before_its_window(tmp_path
     assert entry["dense_step"] == 2
     assert entry["before"] == facts["metric_dense"]["values"]["val/mse"] != facts["metric"]["val/mse"]["before"]
     assert entry["after"] == facts["metric"]["val/mse"]["after"]
+
+
+def test_of_a_model_that_is_cut_at_set_up_a_gate_is_refused(tmp_path):
+    pytest.importorskip("torch_pruning")
+    cut = StructuredPruningModifier(dimension="channels", ratio=0.5, start=0, input_shape=[8], ignore=["2"])
+    with pytest.raises(ValueError, match="gate of 'val/mse': the model was cut at set-up"):
+        quiet(tmp_path, CompressionCallback(cut, gate=LOSS)).fit(Regression(), Sums())
 
 
 def test_all_ranks_fail_with_one_text(tmp_path):
