@@ -38,6 +38,7 @@ class Job:
         rows: Calibration rows.
         length: Tokens of a row.
         batch: Rows of a batch.
+        scheme: A preset that both libraries know, such as ``NVFP4A16``; empty: integers of ``bits`` in groups.
         bits: Bits of a weight.
         group: Columns that share a scale.
         groups: Those that an allocation may choose.
@@ -62,6 +63,7 @@ class Job:
     rows: int = 16
     length: int = 256
     batch: int = 4
+    scheme: str = ""
     bits: int = 4
     group: int = 64
     groups: tuple[int, ...] = (32, 64, 192)
@@ -83,11 +85,13 @@ class Job:
         return ["lm_head"] if self.task == "smollm2" else ["re:.*pooler.*"]
 
     @property
-    def config_groups(self) -> dict[str, Any]:
-        """The scheme, in the words that both libraries share: integers in groups."""
+    def grid(self) -> dict[str, Any]:
+        """Scheme and ignored modules, in the words that both libraries share."""
+        if self.scheme:
+            return {"scheme": self.scheme, "ignore": self.ignore}
         groups = {"strategy": "group", "group_size": self.group}
         weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, **groups}
-        return {"group_0": {"targets": ["Linear"], "weights": weights}}
+        return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": self.ignore}
 
 
 def in_own_process(job: Job, peer_python: str) -> dict[str, Any]:

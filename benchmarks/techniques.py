@@ -44,7 +44,7 @@ def ours(job: "Job") -> list[Any]:
     """The modifiers, in order."""
     import lightning_compress as lc
 
-    grid: dict[str, Any] = {"config_groups": job.config_groups, "ignore": job.ignore}
+    grid = job.grid
 
     def rtn() -> Any:
         return lc.QuantizationModifier(**grid)
@@ -68,6 +68,8 @@ def ours(job: "Job") -> list[Any]:
         "allocate+gptq": lambda: _allocated(job),
         "allocate+gptq by loss": lambda: _allocated(job, objective="loss"),
         "allocate+gptq+tune": lambda: [*_allocated(job), tune()],
+        "allocate+gptq for dense": lambda: _allocated(job, target="dense"),
+        "allocate+gptq for dense+tune": lambda: [*_allocated(job, target="dense"), tune()],
         "awq": lambda: [lc.AWQModifier(**grid)],
         "awq+gptq": lambda: [lc.AWQModifier(**grid, quantize=False), gptq()],
         "smoothquant+gptq w8a8": lambda: [
@@ -78,6 +80,10 @@ def ours(job: "Job") -> list[Any]:
         "wanda": lambda: [_pruner(lc.WandaPruningModifier, job)],
         "sparsegpt for dense": lambda: [_pruner(lc.SparseGPTModifier, job, target="dense")],
         "sparsegpt recovered": lambda: [_pruner(lc.SparseGPTModifier, job, **RECOVERY)],
+        "sparsegpt for dense+tune": lambda: [
+            _pruner(lc.SparseGPTModifier, job, target="dense"),
+            tune(sparse_weights=True),
+        ],
         "sparsegpt for dense recovered": lambda: [_pruner(lc.SparseGPTModifier, job, target="dense", **RECOVERY)],
         "sparsegpt+tune": lambda: [_pruner(lc.SparseGPTModifier, job), tune(sparse_weights=True)],
         "sparsegpt for dense recovered+tune": lambda: [
@@ -116,7 +122,7 @@ def of_peer(job: "Job") -> list[Any]:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform import AWQModifier, QuIPModifier, SmoothQuantModifier, SpinQuantModifier
 
-    grid: dict[str, Any] = {"config_groups": job.config_groups, "ignore": job.ignore}
+    grid = job.grid | ({"targets": ["Linear"]} if job.scheme else {})
     pruned: dict[str, Any] = {
         "sparsity": job.sparsity,
         "mask_structure": {"unstructured": "0:0"}.get(job.mask, job.mask),
