@@ -1,6 +1,6 @@
 """Make what the benches work on: texts from two Debian packages, models from two wheels. `make bench-data` calls this.
 
-    python benchmarks/material.py texts   DEBIAN_ROOT OUT      calib_mix.txt eval_tech.txt eval_prose.txt
+    python benchmarks/material.py texts   DEBIAN_ROOT OUT      calib_mix.txt train_mix.txt eval_tech.txt eval_prose.txt
     python benchmarks/material.py smollm2 WHEEL_ROOT  OUT      SmolLM2-135M-Instruct as an fp32 checkpoint
     python benchmarks/material.py minilm  WHEEL_ROOT  OUT      all-MiniLM-L6-v2 (fp32 as it was published)
 
@@ -26,7 +26,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def make_texts(debian_root: Path, out: Path) -> None:
-    """Write the three texts and print their lengths and checksums."""
+    """Write the four texts and print their lengths and checksums."""
     sources = debian_root / "usr/share/doc/python3.11/html/_sources"
     faq = debian_root / "usr/share/doc/anarchism/html"
     for folder in (sources, faq):
@@ -40,6 +40,8 @@ def make_texts(debian_root: Path, out: Path) -> None:
     mixed = [piece for pair in zip(technical, prose, strict=False) for piece in pair]
     out.mkdir(parents=True, exist_ok=True)
     write(out / "calib_mix.txt", mixed)
+    whole = [[plain_rst(file) for file in guides], [plain_html(f) for f in sorted(faq.glob("sec[A-E][0-9]*.html"))]]
+    write(out / "train_mix.txt", [text[:30_000] for texts in whole for text in texts])
     write(out / "eval_tech.txt", middles(reference, piece=3000, total=400_000))
     held_out = [plain_html(f) for f in sorted(faq.glob("sec[F-I][0-9]*.html"))]
     write(out / "eval_prose.txt", middles(held_out, piece=6000, total=400_000))
