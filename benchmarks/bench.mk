@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
 .PHONY: bench bench-ranks bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-hadamard bench-scale-search bench-callback bench-qat-step \
-	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-vision bench-gpu bench-wheels tune-gpu
+	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -89,6 +89,9 @@ bench-scale-search: $(READY) bench-data  ## Rounding with scales by extremes, by
 
 bench-demo: $(READY)  ## The table of the README: every technique at 4, 3 and 2 bits on the demo's model
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_demo.py $(BENCH_ARGS)
+
+bench-qat-smollm2: $(READY) bench-moved  ## SmolLM2 at 2 bits: GPTQ, then QAT with distillation on 500,000 tokens (hours)
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_qat_smollm2.py --material $(BENCH_DIR) $(BENCH_ARGS)
 
 bench-training: $(READY)  ## QAT, distillation and pruning schedules beside one-shot, three seeds (an hour)
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_training.py $(BENCH_ARGS)
