@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lightning_compress.export.embeddings import unpackable_embeddings, unpacked
 from lightning_compress.export.hugging_face import is_transformers
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.matching import clean_name, shortlist
+from lightning_compress.layers.module_weights import ModuleWeight
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
 from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.record import Quantized, saw_rows
@@ -131,7 +132,9 @@ def _dense_on_disk(model: nn.Module, records: Records) -> dict[str, str]:
     for name, (module, _) in records.items():
         if not is_packable(module):
             reasons[name] = f"no loader reads a packed {type(module).__name__}"
-        elif isinstance(module, ExpertLinear):
+        elif isinstance(module, ModuleWeight) and is_transformers(model):
+            reasons[name] = f"transformers reads no packed weights of a {type(module.home).__name__}"
+        elif isinstance(module, WeightSlice):
             continue
         elif others := [other for other in owners[id(module.weight)] if other != name]:
             reasons[name] = f"it shares its weight with {others[0]!r}"

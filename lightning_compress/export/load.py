@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.finite import nonfinite
 from lightning_compress.layers.matching import clean_name, shortlist
 from lightning_compress.layers.matrix import as_matrix, weight_of
+from lightning_compress.layers.module_weights import ModuleWeight, hide, reveal, weights_inside
 from lightning_compress.layers.records import Record
 from lightning_compress.layers.split_experts import fused_experts, join, split
 from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
@@ -83,6 +85,28 @@ def load(
     _check_arguments(source, model, dtype)
     files = TensorFiles(source.path)
     layout = _layout(source, model, len(files.names), dtype)
+    try:
+        model = _loaded(source, files, layout, model, device, packed=packed, dtype=dtype, transforms=transforms)
+    finally:
+        hide(layout)
+    if fuse is not False:
+        _fuse(model, source.path, bool(fuse))
+    guard_save_pretrained(model)
+    return model
+
+
+def _loaded(
+    source: "_Folder",
+    files: TensorFiles,
+    layout: nn.Module,
+    model: nn.Module | None,
+    device: torch.device | str | None,
+    *,
+    packed: bool | None,
+    dtype: torch.dtype | None,
+    transforms: Mapping[str, Any],
+) -> nn.Module:
+    """``model``, or the one that was built as ``layout``, with the weights and records of a folder."""
     choice = PackingChoice(layout, served=packed is None) if packed is not False else None
     is_new = model is None
     model_dtype: torch.dtype | None = cast(Any, layout).config.dtype if is_new else None
@@ -91,22 +115,22 @@ def load(
     caches = _read_caches(source, layout, files)
     rotations = read_online(layout, source.own_content.get("online", {}), source.own_file)
     rotations |= read_transforms(layout, transforms, files, source.config_file)
-    model = _filled(source, layout, model, quantized.weights | files.rest())
+    model = _filled(source, layout, model, _joined(layout, quantized.weights | files.rest()))
     records = quantized.records | _records_of_dense(source, layout)
     quantized.replace_packed(model)
     model = (model if device is None else model.to(device)).eval()
-    if any(isinstance(layout.get_submodule(name), ExpertLinear) for name in records):
+    slices = [layout.get_submodule(name) for name in records]
+    if any(isinstance(module, ExpertLinear) for module in slices):
         split(model)
+    if any(isinstance(module, ModuleWeight) for module in slices):
+        reveal(model)
     _attach(model, [*rotations.items(), *records.items(), *caches.items()])
-    join(model)  # experts without records
+    join(model)  # slices without records
     if choice is not None:
         packing = choice.result()
         _report(packing, advise=packed is None and is_new)
         if packed and not packing.names:
             raise ValueError(f"{source.path} holds no quantized Linear with a weight of its own; leave packed out")
-    if fuse is not False:
-        _fuse(model, source.path, bool(fuse))
-    guard_save_pretrained(model)
     return model
 
 
@@ -161,7 +185,7 @@ def _check_arguments(source: _Folder, model: nn.Module | None, dtype: torch.dtyp
 
 
 def _layout(source: _Folder, model: nn.Module | None, tensors: int, dtype: torch.dtype | None) -> nn.Module:
-    """``model``, or the one that config.json describes, in the shapes that it was saved in; experts are split."""
+    """``model``, or the one that config.json describes, in the shapes that it was saved in; slices are modules."""
     if model is None:
         own_dtype = getattr(torch, source.own_content["dtype"]) if "dtype" in source.own_content else None
         model = hugging_face.skeleton(source.path, source.config, tensors, dtype or own_dtype)
@@ -169,6 +193,7 @@ def _layout(source: _Folder, model: nn.Module | None, tensors: int, dtype: torch
         reshape(model, source.own_content.get("structure", record_of(model)))
     if hugging_face.is_transformers(model) and fused_experts(model):
         split(model)
+    reveal(model)
     return model
 
 
@@ -237,6 +262,24 @@ def _filled(
     _check_finite(source.path, nonfinite(model, state))
     model.load_state_dict(state)
     return model
+
+
+def _joined(layout: nn.Module, weights: dict[str, DeferredTensor]) -> dict[str, DeferredTensor]:
+    """``weights`` with one tensor for each parameter whose parts are separate on the disk."""
+    for path, home in layout.named_modules():
+        prefix = f"{clean_name(path)}." if path else ""
+        parts: dict[str, list[DeferredTensor]] = {}
+        for local, weight in weights_inside(home).items():
+            if (part := weights.pop(f"{prefix}{local}.weight", None)) is not None:
+                parts.setdefault(weight.fused, []).append(part)
+        for fused, each in parts.items():
+            shape = (sum(part.shape[0] for part in each), *each[0].shape[1:])
+            weights[f"{prefix}{fused}"] = DeferredTensor(partial(_below_one_another, each), shape, each[0].dtype)
+    return weights
+
+
+def _below_one_another(parts: Iterable[DeferredTensor]) -> Tensor:
+    return torch.cat([part[...] for part in parts])
 
 
 def _check_finite(folder: Path, broken: list[str]) -> None:

@@ -13,9 +13,9 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.export.tensors import DeferredTensor, TensorFiles, naming
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import weight_of
 from lightning_compress.layers.memory import release
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.packed import PackedLinear, PackingChoice
 from lightning_compress.quant.packing import check_record, check_stored_scales, tensor_names, unpack
@@ -54,7 +54,7 @@ class QuantizedModules:
     def add(self, name: str, on_disk: str, scheme: QuantizationScheme, files: TensorFiles) -> None:
         """Take the tensors of a module from the files; ValueError where they do not fit it."""
         module, path = self.layout.get_submodule(name), files.path_of(f"{on_disk}.weight_scale")
-        if isinstance(module, ExpertLinear) and f"{on_disk}.weight_scale" not in files.names:
+        if isinstance(module, WeightSlice) and f"{on_disk}.weight_scale" not in files.names:
             return  # a target by class, but these experts stayed dense
         weight = weight_of(module)
         with naming(path, repr(name)):

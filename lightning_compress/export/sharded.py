@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers.dense_keys import ORIGINAL
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.memory import release
 from lightning_compress.layers.sharded import full, gathered, is_dtensor, plain_modules
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.quant.packing import pack
 from lightning_compress.quant.parametrization import fake_quantize_of, lift, lower
 from lightning_compress.quant.record import Quantized
@@ -130,7 +130,7 @@ def _packable(model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
     return {
         clean_name(name): (module, record)
         for name, (module, record) in Quantized.find(model).items()
-        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear) and owners[id(_weight(module))] == 1
+        if isinstance(module, nn.Linear) and not isinstance(module, WeightSlice) and owners[id(_weight(module))] == 1
     }
 
 

@@ -1,4 +1,4 @@
-"""The state dict of a model as it is written: weights replaced by their packed tensors, experts separate."""
+"""The state dict of a model as it is written: weights replaced by their packed tensors, slices separate."""
 
 from torch import Tensor, nn
 
@@ -6,6 +6,7 @@ from lightning_compress.export.contents import Contents, Records
 from lightning_compress.export.experts import names_of_experts
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matching import clean_name
+from lightning_compress.layers.module_weights import all_weights, weights_inside
 from lightning_compress.quant.packing import pack
 
 __all__ = ["state_on_disk"]
@@ -23,7 +24,7 @@ def state_on_disk(contents: Contents) -> dict[str, Tensor]:
         for path, module in model.named_modules(remove_duplicate=False)
         if id(module) in name_of
     }
-    experts = _experts_on_disk(model, packed)
+    parts = _experts_on_disk(model, packed) | _parts_on_disk(model, packed)
     tensors_of: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
     first: dict[int, Tensor] = {}
@@ -31,8 +32,8 @@ def state_on_disk(contents: Contents) -> dict[str, Tensor]:
         key = clean_name(key)
         if isinstance(value, Tensor):
             value = _unshared(value, first)
-        if key in experts:
-            state |= experts[key]
+        if key in parts:
+            state |= parts[key]
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only")
@@ -71,3 +72,23 @@ def _experts_on_disk(model: nn.Module, packed: Records) -> dict[str, dict[str, T
         key = f"{name.rsplit('.', 2)[0]}.{linear.fused}"
         experts.setdefault(key, {}).update({f"{on_disk}.{part}": tensor for part, tensor in local.items()})
     return experts
+
+
+def _parts_on_disk(model: nn.Module, packed: Records) -> dict[str, dict[str, Tensor]]:
+    """The same for parameters of recurrent modules and attentions (layers/module_weights.py)."""
+    name_of = {id(module): name for name, (module, _) in packed.items()}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path, home in model.named_modules(remove_duplicate=False):
+        if not weights_inside(home):
+            continue
+        prefix = f"{clean_name(path)}." if path else ""
+        weights = all_weights(home)
+        written = {weight.fused for weight in weights.values() if id(weight) in name_of}
+        for local, weight in weights.items():
+            if weight.fused not in written:
+                continue
+            name = name_of.get(id(weight))
+            tensors = {"weight": weight.weight.detach()} if name is None else pack(name, *packed[name])
+            entry = parts.setdefault(f"{prefix}{weight.fused}", {})
+            entry |= {f"{prefix}{local}.{part}": tensor for part, tensor in tensors.items()}
+    return parts

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from lightning_compress.export import hugging_face
 from lightning_compress.export.contents import Contents
 from lightning_compress.export.tensors import TensorFiles, naming
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matching import clean_name, shortlist
 from lightning_compress.layers.matrix import as_matrix, is_supported
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 
 __all__ = ["check_readers", "read_transforms", "transform_config", "transform_tensors", "write_note"]
@@ -163,7 +163,7 @@ def _selected(
     for name, module in layout.named_modules():
         if not is_supported(module) or not is_match(clean_name(name), module, args.targets, args.ignore):
             continue
-        if isinstance(module, ExpertLinear):
+        if isinstance(module, WeightSlice):
             raise ValueError(f"{group}: {name!r} is a slice of a tensor that holds all experts, and is not turned")
         width = as_matrix(module).shape[1 if side == "input" else 0]
         size = order or width

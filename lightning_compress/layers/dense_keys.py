@@ -14,18 +14,29 @@ from torch.nn.utils import parametrize
 
 from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.expert_slices import put_on_expert, restore_experts, set_aside, take_off_expert
+from lightning_compress.layers.module_weights import (
+    HOMES,
+    ModuleWeight,
+    put_on_weight,
+    restore_weights,
+    take_off_weight,
+    weights_inside,
+)
+from lightning_compress.layers.weight_slice import WeightSlice
 
-__all__ = ["ORIGINAL", "inactive", "original_weight", "parametrization_of", "put_on", "remove_hook", "take_off",
-           "unparametrize"]  # fmt: skip
+__all__ = ["ORIGINAL", "inactive", "original_weight", "parametrization_of", "parts_of", "put_on", "remove_hook",
+           "take_off", "unparametrize"]  # fmt: skip
 
 ORIGINAL, PARTS = "parametrizations.weight.original", "parametrizations.weight."
 P = TypeVar("P", bound=nn.Module)
 
 
 def put_on(module: nn.Module, parametrization: nn.Module) -> None:
-    """Let the weight of a module pass through a parametrization, after existing ones; an expert has one at most."""
+    """Let the weight of a module pass through a parametrization, after existing ones; a slice has one at most."""
     if isinstance(module, ExpertLinear):
         return put_on_expert(module, parametrization)
+    if isinstance(module, ModuleWeight):
+        return put_on_weight(module, parametrization)
     parametrize.register_parametrization(module, "weight", parametrization)
     module.register_state_dict_post_hook(_dense_keys_out)
     module.register_load_state_dict_pre_hook(_dense_keys_in)
@@ -33,7 +44,7 @@ def put_on(module: nn.Module, parametrization: nn.Module) -> None:
 
 def parametrization_of(module: nn.Module, kind: type[P]) -> P | None:
     """The parametrization of that class on a module's weight, or None."""
-    if isinstance(module, ExpertLinear):
+    if isinstance(module, WeightSlice):
         return module.step if isinstance(module.step, kind) else None
     lists = getattr(module, "parametrizations", None)
     if not isinstance(lists, nn.ModuleDict) or "weight" not in lists:
@@ -43,7 +54,7 @@ def parametrization_of(module: nn.Module, kind: type[P]) -> P | None:
 
 def original_weight(module: nn.Module) -> Tensor:
     """The dense weight of a parametrized module, without gradient."""
-    if isinstance(module, ExpertLinear):
+    if isinstance(module, WeightSlice):
         return module.slice_of(module.whole).detach()
     return module.get_parameter(ORIGINAL).detach()
 
@@ -73,6 +84,8 @@ def take_off(module: nn.Module, kind: type[nn.Module], leave_parametrized: bool)
     """
     if isinstance(module, ExpertLinear):
         return take_off_expert(module, leave_parametrized)
+    if isinstance(module, ModuleWeight):
+        return take_off_weight(module, leave_parametrized)
     steps = module.get_submodule("parametrizations.weight")
     if not leave_parametrized and sum(1 for _ in steps.children()) > 1:
         assert isinstance(steps, nn.ModuleList)
@@ -97,9 +110,16 @@ def unparametrize(module: nn.Module) -> None:
     """
     if set_aside(module):
         return restore_experts(module)
+    if isinstance(module, HOMES):
+        return restore_weights(module)
     module._parameters = {"weight": module.get_parameter(ORIGINAL), **module._parameters}
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
+
+
+def parts_of(owner: nn.Module) -> list[nn.Module]:
+    """The layers whose weights lie in the parameters of a module: its slices, or the module itself."""
+    return [*set_aside(owner), *weights_inside(owner).values()] or [owner]
 
 
 def remove_hook(hooks: dict[int, Any], function: Any) -> None:

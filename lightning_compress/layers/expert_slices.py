@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress.layers.home_parametrization import add_step, has_steps, remove_step, restore_home
 from lightning_compress.layers.sharded import is_dtensor
 from lightning_compress.layers.split_experts import ASIDE, give_children, linears_of, routed, take_children
 
 __all__ = ["put_on_expert", "restore_experts", "set_aside", "take_off_expert"]
-
-_ORDER = "_lightning_compress_names_of_experts"
 
 
 class ExpertSlices(nn.Module):
@@ -62,31 +61,20 @@ def put_on_expert(linear: ExpertLinear, step: nn.Module) -> None:
     """Let the weight of an expert pass through a step; at the first one its children are set aside."""
     home = linear.home
     if ASIDE not in home.__dict__:
-        home.__dict__[_ORDER] = list(home._parameters)
         home.__dict__[ASIDE] = take_children(home)
-        home.register_state_dict_post_hook(_dense_keys_out)
-        home.register_load_state_dict_pre_hook(_dense_keys_in)
         home.forward = MethodType(_forward, home)
-    if linear.slices is None:
-        pieces = linear.whole.shape[1] // linear.out_features
-        parametrize.register_parametrization(home, linear.fused, ExpertSlices([linear.out_features] * pieces))
-    assert linear.slices is not None
-    linear.slices.get_submodule("steps").add_module(linear.key, step)
+    pieces = linear.whole.shape[1] // linear.out_features
+    add_step(linear, ExpertSlices([linear.out_features] * pieces), step)
 
 
-@torch.no_grad()
 def take_off_expert(linear: ExpertLinear, leave_parametrized: bool) -> None:
     """Remove the step of an expert, and with the last one of its module the parametrizations: the children come back.
 
     ``leave_parametrized``: the weight keeps the value that the step gave it.
     """
-    assert linear.slices is not None
-    if leave_parametrized:
-        linear.slice_of(linear.whole).copy_(linear.weight)
-    steps = linear.slices.get_submodule("steps")
-    del steps._modules[linear.key]
+    remove_step(linear, leave_parametrized)
     home = linear.home
-    if not any(len(slices[0].steps) for slices in home.get_submodule("parametrizations").children()):  # type: ignore
+    if not has_steps(home):
         children = home.__dict__[ASIDE]
         restore_experts(home)
         give_children(home, children)
@@ -94,17 +82,8 @@ def take_off_expert(linear: ExpertLinear, leave_parametrized: bool) -> None:
 
 def restore_experts(home: nn.Module) -> None:
     """Make the fused tensors ordinary parameters again, the same objects; the children stay away."""
-    lists = home.get_submodule("parametrizations")
-    originals = {name: parts.get_parameter("original") for name, parts in lists.named_children()}
-    home._parameters = {name: originals.get(name, home._parameters.get(name)) for name in home.__dict__.pop(_ORDER)}
-    del home._modules["parametrizations"], home.__dict__[ASIDE], home.__dict__["forward"]
-    home.__class__ = type(home).__bases__[0]
-    for hooks, function in (
-        (home._state_dict_hooks, _dense_keys_out),
-        (home._load_state_dict_pre_hooks, _dense_keys_in),
-    ):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
-            del hooks[key]
+    restore_home(home)
+    del home.__dict__[ASIDE], home.__dict__["forward"]
 
 
 def set_aside(module: nn.Module) -> list[ExpertLinear]:
@@ -136,31 +115,3 @@ def _in_pieces(linears: list[ExpertLinear]) -> Iterator[None]:
     finally:
         for linear in linears:
             linear.value = None
-
-
-def _dense_keys_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Save the fused tensors under their own names, in the order of the dense module, and nothing else."""
-    start = f"{prefix}parametrizations."
-    for name, _ in module.get_submodule("parametrizations").named_children():
-        if f"{start}{name}.original" in state_dict:
-            state_dict[prefix + name] = state_dict.pop(f"{start}{name}.original")
-    for key in [key for key in state_dict if key.startswith(start)]:
-        del state_dict[key]
-    names = [prefix + name for name in module.__dict__[_ORDER]]
-    later = [key for key in state_dict if key.startswith(prefix) and key not in names]
-    for key in (*(name for name in names if name in state_dict), *later):
-        state_dict[key] = state_dict.pop(key)
-    metadata = getattr(state_dict, "_metadata", {})
-    for key in [key for key in metadata if key.startswith(start.removesuffix("."))]:
-        del metadata[key]
-
-
-def _dense_keys_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Load dense tensors; parameters of steps stay as they are."""
-    lists = module.get_submodule("parametrizations")
-    for name, _ in lists.named_children():
-        if prefix + name in state_dict:
-            state_dict[f"{prefix}parametrizations.{name}.original"] = state_dict.pop(prefix + name)
-    for key, parameter in lists.named_parameters():
-        if not key.endswith(".original"):
-            state_dict.setdefault(f"{prefix}parametrizations.{key}", parameter.detach())

@@ -13,12 +13,18 @@ from difflib import get_close_matches
 import torch
 from torch import nn
 
+from lightning_compress.layers.module_weights import ModuleWeight, reveal, weights_inside
+from lightning_compress.layers.weight_slice import WeightSlice
+
 __all__ = [
     "Names", "clean_name", "listed", "match_rank", "select", "select_weights", "shortlist", "unmatched_message",
     "warn_of_left_out", "without_parallel",
 ]  # fmt: skip
 
-CAN_BE_TARGETS = ("Linear", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "Conv1D")
+CAN_BE_TARGETS = (
+    "Linear", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "Conv1D",
+    "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "MultiheadAttention",
+)  # fmt: skip
 Names = str | list[str]
 """The type of ``targets`` and ``ignore`` in every modifier: one entry, or several."""
 
@@ -94,14 +100,21 @@ def select_weights(
     """As :func:`select`, but of what patterns match only modules that hold a matrix themselves.
 
     So ``re:.*mlp.*`` means the layers of an MLP, not the MLP around them nor its activation function. A module that is
-    named, or matched by its class, needs no matrix.
+    named, or matched by its class, needs no matrix. An LSTM, GRU or MultiheadAttention stands for its weights, which
+    the model gets as modules (layers/module_weights.py).
 
     Raises:
         ValueError: As in :func:`select`, or a pattern matches no module that holds a matrix.
     """
+    targets = listed(targets)
+    check_patterns(targets, field)
+    reveal(model, lambda name, module: any(match_rank(clean_name(name), module, target) for target in targets))
     chosen = select(model, targets, ignore, field=field)
+    chosen = {name: module for name, module in chosen.items() if not weights_inside(module)}
+    if not chosen:
+        raise ValueError(f"ignore={listed(ignore)} leaves no weight of those that {field}={targets} match; narrow it")
     selected: dict[str, nn.Module] = {}
-    for target in listed(targets):
+    for target in targets:
         matched = {name: module for name, module in chosen.items() if match_rank(name, module, target)}
         layers = {n: m for n, m in matched.items() if not target.startswith("re:") or _holds_matrix(m)}
         if matched and not layers:
@@ -135,11 +148,16 @@ def _refuse_packed(named: Mapping[str, nn.Module], targets: Sequence[str], ignor
 
 
 def match_rank(name: str, module: nn.Module, target: str) -> int:
-    """3 for the exact name, 2 for a pattern, 1 for a class of its ancestry, 0 for no match."""
+    """3 for the exact name, 2 for a pattern, 1 for a class of its ancestry, 0 for no match.
+
+    A weight of an LSTM or another module of that kind matches what that module matches, and is not a ``Linear``.
+    """
     if target.startswith("re:"):
         return 2 if re.match(target[3:], name) else 0
     if target == name:
         return 3
+    if isinstance(module, ModuleWeight):
+        return match_rank(name.rpartition(".")[0], module.home, target)
     return 1 if any(c.__name__ == target for c in type(module).__mro__ if issubclass(c, nn.Module)) else 0
 
 
@@ -158,8 +176,7 @@ def warn_of_left_out(
     if "Linear" not in targets or not set(targets) <= classes:
         return
     held = {id(p) for m in chosen.values() for p in m.parameters() if p.ndim > 1}
-    views = (getattr(m, "weight", None) for m in chosen.values() if "weight" not in m._parameters)
-    held |= {id(view._base) for view in views if view is not None}  # one expert's slice of the tensor of all
+    held |= {id(m.whole) for m in chosen.values() if isinstance(m, WeightSlice)}  # of a slice the tensor of all
     seen, reached, left = set(held), 0, dict[str, list[int]]()
     for name, module in model.named_modules():
         weights = {id(p): p.numel() for p in module.parameters(recurse=False) if p.ndim > 1}
@@ -175,7 +192,7 @@ def warn_of_left_out(
     named = ", ".join(f"{len(sizes)} {kind} ({sum(sizes):,})" for kind, sizes in kinds)
     possible = [kind for kind, _ in kinds if kind in CAN_BE_TARGETS]
     beyond = [kind for kind, _ in kinds if kind not in CAN_BE_TARGETS]
-    advice = [f"to compress {' and '.join(possible)} too, add them to targets"] if possible else []
+    advice = [f"to compress {' and '.join(possible)} too, give targets={[*targets, *possible]}"] if possible else []
     advice += [f"no modifier compresses the weights of {' or '.join(beyond)}"] if beyond else []
     warnings.warn(
         f"targets={targets} reaches {reached:,} of {reached + lost:,} weights and leaves the others as they are: "

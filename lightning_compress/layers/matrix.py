@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.layers.blank import is_blank
-from lightning_compress.layers.expert import ExpertLinear, tokens_of
+from lightning_compress.layers.expert import tokens_of
+from lightning_compress.layers.weight_slice import WeightSlice
 
 __all__ = ["CONVOLUTIONS", "SUPPORTED", "WeightLayout", "as_matrix", "check_weights_work", "input_layout",
            "inputs_as_rows", "is_embedding", "is_supported", "is_transposed", "layout_of", "only_input", "parameter_of",
@@ -34,7 +35,10 @@ __all__ = ["CONVOLUTIONS", "SUPPORTED", "WeightLayout", "as_matrix", "check_weig
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, *TRANSPOSED)
-SUPPORTED = "Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d and the Conv1D of transformers"
+SUPPORTED = (
+    "Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, the Conv1D of transformers, LSTM, GRU, RNN and "
+    "MultiheadAttention"
+)
 _Convolution = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,12 +92,12 @@ def check_weights_work(modules: Mapping[str, nn.Module], verb: str, in_place: bo
 
 def _weight_fault(module: nn.Module, in_place: bool) -> str | None:
     """Why the weight cannot be used, and what to do; None where it can, or where the module has no weight."""
-    if isinstance(module, ExpertLinear) or isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
+    if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
         return None  # the callers check those
     parameters = module._parameters
-    if "weight" not in parameters:
+    if "weight" not in parameters and not isinstance(module, WeightSlice):
         return _computed(module)
-    weight = parameters["weight"]
+    weight = module.whole if isinstance(module, WeightSlice) else parameters["weight"]
     if weight is None:
         return "its weight is None; give it one"
     if weight.is_meta and not is_blank(weight):
@@ -131,7 +135,7 @@ def _computed(module: nn.Module) -> str | None:
 
 def is_supported(module: nn.Module) -> bool:
     """True when its weight is a matrix that multiplies its inputs."""
-    if isinstance(module, ExpertLinear):
+    if isinstance(module, WeightSlice):
         return True
     if not isinstance(_stored(module), nn.Parameter):  # a computed weight cannot be written
         return False
@@ -151,8 +155,8 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def parameter_of(module: nn.Module) -> nn.Parameter:
-    """The parameter that holds the weight, in the layer's own layout; of an expert the tensor of all experts."""
-    stored = module.whole if isinstance(module, ExpertLinear) else _stored(module)
+    """The parameter that holds the weight, in the layer's own layout; of a slice the one that it is a part of."""
+    stored = module.whole if isinstance(module, WeightSlice) else _stored(module)
     assert isinstance(stored, nn.Parameter)
     return stored
 
@@ -174,7 +178,7 @@ def as_matrix(module: nn.Module, like: Tensor | None = None) -> Tensor:
     if not (is_supported(module) or is_embedding(module)):
         kinds = f"{SUPPORTED}, or an embedding"
         raise ValueError(f"cannot see the weight of a {type(module).__name__} as a matrix; expected {kinds}")
-    if like is not None and isinstance(module, ExpertLinear):
+    if like is not None and isinstance(module, WeightSlice):
         like = module.slice_of(like)
     weight = weight_of(module) if like is None else like
     return layout_of(module).matrix(weight)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.expert import ExpertLinear, mark_tokens
 from lightning_compress.layers.matching import clean_name
+from lightning_compress.layers.module_weights import hide
 from lightning_compress.layers.records import has_record
 
 __all__ = [
@@ -75,7 +76,11 @@ def split(model: nn.Module) -> list[str]:
 
 
 def join(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Remove the children again, of all fused experts or of those named, where no child carries a record."""
+    """Remove the children again, of all fused experts or of those named, where no child carries a record.
+
+    Those of other modules (layers/module_weights.py) go too, where they carry none.
+    """
+    hide(model)
     for name, module in list(model.named_modules()):
         if not is_split(module) or (names is not None and clean_name(name) not in names):
             continue
@@ -106,7 +111,10 @@ def give_children(module: nn.Module, children: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def split_while(model: nn.Module) -> Iterator[None]:
-    """Inside, fused experts have their children; afterwards only those that are quantized keep them."""
+    """Inside, fused experts have their children; afterwards only those that are quantized keep them.
+
+    Children that :func:`~lightning_compress.layers.module_weights.reveal` gives to other modules meanwhile go likewise.
+    """
     names = split(model)
     try:
         yield

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.matching import shortlist
 from lightning_compress.layers.sharded import is_dtensor
+from lightning_compress.layers.weight_slice import owner_of
 
 __all__ = ["check_unshared", "owners_of", "shared_message", "shared_parameters"]
 
@@ -42,7 +43,7 @@ def check_unshared(model: nn.Module, modules: Mapping[str, nn.Module], parameter
     """
     owners = owners_of(model)
     for name, parameter in parameters.items():
-        inside = set(map(id, modules[name].modules()))  # its own parametrizations
+        inside = set(map(id, owner_of(modules[name]).modules()))  # with parametrizations
         held = {key: owner for key, owner in owners.get(id(parameter), {}).items() if id(owner) not in inside}
         if held:
             raise ValueError(shared_message(name, list(held), [n for n in modules if f"{n}.weight" in held]))

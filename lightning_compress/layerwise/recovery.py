@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core import Modifier, State
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.forward import gradients_for
 from lightning_compress.layers.matrix import as_matrix, parameter_of, write_matrix
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.layerwise.parent import ParentCalls, Place, counted, first_tensor, record_calls
 from lightning_compress.layerwise.short_descent import set_rate, short_adam
 
@@ -197,6 +197,6 @@ def parents_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, l
         parent = name.rpartition(".")[0]
         while parent and isinstance(model.get_submodule(parent), nn.ModuleList | nn.ModuleDict):
             parent = parent.rpartition(".")[0]
-        if parent and not isinstance(module, ExpertLinear):
+        if parent and not isinstance(module, WeightSlice):
             members.setdefault(parent, []).append(name)
     return members

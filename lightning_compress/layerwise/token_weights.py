@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core import Modifier
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import CONVOLUTIONS, inputs_as_rows, is_embedding
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.layerwise.parent import counted
 from lightning_compress.team import Team
 
@@ -45,7 +45,7 @@ class TokenWeights:
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
-        weighed = {name: not (isinstance(m, ExpertLinear) or is_embedding(m)) for name, m in layers.items()}
+        weighed = {name: not (isinstance(m, WeightSlice) or is_embedding(m)) for name, m in layers.items()}
         self.layers = {name: module for name, module in layers.items() if weighed[name]}
         self.closed = False
         self._first: dict[str, str] = {}  # layer -> the first one that receives its input

@@ -24,11 +24,11 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.needs import Needs
 from lightning_compress.core.state import State
 from lightning_compress.layers.dense_keys import original_weight
-from lightning_compress.layers.expert import ExpertLinear, owner_of
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import as_matrix, check_weights_work
 from lightning_compress.layers.sharded import gathered, is_sharded
 from lightning_compress.layers.split_experts import join, split
+from lightning_compress.layers.weight_slice import WeightSlice, owner_of
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.quant.batch_norm import fold_all
 from lightning_compress.quant.embeddings import Embeddings, check_trainable
@@ -180,10 +180,11 @@ class QATModifier(QuantizationArguments, Modifier):
 
     def on_start(self, state: State, event: Event, **kwargs: Any) -> None:
         for name, module in self._modules.items():
-            if isinstance(module, ExpertLinear) and is_sharded(module.home):
+            if isinstance(module, WeightSlice) and is_sharded(module.home):
                 raise ValueError(
-                    f"{name!r} is an expert in a tensor that is sharded, and {self.name} trains experts on whole "
-                    f"tensors alone; train with strategy='ddp' or on one device, or add the experts to ignore"
+                    f"{name!r} is a part of a tensor that is sharded, and {self.name} trains such parts (experts, "
+                    f"recurrent weights) on whole tensors alone; train with strategy='ddp' or on one device, or add "
+                    f"them to ignore"
                 )
         names = [name for name in self._modules if name not in self._awaited]
         if not self.resumed:

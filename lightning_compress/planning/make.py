@@ -17,6 +17,7 @@ from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.layers.matching import clean_name, listed, match_rank
 from lightning_compress.layers.matrix import is_embedding, weight_of
 from lightning_compress.layers.memory import resident
+from lightning_compress.layers.module_weights import ModuleWeight, reveal, weights_inside
 from lightning_compress.layers.split_experts import split_while
 from lightning_compress.planning.copies import without_weights
 from lightning_compress.planning.plan import Plan, PlannedModule
@@ -172,34 +173,44 @@ def _modules(
     """Modules that modifiers will work on, in the model's order, and why others are left out."""
     copied = without_weights(model)
     with nullcontext() if Lifecycle(modifiers).windowed else split_while(copied):
-        named = {clean_name(name): module for name, module in copied.named_modules()}
-        sizes = {name: packed_bytes(named[name], scheme) for name, scheme in planned.items()}
         state = State(model=copied, ledger=Ledger())
         work: dict[str, list[str]] = {}
         for modifier in modifiers:
             claimed = {clean_name(name): what for name, what in modifier.claims(state).items()}
             for name in sorted(clean_name(name) for name in modifier.touches(state)):
                 work.setdefault(name, []).append(claimed.get(name, modifier.name.removesuffix("Modifier")))
+        reveal(copied, lambda name, _: clean_name(name) in work)
+        named = {clean_name(name): module for name, module in copied.named_modules()}
+        sizes = {name: packed_bytes(named[name], scheme) for name, scheme in planned.items()}
         dense = dense_reasons(copied, planned)
         rows = []
         for name in (name for name in named if name in work and _holds_weight(named[name])):
             weight = weight_of(named[name])
             after = weight.nbytes if name in dense or name not in sizes else sizes[name]
             scheme = describe(planned[name]) if name in planned else ""
-            kind, what = type(named[name]).__name__, ", ".join(dict.fromkeys(work[name]))
+            kind, what = _kind(named[name]), ", ".join(dict.fromkeys(work[name]))
             rows.append(
                 PlannedModule(name, kind, what, scheme, weight.numel(), weight.nbytes, after, dense.get(name, ""))
             )
         left = {
             name: _reason(name, module, modifiers)
             for name, module in named.items()
-            if name not in work and any(p.ndim > 1 for p in module.parameters(recurse=False))
+            if not (name in work or weights_inside(module)) and _holds_matrix(module)
         }
     return rows, left
 
 
 def _holds_weight(module: nn.Module) -> bool:
     return getattr(module, "weight", None) is not None
+
+
+def _kind(module: nn.Module) -> str:
+    """Its class; of a weight of an LSTM or another module of that kind, the class of that."""
+    return type(module.home if isinstance(module, ModuleWeight) else module).__name__
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
 def _reason(name: str, module: nn.Module, modifiers: Sequence[Modifier]) -> str:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.layers.matching import Names, match_rank, select_weights, warn_of_left_out
-from lightning_compress.layers.matrix import SUPPORTED, as_matrix, check_weights_work, is_supported
+from lightning_compress.layers.matrix import SUPPORTED, as_matrix, check_weights_work, is_supported, parameter_of
 from lightning_compress.layers.tied_weights import check_unshared
 from lightning_compress.pruning.masks import check_columns, check_structure, n_of_m
 
@@ -109,8 +109,7 @@ class PruningArguments(BaseModel):
                 f"with a plain weight (neither fake-quantized while training nor LoRA); add them to ignore"
             )
         check_columns({name: as_matrix(module).shape[1] for name, module in modules.items()}, self.mask_structure)
-        plain = {name: module for name, module in modules.items() if "weight" in module._parameters}
-        check_unshared(model, modules, {name: module.get_parameter("weight") for name, module in plain.items()})
+        check_unshared(model, modules, {name: parameter_of(module) for name, module in modules.items()})
         warn_of_left_out(model, modules, named, self.ignore)
         return modules
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import check_weights_work, layout_of
 from lightning_compress.layers.sharded import full, sharded_like
 from lightning_compress.layers.tied_weights import check_unshared
+from lightning_compress.layers.weight_slice import WeightSlice
 
 __all__ = [
     "MaskedWeights",
@@ -29,10 +29,10 @@ __all__ = [
 def trained_weight(module: nn.Module) -> Tensor:
     """The parameter that the optimizer trains: the weight, or the original behind a parametrization.
 
-    Of an expert its slice of the tensor of all: a view, without gradient.
+    Of a slice its part of the parameter: a view, without gradient (:func:`_gradient`).
     """
-    if isinstance(module, ExpertLinear):
-        return module.weight.detach()
+    if isinstance(module, WeightSlice):
+        return module.slice_of(module.whole).detach()
     parametrized = getattr(module, "parametrizations", None)
     if parametrized is not None and "weight" in parametrized:
         original: Tensor = parametrized.weight.original
@@ -76,6 +76,7 @@ def check_matrices(modules: Mapping[str, nn.Module], action: str) -> None:
 def check_own_weights(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """ValueError names a module whose trained weight another module shares."""
     weights = {n: trained_weight(m) for n, m in modules.items() if "weight" in m._parameters or is_parametrized(m)}
+    weights |= {name: module.whole for name, module in modules.items() if isinstance(module, WeightSlice)}
     check_unshared(model, modules, weights)
 
 
@@ -135,18 +136,14 @@ class MaskedWeights:
     def apply_to_gradients(self, among: Collection[int] | None = None) -> None:
         """Masked weights get no gradient; ``among``: identities of the parameters that are stepped, None: all."""
         for name in self.masks:
-            weight = trained_weight(self.modules[name])
-            if weight.grad is not None and (among is None or id(weight) in among):
-                weight.grad.mul_(self._like(name))
+            gradient = _gradient(self.modules[name], among)
+            if gradient is not None:
+                gradient.mul_(self._like(name))
 
     def gradients(self, among: Collection[int] | None = None) -> dict[str, Tensor]:
         """The gradients of weights that have one, as [R, C]; ``among`` as above."""
-        weights = {name: trained_weight(module) for name, module in self.modules.items()}
-        return {
-            name: _matrix(weight.grad, self.modules[name])
-            for name, weight in weights.items()
-            if weight.grad is not None and (among is None or id(weight) in among)
-        }
+        gradients = {name: _gradient(module, among) for name, module in self.modules.items()}
+        return {n: _matrix(grad, self.modules[n]) for n, grad in gradients.items() if grad is not None}
 
     @torch.no_grad()
     def write(self, name: str, W_RC: Tensor) -> None:
@@ -186,6 +183,14 @@ class MaskedWeights:
                 f"the mask of {name!r} is {tuple(mask_RC.shape)}, and its weight is {tuple(W_RC.shape)} now: its shape "
                 f"changed after the mask was chosen; let structured pruning end before masks begin"
             )
+
+
+def _gradient(module: nn.Module, among: Collection[int] | None) -> Tensor | None:
+    """The gradient of a trained weight, of a slice the view of its part; None where there is none to change."""
+    parameter = module.whole if isinstance(module, WeightSlice) else trained_weight(module)
+    if parameter.grad is None or not (among is None or id(parameter) in among):
+        return None
+    return module.slice_of(parameter.grad) if isinstance(module, WeightSlice) else parameter.grad
 
 
 def _matrix(weight: Tensor, module: nn.Module) -> Tensor:

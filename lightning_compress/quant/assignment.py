@@ -16,8 +16,11 @@ from lightning_compress.layers.matrix import (
     check_weights_work,
     is_embedding,
     is_supported,
+    parameter_of,
 )
+from lightning_compress.layers.module_weights import ModuleWeight
 from lightning_compress.layers.tied_weights import owners_of, shared_message
+from lightning_compress.layers.weight_slice import owner_of
 from lightning_compress.quant.embeddings import Embeddings, check_embeddings, is_one_table
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import SizedByModule, is_special
@@ -50,6 +53,7 @@ def assign(
     for scheme in {id(s): s for s in assigned.values()}.values():
         group_fits({n: as_matrix(modules[n]).shape[1] for n, s in assigned.items() if s is scheme}, scheme)
     _check_grouped_inputs(modules, assigned)
+    _check_weights_alone(modules, assigned)
     _warn_of_unseen_inputs(model, assigned)
     warn_of_left_out(model, modules, [target for scheme in schemes for target in scheme.targets], ignore)
     return assigned
@@ -140,8 +144,8 @@ def _check_modules(
     check_embeddings(schemes, modules)
     owners = owners_of(model)
     for name, module in modules.items():
-        held = owners.get(id(module.weight), {})
-        others = [n for n, owner in held.items() if owner is not module]
+        held = owners.get(id(parameter_of(module)), {})
+        others = [n for n, owner in held.items() if owner is not owner_of(module)]
         if others and not (embeddings == "shared" and is_one_table(held.values(), modules, schemes)):
             raise ValueError(shared_message(name, others, [n for n, m in modules.items() if m in held.values()]))
     check_finite(modules)
@@ -156,6 +160,18 @@ def _check_grouped_inputs(modules: Mapping[str, nn.Module], schemes: Mapping[str
             f"input_activations: groups of columns do not exist in the inputs of {shortlist(grouped)}; convolutions "
             f"take one scale per sample (W8A8, FP8_DYNAMIC) or one for all (FP8); choose another scheme for them, or "
             f"add them to ignore"
+        )
+
+
+def _check_weights_alone(modules: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]) -> None:
+    """ValueError names weights of recurrent modules and attentions whose inputs would be quantized."""
+    inside = [n for n, m in modules.items() if isinstance(m, ModuleWeight) and schemes[n].input_activations is not None]
+    if inside:
+        kinds = sorted({type(m.home).__name__ for m in modules.values() if isinstance(m, ModuleWeight)})
+        raise ValueError(
+            f"the scheme quantizes the inputs of {shortlist(map(repr, inside))}, which {' and '.join(kinds)} multiply "
+            f"inside of one operation of torch; choose a scheme of weights alone for them, such as W8A16, with "
+            f"config_groups, or add them to ignore"
         )
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matrix import parameter_of, weight_of
 from lightning_compress.layers.records import Record, records_of
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.packing import is_packable, pack, tensor_names, unpack
 from lightning_compress.quant.record import Quantized
@@ -125,12 +125,12 @@ def _slots(modules: Mapping[str, nn.Module]) -> Slots:
     """Where tensors lie, by name: module and attribute. Of fused experts the slices, where all of them are there."""
     sliced: Counter[int] = Counter()
     for module in modules.values():
-        if isinstance(module, ExpertLinear):
+        if isinstance(module, WeightSlice):
             sliced[id(module.whole)] += module.weight.numel()
     slots: Slots = {}
     for name, module in modules.items():
         for inner, owner in _with_parametrizations(name, module):
-            if isinstance(owner, ExpertLinear):
+            if isinstance(owner, WeightSlice):
                 slots[f"{inner}.weight"] = owner, "weight"
                 continue
             for local, value in {**owner._parameters, **owner._buffers}.items():
@@ -151,7 +151,7 @@ def _first_names(slots: Slots, packed: Mapping[str, nn.Module]) -> tuple[Slots, 
     unpacked: Slots = {}
     same: dict[str, str] = {}
     for key, (module, local) in slots.items():
-        identity = _identity(module) if isinstance(module, ExpertLinear) else id(getattr(module, local))
+        identity = _identity(module) if isinstance(module, WeightSlice) else id(getattr(module, local))
         name = first.setdefault(identity, key)
         if name == key:
             unpacked[key] = module, local
@@ -162,7 +162,7 @@ def _first_names(slots: Slots, packed: Mapping[str, nn.Module]) -> tuple[Slots, 
 
 def _identity(module: nn.Module) -> int:
     """That of the tensor that holds the weight; a slice is made anew at every look, so an expert stands for its own."""
-    return id(module) if isinstance(module, ExpertLinear) else id(parameter_of(module))
+    return id(module) if isinstance(module, WeightSlice) else id(parameter_of(module))
 
 
 def _tensor_at(module: nn.Module, local: str) -> Tensor:

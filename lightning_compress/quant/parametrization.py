@@ -10,7 +10,6 @@ this on keeps the scales (:meth:`FakeQuantize.state`, :meth:`FakeQuantize.load_s
 Shapes: R rows, C columns, G groups, as in layers/matrix.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,15 +21,15 @@ from torch.nn.functional import pad
 from lightning_compress.layers.dense_keys import (
     original_weight,
     parametrization_of,
+    parts_of,
     put_on,
     remove_hook,
     take_off,
     unparametrize,
 )
-from lightning_compress.layers.expert import owner_of
-from lightning_compress.layers.expert_slices import set_aside
 from lightning_compress.layers.matrix import as_matrix, layout_of, write_matrix
 from lightning_compress.layers.sharded import gathered, is_dtensor
+from lightning_compress.layers.weight_slice import WeightSlice, owner_of
 from lightning_compress.ops.fake_quant import learned_step, relative_step, replace_value, straight_through
 from lightning_compress.quant.fake_quant import codes_of, latent_of, wide
 from lightning_compress.quant.formats import (
@@ -296,8 +295,12 @@ def lift(module: nn.Module) -> Lifted:
     """Take fake-quantization off for a while: the dense weight is an ordinary parameter again, the same object.
 
     Raises:
-        ValueError: The weight has another parametrization too.
+        ValueError: The weight is a slice, or has another parametrization too.
     """
+    if isinstance(module, WeightSlice):
+        raise ValueError(
+            f"no modifier hands a part of {module.fused} over in training; quantize it before, or add it to ignore"
+        )
     fake = fake_quantize_of(module)
     assert fake is not None
     parts = module.get_submodule("parametrizations")
@@ -377,17 +380,15 @@ def _take_off(module: nn.Module, leave_parametrized: bool) -> None:
         fake.active = False
     take_off(module, FakeQuantize, leave_parametrized)
     owner = owner_of(module)
-    if not set_aside(owner):  # no expert of it has fake-quantization any more
+    if not any(fake_quantize_of(part) for part in parts_of(owner)):
         remove_hook(owner._load_state_dict_post_hooks, _derive_scales)
     remove_hook(module._forward_pre_hooks, _quantize_input)
 
 
 def _derive_scales(module: nn.Module, incompatible_keys: Any) -> None:
     """Compute the scales of weights that were loaded; a modifier that kept scales restores them afterwards."""
-    layers: Sequence[nn.Module] = set_aside(module) or [module]
-    for layer in layers:
-        fake = fake_quantize_of(layer)
-        if fake is not None:
+    for layer in parts_of(module):
+        if (fake := fake_quantize_of(layer)) is not None:
             with gathered(module):
                 fake.derive(original_weight(layer))
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_compress.layers.module_weights import reveal
 from lightning_compress.layers.records import Record
 from lightning_compress.layers.split_experts import is_split, join, split
 from lightning_compress.modifiers.rotation.online import OnlineRotations
@@ -70,8 +71,9 @@ def share(model: nn.Module, device: torch.device, team: Team) -> None:
     if team.rank != 0:
         if are_split:
             split(model)
+        reveal(model)
         _attach(model, records, device)
-        join(model)  # experts that carry no record
+        join(model)  # slices that carry no record
 
 
 def send_weights(team: Team, module: nn.Module) -> None:

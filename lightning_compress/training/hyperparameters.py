@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_compress.layers.dense_keys import unparametrize
+from lightning_compress.layers.module_weights import remove_weights, weights_inside
 from lightning_compress.layers.split_experts import is_split, unsplit
 from lightning_compress.structure.surgery import Structure
 
@@ -60,6 +61,8 @@ def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     for inner in list(copied.modules()):
         if is_split(inner):
             unsplit(inner)
+        if weights_inside(inner):
+            remove_weights(inner)
         if (parts := _parametrizations(inner)) and all(_is_ours(type(part)) for part in parts):
             unparametrize(inner)  # with one of another package torch refuses to pickle the module anyway
         for name in [name for name in vars(inner) if _is_record(name) and name != Structure.attribute]:
@@ -73,6 +76,7 @@ def _is_marked(module: nn.Module) -> bool:
         or any(_is_ours(hook) for table in HOOKS for hook in vars(inner)[table].values())
         or any(_is_ours(type(part)) for part in _parametrizations(inner))
         or is_split(inner)
+        or bool(weights_inside(inner))
         for inner in module.modules()
     )
 

@@ -17,7 +17,7 @@ from lightning_compress import (
     WandaPruningModifier,
     compress,
 )
-from lightning_compress.layers.matching import Names, clean_name, match_rank, select, warn_of_left_out
+from lightning_compress.layers.matching import Names, clean_name, match_rank, select, select_weights, warn_of_left_out
 
 
 class GatedLinear(nn.Linear):
@@ -173,12 +173,27 @@ def test_a_class_that_leaves_most_of_the_model_as_it_is_says_so():
     (message,) = left_out(model, ["Linear"])
     assert "reaches 32 of 736 weights" in message  # 32 + 8 * 8 * 3 + 2 * 4 * 8 * 8
     assert "1 LSTM (512), 1 Conv1d (192)" in message
-    assert "to compress Conv1d too, add them to targets; no modifier compresses the weights of LSTM" in message
+    assert "to compress LSTM and Conv1d too, give targets=['Linear', 'LSTM', 'Conv1d']; to leave" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("GRU", nn.GRU(8, 8)),
+        ("RNN", nn.RNN(8, 64)),
+        ("LSTMCell", nn.LSTMCell(8, 8)),
+        ("MultiheadAttention", nn.MultiheadAttention(16, 2)),
+    ],
+)
+def test_the_advice_names_the_class_that_can_be_a_target(kind, layer):
+    (message,) = left_out(stack(layer, nn.Linear(8, 4)), ["Linear"])
+    assert f"to compress {kind} too, give targets=['Linear', '{kind}']" in message
+    assert set(select_weights(stack(layer, nn.Linear(8, 4)), ["Linear", kind])) > {"1"}  # and it is one
 
 
 def test_what_no_modifier_can_reach_gets_no_advice_to_target_it():
-    (message,) = left_out(stack(nn.LSTM(8, 8), nn.Linear(8, 4)), ["Linear"])
-    assert "1 LSTM (512); no modifier compresses the weights of LSTM; to leave" in message
+    (message,) = left_out(stack(nn.Bilinear(8, 8, 8), nn.Linear(8, 4)), ["Linear"])
+    assert "1 Bilinear (512); no modifier compresses the weights of Bilinear; to leave" in message
     assert "targets;" not in message
 
 

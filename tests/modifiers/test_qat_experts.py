@@ -138,9 +138,7 @@ def test_experts_that_are_left_out_stay_in_one_tensor():
 def test_experts_in_shards_are_refused(monkeypatch):
     model = ARCHITECTURES["mixtral"].build()
     monkeypatch.setattr(qat, "is_sharded", lambda module: hasattr(module, "num_experts"))
-    with pytest.raises(
-        ValueError, match=r"experts.0.gate_proj' is an expert in a tensor that is sharded.*strategy='ddp'"
-    ):
+    with pytest.raises(ValueError, match=r"experts.0.gate_proj' is a part of a tensor that is sharded.*strategy='ddp'"):
         Lifecycle([on_experts()]).initialize(State(model=model))
 
 

@@ -154,8 +154,11 @@ def test_a_pattern_means_the_layers_inside_of_what_it_matches():
     assert list(assign(model, from_presets("W4A16", ["re:.*attn.*"], 32), [])) == ["attn.q"]
     with pytest.raises(ValueError, match=r"targets='re:mlp\$' matches 'mlp' \(ModuleDict\), which hold no matrix of"):
         assign(model, from_presets("W4A16", ["re:mlp$", "Linear"], 32), [])
-    model["attn"]["lstm"] = nn.LSTM(32, 8)
-    with pytest.raises(ValueError, match=r"cannot quantize 'attn.lstm' \(LSTM\)"):  # nothing silently
+    model["attn"]["lstm"] = nn.LSTM(32, 32)
+    reached = ["attn.q", "attn.lstm.ih_l0", "attn.lstm.hh_l0"]
+    assert list(assign(model, from_presets("W4A16", ["re:.*attn.*"], 32), [])) == reached
+    model["attn"]["pair"] = nn.Bilinear(32, 8, 8)
+    with pytest.raises(ValueError, match=r"cannot quantize 'attn.pair' \(Bilinear\)"):  # nothing silently
         assign(model, from_presets("W4A16", ["re:.*attn.*"], 32), [])
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
 
-from lightning_compress.layers.expert import ExpertLinear
 from lightning_compress.layers.matching import shortlist
 from lightning_compress.layers.matrix import as_matrix
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.schemes import GroupSize, SizedByModule, from_inline, from_presets
@@ -115,7 +115,7 @@ def groups_of(
 def stored(scheme: QuantizationScheme | None, module: nn.Module, on_disk: bool) -> int:
     """Bytes of the weight of a module with this scheme; None: dense."""
     W_RC = as_matrix(module)
-    if scheme is None or (on_disk and not (is_packable(module) or isinstance(module, ExpertLinear))):
+    if scheme is None or (on_disk and not (is_packable(module) or isinstance(module, WeightSlice))):
         return W_RC.numel() * W_RC.element_size()
     return planned_bytes(W_RC, scheme)
 

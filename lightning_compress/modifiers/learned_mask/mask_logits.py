@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers.dense_keys import parametrization_of
 from lightning_compress.layers.matrix import layout_of
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.modifiers.learned_mask.gumbel import gumbel, hard_mask, soft_mask
 
 __all__ = ["MaskLogits", "logits_of", "noise_seed", "other_parametrizations"]
@@ -71,6 +72,8 @@ def logits_of(module: nn.Module) -> MaskLogits:
 
 def other_parametrizations(module: nn.Module) -> list[nn.Module]:
     """The parametrizations of a weight beside its logits."""
+    if isinstance(module, WeightSlice):  # has one at most
+        return []
     children = module.get_submodule("parametrizations.weight").children()
     return [child for child in children if not isinstance(child, MaskLogits)]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.layers.expert import ExpertLinear
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.modifiers.rotation.marks import Marks, ParameterView
 from lightning_compress.modifiers.rotation.norms import recognize
 from lightning_compress.modifiers.rotation.operations import HANDLERS, MAKERS, VIEWS
@@ -141,7 +141,7 @@ def _module_hooks(model: nn.Module, tracer: BasisTracer) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, ExpertLinear):  # with a hook it would run instead of the fused tensor
+        if isinstance(module, WeightSlice):  # with a hook it would run beside its parameter, or instead of it
             continue
         handles.append(module.register_forward_pre_hook(lambda m, args, name=name: enter(name, m, args), prepend=True))
         handles.append(module.register_forward_hook(lambda m, args, out, name=name: leave(name, m, args, out)))
