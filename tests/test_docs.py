@@ -90,7 +90,7 @@ def overrides(page: Path) -> list[list[str]]:
     """What follows ``python train.py`` in the page's commands; of a sweep its first run."""
     lines = [line for text in blocks(page, "bash") for line in text.splitlines() if line.startswith("python train.py ")]
     commands = [shlex.split(line, comments=True)[2:] for line in lines]
-    return [[re.sub(r"^([^\[]*?),.*", r"\1", word) for word in words if word != "-m"] for words in commands]
+    return [[re.sub(r"^([^\[{]*?),.*", r"\1", word) for word in words if word != "-m"] for words in commands]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
