@@ -36,6 +36,7 @@ __all__ = [
     "first_bad_module",
     "numbers_in",
     "put",
+    "rows_in",
     "take",
     "taken_off",
     "tensors_of",
@@ -216,6 +217,12 @@ def numbers_in(batch: Any) -> int:
     """How large a batch is: the numbers in its first tensor, such as tokens; 1 where it has none."""
     tensors = tensors_of(dict(batch) if isinstance(batch, Mapping) else batch)
     return tensors[0].numel() if tensors else 1
+
+
+def rows_in(batch: Any) -> int:
+    """The first dimension of the first tensor of a batch; 1 where it has none."""
+    tensors = tensors_of(dict(batch) if isinstance(batch, Mapping) else batch)
+    return max(1, len(tensors[0])) if tensors and tensors[0].ndim else 1
 
 
 def tree_move(tree: Any, device: torch.device | None) -> Any:

@@ -157,6 +157,8 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
         state = state.but(replay=replay, batches=batches, interrupt=log.interrupt)
         state = state.but(store=log.store_training, restore=log.restore_training)
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
+    if has_data:
+        walker.compare_outputs(blocks)
 
 
 def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:

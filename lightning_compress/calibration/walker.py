@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.calibration.activations import (
@@ -16,6 +17,7 @@ from lightning_compress.calibration.activations import (
     first_bad_module,
     numbers_in,
     put,
+    rows_in,
     small_sample,
     take,
     tensors_of,
@@ -25,12 +27,13 @@ from lightning_compress.calibration.activations import (
 from lightning_compress.calibration.block_passes import BlockPasses, ModuleGroup, one_pass_obstacle
 from lightning_compress.calibration.blocks import modules_of_block, modules_outside
 from lightning_compress.calibration.capture import BrokenLinkError, capture, run_to_stop, stopped_before, stubbed
+from lightning_compress.calibration.divergence import BlockOutputs, children_of, compared_batches
 from lightning_compress.calibration.group_log import GroupLog
 from lightning_compress.calibration.lockstep import MOST_BATCHES
 from lightning_compress.calibration.options import CalibrationOptions
 from lightning_compress.calibration.plan import CalibrationPlan, make_plan, plan_without_blocks
 from lightning_compress.calibration.probe import NonFiniteError, Probe, ProbedBlock, nonfinite_error, run_probe
-from lightning_compress.calibration.residence import InMemory, Residence, exact_device
+from lightning_compress.calibration.residence import InMemory, OnDisk, Residence, exact_device
 from lightning_compress.calibration.walk_memory import lockstep_bytes, megabytes, memory_limit, workspace_bytes
 from lightning_compress.core import Event, Lifecycle, State
 from lightning_compress.layers.memory import release
@@ -66,6 +69,7 @@ class Walker:
         self.model = runner.model
         self.plan = CalibrationPlan()
         self.finished, self.total = 0, 1
+        self.outputs = BlockOutputs({}, {}, 0, state.team, 0)
         self.passes = BlockPasses(lifecycle, state, clock, [], Probe(), False, self.report, log)
 
     def walk_without_data(self, blocks: Mapping[str, nn.Module]) -> None:
@@ -134,6 +138,7 @@ class Walker:
             for module in warn_of_targets(self.model, probe, targets):
                 del targets[module]  # no batch can reach them
             plan = make_plan(self.model, run, blocks, probe, targets) if blocks else plan_without_blocks(self.model)
+            self._keep_outputs(plan)
         probe.inputs, probe.last_output = {}, None  # activations that only the plan needed
         self.residence.check(plan, [name for module, name in targets.items() if module not in probe.counts])
         self.plan = plan
@@ -161,6 +166,29 @@ class Walker:
             self.lifecycle, self.state, self.clock, masks, probe, one_pass, self.report, self.log, self.numbers
         )
         self.total = len(self.plan.blocks) + 1
+
+    def _keep_outputs(self, plan: CalibrationPlan) -> None:
+        """Keep outputs of the dense model, to compare with.
+
+        Not where blocks are on disk, which would be read once more, or where modifiers train them or cut them later.
+        """
+        needs = [modifier.needs for modifier in self.lifecycle.modifiers]
+        if isinstance(self.residence, OnDisk) or any(one.hand_over or one.changes_shapes for one in needs):
+            return
+        places = {block.name: block.out_at for segment in plan.segments for block in segment}
+        modules = {name: plan.blocks[name] for name in places} or children_of(self.model)
+        count = compared_batches(self.count, rows_in(self.probe_batch))
+        self.outputs = BlockOutputs(modules, places, count, self.state.team, self.count)
+        self.outputs.keep(self._run)
+
+    def compare_outputs(self, blocks: Mapping[str, nn.Module]) -> None:
+        """After the walk: the rest of the comparison with the dense model, and its result into the ledger."""
+        trained = any(modifier.needs.after_walk for modifier in self.lifecycle.modifiers)
+        if self.outputs.numbers and (trained or not self.plan.segments):
+            passing = self.residence.passing(blocks) if blocks else self.residence.visit("", self.model)
+            with self.lifecycle.paused(), passing:
+                self.outputs.compare_all(self._run, self.passes.masks)
+        self.state.ledger.blocks |= self.outputs.result()
 
     def _masks(self, key: str) -> list[Tensor | None]:
         return [self._mask(batch, key) for batch in self.batches]
@@ -234,6 +262,7 @@ class Walker:
                 propagate = partial(self._propagate, block, run, inputs) if needed else None
                 try:
                     self.passes.complete(block_group(block.name, module), run, propagate, dense_outputs)
+                    self._compare(block, run, inputs if needed else None)
                 except NonFiniteError as error:
                     with self.lifecycle.paused():
                         again = partial(self._call_block, block, module, inputs, error.batch)
@@ -241,6 +270,20 @@ class Walker:
                     raise nonfinite_error(error.kind, error.where, self.numbers[error.batch], source) from None
             inputs.drop(block.name)
             self.finish_group()
+
+    def _compare(self, block: ProbedBlock, run: Callable[[int], Any], outputs: SegmentInputs | None) -> None:
+        """Compare the outputs of a finished block with the dense ones; ``outputs``: where they are stored already."""
+        if any(modifier.needs.after_walk for modifier in self.lifecycle.modifiers):
+            return  # they change once more
+        for i in range(len(self.outputs.numbers)):
+            if outputs is None:
+                with self.lifecycle.paused(), torch.random.fork_rng(devices=[]):
+                    self.passes.begin(i, f"{block.name}: comparison, batch {i + 1}")
+                    hidden = take(run(i), block.out_at)
+            else:
+                hidden = outputs.read(i)
+            if isinstance(hidden, Tensor):
+                self.outputs.compare(block.name, i, hidden, self.passes.masks[i])
 
     def _pass_dense(
         self, block: ProbedBlock, module: nn.Module, dense: SegmentInputs

@@ -46,11 +46,18 @@ class Row:
 
 
 class Ledger:
-    """Rows in the order in which modules were first reported, and ``files``: texts for the report's folder by name."""
+    """Rows in the order in which modules were first reported.
+
+    Attributes:
+        files: Texts for the report's folder, by name.
+        blocks: By block how far its output is from the dense model's: ``error``, the mean over ``rows`` of
+            |y - d|^2 / |d|^2, and its ``standard_error`` (calibration/divergence.py). Empty where no data was used.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], Row] = {}
         self.files: dict[str, str] = {}
+        self.blocks: dict[str, dict[str, float]] = {}
 
     def add(self, module: str, technique: str, *, flag: str | None = None, **facts: Any) -> Row:
         """Record facts; ``flag`` adds one remark. TypeError on a fact that :class:`Row` does not know."""

@@ -1,25 +1,26 @@
 """``index.html``: the run on one page, in one file that needs nothing from elsewhere, on a desk or a phone.
 
-It shows the tables of report/table.py, what each module lost, the override that would leave one dense, recipe and
-versions.
+It shows the tables of report/table.py, how far each block is from the dense model, what each module lost, the override
+that would leave one dense, recipe and versions.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader, Template, select_autoescape
 
 from lightning_compress.core.ledger import Ledger, Row
 from lightning_compress.files.atomic_file import whole_file
+from lightning_compress.report.charts import Chart, Value, chart
 from lightning_compress.report.section import number, size
 from lightning_compress.report.summary import headline, installed_versions, metric_change, totals
 from lightning_compress.report.table import notes, sections
 
-__all__ = ["write"]
+__all__ = ["template", "write"]
 
 DECADES = 6  # errors this far below the largest have the shortest bar
 SHOWN = 12  # modules with the largest errors that are shown at once; a click shows all
@@ -53,16 +54,15 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
         ledger: What was done to each module.
         facts: As in report/summary.py; ``leave_dense`` is {technique: text with MODULE in the place of a name}.
     """
-    environment = Environment(
-        loader=PackageLoader("lightning_compress.report", ""), autoescape=select_autoescape(default=True),
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     bars = _bars(ledger, facts)
     worst = sorted(bars, key=lambda bar: -bar.width)[:SHOWN]
-    text = environment.get_template("page.html.jinja").render(
+    text = template("page.html.jinja").render(
         title=headline(facts) or "compression",
         cards=_cards(ledger, facts),
         sections=[table for table in sections(ledger, facts) if not table.title.startswith("largest errors")],
+        divergence=_divergence(ledger),
+        rows=_plain_range(int(facts["rows"]) for facts in ledger.blocks.values()),
+        blocks=[(n, number(f["error"]), number(f.get("standard_error"), digits=2)) for n, f in ledger.blocks.items()],
         worst=worst,
         bars=bars if len(bars) > len(worst) else [],
         notes=notes(ledger, facts),
@@ -71,6 +71,39 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
     )
     with whole_file(Path(folder) / "index.html") as path:
         path.write_text(text, encoding="utf-8")
+
+
+def template(name: str) -> Template:
+    """A template of this folder."""
+    environment = Environment(
+        loader=PackageLoader("lightning_compress.report", ""), autoescape=select_autoescape(default=True),
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
+
+
+def _divergence(ledger: Ledger) -> Chart | None:
+    """A chart of the error of each block, in the order of the model."""
+    values = [
+        Value(f"{name}: {number(facts['error'])}", float(place), facts["error"], facts.get("standard_error", 0.0))
+        for place, (name, facts) in enumerate(ledger.blocks.items())
+        if math.isfinite(facts["error"])
+    ]
+    if not values:
+        return None
+    names = {float(place): _last_part(name) for place, name in enumerate(ledger.blocks)}
+    return chart("error of each block", values, "block", "error", x_names=names)
+
+
+def _last_part(name: str) -> str:
+    """``3`` of ``model.layers.3``."""
+    return name.rpartition(".")[2]
+
+
+def _plain_range(numbers: Iterable[int]) -> str:
+    """``8``, or ``6 to 8``; empty for no number."""
+    ordered = sorted(set(numbers))
+    return " to ".join(str(n) for n in dict.fromkeys([ordered[0], ordered[-1]])) if ordered else ""
 
 
 def _cards(ledger: Ledger, facts: Mapping[str, Any]) -> list[Card]:

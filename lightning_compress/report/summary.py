@@ -45,7 +45,7 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
         ledger: What was done to each module.
         facts: See the module's docstring. They win over what the ledger adds up to.
     """
-    summary = {**totals(ledger), "versions": installed_versions(), **facts}
+    summary = {**totals(ledger), "divergence": ledger.blocks, "versions": installed_versions(), **facts}
     with whole_file(Path(folder) / "summary.json") as path:
         path.write_text(json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with whole_file(Path(folder) / "modules.csv") as path, path.open("w", encoding="utf-8", newline="") as file:

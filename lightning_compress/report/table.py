@@ -124,8 +124,8 @@ def _plan_and_fact(facts: Mapping[str, Any]) -> Section:
 
 
 def notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
-    """Lines below the tables: flags, zeros, sizes, seconds, memory."""
-    lines = [f"gate: {entry['text']}" for entry in facts.get("gate") or ()]
+    """Lines below the tables: the gate, blocks, flags, zeros, sizes, seconds, memory."""
+    lines = [*(f"gate: {entry['text']}" for entry in facts.get("gate") or ()), *_blocks(ledger)]
     for flag, modules in _flags(ledger).items():
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
         lines.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
@@ -143,6 +143,20 @@ def notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"peak memory: {size(peak)}")
     if (folder := facts.get("export_dir")) is not None:
         lines.append(f"compressed model: {folder}")
+    return lines
+
+
+def _blocks(ledger: Ledger) -> list[str]:
+    """The last block, and the one with the largest error where that is another one."""
+    if not ledger.blocks:
+        return []
+    last = next(reversed(ledger.blocks))
+    worst = max(ledger.blocks, key=lambda name: ledger.blocks[name]["error"])
+    lines = ["outputs of blocks against the dense model's, |y - d|² / |d|²:"]
+    for name in dict.fromkeys([worst, last]):
+        facts = ledger.blocks[name]
+        error = f" ± {number(facts['standard_error'], digits=2)}" if "standard_error" in facts else ""
+        lines.append(f"  {name} {number(facts['error'])}{error}{' (largest)' if name == worst != last else ''}")
     return lines
 
 

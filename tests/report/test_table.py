@@ -139,3 +139,16 @@ def test_flags_that_differ_in_a_number_are_one_line():
         "fell back to rounding: layers.2",
         "epoch 3: model",
     ]
+
+
+def test_the_last_block_and_the_worst_one_are_named(ledger, facts):
+    errors = [0.001, 0.25, 0.0125]
+    ledger.blocks = {f"layers.{i}": {"error": e, "standard_error": e / 10, "rows": 8} for i, e in enumerate(errors)}
+    ledger.blocks["layers.2"].pop("standard_error")
+    assert table.notes(ledger, facts)[:3] == [
+        "outputs of blocks against the dense model's, |y - d|² / |d|²:",
+        "  layers.1 0.25 ± 0.025 (largest)",
+        "  layers.2 0.0125",
+    ]
+    ledger.blocks.pop("layers.1")
+    assert table.notes(ledger, facts)[1:2] == ["  layers.2 0.0125"]
