@@ -7,8 +7,9 @@ __all__ = ["DESCRIPTION", "SUMMARY", "act", "add_arguments"]
 
 SUMMARY = "one table and one figure of a sweep"
 DESCRIPTION = """Compare the jobs of a sweep by the size, the metric, its standard error and the seconds in their
-report/summary.json. Prints a table and writes sweep.csv, sweep.md and sweep.png into FOLDER. A job that failed, has not
-ended or did not start is named with the reason. The standard error is that of the change from the model before
+report/summary.json. Prints a table and writes sweep.html (Pareto front, table, links to the pages of the jobs),
+sweep.csv, sweep.md and sweep.png into FOLDER. A job that failed, has not ended or did not start is named with the
+reason. The standard error is that of the change from the model before
 compression; seconds are those of calibration, export and measurements, without training.
 
 FOLDER is the folder of a sweep of `python train.py -m ...` (hydra.sweep.dir), of a Slurm array, or any folder that

@@ -1,4 +1,4 @@
-"""The table and the figure of a sweep, printed and written into its folder; and a Hydra callback that does it."""
+"""Table, page and figure of a sweep, printed and written into its folder; and a Hydra callback that does it."""
 
 import os
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from hydra.experimental.callback import Callback
 from lightning_compress.report.sweep import Comparison, compare
 from lightning_compress.report.sweep_figure import metric_over_size
 from lightning_compress.report.sweep_jobs import Job, read_jobs
+from lightning_compress.report.sweep_page import write_page
 from lightning_compress.report.sweep_table import show, write_csv, write_markdown
 
 __all__ = ["SweepReport", "report_sweep"]
@@ -34,7 +35,7 @@ class SweepReport(Callback):
 def report_sweep(
     folder: Path, jobs: Sequence[Job], metric: str | None = None, mode: Literal["min", "max"] | None = None
 ) -> Comparison:
-    """Print the comparison of jobs, and write sweep.csv, sweep.md and sweep.png into a folder.
+    """Print the comparison of jobs, and write sweep.csv, sweep.html, sweep.md and sweep.png into a folder.
 
     Raises:
         ValueError: See :func:`compare`.
@@ -42,8 +43,9 @@ def report_sweep(
     comparison = compare(jobs, metric, mode)
     show(comparison)
     write_csv(comparison, folder / "sweep.csv")
+    write_page(comparison, folder / "sweep.html")
     figure = metric_over_size(comparison, folder / "sweep.png")
     write_markdown(comparison, folder / "sweep.md", figure.name if figure else None)
-    names = ["sweep.csv", "sweep.md", *([figure.name] if figure else [])]
+    names = ["sweep.csv", "sweep.html", "sweep.md", *([figure.name] if figure else [])]
     print("written: " + ", ".join(str(folder / name) for name in names))
     return comparison

@@ -13,7 +13,7 @@ from lightning_compress.files.atomic_file import whole_file
 from lightning_compress.report.section import Section, number, print_section, size
 from lightning_compress.report.sweep import Comparison, Result
 
-__all__ = ["render", "show", "write_csv", "write_markdown"]
+__all__ = ["notes", "render", "section", "show", "write_csv", "write_markdown"]
 
 WIDTH = 100  # columns where the output is not a terminal
 FIGURES = ("size_before", "size", "bits", "before", "after", "change", "error", "seconds")  # of a Result, in the CSV
@@ -50,11 +50,11 @@ def write_csv(comparison: Comparison, path: str | Path) -> None:
 
 def write_markdown(comparison: Comparison, path: str | Path, figure: str | None = None) -> None:
     """The table as on the screen; ``figure`` is the path of an image to show below it."""
-    section = _section(comparison)
-    lines = [f"{section.title}.", "", _pipes(section.header)]
-    lines += [_pipes(["---" if name in section.words else "---:" for name in section.header])]
-    lines += [_pipes(row) for row in section.rows]
-    if lines_below := [*_faults(comparison), *_notes(comparison)]:
+    table = section(comparison)
+    lines = [f"{table.title}.", "", _pipes(table.header)]
+    lines += [_pipes(["---" if name in table.words else "---:" for name in table.header])]
+    lines += [_pipes(row) for row in table.rows]
+    if lines_below := [*_faults(comparison), *notes(comparison)]:
         lines += ["", *(f"- {line}" for line in lines_below)]
     if figure is not None:
         lines += ["", f"![{comparison.metric} over size]({figure})"]
@@ -63,13 +63,14 @@ def write_markdown(comparison: Comparison, path: str | Path, figure: str | None 
 
 
 def _print(console: Console, comparison: Comparison) -> None:
-    print_section(console, _section(comparison))
+    print_section(console, section(comparison))
     console.print()
-    for line in [*_faults(comparison), *_notes(comparison)]:
+    for line in [*_faults(comparison), *notes(comparison)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _section(comparison: Comparison) -> Section:
+def section(comparison: Comparison) -> Section:
+    """A row for each job that has a result."""
     metric, results = comparison.metric, comparison.results
     differ = len({result.before for result in results}) > 1
     figures = [*(["before"] if differ else []), "after", "change ± std. error"] if metric else []
@@ -107,7 +108,7 @@ def _faults(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """What all jobs have in common, and the remarks."""
     first = next(iter(comparison.results), None)
     common = []

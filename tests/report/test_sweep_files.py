@@ -7,7 +7,7 @@ from lightning_compress.report.sweep_files import SweepReport, report_sweep
 from lightning_compress.report.sweep_jobs import read_jobs
 from tests.support.sweep_folders import summary_of, write_job, write_multirun
 
-FILES = {"sweep.csv", "sweep.md", "sweep.png"}
+FILES = {"sweep.csv", "sweep.html", "sweep.md", "sweep.png"}
 
 
 def files_of(folder):
@@ -30,7 +30,8 @@ def test_the_folder_gets_table_and_figure_and_the_screen_their_paths(folder, cap
         assert files_of(folder) == FILES
         printed = capsys.readouterr().out
         assert "results of 1 of 2 jobs; perplexity" in printed
-        assert f"written: {folder / 'sweep.csv'}, {folder / 'sweep.md'}, {folder / 'sweep.png'}\n" in printed
+        paths = ", ".join(str(folder / name) for name in sorted(FILES))
+        assert f"written: {paths}\n" in printed
     assert "![perplexity over size](sweep.png)" in (folder / "sweep.md").read_text()
 
 
