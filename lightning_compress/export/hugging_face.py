@@ -271,6 +271,7 @@ def build(
             f"{folder} does not fit {type(layout).__name__}: {bad}; where modules were added to the model before "
             f"it was saved, add them to a dense one too and call load(folder, model)"
         )
+    model.name_or_path = model.config._name_or_path = str(folder)  # of which the model card tells base and license
     _add_generation_config(model, folder)
     return model
 

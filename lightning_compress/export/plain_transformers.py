@@ -37,7 +37,7 @@ def mend_layout(
     config: QuantizationConfig,
     packed: Mapping[str, tuple[nn.Module, Quantized]],
     folder: Path,
-) -> torch.dtype | None:
+) -> tuple[torch.dtype | None, str]:
     """Make ``from_pretrained`` unpack the weights while it reads them, where it cannot hold the model packed.
 
     By default it gives the model packed parameters, reads the file into them, and unpacks them at the first call. Where
@@ -47,7 +47,8 @@ def mend_layout(
     not help, the dtype in config.json becomes bfloat16, or a warning says what cannot be loaded.
 
     Returns:
-        The dtype of the model when config.json names another one.
+        The dtype of the model when config.json names another one, and why transformers cannot load the folder; empty
+        where it can.
     """
     groups = list(config.config_groups.values())
     several = len(groups) != 1 or groups[0].input_activations is not None or config.kv_cache_scheme is not None
@@ -71,11 +72,12 @@ def mend_layout(
         elif fault or (bfloat16 and not several):
             path = folder / "config.json"
             change_json(path, quantization_config=read_json(path)["quantization_config"] | {"dequantize": True})
-            return None
+            return None, ""
     if fault:
-        warnings.warn(f"{installed()} will {outcome}: {fault}; {advice}", stacklevel=5)
+        fault = f"{installed()} will {outcome}: {fault}"
+        warnings.warn(f"{fault}; {advice}", stacklevel=5)
     if not bfloat16:
-        return None
+        return None, fault
     change_json(folder / "config.json", dtype="bfloat16")
     warnings.warn(
         f"config.json says dtype bfloat16, not {model.dtype}: compressed-tensors 0.20 unpacks NVFP4 and the MX formats "
@@ -84,7 +86,7 @@ def mend_layout(
         stacklevel=5,
     )
     dtype: torch.dtype = model.dtype
-    return dtype
+    return dtype, fault
 
 
 def _layout_fault(

@@ -8,7 +8,7 @@ A folder holds
     recipe.yaml                the recipe, where one was given
     export_manifest.json       the names of these files, and of the run that wrote them
     lightning_compress.json    only where needed: what compressed-tensors has no place for
-    README.md                  only where not every loader gives the outputs of the model (export/transform_config.py)
+    README.md                  the model card: what is compressed, sizes, metrics of the run, who can load it
 
 Two kinds of quantized modules stay dense on disk, their weights on the grid: those whose packed form no loader reads
 (convolutions, the Conv1D of GPT-2) and those that share their weight with another module. ``lightning_compress.json``
@@ -40,13 +40,14 @@ from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.export import hugging_face, plain_transformers
 from lightning_compress.export.contents import Contents, check_weights, contents_of, warn_of_contents
 from lightning_compress.export.experts import experts_first
+from lightning_compress.export.model_card import write_card
 from lightning_compress.export.online import online_entries, seal
 from lightning_compress.export.own_file import FORMAT_VERSION, OWN_FILE
 from lightning_compress.export.quantization_config import cache_only, quantization_config
 from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.export.state_on_disk import state_on_disk
 from lightning_compress.export.tensors import TensorFiles, write_tensors
-from lightning_compress.export.transform_config import check_readers, transform_config, transform_tensors, write_note
+from lightning_compress.export.transform_config import check_readers, transform_config, transform_tensors
 from lightning_compress.export.verify import answers
 from lightning_compress.files.atomic_folder import whole_folder
 from lightning_compress.layers.matching import without_parallel
@@ -86,7 +87,7 @@ def save(
             that this function did not write, or that holds other files too, is never replaced.
         max_shard_bytes: Weights above this go into several files with an index.
         origin: Written to export_manifest.json: ``run``, the name of the run, and other facts about where the model is
-            from. An export that is replaced must be of the same run.
+            from; the model card shows ``metric`` and ``gate``. An export that is replaced must be of the same run.
         verify: Let plain transformers, in another process, compute outputs for the ``dummy_inputs`` of the model from
             the folder (some 10 seconds); the folder stays when they differ from those of the model.
         stored: Packed tensors, by local name, of modules by their names: their weights are on the meta device.
@@ -120,11 +121,20 @@ def save(
                 for name in contents.dense:
                     check_fit(name, *contents.records[name])
                 warn_of_contents(contents)
-                _write(contents, partial, max_shard_bytes)
+                fault = _write(contents, partial, max_shard_bytes)
                 for processor in processors:
                     processor.save_pretrained(partial)
                 if recipe_yaml is not None:
                     (partial / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+                write_card(
+                    contents,
+                    partial,
+                    weight_bytes=TensorFiles(partial).nbytes,
+                    fault=fault,
+                    recipe_yaml=recipe_yaml,
+                    origin=origin,
+                    replaced=Path(folder).expanduser(),
+                )
         except (OSError, SafetensorError) as error:
             raise OSError(f"writing {folder} failed and nothing of it is left: {error}; is the disk full?") from error
     path = Path(folder).expanduser().resolve()
@@ -133,13 +143,15 @@ def save(
     return path
 
 
-def _write(contents: Contents, folder: Path, max_shard_bytes: int) -> None:
-    """Weights and configs, in a folder that exists."""
+def _write(contents: Contents, folder: Path, max_shard_bytes: int) -> str:
+    """Weights and configs, in a folder that exists; returns what :func:`write_description` does."""
     on_disk = _write_weights(contents, folder, max_shard_bytes)
-    write_description(contents, folder, on_disk, {name: contents.records[name][1].to_json() for name in contents.dense})
+    return write_description(
+        contents, folder, on_disk, {name: contents.records[name][1].to_json() for name in contents.dense}
+    )
 
 
-def write_description(contents: Contents, folder: Path, on_disk: Mapping[str, str], dense: Mapping[str, Any]) -> None:
+def write_description(contents: Contents, folder: Path, on_disk: Mapping[str, str], dense: Mapping[str, Any]) -> str:
     """``quantization_config`` in the config.json of a folder, and lightning_compress.json where it is needed.
 
     Weights may be on meta: only schemes are read.
@@ -149,9 +161,11 @@ def write_description(contents: Contents, folder: Path, on_disk: Mapping[str, st
         folder: Folder with the config.json of the model.
         on_disk: Names of quantized modules on disk.
         dense: Records of the modules whose weight is dense on disk, as JSON.
+
+    Returns:
+        Why plain transformers cannot load the folder; empty where it can.
     """
-    dtype = _write_quantization(contents, folder) if contents.packed or contents.caches else None
-    write_note(contents.model, folder)
+    dtype, fault = _write_quantization(contents, folder) if contents.packed or contents.caches else (None, "")
     if contents.is_transformers:
         plain_transformers.warn_of_misfits(contents.model)
         plain_transformers.warn_of_dropped(contents.model)
@@ -169,6 +183,7 @@ def write_description(contents: Contents, folder: Path, on_disk: Mapping[str, st
         content["structure"] = steps
     if len(content) > 3 or content["dense"] or content["names"]:
         (folder / OWN_FILE).write_text(json.dumps(content, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    return fault
 
 
 def _write_weights(contents: Contents, folder: Path, max_shard_bytes: int) -> dict[str, str]:
@@ -187,8 +202,8 @@ def _write_weights(contents: Contents, folder: Path, max_shard_bytes: int) -> di
     return on_disk
 
 
-def _write_quantization(contents: Contents, folder: Path) -> torch.dtype | None:
-    """``quantization_config``; returns the dtype of the model where config.json has to name another one."""
+def _write_quantization(contents: Contents, folder: Path) -> tuple[torch.dtype | None, str]:
+    """``quantization_config``; returns what :func:`plain_transformers.mend_layout` does."""
     model, packed = contents.model, contents.packed
     args = next((cache.args for cache in contents.caches.values()), None)
     config = quantization_config(model, packed) if packed or args is None else cache_only(args)
@@ -199,7 +214,7 @@ def _write_quantization(contents: Contents, folder: Path) -> torch.dtype | None:
     transforms = transform_config(model)
     ModelCompressor(quantization_config=config, transform_config=transforms).update_config(str(folder))
     if not contents.is_transformers:
-        return None
+        return None, ""
     if contents.caches:
         plain_transformers.add_heads(model, folder)
         plain_transformers.warn_of_caches(unread_caches(model))

@@ -134,6 +134,11 @@ class TensorFiles:
                 f"hold it; copy the folder again"
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that were not taken."""
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._tensors.values())
+
     def path_of(self, name: str) -> Path:
         """The file with this tensor, or where one is missing, the first file."""
         return self.folder / self.names.get(name, next(iter(self.names.values()), "model.safetensors"))

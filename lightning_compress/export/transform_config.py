@@ -7,7 +7,7 @@ For rotations whose record says ``in_config`` (modifiers/rotation/online.py). Of
 
 vLLM multiplies the inputs of the modules that the scheme selects by it (weights are turned already); it reads the
 tensor for its fused products, shared by all modules. transformers 5.23 reads neither, and so computes something else:
-a README.md in the folder says it.
+the model card says it.
 """
 
 import warnings
@@ -29,18 +29,17 @@ from lightning_compress.layers.matrix import as_matrix, is_supported
 from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
 
-__all__ = ["check_readers", "read_transforms", "transform_config", "transform_tensors", "write_note"]
+__all__ = ["check_readers", "read_transforms", "rotation_note", "transform_config", "transform_tensors"]
 
 Side = Literal["input", "output"]
-NOTE = """# Inputs are rotated
+NOTE = """## Inputs are rotated
 
 The inputs of {count} Linears, such as {first}, are multiplied by Hadamard matrices, block by block, as
 `transform_config` in config.json states; their weights are rotated already.
 
 - vLLM applies it (since 2026-07; without tensor parallelism, and to Linears without a bias).
 - `lightning_compress.load` applies it.
-- transformers does not: `from_pretrained` loads this folder without an error, and computes something else.
-"""
+- transformers does not: `from_pretrained` loads this folder without an error, and computes something else."""
 
 
 def check_readers(contents: Contents, verify: bool = False) -> None:
@@ -115,10 +114,10 @@ def transform_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write_note(model: nn.Module, folder: Path) -> None:
-    """README.md, which says who applies the rotation; none where config.json states no rotation."""
-    if names := list(dict.fromkeys(chain(*_groups(model).values()))):
-        (folder / "README.md").write_text(NOTE.format(count=len(names), first=names[0]), encoding="utf-8")
+def rotation_note(model: nn.Module) -> str:
+    """For the model card, who applies the rotation; empty where config.json states no rotation."""
+    names = list(dict.fromkeys(chain(*_groups(model).values())))
+    return NOTE.format(count=len(names), first=names[0]) if names else ""
 
 
 def read_transforms(

@@ -36,6 +36,7 @@ from lightning_compress.core.ledger import Row
 from lightning_compress.core.state import TrainingState
 from lightning_compress.export import hugging_face
 from lightning_compress.export.contents import Contents, block_contents, contents_of, warn_of_contents
+from lightning_compress.export.model_card import write_card
 from lightning_compress.export.save import dump_yaml, write_description
 from lightning_compress.export.state_on_disk import state_on_disk
 from lightning_compress.export.stream import Shard, ShardWriter
@@ -243,11 +244,14 @@ class ExportLog:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             hugging_face.write_configs(self.model, folder)
-            write_description(contents, folder, {name: name for name in contents.records}, self.dense)
+            fault = write_description(contents, folder, {name: name for name in contents.records}, self.dense)
             for processor in processors:
                 processor.save_pretrained(folder)
             recipe = dump_yaml(dump_recipe(self._lifecycle.modifiers))
             (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+            size = sum(shard.tensor_bytes for shard in self.writer.shards())
+            replaced = self.writer.target
+            write_card(contents, folder, weight_bytes=size, fault=fault, recipe_yaml=recipe, replaced=replaced)
             for path in sorted(folder.iterdir()):
                 if path.suffix != ".safetensors" and path.name != INDEX:
                     shutil.move(path, self.writer.folder / path.name)

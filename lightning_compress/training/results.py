@@ -1,5 +1,6 @@
 """What a run leaves behind: ``compressed.ckpt``, the exported folder, the report, and numbers for the loggers."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -155,6 +156,8 @@ class Results:
         origin: dict[str, Any] = {"run": self.run.name, "clock": self.clock_state}
         if "SLURM_JOB_ID" in os.environ:  # an attempt without a checkpoint knows its run by it
             origin["job"] = os.environ["SLURM_JOB_ID"]
+        if metric := self.run.facts.get("metric"):
+            origin["metric"] = {name: _finite(entry) for name, entry in metric.items()}
         if failures := gate_failures(self.run.facts):
             origin["gate"] = [entry["text"] for entry in failures]
         replaces = is_resumed(self.trainer) or origin_of(folder).get("run") == self.run.name
@@ -221,3 +224,8 @@ class Results:
             "seed": run.options.calibration.seed,
             "global_step": self.event.global_step,
         }
+
+
+def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """None for numbers that JSON cannot hold."""
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in entry.items()}

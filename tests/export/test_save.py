@@ -62,7 +62,7 @@ def test_tokenizer_and_recipe_lie_beside_the_model(tmp_path, small_net, quantize
 
     recipe = {"b": {"scheme": "W8A8", "ignore": ["re:.*head"]}, "a": {"sparsity": 0.5}}
     save(quantize(small_net, scheme_of("W8A8")), tmp_path / "out", tokenizer=Tokenizer(), recipe=recipe)
-    names = ["config.json", "export_manifest.json", "model.safetensors", "recipe.yaml", "tokenizer.json"]
+    names = ["README.md", "config.json", "export_manifest.json", "model.safetensors", "recipe.yaml", "tokenizer.json"]
     assert sorted(os.listdir(tmp_path / "out")) == names
     read = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert (read, list(read)) == (recipe, ["b", "a"])
@@ -156,7 +156,8 @@ def test_a_file_that_cannot_grow_leaves_nothing_and_keeps_the_old(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("nothing of it is left") == 2
     assert os.listdir(tmp_path) == ["old"]
-    assert sorted(os.listdir(tmp_path / "old")) == ["config.json", "export_manifest.json", "model.safetensors"]
+    names = ["README.md", "config.json", "export_manifest.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "old")) == names
     load(tmp_path / "old", nn.Sequential(nn.Linear(256, 256)), packed=False)
 
 
@@ -167,6 +168,6 @@ def test_a_model_that_was_only_pruned_keeps_its_zeros(tmp_path, small_net):
     dense = copy.deepcopy(small_net)
     small_net[0].weight.data[:, ::2] = 0
     save(small_net, tmp_path / "out", recipe={"prune": {"sparsity": 0.5}})
-    names = ["config.json", "export_manifest.json", "model.safetensors", "recipe.yaml"]
+    names = ["README.md", "config.json", "export_manifest.json", "model.safetensors", "recipe.yaml"]
     assert sorted(os.listdir(tmp_path / "out")) == names
     assert_close(load(tmp_path / "out", dense, packed=False).state_dict(), small_net.state_dict(), rtol=0, atol=0)
