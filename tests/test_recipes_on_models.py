@@ -56,17 +56,21 @@ NO_TOKENS = "has no nn.Embedding, so that its residual stream does not begin wit
 NO_ATTENTION = "matches none of the model's 10 modules"
 ODD_BLOCKS = "block_size=32 does not divide the .* input features"
 ODD_COLUMNS = "group_size=(16|32) does not divide .* the format knows no other size"
+ODD_GROUPS = "group_size=32 does not divide the input columns of"
 
 REFUSED = {
     "mlp": {
+        "gptq_q4_0": ODD_GROUPS, "rtn_q8_0": ODD_GROUPS,
         "depth_1": NO_BLOCKS, "kv_fp8": NO_CACHE, "mixed_w8a8_w4": NO_ATTENTION, "reap_25": NO_EXPERTS,
         "rotate": NO_TOKENS, "gptq_mxfp4_hadamard": ODD_BLOCKS, "qat_mxfp4": ODD_COLUMNS,
     },
     "cnn": {
+        "gptq_q4_0": ODD_GROUPS, "rtn_q8_0": ODD_GROUPS,
         "depth_1": NO_BLOCKS, "kv_fp8": NO_CACHE, "mixed_w8a8_w4": NO_ATTENTION, "reap_25": NO_EXPERTS,
         "rotate": NO_TOKENS, "gptq_mxfp4_hadamard": ODD_BLOCKS, "qat_mxfp4": ODD_COLUMNS,
     },
     "vit": {
+        "gptq_q4_0": ODD_GROUPS, "rtn_q8_0": ODD_GROUPS,
         "kv_fp8": NO_CACHE, "reap_25": NO_EXPERTS, "rotate": NO_TOKENS, "nvfp4": ODD_COLUMNS,
         "gptq_mxfp4_hadamard": ODD_BLOCKS, "qat_mxfp4": ODD_COLUMNS, "qat_nvfp4": ODD_COLUMNS,
     },

@@ -196,7 +196,8 @@ def dense_model(folder: Path, dtype: torch.dtype | None = None) -> "PreTrainedMo
         )  # fmt: skip
     if missing := sorted(map(str, info["missing_keys"])):
         raise ValueError(f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}")
-    return model.eval()  # type: ignore[no-any-return]
+    dense: PreTrainedModel = model.eval()
+    return dense
 
 
 def processors(folder: Path) -> list[Any]:

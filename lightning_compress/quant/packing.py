@@ -29,7 +29,7 @@ from lightning_compress.quant.record import Quantized
 Stored = TypeVar("Stored")
 
 __all__ = ["ACTIVATION_NAMES", "check_fit", "check_record", "check_stored_scales", "compress_words", "is_packable",
-           "pack", "tensor_names", "unpack"]  # fmt: skip
+           "pack", "tensor_names", "unpack", "weight_codes"]  # fmt: skip
 
 ROWS = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)  # scales [R, G]
 ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
@@ -150,17 +150,33 @@ def tensor_names(module_type: type, scheme: QuantizationScheme) -> tuple[str, ..
 
 def check_fit(name: str, module: nn.Module, record: Quantized) -> None:
     """RuntimeError names the module when its weight is not on the grid of its record; for any kind of module."""
+    _exact_codes(name, module, record)
+
+
+def weight_codes(name: str, module: nn.Module, record: Quantized) -> Tensor:
+    """The codes of an integer weight as int8 [R, C], on its device: those that :func:`pack` packs.
+
+    Raises:
+        RuntimeError: The weight is not on the grid of its record.
+    """
+    codes_RC = _exact_codes(name, module, record)
+    assert codes_RC is not None
+    return codes_RC
+
+
+def _exact_codes(name: str, module: nn.Module, record: Quantized) -> Tensor | None:
+    """The codes of a weight, which give it back bit for bit; None for the formats of quant/formats.py."""
     weight_RC, args = as_matrix(module).detach(), record.scheme.weights
     check_record(name, weight_RC, record)
 
-    def to_codes_and_back(wide_RC: Tensor) -> tuple[None, Tensor]:
+    def to_codes_and_back(wide_RC: Tensor) -> tuple[Tensor | None, Tensor]:
         if is_microscaled(args):
             return None, round_weight(weight_RC, record.scale, None, args)
         with on_its_device(wide_RC):
             codes_RC = quantize(wide_RC, wide(record.scale), record.zero_point, args, dtype=args.pytorch_dtype())
-        return None, dequantize(codes_RC, record.scale, record.zero_point, args)
+        return codes_RC, dequantize(codes_RC, record.scale, record.zero_point, args)
 
-    _exact(name, weight_RC, record, to_codes_and_back)
+    return _exact(name, weight_RC, record, to_codes_and_back)
 
 
 def check_record(name: str, weight_RC: Tensor, record: Quantized) -> None:
