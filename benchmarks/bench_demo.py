@@ -1,4 +1,4 @@
-"""The demo's model at 4, 3 and 2 bits, and pruned, by every technique. Prints the table of the README.
+"""The demo's model at 4, 3 and 2 bits, and pruned, by every technique. Prints the table of docs/benchmarks.md.
 
     make bench-demo                                 # or: python benchmarks/bench_demo.py --help
 

@@ -1,4 +1,4 @@
-"""Pages of the site besides docs/: API pages by public name, and the README of each kernel (a hook of mkdocs.yml)."""
+"""Pages of the site besides docs/*.md: tutorials, the API by public name, README of kernels (a hook of mkdocs.yml)."""
 
 import re
 import sys
@@ -55,9 +55,19 @@ def kernel_pages() -> dict[str, str]:
     return {f"ops/{path.parent.name}.md": path.read_text() for path in sorted(ops.glob("*/README.md"))}
 
 
+def tutorial_pages() -> dict[str, str]:
+    """Path of each page -> its notebook as Markdown, with what the cells printed."""
+    sys.path.insert(0, str(ROOT))
+    from scripts import notebooks
+
+    return {f"tutorials/{name}.md": notebooks.page(notebooks.FOLDER / f"{name}.ipynb") for name in notebooks.names()}
+
+
 def on_config(config: Any) -> Any:
     kernels = next(entry for entry in config.nav if "Kernels" in entry)
     kernels["Kernels"] = [kernels["Kernels"], *kernel_pages()]
+    tutorials = next(entry for entry in config.nav if "Tutorials" in entry)
+    tutorials["Tutorials"] = list(tutorial_pages())
     config.nav.append({"API": [{title: f"api/{page}.md"} for page, (title, _) in PAGES.items()]})
     return config
 
@@ -65,12 +75,13 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
-    for path, text in {**api_pages(), **kernel_pages()}.items():
+    for path, text in {**api_pages(), **kernel_pages(), **tutorial_pages()}.items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links that leave docs/: the README of a kernel is a page here; other files of the repository are named only."""
+    """Link pages of the site: the README of a kernel, a tutorial; other files outside docs/ are named only."""
+    markdown = re.sub(r"\]\(tutorials/(\w+)\.ipynb\)", r"](tutorials/\1.md)", markdown)
     markdown = re.sub(r"\]\(\.\./lightning_compress/ops/(\w+)/README\.md\)", r"](ops/\1.md)", markdown)
     return re.sub(r"\[([^]]+)\]\(\.\./[^)]+\)", r"\1", markdown)

@@ -53,6 +53,16 @@ def targets_of_make() -> dict[str, str]:
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
+def test_a_release_makes_every_relative_link_of_the_readme_absolute():
+    base = "https://host/owner/name/blob/v1"
+    text = script("readme_links").absolute((ROOT / "README.md").read_text(), base)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert f"{base}/docs/images/report.png?raw=true" in targets
+    assert f"{base}/docs/choosing.md" in targets
+    assert all(target.startswith("https://") for target in targets)
+    assert "readme_links.py" in commands(ROOT / ".github" / "workflows" / "release.yml").partition("make dist")[0]
+
+
 def test_there_is_a_workflow_for_each_purpose():
     assert [path.stem for path in WORKFLOWS] == ["docs", "lint", "release", "test"]
 
