@@ -1,11 +1,12 @@
 """``index.html``: the run on one page, in one file that needs nothing from elsewhere, on a desk or a phone.
 
 It shows the tables of report/table.py, how far each block is from the dense model, what each module lost, the override
-that would leave one dense, recipe and versions.
+that would give one more bits or leave it dense, recipe and versions.
 """
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from lightning_compress.report.table import notes, sections
 __all__ = ["template", "write"]
 
 DECADES = 6  # errors this far below the largest have the shortest bar
+SCHEME = re.compile(r"W(?P<weights>\d+)A(?P<inputs>\d+) ")
+TOGETHER = 3  # modules that one override gives more bits
 SHOWN = 12  # modules with the largest errors that are shown at once; a click shows all
 
 
@@ -37,13 +40,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Bar:
-    """One module: its error, a bar on a log scale, and how to leave it dense."""
+    """One module: its error, a bar on a log scale, how to give it more bits, and how to leave it dense."""
 
     module: str
     technique: str
     error: str
     width: float
-    override: str
+    more_bits: str
+    leave_dense: str
 
 
 def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
@@ -52,7 +56,7 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
     Args:
         folder: Made if it is missing.
         ledger: What was done to each module.
-        facts: As in report/summary.py; ``leave_dense`` is {technique: text with MODULE in the place of a name}.
+        facts: As in report/summary.py.
     """
     bars = _bars(ledger, facts)
     worst = sorted(bars, key=lambda bar: -bar.width)[:SHOWN]
@@ -64,6 +68,7 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
         rows=_plain_range(int(facts["rows"]) for facts in ledger.blocks.values()),
         blocks=[(n, number(f["error"]), number(f.get("standard_error"), digits=2)) for n, f in ledger.blocks.items()],
         worst=worst,
+        together=_together(ledger, facts),
         bars=bars if len(bars) > len(worst) else [],
         notes=notes(ledger, facts),
         recipe=json.dumps(facts.get("modifiers") or facts.get("recipe"), indent=2, default=str),
@@ -127,8 +132,20 @@ def _bars(ledger: Ledger, facts: Mapping[str, Any]) -> list[Bar]:
     rows = [row for row in ledger if row.error is not None]
     largest = max((row.error or 0 for row in rows), default=0)
     return [
-        Bar(row.module, row.technique, number(row.error), _width(row, largest), _override(row, facts)) for row in rows
-    ]
+        Bar(
+            row.module, row.technique, number(row.error), _width(row, largest),
+            *(text(row, facts).replace("MODULE", row.module) for text in (_more_bits, _leave_dense)),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _together(ledger: Ledger, facts: Mapping[str, Any]) -> str:
+    """The override that gives 8 bits to the modules with the largest errors, of the technique of the first of them."""
+    rows = sorted((row for row in ledger if row.error is not None), key=lambda row: -(row.error or 0))
+    texts = [(row.module, text) for row in rows if (text := _more_bits(row, facts)).startswith("'")]
+    names = [module for module, text in texts if text == texts[0][1]][:TOGETHER]
+    return texts[0][1].replace("MODULE", ",".join(names)) if len(names) > 1 else ""
 
 
 def _width(row: Row, largest: float) -> float:
@@ -138,6 +155,15 @@ def _width(row: Row, largest: float) -> float:
     return round(100 * max(0.02, 1 + math.log10(row.error / largest) / DECADES), 1)
 
 
-def _override(row: Row, facts: Mapping[str, Any]) -> str:
+def _leave_dense(row: Row, facts: Mapping[str, Any]) -> str:
     text: str = (facts.get("leave_dense") or {}).get(row.technique, "")
-    return text.replace("MODULE", row.module)
+    return text
+
+
+def _more_bits(row: Row, facts: Mapping[str, Any]) -> str:
+    """Empty where the weights have 8 bits already, or are no integers."""
+    scheme = SCHEME.match(row.scheme or "")
+    if scheme is None or int(scheme["weights"]) >= 8:
+        return ""
+    text: str = (facts.get("more_bits") or {}).get(row.technique, {}).get(scheme["inputs"], "")
+    return text

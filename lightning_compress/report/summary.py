@@ -13,6 +13,7 @@
     peak_memory_bytes   highest memory use of the process, in bytes
     plan                what was planned before the run, in the form of planning/plan.py
     leave_dense         {technique: how to add MODULE to what its modifier ignores}
+    more_bits           {technique: {bits of inputs: how to give MODULE weights of 8 bits}}
     seed, versions      versions is {package: version}; left out, it is looked up
     export_dir          where the compressed model lies
 

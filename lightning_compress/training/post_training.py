@@ -23,11 +23,9 @@ from lightning_compress.calibration.sequential import calibrate, end_training
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import marked_when_interrupted
 from lightning_compress.core.lifecycle import Lifecycle
-from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.export.guard import guard_save_pretrained
 from lightning_compress.layers.dense_keys import inactive
-from lightning_compress.layers.matching import listed
 from lightning_compress.report.progress import ProgressReport
 from lightning_compress.resume.folder_log import opened, unable
 from lightning_compress.structure.surgery import record_of
@@ -39,6 +37,7 @@ from lightning_compress.training.evaluation import Measurement, compare
 from lightning_compress.training.gate import check_metrics, check_uncut, judge, raise_failures
 from lightning_compress.training.loaders import calibration_batches, check_first_batch, forward_of, validation_loaders
 from lightning_compress.training.measurement import measured, summing_device
+from lightning_compress.training.overrides import leave_dense, more_bits
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
@@ -97,7 +96,8 @@ class PostTraining:
 
     def write_results(self) -> None:
         """Write checkpoint, export and report; every rank calls this."""
-        self.run.facts["leave_dense"] = _overrides(self.lifecycle.modifiers)
+        modifiers = self.lifecycle.modifiers
+        self.run.facts |= {"leave_dense": leave_dense(modifiers), "more_bits": more_bits(modifiers)}
         Results(self.trainer, self.pl_module, self.state, self.run, self.event, self.clock_state, self.sample).write()
 
     def end(self) -> None:
@@ -318,15 +318,3 @@ class PostTraining:
         """Whether autocast is on: on a GPU float32 products take ten times as long, and are not the trained model's."""
         precision = self.run.options.calibration.calibration_precision
         return precision == "trained" or (precision == "auto" and self.pl_module.device.type == "cuda")
-
-
-def _overrides(modifiers: Sequence[Modifier]) -> dict[str, str]:
-    """By technique, how to add MODULE to what its modifier ignores: an override in a Hydra app, else an argument."""
-    texts = {}
-    for modifier in modifiers:
-        technique, ignore = getattr(modifier, "technique", None), getattr(modifier, "ignore", None)
-        if technique is not None and ignore is not None:
-            names = [*listed(ignore), "MODULE"]
-            command = modifier.override("ignore", f"[{','.join(names)}]").partition("line: ")[2]
-            texts[str(technique)] = f"'{command}'" if command else f"{modifier.name}(ignore={names})"
-    return texts

@@ -14,6 +14,7 @@ FACTS = {
     "model_bytes_after": 2**20,
     "seconds": {"calibration": 12.5, "export": 0.5},
     "modifiers": {"GPTQModifier": {"type": "GPTQModifier", "ignore": ["re:.*lm_head"]}},
+    "more_bits": {"gptq": {"16": "'callbacks.compress.modifiers.gptq.config_groups={W8A16:[MODULE]}'"}},
     "leave_dense": {"gptq": "'callbacks.compress.modifiers.gptq.ignore=[re:.*lm_head,MODULE]'"},
     "versions": {"torch": "2.13.0"},
     "plan": {"bytes_after": 2**20 - 2**17, "memory": {}, "seconds": {"calibration": 10.0}},
@@ -78,6 +79,21 @@ def test_the_worst_modules_come_first_with_what_leaves_them_dense(source):
     assert names[page.SHOWN :] == [str(i) for i in range(20)]
     expected = "'callbacks.compress.modifiers.gptq.ignore=[re:.*lm_head,model.layers.0.mlp.down_proj]'"
     assert expected in Text(source).text
+    assert "{W8A16:[model.layers.0.mlp.down_proj]}'" in Text(source).text
+
+
+def test_one_override_gives_more_bits_to_the_three_largest(source):
+    names = ",".join(f"model.layers.{i}.mlp.down_proj" for i in range(3))
+    text = f"8 bits for the largest 'callbacks.compress.modifiers.gptq.config_groups={{W8A16:[{names}]}}'"
+    assert text in Text(source).text
+
+
+def test_more_bits_are_offered_where_that_is_more(tmp_path):
+    rows = Ledger()
+    for name, scheme in [("a", "W8A16 channel sym"), ("b", "FP8 channel"), ("c", "W4A8 channel sym"), ("d", None)]:
+        rows.add(name, "gptq", scheme=scheme, error=0.1)
+    page.write(tmp_path, rows, FACTS)
+    assert "8 bits<" not in (tmp_path / "index.html").read_text()
 
 
 def test_bars_are_logarithmic(source):
