@@ -145,7 +145,8 @@ def _check_modules(
     owners = owners_of(model)
     for name, module in modules.items():
         held = owners.get(id(parameter_of(module)), {})
-        others = [n for n, owner in held.items() if owner is not owner_of(module)]
+        inside = set(owner_of(module).modules())  # its parametrizations
+        others = [n for n, owner in held.items() if owner not in inside]
         if others and not (embeddings == "shared" and is_one_table(held.values(), modules, schemes)):
             raise ValueError(shared_message(name, others, [n for n, m in modules.items() if m in held.values()]))
     check_finite(modules)
