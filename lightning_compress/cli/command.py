@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_compress.cli import plan, run, sweep, verify
+from lightning_compress.cli import export, plan, report, run, sweep, verify
 
 __all__ = ["main"]
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="lightning-compress", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=raw
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (run, plan, verify, sweep):
+    for module in (run, plan, report, verify, export, sweep):
         name, summary = module.__name__.rpartition(".")[2], module.SUMMARY
         subparser = commands.add_parser(name, help=summary, description=module.DESCRIPTION, formatter_class=raw)
         module.add_arguments(subparser)

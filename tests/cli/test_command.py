@@ -16,7 +16,7 @@ def test_help_needs_no_torch():
     assert "sweep     one table and one figure of a sweep" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "verify", "sweep"])
+@pytest.mark.parametrize("name", ["run", "plan", "report", "verify", "export", "sweep"])
 def test_each_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main([name, "--help"])
