@@ -1,6 +1,6 @@
-"""Save a compressed model in the format of compressed-tensors, as transformers and vLLM load it.
+"""Save a compressed model: as ONNX (onnx/), or in the format of compressed-tensors, as transformers and vLLM load it.
 
-A folder holds
+A folder of the latter holds
 
     model.safetensors          packed weights and their scales; all other tensors as they are (several files above 5 GB)
     config.json                the model's own (Hugging Face) plus ``quantization_config``
@@ -40,8 +40,10 @@ from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.export import hugging_face, plain_transformers
 from lightning_compress.export.contents import Contents, check_weights, contents_of, warn_of_contents
 from lightning_compress.export.experts import experts_first
+from lightning_compress.export.formats import check_formats
 from lightning_compress.export.model_card import write_card
 from lightning_compress.export.online import online_entries, seal
+from lightning_compress.export.onnx.write import write_onnx
 from lightning_compress.export.own_file import FORMAT_VERSION, OWN_FILE
 from lightning_compress.export.quantization_config import cache_only, quantization_config
 from lightning_compress.export.rehearsal import rehearse
@@ -56,20 +58,20 @@ from lightning_compress.quant.packed import as_linears
 from lightning_compress.quant.packing import check_fit, tensor_names
 from lightning_compress.structure.surgery import record_of
 
-__all__ = ["dump_yaml", "save", "write_description"]
+__all__ = ["dump_yaml", "save", "saved_model", "write_compressed_tensors", "write_description"]
 
 
 def save(
     model: nn.Module,
     folder: str | Path,
     *,
+    format: str = "compressed_tensors",
+    sample: Any = None,
     tokenizer: Any = None,
     recipe: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
-    origin: Mapping[str, Any] | None = None,
     verify: bool = False,
-    stored: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write a compressed model; the model does not change, and the folder appears complete or not at all.
 
@@ -81,36 +83,94 @@ def save(
             pruned or distilled) the weights are written as they are, zeros included, and there is no
             ``quantization_config``: the sparse formats of compressed-tensors were removed in its version 0.20.
         folder: Folder to write; missing parents are created.
+        format: ``compressed_tensors``, or ``onnx``: ``model.onnx`` with QuantizeLinear and DequantizeLinear, checked
+            in ONNX Runtime (docs/export.md).
+        sample: For ``onnx``: a batch of real inputs, as a tensor, a tuple of arguments or a dict of keyword arguments;
+            by default the ``dummy_inputs`` of a model of transformers.
         tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to save beside the model, or a list.
         recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
         overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk. A folder
             that this function did not write, or that holds other files too, is never replaced.
-        max_shard_bytes: Weights above this go into several files with an index.
-        origin: Written to export_manifest.json: ``run``, the name of the run, and other facts about where the model is
-            from; the model card shows ``metric`` and ``gate``. An export that is replaced must be of the same run.
+        max_shard_bytes: Weights above this go into several files with an index; not for ``onnx``.
         verify: Let plain transformers, in another process, compute outputs for the ``dummy_inputs`` of the model from
             the folder (some 10 seconds); the folder stays when they differ from those of the model.
-        stored: Packed tensors, by local name, of modules by their names: their weights are on the meta device.
 
     Returns:
         The folder's absolute path.
 
     Raises:
         ValueError: The model holds NaN, its compression was interrupted, the folder exists or cannot be written, the
-            recipe is not plain data; or, with ``verify``, what is wrong with the folder.
+            recipe is not plain data, the format cannot hold the model; or, with ``verify``, what is wrong with the
+            folder.
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
+    (format,) = check_formats("format", (format,))
+    if format == "onnx":
+        if verify:
+            raise ValueError("verify=True lets plain transformers load the folder; a file of ONNX is always checked")
+        return write_onnx(
+            saved_model(model),
+            folder,
+            sample=sample,
+            processors=_as_list(tokenizer),
+            recipe_yaml=None if recipe is None else dump_yaml(recipe),
+            overwrite=overwrite,
+        ).folder
+    if sample is not None:
+        raise ValueError(f"sample is for format='onnx', and the format is {format!r}; leave it out")
+    return write_compressed_tensors(
+        model,
+        folder,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        verify=verify,
+    )
+
+
+def saved_model(model: nn.Module) -> nn.Module:
+    """The model inside of the wrappers of torch.compile and parallel training; ValueError where it cannot be saved."""
     model = without_parallel(getattr(model, "_orig_mod", model))  # torch.compile's wrapper
     check_uninterrupted(model)
-    processors = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "transformers quantized this model when it loaded it; load its folder with lightning_compress.load "
+            "instead and save what that returns"
+        )
+    return model
+
+
+def write_compressed_tensors(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    recipe: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    origin: Mapping[str, Any] | None = None,
+    verify: bool = False,
+    stored: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Path:
+    """:func:`save` in the format of compressed-tensors; other arguments than its own:
+
+    Args:
+        model: The model.
+        folder: Folder to write.
+        tokenizer: As of :func:`save`, like the four that follow.
+        recipe: The same.
+        overwrite: The same.
+        max_shard_bytes: The same.
+        verify: The same.
+        origin: Written to export_manifest.json: ``run``, the name of the run, and other facts about where the model is
+            from; the model card shows ``metric`` and ``gate``. An export that is replaced must be of the same run.
+        stored: Packed tensors, by local name, of modules by their names: their weights are on the meta device.
+    """
+    model, processors = saved_model(model), _as_list(tokenizer)
     with as_linears(model) as packed:
         stored = {**packed, **(stored or {})}
-        if getattr(model, "hf_quantizer", None) is not None:
-            raise ValueError(
-                "transformers quantized this model when it loaded it; load its folder with lightning_compress.load "
-                "instead and save what that returns"
-            )
         rehearse(model, processors)
         contents = contents_of(model, stored)
         check_readers(contents, verify)
@@ -141,6 +201,10 @@ def save(
     if verify and (fault := answers(model, path)[1]):
         raise ValueError(fault)
     return path
+
+
+def _as_list(processors: Any) -> list[Any]:
+    return [*processors] if isinstance(processors, list | tuple) else [] if processors is None else [processors]
 
 
 def _write(contents: Contents, folder: Path, max_shard_bytes: int) -> str:

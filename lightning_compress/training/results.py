@@ -22,7 +22,7 @@ from lightning_compress.core.state import State
 from lightning_compress.export import verify
 from lightning_compress.export.contents import Stored
 from lightning_compress.export.hugging_face import is_transformers
-from lightning_compress.export.save import save
+from lightning_compress.export.save import write_compressed_tensors
 from lightning_compress.export.sharded import gathered_on
 from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.layers.memory import peak_memory_bytes
@@ -163,7 +163,7 @@ class Results:
         replaces = is_resumed(self.trainer) or origin_of(folder).get("run") == self.run.name
         tokenizers = processors(self.trainer, self.pl_module)
         try:
-            save(
+            write_compressed_tensors(
                 self.module,
                 folder,
                 tokenizer=tokenizers,

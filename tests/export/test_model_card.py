@@ -10,6 +10,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from lightning_compress import QuantizationModifier, RotationModifier, compress, load, save
+from lightning_compress.export.save import write_compressed_tensors
 from tests.support.rotation_models import build
 
 RECIPE = {"modifiers": {"rtn": {"type": "QuantizationModifier", "scheme": "W4A16"}}}
@@ -38,7 +39,7 @@ def table(text: str, first: str) -> dict[str, list[str]]:
 def test_a_card_says_what_a_user_asks(tmp_path):
     model = quantized()
     dense = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
-    save(model, tmp_path / "out", recipe=RECIPE, origin=RUN)
+    write_compressed_tensors(model, tmp_path / "out", recipe=RECIPE, origin=RUN)
     front, text = read(tmp_path / "out")
     assert front == {"library_name": "transformers", "tags": ["compressed-tensors", "lightning-compress"]}
     size, files = table(text, "")["weights"], (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -118,14 +119,14 @@ def test_what_is_not_a_card_is_not_believed(tmp_path, readme):
 
 def test_an_edited_card_stays_when_its_run_replaces_the_export(tmp_path):
     model, out = quantized(), tmp_path / "out"
-    save(model, out, origin=RUN)
+    write_compressed_tensors(model, out, origin=RUN)
     card = (out / "README.md").read_bytes()
-    save(model, out, origin=RUN, overwrite=True)
+    write_compressed_tensors(model, out, origin=RUN, overwrite=True)
     assert (out / "README.md").read_bytes() == card
     edited = card.decode().replace("## How to load it", "Made for the demo.\n\n## How to load it")
     (out / "README.md").write_text(edited)
     with pytest.warns(UserWarning, match=r"README.md was edited, and stays; the card of this export is MODEL_CARD.md"):
-        save(model, out, origin=RUN, overwrite=True)
+        write_compressed_tensors(model, out, origin=RUN, overwrite=True)
     assert (out / "README.md").read_text() == edited
     assert (out / "MODEL_CARD.md").read_bytes() == card
     assert {"README.md", "MODEL_CARD.md"} <= set(json.loads((out / "export_manifest.json").read_text())["files"])
@@ -167,7 +168,9 @@ def test_readers_that_fail_are_named_with_the_reason(tmp_path):
 
 
 def test_a_failed_gate_stands_under_the_numbers(tmp_path):
-    save(quantized(), tmp_path / "out", origin=RUN | {"gate": ["val/loss rose by 0.25, and 0.1 is allowed"]})
+    write_compressed_tensors(
+        quantized(), tmp_path / "out", origin=RUN | {"gate": ["val/loss rose by 0.25, and 0.1 is allowed"]}
+    )
     assert "\nIt failed its gate: val/loss rose by 0.25, and 0.1 is allowed.\n" in read(tmp_path / "out")[1]
 
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_compress import QATModifier, QuantizationModifier, compress, save
 from lightning_compress.core import Ledger, Lifecycle, State
 from lightning_compress.export import sharded as exporting
+from lightning_compress.export.save import write_compressed_tensors
 from lightning_compress.export.sharded import gathered_on
 from lightning_compress.layers.sharded import is_sharded
 from tests.support.sharded_runs import group_of_one, llama
@@ -36,7 +37,7 @@ def test_a_quantized_model(tmp_path):
         with gathered_on(model, True) as stored:
             assert len(stored) == 14
             assert model.model.layers[0].mlp.up_proj.weight.is_meta
-            save(model, tmp_path / "sharded", stored=stored)
+            write_compressed_tensors(model, tmp_path / "sharded", stored=stored)
         assert is_sharded(model)
         with gathered_on(model, False) as stored:  # another rank
             assert not stored
@@ -65,7 +66,7 @@ def test_a_model_that_was_trained_through_fake_quantization(tmp_path):
         model, sharded_rows = trained(True)
         assert torch.equal(model(x).logits, expected)
         with gathered_on(model, True) as stored:
-            save(model, tmp_path / "sharded", stored=stored)
+            write_compressed_tensors(model, tmp_path / "sharded", stored=stored)
         assert torch.equal(model(x).logits, expected)
     assert files(tmp_path / "sharded") == files(tmp_path / "plain")
     assert sharded_rows == rows
