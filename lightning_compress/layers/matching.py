@@ -54,7 +54,8 @@ def select(
         ignore: The same, for what is left out.
         field: Name of the argument, for messages.
 
-    Warns of a target, and of a name or class in ``ignore``, that matches nothing while others do.
+    Warns of a target, and of a name or class in ``ignore``, that matches nothing while others do; not of the class of
+    a layer that modifiers compress, such as ``Conv2d``, since recipes list them for many models.
 
     Raises:
         ValueError: A pattern is not a valid regular expression, nothing matches, everything that matches is ignored, or
@@ -80,7 +81,7 @@ def select(
             )
         raise ValueError(unmatched_message(targets, named, field))
     for target in targets:
-        if not hits[target]:
+        if not hits[target] and target not in CAN_BE_TARGETS:  # recipes name all kinds of layers
             warnings.warn(unmatched_message([target], named, field), stacklevel=2)
     for entry in ignore:
         if not hits[entry] and not entry.startswith("re:"):  # recipes for many models ignore patterns freely

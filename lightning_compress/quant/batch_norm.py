@@ -7,20 +7,28 @@ The layer takes s. The norm stays, with scale 1 and the shift beta - s mu, so th
 tensors do not change and any program that knows the architecture can load the weights; or it is removed, and the layer
 gets a bias.
 
+A layer that is quantized, with scales for each row, takes s into these: its codes stay, or change their sign with s. A
+network that was trained through fake-quantization, norms and all, becomes one that integers compute.
+
 The layer before a norm is found in the graph that torch.fx traces, of the whole model or, if that cannot be traced, of
 its parts: the model is not run, and names and the order of registration are not used.
 """
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.layers.matrix import CONVOLUTIONS, as_matrix, is_supported, write_matrix
+from lightning_compress.quant.fake_quant import on_stored_grid, round_weight, wide
+from lightning_compress.quant.formats import is_microscaled
 from lightning_compress.quant.record import Quantized
+from lightning_compress.quant.scale_errors import integer_range
 
 __all__ = ["Folding", "find_foldings", "fold", "fold_all"]
 
@@ -32,30 +40,32 @@ class Folding(NamedTuple):
     norm: str
 
 
-def fold_all(model: nn.Module, remove: bool = False) -> list[Folding]:
+def fold_all(model: nn.Module, remove: bool = False, required: bool = True) -> list[Folding]:
     """Fold every BatchNorm for which this is possible; in evaluation mode outputs stay equal up to rounding.
 
     Args:
         model: Changed in place. Its norms are set to evaluation mode and must stay in it.
         remove: Replace the norms by ``nn.Identity``, and give the layers a bias.
+        required: Whether it is an error if no norm can be folded.
 
     Returns:
         The foldings. A warning names each other norm, and the reason.
 
     Raises:
-        ValueError: No norm can be folded, or a layer is quantized already.
+        ValueError: No norm can be folded, or a layer is quantized with scales that several rows share.
     """
     foldings, left = find_foldings(model)
     reasons = "; ".join(f"{name!r}: {why}" for name, why in left.items())
-    if not foldings:
+    if not foldings and required:
         raise ValueError(
             f"no BatchNorm to fold: {reasons or f'{type(model).__name__} has none'}; leave folding out for this model"
         )
     for layer_name, norm_name in foldings:
-        if Quantized.of(model.get_submodule(layer_name)) is not None:
+        record = Quantized.of(model.get_submodule(layer_name))
+        if record is not None and not _has_scales_of_rows(record.scheme.weights):
             raise ValueError(
                 f"{layer_name!r} is quantized already, and folding {norm_name!r} into it would take it off its "
-                f"grid; fold first, then quantize"
+                f"grid, whose scales several rows share; fold first, then quantize"
             )
     if left:
         warnings.warn(f"BatchNorm layers that were not folded: {reasons}", stacklevel=2)
@@ -86,7 +96,7 @@ def fold(layer: nn.Module, norm: _BatchNorm) -> None:
     scale_R = (var_R + norm.eps).rsqrt()
     if norm.affine:
         scale_R = scale_R * norm.weight.double()
-    write_matrix(layer, as_matrix(layer).double() * scale_R[:, None])
+    _scale_rows(layer, scale_R)
     if isinstance(layer.bias, Tensor):
         layer.bias.copy_(layer.bias.double() * scale_R)
     shift_R = -mean_R * scale_R
@@ -98,6 +108,28 @@ def fold(layer: nn.Module, norm: _BatchNorm) -> None:
         norm.running_mean.copy_(-shift_R)
     norm.running_var.fill_(1.0 - norm.eps)
     norm.eval()
+
+
+def _has_scales_of_rows(args: QuantizationArgs) -> bool:
+    return args.strategy in ("channel", "group") and not is_microscaled(args)
+
+
+def _scale_rows(layer: nn.Module, s_R: Tensor) -> None:
+    """Multiply the rows of the weight by s; of a quantized one the scales, and by -1 its codes where s is negative."""
+    W_RC, record = as_matrix(layer), Quantized.of(layer)
+    if record is None:
+        write_matrix(layer, W_RC.double() * s_R[:, None])
+        return
+    args, scale, zero = record.scheme.weights, record.scale, record.zero_point
+    columns = W_RC.shape[1] // scale.shape[1]
+    codes_RC = W_RC.double() / scale.double().repeat_interleave(columns, 1)  # without the zero point
+    scale = (scale.double() * torch.where(s_R == 0, 1.0, s_R.abs())[:, None]).to(scale.dtype)  # no scale is 0
+    if zero is not None:
+        zero = torch.where(s_R[:, None] < 0, sum(integer_range(args)) - zero.double(), zero.double()).to(zero.dtype)
+    signed_RC = codes_RC * s_R.sign()[:, None] * scale.double().repeat_interleave(columns, 1)
+    Q_RC = round_weight(signed_RC.to(wide(W_RC).dtype), scale, zero, args)
+    write_matrix(layer, on_stored_grid(Q_RC, scale, zero, args, W_RC.dtype))
+    replace(record, scale=scale, zero_point=zero, latent=None).attach(layer)
 
 
 @torch.no_grad()

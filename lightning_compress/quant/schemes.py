@@ -1,7 +1,7 @@
 """Schemes from what the user wrote: preset names, schemes in full, config_groups.
 
-Schemes and presets are those of compressed-tensors. It accepts bits from 0 up without an error; here a scheme that
-cannot work is refused, with advice, before any data is read.
+Schemes are those of compressed-tensors, and so are presets but INT8_STATIC and INT8_STATIC_SYM. It accepts bits from 0
+up without an error; here a scheme that cannot work is refused, with advice, before any data is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,16 @@ __all__ = [
     "no_group_order", "presets",
 ]  # fmt: skip
 
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+STATIC = {
+    name: {
+        "weights": QuantizationArgs(**_INT8, strategy="channel"),
+        "input_activations": QuantizationArgs(**{**_INT8, "symmetric": symmetric}, strategy="tensor", dynamic=False),
+    }
+    for name, symmetric in (("INT8_STATIC", False), ("INT8_STATIC_SYM", True))
+}
+"""Presets of this package: what integer runtimes of vision models compute, with or without a zero point of inputs."""
+NAMED = {**PRESET_SCHEMES, **STATIC}
 BITS = range(2, 9)
 AUTO_SIZES = (128, 64, 32, -1)
 """What ``group_size="auto"`` tries. Groups of 16 would store 2 bits more for each weight where scales are float32."""
@@ -98,8 +108,8 @@ def from_groups(groups: Mapping[str, Any]) -> list[QuantizationScheme]:
 
 
 def presets() -> list[str]:
-    """Names of the presets that work here, in the order of compressed-tensors."""
-    return [name for name in PRESET_SCHEMES if not _fault(preset_name_to_scheme(name, ["Linear"]))]
+    """Names of the presets that work here, in the order of compressed-tensors, then those of this package."""
+    return [name for name in NAMED if not _fault(_named(name, ["Linear"]))]
 
 
 def describe(scheme: QuantizationScheme) -> str:
@@ -127,16 +137,23 @@ def is_special(scheme: QuantizationScheme) -> bool:
 
 
 def _preset(name: str, targets: list[str], group_size: GroupSize | None) -> QuantizationScheme:
-    if name.upper() not in PRESET_SCHEMES:
-        near = get_close_matches(name.upper(), PRESET_SCHEMES, n=3)
+    if name.upper() not in NAMED:
+        near = get_close_matches(name.upper(), NAMED, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(presets())}"
         if name.upper().startswith("W16"):
             hint = "16 bits is not a quantization: leave these modules out of targets, or add them to ignore"
         raise ValueError(f"unknown scheme {name!r}; {hint}")
-    scheme = preset_name_to_scheme(name, targets)
+    scheme = _named(name, targets)
     if fault := _fault(scheme):
         raise ValueError(f"scheme {name!r}: {fault}; presets that work here: {', '.join(presets())}")
     return scheme if group_size is None else _regrouped(scheme, name, group_size)
+
+
+def _named(name: str, targets: list[str]) -> QuantizationScheme:
+    fields = STATIC.get(name.upper())
+    if fields is None:
+        return preset_name_to_scheme(name, targets)
+    return QuantizationScheme(targets=targets, **{key: args.model_copy(deep=True) for key, args in fields.items()})
 
 
 def _regrouped(scheme: QuantizationScheme, name: str, group_size: GroupSize) -> QuantizationScheme:

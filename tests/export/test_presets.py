@@ -19,7 +19,7 @@ from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe, presets
 from lightning_compress.recipe import load_recipe
 
-PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
+PRESETS = [*(name for name in PRESET_SCHEMES if name != "UNQUANTIZED"), "INT8_STATIC", "INT8_STATIC_SYM"]
 BFLOAT16 = ("NVFP4", "MXFP4", "MXFP4XFP8", "MXFP6A8", "MXFP8")  # microscaled weights and activations
 CASES = [*PRESETS, *(f"{name} in bfloat16" for name in (*BFLOAT16, "NVFP4A16", "FP8_BLOCK"))]
 IDS = torch.arange(24).reshape(2, 12)
@@ -46,7 +46,7 @@ def exported(tmp_path_factory, tiny_llama, read_by_transformers):
 
 def test_every_preset_works():
     assert presets() == PRESETS
-    assert len(PRESETS) == 32
+    assert len(PRESETS) == 34
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -249,3 +249,11 @@ def test_a_pattern_that_matches_a_container_means_its_layers(modifier):
     model = nn.ModuleDict({"mlp": mlp, "head": nn.Linear(8, 2)})
     ledger = compress(model, modifier, [torch.randn(8, 4)], forward=lambda model, x: model["mlp"](x))
     assert [row.module for row in ledger] == ["mlp.0"]
+
+
+def test_classes_of_layers_may_be_listed_for_models_that_lack_them(recwarn):
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert list(select(model, ["Linear", "Conv2d", "ConvTranspose1d"])) == ["0"]
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"targets=\['Conv4d'\] matches none"):
+        select(model, ["Linear", "Conv4d"])

@@ -99,3 +99,54 @@ def test_a_model_without_batch_norm(modifier):
 def test_norms_that_have_seen_no_batch_are_named():
     with pytest.warns(UserWarning, match="that have seen no batch .*: '2', '5'; fold a model that is trained already"):
         fold_all(convolutional())
+
+
+STATIC: dict[str, object] = {"targets": ["Linear", "Conv1d"], "scheme": "INT8_STATIC"}
+
+
+@pytest.mark.parametrize("quantizer", [QuantizationModifier, GPTQModifier])
+def test_folding_when_training_has_ended_is_folding_a_trained_model(quantizer):
+    model = lived(convolutional(), 32, 16)
+    expected, data = copy.deepcopy(model), [torch.randn(64, 16, generator=torch.Generator().manual_seed(1))]
+    compress(model, [FoldBatchNormModifier(when="training_end"), quantizer(**STATIC)], data)
+    compress(expected, [FoldBatchNormModifier(), quantizer(**STATIC)], data)
+    assert torch.equal(model(X), expected(X))
+
+
+def test_norms_train_until_the_end_and_are_folded_into_the_grids_then(tmp_path):
+    model = lived(convolutional(), 32, 16)
+    lifecycle = Lifecycle([QATModifier(**STATIC), FoldBatchNormModifier(when="end")])
+    lifecycle.initialize(State(model=model))
+    statistics = model[2].running_mean.clone()
+    train(model, [], 4, lifecycle=lifecycle)
+    assert not torch.equal(model[2].running_mean, statistics)
+    model.eval()
+    before = model(X)
+    lifecycle.finalize(State(model=model))
+    assert (model[2].running_mean == 0).all()
+    assert_close(model(X), before, rtol=0, atol=1e-5)  # codes and input grids are those that it was trained with
+    save(model, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out", convolutional()).eval()(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (lambda: [QATModifier(**STATIC), FoldBatchNormModifier(when="training_end")], "QATModifier still computes the"),
+        (lambda: [FoldBatchNormModifier(when="end"), QATModifier(**STATIC)], "place it after that in the recipe"),
+        (lambda: [FoldBatchNormModifier(when="end", remove=True)], "leave remove out, or give when='set_up'"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_at_set_up(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        Lifecycle(recipe()).initialize(State(model=convolutional()))
+
+
+@pytest.mark.parametrize("when", ["set_up", "training_end", "end"])
+def test_norms_are_required_unless_the_recipe_says_otherwise(when):
+    model = nn.Sequential(nn.Linear(16, 8))
+    with pytest.raises(ValueError, match="no BatchNorm to fold: Sequential has none"):
+        Lifecycle([FoldBatchNormModifier(when=when)]).initialize(State(model=model))
+    lifecycle = Lifecycle([FoldBatchNormModifier(when=when, required=False)])
+    lifecycle.initialize(State(model=model))
+    lifecycle.finalize(State(model=model))

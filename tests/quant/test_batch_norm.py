@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from lightning_compress.export.load import load
+from lightning_compress.export.save import save
+from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.modifiers.quantization import QuantizationModifier
 from lightning_compress.oneshot import compress
 from lightning_compress.quant.batch_norm import find_foldings, fold_all
+from lightning_compress.quant.record import Quantized
 
 
 def lived(model: nn.Module, *shape: int) -> nn.Module:
@@ -141,8 +145,58 @@ def test_nothing_to_fold(model, reason):
     assert find_foldings(model)[0] == []
 
 
-def test_after_quantization_it_is_too_late():
+def test_a_scale_that_rows_share_cannot_take_the_norm():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    compress(model, QuantizationModifier(scheme="W8A16", group_size=-1))
+    compress(model, QuantizationModifier(config_groups=scheme(8, "tensor")))
     with pytest.raises(ValueError, match="'0' is quantized already, and folding '1'.*fold first, then quantize"):
         fold_all(model)
+
+
+def scheme(bits: int, strategy: str = "channel", symmetric: bool = True) -> dict[str, object]:
+    size = {"group_size": 6} if strategy == "group" else {}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, **size}
+    return {"all": {"targets": ["Conv2d", "ConvTranspose2d", "Linear"], "weights": weights}}
+
+
+def codes_of(layer: nn.Module) -> Tensor:
+    record = Quantized.of(layer)
+    W_RC = as_matrix(layer).double()
+    return (W_RC / record.scale.double().repeat_interleave(W_RC.shape[1] // record.scale.shape[1], 1)).round()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [(8, "channel", True), (4, "group", True), (8, "channel", False)], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_folding_into_a_quantized_layer_keeps_its_codes(grid, dtype, tmp_path):
+    """Integers before and after are the same, up to the sign of the norm's scale, and so is the output."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3), nn.BatchNorm2d(4)
+    )
+    model = lived(model, 8, 2, 6, 6).to(dtype)
+    with torch.no_grad():
+        model[1].weight[0], model[1].weight[1] = 0, -1.5
+    compress(model, QuantizationModifier(config_groups=scheme(*grid)))
+    x = torch.randn(4, 2, 6, 6, dtype=dtype)
+    before, codes = model(x), {i: codes_of(model[i]) for i in (0, 3)}
+    signs = {i: model[i + 1].weight.double().sign()[:, None] for i in (0, 3)}
+    assert [f.layer for f in fold_all(model)] == ["0", "3"]
+    for i in (0, 3):
+        low = -(2 ** (grid[0] - 1))
+        expected = codes[i] * signs[i]
+        expected = expected.clamp(max=-low - 1) if grid[2] else expected  # the lowest code has no counterpart
+        assert torch.equal(codes_of(model[i]), expected)
+    step = 0.1 if grid[0] == 4 else 2e-2 if dtype == torch.bfloat16 else 1e-2
+    assert (model(x) - before).abs().max() < step * before.abs().max()
+    save(model, tmp_path / "out")  # refuses weights that are not on the grid
+    fresh = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3), nn.BatchNorm2d(4)
+    )
+    assert torch.equal(load(tmp_path / "out", fresh.to(dtype)).eval()(x), model(x))
+
+
+def test_a_model_without_norms_is_left_as_it_is_where_none_is_required():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert fold_all(model, required=False) == []
+    model = lived(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2)), 8, 2)
+    with pytest.warns(UserWarning, match="not folded: '1': no Linear or convolution of its width"):
+        assert fold_all(model, required=False) == []

@@ -57,6 +57,18 @@ def test_describe(name, text):
     assert describe(preset_name_to_scheme(name, ["Linear"])) == text
 
 
+@pytest.mark.parametrize(("name", "symmetric"), [("INT8_STATIC", False), ("int8_static_sym", True)])
+def test_static_presets_are_what_integer_kernels_multiply(name, symmetric):
+    (scheme,) = from_presets(name, ["Linear", "Conv2d"])
+    weights, inputs = scheme.weights, scheme.input_activations
+    assert (weights.num_bits, weights.type, weights.symmetric, weights.strategy) == (8, "int", True, "channel")
+    assert (inputs.num_bits, inputs.type, inputs.symmetric, inputs.strategy) == (8, "int", symmetric, "tensor")
+    assert inputs.dynamic is False
+    assert scheme.targets == ["Linear", "Conv2d"]
+    scheme.weights.num_bits = 4  # a scheme is no view of the preset
+    assert from_presets(name, ["Linear"])[0].weights.num_bits == 8
+
+
 def test_presets_that_work_are_listed():
     assert {"W4A16", "W8A16", "W8A8", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "W2A16"} <= set(presets())
     assert {"NVFP4", "NVFP4A16", "MXFP4", "MXFP6A8", "MXFP8", "FP8_BLOCK"} <= set(presets())
