@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
 .PHONY: bench bench-ranks bench-peer-env bench-data bench-choosing bench-packed bench-techniques bench-moved bench-weights bench-regional bench-hadamard bench-scale-search bench-callback bench-qat-step \
-	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-gpu bench-wheels tune-gpu
+	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-static bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -99,6 +99,10 @@ bench-training: $(READY)  ## QAT, distillation and pruning schedules beside one-
 bench-vision: $(READY)  ## Int8 QAT and 90 % sparsity of a convolutional net and a ViT on scikit-learn's digits
 	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_vision.py $(BENCH_ARGS)
+
+bench-static: $(READY) bench-data  ## Static int8 of the nets of bench-vision and of MiniLM: rounding, GPTQ, QAT, observers
+	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_static.py --material $(BENCH_DIR) $(BENCH_ARGS)
 
 bench-choosing: $(READY) bench-data $(BENCH_DIR)/espeak/.ready  ## A recipe for each kind of model: the tables of docs/choosing.md (15 minutes)
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_choosing.py --material $(BENCH_DIR) $(BENCH_ARGS)

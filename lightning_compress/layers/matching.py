@@ -174,7 +174,7 @@ def warn_of_left_out(
     """
     targets, ignore = listed(targets), listed(ignore)
     classes = {c.__name__ for m in model.modules() for c in type(m).__mro__}
-    if "Linear" not in targets or not set(targets) <= classes:
+    if "Linear" not in targets or not set(targets) <= classes | set(CAN_BE_TARGETS):
         return
     held = {id(p) for m in chosen.values() for p in m.parameters() if p.ndim > 1}
     held |= {id(m.whole) for m in chosen.values() if isinstance(m, WeightSlice)}  # of a slice the tensor of all
@@ -195,6 +195,8 @@ def warn_of_left_out(
     beyond = [kind for kind, _ in kinds if kind not in CAN_BE_TARGETS]
     advice = [f"to compress {' and '.join(possible)} too, give targets={[*targets, *possible]}"] if possible else []
     advice += [f"no modifier compresses the weights of {' or '.join(beyond)}"] if beyond else []
+    if narrower := [kind for kind in beyond if kind in ("Conv3d", "ConvTranspose3d")]:
+        advice.append(f"StructuredPruningModifier(dimension='channels') makes {' and '.join(narrower)} narrower")
     warnings.warn(
         f"targets={targets} reaches {reached:,} of {reached + lost:,} weights and leaves the others as they are: "
         f"{named}; {'; '.join(advice)}; to leave them as they are without this warning, add them to ignore "

@@ -257,3 +257,13 @@ def test_classes_of_layers_may_be_listed_for_models_that_lack_them(recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"targets=\['Conv4d'\] matches none"):
         select(model, ["Linear", "Conv4d"])
+
+
+def test_what_a_long_list_of_classes_leaves_out_is_named_with_what_to_do():
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "volume": nn.Conv3d(2, 4, 3)})
+    targets = ["Linear", "Conv1d", "Conv2d"]
+    with pytest.warns(
+        UserWarning, match="1 Conv3d .216.; no modifier compresses the weights of Conv3d; Structured"
+    ) as log:
+        warn_of_left_out(model, select(model, targets), targets)
+    assert "StructuredPruningModifier(dimension='channels') makes Conv3d narrower; to leave" in str(log[0].message)
