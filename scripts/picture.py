@@ -1,6 +1,6 @@
 """A picture of an HTML page, by a headless Chromium:  python scripts/picture.py PAGE.html PICTURE.png
 
-Needs Pillow, which comes with matplotlib: with a palette of 64 colours the file takes a third of the bytes.
+Needs Pillow, which comes with matplotlib: with a palette of 256 colours the file takes a third of the bytes.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-COLOURS = 64
+COLOURS = 256
 LARGEST = 150_000  # bytes: a README loads it each time that it is opened
 
 

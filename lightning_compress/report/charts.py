@@ -156,7 +156,7 @@ def _apart(labels: Sequence[tuple[float, float, str]]) -> list[float]:
     """Where each label begins, to the right of its point, and of the labels before that it would lie on."""
     boxes: list[tuple[float, float, float]] = []  # begin, end, height
     for x, y, text in labels:
-        begin, width = x + 5, LETTER * len(text)
+        begin, width = x + 5.0, LETTER * len(text)
         while text and (
             ends := [end for b, end, at in boxes if abs(at - y) < LINE and b < begin + width and begin < end]
         ):

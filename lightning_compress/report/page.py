@@ -61,7 +61,8 @@ def write(folder: str | Path, ledger: Ledger, facts: Mapping[str, Any]) -> None:
     bars = _bars(ledger, facts)
     worst = sorted(bars, key=lambda bar: -bar.width)[:SHOWN]
     text = template("page.html.jinja").render(
-        title=headline(facts) or "compression",
+        title=_title(ledger, facts),
+        metric_title=headline(facts),
         cards=_cards(ledger, facts),
         sections=[table for table in sections(ledger, facts) if not table.title.startswith("largest errors")],
         divergence=_divergence(ledger),
@@ -85,6 +86,15 @@ def template(name: str) -> Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template(name)
+
+
+def _title(ledger: Ledger, facts: Mapping[str, Any]) -> str:
+    """As the headline; where the recipe has no name, its techniques: ``gptq of LlamaForCausalLM``."""
+    text = headline(facts)
+    if isinstance(facts.get("recipe"), str) or not len(ledger):
+        return text or "compression"
+    techniques = ", ".join(dict.fromkeys(row.technique for row in ledger))
+    return f"{techniques} of {text}" if text else techniques
 
 
 def _divergence(ledger: Ledger) -> Chart | None:

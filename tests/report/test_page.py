@@ -123,6 +123,15 @@ def test_it_needs_nothing_from_elsewhere_and_names_are_escaped(source):
     assert "Llama&lt;b&gt;" in source
 
 
+def test_a_recipe_without_a_name_is_called_by_its_techniques(tmp_path):
+    rows = ledger(2)
+    rows.add("head", "rtn", error=0.1)
+    page.write(tmp_path, rows, FACTS | {"recipe": {"modifiers": {}}})
+    source = (tmp_path / "index.html").read_text()
+    assert "<h1>gptq, rtn of Llama&lt;b&gt;</h1>" in source
+    assert "<h2>Metric</h2>" in source
+
+
 def test_a_run_that_knows_little_has_a_page(tmp_path):
     page.write(tmp_path, Ledger(), {})
     assert "<h1>compression</h1>" in (tmp_path / "index.html").read_text()
