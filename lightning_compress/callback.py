@@ -5,7 +5,7 @@ post_training.py, results.py, and what resumes a run.
 """
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -81,6 +81,7 @@ class CompressionCallback(Callback):
             model does; if not, a warning says so. ``auto``: for its models, up to 2 GB on disk (some 10 seconds).
         resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
         gate: Largest change of a metric by compression, such as ``{metric: val/loss, max_increase: 0.02}``.
+        on_gate: Where it does not hold: ``fail``, or ``promote`` the modules with the largest errors to more bits.
         plan: True: print what the run would do and take, and end; ``compare``: go on, and show it in the report, too.
 
     Raises:
@@ -117,6 +118,7 @@ class CompressionCallback(Callback):
         resume: str = "auto",
         plan: bool | str = False,
         gate: dict[str, Any] | list[dict[str, Any]] | None = None,
+        on_gate: Literal["fail", "promote"] = "fail",
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "modifiers", "recipe")}
         ordered, self.options = read_arguments(modifiers, recipe, arguments)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from reprlib import repr as short
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
@@ -61,6 +61,13 @@ class Arguments(BaseModel):
         fields = type(self).model_fields
         defaults = {name: fields[name].get_default(call_default_factory=True) for name in names}
         return sorted(name for name, value in defaults.items() if getattr(self, name) != value)
+
+    def anew(self, **changes: Any) -> Self:
+        """A new object with the same arguments but for ``changes``; None puts an argument back to its default."""
+        arguments = {name: getattr(self, name) for name in self.model_fields_set} | changes
+        new = type(self)(**{name: value for name, value in arguments.items() if value is not None})
+        new._entry = self._entry
+        return new
 
     def called(self, entry: str) -> None:
         """Note the key of this modifier in its recipe, for :meth:`override`."""

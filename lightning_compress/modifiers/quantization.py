@@ -49,6 +49,7 @@ class QuantizationModifier(LayerwiseQuantizer):
     technique: ClassVar[str] = "rtn"
     every_format: ClassVar[bool] = True
     embeddings: ClassVar[Embeddings] = "shared"
+    promotable: ClassVar[bool] = True
 
     scale_search: Literal["minmax", "mse", "imatrix", "hessian"] = "minmax"
     objective: Objective = "layer"

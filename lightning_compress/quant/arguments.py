@@ -41,6 +41,9 @@ class QuantizationArguments(BaseModel):
     embeddings: ClassVar[Embeddings] = "refused"
     """How embeddings among the targets are treated."""
 
+    promotable: ClassVar[bool] = False
+    """Whether it can compress again, from the dense weights, with more bits: nothing of its work is left elsewhere."""
+
     targets: Names = ["Linear"]
     ignore: Names = []
     scheme: str | dict[str, str | list[str] | dict[str, Any] | None] | None = None

@@ -7,6 +7,7 @@
     metric              {name: {"before", "after", "difference", "standard_error"}}, the difference paired over tokens
     metric_dense        {"step", "values"}: the same metric before training began to compress, where it did
     gate                [{"metric", "limit", "before", "after", "change", "standard_error", "held", "text", ...}]
+    promotion           [{"round", "promoted": {module: "W3A16 g128 sym -> W4A16 g128 sym"}, "gates": [texts]}]
     model_bytes_before  of the model with all its weights, before anything was cut
     model_bytes_after   of the weight files as written; without an export, of the weights at their bits
     seconds             {phase: seconds}

@@ -124,8 +124,8 @@ def _plan_and_fact(facts: Mapping[str, Any]) -> Section:
 
 
 def notes(ledger: Ledger, facts: Mapping[str, Any]) -> list[str]:
-    """Lines below the tables: the gate, blocks, flags, zeros, sizes, seconds, memory."""
-    lines = [*(f"gate: {entry['text']}" for entry in facts.get("gate") or ()), *_blocks(ledger)]
+    """Lines below the tables: the gate, promotion, blocks, flags, zeros, sizes, seconds, memory."""
+    lines = [*_gates(facts), *_blocks(ledger)]
     for flag, modules in _flags(ledger).items():
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
         lines.append(f"{flag}: {', '.join(modules[:NAMED])}{more}")
@@ -158,6 +158,13 @@ def _blocks(ledger: Ledger) -> list[str]:
         error = f" ± {number(facts['standard_error'], digits=2)}" if "standard_error" in facts else ""
         lines.append(f"  {name} {number(facts['error'])}{error}{' (largest)' if name == worst != last else ''}")
     return lines
+
+
+def _gates(facts: Mapping[str, Any]) -> list[str]:
+    """The gates, and the rounds of promotion that led there."""
+    rounds = facts.get("promotion") or ()
+    lines = [f"promotion, round {r['round']}: {len(r['promoted'])} modules; {'; '.join(r['gates'])}" for r in rounds]
+    return [*lines, *(f"gate: {entry['text']}" for entry in facts.get("gate") or ())]
 
 
 def _flags(ledger: Ledger) -> dict[str, list[str]]:

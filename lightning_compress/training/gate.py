@@ -24,7 +24,8 @@ __all__ = [
 ]
 
 LIMITS = ("max_increase", "max_decrease")
-KEYS = ("metric", *LIMITS)
+KEYS = ("metric", *LIMITS, "rounds")
+ROUNDS = 3
 ONE = "{metric: val/loss, max_increase: 0.02}"
 
 
@@ -41,12 +42,14 @@ class Gate:
         limit: ``max_increase`` or ``max_decrease``.
         amount: Of the metric, or with ``relative`` its share of the value before.
         relative: The limit was written with a percent sign.
+        rounds: With ``on_gate="promote"`` how often the run may compress again.
     """
 
     metric: str
     limit: str
     amount: float
     relative: bool
+    rounds: int = ROUNDS
 
     def allowed(self, before: float) -> float:
         """The limit in units of the metric."""
@@ -82,7 +85,10 @@ def _read(entry: Any) -> list[Gate]:
             f"gate of {metric!r} has no limit: write max_increase (where less is better) or max_decrease (where more "
             f"is better): {ONE}"
         )
-    return [Gate(metric, name, *_amount(metric, name, entry[name])) for name in limits]
+    rounds = entry.get("rounds", ROUNDS)
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"gate of {metric!r}: rounds={rounds!r}, expected a whole number from 1 up")
+    return [Gate(metric, name, *_amount(metric, name, entry[name]), rounds) for name in limits]
 
 
 def _amount(metric: str, limit: str, value: Any) -> tuple[float, bool]:

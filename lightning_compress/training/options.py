@@ -11,6 +11,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, check_resume
 from lightning_compress.training.gate import Gate, read_gates
+from lightning_compress.training.promotion import check_promotable
 
 __all__ = ["CallbackOptions", "read_arguments"]
 
@@ -39,6 +40,7 @@ class CallbackOptions:
     resume: Resume = "auto"
     plan: bool | Literal["compare"] = False
     gate: dict[str, Any] | list[dict[str, Any]] | None = None
+    on_gate: Literal["fail", "promote"] = "fail"
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +61,12 @@ class CallbackOptions:
             raise ValueError(f"plan={self.plan!r}: expected True, False or 'compare'")
         if self.verify not in ("auto", True, False):
             raise ValueError(f"verify={self.verify!r}: expected 'auto', True or False")
+        if self.on_gate not in ("fail", "promote"):
+            raise ValueError(f"on_gate={self.on_gate!r}: expected 'fail' or 'promote'")
+        if self.on_gate == "promote" and not self.gates:
+            raise ValueError(
+                "on_gate='promote' has no gate to reach: give one, such as gate={'metric': 'val/loss', ...}"
+            )
         if self.gates and not self.evaluate:
             raise ValueError(
                 f"gate of {self.gates[0].metric!r} needs the metric, which evaluate=False does not measure"
@@ -101,7 +109,10 @@ def read_arguments(
     merged = {n: settings.get(n, value) if value == defaults[n] else value for n, value in arguments.items()}
     calibration = {f.name: merged.pop(f.name) for f in fields(CalibrationOptions) if f.name in merged}
     options = CallbackOptions(CalibrationOptions(**calibration), **merged, recipe_name=recipe)
-    return _named(modifiers), options
+    ordered = _named(modifiers)
+    if options.on_gate == "promote":
+        check_promotable(ordered)
+    return ordered, options
 
 
 def _named(modifiers: Any) -> list[Modifier]:

@@ -34,10 +34,11 @@ from lightning_compress.training.best_weights import load_best, monitored_metric
 from lightning_compress.training.broadcast import beside_weights, mend, send_weights, share, ties, warn_of_workers
 from lightning_compress.training.compiled import reset_compiled
 from lightning_compress.training.evaluation import Measurement, compare
-from lightning_compress.training.gate import check_metrics, check_uncut, judge, raise_failures
+from lightning_compress.training.gate import check_metrics, check_uncut, gate_failures, judge, raise_failures
 from lightning_compress.training.loaders import calibration_batches, check_first_batch, forward_of, validation_loaders
 from lightning_compress.training.measurement import measured, summing_device
 from lightning_compress.training.overrides import leave_dense, more_bits
+from lightning_compress.training.promotion import Promotion
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.results import Results
 from lightning_compress.training.run import Run
@@ -82,17 +83,38 @@ class PostTraining:
             self._load_best()
             before = self.measure("metric before", progress, may_end=True)
             check_metrics(self.run.options.gates, list(before.values))
-            with self.run.timed("calibration"):
-                self._end_training()
-                self._calibrate(self.lifecycle.after_training, progress)
-            self.lifecycle.finalize(self.state)
-            after = self.measure("metric after", progress, may_end=True)
-            self.run.facts |= compare(before, after, summing_device(self.trainer))
-            self._judge(after)
+            promotion = self._promotion()
+            self._compress(before, progress)
+            while promotion is not None and gate_failures(self.run.facts):
+                if not promotion.begin_round(self.run.options.calibration.seed):
+                    break
+                self._compress(before, progress)
+                promotion.note(self.run.facts["gate"])
+            self.run.facts |= {} if promotion is None else promotion.end()
         guard_save_pretrained(self.module)
         self.run.facts["beside_weights"] = beside_weights(self.module)
         warn_of_workers(self.trainer, self.module, ties_before)
         reset_compiled(self.pl_module)
+
+    def _compress(self, before: Measurement, progress: ProgressReport) -> None:
+        """Calibrate, finalize, measure, judge."""
+        with self.run.timed("calibration"):
+            self._end_training()
+            self._calibrate(self.lifecycle.after_training, progress)
+        self.lifecycle.finalize(self.state)
+        after = self.measure("metric after", progress, may_end=True)
+        self.run.facts |= compare(before, after, summing_device(self.trainer))
+        self._judge(after)
+
+    def _promotion(self) -> Promotion | None:
+        """What compresses again where a gate does not hold; None where that is not asked for."""
+        outputs, gates = self.run.outputs, self.run.options.gates
+        if self.run.options.on_gate != "promote" or outputs is None:
+            return None
+        if shards(self.trainer):
+            raise ValueError("on_gate='promote' keeps whole dense weights, and this strategy shards them; use 'fail'")
+        rounds, folder = max(gate.rounds for gate in gates), outputs.checkpoint.parent
+        return Promotion(self.lifecycle, self.state, rounds, folder, outputs.log)
 
     def write_results(self) -> None:
         """Write checkpoint, export and report; every rank calls this."""
@@ -300,7 +322,12 @@ class PostTraining:
         """Calibration batches; None where no modifier uses data."""
         if not any(m.needs.data for m in lifecycle.modifiers):
             return None
-        batches, samples = calibration_batches(self.trainer, self.pl_module, self.run.options, self.run.own_batches)
+        calibration = self.run.calibration
+        if calibration is None:
+            calibration = calibration_batches(self.trainer, self.pl_module, self.run.options, self.run.own_batches)
+        if self.run.options.on_gate == "promote":
+            self.run.calibration = calibration  # a loader may give other batches the next time
+        batches, samples = calibration
         self.run.facts |= {"calibration_batches": len(batches), "calibration_samples": samples}
         if not hasattr(self.pl_module, "calibration_step"):
             check_batch(self.module, batches[0], IN_TRAINER)  # again: perhaps nothing was trained

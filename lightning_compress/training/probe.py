@@ -69,14 +69,14 @@ class QuantizationProbe(Callback):
         schemes: Sequence[str] = ("W8A16", "W4A16", "W3A16"),
         *,
         targets: Names = "Linear",
-        ignore: Names = (),
+        ignore: Names | None = None,
         group_size: GroupSize = "auto",
         scale_search: Literal["minmax", "mse"] = "minmax",
         batches: int = 8,
         every_n_validations: int = 1,
         module: str | None = None,
     ):
-        self.targets, self.ignore, self.module = listed(targets), listed(ignore), module
+        self.targets, self.ignore, self.module = listed(targets), listed(ignore or []), module
         self.scale_search, self.batches, self.every_n_validations = scale_search, batches, every_n_validations
         names = [schemes] if isinstance(schemes, str) else list(schemes)
         self.schemes = {name: weight_scheme(name, self.targets, group_size) for name in names}
@@ -144,7 +144,8 @@ class QuantizationProbe(Callback):
     ) -> dict[str, float]:
         """The scalars; ``plans`` has the scheme of each module, by scheme."""
         measure = partial(self._measure, trainer, pl_module, model)
-        dense, scalars, texts = measure(), {}, []
+        dense, texts = measure(), list[str]()
+        scalars: dict[str, float] = {}
         modules = {
             name: model.get_submodule(name) for name in dict.fromkeys(n for plan in plans.values() for n in plan)
         }

@@ -39,6 +39,7 @@ class Run:
         preemption: What answers signals meanwhile.
         seconds: Seconds of each phase.
         facts: Facts for the report.
+        calibration: Batches for further rounds (training/promotion.py), and a sentence on them.
         dense: What was measured before a window opened, in this process.
         loader_states: Where the training loaders of each rank stood in the checkpoint that was loaded.
     """
@@ -54,6 +55,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     dense: Measurement | None = None
+    calibration: tuple[list[Any], str] | None = None
     loader_states: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, state: Mapping[str, Any]) -> None:

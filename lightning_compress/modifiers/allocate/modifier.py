@@ -24,12 +24,12 @@ from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.layers.memory import bytes_of
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
 from lightning_compress.layerwise.token_weights import GRADIENTS
-from lightning_compress.modifiers.allocate.config_groups import config_groups
 from lightning_compress.modifiers.allocate.knapsack import choose
-from lightning_compress.modifiers.allocate.options import DENSE, Group, groups_of, parse_candidates, stored
+from lightning_compress.modifiers.allocate.options import DENSE, Group, choice_of, groups_of, parse_candidates, stored
 from lightning_compress.modifiers.allocate.sensitivity import Sensitivities
 from lightning_compress.quant.arguments import ALLOCATED, QuantizationArguments
 from lightning_compress.quant.assignment import assign
+from lightning_compress.quant.config_groups import config_groups
 from lightning_compress.quant.schemes import GroupSize, describe
 
 __all__ = ["AllocateModifier"]
@@ -142,7 +142,7 @@ class AllocateModifier(Modifier):
         choice = state.team.result(lambda: choose([g.sizes for g in self._groups], losses, budget), self.name)
         self._report(state, choice)
         for quantizer in self._quantizers:
-            quantizer.change_schemes(state.model, config_groups(self._groups, choice))
+            quantizer.change_schemes(state.model, config_groups(choice_of(self._groups, choice)))
 
     def on_module_ready(self, state: State, event: Event, **kwargs: Any) -> None:
         """Nothing is left to do in the walk, so that it may take one pass."""
@@ -195,7 +195,7 @@ class AllocateModifier(Modifier):
             )
         largest = [max(range(len(group.sizes)), key=group.rank) for group in self._groups]
         for quantizer in self._quantizers:
-            quantizer.allocate(config_groups(self._groups, largest))
+            quantizer.allocate(config_groups(choice_of(self._groups, largest)))
 
     def _budget(self, model: nn.Module) -> int:
         """Bytes of the weights of all groups, at most."""
@@ -236,7 +236,7 @@ class AllocateModifier(Modifier):
         schemes = ", ".join(f"{count} x {scheme}" for scheme, count in sorted(counts.items()))
         state.ledger.add("model", self.technique, flag=f"{amount}: {schemes}")
         logger.info("%s: %s: %s", self.name, amount, schemes)
-        content = {"config_groups": config_groups(self._groups, choice)}
+        content = {"config_groups": config_groups(choice_of(self._groups, choice))}
         text = f"# {self.name}: {amount}\n" + yaml.safe_dump(content, sort_keys=False, width=120)
         state.ledger.files[FILE] = text
         if self.path is not None and state.team.rank == 0:

@@ -15,18 +15,17 @@ from torch import nn
 from lightning_compress.layers.matching import shortlist
 from lightning_compress.layers.matrix import as_matrix
 from lightning_compress.layers.weight_slice import WeightSlice
+from lightning_compress.quant.config_groups import fused_groups
 from lightning_compress.quant.observers import is_observed
 from lightning_compress.quant.packing import is_packable
 from lightning_compress.quant.schemes import GroupSize, SizedByModule, from_inline, from_presets
-from lightning_compress.quant.shared_scales import fused_with
 from lightning_compress.quant.weight_metrics import planned_bytes
 
-__all__ = ["DENSE", "EXPERT", "Group", "groups_of", "parse_candidates", "stored"]
+__all__ = ["DENSE", "Group", "choice_of", "groups_of", "parse_candidates", "stored"]
 
 DENSE = "dense"
 ANY = ("Linear",)  # targets, which are not used
 _NAMED = re.compile(r"(\S+) (?:g(\d+)|(channel))")
-EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.*)")
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,9 @@ def groups_of(
     Raises:
         ValueError: No candidate fits a group; the message names it.
     """
-    members: dict[str, dict[str, nn.Module]] = {}
-    for name, module in modules.items():
-        expert = EXPERT.fullmatch(name)
-        key = expert[1] if expert is not None else fused_with(name, modules)[0]
-        members.setdefault(key, {})[name] = module
     groups = []
-    for group in members.values():
+    for names in fused_groups(modules):
+        group = {name: modules[name] for name in names}
         options = [{name: _sized(scheme, module) for name, module in group.items()} for scheme in candidates]
         fitting = [each for each in options if all(_fits(each[name], module) for name, module in group.items())]
         if not fitting:
@@ -110,6 +105,12 @@ def groups_of(
         sizes = [sum(stored(each[name], group[name], on_disk) for name in group) for each in fitting]
         groups.append(Group(group, fitting, sizes))
     return groups
+
+
+def choice_of(groups: Sequence[Group], choice: Sequence[int]) -> dict[str, QuantizationScheme | None]:
+    """The scheme of each module, where ``choice`` has the number of the candidate of each group; None: dense."""
+    pairs = zip(groups, choice, strict=True)
+    return {name: scheme for group, option in pairs for name, scheme in group.schemes[option].items()}
 
 
 def stored(scheme: QuantizationScheme | None, module: nn.Module, on_disk: bool) -> int:

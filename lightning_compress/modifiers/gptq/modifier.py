@@ -95,6 +95,7 @@ class GPTQModifier(LayerwiseQuantizer):
     """
 
     technique: ClassVar[str] = "gptq"
+    promotable: ClassVar[bool] = True
     every_format: ClassVar[bool] = True
     embeddings: ClassVar[Embeddings] = "shared"
 

@@ -76,6 +76,7 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
     """
 
     technique: ClassVar[str] = "awq"
+    promotable: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs(data=True, own_pass=True, sharded=True, team="sums")
     statistic: ClassVar[type[ChannelStatistic]] = ChannelMean
 
