@@ -75,7 +75,7 @@ $(TRAINED): $(DEMO_SOURCES)
 
 picture: $(TRAINED)  ## docs/images/report.png: the page of the demo's model at 3 bits, as a browser draws it
 	$(BIN)/python train.py +compress=gptq_w3 train=false ckpt_path=$(DEMO)/checkpoints/best.ckpt hydra.run.dir=logs/picture
-	$(BIN)/python scripts/picture.py logs/picture/report/index.html docs/images/report.png
+	$(BIN)/python scripts/picture.py logs/picture/report/index.html docs/images/report.png --height 1270
 
 include benchmarks/bench.mk
 include scripts/slurm/slurm.mk
