@@ -111,10 +111,16 @@ class PostTraining:
         outputs, gates = self.run.outputs, self.run.options.gates
         if self.run.options.on_gate != "promote" or outputs is None:
             return None
-        if shards(self.trainer):
-            raise ValueError("on_gate='promote' keeps whole dense weights, and this strategy shards them; use 'fail'")
+        self._check_unsharded()
         rounds, folder = max(gate.rounds for gate in gates), outputs.checkpoint.parent
         return Promotion(self.lifecycle, self.state, rounds, folder, outputs.log)
+
+    def _check_unsharded(self) -> None:
+        if self.run.options.on_gate == "promote" and shards(self.trainer):
+            raise ValueError(
+                f"on_gate='promote' goes back to whole dense weights, which {type(self.trainer.strategy).__name__} "
+                f"shards; use on_gate='fail', or train with strategy='ddp' or on one device"
+            )
 
     def write_results(self) -> None:
         """Write checkpoint, export and report; every rank calls this."""
@@ -159,6 +165,7 @@ class PostTraining:
 
         So it is where validation does not measure the metric of a gate; one batch of each loader shows that.
         """
+        self._check_unsharded()
         if gates := self.run.options.gates:
             with self._undisturbed():
                 first = self.measure("check of the gates", ProgressReport(shown=False), batches=1)

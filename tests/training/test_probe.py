@@ -173,6 +173,24 @@ def test_a_compiled_model_is_measured_rounded(tmp_path):
     assert trainer.callback_metrics["probe/W2A16/val/mse_increase"] != 0
 
 
+def test_weights_that_no_module_is_called_for_count(tmp_path):
+    """An LSTM multiplies its parameters itself."""
+
+    class Recurrent(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.LSTM(8, 16, batch_first=True)
+
+        def forward(self, x):
+            return self.model(x[:, None])[0].mean(-1)
+
+    module = Recurrent()
+    trainer = quiet(tmp_path, QuantizationProbe("W2A16", targets="LSTM"))
+    trainer.fit(module, Sums())
+    assert trainer.callback_metrics["probe/W2A16/val/mse_increase"] != 0
+    assert not list(module.model.children())
+
+
 def test_ranks_agree(tmp_path):
     def work(rank):
         torch.manual_seed(0)

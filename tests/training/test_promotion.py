@@ -18,6 +18,7 @@ from lightning_compress import (
     QuantizationModifier,
 )
 from lightning_compress.quant.schemes import from_groups, from_presets
+from lightning_compress.training import post_training
 from lightning_compress.training.gate import GateError
 from lightning_compress.training.promotion import DenseWeights, Promotion, promoted
 from tests.support.training_runs import quiet
@@ -147,6 +148,13 @@ def test_a_gate_that_no_bits_reach_fails_after_its_rounds(tmp_path):
 def test_what_cannot_be_promoted_is_refused_at_once(modifiers, message):
     with pytest.raises(ValueError, match=message):
         CompressionCallback(modifiers, gate=gate(1), on_gate="promote")
+
+
+def test_sharded_weights_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(post_training, "shards", lambda trainer: True)
+    with pytest.raises(ValueError, match="goes back to whole dense weights, which SingleDeviceStrategy shards"):
+        run(tmp_path, KINDS["rtn"](scheme="W4A16", group_size=32), 1.0, on_gate="promote")
+    assert not (tmp_path / "compressed.ckpt").exists()
 
 
 def test_promotion_needs_a_gate_and_a_known_word():
