@@ -69,7 +69,8 @@ def act(options: argparse.Namespace) -> int:
     modifiers = recipe.modifiers
     _check_modifiers(modifiers)
     batches = _batches(options, modifiers)
-    plan = plan_folder(options.folder, options.recipe, options.batches, options.rows, options.tokens)
+    sizes = options.batches, options.rows, options.tokens
+    plan = plan_folder(options.folder, options.recipe, *sizes, dtype=_dtype(options.dtype))
     plan = replace(plan, seconds={PHASE: sum(plan.seconds.values())} if plan.seconds else {})
     plan.show()
     if plan.refusals:

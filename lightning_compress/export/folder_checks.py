@@ -154,8 +154,10 @@ def _dense(source: Path, model: Any, batches: Sequence[Mapping[str, Tensor]]) ->
     if shapes := {(tuple(a.shape), tuple(b.shape)) for (a, _), (b, _) in outputs if a.shape != b.shape}:
         raise ValueError(f"outputs of other shapes than those of {source}: {shapes}")
     if "input_ids" in calls[0] and outputs[0][0][1] == "logits":
-        tokens = [batch["input_ids"] for batch in calls] if batches else None
-        return _text(differences([a for (a, _), _ in outputs], [b for _, (b, _) in outputs], tokens))
+        is_causal = outputs[0][0][0].ndim == 3 and "CausalLM" in type(model).__name__
+        tokens = [batch["input_ids"] for batch in calls] if batches and is_causal else None
+        measured = differences([a for (a, _), _ in outputs], [b for _, (b, _) in outputs], tokens)
+        return _text(measured, "token" if outputs[0][0][0].ndim == 3 else "output")
     gap = sum((a - b).norm() for (a, _), (b, _) in outputs) / sum(b.norm() for _, (b, _) in outputs)
     return f"{outputs[0][0][1]} differ by {100 * float(gap):.3g} % of their norm"
 
@@ -183,8 +185,9 @@ def differences(
     return measured
 
 
-def _text(measured: Mapping[str, float]) -> str:
-    text = f"KL {measured['kl']:.3g} nats a token, the same token is likeliest in {100 * measured['same_token']:.3g} %"
+def _text(measured: Mapping[str, float], unit: str) -> str:
+    same = 100 * measured["same_token"]
+    text = f"KL {measured['kl']:.3g} nats for each {unit}, the likeliest one is the same in {same:.3g} %"
     if "perplexity" in measured:
         text += f", perplexity {measured['perplexity_dense']:.4g} -> {measured['perplexity']:.4g}"
     return text

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "add_names_on_disk", "build", "change_json", "dense_config", "dense_model", "example_of", "is_transformers",
-    "names_on_disk", "no_progress_bar", "on_meta", "processors", "saved_names", "skeleton", "write", "write_configs",
+    "add_names_on_disk", "build", "change_json", "dense_config", "dense_model", "dummy_inputs", "example_of",
+    "is_transformers", "names_on_disk", "no_progress_bar", "on_meta", "processors", "saved_names", "skeleton", "write",
+    "write_configs",
 ]  # fmt: skip
 
 COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")  # keys of a config whose numbers become modules
@@ -320,7 +321,18 @@ def _one_by_one() -> Iterator[None]:
 
 def example_of(model: "PreTrainedModel") -> dict[str, Tensor]:
     """Inputs that the model can be called with, on its device."""
-    return {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
+    return {name: value.to(model.device) for name, value in dummy_inputs(model).items()}
+
+
+def dummy_inputs(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The dummy inputs of transformers; for a model of pictures, which has token ids there, a picture of noise."""
+    if model.main_input_name != "pixel_values" or "pixel_values" in model.dummy_inputs:
+        return dict(model.dummy_inputs)
+    size = getattr(model.config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    shape = (1, getattr(model.config, "num_channels", 3), height, width)
+    generator = torch.Generator().manual_seed(0)
+    return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(model.dtype)}
 
 
 def dense_config(config: Any) -> Any:

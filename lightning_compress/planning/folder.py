@@ -14,7 +14,14 @@ from lightning_compress.recipe import read_recipe
 __all__ = ["plan_folder"]
 
 
-def plan_folder(folder: str | Path, recipe: str, batches: int = 16, rows: int = 2, tokens: int = 512) -> Plan:
+def plan_folder(
+    folder: str | Path,
+    recipe: str,
+    batches: int = 16,
+    rows: int = 2,
+    tokens: int = 512,
+    dtype: torch.dtype | None = None,
+) -> Plan:
     """Plan a recipe for the folder of a dense model of transformers.
 
     Trials run on its first blocks with random weights, and random tokens, or the model's ``dummy_inputs`` where it does
@@ -26,6 +33,7 @@ def plan_folder(folder: str | Path, recipe: str, batches: int = 16, rows: int = 
         batches: Calibration batches.
         rows: Rows of a batch.
         tokens: Tokens of a row.
+        dtype: That of the model; by default the one of its config.
 
     Raises:
         ValueError: The folder is not such a model, there is no such recipe, or a number is below 1.
@@ -40,9 +48,9 @@ def plan_folder(folder: str | Path, recipe: str, batches: int = 16, rows: int = 
     files = TensorFolder(folder)
     named = read_json(folder / "config.json")
     stored = next(kind for name, file in files.files.items() if (kind := file.dtype(name)).is_floating_point)
-    dtype = getattr(torch, str(named.get("dtype") or named.get("torch_dtype")), stored)
+    dtype = dtype or getattr(torch, str(named.get("dtype") or named.get("torch_dtype")), stored)
     model = hugging_face.on_meta(folder, len(files.files), dtype)
-    batch = dict(model.dummy_inputs)
+    batch = hugging_face.dummy_inputs(model)
     if "input_ids" in batch:
         size = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)

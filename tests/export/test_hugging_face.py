@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import torch
 
 from lightning_compress.export.load import load
 from lightning_compress.export.save import save
@@ -64,3 +65,15 @@ def test_only_a_model_of_transformers_is_built(tmp_path, tiny_llama, quantize, s
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
     with pytest.raises(ValueError, match=rf"transformers has no model '{name}'.*build the dense model and call load"):
         load(tmp_path / "out", packed=False)
+
+
+def test_dummy_inputs_of_a_model_of_pictures_are_pictures():
+    from transformers import ViTConfig, ViTModel
+
+    from lightning_compress.export.hugging_face import dummy_inputs, example_of
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTModel(ViTConfig(**sizes, image_size=[8, 16], patch_size=4)).to(torch.bfloat16)
+    (pixels,) = dummy_inputs(model).values()
+    assert (pixels.shape, pixels.dtype) == ((1, 3, 8, 16), torch.bfloat16)
+    assert model(**example_of(model)).last_hidden_state.shape == (1, 9, 16)

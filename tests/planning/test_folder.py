@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 from lightning_compress.cli import main
 from lightning_compress.planning.folder import plan_folder
@@ -43,3 +44,15 @@ def test_what_is_wrong_is_said(source, tmp_path, capsys):
     recipe.write_text(f"modifiers: {{gptq: {modifier}}}\n")
     assert main(["plan", str(source), str(recipe)]) == 1
     assert "refused" in capsys.readouterr().out
+
+
+def test_the_dtype_is_that_of_the_run(source):
+    whole, half = (plan_folder(source, "rtn_w4", tokens=16, dtype=d).bytes_before for d in (torch.float32, None))
+    assert whole == 2 * half
+
+
+def test_a_model_of_pictures_is_planned(tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path)
+    plan = plan_folder(tmp_path, "rtn_w8")
+    assert (plan.model, plan.refusals, len(plan.modules)) == ("ViTForImageClassification", (), 13)
