@@ -26,7 +26,7 @@ import torch
 from choosing_models import CASES, Case, Predict, fit, output
 from torch import nn
 
-from lightning_compress import CompressionCallback, FoldBatchNormModifier, Modifier, compress, load, save
+from lightning_compress import CompressionCallback, compress, load, save
 from lightning_compress.recipe import load_recipe
 
 
@@ -38,15 +38,21 @@ class Way:
         recipes: Names of recipes, in order.
         dtype: That of the loaded model.
         epochs: Epochs of training, for recipes that train.
+        targets: Replace those of the recipe.
+        onnx: Export as ONNX and run in ONNX Runtime, the dense model, too.
     """
 
     recipes: tuple[str, ...]
     dtype: torch.dtype | None = None
     epochs: int = 0
+    targets: tuple[str, ...] = ()
+    onnx: bool = False
 
     def __str__(self) -> str:
         names = self.recipes[0] if len(self.recipes) == 1 else f"[{','.join(self.recipes)}]"
-        return names + (", loaded in bfloat16" if self.dtype is torch.bfloat16 else "")
+        targets = f", targets=[{','.join(self.targets)}]" if self.targets else ""
+        loaded = ", loaded in bfloat16" if self.dtype is torch.bfloat16 else ""
+        return names + targets + loaded + (", in ONNX Runtime" if self.onnx else "")
 
 
 WAYS: dict[str, list[Way]] = {
@@ -58,13 +64,10 @@ WAYS: dict[str, list[Way]] = {
     ],
     "encoder": [Way(("w8a8",)), Way(("smoothquant_w8a8",)), Way(("gptq_w4",))],
     "vision transformer": [Way(("w8a8",)), Way(("gptq_w4",))],
-    "convolutional net": [
-        Way(("modifier/batch_norm", "qat_w8a8_static"), epochs=10),
-        Way(("distill", "structured_25"), epochs=20),
-    ],
-    "recurrent net": [Way(("rtn_w8",))],
-    "tabular net": [Way(("w8a8",)), Way(("distill", "structured_25"), epochs=20)],
-    "speech": [Way(("w8a8",))],
+    "convolutional net": [Way(("int8_static",), onnx=True), Way(("distill", "structured_25"), epochs=20)],
+    "recurrent net": [Way(("rtn_w8",), targets=("Linear", "LSTM")), Way(("gptq_w4",), targets=("Linear", "LSTM"))],
+    "tabular net": [Way(("w8a8",)), Way(("int8_static",), onnx=True), Way(("distill", "structured_25"), epochs=20)],
+    "speech": [Way(("int8_static",), onnx=True), Way(("w8a8",))],
 }
 
 
@@ -73,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    results: dict[str, list[dict[str, Any]]] = {}
+    results = earlier(arguments)
     for kind in arguments.only or CASES:
         case = CASES[kind](arguments.material)
         rows = results[kind] = [{"way": "dense", "bytes": size(case.model), **case.score(output(case.model))}]
@@ -84,36 +87,55 @@ def main() -> None:
     publish(results, arguments)
 
 
+def earlier(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Rows of an earlier run of this month, whose kinds this run may replace."""
+    files = [] if arguments.dry else sorted(machine.RESULTS.glob(f"choosing_{machine.slug()}_*.json"))
+    rows: dict[str, list[dict[str, Any]]] = json.loads(files[-1].read_text())["rows"] if files else {}
+    return rows
+
+
 def measure(case: Case, way: Way) -> dict[str, Any]:
     """The figures of one row."""
-    modifiers = [modifier for name in way.recipes for modifier in recipe(name)]
+    modifiers = [modifier for name in way.recipes for modifier in load_recipe(name)]
+    if way.targets:
+        modifiers = [type(m)(**{**m.model_dump(exclude_unset=True), "targets": list(way.targets)}) for m in modifiers]
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name) / "compressed"
         began = time.process_time()
         if way.epochs:
             assert case.train is not None
             callback = CompressionCallback(modifiers, evaluate=False, load_best=False)
-            fit(case.fresh(), case.train, way.epochs, callback, folder=name)
+            model = fit(case.fresh(), case.train, way.epochs, callback, folder=name)
         else:
-            model = case.fresh()
-            compress(model, modifiers, case.batches)
+            compress(model := case.fresh(), modifiers, case.batches)
             save(model, folder)
         seconds = time.process_time() - began
-        fresh = case.fresh().to(way.dtype) if way.dtype else case.fresh()
-        model = load(folder, fresh)
-        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return {
-            "way": str(way),
-            "bytes": stored,
-            **case.score(output(model)),
-            "CPU time of dense": ratio(model, case.model, case.example),
-            "seconds": seconds,
-        }
+        if way.onnx:
+            file, dense_file = (
+                onnx_file(m, Path(name) / n, case) for m, n in ((model, "onnx"), (case.fresh(), "dense"))
+            )
+            predict, dense, stored = session(file), session(dense_file), file.stat().st_size
+        else:
+            fresh = case.fresh().to(way.dtype) if way.dtype else case.fresh()
+            predict, dense = output(load(folder, fresh)), output(case.model)
+            stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        speed = {"CPU time of dense": ratio(predict, dense, case.example)}
+        return {"way": str(way), "bytes": stored, **case.score(predict), **speed, "seconds": seconds}
 
 
-def recipe(name: str) -> list[Modifier]:
-    """What Hydra composes of that name."""
-    return [FoldBatchNormModifier()] if name == "modifier/batch_norm" else load_recipe(name)
+def onnx_file(model: nn.Module, folder: Path, case: Case) -> Path:
+    return save(model, folder, format="onnx", sample=case.example) / "model.onnx"
+
+
+def session(file: Path) -> Predict:
+    """Predict in ONNX Runtime, on one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    runtime = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = runtime.get_inputs()[0].name
+    return lambda x: torch.from_numpy(runtime.run(None, {name: x.numpy()})[0])
 
 
 def size(model: nn.Module) -> int:
@@ -122,9 +144,9 @@ def size(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def ratio(model: nn.Module, dense: nn.Module, x: Any) -> float:
+def ratio(predict: Predict, dense: Predict, x: Any) -> float:
     """CPU time of a forward pass over that of the dense model: the median of alternating pairs."""
-    return median(cpu_seconds(output(model), x) / cpu_seconds(output(dense), x) for _ in range(9))
+    return median(cpu_seconds(predict, x) / cpu_seconds(dense, x) for _ in range(9))
 
 
 def cpu_seconds(predict: Predict, x: Any, at_least: float = 0.1) -> float:
