@@ -128,7 +128,7 @@ def as_linears(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
 
 def _stand_in(packed: PackedLinear) -> nn.Linear:
     with torch.device("meta"):
-        linear = nn.Linear(packed.in_features, packed.out_features, bias=False)
+        linear = nn.Linear(packed.in_features, packed.out_features, bias=False, dtype=packed.dtype)
     linear.register_parameter("bias", packed.bias)
     Quantized(packed.scheme, packed.stored("weight_scale")).attach(linear)
     return linear
