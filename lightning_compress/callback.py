@@ -82,6 +82,7 @@ class CompressionCallback(Callback):
         resume: Of a calibration that was killed: ``auto``, ``never`` (it begins anew) or ``must``; see docs/index.md.
         gate: Largest change of a metric by compression, such as ``{metric: val/loss, max_increase: 0.02}``.
         on_gate: Where it does not hold: ``fail``, or ``promote`` the modules with the largest errors to more bits.
+        hub: Push the export to Hugging Face's hub: ``{repo: user/name, private: true}`` (the default is private).
         plan: True: print what the run would do and take, and end; ``compare``: go on, and show it in the report, too.
 
     Raises:
@@ -119,6 +120,7 @@ class CompressionCallback(Callback):
         plan: bool | str = False,
         gate: dict[str, Any] | list[dict[str, Any]] | None = None,
         on_gate: Literal["fail", "promote"] = "fail",
+        hub: dict[str, Any] | None = None,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "modifiers", "recipe")}
         ordered, self.options = read_arguments(modifiers, recipe, arguments)

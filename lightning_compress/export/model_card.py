@@ -25,7 +25,7 @@ from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.matrix import is_supported
 from lightning_compress.quant.schemes import describe
 
-__all__ = ["CARD", "write_card"]
+__all__ = ["CARD", "is_edited", "write_card"]
 
 CARD = "README.md"
 SECOND = "MODEL_CARD.md"  # where the user has a README.md
@@ -60,7 +60,7 @@ def write_card(
     text = _card(contents, weight_bytes, fault, recipe_yaml, origin or {})
     card = f"{text}\n{END}{_checksum(text)} -->\n"
     earlier = replaced / CARD if replaced is not None else None
-    if earlier is not None and earlier.is_file() and _is_edited(earlier):
+    if earlier is not None and earlier.is_file() and is_edited(earlier):
         (folder / CARD).write_bytes(earlier.read_bytes())
         warnings.warn(f"{earlier} was edited, and stays; the card of this export is {SECOND} beside it", stacklevel=4)
     name = SECOND if (folder / CARD).exists() else CARD  # also where a processor wrote one
@@ -193,7 +193,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _is_edited(path: Path) -> bool:
+def is_edited(path: Path) -> bool:
     """Whether a card is not as :func:`write_card` wrote it."""
     if path.stat().st_size > LARGEST:
         return True

@@ -11,6 +11,7 @@ from lightning_compress.core.modifier import Modifier
 from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, check_resume
 from lightning_compress.training.gate import Gate, read_gates
+from lightning_compress.training.hub import Hub, read_hub
 from lightning_compress.training.promotion import check_promotable
 
 __all__ = ["CallbackOptions", "read_arguments"]
@@ -41,6 +42,7 @@ class CallbackOptions:
     plan: bool | Literal["compare"] = False
     gate: dict[str, Any] | list[dict[str, Any]] | None = None
     on_gate: Literal["fail", "promote"] = "fail"
+    hub: dict[str, Any] | None = None
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -67,10 +69,16 @@ class CallbackOptions:
             raise ValueError(
                 "on_gate='promote' has no gate to reach: give one, such as gate={'metric': 'val/loss', ...}"
             )
+        read_hub(self.hub)
         if self.gates and not self.evaluate:
             raise ValueError(
                 f"gate of {self.gates[0].metric!r} needs the metric, which evaluate=False does not measure"
             )
+
+    @property
+    def target(self) -> Hub | None:
+        """The argument ``hub``, read."""
+        return read_hub(self.hub)
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -92,7 +100,7 @@ def read_arguments(
 
     Raises:
         ValueError: Neither or both of ``modifiers`` and ``recipe`` are given, an entry is not a modifier, the recipe
-            sets something that is not an argument, or a value is wrong.
+            sets something that is not an argument, or ``hub``, which is for the caller alone, or a value is wrong.
     """
     if (modifiers is None) == (recipe is None):
         both = "both" if modifiers is not None else "neither"
@@ -101,6 +109,8 @@ def read_arguments(
     if recipe is not None:
         content = read_recipe(recipe)
         modifiers, settings = content.modifiers, content.arguments
+    if "hub" in settings:
+        raise ValueError("the recipe sets hub, but no file says where weights go: CompressionCallback(hub=...) does")
     if unknown := sorted(settings.keys() - arguments.keys()):
         raise ValueError(
             f"the recipe sets {unknown}, which CompressionCallback does not take; it takes {sorted(arguments)}"

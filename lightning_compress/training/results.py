@@ -33,6 +33,7 @@ from lightning_compress.training import trackers
 from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.failures import as_warning
 from lightning_compress.training.gate import gate_failures
+from lightning_compress.training.hub import push
 from lightning_compress.training.loaders import forward_of
 from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.random_state import undisturbed
@@ -151,6 +152,8 @@ class Results:
             with as_warning("the log"):
                 files = trackers.written_since(folder, earlier)
                 trackers.log(self.trainer.loggers, trackers.Outcome(ledger, facts, files, self.trainer.global_step))
+            if (hub := self.run.options.target) is not None and "export_dir" in facts:
+                push(outputs.export, hub, failed=bool(gate_failures(facts)))
 
     def _export(self, folder: Path, stored: Stored) -> None:
         origin: dict[str, Any] = {"run": self.run.name, "clock": self.clock_state}

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from lightning_compress.team import Team
 from lightning_compress.training.evaluation import Measurement
+from lightning_compress.training.hub import check_token
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.outputs import FolderLock, Outputs
 from lightning_compress.training.preemption import Preemption
@@ -79,6 +80,8 @@ class Run:
     def claim_outputs(self, trainer: Trainer, lock: FolderLock, *, resumed: bool) -> None:
         """Check that this run can write its outputs, and keep others away; every rank gets the name of rank zero."""
         outputs = self.outputs = Outputs.of(trainer, self.options.export_dir)
+        if (hub := self.options.target) is not None:
+            self.team.result(partial(check_token, hub), "checking hub")
         claim = partial(outputs.claim, lock, resumed=resumed, run=self.name)
         self.name = self.team.result(claim, "checking export_dir")
 
