@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
 .PHONY: bench bench-ranks bench-peer-env bench-data bench-choosing bench-packed bench-techniques bench-moved bench-weights bench-regional bench-hadamard bench-scale-search bench-callback bench-qat-step \
-	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-static bench-gpu bench-wheels tune-gpu
+	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-static bench-recurrent bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -116,6 +116,10 @@ $(BENCH_DIR)/espeak/.ready:
 	$(PYTHON) -m zipfile -e $(BENCH_DIR)/wheels/[Rr]esemblyzer-0.1.4-*.whl $(BENCH_DIR)/wheels/resemblyzer
 	cd $(@D) && apt-get download espeak-ng espeak-ng-data libespeak-ng1 libpcaudio0 libsonic0 && for f in *.deb; do dpkg -x $$f .; done
 	touch $@
+
+bench-recurrent: $(READY)  ## LSTM and GRU at 8, 4 and 3 bits and half pruned, on scikit-learn's digits row by row
+	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_recurrent.py $(BENCH_ARGS)
 
 bench-packed: $(READY)  ## Packed weights on this CPU beside dense ones, layers and decode (10 minutes)
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_packed_cpu.py $(BENCH_ARGS)

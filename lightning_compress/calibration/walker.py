@@ -382,7 +382,7 @@ def warn_of_targets(model: nn.Module, probe: Probe, targets: Mapping[nn.Module, 
     if bypassed := [name for module, name in unseen.items() if module in never]:
         warnings.warn(
             f"{bypassed}: nn.MultiheadAttention uses the weight of its out_proj without calling it, so no data is seen "
-            f"there; add them to ignore, or replace the attention with one that calls its Linears",
+            f"there; make MultiheadAttention a target too, which calls it in calibration, or add them to ignore",
             stacklevel=2,
         )
     if other := [name for name in unseen.values() if name not in bypassed]:

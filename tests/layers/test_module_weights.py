@@ -248,7 +248,6 @@ def test_records_come_off_and_the_model_is_as_before():
     model = made("GRU")
     compress(model, QuantizationModifier(targets=["GRU"], **W8))
     assert dequantize(model) == ["encoder.ih_l0", "encoder.hh_l0"]
-    hide(model)
     assert not inside(model)
     compress(model, QuantizationModifier(targets=["GRU"], **W8))  # anew
 

@@ -41,6 +41,19 @@ def test_the_bytes_of_the_export_are_the_planned_ones(modifier, tmp_path):
     assert plan.bytes_after == stored(tmp_path / "out")
 
 
+def test_weights_of_recurrent_modules_are_planned_one_by_one(tmp_path):
+    model, modifier = (
+        nn.Sequential(nn.GRU(8, 16), nn.Identity()),
+        QuantizationModifier(scheme="W8A16", group_size=-1, targets=["GRU"]),
+    )
+    plan = make_plan(model, [modifier.model_copy(deep=True)])
+    assert [(module.name, module.kind) for module in plan.modules] == [("0.ih_l0", "GRU"), ("0.hh_l0", "GRU")]
+    assert not plan.left_out
+    compress(model, modifier)
+    save(model, tmp_path / "out")
+    assert plan.bytes_after == stored(tmp_path / "out")
+
+
 def test_what_is_left_out_has_a_reason():
     model = nn.Sequential(
         nn.Embedding(8, 32), nn.Linear(32, 32), nn.Conv1d(32, 8, 1), nn.LayerNorm(1), nn.Linear(32, 4)

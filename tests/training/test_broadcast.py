@@ -2,12 +2,14 @@
 
 import faulthandler
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PretrainedConfig
 
 import lightning_compress as lc
 from lightning_compress import CompressionCallback
@@ -50,6 +52,22 @@ def mixture():
     return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
 
 
+class Reader(nn.Module):
+    """A GRU that reads tokens, with an attention over its states."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(64, 32), nn.GRU(32, 32, batch_first=True)
+        self.attention, self.head = nn.MultiheadAttention(32, 2, batch_first=True), nn.Linear(32, 64)
+        self.config = PretrainedConfig()
+
+    def forward(self, input_ids, labels=None):
+        y = self.body(self.embed(input_ids))[0]
+        logits = self.head(self.attention(y, y, y, need_weights=False)[0])
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
 def tied():
     model = llama(num_hidden_layers=2, tie_word_embeddings=True)
     model.model.norm.weight.data.uniform_(0.5, 2.0)  # a gain that must go into the head alone
@@ -67,6 +85,7 @@ CASES = {
     "round": (llama, lambda: lc.QuantizationModifier(scheme="W8A8", targets=["Linear"])),
     "gptq": (llama, lambda: lc.GPTQModifier(**INT4)),
     "gptq_experts": (mixture, lambda: lc.GPTQModifier(scheme="W8A8", ignore=["re:.*gate", "lm_head"])),
+    "gptq_recurrent": (Reader, lambda: lc.GPTQModifier(**INT4, targets=["Linear", "GRU", "MultiheadAttention"])),
     "awq": (llama, lambda: lc.AWQModifier(**INT4, n_grid=2)),
     "smoothquant": (llama, lambda: lc.SmoothQuantModifier()),
     "equalization": (llama, lambda: lc.LogarithmicEqualizationModifier()),

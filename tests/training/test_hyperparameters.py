@@ -33,11 +33,19 @@ class Experts(nn.Module):
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4), nn.Sequential(Experts()))
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4), nn.Sequential(Experts(), nn.GRU(4, 4)))
 
 
 def train_quantized(net):
     QATModifier(scheme="W8A8", targets=["Linear"]).initialize(State(model=net))
+
+
+def train_recurrent(net):
+    QATModifier(scheme="W8A16", group_size=-1, targets=["GRU"]).initialize(State(model=net))
+
+
+def round_recurrent(net):
+    compress(net, QuantizationModifier(scheme="W8A16", group_size=-1, targets=["GRU"]))
 
 
 def learn_masks(net):
@@ -56,7 +64,10 @@ def rotate(net):
     OnlineRotations((OnlineRotation("input", (1,) * 8),)).attach(net[0])
 
 
-@pytest.mark.parametrize("mark", [train_quantized, learn_masks, hook, round_weights, rotate, split])
+MARKS = [train_quantized, train_recurrent, learn_masks, hook, round_weights, round_recurrent, rotate, split]
+
+
+@pytest.mark.parametrize("mark", MARKS)
 def test_the_copy_is_what_the_network_was(mark):
     net = network()
     dense = net.state_dict()
