@@ -267,7 +267,8 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     """x with stride - 1 zeros between neighbours of each spatial dimension."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    every = slice(None)
+    spread[(every, every, *[slice(None, None, s) for s in stride])] = x
     return spread
 
 
