@@ -1,4 +1,4 @@
-"""Save a compressed model: as ONNX (onnx/), or in the format of compressed-tensors, as transformers and vLLM load it.
+"""Save a compressed model: as ONNX (onnx/) or GGUF (gguf/), or as transformers and vLLM load it (compressed-tensors).
 
 A folder of the latter holds
 
@@ -40,7 +40,8 @@ from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.export import hugging_face, plain_transformers
 from lightning_compress.export.contents import Contents, check_weights, contents_of, warn_of_contents
 from lightning_compress.export.experts import experts_first
-from lightning_compress.export.formats import check_formats
+from lightning_compress.export.formats import FORMATS, check_formats
+from lightning_compress.export.gguf.write import write_gguf
 from lightning_compress.export.model_card import write_card
 from lightning_compress.export.online import online_entries, seal
 from lightning_compress.export.onnx.write import write_onnx
@@ -84,7 +85,7 @@ def save(
             ``quantization_config``: the sparse formats of compressed-tensors were removed in its version 0.20.
         folder: Folder to write; missing parents are created.
         format: ``compressed_tensors``, or ``onnx``: ``model.onnx`` with QuantizeLinear and DequantizeLinear, checked
-            in ONNX Runtime (docs/export.md).
+            in ONNX Runtime; or ``gguf``: ``model.gguf`` for llama.cpp, of Llama and Qwen decoders (docs/export.md).
         sample: For ``onnx``: a batch of real inputs, as a tensor, a tuple of arguments or a dict of keyword arguments;
             by default the ``dummy_inputs`` of a model of transformers.
         tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to save beside the model, or a list.
@@ -105,7 +106,8 @@ def save(
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
-    (format,) = check_formats("format", (format,))
+    (format,) = check_formats("format", (format,), (*FORMATS, "gguf"))
+    recipe_yaml = None if recipe is None else dump_yaml(recipe)
     if format == "onnx":
         if verify:
             raise ValueError("verify=True lets plain transformers load the folder; a file of ONNX is always checked")
@@ -114,11 +116,18 @@ def save(
             folder,
             sample=sample,
             processors=_as_list(tokenizer),
-            recipe_yaml=None if recipe is None else dump_yaml(recipe),
+            recipe_yaml=recipe_yaml,
             overwrite=overwrite,
         ).folder
     if sample is not None:
         raise ValueError(f"sample is for format='onnx', and the format is {format!r}; leave it out")
+    if format == "gguf":
+        if verify:
+            raise ValueError("verify=True lets plain transformers load the folder, which has no model.safetensors")
+        processors = _as_list(tokenizer)
+        return write_gguf(
+            saved_model(model), folder, processors=processors, recipe_yaml=recipe_yaml, overwrite=overwrite
+        )
     return write_compressed_tensors(
         model,
         folder,

@@ -23,6 +23,7 @@ def test_gguf_with_the_tokenizer_of_the_folder(exported, tmp_path, capsys):
     assert main(["export", str(exported), "--format", "gguf", "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: 0.")
     expected = write_gguf(load(exported, packed=False), tmp_path / "expected", processors=processors(exported))
+    assert (out / "recipe.yaml").read_text() == (exported / "recipe.yaml").read_text()
     assert (out / "model.gguf").read_bytes() == (expected / "model.gguf").read_bytes()
     fields = GGUFReader(out / "model.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"

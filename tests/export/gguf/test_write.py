@@ -72,6 +72,18 @@ def test_tensors_are_those_of_the_model_bit_for_bit(tmp_path, decoder, kind, sch
     assert before.keys() == model.state_dict().keys()
 
 
+def test_save_writes_the_same_file(tmp_path, decoder):
+    model = decoder()
+    folder = save(model, tmp_path / "saved", format="gguf", recipe={"modifiers": {}})
+    write_gguf(model, tmp_path / "written")
+    assert (folder / FILE).read_bytes() == (tmp_path / "written" / FILE).read_bytes()
+    assert (folder / "recipe.yaml").read_text() == "modifiers: {}\n"
+    with pytest.raises(ValueError, match="verify=True lets plain transformers load the folder, which has no"):
+        save(model, tmp_path / "more", format="gguf", verify=True)
+    with pytest.raises(ValueError, match="format='pt' is not a format; expected compressed_tensors or onnx or gguf"):
+        save(model, tmp_path / "more", format="pt")
+
+
 def test_biases_are_moved_with_their_rows(tmp_path, decoder):
     model = decoder(attention_bias=True)
     check(write_gguf(model, tmp_path / "out"), model, moved=True)
