@@ -71,8 +71,8 @@ def _card(contents: Contents, weight_bytes: int, fault: str, recipe_yaml: str | 
     base, license_ = _base(contents.model) if contents.is_transformers else (None, {})
     kind = type(contents.model).__name__
     tags = ["compressed-tensors"] if contents.packed or contents.caches else []
-    head = {"library_name": "transformers" if contents.is_transformers else "lightning-compress", **license_}
-    head |= {"tags": [*tags, "lightning-compress"]}
+    library = "transformers" if contents.is_transformers else "lightning-compress"
+    head: dict[str, Any] = {"library_name": library, **license_, "tags": [*tags, "lightning-compress"]}
     if base is not None:
         head |= {"base_model": base} | ({"base_model_relation": "quantized"} if contents.packed else {})
     sections = [
@@ -127,7 +127,7 @@ def _compressed(contents: Contents) -> list[str]:
 
 
 def _loading(contents: Contents, fault: str) -> list[str]:
-    model = contents.model
+    model: Any = contents.model
     if not contents.is_transformers:
         return [
             f"With lightning_compress alone: {foreign_kind(model)}.",
