@@ -63,7 +63,7 @@ WAYS: dict[str, list[Way]] = {
         Way(("smoothquant", "gptq_w8a8")),
     ],
     "encoder": [Way(("w8a8",)), Way(("smoothquant_w8a8",)), Way(("gptq_w4",))],
-    "vision transformer": [Way(("w8a8",)), Way(("gptq_w4",))],
+    "vision transformer": [Way(("w8a8",)), Way(("gptq_w4",)), Way(("int8_static",), onnx=True)],
     "convolutional net": [Way(("int8_static",), onnx=True), Way(("distill", "structured_25"), epochs=20)],
     "recurrent net": [Way(("rtn_w8",), targets=("Linear", "LSTM")), Way(("gptq_w4",), targets=("Linear", "LSTM"))],
     "tabular net": [Way(("w8a8",)), Way(("int8_static",), onnx=True), Way(("distill", "structured_25"), epochs=20)],
