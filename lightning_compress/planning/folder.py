@@ -1,6 +1,7 @@
 """The plan for a model on disk, whose weights are not read."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,8 +49,8 @@ def plan_folder(
     files = TensorFolder(folder)
     named = read_json(folder / "config.json")
     stored = next(kind for name, file in files.files.items() if (kind := file.dtype(name)).is_floating_point)
-    dtype_of_run: torch.dtype = dtype or getattr(torch, str(named.get("dtype") or named.get("torch_dtype")), stored)
-    model = hugging_face.on_meta(folder, len(files.files), dtype_of_run)
+    usual: Any = getattr(torch, str(named.get("dtype") or named.get("torch_dtype")), stored)
+    model = hugging_face.on_meta(folder, len(files.files), dtype or usual)
     batch = hugging_face.dummy_inputs(model)
     if "input_ids" in batch:
         size = model.config.get_text_config().vocab_size
