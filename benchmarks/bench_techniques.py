@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
 def scored(job: Job, folder: Path, dense: Path, peer_python: str) -> dict[str, Any]:
     """KL and loss per window of the exported model, by plain transformers where it can.
 
-    4-bit floats of both libraries are read by this package: compressed-tensors 0.19 computes with them in bfloat16 only.
+    This package reads 4-bit floats of both libraries: compressed-tensors 0.19 computes with them in bfloat16 only.
     """
     by_package = bool(job.scheme) or (job.technique.startswith("quip") and job.library == "ours")
     python = python_of(replace(job, library="ours") if by_package else job, peer_python)
