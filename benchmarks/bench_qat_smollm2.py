@@ -6,13 +6,14 @@ Symmetric integers of 2 bits in groups of 64, `lm_head` dense, weights off their
 GPTQ on 16 x 256 tokens, with dense targets, is the start; then a Trainer run with QATModifier and DistillationModifier
 from the dense model, AdamW, cosine. Tokens: whole documents of the calibration sources (material.py: train_mix.txt), in
 random order, none twice; evaluation texts are others. KL to the dense model as in bench_accuracy.py, by the
-model in training, at equal distances; the last one also by plain transformers from the exported folder.
+model in training, at equal distances; the last one is that of the finished run.
 """
 
 import argparse
 import copy
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,14 @@ def main() -> None:
     watch = Divergence(windows, wanted, max(1, steps // 10), arguments.batch * LENGTH)
     watch.note(model, 0)
     modifiers = {"distill": DistillationModifier(teacher=dense, weight=1.0), "qat": QATModifier(**scheme, start=0)}
+    run = tempfile.TemporaryDirectory(dir=work)
     trainer = lightning.Trainer(
-        default_root_dir=str(work / "qat"), max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        default_root_dir=run.name, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
         callbacks=[CompressionCallback(modifiers, evaluate=False, verify=False), watch],
     )  # fmt: skip
-    trainer.fit(Student(model, arguments.lr, steps), DataLoader(TensorDataset(rows), arguments.batch))
+    with run:
+        trainer.fit(Student(model, arguments.lr, steps), DataLoader(TensorDataset(rows), arguments.batch))
     watch.note(model, steps)
     lines = report(watch, wanted, arguments)
     print("\n".join(lines))
