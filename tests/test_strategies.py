@@ -16,6 +16,7 @@ import torch
 from torch.testing import assert_close
 
 from lightning_compress import load
+from tests.support.export_models import without_errors
 from tests.support.plain_reader import plain_transformers
 from tests.support.strategy_runs import ROOT, SMALL, STRATEGIES, TEMPLATE, TRAIN_PY, fixed_ids, run
 from tests.support.template_app import DenseNet
@@ -117,6 +118,7 @@ def exported(folder: Path) -> dict[str, Any]:
     """The files of the export, and the rows of the report; without the name of the run, and times."""
     files = {path.name: path.read_bytes() for path in sorted((folder / "compressed").iterdir())}
     del files["export_manifest.json"]
+    files["README.md"] = without_errors(files["README.md"])
     with (folder / "report" / "modules.csv").open() as file:
         rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     return {**files, "rows": rows}
