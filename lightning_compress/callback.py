@@ -83,6 +83,7 @@ class CompressionCallback(Callback):
         gate: Largest change of a metric by compression, such as ``{metric: val/loss, max_increase: 0.02}``.
         on_gate: Where it does not hold: ``fail``, or ``promote`` the modules with the largest errors to more bits.
         hub: Push the export to Hugging Face's hub: ``{repo: user/name, private: true}`` (the default is private).
+        export: Formats to write: ``compressed_tensors``, ``onnx`` (into ``compressed_onnx`` beside it), or a list.
         plan: True: print what the run would do and take, and end; ``compare``: go on, and show it in the report, too.
 
     Raises:
@@ -118,6 +119,7 @@ class CompressionCallback(Callback):
         verify: bool | str = "auto",
         resume: str = "auto",
         plan: bool | str = False,
+        export: str | list[str] = "compressed_tensors",
         gate: dict[str, Any] | list[dict[str, Any]] | None = None,
         on_gate: Literal["fail", "promote"] = "fail",
         hub: dict[str, Any] | None = None,
@@ -180,7 +182,7 @@ class CompressionCallback(Callback):
         if self.done:
             return
         if self._state.model is not None:  # not in setup: configure_model comes after it
-            check_before_training(trainer, pl_module, self._state, self.options.calibration)
+            check_before_training(trainer, pl_module, self._state, self.options, self.lifecycle.modifiers)
         if not trainer.fast_dev_run:  # not in setup: only now it is known whether a run is resumed
             self.run.claim_outputs(trainer, self._lock, resumed=is_resumed(trainer))
             if self.options.load_best:

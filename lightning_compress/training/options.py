@@ -8,6 +8,8 @@ from typing import Any, Literal
 from lightning_compress.calibration.options import CalibrationOptions, check_flag, check_whole_number
 from lightning_compress.core.lifecycle import modifiers_in_order
 from lightning_compress.core.modifier import Modifier
+from lightning_compress.export.formats import check_formats
+from lightning_compress.export.onnx.expressible import check_packages
 from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, check_resume
 from lightning_compress.training.gate import Gate, read_gates
@@ -43,6 +45,7 @@ class CallbackOptions:
     gate: dict[str, Any] | list[dict[str, Any]] | None = None
     on_gate: Literal["fail", "promote"] = "fail"
     hub: dict[str, Any] | None = None
+    export: str | list[str] = "compressed_tensors"
     recipe_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class CallbackOptions:
                 "on_gate='promote' has no gate to reach: give one, such as gate={'metric': 'val/loss', ...}"
             )
         read_hub(self.hub)
+        if "onnx" in self.formats:
+            check_packages()
         if self.gates and not self.evaluate:
             raise ValueError(
                 f"gate of {self.gates[0].metric!r} needs the metric, which evaluate=False does not measure"
@@ -79,6 +84,11 @@ class CallbackOptions:
     def target(self) -> Hub | None:
         """The argument ``hub``, read."""
         return read_hub(self.hub)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The argument ``export`` as a tuple."""
+        return check_formats("export", self.export)
 
     @property
     def gates(self) -> tuple[Gate, ...]:

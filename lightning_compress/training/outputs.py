@@ -34,13 +34,16 @@ class Outputs:
     report: Path
     checkpoint: Path
     sharded: bool = False  # the checkpoint is a folder
+    formats: tuple[str, ...] = ("compressed_tensors",)
 
     @classmethod
-    def of(cls, trainer: Trainer, export_dir: str | None) -> "Outputs":
+    def of(
+        cls, trainer: Trainer, export_dir: str | None, formats: tuple[str, ...] = ("compressed_tensors",)
+    ) -> "Outputs":
         """ValueError when ``default_root_dir`` or ``export_dir`` is on another machine."""
         root = _local(trainer.default_root_dir, "default_root_dir")
         export = root / "compressed" if export_dir is None else _local(export_dir, "export_dir")
-        return cls(export, root / "report", root / "compressed.ckpt", shards(trainer))
+        return cls(export, root / "report", root / "compressed.ckpt", shards(trainer), formats)
 
     def check(self, *, resumed: bool, run: str) -> None:
         """ValueError now, not after hours of training, when one of them could not be written.
@@ -51,12 +54,13 @@ class Outputs:
             raise ValueError(f"{self.report} is a file, and the report goes into a folder of that name; move the file")
         if self.checkpoint.is_dir() and not (self.sharded and plain_file(self.checkpoint).is_file()):
             raise ValueError(f"{self.checkpoint} is a folder, and a checkpoint of that name is written; move it")
-        if self.export.is_dir() and any(self.export.iterdir()) and not resumed:
-            raise ValueError(
-                f"{self.export} exists and is not empty: give another export_dir (or another default_root_dir), or "
-                f"remove it; only a run that is resumed replaces what it exported"
-            )
-        check_target(self.export, overwrite=resumed, run=run)
+        for folder in self.folders.values():
+            if folder.is_dir() and any(folder.iterdir()) and not resumed:
+                raise ValueError(
+                    f"{folder} exists and is not empty: give another export_dir (or another default_root_dir), or "
+                    f"remove it; only a run that is resumed replaces what it exported"
+                )
+            check_target(folder, overwrite=resumed, run=run)
 
     def claim(self, lock: "FolderLock", *, resumed: bool, run: str) -> str:
         """Exclude other runs from these paths, and :meth:`check` that they can be written.
@@ -66,11 +70,17 @@ class Outputs:
         """
         for path in self.locks:
             lock.acquire(path, run)
-        earlier = origin_of(self.export)
+        earlier = origin_of(next(iter(self.folders.values())))
         if not resumed and _was_restarted() and earlier.get("job") == os.environ["SLURM_JOB_ID"]:
             run, resumed = earlier["run"], True
         self.check(resumed=resumed, run=run)
         return run
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each format: ``export`` of compressed-tensors, others beside it."""
+        paths = {name: self.export.with_name(f"{self.export.name}_{name}") for name in self.formats}
+        return {name: self.export if name == "compressed_tensors" else path for name, path in paths.items()}
 
     @property
     def log(self) -> Path:

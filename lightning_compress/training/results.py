@@ -22,7 +22,9 @@ from lightning_compress.core.state import State
 from lightning_compress.export import verify
 from lightning_compress.export.contents import Stored
 from lightning_compress.export.hugging_face import is_transformers
-from lightning_compress.export.save import write_compressed_tensors
+from lightning_compress.export.onnx.sample import recorded_call
+from lightning_compress.export.onnx.write import OnnxFile, write_onnx
+from lightning_compress.export.save import dump_yaml, saved_model, write_compressed_tensors
 from lightning_compress.export.sharded import gathered_on
 from lightning_compress.files.atomic_folder import origin_of
 from lightning_compress.layers.memory import peak_memory_bytes
@@ -34,7 +36,7 @@ from lightning_compress.training.checks import tensor_bytes
 from lightning_compress.training.failures import as_warning
 from lightning_compress.training.gate import gate_failures
 from lightning_compress.training.hub import push
-from lightning_compress.training.loaders import forward_of
+from lightning_compress.training.loaders import calibration_batches, forward_of
 from lightning_compress.training.outputs import Outputs
 from lightning_compress.training.random_state import undisturbed
 from lightning_compress.training.resume import is_resumed
@@ -95,7 +97,8 @@ class Results:
             outputs = self.run.outputs
             if outputs is None:
                 root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt")
+                formats = self.run.options.formats
+                outputs = Outputs(root / "compressed", root / "report", root / "compressed.ckpt", formats=formats)
             if shards(self.trainer):
                 call = self._call() if self.run.options.verify else None
                 stored = stack.enter_context(self._gathered(outputs.export.parent))
@@ -133,9 +136,10 @@ class Results:
         facts = self.run.facts
         try:
             with self.run.timed("export"):
-                self._export(outputs.export, stored)
+                for name, folder in outputs.folders.items():
+                    self._export(name, folder, stored)
             remove_log(outputs.log)
-            if "export_dir" in facts:
+            if "export_dir" in facts and "compressed_tensors" in outputs.formats:
                 self._verify(outputs.export, call)
         finally:
             facts |= self._summary()
@@ -153,9 +157,9 @@ class Results:
                 files = trackers.written_since(folder, earlier)
                 trackers.log(self.trainer.loggers, trackers.Outcome(ledger, facts, files, self.trainer.global_step))
             if (hub := self.run.options.target) is not None and "export_dir" in facts:
-                push(outputs.export, hub, failed=bool(gate_failures(facts)))
+                push(Path(facts["export_dir"]), hub, failed=bool(gate_failures(facts)))
 
-    def _export(self, folder: Path, stored: Stored) -> None:
+    def _export(self, format: str, folder: Path, stored: Stored) -> None:
         origin: dict[str, Any] = {"run": self.run.name, "clock": self.clock_state}
         if "SLURM_JOB_ID" in os.environ:  # an attempt without a checkpoint knows its run by it
             origin["job"] = os.environ["SLURM_JOB_ID"]
@@ -166,22 +170,38 @@ class Results:
         replaces = is_resumed(self.trainer) or origin_of(folder).get("run") == self.run.name
         tokenizers = processors(self.trainer, self.pl_module)
         try:
-            write_compressed_tensors(
-                self.module,
-                folder,
-                tokenizer=tokenizers,
-                recipe=self.run.recipe,
-                overwrite=replaces,
-                origin=origin,
-                stored=stored,
-            )
+            if format == "onnx":
+                file = self._write_onnx(folder, processors=tokenizers, overwrite=replaces, origin=origin)
+                self.run.facts["onnx"] = {"file": str(file.path), "bytes": file.size, "difference": file.difference}
+            else:
+                write_compressed_tensors(
+                    self.module,
+                    folder,
+                    tokenizer=tokenizers,
+                    recipe=self.run.recipe,
+                    overwrite=replaces,
+                    origin=origin,
+                    stored=stored,
+                )
             if self.run.outputs is not None:  # otherwise that folder is deleted
-                self.run.facts["export_dir"] = str(folder)
+                self.run.facts.setdefault("export_dir", str(folder))
         except Exception as error:
             if Quantized.find(self.module) or not isinstance(error, ValueError):
                 error.add_note("the compressed model, weights stored dense, is in compressed.ckpt")
                 raise
             rank_zero_warn(f"nothing is exported, and compressed.ckpt alone holds the model: {error}")
+
+    def _write_onnx(self, folder: Path, **arguments: Any) -> OnnxFile:
+        """The ONNX file, traced on a calibration batch, which is loaded now for recipes without calibration."""
+        options = self.run.options
+        with undisturbed(self.trainer, options.calibration.seed):
+            batch = self.sample
+            if batch is None:
+                batch = calibration_batches(self.trainer, self.pl_module, options, self.run.own_batches)[0][0]
+            runner = BatchRunner(self.module, forward_of(self.pl_module, [batch]))
+            call = recorded_call(self.module, lambda: runner(batch))
+            recipe_yaml = dump_yaml(self.run.recipe)
+            return write_onnx(saved_model(self.module), folder, sample=call, recipe_yaml=recipe_yaml, **arguments)
 
     def _call(self) -> dict[str, Any] | None:
         """The call that verifies a sharded model, which all ranks make; None where it is not of transformers."""
@@ -214,7 +234,7 @@ class Results:
         run, sums = self.run, summary.totals(self.state.ledger)
         saved = (sums["bytes_before"] or 0) - (sums["bytes_after"] or 0) if sums["bytes_after"] is not None else 0
         files = list(Path(run.facts["export_dir"]).glob("*.safetensors")) if "export_dir" in run.facts else []
-        on_disk = sum(file.stat().st_size for file in files) or None
+        on_disk = sum(file.stat().st_size for file in files) or run.facts.get("onnx", {}).get("bytes")
         device = self.trainer.strategy.root_device
         return {
             "model": type(self.module).__name__,

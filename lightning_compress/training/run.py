@@ -79,7 +79,7 @@ class Run:
 
     def claim_outputs(self, trainer: Trainer, lock: FolderLock, *, resumed: bool) -> None:
         """Check that this run can write its outputs, and keep others away; every rank gets the name of rank zero."""
-        outputs = self.outputs = Outputs.of(trainer, self.options.export_dir)
+        outputs = self.outputs = Outputs.of(trainer, self.options.export_dir, self.options.formats)
         if (hub := self.options.target) is not None:
             self.team.result(partial(check_token, hub), "checking hub")
         claim = partial(outputs.claim, lock, resumed=resumed, run=self.name)

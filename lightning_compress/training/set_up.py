@@ -1,6 +1,6 @@
 """Set-up of a fit: when the model is built, what INITIALIZE needs around it, and checks before the first batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,20 +9,23 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_compress.calibration.blocks import find_blocks
-from lightning_compress.calibration.options import CalibrationOptions, check_device
+from lightning_compress.calibration.options import check_device
 from lightning_compress.core.events import Event
 from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.core.lifecycle import Lifecycle
+from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.export.experts import planned_fault
+from lightning_compress.export.onnx.expressible import check_schemes
 from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.layers.forward import patched
 from lightning_compress.layers.split_experts import split_while
 from lightning_compress.quant.arguments import QuantizationArguments
 from lightning_compress.training.checks import check_averaging, check_whole, tensor_names
+from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.pruned_checkpoints import keep_main_process_dense
 from lightning_compress.training.results import processors
-from lightning_compress.training.sharding import check_modifiers, check_unsharded, with_action
+from lightning_compress.training.sharding import check_modifiers, check_unsharded, shards, with_action
 from lightning_compress.training.submodule import USUAL, choose
 from lightning_compress.training.user_loss import check_training_step
 
@@ -74,24 +77,33 @@ def initialize(
     before = tensor_names(pl_module)
     with nullcontext() if lifecycle.windowed else split_while(model):
         lifecycle.initialize(state, event)
-        schemes: dict[str, Any] = {}
-        for modifier in lifecycle.modifiers:
-            if isinstance(modifier, QuantizationArguments):
-                schemes |= modifier.planned
-        if fault := planned_fault(model, schemes):  # plain transformers is known not to read it
+        if fault := planned_fault(model, _planned(lifecycle.modifiers)):  # plain transformers is known not to read it
             rank_zero_warn(fault)
     check_averaging(trainer, name, reshaping, tensor_names(pl_module) != before)
 
 
 def check_before_training(
-    trainer: Trainer, pl_module: LightningModule, state: State, options: CalibrationOptions
+    trainer: Trainer, pl_module: LightningModule, state: State, options: CallbackOptions, modifiers: Sequence[Modifier]
 ) -> None:
     """ValueError now for what would fail after training: ``blocks``, ``offload_device``, the export."""
-    model = state.model
+    model, calibration = state.model, options.calibration
     check_uninterrupted(model)
     check_whole(trainer, model)
-    if options.blocks is not None:
-        find_blocks(model, options.blocks)
+    if calibration.blocks is not None:
+        find_blocks(model, calibration.blocks)
+    if "onnx" in options.formats:
+        if shards(trainer):
+            raise ValueError(
+                "export='onnx' traces the model on one process, and ModelParallelStrategy shards it: export "
+                "'compressed_tensors', then save(load(folder), 'onnx', format='onnx')"
+            )
+        check_schemes(_planned(modifiers))
     tokenizers = processors(trainer, pl_module)
     state.team.result(lambda: rehearse(model, tokenizers), "checking what will be exported")
-    check_device(options)
+    check_device(calibration)
+
+
+def _planned(modifiers: Sequence[Modifier]) -> dict[str, Any]:
+    """The scheme of each module that the quantizers of a recipe will quantize."""
+    quantizers = (modifier for modifier in modifiers if isinstance(modifier, QuantizationArguments))
+    return {name: scheme for quantizer in quantizers for name, scheme in quantizer.planned.items()}

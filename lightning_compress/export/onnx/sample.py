@@ -1,7 +1,7 @@
 """The call of a model that is traced: its tensors are the inputs of the file, everything else is a constant."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.export import hugging_face
+from lightning_compress.layers.forward import eval_mode
 
-__all__ = ["Call", "call_of", "named_tensors"]
+__all__ = ["Call", "call_of", "named_tensors", "recorded_call"]
 
 UNUSED = ("labels",)  # of models of transformers: with them the output has a loss
 
@@ -95,3 +96,21 @@ def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, tuple | list):
         for place, inner in enumerate(value):
             yield from _tensors_in(f"{name}_{place}", inner)
+
+
+def recorded_call(model: nn.Module, run: Callable[[], Any]) -> Call:
+    """The first call of the model that ``run`` makes."""
+    calls: list[Call] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(args, dict(kwargs)))
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad(), eval_mode(model):
+            run()
+    finally:
+        handle.remove()
+    if not calls:
+        raise ValueError("the model was not called on a calibration batch, so that no call can be traced")
+    return calls[0]

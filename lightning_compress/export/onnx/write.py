@@ -52,6 +52,11 @@ class OnnxFile:
     difference: float  # from the outputs of the model in memory, relative to their norm
 
     @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / FILE
+
+    @property
     def size(self) -> int:
         """Bytes of the model on disk."""
         return sum(file.stat().st_size for file in self.folder.glob(f"{FILE}*"))
