@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BENCH_WHEELS ?=
 
 .PHONY: bench bench-ranks bench-peer-env bench-data bench-choosing bench-packed bench-techniques bench-moved bench-weights bench-regional bench-hadamard bench-scale-search bench-callback bench-qat-step \
-	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-static bench-recurrent bench-gpu bench-wheels tune-gpu
+	bench-memory bench-calibration bench-gradients bench-accuracy bench-demo bench-stream bench-training bench-qat-smollm2 bench-vision bench-onnx bench-static bench-recurrent bench-gpu bench-wheels tune-gpu
 
 bench: bench-callback bench-qat-step bench-demo bench-training bench-calibration bench-accuracy  ## All benches; results go to benchmarks/results
 
@@ -120,6 +120,9 @@ $(BENCH_DIR)/espeak/.ready:
 bench-recurrent: $(READY)  ## LSTM and GRU at 8, 4 and 3 bits and half pruned, on scikit-learn's digits row by row
 	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_recurrent.py $(BENCH_ARGS)
+bench-onnx: $(READY)  ## Static int8 of a convolutional net in ONNX Runtime, beside dense and its own quantizer
+	$(BENCH_PYTHON) -c "import sklearn" 2>/dev/null || $(BENCH_PYTHON) -m pip install --quiet -c constraints.txt scikit-learn
+	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_onnx.py $(BENCH_ARGS)
 
 bench-packed: $(READY)  ## Packed weights on this CPU beside dense ones, layers and decode (10 minutes)
 	$(BENCH_ENV) $(BENCH_PYTHON) benchmarks/bench_packed_cpu.py $(BENCH_ARGS)
