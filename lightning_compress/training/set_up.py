@@ -105,5 +105,8 @@ def check_before_training(
 
 def _planned(modifiers: Sequence[Modifier]) -> dict[str, Any]:
     """The scheme of each module that the quantizers of a recipe will quantize."""
-    quantizers = (modifier for modifier in modifiers if isinstance(modifier, QuantizationArguments))
-    return {name: scheme for quantizer in quantizers for name, scheme in quantizer.planned.items()}
+    schemes: dict[str, Any] = {}
+    for modifier in modifiers:
+        if isinstance(modifier, QuantizationArguments):
+            schemes |= modifier.planned
+    return schemes

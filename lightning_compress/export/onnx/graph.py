@@ -63,8 +63,8 @@ def initializer(graph: Any, name: str, numbers: np.ndarray) -> Any:
     """A new constant of the graph."""
     import onnx_ir as ir
 
-    value = ir.Value(name=name, const_value=ir.tensor(numbers, name=name))
-    value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    tensor = ir.tensor(numbers, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(numbers.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
 
@@ -100,7 +100,7 @@ def _separate_quantizers(graph: Any) -> None:
     """
     import onnx_ir as ir
 
-    pairs = {}
+    pairs: dict[Any, tuple[Any, Any]] = {}
     for node in list(graph):
         dq = node.inputs[0].producer() if node.op_type == "MatMul" else None
         q = dq.inputs[0].producer() if dq is not None and dq.op_type == "DequantizeLinear" else None
@@ -139,17 +139,18 @@ def _constant(graph: Any, name: str, numbers: np.ndarray | None) -> Any:
 def _absorb_shift(graph: Any, norm: Any) -> None:
     """Add the shift of a norm that does nothing else to the bias of the convolution before it."""
     value, *parameters = norm.inputs
-    weight, bias, mean, variance = (constant(parameter) for parameter in parameters)
+    numbers = [array for parameter in parameters if (array := constant(parameter)) is not None]
     layer = value.producer()
-    if layer is None or layer.op_type not in CONVOLUTIONS or len(list(value.uses())) > 1 or variance is None:
+    if layer is None or layer.op_type not in CONVOLUTIONS or len(list(value.uses())) > 1 or len(numbers) < 4:
         return
+    weight, bias, mean, variance = numbers
     epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
     gain = weight / np.sqrt(variance + epsilon)
     before = constant(layer.inputs[2]) if len(layer.inputs) > 2 else np.zeros_like(mean)
     if before is None or not np.allclose(gain, 1, rtol=0, atol=1e-6):
         return
-    numbers = (before.astype(np.float64) + bias - mean).astype(mean.dtype)
-    _set_bias(layer, initializer(graph, f"{_stem(layer)}.shifted_bias", numbers))
+    shifted = (before.astype(np.float64) + bias - mean).astype(mean.dtype)
+    _set_bias(layer, initializer(graph, f"{_stem(layer)}.shifted_bias", shifted))
     norm.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
 
@@ -159,8 +160,9 @@ def _quantize_bias(graph: Any, layer: Any) -> None:
     import onnx_ir as ir
 
     bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
-    scales = [constant(value.producer().inputs[1]) for value in layer.inputs[:2]]
-    if bias is None or any(scale is None or scale.ndim > 1 for scale in scales):
+    grids = [constant(value.producer().inputs[1]) for value in layer.inputs[:2]]
+    scales = [scale for scale in grids if scale is not None and scale.ndim < 2]
+    if bias is None or len(scales) < 2:
         return
     scale = np.broadcast_to(scales[0].astype(np.float32) * scales[1], bias.shape).astype(np.float32)
     codes = np.rint(bias.astype(np.float64) / scale)

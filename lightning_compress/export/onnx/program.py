@@ -75,6 +75,7 @@ def trace(function: Function, opset: int | None) -> Any:
             input_names=list(function.inputs),
             output_names=function.outputs,
         )
+    assert program is not None
     _rename_dimensions(program.model.graph, varying)
     return program
 

@@ -46,6 +46,13 @@ def test_a_cnn_is_computed_in_integers_for_any_batch(net, images, fused):
         assert (y - model(x)).norm() < 0.02 * model(x).norm()
 
 
+def test_openvino_computes_the_same(net, images):
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(net[1] / "model.onnx"), "CPU")
+    y = torch.from_numpy(compiled(images[:5].numpy())[0])
+    assert (y - net[0](images[:5])).norm() < 0.02 * y.norm()
+
+
 def test_the_folder(net):
     manifest = json.loads((net[1] / "export_manifest.json").read_text())
     assert manifest["files"] == ["model.onnx", "recipe.yaml"]

@@ -1,0 +1,64 @@
+"""torch.export of compressed models: what ExecuTorch and AOTInductor take."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_compress import QuantizationModifier, compress, load, save
+
+STATIC = {
+    "all": {
+        "targets": ["Linear", "Conv2d"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+        "input_activations": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
+    }
+}
+
+
+def check(model, *args, **kwargs):
+    """The program gives the outputs of the model, for a batch of another size too."""
+    flat, _ = torch.utils._pytree.tree_flatten((args, kwargs))
+    rows = {id(x): {0: torch.export.Dim.DYNAMIC} for x in flat}
+    shapes = torch.utils._pytree.tree_map(lambda x: rows[id(x)], (list(args), kwargs))
+    model.eval()
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()))
+    more, named = torch.utils._pytree.tree_map(lambda x: torch.cat([x, x[:1]]), (args, kwargs))
+    with torch.no_grad():
+        for a, k in ((args, kwargs), (more, named)):
+            y, expected = program.module()(*a, **k), model(*a, **k)
+            y, expected = (out if isinstance(out, torch.Tensor) else out[0] for out in (y, expected))
+            assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cnn_with_static_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    x = torch.randn(3, 1, 8, 8)
+    compress(model, QuantizationModifier(config_groups=STATIC), [x])
+    check(model, x)
+
+
+def mlp(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).to(dtype).eval()
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+def test_an_mlp(tmp_path, scheme):
+    model, x = mlp(torch.float32), torch.randn(3, 5, 64)
+    arguments = {"group_size": 32} if scheme == "W4A16" else {}
+    compress(model, QuantizationModifier(scheme=scheme, **arguments), [x])
+    check(load(save(model, tmp_path / "out"), mlp(torch.float32), packed=False), x)
+
+
+def test_an_encoder_of_transformers():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes)).eval()
+    batch = {"input_ids": torch.randint(0, 50, (3, 8)), "attention_mask": torch.ones(3, 8, dtype=torch.int64)}
+    groups = {"all": STATIC["all"] | {"targets": ["Linear"]}}
+    compress(model, QuantizationModifier(config_groups=groups), [batch])
+    check(model, **batch)
