@@ -137,8 +137,8 @@ def axis_of(values: Sequence[float]) -> Axis:
         low, high = low / room, high * room
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         factors = (1, 2, 5) if len(decades) <= 3 else (1,)
-        step = 1 if len(factors) > 1 else math.ceil(len(decades) / TICKS)
-        ticks = [factor * 10.0**decade for decade in decades[::step] for factor in factors]
+        every = 1 if len(factors) > 1 else math.ceil(len(decades) / TICKS)
+        ticks = [factor * 10.0**decade for decade in decades[::every] for factor in factors]
         return Axis(low, high, True, [tick for tick in ticks if low <= tick <= high])
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - room, high + room
