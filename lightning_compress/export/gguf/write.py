@@ -11,8 +11,7 @@ keep the dtype of the model; vectors are float32, as llama.cpp wants them.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from lightning_compress.files.atomic_folder import whole_folder
 from lightning_compress.layers.matching import clean_name, shortlist
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 from lightning_compress.quant.kv_cache import QuantizedCache
-from lightning_compress.quant.packed import as_linears
-from lightning_compress.quant.packing import unpack, weight_codes
+from lightning_compress.quant.packed import unpacked
+from lightning_compress.quant.packing import weight_codes
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import expand
 
@@ -83,7 +82,7 @@ def write_gguf(
         raise ValueError("format='gguf' needs the package gguf: pip install 'lightning-compress[gguf]'") from error
     architecture = architecture_of(model)
     _check_records(model)
-    with _unpacked(model), torch.no_grad():
+    with unpacked(model), torch.no_grad():
         check_weights(model, {})
         with whole_folder(folder, overwrite=overwrite, origin=origin) as partial:
             writer = GGUFWriter(partial / FILE, architecture.name)
@@ -115,20 +114,6 @@ def _check_records(model: nn.Module) -> None:
                 f"{shortlist(names)} run with {what}, which GGUF does not hold: compress weights alone, as with W4A16 "
                 f"or W8A16, or save in another format"
             )
-
-
-@contextmanager
-def _unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, each PackedLinear is a Linear with a weight and a record."""
-    with as_linears(model) as stored:
-        for name, tensors in stored.items():
-            linear = model.get_submodule(name)
-            record = Quantized.of(linear)
-            assert record is not None
-            weight, record = unpack(dict(tensors), nn.Linear, record.scheme)
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            record.attach(linear)
-        yield
 
 
 def _add_tensors(writer: Any, model: nn.Module, architecture: Architecture) -> _Written:

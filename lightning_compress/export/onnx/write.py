@@ -8,8 +8,7 @@ export_manifest.json    the names of these files, and of the run that wrote them
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,7 @@ from lightning_compress.files.atomic_folder import whole_folder
 from lightning_compress.layers.forward import eval_mode
 from lightning_compress.layers.matching import clean_name, shortlist
 from lightning_compress.layers.weight_slice import WeightSlice
-from lightning_compress.quant.packed import as_linears
-from lightning_compress.quant.packing import unpack
+from lightning_compress.quant.packed import unpacked
 from lightning_compress.quant.record import Quantized
 
 __all__ = ["FILE", "OnnxFile", "write_onnx"]
@@ -92,7 +90,7 @@ def write_onnx(
     check_packages()
     check_adapters(model)
     check_processors(processors)
-    with _unpacked(model), torch.no_grad(), eval_mode(model):
+    with unpacked(model), torch.no_grad(), eval_mode(model):
         check_weights(model, {})
         check_model(model)
         _warn_of_slices([clean_name(n) for n, (m, _) in Quantized.find(model).items() if isinstance(m, WeightSlice)])
@@ -180,17 +178,3 @@ def _warn_of_unused(names: list[str]) -> None:
             f"that the file does not hold them",
             stacklevel=4,
         )
-
-
-@contextmanager
-def _unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, each PackedLinear is a Linear with a weight and a record."""
-    with as_linears(model) as stored:
-        for name, tensors in stored.items():
-            linear = model.get_submodule(name)
-            record = Quantized.of(linear)
-            assert record is not None
-            weight, record = unpack(dict(tensors), nn.Linear, record.scheme)
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            record.attach(linear)
-        yield

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_compress.quant.packed.backends import ProductCall
 from lightning_compress.quant.packed.layout import fault_of
 from lightning_compress.quant.packed.linear import PackedLinear
+from lightning_compress.quant.packing import unpack
 from lightning_compress.quant.record import Quantized
 
-__all__ = ["Packing", "PackingChoice", "as_linears", "is_packable", "pack_linears"]
+__all__ = ["Packing", "PackingChoice", "as_linears", "is_packable", "pack_linears", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,20 @@ def as_linears(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
     finally:
         for name, module in packed.items():
             model.set_submodule(name, module)
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Inside, each PackedLinear is a Linear with a weight and a record."""
+    with as_linears(model) as stored:
+        for name, tensors in stored.items():
+            linear = model.get_submodule(name)
+            record = Quantized.of(linear)
+            assert record is not None
+            weight, record = unpack(dict(tensors), nn.Linear, record.scheme)
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            record.attach(linear)
+        yield
 
 
 def _stand_in(packed: PackedLinear) -> nn.Linear:
