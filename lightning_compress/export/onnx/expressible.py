@@ -29,7 +29,7 @@ def check_packages() -> None:
     """ValueError names the packages that writing ONNX needs and that are not installed."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ValueError(
-            f"the format 'onnx' needs {', '.join(missing)}, which is not installed: pip install "
+            f"the format 'onnx' needs packages that are not installed ({', '.join(missing)}): pip install "
             f"'lightning-compress[onnx]'"
         )
 

@@ -40,6 +40,6 @@ def test_a_refusal_leaves_nothing(tmp_path):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(expressible, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(
-        ValueError, match=r"needs onnxruntime, which is not installed: pip install 'lightning-comp.*x\]'"
+        ValueError, match=r"needs packages that are not installed \(onnxruntime\): pip install 'lightning-comp.*x\]'"
     ):
         check_packages()
