@@ -1,6 +1,7 @@
 """The tutorials run from top to bottom, and their notebooks hold the same code."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -30,11 +31,22 @@ def tiny_chat_model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def usual_logging():
+    """Tutorials silence loggers; later tests read them."""
+    loggers = [logging.getLogger(name) for name in ("lightning_compress", "lightning.pytorch", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 SLOW = {"slurm_sweep"}  # starts four processes that import torch
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in notebooks.names()]
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("usual_logging")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tutorial_runs(name, tmp_path, monkeypatch, tiny_chat_model):
     monkeypatch.setenv("TUTORIAL_MODEL", str(tiny_chat_model))

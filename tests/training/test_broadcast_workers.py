@@ -1,17 +1,13 @@
 """What spawned workers cannot send back to the main process is named."""
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import nn
 
 from lightning_compress import QuantizationModifier, compress
 from lightning_compress.modifiers.rotation.online import OnlineRotation, OnlineRotations
-from lightning_compress.team import Team
 from lightning_compress.training.broadcast import beside_weights, spawns_workers, ties, warn_of_workers
-from lightning_compress.training.post_training import PostTraining
 from tests.support.training_runs import Regression, quiet
 
 
@@ -47,10 +43,3 @@ def test_rotations_and_untied_weights_are_named(tmp_path):
     OnlineRotations((OnlineRotation("input", (1,) * 8),)).attach(model[0])
     with pytest.warns(UserWarning, match="not the rotations that run beside modules, nor that weights were untied"):
         warn_of_workers(spawning(tmp_path), model, before)
-
-
-def test_a_single_process_adds_up_on_the_cpu():
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")))
-    for team, device in ((Team(), "cpu"), (Team(1, 2), "mps")):
-        end = SimpleNamespace(trainer=trainer, run=SimpleNamespace(team=team))
-        assert PostTraining._summing_device.fget(end) == torch.device(device)

@@ -1,10 +1,13 @@
 """The metric that a Trainer's model is measured by is that of its validation set."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_compress.core import Event, Lifecycle, State
+from lightning_compress.training.measurement import summing_device
 from lightning_compress.training.options import CallbackOptions
 from lightning_compress.training.post_training import PostTraining
 from lightning_compress.training.run import Run
@@ -25,3 +28,9 @@ def test_it_is_the_mean_over_the_batches_that_are_measured(tmp_path, eval_batche
     assert measurement.values == {"val/mse": pytest.approx(expected.item())}
     assert measurement.batches == rows // 4 == len(steps)
     assert steps[-1] == ("metric", rows // 4, rows // 4)
+
+
+def test_a_single_process_adds_up_on_the_cpu():
+    for size, device in ((1, "cpu"), (2, "mps")):
+        trainer = SimpleNamespace(world_size=size, strategy=SimpleNamespace(root_device=torch.device("mps")))
+        assert summing_device(trainer) == torch.device(device)

@@ -95,7 +95,7 @@ def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, fails):
 
 def test_an_export_that_fails_leaves_checkpoint_and_report(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("lightning_compress.training.results.save", full_disk)
+        patched.setattr("lightning_compress.training.results.write_compressed_tensors", full_disk)
         keeping = ModelCheckpoint(tmp_path / "kept", save_last=True)
         with pytest.raises(OSError, match="No space left") as caught:
             quiet(tmp_path, rounding(), keeping).fit(Regression(), Sums())
