@@ -81,8 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--subsets", type=int, default=3)
     parser.add_argument("--windows", type=int, default=6, help="evaluation windows of 512 tokens per text")
     parser.add_argument("--reuse", nargs="*", default=[], help="contestants whose scores of an earlier run are taken")
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

@@ -72,8 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=6, help="evaluation windows of 512 tokens per text")
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     arguments = parser.parse_args()
     if PEER not in arguments.contestants:
         arguments.dry = True

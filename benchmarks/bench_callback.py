@@ -129,8 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=400, help="steps of a fit of the small model")
     parser.add_argument("--profile", action="store_true", help="print where the time of a fit with the callback goes")
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

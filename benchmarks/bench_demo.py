@@ -96,12 +96,11 @@ def parse_arguments() -> argparse.Namespace:
         choices=list(PRUNERS),
         default=list(PRUNERS),
         metavar="PRUNER",
-        help=f"of {', '.join(PRUNERS)}",
+        help=f"of {', '.join(PRUNERS).replace('%', '%%')}",
     )
     parser.add_argument("--group", type=int, default=128, help="columns that share a scale")
     parser.add_argument("--calibration-batches", type=int, default=16)
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

@@ -109,8 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--subset", type=int, default=0, help="which of three disjoint calibration subsets")
     parser.add_argument("--windows", type=int, default=3, help="evaluation windows of 512 tokens per text")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted run of this bench has measured")
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

@@ -36,8 +36,7 @@ def main() -> None:
     parser.add_argument("--material", type=Path, default=Path("benchmarks/work"), help="folder for the models")
     parser.add_argument("--blocks", type=int, default=11)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     arguments = parser.parse_args()
     folder = arguments.material / f"memory-{arguments.blocks}"
     models = call({"do": "make", "folder": str(folder), "blocks": arguments.blocks})

@@ -147,8 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

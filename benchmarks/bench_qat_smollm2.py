@@ -124,8 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="rows of 256 tokens")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

@@ -182,8 +182,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="0: without digits")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--material", type=Path, help="folder with models/minilm and texts; without it no MiniLM")
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args(words)
 
 

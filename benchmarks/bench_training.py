@@ -102,8 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help="training steps of each trained row")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--rows", nargs="*", help="only rows whose name holds one of these words")
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

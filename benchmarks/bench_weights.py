@@ -86,14 +86,13 @@ def parse_arguments() -> argparse.Namespace:
         choices=list(PRUNERS),
         default=list(PRUNERS),
         metavar="PRUNER",
-        help=f"of {', '.join(PRUNERS)}",
+        help=f"of {', '.join(PRUNERS).replace('%', '%%')}",
     )
     parser.add_argument("--iters", type=int, default=100, help="of AutoRound, for each block")
     parser.add_argument("--subsets", type=int, default=1)
     parser.add_argument("--windows", type=int, default=3, help="evaluation windows of 512 tokens per text")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted run of this bench has measured")
-    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
-    parser.add_argument("--dry", action="store_true", help="print only, write no result")
+    machine.add_arguments(parser)
     return parser.parse_args()
 
 

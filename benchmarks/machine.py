@@ -3,6 +3,7 @@
 BENCH_RESULTS names another folder.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -55,6 +56,12 @@ def slug() -> str:
     """The machine in a file name: processor family and cores, such as ``amd-epyc-2c``."""
     words = re.sub(r"\(.*?\)|@.*|\b(cpu|processor|\d+-core)\b", " ", processor().lower())
     return "-".join(re.findall(r"[a-z0-9]+", words)[:3]) + f"-{os.cpu_count()}c"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every bench that writes a result."""
+    parser.add_argument("--machine", default="", help="name of this machine in the file name of the result")
+    parser.add_argument("--dry", action="store_true", help="print only, write no result")
 
 
 def write(what: str, title: str, lines: Sequence[str], facts: dict[str, Any], machine: str = "") -> Path:

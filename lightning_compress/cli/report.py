@@ -10,7 +10,7 @@ DESCRIPTION = """Print the table of a finished run again, and write its page (in
 summary.json and modules.csv.
 
 FOLDER is the folder of a run of a Trainer, an export of `lightning-compress run`, or the folder of a report itself.
-Exit code: 0; 2 if there is no report.
+Exit code: 0; 2 if the folder holds no report.
 
     lightning-compress report ./SmolLM2-W4"""
 

@@ -168,7 +168,7 @@ def warn_of_left_out(
     """Warn where ``Linear`` in ``targets``, as in every recipe, leaves much of a model as it is: GPT-2, CNN, LSTM.
 
     What counts are weights (parameters of two dimensions and more) that are in no embedding and that ``ignore`` does
-    not name. Names, patterns, and other classes alone are a choice: then there is no warning.
+    not name. Names, patterns, and other classes alone are a choice, of which nothing warns.
 
     ``chosen`` are the modules that :func:`select` returned for ``targets`` and ``ignore``.
     """
