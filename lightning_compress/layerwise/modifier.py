@@ -127,6 +127,10 @@ class LayerwiseModifier(Modifier):
         """Whether :attr:`Hessian.D_CC` is needed: the argument ``target``, where the technique has it."""
         return bool(getattr(self, "target", "layer") == "dense")
 
+    def weighed_parents(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Modules around layers whose outputs are weighed by the ``objective``, too."""
+        return {}
+
     def set_up(self) -> None:
         """Prepare for a calibration; the layers are known, and not hooked yet."""
 
@@ -179,8 +183,9 @@ class LayerwiseModifier(Modifier):
         self._layers = dict(self.find_layers(state.model))
         self._pool = HessianPool(getattr(self, "share_inputs", True), self.holds_out, self.aims_at_dense)
         self.set_up()
-        self._token_weights = TokenWeights(self._layers) if GRADIENTS[self.token_objective] else None
-        if self._token_weights is not None:
+        self._token_weights = None
+        if GRADIENTS[self.token_objective]:
+            self._token_weights = TokenWeights(self._layers, self.weighed_parents(state.model))
             self._token_weights.watch(self)
         for name, module in self._layers.items():
             if self.watches(name, module):

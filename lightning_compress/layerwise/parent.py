@@ -5,6 +5,7 @@ Each of several ranks records its own batches; errors are those of all ranks, pi
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_compress.core.precision import model_precision
 from lightning_compress.team import Team
 
-__all__ = ["ParentCalls", "Place", "common_parent", "counted", "first_tensor", "record_calls"]
+__all__ = ["ParentCalls", "Place", "common_parent", "counted", "first_tensor", "modules_around", "record_calls"]
 
 SAME = 1e-2  # of the largest output: rounding differs by less, a call that is split wrongly by far more
 
@@ -41,6 +42,17 @@ def common_parent(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str
     return None
 
 
+def modules_around(names: Sequence[str], model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that :func:`common_parent` may return for some of these layers."""
+    paths = [name.split(".") for name in names]
+    counts = Counter(".".join(path[:end]) for path in paths for end in range(1, len(path)))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if counts[name] > 1 and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    }
+
+
 Place = tuple[int, int]
 """Of a call among those of all ranks: the number of its batch, and its own number on the rank that has the batch."""
 
@@ -54,6 +66,7 @@ class ParentCalls:
     outputs: list[Tensor] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    weights: dict[int, Tensor] = field(default_factory=dict)  # by call: of the places of its output; others weigh 1
 
     def places(self) -> list[Place]:
         return [(batch, i) for i, batch in enumerate(self.batches)]
@@ -61,13 +74,13 @@ class ParentCalls:
     def squared_errors(self, places: Collection[Place]) -> dict[Place, float]:
         """||output now - dense output||^2 of those calls that this rank has, over the tokens that count."""
         errors = {}
-        for place, (args, kwargs), recorded, mask in zip(
-            self.places(), self.arguments, self.outputs, self.masks, strict=True
-        ):
+        for place, recorded, mask in zip(self.places(), self.outputs, self.masks, strict=True):
             if place in places:
-                outputs = self.call(args, kwargs), recorded
-                output, dense = (counted(tensor, mask).float() for tensor in outputs)
-                errors[place] = float((output - dense).square().sum().double())
+                output, dense = (counted(tensor, mask).float() for tensor in (self.run(place[1]), recorded))
+                squares, weight = (output - dense).square(), self.weights.get(place[1])
+                if weight is not None:
+                    squares *= counted(weight, mask)[..., None]
+                errors[place] = float(squares.sum().double())
         return errors
 
     def split(self, tokens: int, team: Team = Team()) -> "ParentCalls":  # noqa: B008  (frozen)
@@ -86,24 +99,33 @@ class ParentCalls:
     def _pieces(self, tokens: int) -> "ParentCalls":
         pieces = ParentCalls(self.module)
         calls = zip(self.arguments, self.outputs, self.masks, self.batches, strict=True)
-        for (args, kwargs), output, mask, batch in calls:
+        for number, ((args, kwargs), output, mask, batch) in enumerate(calls):
+            weight = self.weights.get(number)
             samples = len(output) if output.ndim > 2 else 1
             step = max(1, math.ceil(tokens * samples * output.shape[-1] / output.numel())) if output.numel() else 1
             if samples == 1:
-                pieces.add(args, kwargs, output, mask, batch)
+                pieces.add(args, kwargs, output, mask, batch, weight)
                 continue
             for i in range(0, samples, step):
 
                 def piece(tensor: Tensor, rows: slice = slice(i, i + step), samples: int = samples) -> Tensor:
                     return tensor[rows] if tensor.ndim and len(tensor) == samples else tensor
 
-                pieces.add(*tree_map_only(Tensor, piece, (args, kwargs, output, mask, batch)))
+                pieces.add(*tree_map_only(Tensor, piece, (args, kwargs, output, mask, batch, weight)))
         return pieces
 
     def add(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, mask: Tensor | None, batch: int = 0
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+        mask: Tensor | None,
+        batch: int = 0,
+        weight: Tensor | None = None,
     ) -> None:
         """One more call, of a batch with this number."""
+        if weight is not None:
+            self.weights[len(self.outputs)] = weight
         self.arguments.append((args, kwargs))
         self.outputs.append(output)
         self.masks.append(mask)

@@ -4,7 +4,8 @@
 
 With w = 1 the error of the layer's output is minimized, with these weights its first-order effect on the loss, as far
 as tokens are independent (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Layers that receive one tensor have weights
-from the outputs of all of them, and so one H still.
+from the outputs of all of them, and so one H still. A module around layers, whose output's error counts, has weights
+from its output in the same way.
 
 Shapes: N tokens (places of a convolution's window), C columns.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Modifier
 from lightning_compress.layers.matrix import CONVOLUTIONS, inputs_as_rows, is_embedding
 from lightning_compress.layers.weight_slice import WeightSlice
-from lightning_compress.layerwise.parent import counted
+from lightning_compress.layerwise.parent import counted, first_tensor
 from lightning_compress.team import Team
 
 __all__ = ["GRADIENTS", "UNSHARDED", "Objective", "TokenWeights", "energies", "tapped"]
@@ -42,11 +43,13 @@ class TokenWeights:
     Args:
         layers: The layers by name. Single experts are left out: once blocks are compressed, other tokens reach them.
             So are embeddings, which have no inputs to weigh.
+        parents: Modules around them whose outputs are weighed.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]):
+    def __init__(self, layers: Mapping[str, nn.Module], parents: Mapping[str, nn.Module] = MappingProxyType({})):
         weighed = {name: not (isinstance(m, WeightSlice) or is_embedding(m)) for name, m in layers.items()}
         self.layers = {name: module for name, module in layers.items() if weighed[name]}
+        self.parents = dict(parents)
         self.closed = False
         self._first: dict[str, str] = {}  # layer -> the first one that receives its input
         self._inputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # of the batch that runs
@@ -56,6 +59,14 @@ class TokenWeights:
         """Let the backward passes of a survey give their gradients to this object."""
         for name, module in self.layers.items():
             modifier.hook(module, partial(self._forward, modifier, name), "forward")
+        for name, module in self.parents.items():
+            modifier.hook(module, partial(self._parent_forward, modifier, name), "forward")
+
+    def _parent_forward(self, modifier: Modifier, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        if not self.closed and tensor.requires_grad:
+            self._first[name] = name
+            tensor.register_hook(partial(self._take, name, module, modifier.batch_number, modifier.token_mask))
 
     def _forward(self, modifier: Modifier, name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if self.closed or not (args and isinstance(output, Tensor) and torch.is_grad_enabled()):
@@ -80,11 +91,12 @@ class TokenWeights:
         ``groups.N``, int32 [layers, 2]: which layer's weights each has (-1: no tensor has reached it), and how many
         these are, where they are its own. ``weights.N``, float32: all of them, in the order of layers.
         """
-        number_of, state = {name: i for i, name in enumerate(self.layers)}, {}
+        names, state = [*self.layers, *self.parents], {}
+        number_of = {name: i for i, name in enumerate(names)}
         none = torch.empty(0, dtype=torch.float32, device="cpu")
-        firsts = [number_of.get(self._first.get(name, ""), -1) for name in self.layers]
+        firsts = [number_of.get(self._first.get(name, ""), -1) for name in names]
         for batch in sorted({batch for _, batch in self._weights}):
-            weights = [self._weights.get((name, batch), none) for name in self.layers]
+            weights = [self._weights.get((name, batch), none) for name in names]
             groups = list(zip(firsts, map(len, weights), strict=True))
             state[f"groups.{batch}"] = torch.tensor(groups, dtype=torch.int32, device="cpu")
             state[f"weights.{batch}"] = torch.cat([weight.cpu() for weight in weights])
@@ -92,7 +104,7 @@ class TokenWeights:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned, of all ranks; :meth:`close` drops batches of other ranks."""
-        names = list(self.layers)
+        names = [*self.layers, *self.parents]
         for key in [key for key in state if key.startswith("groups.")]:
             firsts, sizes = state[key].unbind(1)
             batch = int(key.removeprefix("groups."))
@@ -121,6 +133,16 @@ class TokenWeights:
         if w_N is None or len(w_N) != X_PNC.shape[1]:
             return X_PNC
         return X_PNC.float() * w_N.sqrt().to(X_PNC.device)[:, None]
+
+    def of_output(self, parent: str, output: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
+        """The weight at each place of a parent's output, float32, zero where none counts; None: not known."""
+        w_N = self._weights.get((parent, batch))
+        weights = torch.zeros(output.shape[:-1], dtype=torch.float32, device=output.device)
+        places_N = counted(torch.arange(weights.numel(), device=output.device).view(weights.shape), mask).flatten()
+        if w_N is None or len(w_N) != len(places_N):
+            return None
+        weights.view(-1)[places_N] = w_N.to(output.device)
+        return weights
 
 
 def tapped(output: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:

@@ -95,6 +95,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             GPTQModifier(targets=["Conv1D"], scheme="W4A16", group_size=8, ignore=["lm_head"]),
         ],
     ),
+    "awq by the loss": ("llama", lambda: [AWQModifier(**on_linears("W4"), n_grid=8, objective="loss")]),
     "awq of experts": ("mixture", lambda: [AWQModifier(**on_linears("W4"), n_grid=6)]),
     "kv cache": ("llama", lambda: [KVCacheModifier(format="int8", strategy="head", symmetric=False)]),
     "kv cache by moving averages": ("llama", lambda: [KVCacheModifier(observer="moving_average")]),

@@ -34,6 +34,7 @@ RECIPES = {
     "data-free": lambda: [QuantizationModifier(scheme="FP8", ignore=["lm_head"])],
     "static": lambda: [QuantizationModifier(**STATIC, targets=["Linear"])],
     "awq": lambda: [AWQModifier(**W4, n_grid=3)],
+    "awq by the loss": lambda: [AWQModifier(**W4, n_grid=3, objective="loss")],
     "smoothquant, gptq": lambda: [SmoothQuantModifier(ignore=["lm_head"]), GPTQModifier(**W4)],
     "owl": lambda: [SparseGPTModifier(sparsity_profile="owl", ignore=["lm_head"], sparsity=0.5)],
     "wanda, cache": lambda: [WandaPruningModifier(sparsity=0.5, ignore=["lm_head"]), KVCacheModifier(strategy="head")],

@@ -29,8 +29,9 @@ from lightning_compress.core.precision import plain_precision
 from lightning_compress.layers.matrix import as_matrix, check_weights_work, only_input, write_matrix
 from lightning_compress.layerwise.input_hessian import InputHessian
 from lightning_compress.layerwise.modifier import LayerwiseModifier
-from lightning_compress.layerwise.parent import ParentCalls, Place, common_parent, record_calls
+from lightning_compress.layerwise.parent import ParentCalls, Place, common_parent, modules_around, record_calls
 from lightning_compress.layerwise.quantizer import LayerwiseQuantizer
+from lightning_compress.layerwise.token_weights import GRADIENTS, UNSHARDED, Objective
 from lightning_compress.modifiers.smoothing.awq_scales import (
     awq_scale,
     clipped,
@@ -68,6 +69,8 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
         duo_scaling: Let the scale depend on the weights too.
         loss: ``parent``: of the output of the attention or the MLP around the layers. ``layer``: of the outputs of the
             layers themselves, from second moments: its cost does not grow with the data.
+        objective: ``layer``, ``loss``, ``output`` or ``training_step``: whether tokens are weighed by the gradient of a
+            loss in these errors, as in :class:`~lightning_compress.modifiers.gptq.modifier.GPTQModifier`.
         clip: Cut the range of each group of weights where that loses less of the layer's output.
         scale_search: Scales of the rounding: ``minmax``, or ``mse``, which clips where that lowers sum |w - q|^2.4.
 
@@ -77,13 +80,13 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
 
     technique: ClassVar[str] = "awq"
     promotable: ClassVar[bool] = True
-    needs: ClassVar[Needs] = Needs(data=True, own_pass=True, sharded=True, team="sums")
     statistic: ClassVar[type[ChannelStatistic]] = ChannelMean
 
     quantize: bool = True
     n_grid: int = Field(default=20, ge=1)
     duo_scaling: bool = True
     loss: Literal["parent", "layer"] = "parent"
+    objective: Objective = "layer"
     clip: bool = False
     scale_search: Literal["minmax", "mse"] = "minmax"
 
@@ -96,6 +99,14 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
             )
         return self
 
+    @property
+    def needs(self) -> Needs:
+        gradients = GRADIENTS[self.objective]
+        return Needs(
+            data=True, own_pass=True, team="sums", sharded=True if gradients is None else UNSHARDED,
+            survey=gradients is not None, gradients=gradients,
+        )  # fmt: skip
+
     def claims(self, state: State) -> dict[str, str]:
         return super().claims(state) if self.quantize else {}
 
@@ -103,6 +114,9 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
         layers = super().find_layers(model)
         check_weights_work(layers, "smooth", in_place=True)
         return layers
+
+    def weighed_parents(self, model: nn.Module) -> dict[str, nn.Module]:
+        return modules_around(list(self._layers), model) if self.loss == "parent" else {}
 
     def set_up(self) -> None:
         """Without observers: a later modifier calibrates static activations, on the inputs that folding leaves."""
@@ -184,8 +198,17 @@ class AWQModifier(LayerwiseQuantizer, PairModifier):
         finally:
             for handle in handles:
                 handle.remove()
+        for name, each in calls.items() if self._token_weights is not None else ():
+            each.weights = self._weights_of_calls(name, each)
         ranks = state.team.gather([name for name in calls if calls[name].outputs], f"{self.name}: calls of parents")
         return {name: each for name, each in calls.items() if any(name in called for called in ranks)}
+
+    def _weights_of_calls(self, parent: str, calls: ParentCalls) -> dict[int, Tensor]:
+        """The weights of tokens in the output of a parent, by call."""
+        assert self._token_weights is not None
+        triples = enumerate(zip(calls.outputs, calls.masks, calls.batches, strict=True))
+        weights = {i: self._token_weights.of_output(parent, *call) for i, call in triples}
+        return {i: weight for i, weight in weights.items() if weight is not None}
 
     def _hessians(self, state: State, names: Sequence[str]) -> dict[str, InputHessian]:
         """H of the inputs of these layers, on every rank that of all."""

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -10,6 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_compress import AWQModifier, GPTQModifier, QuantizationModifier, compress
+from lightning_compress.calibration.gradient_survey import sampled_loss
+from lightning_compress.layerwise import token_weights
+from lightning_compress.modifiers.smoothing import awq
 from lightning_compress.modifiers.smoothing.awq_scales import awq_scale, grid, group_sizes, rounded_with
 from tests.support.quantization_runs import int4
 from tests.support.smoothing_models import FF, NAMES, C, Plain, batches, build, change, ignore, output, planted, targets
@@ -57,6 +61,7 @@ def test_ratio_0_is_rounding_to_nearest_bit_for_bit(name):
     ("llama", 4, {"clip": True}),
     ("opt", 3, {"clip": True, "loss": "layer"}),
     ("mixture", 4, {}),
+    ("mixtral", 4, {"objective": "loss"}),
     ("gpt2", 4, {}),
 ], ids=str)  # fmt: skip
 def test_better_than_rounding_on_held_out_data(name, bits, arguments):
@@ -97,6 +102,64 @@ def test_the_best_point_is_the_best_of_the_grid():
     assert_close(s, scales[errors.index(min(errors))], rtol=1e-3, atol=1e-4)
 
 
+def test_by_the_loss_errors_are_those_of_weighed_tokens(monkeypatch):
+    """An MLP as the parent: its gradient by autograd, at zeros that are added to its output; errors by hand."""
+    data = batches("llama")
+    model = planted(build("llama"), data[0], factor=8)
+    dense, searches, search = copy.deepcopy(model), {}, AWQModifier._parent_errors
+
+    def recorded(self, s_KC, calls, team):
+        errors = search(self, s_KC, calls, team)
+        searches.update({name: (s, errors) for name, s in s_KC.items()})
+        return errors
+
+    monkeypatch.setattr(AWQModifier, "_parent_errors", recorded)
+    by_loss = AWQModifier(**scheme("llama", 3), ignore=["lm_head"], quantize=False, n_grid=4, objective="loss")
+    run(model, "llama", by_loss, data)
+    mlp, inputs, zeros = dense.model.layers[0].mlp, [], []
+
+    def output_with_zeros(_module, args, value):
+        inputs.append(args[0].detach())
+        zeros.append(torch.zeros_like(value).requires_grad_())
+        return value + zeros[-1]
+
+    handle = mlp.register_forward_hook(output_with_zeros)
+    masks = [batch["attention_mask"].bool() for batch in data]
+    for number, (batch, mask) in enumerate(zip(data, masks, strict=True)):
+        sampled_loss(dense(**batch), "classes", mask, number).backward()
+    handle.remove()
+    x = torch.cat([x[m] for x, m in zip(inputs, masks, strict=True)])
+    weight = torch.cat([z.grad[m].square().sum(-1) for z, m in zip(zeros, masks, strict=True)])
+    scales, errors = searches["model.layers.0.mlp.up_proj"]
+    assert sum(map(math.isfinite, errors)) >= 3
+    for s, error in zip(scales, errors, strict=True):
+        trial = copy.deepcopy(mlp)
+        for layer in (trial.gate_proj, trial.up_proj):
+            layer.weight.data = rounded_with(layer.weight.data, s, int4(num_bits=3, group_size=8))
+        with torch.no_grad():
+            each = (trial(x) - mlp(x)).square().sum(-1)
+        by_hand = float((each * weight / weight.mean()).sum())
+        assert error == math.inf or error == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"loss": "layer", "clip": True}], ids=str)
+def test_equal_weights_of_tokens_change_no_bit(monkeypatch, arguments):
+    dense = planted(build("llama"), batches("llama")[0], factor=8)
+    models = [copy.deepcopy(dense) for _ in range(3)]
+
+    def by(objective, model):
+        run(model, "llama", AWQModifier(**scheme("llama", 3), ignore=["lm_head"], objective=objective, **arguments))
+
+    by("layer", models[0])
+    by("loss", models[1])
+    energies = token_weights.energies
+    monkeypatch.setattr(token_weights, "energies", lambda *call: torch.ones_like(energies(*call)))
+    by("loss", models[2])
+    plain, weighed, equal = (model.state_dict() for model in models)
+    assert all(torch.equal(plain[name], equal[name]) for name in plain)
+    assert not all(torch.equal(plain[name], weighed[name]) for name in plain)
+
+
 def test_a_later_modifier_quantizes():
     data = batches("llama")
     dense = planted(build("llama"), data[0], factor=8)
@@ -117,8 +180,6 @@ def test_a_later_modifier_quantizes():
 
 def test_the_calls_of_one_block_are_in_memory(monkeypatch):
     """The calls recorded for a block are deleted before the next block is searched."""
-    from lightning_compress.modifiers.smoothing import awq
-
     alive, counts = weakref.WeakSet(), []
     record_calls = awq.record_calls
 
