@@ -35,7 +35,8 @@ def _dynamic(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor | None]:
     dims = tuple(range(first, x.ndim))
     tiny = torch.finfo(x.dtype).tiny
     if args.symmetric:
-        return torch.linalg.vector_norm(x, torch.inf, dims, keepdim=True).div_(HALF_RANGE).clamp_min_(tiny), None
+        # 200 x 576 numbers: 16 us, vector_norm(inf) 330 us, aminmax 260 us
+        return x.abs().amax(dims, keepdim=True).div_(HALF_RANGE).clamp_min_(tiny), None
     low, high = x.amin(dims, keepdim=True).clamp_max_(0), x.amax(dims, keepdim=True).clamp_min_(0)
     scale = ((high - low) / (2 * HALF_RANGE)).clamp_min_(tiny)
     return scale, (LOWEST - low / scale).clamp_(LOWEST, HIGHEST).round_()
