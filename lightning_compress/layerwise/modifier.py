@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lightning_compress.core import Event, Modifier, State
 from lightning_compress.core.precision import as_product_sees
 from lightning_compress.layers.matrix import as_matrix, input_layout, inputs_as_rows, only_input
+from lightning_compress.layers.weight_slice import WeightSlice
 from lightning_compress.layerwise.dense_inputs import DenseInputs
 from lightning_compress.layerwise.input_hessian import HessianPool, SharedHessian
 from lightning_compress.layerwise.layer import Hessian, Layer, Solved
@@ -168,7 +169,7 @@ class LayerwiseModifier(Modifier):
     def _arrive(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = only_input(name, inputs)
         if self.dense_pass:
-            if self.aims_at_dense:
+            if self.aims_at_dense and not isinstance(module, WeightSlice):  # experts get other tokens there
                 self._dense_inputs.keep(name, x, self.batch_number)
         else:
             (self.survey if self.sees_dense(name) else self.observe)(name, module, x)

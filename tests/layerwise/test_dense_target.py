@@ -1,5 +1,7 @@
 """The weights for a target of the dense model against a slow least-squares solution, and the gate that refuses them."""
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -7,7 +9,9 @@ from lightning_compress import GPTQModifier, SparseGPTModifier, compress
 from lightning_compress.layerwise.dense_target import DAMPENING, dense_step, moved
 from lightning_compress.layerwise.layer import Hessian, Layer
 from tests.layerwise.test_owners import Net, batches
-from tests.support.quantization_runs import correlated
+from tests.support.quantization_runs import correlated, int4
+from tests.support.smoothing_models import batches as moe_batches
+from tests.support.smoothing_models import build, ignore, targets
 
 C = 24
 
@@ -121,6 +125,19 @@ def test_a_walk_gives_the_moments_of_both_streams(monkeypatch):
         x, y = (torch.cat(inputs[which, name]) for which in ("mixed", "dense"))
         torch.testing.assert_close(D.double(), (y - x).T @ x / len(x), rtol=1e-3, atol=1e-6)
         assert D.any()
+
+
+def test_single_experts_of_a_mixture_keep_their_own_target():
+    """Other tokens reach them in the dense model, at times as many."""
+    model, data = build("mixtral"), moe_batches("mixtral")
+    groups = {"all": {"targets": targets("mixtral"), "weights": int4(group_size=8)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ledger = compress(model, GPTQModifier(config_groups=groups, ignore=ignore(model), target="dense"), data)
+    flags = {row.module: "; ".join(row.flags) for row in ledger if row.technique == "gptq"}
+    experts = [name for name in flags if ".experts." in name]
+    assert experts
+    assert all(("dense inputs not known" in flags[name]) == (".experts." in name) for name in flags)
 
 
 def test_a_modifier_with_the_target_comes_nearer_to_the_dense_model():
