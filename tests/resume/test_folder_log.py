@@ -50,6 +50,11 @@ RECIPES = {
         AllocateModifier(bits=5.2, candidates=["W3A16", "W4A16", "W8A16"]),
         GPTQModifier(scheme="allocated", ignore=["lm_head"]),
     ],
+    "allocate, gptq for dense targets, tune": lambda: [
+        AllocateModifier(bits=5.2, candidates=["W3A16", "W4A16", "W8A16"]),
+        GPTQModifier(scheme="allocated", ignore=["lm_head"], target="dense"),
+        TuneModifier(epochs=1),
+    ],
     "gptq, tune": lambda: [GPTQModifier(**W4), TuneModifier(epochs=1)],
     "reap": lambda: [REAPModifier(sparsity=0.5)],
 }

@@ -16,6 +16,7 @@ from lightning_compress import (
     GPTQModifier,
     QATModifier,
     QuantizationModifier,
+    TuneModifier,
     compress,
     load,
     save,
@@ -35,6 +36,8 @@ QUANTIZERS = {
     "awq, gptq": lambda **grid: [AWQModifier(n_grid=3, quantize=False, **grid), GPTQModifier(**grid)],
     "autoround": lambda **grid: [AutoRoundModifier(iters=2, **grid)],
     "gptq by the loss": lambda **grid: [GPTQModifier(objective="loss", **grid)],
+    "awq by the loss": lambda **grid: [AWQModifier(n_grid=3, objective="loss", **grid)],
+    "gptq for dense targets, tune": lambda **grid: [GPTQModifier(target="dense", **grid), TuneModifier(epochs=1)],
 }
 
 
