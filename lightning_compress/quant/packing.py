@@ -29,7 +29,7 @@ from lightning_compress.quant.record import Quantized
 Stored = TypeVar("Stored")
 
 __all__ = ["ACTIVATION_NAMES", "check_fit", "check_record", "check_stored_scales", "compress_words", "is_packable",
-           "pack", "tensor_names", "unpack", "weight_codes"]  # fmt: skip
+           "pack", "tensor_names", "unpack", "unpacked_weight", "weight_codes"]  # fmt: skip
 
 ROWS = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)  # scales [R, G]
 ACTIVATION_NAMES = ("input_scale", "input_zero_point", "input_global_scale")
@@ -141,6 +141,11 @@ def unpack(tensors: dict[str, Tensor], module_type: type, scheme: QuantizationSc
         input_global_scale=state.get("input_global_scale"),
     )
     return state["weight"], record
+
+
+def unpacked_weight(tensors: dict[str, Any], module_type: type, scheme: QuantizationScheme) -> Tensor:
+    """The weight alone, without the rest of the record: torch.export fails on results that are not used."""
+    return _decompress(_compressor(module_type, scheme), tensors, scheme)["weight"]
 
 
 def tensor_names(module_type: type, scheme: QuantizationScheme) -> tuple[str, ...]:

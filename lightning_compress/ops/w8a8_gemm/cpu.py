@@ -9,6 +9,7 @@ Shapes: M tokens, N output features, K input features.
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["gemm", "is_exact", "prepare"]
 
@@ -21,15 +22,16 @@ def is_exact() -> bool:
     """Whether sums of the largest codes are exact in this process: the CPU has VNNI, and oneDNN uses it."""
     if not torch.cpu._is_vnni_supported():
         return False
-    codes_MK = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
-    codes_MK[::2] = -128
-    weight_NK = codes_MK[:2]
-    sums_MN = (codes_MK.double() @ weight_NK.double().t()).float()
-    ones_N = torch.ones(2, dtype=torch.float32, device="cpu")
-    packed = torch.ops.onednn.qlinear_prepack(weight_NK, None)
-    zero_N = torch.zeros(2, dtype=torch.int32, device="cpu")
-    results = [_qlinear(codes_MK, packed, ones_N, zero_N), torch._int_mm(codes_MK, weight_NK.t()).float()]
-    return all(torch.equal(result, sums_MN) for result in results)
+    with _disable_current_modes():  # torch.export traces with tensors that have no data
+        codes_MK = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+        codes_MK[::2] = -128
+        weight_NK = codes_MK[:2]
+        sums_MN = (codes_MK.double() @ weight_NK.double().t()).float()
+        ones_N = torch.ones(2, dtype=torch.float32, device="cpu")
+        packed = torch.ops.onednn.qlinear_prepack(weight_NK, None)
+        zero_N = torch.zeros(2, dtype=torch.int32, device="cpu")
+        results = [_qlinear(codes_MK, packed, ones_N, zero_N), torch._int_mm(codes_MK, weight_NK.t()).float()]
+        return all(torch.equal(result, sums_MN) for result in results)
 
 
 def prepare(weight_NK: Tensor, scale_N: Tensor) -> Operands:
@@ -53,7 +55,7 @@ def gemm(codes_MK: Tensor, scale: Tensor, zero: Tensor | None, operands: Operand
         operands: The weight, from :func:`prepare`.
     """
     weight_NK, packed, scale_N, zero_N, sums_N = operands
-    if len(codes_MK) == 1 or weight_NK.numel() <= SMALL or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or codes_MK.shape[0] == 1 or weight_NK.numel() <= SMALL:
         y_MN = torch._int_mm(codes_MK, weight_NK.t()) * scale_N
     else:
         y_MN = _qlinear(codes_MK, packed, scale_N, zero_N)

@@ -143,7 +143,7 @@ class Int8OnCpu:
     def product(self, layer: Weights, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
         codes_NK, scale_N = operands
         x_MK = x.reshape(-1, layer.in_features)
-        if len(x_MK) <= FEW:
+        if not torch.compiler.is_exporting() and len(x_MK) <= FEW:  # a program takes any number of tokens
             y_MN = torch.ops.aten._weight_int8pack_mm(x_MK, codes_NK, scale_N)
         else:
             y_MN = (x_MK @ codes_NK.to(x.dtype).t()).mul_(scale_N)

@@ -25,7 +25,7 @@ from lightning_compress.quant.fake_quant import fake_quantize_input
 from lightning_compress.quant.packed.backends import OPAQUE, Backend, HeldBackend, ProductCall, backends_of
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.weight import PackedWeight
-from lightning_compress.quant.packing import pack, unpack
+from lightning_compress.quant.packing import pack, unpacked_weight
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.schemes import describe
 
@@ -159,7 +159,7 @@ class PackedLinear(nn.Linear):
         tensors: dict[str, Any] = self.tensors()
         if "weight_shape" in tensors:  # plain numbers, so that it can be traced
             tensors["weight_shape"] = torch.Size((self.out_features, self.in_features))
-        weight, _ = unpack(tensors, nn.Linear, self.scheme)
+        weight = unpacked_weight(tensors, nn.Linear, self.scheme)
         return weight if dtype is None else weight.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -250,17 +250,23 @@ class PackedLinear(nn.Linear):
             return self.held.operands
         opaque = torch.compiler.is_compiling() and backend.name in OPAQUE
         form = f"{backend.name} compiled" if opaque else backend.name
-        if form not in self._prepared:
-            with torch.no_grad(), torch.inference_mode(False):
-                same = {key: value for key, value in self._prepared.items() if key.startswith(backend.name)}
-                self._prepared = same | {form: backend.prepare(self)}  # only the backend that was used last is kept
-        return self._prepared[form]
+        if form in self._prepared:
+            return self._prepared[form]
+        with torch.no_grad(), torch.inference_mode(False):
+            operands = backend.prepare(self)
+        if not _is_traced():
+            same = {key: value for key, value in self._prepared.items() if key.startswith(backend.name)}
+            self._prepared = same | {form: operands}  # only the backend that was used last is kept
+        return operands
 
     def _dense_once(self, dtype: torch.dtype) -> Tensor:
-        if (form := f"dense {dtype}") not in self._prepared:
-            with torch.no_grad(), torch.inference_mode(False):
-                self._prepared = {form: (self.dense().to(dtype),)}
-        dense: Tensor = self._prepared[form][0]
+        if (form := f"dense {dtype}") in self._prepared:
+            dense: Tensor = self._prepared[form][0]
+            return dense
+        with torch.no_grad(), torch.inference_mode(False):
+            dense = self.dense().to(dtype)
+        if not _is_traced():
+            self._prepared = {form: (dense,)}
         return dense
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -294,6 +300,11 @@ class PackedLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.take({})  # the device may be another one
+
+
+def _is_traced() -> bool:
+    """Whether torch.export runs the module on tensors without data (strict=False): they are no good for later calls."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
