@@ -35,12 +35,13 @@ from lightning_compress.calibration.group_log import GroupLog, NoLog
 from lightning_compress.calibration.inputs import check_batch
 from lightning_compress.calibration.modes import calibration_mode
 from lightning_compress.calibration.options import CalibrationOptions
-from lightning_compress.calibration.residence import Residence
+from lightning_compress.calibration.residence import InMemory, Residence
 from lightning_compress.calibration.walker import Walker
 from lightning_compress.calibration.whole_model import run_whole
 from lightning_compress.core import Event, EventType, Lifecycle, Modifier, State
 from lightning_compress.layers.memory import small_heap
 from lightning_compress.layers.split_experts import split_while, watched
+from lightning_compress.layers.towers import find_towers, tower_of
 from lightning_compress.team import Team
 
 __all__ = ["calibrate", "end_training"]
@@ -147,7 +148,9 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     if has_data and any(m.needs.survey for m in lifecycle.modifiers):
         _survey(walker, blocks)
     if has_data and any(m.hooked for m in lifecycle.modifiers if m.needs.calibration):
-        walker.walk_with_data(blocks)
+        blocks = _without_idle_towers(walker, blocks)
+        with _unreached_towers(walker.model):
+            walker.walk_with_data(blocks)
     else:
         walker.walk_without_data(blocks)
     lifecycle.set_token_mask(None)
@@ -159,6 +162,43 @@ def _emit_all(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:
     lifecycle.emit(state, replace(clock, type_=EventType.CALIBRATION_END))
     if has_data:
         walker.compare_outputs(blocks)
+
+
+def _without_idle_towers(walker: Walker, blocks: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    """The blocks without those in towers that no modifier looks at, so that batches may lack images.
+
+    Blocks that the user named, or that lie on disk, stay as they are.
+    """
+    towers = find_towers(walker.model)
+    if not towers or walker.options.blocks is not None or not isinstance(walker.residence, InMemory):
+        return blocks
+    hooked = {module for modifier in walker.lifecycle.modifiers for module in modifier.hooked}
+    walked = {n: b for n, b in blocks.items() if not tower_of(n, towers) or hooked & set(b.modules())}
+    if not walked:
+        return blocks
+    walker.total = len(walked) + 1
+    return walked
+
+
+@contextmanager
+def _unreached_towers(model: nn.Module) -> Iterator[None]:
+    """Warn afterwards of towers that no batch reached: statistics then lack the tokens of images or sounds."""
+    towers = find_towers(model)
+    reached: set[nn.Module] = set()
+    hooks = [tower.register_forward_pre_hook(lambda module, _: reached.add(module)) for tower in towers.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if names := [name for name, tower in towers.items() if tower not in reached]:
+        warnings.warn(
+            f"no calibration batch reached {', '.join(map(repr, names))} of this {type(model).__name__}: the batches "
+            f"hold text alone, so that the statistics of its language model lack the tokens that images or sounds "
+            f"become there; pass batches as the model's processor makes them from images and text (input_ids and "
+            f"pixel_values)",
+            stacklevel=3,
+        )
 
 
 def _survey(walker: Walker, blocks: Mapping[str, nn.Module]) -> None:

@@ -7,7 +7,9 @@ import copy
 import json
 import os
 import re
+import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,14 +25,15 @@ from lightning_compress.export.experts import names_of_experts
 from lightning_compress.export.tensor_file import TensorFolder
 from lightning_compress.export.tensors import DeferredTensor, naming, read_json
 from lightning_compress.layers.blank import mark_blank
+from lightning_compress.layers.towers import find_towers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
     "add_names_on_disk", "build", "change_json", "dense_config", "dense_model", "dummy_inputs", "example_of",
-    "is_transformers", "names_on_disk", "no_progress_bar", "on_meta", "processors", "saved_names", "skeleton", "write",
-    "write_configs",
+    "is_transformers", "names_on_disk", "no_progress_bar", "on_meta", "processors", "saved_names", "skeleton",
+    "source_processors", "write", "write_configs",
 ]  # fmt: skip
 
 COUNTS = re.compile(r"(layers?|blocks|experts|depths?|labels)$")  # keys of a config whose numbers become modules
@@ -211,6 +214,42 @@ def processors(folder: Path) -> list[Any]:
         if any((folder / file).exists() for file in files):
             with naming(folder / files[0]):
                 return [kind.from_pretrained(folder, trust_remote_code=False)]
+    return []
+
+
+class ProcessorFiles:
+    """The files of a processor and its tokenizer, copied from one folder to another; they are not read."""
+
+    NAMES = re.compile(
+        r"((video_|image_)?(pre)?processor_config|special_tokens_map|added_tokens|vocab)\.json|(tokenizer|chat_template).*"
+        r"|merges\.txt|vocab\.txt|.*(spiece|bpe)\.model|.*\.tiktoken"
+    )
+
+    def __init__(self, folder: Path):
+        files = [path for path in folder.iterdir() if path.is_file() and self.NAMES.fullmatch(path.name)]
+        self.files = sorted(files)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the files."""
+        for path in self.files:
+            shutil.copyfile(path, Path(folder) / path.name)
+
+
+def source_processors(model: nn.Module) -> list[ProcessorFiles]:
+    """The processor of the local folder that a multimodal model is from; a warning where there is none."""
+    towers = find_towers(model)
+    if not towers or not is_transformers(model):
+        return []
+    folder = Path(str(getattr(model, "name_or_path", None) or "."))
+    files = ProcessorFiles(folder) if folder.name and folder.is_dir() else None
+    if files is not None and any("processor" in path.name for path in files.files):
+        return [files]
+    warnings.warn(
+        f"this {type(model).__name__} has {next(iter(towers))!r}, and no processor is saved with it, since it is not "
+        f"from a local folder that holds one; pass tokenizer=AutoProcessor.from_pretrained(...), or with a Trainer "
+        f"make it an attribute of the LightningModule or datamodule named processor",
+        stacklevel=3,
+    )
     return []
 
 

@@ -88,7 +88,8 @@ def save(
             in ONNX Runtime; or ``gguf``: ``model.gguf`` for llama.cpp, of Llama and Qwen decoders (docs/export.md).
         sample: For ``onnx``: a batch of real inputs, as a tensor, a tuple of arguments or a dict of keyword arguments;
             by default the ``dummy_inputs`` of a model of transformers.
-        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to save beside the model, or a list.
+        tokenizer: Tokenizer or processor (anything with ``save_pretrained``) to save beside the model, or a list. For a
+            multimodal model by default the processor of the local folder that it was loaded from.
         recipe: Written to recipe.yaml; numbers, strings, lists and dicts.
         overwrite: Replace an earlier export of that name; it stays as it is until the new one is on the disk. A folder
             that this function did not write, or that holds other files too, is never replaced.
@@ -177,7 +178,8 @@ def write_compressed_tensors(
             from; the model card shows ``metric`` and ``gate``. An export that is replaced must be of the same run.
         stored: Packed tensors, by local name, of modules by their names: their weights are on the meta device.
     """
-    model, processors = saved_model(model), _as_list(tokenizer)
+    model = saved_model(model)
+    processors = _as_list(tokenizer) or hugging_face.source_processors(model)
     with as_linears(model) as packed:
         stored = {**packed, **(stored or {})}
         rehearse(model, processors)

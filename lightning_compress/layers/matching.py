@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from lightning_compress.layers.module_weights import ModuleWeight, reveal, weights_inside
+from lightning_compress.layers.towers import find_towers, tower_of
 from lightning_compress.layers.weight_slice import WeightSlice
 
 __all__ = [
     "Names", "clean_name", "listed", "match_rank", "select", "select_weights", "shortlist", "unmatched_message",
-    "warn_of_left_out", "without_parallel",
+    "warn_of_left_out", "without_parallel", "without_towers",
 ]  # fmt: skip
 
 CAN_BE_TARGETS = (
@@ -102,15 +103,22 @@ def select_weights(
 
     So ``re:.*mlp.*`` means the layers of an MLP, not the MLP around them nor its activation function. A module that is
     named, or matched by its class, needs no matrix. An LSTM, GRU or MultiheadAttention stands for its weights, which
-    the model gets as modules (layers/module_weights.py).
+    the model gets as modules (layers/module_weights.py). Towers of multimodal models (layers/towers.py) are left out.
+    A tower that is named in ``targets`` is open to the other targets; patterns that match nothing outside of towers,
+    and names of modules in them, reach those.
 
     Raises:
         ValueError: As in :func:`select`, or a pattern matches no module that holds a matrix.
     """
     targets = listed(targets)
     check_patterns(targets, field)
-    reveal(model, lambda name, module: any(match_rank(clean_name(name), module, target) for target in targets))
-    chosen = select(model, targets, ignore, field=field)
+    closed = _closed_towers(model, targets)
+
+    def matches(name: str, module: nn.Module) -> bool:
+        return any(match_rank(name, module, target) and not tower_of(name, closed[target]) for target in targets)
+
+    reveal(model, lambda name, module: matches(clean_name(name), module))
+    chosen = without_towers(model, select(model, targets, ignore, field=field), targets, field=field)
     chosen = {name: module for name, module in chosen.items() if not weights_inside(module)}
     if not chosen:
         raise ValueError(f"ignore={listed(ignore)} leaves no weight of those that {field}={targets} match; narrow it")
@@ -126,6 +134,49 @@ def select_weights(
             )
         selected |= layers
     return {name: module for name, module in chosen.items() if name in selected}
+
+
+def without_towers(
+    model: nn.Module, chosen: Mapping[str, nn.Module], targets: str | Sequence[str], *, field: str = "targets"
+) -> dict[str, nn.Module]:
+    """Those modules of :func:`select` that are in no tower of a multimodal model, or in one that targets name.
+
+    Raises:
+        ValueError: All of them are in towers that are not named.
+    """
+    targets = listed(targets)
+    closed = _closed_towers(model, targets)
+    opened = {clean_name(name) for name in find_towers(model)} & set(targets)
+    remaining = {
+        name: module
+        for name, module in chosen.items()
+        if name not in opened
+        and any(match_rank(name, module, target) and not tower_of(name, closed[target]) for target in targets)
+    }
+    if not remaining and opened >= set(chosen):
+        raise ValueError(
+            f"{field}={targets} name towers alone: add which of their layers, as in {['Linear', *targets]}"
+        )
+    if not remaining:
+        name = next(name for name in chosen if name not in opened)
+        raise ValueError(
+            f"{field}={targets} matches modules such as {name!r}, all in what turns images or sounds into tokens, "
+            f"which is left out unless it is named: {field}={[*targets, tower_of(name, find_towers(model))]}"
+        )
+    return remaining
+
+
+def _closed_towers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str]]:
+    """For each target the towers that it does not reach: all, unless it or another target names them."""
+    towers = [clean_name(name) for name in find_towers(model)]
+    named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)} if towers else {}
+
+    def names_towers(target: str) -> bool:
+        hits = [name for name, module in named.items() if match_rank(name, module, target) > 1]
+        return bool(hits) and all(tower_of(name, towers) for name in hits)
+
+    closed = [tower for tower in towers if tower not in targets]
+    return {target: [] if names_towers(target) else closed for target in targets}
 
 
 def _holds_matrix(module: nn.Module) -> bool:
@@ -170,9 +221,11 @@ def warn_of_left_out(
     What counts are weights (parameters of two dimensions and more) that are in no embedding and that ``ignore`` does
     not name. Names, patterns, and other classes alone are a choice, of which nothing warns.
 
-    ``chosen`` are the modules that :func:`select` returned for ``targets`` and ``ignore``.
+    ``chosen`` are the modules that :func:`select` returned for ``targets`` and ``ignore``. Towers of multimodal models
+    that ``targets`` match and do not name are a warning of their own.
     """
     targets, ignore = listed(targets), listed(ignore)
+    towers = _warn_of_towers(model, chosen, targets, ignore)
     classes = {c.__name__ for m in model.modules() for c in type(m).__mro__}
     if "Linear" not in targets or not set(targets) <= classes | set(CAN_BE_TARGETS):
         return
@@ -184,7 +237,8 @@ def warn_of_left_out(
         reached += sum(size for key, size in weights.items() if key in held)
         size = sum(size for key, size in weights.items() if key not in seen)
         seen |= set(weights)
-        if size and "Embedding" not in type(module).__name__ and not any(match_rank(name, module, e) for e in ignore):
+        passed = tower_of(clean_name(name), towers) or any(match_rank(name, module, e) for e in ignore)
+        if size and "Embedding" not in type(module).__name__ and not passed:
             left.setdefault(type(module).__name__, []).append(size)
     lost = sum(map(sum, left.values()))
     if lost <= LEFT_OUT * (reached + lost):
@@ -203,6 +257,30 @@ def warn_of_left_out(
         f"(embeddings are not counted)",
         stacklevel=3,
     )
+
+
+def _warn_of_towers(
+    model: nn.Module, chosen: Mapping[str, nn.Module], targets: Sequence[str], ignore: Sequence[str]
+) -> dict[str, nn.Module]:
+    """Name the towers of which nothing is chosen although targets match their layers; returns all that stay."""
+    towers = {clean_name(name): tower for name, tower in find_towers(model).items()}
+    towers = {name: tower for name, tower in towers.items() if not any(tower_of(n, [name]) for n in chosen)}
+    modules = {clean_name(name): module for name, module in model.named_modules() if towers}
+    matched = {
+        tower_of(name, towers): name
+        for name, module in modules.items()
+        if any(match_rank(name, module, t) for t in targets) and not any(match_rank(name, module, e) for e in ignore)
+    }
+    if names := [name for name in towers if name in matched]:
+        sizes = ", ".join(f"{name!r} ({sum(p.numel() for p in towers[name].parameters()):,} weights)" for name in names)
+        patterns = [f"re:{re.escape(name)}" for name in names]
+        warnings.warn(
+            f"{sizes} of this {type(model).__name__}: left as it is by default, since it turns images or sounds into "
+            f"tokens; to compress it too, name it, as in targets={[*targets, *names]}; to leave it out without this "
+            f"warning, add {patterns} to ignore",
+            stacklevel=4,
+        )
+    return towers
 
 
 def check_patterns(entries: Iterable[str], field: str) -> None:

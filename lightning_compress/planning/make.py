@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_compress.layers.matrix import is_embedding, weight_of
 from lightning_compress.layers.memory import resident
 from lightning_compress.layers.module_weights import ModuleWeight, reveal, weights_inside
 from lightning_compress.layers.split_experts import split_while
+from lightning_compress.layers.towers import find_towers, tower_of
 from lightning_compress.planning.copies import without_weights
 from lightning_compress.planning.plan import Plan, PlannedModule
 from lightning_compress.planning.readers import readers_of
@@ -181,6 +182,7 @@ def _modules(
                 work.setdefault(name, []).append(claimed.get(name, modifier.name.removesuffix("Modifier")))
         reveal(copied, lambda name, _: clean_name(name) in work)
         named = {clean_name(name): module for name, module in copied.named_modules()}
+        towers = {clean_name(name) for name in find_towers(copied)}
         sizes = {name: packed_bytes(named[name], scheme) for name, scheme in planned.items()}
         dense = dense_reasons(copied, planned)
         rows = []
@@ -193,7 +195,7 @@ def _modules(
                 PlannedModule(name, kind, what, scheme, weight.numel(), weight.nbytes, after, dense.get(name, ""))
             )
         left = {
-            name: _reason(name, module, modifiers)
+            name: _reason(name, module, modifiers, towers)
             for name, module in named.items()
             if not (name in work or weights_inside(module)) and _holds_matrix(module)
         }
@@ -213,7 +215,7 @@ def _holds_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
-def _reason(name: str, module: nn.Module, modifiers: Sequence[Modifier]) -> str:
+def _reason(name: str, module: nn.Module, modifiers: Sequence[Modifier], towers: Collection[str]) -> str:
     """Why no modifier works on a module that holds a matrix."""
     for modifier in modifiers:
         for entry in listed(getattr(modifier, "ignore", [])):
@@ -221,4 +223,6 @@ def _reason(name: str, module: nn.Module, modifiers: Sequence[Modifier]) -> str:
                 return f"in ignore, as {entry}"
     if is_embedding(module):
         return "an embedding, which targets do not name"
+    if (tower := tower_of(name, towers)) is not None:
+        return f"in {tower}, which turns images or sounds into tokens, and which targets do not name"
     return f"targets do not name it, nor the class {type(module).__name__}"

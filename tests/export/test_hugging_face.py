@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from lightning_compress.export.load import load
 from lightning_compress.export.save import save
 from tests.support.export_models import assert_same_records
+from tests.support.multimodal_models import llava
 
 
 def test_a_hugging_face_config_does_not_change(tmp_path, tiny_llama, quantize, scheme_of):
@@ -77,3 +79,47 @@ def test_dummy_inputs_of_a_model_of_pictures_are_pictures():
     (pixels,) = dummy_inputs(model).values()
     assert (pixels.shape, pixels.dtype) == ((1, 3, 8, 16), torch.bfloat16)
     assert model(**example_of(model)).last_hidden_state.shape == (1, 9, 16)
+
+
+def test_the_processor_of_the_folder_that_a_multimodal_model_is_from(tmp_path, quantize, scheme_of):
+    dense, copied = tmp_path / "dense", tmp_path / "out"
+    llava().save_pretrained(dense)
+    files = {
+        "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
+        "chat_template.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
+    }  # fmt: skip
+    for name in [*files, "training_args.bin", "README.md", "optimizer.pt", "modeling_llava.py"]:
+        (dense / name).write_text(f"{name} of the source")
+    model = type(llava()).from_pretrained(dense)
+    save(quantize(model, scheme_of("W4A16", group_size=64), ["re:model.(vision|multi)"]), copied)
+    added = {path.name for path in copied.iterdir() if path.read_bytes().endswith(b"of the source")}
+    assert added == files
+    again = save(load(copied, packed=False), tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in copied.iterdir() if path.name in files} == {
+        path.name: path.read_bytes() for path in again.iterdir() if path.name in files
+    }
+
+
+def test_a_processor_that_is_passed_takes_the_place_of_that_of_the_folder(tmp_path):
+    class Processor:
+        def save_pretrained(self, folder):
+            (Path(folder) / "processor_config.json").write_text("passed")
+
+    model = llava()
+    model.name_or_path = str(tmp_path)
+    (tmp_path / "processor_config.json").write_text("of the source")
+    (tmp_path / "tokenizer.json").write_text("of the source")
+    save(model, tmp_path / "out", tokenizer=Processor())
+    assert (tmp_path / "out" / "processor_config.json").read_text() == "passed"
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("source", ["", "organisation/model", "tokenizer"], ids=["none", "hub", "without"])
+def test_a_multimodal_model_without_a_processor_is_a_warning(tmp_path, source):
+    model = llava()
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    model.name_or_path = str(tmp_path / "tokenizer") if source == "tokenizer" else source
+    with pytest.warns(UserWarning, match=r"has 'model.vision_tower', and no processor is saved .* pass tokenizer=Auto"):
+        save(model, tmp_path / "out")

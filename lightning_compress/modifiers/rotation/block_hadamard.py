@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core import Event, Modifier, Needs, State
 from lightning_compress.layers.expert import ExpertLinear
-from lightning_compress.layers.matching import Names, clean_name, select, shortlist, warn_of_left_out
+from lightning_compress.layers.matching import Names, clean_name, select, shortlist, warn_of_left_out, without_towers
 from lightning_compress.layers.matrix import (
     CONVOLUTIONS,
     as_matrix,
@@ -128,7 +128,7 @@ class BlockHadamardModifier(Modifier):
 
     def _modules(self, model: nn.Module, warn: bool = False) -> dict[str, nn.Module]:
         """The layers to turn, by name; ValueError names those that cannot be."""
-        chosen = select(model, self.targets, self.ignore)
+        chosen = without_towers(model, select(model, self.targets, self.ignore), self.targets)
         layers = {name: m for name, m in chosen.items() if is_supported(m) and not isinstance(m, CONVOLUTIONS)}
         if not layers:
             raise ValueError(

@@ -12,7 +12,7 @@ from pydantic import PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from lightning_compress.core import Event, EventType, Needs, State
-from lightning_compress.layers.matching import Names, select
+from lightning_compress.layers.matching import Names, select, without_towers
 from lightning_compress.layers.matrix import CONVOLUTIONS, as_matrix, check_weights_work, inputs_as_rows, is_supported
 from lightning_compress.layers.sharded import is_sharded
 from lightning_compress.layerwise.layer import Layer, Solved
@@ -204,7 +204,7 @@ class SmoothingModifier(PairModifier, ABC):
         """
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        layers = select(model, self.targets, self.ignore)
+        layers = without_towers(model, select(model, self.targets, self.ignore), self.targets)
         check_weights_work(layers, "smooth", in_place=True)
         odd = [f"{name!r} ({type(module).__name__})" for name, module in layers.items() if not is_supported(module)]
         if odd:
