@@ -11,7 +11,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_compress import CompressionCallback, GPTQModifier, MagnitudePruningModifier, QATModifier, load
+from lightning_compress import (
+    CompressionCallback,
+    GPTQModifier,
+    LearnedMaskModifier,
+    MagnitudePruningModifier,
+    MovementPruningModifier,
+    QATModifier,
+    load,
+)
 from lightning_compress.quant.record import Quantized
 from tests.support.training_runs import Regression, Sums, quiet
 
@@ -337,3 +345,27 @@ def test_two_ranks_end_with_equal_scales(tmp_path, recipe):
     assert list(first) == ["model.0", "model.2"]
     for name in first:
         assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
+
+
+@pytest.mark.parametrize(
+    "modifier",
+    [
+        lambda: qat(),
+        lambda: MagnitudePruningModifier(final_sparsity=0.5),
+        lambda: MovementPruningModifier(final_sparsity=0.5, unit="fraction", end=0.9),
+        lambda: LearnedMaskModifier(unit="fraction", end=0.9),
+    ],
+    ids=["qat", "magnitude", "movement", "learned mask"],
+)
+def test_the_model_is_a_single_layer(tmp_path, modifier):
+    """Training on a parametrized layer does not change which module the callback takes for the model."""
+    model = module()
+    model.model = nn.Linear(8, 1)
+    trainer = quiet(tmp_path, callbacks=[CompressionCallback({"m": modifier()}, evaluate=False)])
+    trainer.fit(model, Sums())
+    weight = model.model.weight.detach()
+    codes = Quantized.of(model.model)
+    assert (
+        (weight == 0).sum() == 4 if codes is None else len((weight.view(2, 4) / codes.scale.view(2, 1)).unique()) <= 16
+    )
+    assert (tmp_path / "compressed" / "model.safetensors").is_file()

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.calibration.hidden_file import HiddenFile
 from lightning_compress.calibration.inputs import run_model
 from lightning_compress.layers.finite import is_finite, nonfinite
+from lightning_compress.layers.matching import is_layer
 
 __all__ = [
     "HIDDEN",
@@ -314,7 +315,7 @@ def first_bad_module(model: nn.Module, prefix: str, run: Callable[[], Any]) -> s
         if not names and find_nonfinite(output, None) and not find_nonfinite(args, None):
             names.append(name)
 
-    leaves = [(n, m) for n, m in model.named_modules(prefix=prefix) if not any(True for _ in m.children())]
+    leaves = [(n, m) for n, m in model.named_modules(prefix=prefix) if is_layer(m)]
     with taken_off(m.register_forward_hook(lambda _m, args, out, n=n: look(n, args, out)) for n, m in leaves):
         run()
     return names[0] if names else None

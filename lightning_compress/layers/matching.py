@@ -18,8 +18,8 @@ from lightning_compress.layers.towers import find_towers, tower_of
 from lightning_compress.layers.weight_slice import WeightSlice
 
 __all__ = [
-    "Names", "clean_name", "listed", "match_rank", "select", "select_weights", "shortlist", "unmatched_message",
-    "warn_of_left_out", "without_parallel", "without_towers",
+    "Names", "clean_name", "is_layer", "listed", "match_rank", "select", "select_weights", "shortlist",
+    "unmatched_message", "warn_of_left_out", "without_parallel", "without_towers",
 ]  # fmt: skip
 
 CAN_BE_TARGETS = (
@@ -35,6 +35,11 @@ LEFT_OUT = 0.1  # of the weights: a patch embedding or the first convolution is 
 def clean_name(name: str) -> str:
     """The name without what ``torch.compile`` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has no others inside, apart from what its tensors pass through (parametrizations)."""
+    return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def without_parallel(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from lightning_compress.layers.matching import without_parallel
+from lightning_compress.layers.matching import is_layer, without_parallel
 
 __all__ = ["choose", "is_compiled", "uncompiled"]
 
@@ -42,8 +42,7 @@ def choose(root: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
             f"give module='<name>', or module='.' for all of it"
         )
     module = uncompiled(children[names[0]])
-    leaf = next(module.children(), None) is None
-    return ("", root) if leaf and len(weighted) == 1 else (names[0], module)
+    return ("", root) if is_layer(module) and len(weighted) == 1 else (names[0], module)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

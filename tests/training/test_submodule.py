@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_compress.training.submodule import choose
@@ -51,6 +52,8 @@ def test_then_the_usual_names(name):
 @pytest.mark.parametrize("name", ["model", "net", "backbone", "layer"])
 def test_one_bare_layer_means_the_module_around_it(name):
     module = root(accuracy=MeanMetric(), **{name: nn.Linear(2, 2)})
+    assert choose(module) == ("", module)
+    parametrize.register_parametrization(module.get_submodule(name), "weight", nn.Identity())  # as QAT does
     assert choose(module) == ("", module)
     several = root(model=nn.Linear(2, 2), encoder=body())
     assert choose(several) == ("model", several.model)
