@@ -6,6 +6,8 @@ Cochran, Sampling Techniques, 3rd ed., eq. 6.9). With d_s the summed difference 
 
     mean = sum d_s / sum n_s        error^2 = S / (S - 1) * sum (d_s - n_s mean)^2 / (sum n_s)^2
 
+A sequence that was measured several times tells nothing new: where each rank reads the whole loader, it is one unit.
+
 Any other model is measured by its ``validation_step``: what that logs is recorded here and goes nowhere else. If it
 logs nothing, what ``on_validation_epoch_end`` logs counts, and after that the loss that the step returns.
 
@@ -25,6 +27,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_compress.layers.forward import eval_mode, patched
 
@@ -129,7 +132,7 @@ def compare(before: Measurement, after: Measurement, device: torch.device = CPU)
     Returns:
         ``metric``: {name: {before, after, difference, standard_error}}, the error None where it is unknown (metrics
         that are not a mean over tokens, fewer than two sequences); ``evaluated_batches``; of a language model
-        ``evaluated_tokens`` and ``evaluated_sequences`` too.
+        ``evaluated_tokens`` and (different) ``evaluated_sequences`` too.
     """
     facts: dict[str, Any] = {"metric": {}, "evaluated_batches": after.batches}
     for name in [n for n in before.values if n in after.values]:
@@ -137,18 +140,18 @@ def compare(before: Measurement, after: Measurement, device: torch.device = CPU)
         facts["metric"][name] = {"before": b, "after": a, "difference": a - b, "standard_error": None}
     if before.nll is not None and after.nll is not None and before.lengths is not None:
         a_N, b_N = after.nll.double(), before.nll.double()
-        mean = mean_over_tokens(a_N - b_N, before.lengths, device)
+        mean = mean_over_tokens(a_N - b_N, b_N, before.lengths, device)
         facts |= {"evaluated_tokens": mean.tokens, "evaluated_sequences": mean.sequences}
         facts["metric"]["nll"]["standard_error"] = mean.error
         # d exp(nll) = exp(nll) d nll (the delta method), at both ends of the pair
         b, a = before.values["perplexity"], after.values["perplexity"]
-        slope = mean_over_tokens(a * a_N - b * b_N, before.lengths, device)
+        slope = mean_over_tokens(a * a_N - b * b_N, b_N, before.lengths, device)
         facts["metric"]["perplexity"]["standard_error"] = slope.error
     return facts
 
 
 class TokenMean(NamedTuple):
-    """A mean over tokens, its standard error (None for fewer than two sequences), and what it is over."""
+    """A mean over tokens, its standard error (None for fewer than two sequences); all tokens, different sequences."""
 
     value: float
     error: float | None
@@ -157,35 +160,34 @@ class TokenMean(NamedTuple):
 
 
 class TokenMeanMetric(Metric):
-    """The ratio estimator of the module's docstring, over all ranks."""
+    """The ratio estimator of the module's docstring, over all ranks; equal sequences are one unit."""
 
     full_state_update = False
-    sums_K: Tensor
+    sequences: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums_K", torch.zeros(6, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("sequences", [], dist_reduce_fx="cat")
 
-    def update(self, d_N: Tensor, lengths_S: Tensor) -> None:
-        """Add sequences of those lengths, whose tokens have the values d."""
-        n_S = lengths_S.double()
-        d_S = torch.stack([d.double().sum() for d in d_N.split(lengths_S.tolist())])
-        products_KS = torch.stack([torch.ones_like(n_S), n_S, d_S, d_S * d_S, n_S * d_S, n_S * n_S])
-        self.sums_K += products_KS.sum(1).to(self.sums_K.device)
+    def update(self, d_N: Tensor, nll_N: Tensor, lengths_S: Tensor) -> None:
+        """Add sequences of those lengths, whose tokens have the values d; the dense model's loss tells them apart."""
+        sums_2S = [torch.stack([v.double().sum() for v in of_N.split(lengths_S.tolist())]) for of_N in (nll_N, d_N)]
+        self.sequences.append(torch.stack([lengths_S.double(), *sums_2S], 1).to(self.device))
 
     def compute(self) -> TokenMean:
         """The mean and its error."""
-        S, N, D, DD, ND, NN = self.sums_K
-        mean = D / N
-        spread = (DD - 2 * mean * ND + mean**2 * NN).clamp(min=0)
-        error = ((S / (S - 1) * spread).sqrt() / N).item() if S > 1 else None
-        return TokenMean(mean.item(), error, int(N), int(S))
+        sequences_S3, times_S = dim_zero_cat(self.sequences).unique(dim=0, return_counts=True)
+        n_S, _, d_S = (sequences_S3 * times_S.unsqueeze(1)).unbind(1)
+        S, N = len(n_S), n_S.sum()
+        mean = d_S.sum() / N
+        error = (S / (S - 1) * (d_S - n_S * mean).square().sum()).sqrt() / N if S > 1 else None
+        return TokenMean(mean.item(), error if error is None else error.item(), int(N), S)
 
 
-def mean_over_tokens(d_N: Tensor, lengths_S: Tensor, device: torch.device) -> TokenMean:
+def mean_over_tokens(d_N: Tensor, nll_N: Tensor, lengths_S: Tensor, device: torch.device) -> TokenMean:
     """The mean of d over the tokens of all ranks."""
     metric = TokenMeanMetric().to(device)
-    metric.update(d_N, lengths_S)
+    metric.update(d_N, nll_N, lengths_S)
     mean: TokenMean = metric.compute()
     return mean
 
@@ -224,7 +226,7 @@ def _perplexity(
             nll_T = nn.functional.cross_entropy(logits_TV, target_T, ignore_index=-100, reduction="none")
             nlls.append(nll_T[target_T != -100].cpu())
     nll_N, lengths_S = torch.cat(nlls), torch.tensor([len(n) for n in nlls], dtype=torch.int64, device="cpu")
-    nll = mean_over_tokens(nll_N, lengths_S, device).value
+    nll = mean_over_tokens(nll_N, nll_N, lengths_S, device).value
     perplexity = (
         torch.tensor(nll, dtype=torch.float64, device="cpu").exp().item()
     )  # inf above 709, where math.exp raises

@@ -186,12 +186,16 @@ def test_two_ranks_measure_what_one_does(tmp_path):
 
     def work(rank):
         torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-        (tmp_path / f"{rank}.json").write_text(json.dumps(results([0, 2] if rank == 0 else [1])))
+        shared, same = results([0, 2] if rank == 0 else [1]), results([0, 1, 2])
+        (tmp_path / f"{rank}.json").write_text(json.dumps([shared, same]))
 
     assert run_two_ranks(work, tmp_path, seconds=60) == ["", ""]
     expected = results([0, 1, 2])
     for rank in (0, 1):
-        shared = json.loads((tmp_path / f"{rank}.json").read_text())
+        shared, same = json.loads((tmp_path / f"{rank}.json").read_text())
+        for name, entry in same["metric"].items():  # both ranks read the whole loader: nothing more is known
+            assert entry == pytest.approx(expected["metric"][name])
+        assert (same["evaluated_tokens"], same["evaluated_sequences"]) == (2 * 7 * (T - 1), 7)
         assert shared.pop("own") == pytest.approx(expected["own"])
         assert shared.pop("values") == pytest.approx(expected["values"])
         errors = {name: entry["standard_error"] for name, entry in expected["metric"].items()}
