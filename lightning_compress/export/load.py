@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
@@ -32,7 +32,14 @@ from lightning_compress.layers.module_weights import ModuleWeight, hide, reveal,
 from lightning_compress.layers.records import Record
 from lightning_compress.layers.split_experts import fused_experts, join, split
 from lightning_compress.quant.kv_cache import QuantizedCache, attention_modules
-from lightning_compress.quant.packed import PackedLinear, Packing, PackingChoice, fuse_siblings
+from lightning_compress.quant.packed import (
+    PackedLinear,
+    Packing,
+    PackingChoice,
+    check_dispatch,
+    fuse_siblings,
+    multiply_codes,
+)
 from lightning_compress.quant.packing import check_record
 from lightning_compress.quant.record import Quantized
 from lightning_compress.structure.surgery import record_of, reshape
@@ -50,6 +57,7 @@ def load(
     packed: bool | None = None,
     fuse: bool | None = None,
     dtype: torch.dtype | None = None,
+    dispatch: Literal["packed", "fastest"] = "packed",
 ) -> nn.Module:
     """Read what ``save`` wrote: a model that computes on packed weights where that is as quick as dense ones.
 
@@ -66,6 +74,10 @@ def load(
             None: where that is possible.
         dtype: That of the Hugging Face model that is built, and of its scales; by default the one that was saved. In
             bfloat16 a CPU has packed products for weights of 4 and 8 bits that float32 lacks.
+        dispatch: On a CPU, ``packed`` computes what the scheme says, with the least memory. ``fastest`` computes a
+            product densely where its shape makes that faster, by constants that were measured once
+            (quant/packed/dispatch.py): inputs are not rounded then, only clipped if their grid is static, and a dense
+            copy of the weight may lie beside the packed one.
 
     Returns:
         ``model``, or the new one, in evaluation mode. Inputs are quantized where the scheme says so.
@@ -83,10 +95,13 @@ def load(
             )
         packed = False
     _check_arguments(source, model, dtype)
+    check_dispatch(dispatch)
     files = TensorFiles(source.path)
     layout = _layout(source, model, len(files.names), dtype)
+    fastest = dispatch == "fastest"
+    choice = PackingChoice(layout, served=packed is None, fastest=fastest) if packed is not False else None
     try:
-        model = _loaded(source, files, layout, model, device, packed=packed, dtype=dtype, transforms=transforms)
+        model = _loaded(source, files, layout, model, device, choice=choice, dtype=dtype, transforms=transforms)
     finally:
         hide(layout)
     if fuse is not False:
@@ -102,12 +117,11 @@ def _loaded(
     model: nn.Module | None,
     device: torch.device | str | None,
     *,
-    packed: bool | None,
+    choice: PackingChoice | None,
     dtype: torch.dtype | None,
     transforms: Mapping[str, Any],
 ) -> nn.Module:
     """``model``, or the one that was built as ``layout``, with the weights and records of a folder."""
-    choice = PackingChoice(layout, served=packed is None) if packed is not False else None
     is_new = model is None
     model_dtype: torch.dtype | None = cast(Any, layout).config.dtype if is_new else None
     quantized = QuantizedModules(layout, dtype, choice, device, model_dtype)
@@ -127,9 +141,10 @@ def _loaded(
     _attach(model, [*rotations.items(), *records.items(), *caches.items()])
     join(model)  # slices without records
     if choice is not None:
+        _dispatch(model, choice)
         packing = choice.result()
-        _report(packing, advise=packed is None and is_new)
-        if packed and not packing.names:
+        _report(packing, advise=choice.served and is_new)
+        if not choice.served and not packing.names:
             raise ValueError(f"{source.path} holds no quantized Linear with a weight of its own; leave packed out")
     return model
 
@@ -341,6 +356,22 @@ def _attach(model: nn.Module, records: Iterable[tuple[str, Record]]) -> None:
         module = model.get_submodule(name)
         weight = weight_of(module) if hasattr(module, "weight") else next(module.parameters())
         record.to(weight.device).attach(module)
+
+
+def _dispatch(model: nn.Module, choice: PackingChoice) -> None:
+    """Let convolutions multiply codes, and, with ``fastest``, modules compute densely where that is faster."""
+    convolutions = multiply_codes(model, fastest=choice.fastest)
+    if convolutions:
+        log.info("%d convolutions multiply int8 codes", len(convolutions))
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.fastest = choice.fastest
+    for name in choice.unrounded:
+        module = model.get_submodule(name)
+        if (record := Quantized.of(module)) is not None:
+            record.leave_inputs(module)
+    if choice.fastest:
+        log.info("dispatch='fastest': %d Linears are dense, with inputs that are not rounded", len(choice.unrounded))
 
 
 def _report(packing: Packing, advise: bool) -> None:

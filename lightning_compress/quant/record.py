@@ -61,6 +61,12 @@ class Quantized(Record):
         if self.scheme.input_activations is not None:
             module.register_forward_pre_hook(_quantize_input)
 
+    def leave_inputs(self, module: nn.Module) -> None:
+        """Round inputs of a module that carries this record no longer; its weight stays on the grid."""
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _quantize_input]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
     @classmethod
     def from_json(cls, data: Any) -> Self:
         return super().from_json(data | {"scheme": QuantizationScheme.model_validate(data["scheme"])})

@@ -6,6 +6,7 @@ from torch import nn
 from lightning_compress.layers.matching import clean_name
 from lightning_compress.layers.module_weights import hide
 from lightning_compress.quant.kv_cache import QuantizedCache
+from lightning_compress.quant.packed.convolution import restore_class
 from lightning_compress.quant.packed.linear import PackedLinear
 from lightning_compress.quant.record import Quantized
 
@@ -34,6 +35,7 @@ def dequantize(model: nn.Module) -> list[str]:
         records = kind.find(model)
         for layer, _ in records.values():
             kind.detach(layer)
+            restore_class(layer)
         names += map(clean_name, records)
     hide(model)
     return names

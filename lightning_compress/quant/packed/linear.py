@@ -23,6 +23,8 @@ from lightning_compress.ops.prepared import Call, call_key
 from lightning_compress.ops.registration import skips_dispatcher
 from lightning_compress.quant.fake_quant import fake_quantize_input
 from lightning_compress.quant.packed.backends import OPAQUE, Backend, HeldBackend, ProductCall, backends_of
+from lightning_compress.quant.packed.dispatch import MANY, is_dense_faster
+from lightning_compress.quant.packed.inputs import HIGHEST, LOWEST
 from lightning_compress.quant.packed.layout import check_tensors, fault_of
 from lightning_compress.quant.packed.weight import PackedWeight
 from lightning_compress.quant.packing import pack, unpacked_weight
@@ -48,6 +50,7 @@ class JointProduct(Protocol):
     """A group of Linears that make one product (siblings.py), as its members use it."""
 
     def product(self, layer: "PackedLinear", x: Tensor) -> Tensor: ...
+    def is_best_dense(self, x: Tensor) -> bool: ...
     def forget(self) -> None: ...
 
 
@@ -88,6 +91,8 @@ class PackedLinear(nn.Linear):
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float64):
             self.dtype = torch.float32
         self.siblings: JointProduct | None = None
+        self.fastest = False  # calls for which a dense product is faster take it, with inputs that are not rounded
+        self._unrounded: dict[torch.dtype, tuple[Tensor, tuple[float, float] | None]] = {}
         self._prepared: dict[str, tuple[Any, ...]] = {}
         self._chosen: dict[ProductCall, Backend | None] = {}
         self._calls: dict[Call, Callable[[Tensor], Tensor] | None] = {}
@@ -119,6 +124,8 @@ class PackedLinear(nn.Linear):
             raise ValueError(f"expected x [..., {self.in_features}], got {tuple(x.shape)}")
         if self.siblings is None:
             return self.product(x, self.bias)
+        if self.fastest and self.siblings.is_best_dense(x):
+            return self.unrounded_product(x, _result_dtype(x), self.bias)  # with its bias, and rows that are contiguous
         y = self.siblings.product(self, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -129,6 +136,8 @@ class PackedLinear(nn.Linear):
             x = x.to(dtype)  # quantized inputs get the codes that a dense Linear's hook gives them, before its cast
         backend = self.backend(ProductCall(x.device.type, x.dtype, x.ndim, x.requires_grad and torch.is_grad_enabled()))
         if backend is not None and x.numel():
+            if self.fastest and self._is_dense_faster(backend, dtype, x.numel() // self.in_features):
+                return self.unrounded_product(x, dtype, bias)
             y = self._by_backend(backend, x).to(dtype)
             return y if bias is None else y + bias.to(dtype)
         if args is not None:
@@ -207,7 +216,20 @@ class PackedLinear(nn.Linear):
 
     def forget(self) -> None:
         """Drop operands that were prepared from the tensors, and that can be prepared again."""
-        self._prepared, self._chosen, self._calls = {}, {}, {}
+        self._prepared, self._chosen, self._calls, self._unrounded = {}, {}, {}, {}
+
+    def is_best_dense(self, x: Tensor) -> bool:
+        """Whether ``fastest`` computes this call densely."""
+        gradient = x.requires_grad and torch.is_grad_enabled()
+        backend = self.backend(ProductCall(x.device.type, x.dtype, x.ndim, gradient))
+        if backend is None or not x.numel():
+            return False
+        return self._is_dense_faster(backend, _result_dtype(x), x.numel() // self.in_features)
+
+    def is_ever_packed(self, call: ProductCall) -> bool:
+        """Whether ``fastest`` leaves any such call to a packed product: one of few tokens, or of many."""
+        backend = self.backend(call)
+        return backend is not None and not all(self._is_dense_faster(backend, call.dtype, M) for M in (1, 2, 8, MANY))
 
     def extra_repr(self) -> str:
         """Sizes, as Linear shows them, and the scheme."""
@@ -230,6 +252,25 @@ class PackedLinear(nn.Linear):
             self._calls[key] = backend.prepared(self, x, operands) if isinstance(backend, HeldBackend) else None
         call = self._calls[key]
         return backend.product(self, x, operands) if call is None else call(x)
+
+    def _is_dense_faster(self, backend: Backend, dtype: torch.dtype, M: int) -> bool:
+        return is_dense_faster(backend.name, dtype, M, self.out_features, self.in_features)
+
+    def unrounded_product(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        """x W^T + bias by a dense copy of the weight; static grids still clip x, which is a part of the function."""
+        if dtype not in self._unrounded:
+            with torch.no_grad(), torch.inference_mode(False):
+                self._unrounded[dtype] = self.dense().to(dtype), self._range_of_inputs()
+        weight, bounds = self._unrounded[dtype]
+        x = x if bounds is None else x.clamp(*bounds)
+        return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+    def _range_of_inputs(self) -> tuple[float, float] | None:
+        scale, zero = self.optional("input_scale"), self.optional("input_zero_point")
+        if scale is None:
+            return None
+        offset = 0 if zero is None else int(zero)
+        return (LOWEST - offset) * float(scale), (HIGHEST - offset) * float(scale)
 
     def _hold(self) -> None:
         """Prepare operands, and let go of the tensors that they give back bit for bit."""
@@ -295,7 +336,14 @@ class PackedLinear(nn.Linear):
             self.siblings.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tensors": self.tensors(), "held": None, "_prepared": {}, "_chosen": {}, "_calls": {}}
+        return self.__dict__ | {
+            "_tensors": self.tensors(),
+            "held": None,
+            "_prepared": {},
+            "_chosen": {},
+            "_calls": {},
+            "_unrounded": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -55,13 +55,18 @@ def pack_linears(model: nn.Module, *, served: bool = False) -> Packing:
 
 
 class PackingChoice:
-    """Chooses the quantized Linears of a model that are packed; the arguments are those of :func:`pack_linears`.
+    """Chooses the quantized Linears of a model that are packed.
 
-    The model may be on the meta device.
+    Args:
+        model: Any module; it may be on the meta device.
+        served: As in :func:`pack_linears`.
+        fastest: Leave those dense that are faster so for any number of tokens (dispatch.py); their names are in
+            ``unrounded`` where the scheme has dynamic inputs, which are not to be rounded then.
     """
 
-    def __init__(self, model: nn.Module, served: bool):
-        self.served = served
+    def __init__(self, model: nn.Module, served: bool, fastest: bool = False):
+        self.served, self.fastest = served, fastest
+        self.unrounded: list[str] = []
         self._owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         self._names: list[str] = []
         self._dense: dict[str, str] = {}
@@ -93,6 +98,10 @@ class PackingChoice:
             self._dense[name] = "their weight is shared"
             return None
         packed, call = make(), ProductCall(device, dtype, 3, False)
+        if self.fastest and self._is_best_dense(packed, call):
+            self._dense[name] = "a dense product is faster"
+            self.unrounded += [name] if scheme.input_activations is not None else []
+            return None
         if not self.served or packed.backend(call) is not None:
             self._names.append(name)
             return packed
@@ -100,6 +109,12 @@ class PackingChoice:
         if packed.backend(call._replace(dtype=torch.bfloat16)) is not None:
             self._faster[torch.bfloat16] += 1
         return None
+
+    def _is_best_dense(self, packed: PackedLinear, call: ProductCall) -> bool:
+        """A static grid clips its inputs, which a packed Linear does in either case."""
+        inputs = packed.scheme.input_activations
+        dynamic = inputs is None or inputs.dynamic is True
+        return dynamic and packed.backend(call) is not None and not packed.is_ever_packed(call)
 
     def result(self) -> Packing:
         """What was chosen so far."""

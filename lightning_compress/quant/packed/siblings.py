@@ -81,6 +81,10 @@ class Siblings:
             self._x = None
         return y
 
+    def is_best_dense(self, x: Tensor) -> bool:
+        """Whether ``fastest`` computes the product of all densely, which each member then does by itself."""
+        return self.stacked().is_best_dense(x)
+
     def stacked(self) -> PackedLinear:
         """All members as one Linear; their tensors become views of its tensors, so that there is one copy."""
         if self._stacked is None:
@@ -96,6 +100,7 @@ class Siblings:
                 else:
                     tensors[name] = torch.cat([member[name] for member in members])
             self._stacked = PackedLinear(tensors, self.layers[0].scheme)
+            self._stacked.fastest = self.layers[0].fastest
             for layer, member, start in zip(self.layers, members, accumulate(self.sizes, initial=0), strict=False):
                 rows = {name: len(value) for name, value in member.items() if not _is_shared(name)}
                 layer.be_rows_of(self._stacked, start, rows)
