@@ -95,7 +95,7 @@ def load(
             )
         packed = False
     _check_arguments(source, model, dtype)
-    check_dispatch(dispatch)
+    check_dispatch(dispatch, packed)
     files = TensorFiles(source.path)
     layout = _layout(source, model, len(files.names), dtype)
     fastest = dispatch == "fastest"

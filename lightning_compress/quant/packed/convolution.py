@@ -176,6 +176,7 @@ def _operands(module: Int8Conv2d, record: Quantized, version: tuple[int, int]) -
 
 def _sizes(module: nn.Conv2d, x: Tensor) -> list[int]:
     """Height and width of the result."""
+    assert not isinstance(module.padding, str)
     geometry = zip(x.shape[2:], module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
-    return [(size + 2 * int(pad) - dilation * (kernel - 1) - 1) // stride + 1
+    return [(size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, pad, dilation in geometry]  # fmt: skip

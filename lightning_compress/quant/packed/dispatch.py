@@ -62,7 +62,12 @@ def is_dense_faster(name: str, dtype: torch.dtype, M: int, N: int, K: int, value
     return times[0] > MARGIN * times[1]
 
 
-def check_dispatch(dispatch: str) -> None:
-    """ValueError unless it is one of DISPATCHES."""
+def check_dispatch(dispatch: str, packed: bool | None) -> None:
+    """ValueError unless it is one of DISPATCHES, and has modules to choose for: ``packed=False`` rounds all inputs."""
     if dispatch not in DISPATCHES:
         raise ValueError(f"dispatch must be one of {', '.join(DISPATCHES)}, got {dispatch!r}")
+    if dispatch == "fastest" and packed is False:
+        raise ValueError(
+            "dispatch='fastest' chooses between packed and dense products, and nothing is packed with packed=False, or "
+            "with rotations that run beside modules; leave dispatch out"
+        )

@@ -119,3 +119,8 @@ def test_by_default_every_linear_rounds_its_inputs(folder):
 def test_a_dispatch_of_another_name_is_refused(folder):
     with pytest.raises(ValueError, match="dispatch must be one of packed, fastest, got 'quick'"):
         load(folder, sequence(), dispatch="quick")
+
+
+def test_fastest_is_refused_where_nothing_is_packed(folder):
+    with pytest.raises(ValueError, match="nothing is packed with packed=False.*leave dispatch out"):
+        load(folder, sequence(), packed=False, dispatch="fastest")
