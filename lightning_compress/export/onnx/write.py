@@ -22,6 +22,7 @@ from lightning_compress.export.contents import check_weights
 from lightning_compress.export.onnx.expressible import check_model, check_packages
 from lightning_compress.export.onnx.graph import mend_graph
 from lightning_compress.export.onnx.modules import INT4, codes_of, int4_weights, with_codes
+from lightning_compress.export.onnx.noise import NOISE, noisy_inputs
 from lightning_compress.export.onnx.output_grids import add_grids, open_outputs, round_before_relu
 from lightning_compress.export.onnx.program import Function, trace
 from lightning_compress.export.onnx.runtime import TOLERANCE, difference, extremes, outputs_of
@@ -123,10 +124,7 @@ def _write(model: nn.Module, call: Call, file: Path) -> float:
     program.save(file)
     gap, name = difference(outputs_of(file, inputs), expected)
     if not gap <= TOLERANCE:
-        raise ValueError(
-            f"ONNX Runtime computes other outputs from the file than the model in memory: {name!r} differs by "
-            f"{100 * gap:.3g} % of its norm on the sample, expected at most {100 * TOLERANCE:g} %; nothing is written"
-        )
+        _check_against_noise(model, function, call, expected, gap, name)
     layers = open_outputs(graph)
     if not layers:
         return gap
@@ -151,6 +149,26 @@ def _write(model: nn.Module, call: Call, file: Path) -> float:
         stacklevel=3,
     )
     return gap
+
+
+def _check_against_noise(
+    model: nn.Module, function: Function, call: Call, expected: dict[str, Tensor], gap: float, name: str
+) -> None:
+    """ValueError where the outputs differ by more than twice of what the last bits of float32 do to the model."""
+    with noisy_inputs(model):
+        noise, _ = difference(function.named(model(*call.args, **call.kwargs)), expected)
+    if not gap <= 2 * noise:
+        raise ValueError(
+            f"ONNX Runtime computes other outputs from the file than the model in memory: {name!r} differs by "
+            f"{100 * gap:.3g} % of its norm on the sample, expected at most {100 * max(TOLERANCE, 2 * noise):.3g} %; "
+            f"nothing is written"
+        )
+    warnings.warn(
+        f"the outputs of this model hang on the last bits of float32: they move by {100 * noise:.3g} % of their norm "
+        f"on the sample where inputs of layers move by {NOISE:g}, and in ONNX Runtime by {100 * gap:.3g} %; measure "
+        f"the file by your own metric, or leave layers with large outliers in their inputs dense",
+        stacklevel=4,
+    )
 
 
 def _in_float32(call: Call) -> Call:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from lightning_compress import FoldBatchNormModifier, QuantizationModifier, compress, load, save
 from lightning_compress.export.onnx import write
+from lightning_compress.export.onnx.noise import noisy_inputs
 from lightning_compress.export.onnx.runtime import outputs_of
 from lightning_compress.export.onnx.write import write_onnx
 from lightning_compress.quant.packed import PackedLinear
@@ -95,11 +96,31 @@ def test_int4_in_groups(scheme, dtype, tmp_path, constants, fused):
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
 
 
+def test_as_far_off_as_noise_moves_the_model(static8, tmp_path, monkeypatch):
+    """Inputs halfway between two codes: an output that differs by as much as the model's under noise is accepted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8)).eval()
+    compress(model, QuantizationModifier(config_groups=static8()), [torch.randn(16, 64)])
+    scale = Quantized.of(model[0]).input_scale.reshape(())
+    x = (scale * (torch.arange(128, dtype=torch.float32).view(2, 64) % 7 + 0.5)).expand(2, 64)
+    with noisy_inputs(model):
+        other = model(x)
+    gap = float((other - model(x)).norm() / model(x).norm())
+    assert gap > 0.02
+    monkeypatch.setattr(write, "outputs_of", lambda *args: {"output": other})
+    with pytest.warns(UserWarning, match="hang on the last bits of float32: they move by"):
+        save(model, tmp_path / "out", format="onnx", sample=x)
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    monkeypatch.setattr(write, "outputs_of", lambda *args: {"output": model(x) + 3 * (other - model(x))})
+    with pytest.raises(ValueError, match=f"expected at most {200 * gap:.3g} %; nothing is written"):
+        save(model, tmp_path / "not", format="onnx", sample=x)
+
+
 def test_a_failure_leaves_nothing_and_the_model_as_it_was(cnn, static8, images, tmp_path, monkeypatch):
     model = cnn()
     compress(model, QuantizationModifier(config_groups=static8()), [images])
     expected, names = model(images), [name for name, _ in model.named_parameters()]
-    monkeypatch.setattr(write, "difference", lambda *args: (0.5, "output"))
+    monkeypatch.setattr(write, "outputs_of", lambda *args: {"output": 1.5 * expected})
     message = r"'output' differs by 50 % of its norm on the sample, expected at most 2 %; nothing is written"
     with pytest.raises(ValueError, match=message):
         save(model, tmp_path / "out", format="onnx", sample=images)
