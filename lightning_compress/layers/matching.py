@@ -71,6 +71,7 @@ def select(
     check_patterns(targets, field)
     check_patterns(ignore, "ignore")
     named = {clean_name(n): m for n, m in model.named_modules() if clean_name(n)}  # of a compiled module, the inner
+    named = {name: module for name, module in named.items() if getattr(module, "is_target", True)}
     if not named:
         raise ValueError(
             f"the model is a {type(model).__name__} without modules inside, and {field} choose among those by name and "

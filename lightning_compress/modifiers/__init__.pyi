@@ -12,6 +12,7 @@ from lightning_compress.modifiers.freeze import FreezeModifier
 from lightning_compress.modifiers.gptq.modifier import GPTQModifier
 from lightning_compress.modifiers.kv_cache import KVCacheModifier
 from lightning_compress.modifiers.learned_mask.modifier import LearnedMaskModifier
+from lightning_compress.modifiers.lora import LoRAModifier
 from lightning_compress.modifiers.magnitude import MagnitudePruningModifier
 from lightning_compress.modifiers.movement import MovementPruningModifier
 from lightning_compress.modifiers.qat import QATModifier
@@ -40,6 +41,7 @@ __all__ = [
     "GPTQModifier",
     "KVCacheModifier",
     "LearnedMaskModifier",
+    "LoRAModifier",
     "LogarithmicEqualizationModifier",
     "MagnitudePruningModifier",
     "Modifier",
