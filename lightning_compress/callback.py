@@ -83,7 +83,7 @@ class CompressionCallback(Callback):
         gate: Largest change of a metric by compression, such as ``{metric: val/loss, max_increase: 0.02}``.
         on_gate: Where it does not hold: ``fail``, or ``promote`` the modules with the largest errors to more bits.
         hub: Push the export to Hugging Face's hub: ``{repo: user/name, private: true}`` (the default is private).
-        export: Formats to write: ``compressed_tensors``, ``onnx`` (into ``compressed_onnx`` beside it), or a list.
+        export: ``compressed_tensors``, ``onnx`` and ``gguf`` (in ``compressed_onnx``, ... beside it): one, or a list.
         plan: True: print what the run would do and take, and end; ``compare``: go on, and show it in the report, too.
 
     Raises:

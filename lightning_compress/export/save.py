@@ -40,7 +40,7 @@ from lightning_compress.core.interruption import check_uninterrupted
 from lightning_compress.export import hugging_face, plain_transformers
 from lightning_compress.export.contents import Contents, check_weights, contents_of, warn_of_contents
 from lightning_compress.export.experts import experts_first
-from lightning_compress.export.formats import FORMATS, check_formats
+from lightning_compress.export.formats import check_formats
 from lightning_compress.export.gguf.write import write_gguf
 from lightning_compress.export.model_card import write_card
 from lightning_compress.export.online import online_entries, seal
@@ -107,7 +107,7 @@ def save(
         RuntimeError: A weight was changed after compression.
         OSError: Writing failed, such as for a full disk; nothing is left behind.
     """
-    (format,) = check_formats("format", (format,), (*FORMATS, "gguf"))
+    (format,) = check_formats("format", (format,))
     recipe_yaml = None if recipe is None else dump_yaml(recipe)
     if format == "onnx":
         if verify:

@@ -9,6 +9,7 @@ from lightning_compress.calibration.options import CalibrationOptions, check_fla
 from lightning_compress.core.lifecycle import modifiers_in_order
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.export.formats import check_formats
+from lightning_compress.export.gguf.write import check_package
 from lightning_compress.export.onnx.expressible import check_packages
 from lightning_compress.recipe import read_recipe
 from lightning_compress.resume.folder_log import Resume, check_resume
@@ -75,6 +76,8 @@ class CallbackOptions:
         read_hub(self.hub)
         if "onnx" in self.formats:
             check_packages()
+        if "gguf" in self.formats:
+            check_package()
         if self.gates and not self.evaluate:
             raise ValueError(
                 f"gate of {self.gates[0].metric!r} needs the metric, which evaluate=False does not measure"

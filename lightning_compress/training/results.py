@@ -21,6 +21,7 @@ from lightning_compress.core.events import Event
 from lightning_compress.core.state import State
 from lightning_compress.export import verify
 from lightning_compress.export.contents import Stored
+from lightning_compress.export.gguf.write import FILE, write_gguf
 from lightning_compress.export.hugging_face import is_transformers
 from lightning_compress.export.onnx.sample import recorded_call
 from lightning_compress.export.onnx.write import OnnxFile, write_onnx
@@ -173,6 +174,10 @@ class Results:
             if format == "onnx":
                 file = self._write_onnx(folder, processors=tokenizers, overwrite=replaces, origin=origin)
                 self.run.facts["onnx"] = {"file": str(file.path), "bytes": file.size, "difference": file.difference}
+            elif format == "gguf":
+                texts = {"processors": tokenizers, "recipe_yaml": dump_yaml(self.run.recipe)}
+                path = write_gguf(saved_model(self.module), folder, **texts, overwrite=replaces, origin=origin) / FILE
+                self.run.facts["gguf"] = {"file": str(path), "bytes": path.stat().st_size}
             else:
                 write_compressed_tensors(
                     self.module,
@@ -234,7 +239,9 @@ class Results:
         run, sums = self.run, summary.totals(self.state.ledger)
         saved = (sums["bytes_before"] or 0) - (sums["bytes_after"] or 0) if sums["bytes_after"] is not None else 0
         files = list(Path(run.facts["export_dir"]).glob("*.safetensors")) if "export_dir" in run.facts else []
-        on_disk = sum(file.stat().st_size for file in files) or run.facts.get("onnx", {}).get("bytes")
+        on_disk = sum(file.stat().st_size for file in files) or next(
+            (run.facts[f]["bytes"] for f in ("onnx", "gguf") if f in run.facts), None
+        )
         device = self.trainer.strategy.root_device
         return {
             "model": type(self.module).__name__,

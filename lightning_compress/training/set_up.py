@@ -16,6 +16,7 @@ from lightning_compress.core.lifecycle import Lifecycle
 from lightning_compress.core.modifier import Modifier
 from lightning_compress.core.state import State
 from lightning_compress.export.experts import planned_fault
+from lightning_compress.export.gguf.write import check_decoder
 from lightning_compress.export.onnx.expressible import check_schemes
 from lightning_compress.export.rehearsal import rehearse
 from lightning_compress.layers.forward import patched
@@ -98,6 +99,13 @@ def check_before_training(
                 "'compressed_tensors', then save(load(folder), 'onnx', format='onnx')"
             )
         check_schemes(_planned(modifiers))
+    if "gguf" in options.formats:
+        if shards(trainer):
+            raise ValueError(
+                "export='gguf' is written by one process, and ModelParallelStrategy shards the model: export "
+                "'compressed_tensors', then lightning-compress export FOLDER --format gguf"
+            )
+        check_decoder(model, _planned(modifiers))
     tokenizers = processors(trainer, pl_module)
     state.team.result(lambda: rehearse(model, tokenizers), "checking what will be exported")
     check_device(calibration)

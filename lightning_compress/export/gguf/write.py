@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
 from lightning_compress.export.contents import check_weights
@@ -33,7 +33,7 @@ from lightning_compress.quant.packing import weight_codes
 from lightning_compress.quant.record import Quantized
 from lightning_compress.quant.scales import expand
 
-__all__ = ["FILE", "write_gguf"]
+__all__ = ["FILE", "check_decoder", "check_package", "write_gguf"]
 
 FILE = "model.gguf"
 
@@ -47,6 +47,30 @@ class _Written:
     rounded: int = 0  # scales that float16 does not hold exactly
     scales: int = 0
     difference: float = 0.0  # the largest relative one of a scale
+
+
+def check_package() -> None:
+    """ValueError where the package gguf is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ValueError("format='gguf' needs the package gguf: pip install 'lightning-compress[gguf]'") from error
+
+
+def check_decoder(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> None:
+    """ValueError where llama.cpp would compute something else than a model whose modules will have these schemes."""
+    architecture_of(model)
+    _check_features({"quantized inputs": [n for n, s in schemes.items() if s.input_activations is not None]})
+    no_block = [
+        name
+        for name, scheme in schemes.items()
+        if not _fits(scheme.weights, model.get_submodule(name).weight.shape[-1])
+    ]
+    if schemes and len(no_block) == len(schemes):
+        raise ValueError(
+            f"no weight would be smaller in GGUF, whose blocks hold symmetric integers in groups of 32 columns or a "
+            f"multiple: {shortlist(no_block)}; take scheme=W4A16 or W8A16 with group_size=32"
+        )
 
 
 def write_gguf(
@@ -76,10 +100,9 @@ def write_gguf(
     Raises:
         ValueError: The package gguf is missing, llama.cpp would compute something else, or the tokenizer is unknown.
     """
-    try:
-        from gguf import GGUFWriter
-    except ImportError as error:
-        raise ValueError("format='gguf' needs the package gguf: pip install 'lightning-compress[gguf]'") from error
+    check_package()
+    from gguf import GGUFWriter
+
     architecture = architecture_of(model)
     _check_records(model)
     with unpacked(model), torch.no_grad():
@@ -106,8 +129,11 @@ def _check_records(model: nn.Module) -> None:
     """ValueError for what runs beside the weights, which llama.cpp does not do."""
     records = Quantized.find(model)
     inputs = [clean_name(name) for name, (_, r) in records.items() if r.scheme.input_activations is not None]
-    features = {"quantized inputs": inputs, "a quantized KV cache": list(QuantizedCache.find(model)),
-              "rotations": list(OnlineRotations.find(model))}  # fmt: skip
+    _check_features({"quantized inputs": inputs, "a quantized KV cache": list(QuantizedCache.find(model)),
+                     "rotations": list(OnlineRotations.find(model))})  # fmt: skip
+
+
+def _check_features(features: Mapping[str, list[str]]) -> None:
     for what, names in features.items():
         if names:
             raise ValueError(
