@@ -121,10 +121,11 @@ def test_a_finished_log_gives_the_tuned_model_without_a_step(tmp_path, killing):
 
 
 def test_a_log_of_tuning_stays_small(tmp_path):
-    """Two states of four float32 numbers for each that is trained."""
+    """Two states of four float32 numbers for each that is trained, three as long as no epoch is better than none."""
     run(tmp_path / "log")
     sizes = [path.stat().st_size for path in tmp_path.glob("log/.training.partial/*.safetensors")]
     model = llama()
     trained = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     trained += sum(m.weight.numel() // 32 for n, m in model.named_modules() if n.endswith("proj"))
-    assert [size // (16 * trained) for size in sizes] == [1, 1]
+    assert len(sizes) == 2
+    assert all(12 * trained <= size < 32 * trained for size in sizes), (sizes, trained)

@@ -23,7 +23,7 @@ from lightning_compress.team import Team
 __all__ = ["Settings", "Tuned", "held_out_batches", "tune"]
 
 MOMENTS = "exp_avg", "exp_avg_sq"
-TITLE = "tuning"
+TITLE = "tuning of knobs"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def tune(
     groups, tuned = math.ceil(len(training) / how.accumulate), descent.tuned
     random = torch.Generator().manual_seed(how.seed)
     orders = [torch.randperm(len(training), generator=random, device="cpu").tolist() for _ in range(how.epochs)]
-    with gradients_for(model, [tensor for knob in knobs for tensor in knob.tensors]), gradients_to(knobs):
+    tensors = [tensor for knob in knobs for tensor in knob.tensors]
+    with gradients_for(model, tensors), gradients_to(knobs, several=how.accumulate > 1):
         while (epoch := len(tuned.losses) - 1) < min(how.epochs, tuned.best + how.patience):
             shuffled = [training[i] for i in orders[epoch]]
             for group in range(groups):
@@ -105,39 +106,42 @@ class _Descent:
     def __init__(self, knobs: Sequence[Knob], rate: float):
         self.knobs, self.tuned = knobs, Tuned()
         self.changes = [knob.change for knob in knobs]
-        self.best = [change.clone() for change in self.changes]
+        self.best: list[Tensor] | None = None  # none is better than zeros
         self.optimizer = short_adam(self.changes, rate)
 
     def note(self, loss: float) -> None:
         """An epoch has ended with this loss on the held-out batches."""
         self.tuned.losses.append(loss)
         if loss < self.tuned.losses[self.tuned.best]:
-            self.tuned.best, self.best = len(self.tuned.losses) - 1, [change.clone() for change in self.changes]
+            self.tuned.best = len(self.tuned.losses) - 1
+            self.best = self.best or [torch.empty_like(change) for change in self.changes]
+            for best, change in zip(self.best, self.changes, strict=True):
+                best.copy_(change)
 
     def take_best(self) -> None:
         """Write the best knobs into the model."""
-        for knob, change in zip(self.knobs, self.best, strict=True):
-            knob.change.copy_(change)
+        for i, knob in enumerate(self.knobs):
+            knob.change.zero_() if self.best is None else knob.change.copy_(self.best[i])
             knob.write()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All of it, as tensors on the CPU and facts."""
+        """All of it, as tensors and facts; the tensors are not copied."""
         moments = [self.optimizer.state[change] for change in self.changes]
-        lists = {"change": self.changes, "best": self.best} | {key: [m[key] for m in moments] for key in MOMENTS}
-        tensors = {key: torch.cat([t.flatten().cpu() for t in values]) for key, values in lists.items()}
+        lists = {"change": self.changes, "best": self.best or []} | {key: [m[key] for m in moments] for key in MOMENTS}
+        tensors = {f"{key}.{i}": tensor for key, values in lists.items() for i, tensor in enumerate(values)}
         return tensors, {"losses": self.tuned.losses, "best": self.tuned.best, "steps": float(moments[0]["step"])}
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """What :meth:`state` gave; the model gets the knobs."""
-        pieces = {key: tensor.split([change.numel() for change in self.changes]) for key, tensor in tensors.items()}
-        for i, knob in enumerate(self.knobs):
-            of_knob = {key: tensor[i].view_as(knob.change).to(knob.change) for key, tensor in pieces.items()}
-            steps = torch.tensor(facts["steps"], dtype=torch.float32, device="cpu")
-            self.optimizer.state[knob.change] = {"step": steps} | {key: of_knob[key].clone() for key in MOMENTS}
-            self.best[i].copy_(of_knob["best"])
-            knob.change.copy_(of_knob["change"])
-            knob.write()
         self.tuned.losses, self.tuned.best = list(facts["losses"]), facts["best"]
+        if self.tuned.best:
+            self.best = [tensors[f"best.{i}"].to(change) for i, change in enumerate(self.changes)]
+        for i, knob in enumerate(self.knobs):
+            steps = torch.tensor(facts["steps"], dtype=torch.float32, device="cpu")
+            moments = {key: tensors[f"{key}.{i}"].to(knob.change) for key in MOMENTS}
+            self.optimizer.state[knob.change] = {"step": steps} | moments
+            knob.change.copy_(tensors[f"change.{i}"])
+            knob.write()
 
 
 def _step(
@@ -155,10 +159,11 @@ def _step(
                 value.backward()
     for knob in knobs:
         team.reduce_(knob)
-        knob.change.grad = (knob.sum / len(numbers)).float()
-        knob.sum.zero_()
+        knob.change.grad = knob.sum.div_(len(numbers)).float()
     optimizer.step()
     for knob in knobs:
+        knob.sum.zero_()  # it may be the gradient
+        knob.change.grad = None
         knob.write()
 
 

@@ -5,14 +5,14 @@ A knob is a tensor d, float32, zero at first; writing it changes the model:
     scales     s = s0 (1 + d), as it is stored;   W = s (c - z), the codes c fixed;   dL/dd = sum_j g_j s0 (c_j - z)
     NVFP4      1/g = (1 + d) / g0, one d for the weights that share g0;               dL/dd = sum_j g_j W_j / (1 + d)
     inputs     s = s0 (1 + d), one d for layers of equal static scales;               dL/dd = s0 dL/ds  (LSQ)
-    tensors    p = p0 + u d,  u = rms(p0);        zeros of a sparse weight stay;      dL/dd = u g
+    tensors    p = p0 + u d,  u = rms(p0);        of a sparse weight the nonzeros;    dL/dd = u g
 
 So one learning rate suits all. With d = 0 the model is what it was, bit for bit. A scale that is stored coarsely (E4M3,
 bfloat16) is rounded on the way, and the gradient passes the rounding.
 
 Gradients are taken from a parameter as soon as the backward pass has made them, and released: no more than one weight
-has a gradient at a time. Those of each batch are float32, and their sum is float64, so that neither the order of
-batches nor the number of ranks changes a bit.
+has a gradient at a time. Those of each batch are float32, and a sum of several is float64, so that neither the order
+of batches nor the number of ranks changes a bit.
 
 Shapes: R rows, C columns, G groups.
 """
@@ -50,15 +50,15 @@ class Knob(ABC):
     Attributes:
         tensors: Parameters of the model, or other tensors that it computes with, whose gradients are taken.
         change: d.
-        sum: The sum of dL/dd over batches, float64.
+        sum: Inside of :func:`gradients_to` the sum of dL/dd over batches, float64; float32 where that is exact.
     """
 
     reduce = {"sum": "sum"}
+    sum: Tensor
 
     def __init__(self, tensors: Sequence[Tensor], like: Tensor):
         self.tensors = tensors
         self.change = torch.zeros_like(like, dtype=torch.float32)
-        self.sum = torch.zeros_like(like, dtype=torch.float64)
 
     @abstractmethod
     def gradient(self, gradient: Tensor, tensor: Tensor) -> Tensor:
@@ -169,23 +169,26 @@ class TensorKnob(Knob):
 
     Args:
         parameter: The parameter.
-        sparse: Its zeros stay zero.
+        sparse: Its zeros stay zero; the knob has an entry for each other element alone.
     """
 
     def __init__(self, parameter: nn.Parameter, sparse: bool = False):
-        super().__init__([parameter], parameter.detach())
+        values = parameter.detach()
+        self.mask = values != 0 if sparse else None
+        self.start = values.clone() if self.mask is None else values[self.mask]
+        super().__init__([parameter], self.start)
         self.parameter = parameter
-        self.start = parameter.detach().clone()
-        self.unit = max(float(wide(self.start).square().mean().sqrt()), LEAST)
-        self.kept = self.start != 0 if sparse else None
+        self.unit = max(float(wide(values).square().mean().sqrt()), LEAST)
 
     def gradient(self, gradient: Tensor, tensor: Tensor) -> Tensor:
-        scaled = wide(gradient) * self.unit
-        return scaled if self.kept is None else scaled * self.kept
+        return wide(gradient if self.mask is None else gradient[self.mask]) * self.unit
 
     def write(self) -> None:
-        change = self.change if self.kept is None else self.change * self.kept
-        self.parameter.copy_(wide(self.start) + self.unit * change)
+        values = wide(self.start) + self.unit * self.change
+        if self.mask is None:
+            self.parameter.copy_(values)
+        else:
+            self.parameter.masked_scatter_(self.mask, values.to(self.parameter.dtype))
 
 
 def has_fine_scales(record: Quantized) -> bool:
@@ -211,10 +214,17 @@ def scale_knobs(model: nn.Module) -> list[Knob]:
 
 
 @contextmanager
-def gradients_to(knobs: Sequence[Knob]) -> Iterator[None]:
-    """Inside, backward passes add their gradients to the sums of the knobs, and leave none in the tensors."""
+def gradients_to(knobs: Sequence[Knob], several: bool = True) -> Iterator[None]:
+    """Inside, backward passes add their gradients to the sums of the knobs, and leave none in the tensors.
+
+    Args:
+        knobs: The knobs; their sums begin at zero.
+        several: Sums are of more than one batch.
+    """
     groups: dict[Tensor, list[Knob]] = {}  # experts may share one
     for knob in knobs:
+        exact = torch.float64 if several or len(knob.tensors) > 1 else torch.float32
+        knob.sum = torch.zeros_like(knob.change, dtype=exact)
         for tensor in knob.tensors:
             groups.setdefault(tensor, []).append(knob)
 

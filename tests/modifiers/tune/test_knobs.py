@@ -231,11 +231,28 @@ def test_zeros_of_a_sparse_weight_stay():
     with gradients_to([knob]):
         weight.sum().backward()
     unit = (25 / 4) ** 0.5
-    torch.testing.assert_close(knob.sum, torch.tensor([[unit, 0.0], [0.0, unit]], dtype=torch.float64))
+    torch.testing.assert_close(knob.sum, torch.tensor([unit, unit], dtype=torch.float64))  # of the nonzeros alone
+    assert knob.change.numel() == knob.start.numel() == 2
     knob.change.fill_(1.0)
     with torch.no_grad():
         knob.write()
     torch.testing.assert_close(weight.data, torch.tensor([[3.0 + unit, 0.0], [0.0, -4.0 + unit]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_batch_has_the_same_sum_in_half_the_memory(dtype):
+    """float32 is exact for one gradient; several are added in float64, so that their order leaves no trace."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 5, generator=generator).to(dtype) * (torch.arange(5) % 2))
+    inputs, sums = torch.randn(3, 5, generator=generator).to(dtype), {}
+    for several in (False, True):
+        knob = TensorKnob(weight, sparse=True)
+        with gradients_to([knob], several=several):
+            (inputs @ weight.T).square().sum().backward()
+        sums[several] = knob.sum
+    assert (sums[False].dtype, sums[True].dtype) == (torch.float32, torch.float64)
+    assert torch.equal(sums[False], sums[True].float())
+    assert sums[True].abs().max() > 0
 
 
 def test_experts_in_one_tensor_have_a_knob_each():
