@@ -2,10 +2,11 @@
 
     make bench-hadamard                             # or: python benchmarks/bench_hadamard.py --help
 
-Rounding to nearest and GPTQ, of the model as it is and after BlockHadamardModifier with blocks of 16, 32 and 64 (128
-does not divide the 576 columns of this model). KL to the dense model as in smollm2.py, on two texts, CPU seconds of a
-single thread. `--model smollm2-moved` takes the weights off their published 4-bit grid (`make bench-moved`). Each cell
-runs in this process, on a copy of the dense model; outputs are those of the model in memory.
+Rounding to nearest and GPTQ (on request with dense targets, and tuned), of the model as it is and after
+BlockHadamardModifier with blocks of 16, 32 and 64 (128 does not divide the 576 columns of this model). KL to the dense
+model as in smollm2.py, on two texts, CPU seconds of a single thread. `--model smollm2-moved` takes the weights off
+their published 4-bit grid (`make bench-moved`). Each cell runs in this process, on a copy of the dense model; outputs
+are those of the model in memory.
 """
 
 import argparse
@@ -22,8 +23,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from lightning_compress import BlockHadamardModifier, GPTQModifier, Modifier, QuantizationModifier, compress
+from lightning_compress import (
+    BlockHadamardModifier,
+    GPTQModifier,
+    Modifier,
+    QuantizationModifier,
+    TuneModifier,
+    compress,
+)
 
+QUANTIZERS = ("rounding", "GPTQ", "GPTQ, dense targets", "GPTQ, dense targets, tune")
 SCHEMES = ("MXFP4A16", "MXFP4", "NVFP4A16", "NVFP4")
 BLOCKS = (0, 16, 32, 64)  # 0: none
 
@@ -59,9 +68,12 @@ def main() -> None:
 
 def modifiers(scheme: str, quantizer: str, block: int) -> list[Modifier]:
     """The recipe of one cell."""
-    classes = {"rounding": QuantizationModifier, "GPTQ": GPTQModifier}
-    turn = [BlockHadamardModifier(block_size=block)] if block else []
-    return [*turn, classes[quantizer](scheme=scheme, ignore=["lm_head"])]
+    recipe: list[Modifier] = [BlockHadamardModifier(block_size=block)] if block else []
+    if quantizer == "rounding":
+        return [*recipe, QuantizationModifier(scheme=scheme, ignore=["lm_head"])]
+    target = "dense" if "dense" in quantizer else "layer"
+    recipe.append(GPTQModifier(scheme=scheme, ignore=["lm_head"], target=target))
+    return [*recipe, TuneModifier(epochs=4, lr=5e-4)] if "tune" in quantizer else recipe
 
 
 def measured(
@@ -103,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--material", type=Path, default=Path("benchmarks/work"), help="what `make bench-data` filled")
     parser.add_argument("--model", default="smollm2", choices=["smollm2", "smollm2-moved"])
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
-    parser.add_argument("--quantizers", nargs="+", choices=["rounding", "GPTQ"], default=["rounding", "GPTQ"])
+    parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=["rounding", "GPTQ"])
     parser.add_argument("--blocks", nargs="+", type=int, choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--tokens", type=int, default=4096, help="of calibration, in rows of 256")
     parser.add_argument("--subset", type=int, default=0, help="which of three disjoint calibration subsets")
