@@ -175,9 +175,15 @@ class Results:
                 file = self._write_onnx(folder, processors=tokenizers, overwrite=replaces, origin=origin)
                 self.run.facts["onnx"] = {"file": str(file.path), "bytes": file.size, "difference": file.difference}
             elif format == "gguf":
-                texts = {"processors": tokenizers, "recipe_yaml": dump_yaml(self.run.recipe)}
-                path = write_gguf(saved_model(self.module), folder, **texts, overwrite=replaces, origin=origin) / FILE
-                self.run.facts["gguf"] = {"file": str(path), "bytes": path.stat().st_size}
+                path = write_gguf(
+                    saved_model(self.module),
+                    folder,
+                    processors=tokenizers,
+                    recipe_yaml=dump_yaml(self.run.recipe),
+                    overwrite=replaces,
+                    origin=origin,
+                )
+                self.run.facts["gguf"] = {"file": str(path / FILE), "bytes": (path / FILE).stat().st_size}
             else:
                 write_compressed_tensors(
                     self.module,

@@ -26,6 +26,7 @@ from lightning_compress.export.gguf.blocks import BLOCK, block_scales, q4_0, q8_
 from lightning_compress.export.gguf.tokenizer import add_tokenizer, tokenizer_among
 from lightning_compress.files.atomic_folder import whole_folder
 from lightning_compress.layers.matching import clean_name, shortlist
+from lightning_compress.layers.matrix import weight_of
 from lightning_compress.modifiers.rotation.online import OnlineRotations
 from lightning_compress.quant.kv_cache import QuantizedCache
 from lightning_compress.quant.packed import unpacked
@@ -61,11 +62,7 @@ def check_decoder(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -
     """ValueError where llama.cpp would compute something else than a model whose modules will have these schemes."""
     architecture_of(model)
     _check_features({"quantized inputs": [n for n, s in schemes.items() if s.input_activations is not None]})
-    no_block = [
-        name
-        for name, scheme in schemes.items()
-        if not _fits(scheme.weights, model.get_submodule(name).weight.shape[-1])
-    ]
+    no_block = [n for n, s in schemes.items() if not _fits(s.weights, weight_of(model.get_submodule(n)).shape[-1])]
     if schemes and len(no_block) == len(schemes):
         raise ValueError(
             f"no weight would be smaller in GGUF, whose blocks hold symmetric integers in groups of 32 columns or a "
