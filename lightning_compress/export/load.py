@@ -144,7 +144,7 @@ def _loaded(
         _dispatch(model, choice)
         packing = choice.result()
         _report(packing, advise=choice.served and is_new)
-        if not choice.served and not packing.names:
+        if not choice.served and not packing.names and not choice.unrounded:
             raise ValueError(f"{source.path} holds no quantized Linear with a weight of its own; leave packed out")
     return model
 

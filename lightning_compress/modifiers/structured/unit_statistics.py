@@ -69,6 +69,8 @@ class UnitStatistics:
             tensors = tensors_of(model)
             matrices = [(p, tensors[p.tensor]) for p in group.slices if tensors[p.tensor].dim() > 1]
             zero = torch.zeros(group.units, dtype=torch.float32, device="cpu")
+            if any(W.is_meta for _, W in matrices):
+                return zero  # a plan needs the number of units alone
             return sum((unit_square_sum(W, p.dim, p.index).cpu() for p, W in matrices), zero).sqrt()
         if not self._counts.get(group.name):
             raise ValueError(

@@ -75,22 +75,22 @@ class Int8Conv2d(nn.Conv2d):
         record = Quantized.of(self)
         if record is None:
             return super().forward(x)
-        key = (x.shape, x.dtype, torch.is_grad_enabled(), x.requires_grad or self.weight.requires_grad)
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        key = (x.shape, x.dtype, gradient, x.device, self.weight.device)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
             way: Way = "rounded"
         elif key in self._ways:
             way = self._ways[key]
         else:
-            way = self._ways[key] = self._way(x)
+            way = self._ways[key] = self._way(x, gradient)
         if way == "codes":
             return self._multiply(x, record)
         return super().forward(self._clipped(x, record) if way == "clipped" else _rounded(self, x, record))
 
-    def _way(self, x: Tensor) -> Way:
+    def _way(self, x: Tensor, gradient: bool) -> Way:
         if len(self._ways) >= MOST_SHAPES:
             self._ways.clear()
         on_cpu = x.device.type == self.weight.device.type == "cpu"
-        gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if gradient or not on_cpu or x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
             return "rounded"
         height, width = _sizes(self, x)
@@ -120,7 +120,8 @@ class Int8Conv2d(nn.Conv2d):
         return (y.contiguous() if x.is_contiguous() else y).to(x.dtype)  # oneDNN's result has channels last
 
     def _prepared(self, record: Quantized) -> Operands:
-        version = (self.weight._version, self.weight.data_ptr())
+        changes = 0 if self.weight.is_inference() else self.weight._version  # inference tensors count none
+        version = (changes, self.weight.data_ptr())
         if self._operands is None or self._operands.version != version:
             with torch.no_grad(), torch.inference_mode(False):
                 self._operands = _operands(self, record, version)

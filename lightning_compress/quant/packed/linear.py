@@ -124,7 +124,7 @@ class PackedLinear(nn.Linear):
             raise ValueError(f"expected x [..., {self.in_features}], got {tuple(x.shape)}")
         if self.siblings is None:
             return self.product(x, self.bias)
-        if self.fastest and self.siblings.is_best_dense(x):
+        if self.fastest and not torch.compiler.is_compiling() and self.siblings.is_best_dense(x):
             return self.unrounded_product(x, _result_dtype(x), self.bias)  # with its bias, and rows that are contiguous
         y = self.siblings.product(self, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -136,7 +136,8 @@ class PackedLinear(nn.Linear):
             x = x.to(dtype)  # quantized inputs get the codes that a dense Linear's hook gives them, before its cast
         backend = self.backend(ProductCall(x.device.type, x.dtype, x.ndim, x.requires_grad and torch.is_grad_enabled()))
         if backend is not None and x.numel():
-            if self.fastest and self._is_dense_faster(backend, dtype, x.numel() // self.in_features):
+            eager = not torch.compiler.is_compiling()  # a program takes any number of tokens
+            if self.fastest and eager and self._is_dense_faster(backend, dtype, x.numel() // self.in_features):
                 return self.unrounded_product(x, dtype, bias)
             y = self._by_backend(backend, x).to(dtype)
             return y if bias is None else y + bias.to(dtype)

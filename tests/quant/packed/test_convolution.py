@@ -39,11 +39,12 @@ def quantized(inputs="static", dtype=torch.float32, **geometry):
 @pytest.mark.parametrize("inputs", EXACT)
 def test_products_of_codes_are_those_of_rounded_values(inputs, geometry):
     model = quantized(inputs, **geometry)
-    x = torch.rand(3, 5, 9, 8) * 4 - 1.5  # some beyond the static range
+    x = torch.rand(8, 5, 60, 60) * 4 - 1.5  # some beyond the static range
     with torch.no_grad():
         expected = model(x)
         assert multiply_codes(model) == ["0"]
         y = model(x)
+        assert set(model[0]._ways.values()) == {"codes"}
         assert_close(y, expected, rtol=1e-5, atol=1e-5)
         assert y.is_contiguous()  # so that view works as before
         assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-5, atol=1e-5)
@@ -111,3 +112,22 @@ def test_dequantize_makes_a_plain_convolution_again():
     assert type(model[0]) is nn.Conv2d
     x = torch.rand(2, 5, 9, 8)
     assert torch.equal(model(x), F.conv2d(x, model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("inputs", EXACT)
+def test_in_inference_mode_on_another_device_and_traced(inputs):
+    with torch.inference_mode():
+        model = quantized(inputs)
+        x = torch.rand(8, 5, 60, 60)
+        expected = model(x)
+        multiply_codes(model)
+        assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    model = quantized(inputs)
+    with torch.no_grad():
+        expected = model(x)
+        multiply_codes(model)
+        model(x)
+        assert_close(torch.jit.trace(model, x)(x), expected, rtol=1e-5, atol=1e-5)
+        elsewhere = copy.deepcopy(model)
+        elsewhere[0]._ways = dict(model[0]._ways)
+        assert elsewhere.to("meta")(x.to("meta")).shape == expected.shape
