@@ -72,6 +72,18 @@ def test_packed_weights(tmp_path, scheme, dtype):
         assert_close(loaded(x), model(x), rtol=tolerance, atol=tolerance)
 
 
+def test_a_program_made_after_a_call_has_packed_weights_too(tmp_path):
+    """A call leaves a dense weight in the module; the program must store the codes instead of it."""
+    model, x = mlp(torch.float32), torch.randn(3, 64)
+    compress(model, QuantizationModifier(scheme="W4A16", group_size=32), [x])
+    loaded = load(save(model, tmp_path / "out"), mlp(torch.float32), packed=True)
+    loaded(x)
+    program = check(loaded, x)
+    stored = [*program.constants.values(), *program.state_dict.values()]
+    sizes = {tuple(value.shape) for value in stored if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    assert sizes.isdisjoint({(96, 64), (32, 96)}), sizes
+
+
 def test_a_packed_decoder_and_a_process_without_this_package(tmp_path):
     """The file has packed weights, not dense ones."""
     from transformers import LlamaConfig, LlamaForCausalLM

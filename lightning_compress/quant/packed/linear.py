@@ -302,7 +302,8 @@ class PackedLinear(nn.Linear):
         return operands
 
     def _dense_once(self, dtype: torch.dtype) -> Tensor:
-        if (form := f"dense {dtype}") in self._prepared:
+        form = f"dense {dtype}"
+        if form in self._prepared and not torch.compiler.is_exporting():  # a program would store it, not the codes
             dense: Tensor = self._prepared[form][0]
             return dense
         with torch.no_grad(), torch.inference_mode(False):
