@@ -361,7 +361,7 @@ def test_the_model_is_a_single_layer(tmp_path, modifier):
     """Training on a parametrized layer does not change which module the callback takes for the model."""
     model = module()
     model.model = nn.Linear(8, 1)
-    trainer = quiet(tmp_path, callbacks=[CompressionCallback({"m": modifier()}, evaluate=False)])
+    trainer = quiet(tmp_path, CompressionCallback({"m": modifier()}, evaluate=False))
     trainer.fit(model, Sums())
     weight = model.model.weight.detach()
     codes = Quantized.of(model.model)

@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
+from lightning_compress.layers.dense_keys import remove_hook
 from lightning_compress.layers.records import Record
 from lightning_compress.quant.fake_quant import fake_quantize_input, has_rows
 
@@ -62,10 +63,8 @@ class Quantized(Record):
             module.register_forward_pre_hook(_quantize_input)
 
     def leave_inputs(self, module: nn.Module) -> None:
-        """Round inputs of a module that carries this record no longer; its weight stays on the grid."""
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _quantize_input]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        """Stop rounding the inputs of a module that carries this record; its weight stays on the grid."""
+        remove_hook(module._forward_pre_hooks, _quantize_input)
 
     @classmethod
     def from_json(cls, data: Any) -> Self:

@@ -31,7 +31,7 @@ def fit(folder, module, scheme="W4A16", formats=("compressed_tensors", "gguf"), 
     modifier = QuantizationModifier(scheme=scheme, ignore=["lm_head"], **arguments)
     callback = CompressionCallback(modifier, export=[*formats], evaluate=False)
     rows = [{"input_ids": row} for row in ROWS]
-    quiet(folder, callbacks=[callback], max_epochs=1).fit(module, DataLoader(rows, 4))
+    quiet(folder, callback).fit(module, DataLoader(rows, 4))
 
 
 def test_a_run_writes_the_file_that_save_writes(tmp_path):

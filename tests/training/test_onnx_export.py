@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import CompressionCallback, QATModifier, QuantizationModifier
+from tests.support.training_runs import quiet
 
 for needed in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(needed)
@@ -36,17 +37,7 @@ class Module(pl.LightningModule):
 
 def fit(folder, callback):
     data = TensorDataset(torch.randn(32, 8), torch.randint(2, (32,)))
-    trainer = pl.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
-    trainer.fit(Module(), DataLoader(data, 8))
+    quiet(folder, callback, enable_checkpointing=False).fit(Module(), DataLoader(data, 8))
 
 
 @pytest.mark.parametrize("formats", [["compressed_tensors", "onnx"], "onnx"])
